@@ -1,0 +1,1 @@
+"""Building blocks (nn.Module) of the models."""

@@ -1,0 +1,104 @@
+"""Attentive Convolution as a layer over the token grid (arXiv 2510.20092)."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sit_atconv.errors import check_choice
+from sit_atconv.ops.atconv import POOLS, dynamic_depthwise_conv, inhibit, pool_tokens
+
+ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
+ROUTINGS = ("adaptive", "static")
+INHIBITIONS = ("learned", "full", "none")
+
+
+class ATConv(nn.Module):
+    """3x3 Attentive Convolution, called `layer(x, grid=(H, W))` with x (B, N, C) -> (B, N, C).
+
+    N = H * W tokens in raster order, C = dim channels, k = kernel_size, K = k * k taps:
+
+        K1 = kernel_gen(act(kernel_proj(pool(x))))       (B, K, C): adaptive routing, a kernel per sample and channel
+        K2 = K1 - sigmoid(difference_control) * mean(K1)  lateral inhibition, mean over the K taps
+        out = proj(K2 * x_proj(x))                        depthwise convolution, zero padding
+
+    The paper pools after `kernel_proj`; both are linear and the weights of a mean sum to one, so pooling first is the
+    same function on K rows instead of N. `kernel_gen` mixes the taps and is shared by all channels.
+
+    activation: gelu_tanh (SiT), silu (REPA), gelu (AttNet). pool: raster (public checkpoints) or grid (k x k cells).
+    routing "static": the kernels are a parameter (K, C) and do not depend on x.
+    inhibition "full": the whole mean is subtracted; "none": nothing is.
+    Linears start xavier-uniform with bias 0, `difference_control` at 0 (half of the mean is subtracted).
+    1x1 convolution weights (C, C, 1, 1), as in the REPA and AttNet checkpoints, load as they are.
+    Raises ValueError for an even kernel size, an unknown choice, or a grid that does not hold N tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        pool: str = "raster",
+        routing: str = "adaptive",
+        inhibition: str = "learned",
+    ):
+        super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("pool", pool, POOLS)
+        check_choice("routing", routing, ROUTINGS)
+        check_choice("inhibition", inhibition, INHIBITIONS)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: choose an odd size, such as 3")
+        self.kernel_size, self.pool, self.routing, self.inhibition = kernel_size, pool, routing, inhibition
+        self.activation = ACTIVATIONS[activation]
+        taps = kernel_size**2
+        if routing == "adaptive":
+            self.kernel_proj = nn.Linear(dim, dim, bias=bias)
+            self.kernel_gen = nn.Linear(taps, taps, bias=bias)
+        else:
+            self.static_kernel = nn.Parameter(torch.empty(taps, dim))
+        if inhibition == "learned":
+            self.difference_control = nn.Parameter(torch.empty(dim))
+        self.x_proj = nn.Linear(dim, dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_flatten_pointwise_weights)
+
+    def reset_parameters(self) -> None:
+        """Draw the starting weights: xavier-uniform linears; static kernels as torch starts a depthwise convolution."""
+        for linear in self.children():
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.routing == "static":
+            nn.init.uniform_(self.static_kernel, -1 / self.kernel_size, 1 / self.kernel_size)
+        if self.inhibition == "learned":
+            nn.init.zeros_(self.difference_control)
+
+    def kernels(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The kernels that x (B, N, C) calls for, after inhibition: (B, K, C)."""
+        if self.routing == "adaptive":
+            pooled = pool_tokens(x, grid, self.kernel_size, self.pool)
+            taps_last = self.activation(self.kernel_proj(pooled)).transpose(1, 2)
+            kernels = self.kernel_gen(taps_last).transpose(1, 2)
+        else:
+            kernels = self.static_kernel.expand(x.shape[0], -1, -1)
+        if self.inhibition == "none":
+            return kernels
+        return inhibit(kernels, self.difference_control.sigmoid() if self.inhibition == "learned" else 1.0)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        v = self.x_proj(x)
+        return self.proj(dynamic_depthwise_conv(v, self.kernels(x, grid).to(v.dtype), grid))
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, pool={self.pool}, routing={self.routing}, inhibition={self.inhibition}"
+
+
+def _flatten_pointwise_weights(module: ATConv, state_dict: dict, prefix: str, *_) -> None:
+    for name in ("kernel_proj", "x_proj", "proj"):
+        weight = state_dict.get(f"{prefix}{name}.weight")
+        if weight is not None and weight.ndim == 4:
+            state_dict[f"{prefix}{name}.weight"] = weight.flatten(1)

@@ -1,0 +1,1 @@
+"""Model classes and their presets."""

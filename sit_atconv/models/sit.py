@@ -1,0 +1,232 @@
+"""SiT: a flow-matching transformer over a latent grid, with attention, ATConv or both as token mixers."""
+
+import inspect
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import nn
+
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.layers.atconv import ATConv
+from sit_atconv.layers.attention import Attention
+from sit_atconv.layers.blocks import FinalLayer, SiTBlock
+from sit_atconv.layers.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+
+TOKEN_MIXERS = ("attention", "atconv", "hybrid")
+PATCH_SIZES = (1, 2, 4, 8)
+
+
+def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
+    """The mixer of every block, "attention" or "atconv"; "hybrid" puts attention in the even blocks (0-based)."""
+    if isinstance(token_mixer, str):
+        check_choice("token_mixer", token_mixer, TOKEN_MIXERS)
+        odd = {"attention": "attention", "atconv": "atconv", "hybrid": "atconv"}[token_mixer]
+        even = {"attention": "attention", "atconv": "atconv", "hybrid": "attention"}[token_mixer]
+        return [odd if index % 2 else even for index in range(depth)]
+    if len(token_mixer) != depth:
+        raise InputError(f"token_mixer lists {len(token_mixer)} blocks but depth={depth}; give one name per block")
+    for name in token_mixer:
+        check_choice("token_mixer", name, ("attention", "atconv"))
+    return list(token_mixer)
+
+
+class SiTTransformer2DModel(ModelMixin, ConfigMixin):
+    """Velocity of a flow over latents: t = 0 is noise, t = 1 is data, v = d x_t / dt.
+
+    sample_size: latent height and width, an int or (H, W); other sizes that the patch divides are accepted by
+        `forward` too, since the mixers take any grid and the position embedding is a function of the position.
+    token_mixer: "attention", "atconv", "hybrid" (even blocks attention, odd ATConv), or a list with a name per block.
+    pos_embed: True, False or "auto" (the public rule: present exactly if a block has attention).
+    class_dropout_prob: share of labels that training replaces by the null class; 0 means no null class.
+    learn_sigma: the output layer has twice the channels and the second half is dropped (public checkpoints).
+    pool, routing, inhibition, kernel_size, activation: see `ATConv`. num_heads, qk_norm: see `Attention`.
+    Parameter names are those of the public checkpoints. Raises InputError (a ValueError) for values that do not fit.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("SiTBlock",)
+    _repeated_blocks = ("SiTBlock",)
+    _skip_layerwise_casting_patterns = (
+        "x_embedder",
+        "t_embedder",
+        "y_embedder",
+        "norm",
+        "adaLN_modulation",
+        "pos_embed",
+    )
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        token_mixer: str | list[str] = "attention",
+        pos_embed: bool | str = "auto",
+        pool: str = "raster",
+        routing: str = "adaptive",
+        inhibition: str = "learned",
+        kernel_size: int = 3,
+        activation: str = "gelu_tanh",
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        mixers = mixer_names(token_mixer, depth)
+        check_choice("patch_size", patch_size, PATCH_SIZES)
+        check_choice("pos_embed", pos_embed, ("auto", True, False))
+        if not 0 <= class_dropout_prob < 1:
+            raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")
+        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        grid = self._grid(*size)
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
+        present = "attention" in mixers if pos_embed == "auto" else bool(pos_embed)
+        self.register_buffer("pos_embed", sincos_position_embedding(grid, hidden_size) if present else None)
+
+        atconv = {
+            "kernel_size": kernel_size,
+            "activation": activation,
+            "pool": pool,
+            "routing": routing,
+            "inhibition": inhibition,
+        }
+        if "atconv" not in mixers:
+            self._refuse_idle_options("ATConv", **atconv)
+        if "attention" not in mixers:
+            self._refuse_idle_options("attention", qk_norm=qk_norm)
+
+        def mixer(name: str) -> nn.Module:
+            return Attention(hidden_size, num_heads, qk_norm) if name == "attention" else ATConv(hidden_size, **atconv)
+
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, mixer(name), mlp_ratio) for name in mixers)
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
+        self.reset_parameters()
+
+    def __getattr__(self, name: str):
+        # `pos_embed` is an option and, in the public checkpoints, a tensor: as an attribute it is the tensor.
+        return nn.Module.__getattr__(self, name) if name == "pos_embed" else super().__getattr__(name)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of the null class, or None for a model without one (class_dropout_prob = 0)."""
+        return self.config.num_classes if self.config.class_dropout_prob > 0 else None
+
+    def reset_parameters(self) -> None:
+        """Draw the starting weights of SiT: xavier-uniform linears, adaLN and output layer at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        modulations = [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
+        for linear in [*modulations, self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Velocity at (x_t, t, label).
+
+        hidden_states: x_t (B, in_channels, H, W), H and W multiples of the patch size.
+        timestep: t in [0, 1], a number, a 0-d tensor or (B,). class_labels: (B,) int64 in [0, num_classes], where
+        num_classes is the null class of a model that has one.
+        Returns `sample` = velocity (B, in_channels, H, W). Raises ValueError when shapes do not fit the configuration.
+        """
+        batch, channels, height, width = hidden_states.shape
+        if channels != self.config.in_channels:
+            raise ValueError(f"hidden_states has {channels} channels; this model takes {self.config.in_channels}")
+        grid = self._grid(height, width)
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(batch)
+
+        x = self.x_embedder(hidden_states)
+        if self.pos_embed is not None:
+            x = x + self._position_embedding(grid).to(x.dtype)
+        c = self.t_embedder(t, x.dtype) + self.y_embedder(class_labels)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, c, grid)
+            else:
+                x = block(x, c, grid)
+        patches = self.final_layer(x, c)
+        p = self.config.patch_size
+        output = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
+        velocity = output[:, :channels]
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise InputError(f"a latent of {height} x {width} cannot be cut into patches of {patch}; choose multiples")
+        return height // patch, width // patch
+
+    def _position_embedding(self, grid: tuple[int, int]) -> torch.Tensor:
+        size = self.config.sample_size
+        if grid == self._grid(*((size, size) if isinstance(size, int) else size)):
+            return self.pos_embed
+        return sincos_position_embedding(grid, self.config.hidden_size, self.pos_embed.device, torch.float32)
+
+    @staticmethod
+    def _refuse_idle_options(mixer: str, **options) -> None:
+        defaults = inspect.signature(SiTTransformer2DModel.__init__).parameters
+        for name, value in options.items():
+            if value != defaults[name].default:
+                raise InputError(f"{name}={value!r} needs a block with {mixer}, and token_mixer has none; leave it out")
+
+
+_SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+_NAMES = {"attention": "SiT-{}/{}", "atconv": "SiT-ATConv-{}/{}", "hybrid": "SiT-ATConv-{}/{}-Hybrid"}
+PRESETS = {
+    name.format(size, patch): {**shape, "patch_size": patch, "token_mixer": mixer}
+    for mixer, name in _NAMES.items()
+    for size, shape in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+def list_models() -> list[str]:
+    """Names of the presets: S, B, L, XL with attention, ATConv or hybrid blocks and patch 2, 4, 8."""
+    return list(PRESETS)
+
+
+def create_model(
+    name: str | None, sample_size: int | tuple[int, int] = 32, num_classes: int = 1000, **overrides
+) -> SiTTransformer2DModel:
+    """A new model with random weights: the preset `name`, and any option of SiTTransformer2DModel over it.
+
+    sample_size: latent size (image size / 8 for a Stable-Diffusion VAE). `name=None` takes all from the overrides.
+    Raises InputError (a ValueError) for an unknown name or option, suggesting the nearest one.
+    """
+    if name is not None:
+        check_choice("model", name, PRESETS)
+    for option in overrides:
+        check_choice("model option", option, list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:])
+    preset = PRESETS[name] if name is not None else {}
+    return SiTTransformer2DModel(**{**preset, "sample_size": sample_size, "num_classes": num_classes, **overrides})

@@ -1,0 +1,52 @@
+"""The ATConv operator on tokens: pooling, lateral inhibition and the dynamic depthwise convolution.
+
+`reference` is the oracle; the functions exported here check their arguments and run the fast form.
+"""
+
+import math
+
+import torch
+
+from sit_atconv.errors import check_choice
+from sit_atconv.ops.atconv import conv
+from sit_atconv.ops.atconv.reference import inhibit
+
+POOLS = ("raster", "grid")
+
+__all__ = ["POOLS", "dynamic_depthwise_conv", "inhibit", "pool_tokens"]
+
+
+def _check_grid(tokens: torch.Tensor, grid: tuple[int, int]) -> None:
+    if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"tokens of shape {tuple(tokens.shape)} do not fill a grid of {grid[0]} x {grid[1]}; "
+            f"give (B, {grid[0] * grid[1]}, C) tokens in raster order, or the right grid=(H, W)"
+        )
+
+
+def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int = 3, pool: str = "raster") -> torch.Tensor:
+    """Adaptive average pooling of tokens to one value per kernel tap.
+
+    x (B, N, C) with N = H * W in raster order, grid (H, W) -> (B, K, C), K = kernel_size ** 2.
+    pool "raster": K bins of the flattened raster, bin i = [floor(i N / K), ceil((i + 1) N / K)); "grid": k x k cells.
+    Raises ValueError for a grid that does not hold N tokens or an unknown pool.
+    """
+    _check_grid(x, grid)
+    check_choice("pool", pool, POOLS)
+    return conv.pool_tokens(x, grid, kernel_size, pool)
+
+
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Depthwise convolution with a kernel of its own for every sample and channel, the same at all positions.
+
+    v (B, N, C) with N = H * W tokens in raster order, kernels (B, K, C) with K = k * k, k odd -> (B, N, C).
+    y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c]: zero padding, stride 1,
+    cross-correlation. Raises ValueError for a grid that does not hold N tokens, kernels that do not fit, or an even k.
+    """
+    _check_grid(v, grid)
+    k = math.isqrt(kernels.shape[1])
+    if k * k != kernels.shape[1] or k % 2 == 0:
+        raise ValueError(f"kernels of shape {tuple(kernels.shape)}: dimension 1 must be the square of an odd size")
+    if kernels.shape[0] != v.shape[0] or kernels.shape[2] != v.shape[2]:
+        raise ValueError(f"kernels {tuple(kernels.shape)} do not fit tokens {tuple(v.shape)}; give (B, K, C)")
+    return conv.dynamic_depthwise_conv(v, kernels, grid)

@@ -1,0 +1,47 @@
+"""The readable oracle: every function as its equation (arXiv 2510.20092), in the dtype of its input, fp64 included.
+
+Names: B batch, N = H * W tokens in raster order, C channels, k kernel size, K = k * k taps.
+"""
+
+import math
+
+import torch
+
+
+def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
+    """x (B, N, C) -> (B, K, C), means over K bins.
+
+    raster: bin i holds the tokens [floor(i N / K), ceil((i + 1) N / K)) of the flattened grid.
+    grid: bin (i, j) holds the rows [floor(i H / k), ceil((i + 1) H / k)) and the columns likewise.
+    """
+
+    def bins(size: int, count: int) -> list[slice]:
+        return [slice(i * size // count, math.ceil((i + 1) * size / count)) for i in range(count)]
+
+    height, width = grid
+    if pool == "raster":
+        means = [x[:, tokens].mean(1) for tokens in bins(height * width, kernel_size**2)]
+    else:
+        image = x.unflatten(1, (height, width))
+        rows, columns = bins(height, kernel_size), bins(width, kernel_size)
+        means = [image[:, r, c].mean((1, 2)) for r in rows for c in columns]
+    return torch.stack(means, 1)
+
+
+def inhibit(kernels: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+    """Lateral inhibition: K2 = K1 - factor * mean over the taps of K1; kernels (B, K, C), factor (C,) or a number."""
+    return kernels - factor * kernels.mean(1, keepdim=True)
+
+
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c], zero padding.
+
+    v (B, N, C), kernels (B, K, C) -> y (B, N, C).
+    """
+    (height, width), k = grid, math.isqrt(kernels.shape[1])
+    padded = torch.nn.functional.pad(v.unflatten(1, grid), (0, 0, k // 2, k // 2, k // 2, k // 2))
+    y = torch.zeros_like(v.unflatten(1, grid))
+    for i in range(k):
+        for j in range(k):
+            y = y + kernels[:, i * k + j, None, None, :] * padded[:, i : i + height, j : j + width]
+    return y.flatten(1, 2)

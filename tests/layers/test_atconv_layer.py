@@ -1,0 +1,85 @@
+"""The layer against golden vectors, against the paper's order of operations, and its options."""
+
+import pytest
+import torch
+from golden_vectors import assert_golden, golden
+
+from sit_atconv import ATConv
+from sit_atconv.ops.atconv import reference
+
+
+@pytest.mark.parametrize("name", ["op_sit", "op_repa", "op_attnet_k3", "op_attnet_k5"])
+def test_golden_outputs_and_gradients(name):
+    info, state, tensors = golden(name)
+    layer = ATConv(info["dim"], kernel_size=info.get("kernel_size", 3), activation=info["activation"])
+    layer.load_state_dict(state, strict=True)
+
+    def tokens(image):
+        return image.flatten(2).transpose(1, 2) if image.ndim == 4 else image
+
+    x = tokens(tensors["x"]).clone().requires_grad_()
+    y = layer(x, grid=tuple(info["grid"]))
+    assert_golden(y, tokens(tensors["y"]))
+    y.backward(tokens(tensors["grad_y"]))
+    assert_golden(x.grad, tokens(tensors["grad_x"]), factor=10)
+    for key, parameter in layer.named_parameters():
+        assert_golden(parameter.grad.flatten(), tensors[f"grad.{key}"].flatten(), factor=10)
+
+
+@pytest.mark.parametrize("pool", ["raster", "grid"])
+@pytest.mark.parametrize("inhibition", ["learned", "full", "none"])
+def test_equals_the_papers_order_in_fp64(pool, inhibition):
+    grid = (5, 7)
+    torch.manual_seed(0)
+    layer = ATConv(6, pool=pool, inhibition=inhibition).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 35, 6, dtype=torch.float64)
+    pooled = reference.pool_tokens(layer.kernel_proj(x), grid, 3, pool)
+    kernels = layer.kernel_gen(layer.activation(pooled).transpose(1, 2)).transpose(1, 2)
+    factor = {"learned": lambda: layer.difference_control.sigmoid(), "full": lambda: 1.0, "none": lambda: 0.0}
+    kernels = reference.inhibit(kernels, factor[inhibition]())
+    expected = layer.proj(reference.dynamic_depthwise_conv(layer.x_proj(x), kernels, grid))
+    torch.testing.assert_close(layer(x, grid=grid), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_full_inhibition_leaves_kernels_without_a_mean():
+    layer = ATConv(4, inhibition="full")
+    kernels = layer.kernels(torch.randn(2, 20, 4), (4, 5))
+    assert kernels.mean(1).abs().max() < 1e-6
+    assert kernels.abs().max() > 1e-4
+
+
+def test_static_kernels_ignore_the_input_and_adaptive_ones_do_not():
+    x = torch.randn(2, 20, 4)
+    static, adaptive = ATConv(4, routing="static"), ATConv(4)
+    assert torch.equal(static.kernels(x, (4, 5))[0], static.kernels(-x, (4, 5))[1])
+    assert not torch.allclose(adaptive.kernels(x, (4, 5))[0], adaptive.kernels(x, (4, 5))[1])
+    assert {name for name, _ in static.named_parameters()} == {
+        "static_kernel", "difference_control", "x_proj.weight", "x_proj.bias", "proj.weight", "proj.bias",
+    }  # fmt: skip
+
+
+def test_starts_with_half_of_the_mean_subtracted_and_zero_biases():
+    layer = ATConv(8, bias=True)
+    assert layer.difference_control.sigmoid().unique().tolist() == [0.5]
+    assert not layer.kernel_gen.bias.any()
+    assert not any("bias" in name for name, _ in ATConv(8, bias=False).named_parameters())
+
+
+def test_lora_style_wrappers_around_the_linears_take_effect():
+    layer, x = ATConv(4), torch.randn(1, 9, 4)
+    plain = layer(x, grid=(3, 3))
+    for name in ("x_proj", "proj", "kernel_proj", "kernel_gen"):
+        handle = getattr(layer, name).register_forward_hook(lambda _module, _inputs, output: output + 1)
+        assert not torch.allclose(layer(x, grid=(3, 3)), plain), name
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 4}, {"activation": "relu"}, {"pool": "max"}, {"routing": "dynamic"}, {"inhibition": "half"}],
+)
+def test_unknown_options_are_refused(options):
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        ATConv(4, **options)
