@@ -11,15 +11,13 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def count_macs(model: SiTTransformer2DModel, size: int | tuple[int, int] | None = None) -> int:
+def count_macs(model: SiTTransformer2DModel) -> int:
     """Multiply-accumulates of one network evaluation of one latent, without guidance.
 
-    `model` lives on the meta device; size: latent size, by default the model's own. Counts matrix products,
-    convolutions and attention, as torch's FlopCounterMode does; element-wise work is not counted.
+    `model` lives on the meta device. Counts matrix products, convolutions and attention, as torch's FlopCounterMode
+    does; element-wise work is not counted.
     """
-    size = size or model.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    latent = torch.zeros(1, model.config.in_channels, height, width, device="meta")
+    latent = torch.zeros(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(latent, torch.zeros(1, device="meta"), label)

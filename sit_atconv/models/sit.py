@@ -86,8 +86,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         check_choice("pos_embed", pos_embed, ("auto", True, False))
         if not 0 <= class_dropout_prob < 1:
             raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        grid = self._grid(*size)
+        grid = self._grid(*self.latent_size)
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -123,6 +122,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     def null_label(self) -> int | None:
         """The label of the null class, or None for a model without one (class_dropout_prob = 0)."""
         return self.config.num_classes if self.config.class_dropout_prob > 0 else None
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the model was made for."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     def reset_parameters(self) -> None:
         """Draw the starting weights of SiT: xavier-uniform linears, adaLN and output layer at zero."""
@@ -183,8 +188,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         return height // patch, width // patch
 
     def _position_embedding(self, grid: tuple[int, int]) -> torch.Tensor:
-        size = self.config.sample_size
-        if grid == self._grid(*((size, size) if isinstance(size, int) else size)):
+        if grid == self._grid(*self.latent_size):
             return self.pos_embed
         return sincos_position_embedding(grid, self.config.hidden_size, self.pos_embed.device, torch.float32)
 

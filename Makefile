@@ -1,0 +1,27 @@
+# make demo: the main job on digits. make test: the tests. Both install what they need into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow test-gpu lint
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m experiments.demo
+
+test: .venv/installed
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: .venv/installed
+	$(BIN)/python -m experiments.gpu_check
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,1 @@
+"""Scores of image folders. Nothing here knows how the images were made."""

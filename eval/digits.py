@@ -1,0 +1,64 @@
+"""The embedded digits' own classifier: trained on the real train split, it stands in for Inception where digits are
+scored and nothing can be downloaded."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sit_atconv.data import Digits, to_uint8
+
+PROTOCOL = "digits-classifier-1"
+EPOCHS, BATCH, LR = 30, 64, 2e-3
+
+
+class DigitsClassifier(nn.Module):
+    """uint8 digits (N, 1, 8, 8) -> (features (N, 64), logits (N, 10))."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 16, 64),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.features(pixels.float() / 255)
+        return features, self.head(features)
+
+
+def train_classifier() -> tuple[DigitsClassifier, float]:
+    """The classifier and its accuracy on the 360 held-out digits. The same every time on one machine."""
+    train, test = Digits("train"), Digits("test")
+    pixels, labels = to_uint8(train.images), torch.tensor(train.labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DigitsClassifier()
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        total = EPOCHS * (len(labels) // BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=total)
+        for _ in range(EPOCHS):
+            for batch in torch.randperm(len(labels))[: total // EPOCHS * BATCH].split(BATCH):
+                loss = F.cross_entropy(model(pixels[batch])[1], labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    model.eval()
+    _, logits = extract(model, to_uint8(test.images))
+    return model, float((logits.argmax(1) == np.array(test.labels)).mean())
+
+
+@torch.no_grad()
+def extract(model: DigitsClassifier, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, 64) and logits (N, 10) of uint8 digits (N, 1, 8, 8)."""
+    features, logits = model(pixels)
+    return features.numpy(), logits.numpy()

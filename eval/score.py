@@ -1,0 +1,109 @@
+"""Score a folder or npz of samples against a reference."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+
+import torch
+
+from eval import digits, extractor
+from eval.frechet import frechet_distance, moments
+from eval.refs import read_moments
+from eval.sources import Images, read_images
+from sit_atconv.checkpoint import sha256, write_atomic
+from sit_atconv.data import Digits, to_uint8
+from sit_atconv.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("samples", help="folder of images (with its manifest.json), or npz with arr_0 and arr_1")
+    parser.add_argument(
+        "--ref", required=True,
+        help='npz with mu and sigma, npz or folder of images, or "digits" for the embedded digits',
+    )  # fmt: skip
+    parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the samples' folder, or beside the npz")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score, write the JSON, print the scores. Raises InputError for what cannot be scored."""
+    samples = read_images(args.samples)
+    if len(samples.pixels) < 2:
+        raise InputError(
+            f"samples {args.samples!r}: {len(samples.pixels)} image is not a distribution; give at least 2"
+        )
+    if args.ref == "digits":
+        if args.weights:
+            raise InputError("--weights belongs to Inception; --ref digits has a classifier of its own")
+        result = score_digits(samples)
+    else:
+        result = score_inception(samples, args.ref, args.weights, torch.device(args.device))
+    path = Path(args.samples)
+    manifest = path / "manifest.json"
+    result |= {
+        "n": len(samples.pixels),
+        "samples": str(path.absolute()),
+        "samples_manifest": samples.manifest,
+        "samples_manifest_sha256": sha256(manifest) if manifest.is_file() else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity", "numpy", "scipy")},
+    }
+    out = Path(args.out) if args.out else (path if path.is_dir() else path.parent) / "metrics.json"
+    write_atomic(out, json.dumps(result, indent=1))
+    for name, value in result["metrics"].items():
+        print(f"{name:<28} {value:.4f}")
+    print(f"written to {out}")
+
+
+def score_digits(samples: Images) -> dict:
+    """Fréchet distance in the classifier's features to the real train split, and the share of classes recognised."""
+    if samples.pixels.shape[1:] != (1, 8, 8):
+        raise InputError(f"samples are {tuple(samples.pixels.shape[1:])}, the embedded digits (1, 8, 8)")
+    if samples.labels is None:
+        raise InputError("samples without labels: --ref digits needs a manifest.json with labels, or arr_1 in the npz")
+    classifier, accuracy = digits.train_classifier()
+    reference = to_uint8(Digits("train").images)
+    real, _ = digits.extract(classifier, reference)
+    features, logits = digits.extract(classifier, samples.pixels)
+    recognised = float((logits.argmax(1) == samples.labels.numpy()).mean())
+    return {
+        "protocol": digits.PROTOCOL,
+        "metrics": {
+            "frechet_distance": frechet_distance(moments(features), moments(real)),
+            "recognised": recognised,
+            "classifier_heldout_accuracy": accuracy,
+        },
+        "reference": {"name": "digits train split", "n": len(reference), "sha256": _digest(reference)},
+    }
+
+
+def score_inception(samples: Images, ref: str, weights: str | None, device: torch.device) -> dict:
+    """FID against mu and sigma, or against images that are put through the same network."""
+    path = Path(ref)
+    if not path.exists():
+        raise InputError(f"reference {ref!r}: no such file or folder")
+    reference = read_moments(path) if path.is_file() else None
+    images = read_images(path) if reference is None else None
+    file = extractor.inception_weights(weights)
+    model = extractor.load_inception(file, device)
+    if images is not None:
+        reference = moments(extractor.extract(model, images.pixels))
+    if reference.mu.shape != (2048,):
+        raise InputError(f"reference {ref!r} has {reference.mu.size} features; Inception's pool has 2048")
+    return {
+        "protocol": extractor.PROTOCOL,
+        "metrics": {"fid": frechet_distance(moments(extractor.extract(model, samples.pixels)), reference)},
+        "reference": {
+            "name": str(path.absolute()),
+            "n": None if images is None else len(images.pixels),
+            "sha256": _digest(images.pixels) if images is not None else sha256(path),
+        },
+        "weights_sha256": sha256(file),
+    }
+
+
+def _digest(pixels: torch.Tensor) -> str:
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()

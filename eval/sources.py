@@ -1,0 +1,65 @@
+"""Images to be scored: a folder of PNGs with its manifest, or an npz file."""
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sit_atconv.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class Images:
+    """uint8 images (N, C, H, W), their labels if known (N,), and the manifest that came with them."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor | None
+    manifest: dict | None
+
+
+def read_images(path: str | Path) -> Images:
+    """Read a folder of images in the order of their names, or an npz with `arr_0` (N, H, W, C) and `arr_1` labels.
+
+    Raises InputError for a missing path, a folder without images, images of different sizes, or one that does not
+    decode.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise InputError(f"images {str(path)!r}: no such file or folder")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pixels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(arrays["arr_1"]) if "arr_1" in arrays else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"images {str(path)!r} cannot be read: {error}; give an npz with arr_0 (N, H, W, C)") from None
+    return Images(pixels, labels, None)
+
+
+def _read_folder(path: Path) -> Images:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    manifest = json.loads((path / "manifest.json").read_text()) if (path / "manifest.json").is_file() else None
+    if not files:
+        raise InputError(f"images {str(path)!r}: the folder holds no images ({', '.join(SUFFIXES)})")
+    arrays = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"image {str(file)!r} does not decode ({error}); repair or remove it") from None
+        if arrays[-1].shape != arrays[0].shape:
+            raise InputError(f"image {str(file)!r} is {arrays[-1].shape}, {files[0].name} is {arrays[0].shape}")
+    pixels = torch.from_numpy(np.stack(arrays))
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    labels = manifest.get("labels") if manifest else None
+    if manifest and len(files) != manifest["num"]:
+        raise InputError(f"images {str(path)!r}: {len(files)} images, but its manifest says {manifest['num']}")
+    return Images(pixels, torch.tensor(labels) if labels is not None else None, manifest)

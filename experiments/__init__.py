@@ -1,0 +1,1 @@
+"""Recipes, demonstrations and measurements; scripts that call the library, never called by it."""

@@ -1,0 +1,33 @@
+"""make test-gpu: the gpu tests, then 20 bf16 steps, a resume and a sample on the device."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+RUN = Path("runs/gpu_check")
+
+
+def call(*arguments: str) -> None:
+    status = subprocess.run([sys.executable, *arguments]).returncode
+    if status:
+        sys.exit(status)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("skipped: no CUDA device on this machine")
+        return
+    shutil.rmtree(RUN, ignore_errors=True)
+    train = ("train_sit.py", "experiments/recipes/digits_sit_atconv.yaml", f"run.out={RUN}", "train.precision=bf16")
+    call("-m", "pytest", "-m", "gpu")
+    call(*train, "train.lr_schedule=constant", "train.max_steps=20")
+    call(*train, "train.lr_schedule=constant", "train.max_steps=30")
+    call("sample.py", "--ckpt", str(RUN), "--classes", *map(str, range(10)), "--dtype", "bf16", "--out", f"{RUN}.png")
+    print(f"passed on {torch.cuda.get_device_name()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""python sample.py --ckpt PATH [--classes 0 1 2 | --num N]: draw images from a trained model into one grid."""
+
+import time
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from sampling.options import add_sampling_options, setup
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.generation import check_labels, generate, random_label
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="sample.py", description=__doc__)
+    add_sampling_options(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--classes", type=int, nargs="+", metavar="ID", help="one image of each, in this order")
+    which.add_argument("--num", type=int, default=16, help="images of random classes (default: 16)")
+    parser.add_argument(
+        "--rows", type=int, default=1, help="with --classes: rows of the grid, one image per class each"
+    )
+    parser.add_argument("--out", default="grid.png", help="PNG file (default: grid.png)")
+    args = parser.parse_args(argv)
+    if args.num < 1 or args.rows < 1:
+        raise InputError(f"--num {args.num} --rows {args.rows}: must be at least 1")
+    if Path(args.out).suffix.lower() != ".png":
+        raise InputError(f"--out {args.out}: must end in .png")
+    ready = setup(args)
+    classes = ready.trained.model.config.num_classes
+    labels = args.rows * args.classes if args.classes else []
+    check_labels(labels, classes)
+    labels = labels or [random_label(args.seed, index, classes) for index in range(args.num)]
+
+    images, nfe, start = [], 0, time.perf_counter()
+    with tqdm(total=len(labels), desc="sample", unit="image") as bar:
+        for first in range(0, len(labels), args.batch):
+            part = labels[first : first + args.batch]
+            indices = range(first, first + len(part))
+            batch, evaluations = generate(ready.trained.model, ready.codec, indices, part, ready.sampling)
+            images.append(batch)
+            nfe += evaluations * len(part)
+            bar.update(len(part))
+    seconds = (time.perf_counter() - start) / len(labels)
+    columns = len(args.classes) if args.classes else max(1, round(len(labels) ** 0.5))
+    grid = make_grid(torch.cat(images).float() / 255, nrow=columns, pad_value=1.0)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    save_image(grid, args.out)
+    print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}, {seconds:.3f} s per image")
+
+
+if __name__ == "__main__":
+    main()

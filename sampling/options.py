@@ -1,0 +1,70 @@
+"""Command-line options that every sampling command shares."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from sit_atconv.checkpoint import Trained, load_trained
+from sit_atconv.errors import InputError
+from sit_atconv.flow.guidance import CHANNELS
+from sit_atconv.flow.samplers import SAMPLERS
+from sit_atconv.generation import Sampling
+from sit_atconv.latents import reopen_codec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the network (default: fp32)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, or its ema/ folder")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="default: euler")
+    parser.add_argument("--steps", type=int, default=50, help="intervals of the time grid (default: 50)")
+    parser.add_argument(
+        "--cfg", type=float, default=1.5, metavar="SCALE", help="guidance scale; 1 is none (default: 1.5)"
+    )
+    parser.add_argument("--cfg-channels", choices=CHANNELS, default="all", help="latent channels guided (default: all)")
+    parser.add_argument(
+        "--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="guidance acts for t in it, t = 0 noise, t = 1 data (default: 0 1)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
+    parser.add_argument("--vae", metavar="PATH", help="where the checkpoint's autoencoder lies today, if it moved")
+    add_device_options(parser)
+
+
+@dataclass
+class Setup:
+    """A trained model, its codec and the sampling asked for, all on the device."""
+
+    trained: Trained
+    codec: torch.nn.Module
+    sampling: Sampling
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of that name. Raises InputError when it is unknown or not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def setup(args: argparse.Namespace) -> Setup:
+    """Load what the options name. Raises InputError for a bad checkpoint, option, device or missing autoencoder."""
+    sampling = Sampling(args.sampler, args.steps, args.cfg, args.cfg_channels, tuple(args.cfg_interval), args.seed)
+    if args.batch < 1:
+        raise InputError(f"--batch {args.batch}: must be at least 1")
+    device = resolve_device(args.device)
+    trained = load_trained(args.ckpt)
+    sampling.check_model(trained.model)
+    codec = reopen_codec(trained.manifest["codec"], args.vae).to(device)
+    trained.model.to(device, DTYPES[args.dtype])
+    return Setup(trained, codec, sampling)

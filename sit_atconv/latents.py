@@ -1,0 +1,110 @@
+"""Codecs between images in [-1, 1] and latents; the only owner of a latent's scale and shift."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sit_atconv.config import Latents
+from sit_atconv.errors import InputError
+
+
+class IdentityCodec(nn.Module):
+    """Pixels are the latents. draws_posterior: False."""
+
+    draws_posterior = False
+
+    def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
+        return channels, image_size, image_size
+
+    def encode(self, images: torch.Tensor, posterior: torch.Tensor | None = None) -> torch.Tensor:
+        return images
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def describe(self) -> dict[str, Any]:
+        return {"codec": "identity", "scale": 1.0, "shift": 0.0}
+
+
+class VaeCodec(nn.Module):
+    """A diffusers AutoencoderKL, frozen, in fp32: latents = (posterior sample - shift) * scale, both from its config.
+
+    source: hub id or local folder with config.json and safetensors weights. batch_size: images per pass.
+    Raises InputError when the autoencoder is not there.
+    """
+
+    draws_posterior = True
+
+    def __init__(self, source: str, batch_size: int = 16):
+        from diffusers import AutoencoderKL
+
+        super().__init__()
+        if Path(source).exists() and not Path(source, "config.json").is_file():
+            raise InputError(f"latents.vae={source!r}: the folder holds no config.json of an AutoencoderKL")
+        try:
+            self.vae = AutoencoderKL.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
+                f"and give its folder (config.json, diffusion_pytorch_model.safetensors): {str(error).splitlines()[0]}"
+            ) from None
+        self.source, self.batch_size = source, batch_size
+        self.scale = float(self.vae.config.scaling_factor)
+        self.shift = float(self.vae.config.shift_factor or 0.0)
+
+    def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of an image. Raises InputError when the autoencoder does not take such images."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if channels != self.vae.config.in_channels or image_size % factor:
+            raise InputError(
+                f"images of {channels} x {image_size} x {image_size} do not fit the autoencoder {self.source!r}: "
+                f"it takes {self.vae.config.in_channels} channels and multiples of {factor} pixels"
+            )
+        return self.vae.config.latent_channels, image_size // factor, image_size // factor
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) in [-1, 1], posterior: standard normal (B, C, h, w) -> latents (B, C, h, w)."""
+        moments = [self.vae.encode(part).latent_dist for part in images.split(self.batch_size)]
+        mean, std = torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
+        return (mean + std * posterior - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, C, h, w) -> images (B, 3, H, W), about in [-1, 1]."""
+        unscaled = latents.float() / self.scale + self.shift
+        return torch.cat([self.vae.decode(part).sample for part in unscaled.split(self.batch_size)])
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        weights = digest.hexdigest()
+        return {"codec": "vae", "vae": self.source, "sha256": weights, "scale": self.scale, "shift": self.shift}
+
+
+def open_codec(latents: Latents) -> IdentityCodec | VaeCodec:
+    """The codec that a recipe names. Raises InputError when its autoencoder is not there."""
+    return IdentityCodec() if latents.codec == "identity" else VaeCodec(latents.vae, latents.batch_size)
+
+
+def reopen_codec(description: dict[str, Any], vae: str | None = None) -> IdentityCodec | VaeCodec:
+    """The codec that a checkpoint was trained with, from what `describe` said; `vae` is where the VAE lies today.
+
+    Raises InputError when the autoencoder is not there or is another one (by its weights, scale or shift).
+    """
+    if description["codec"] == "identity":
+        return IdentityCodec()
+    codec = VaeCodec(vae or description["vae"])
+    now = codec.describe()
+    for key in ("sha256", "scale", "shift"):
+        if now[key] != description[key]:
+            raise InputError(
+                f"autoencoder {codec.source!r} is not the one of this checkpoint: {key} is {now[key]}, "
+                f"was {description[key]}; give the right one with --vae"
+            )
+    return codec

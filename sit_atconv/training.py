@@ -1,0 +1,392 @@
+"""The training loop: images, latents, flow loss, AdamW, EMA, and checkpoints that a restart goes on from."""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    is_tensorboard_available,
+    is_wandb_available,
+)
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from sit_atconv import checkpoint, config
+from sit_atconv.config import Recipe, Train
+from sit_atconv.data import RankPositions, TrainingSamples, open_dataset, training_batches
+from sit_atconv.ema import EMA
+from sit_atconv.errors import InputError
+from sit_atconv.flow.loss import velocity_loss
+from sit_atconv.flow.path import PATHS
+from sit_atconv.generation import Sampling, generate
+from sit_atconv.latents import open_codec
+from sit_atconv.models.cost import count_macs, count_parameters
+from sit_atconv.models.sit import SiTTransformer2DModel, create_model
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient before training stops
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What data and codec decide about a run."""
+
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    num_images: int
+
+
+def measured_facts(dataset, codec) -> Facts:
+    return Facts(codec.latent_shape(dataset.channels, dataset.image_size), len(dataset.class_names), len(dataset))
+
+
+def stated_facts(recipe: Recipe) -> Facts | None:
+    """The facts as the recipe states them, or None where it leaves one to the data."""
+    model = recipe.model
+    if None in (model.sample_size, model.in_channels, model.num_classes, recipe.data.num_images):
+        return None
+    size = model.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return Facts((model.in_channels, height, width), model.num_classes, recipe.data.num_images)
+
+
+def check_stated(recipe: Recipe, facts: Facts) -> None:
+    """Raise InputError where the recipe states something else than data and codec say."""
+    channels, height, width = facts.latent_shape
+    size = recipe.model.sample_size
+    for key, stated, measured in (
+        ("model.in_channels", recipe.model.in_channels, channels),
+        ("model.sample_size", [size, size] if isinstance(size, int) else size, [height, width]),
+        ("model.num_classes", recipe.model.num_classes, facts.num_classes),
+        ("data.num_images", recipe.data.num_images, facts.num_images),
+    ):
+        if stated is not None and stated != measured:
+            raise InputError(
+                f"{key}: the recipe says {stated}, data and codec say {measured}; correct it or leave it out"
+            )
+
+
+def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
+    """The recipe's model for these facts, with the weights that `run.seed` draws."""
+    channels, height, width = facts.latent_shape
+    size = height if height == width else (height, width)
+    options = {**recipe.model.options(), "sample_size": size, "in_channels": channels, "num_classes": facts.num_classes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        return create_model(recipe.model.name, **options)
+
+
+def learning_rate(step: int, train: Train) -> float:
+    """Learning rate of optimisation step `step` (0-based): linear warm-up, then constant, linear or cosine to 0."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    share = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+    return train.lr * decay[train.lr_schedule]
+
+
+def make_optimizer(model: torch.nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices alone, never on vectors such as biases and `difference_control`."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas)
+
+
+def dry_run(recipe: Recipe) -> str:
+    """What the recipe would cost, as text; the model is built on the meta device, data and VAE are not opened if the
+    recipe states what they decide."""
+    facts = stated_facts(recipe) or measured_facts(open_dataset(recipe.data), open_codec(recipe.latents))
+    with torch.device("meta"):
+        model = build_model(recipe, facts)
+    train = recipe.train
+    parameters = count_parameters(model)
+    trainable = sum(p.numel() for p in model.parameters())
+    gib = 4 / 2**30
+    epoch = facts.num_images / train.batch_size
+    decay = "" if train.lr_schedule == "constant" else f" to 0 at step {train.max_steps:,}"
+    rows = {
+        "model": recipe.model.name or f"{model.config.token_mixer}, depth {model.config.depth}",
+        "parameters": f"{parameters / 1e6:.1f} M",
+        "compute per image": f"{count_macs(model) / 1e9:.1f} GMACs (one network evaluation)",
+        "latent": " x ".join(map(str, facts.latent_shape)) + f", {facts.num_classes} classes",
+        "memory, fp32": f"weights {parameters * gib:.2f} GiB, gradients {trainable * gib:.2f} GiB, "
+        f"optimiser {2 * trainable * gib:.2f} GiB, EMA {parameters * gib:.2f} GiB (activations come on top)",
+        "steps per epoch": f"{epoch:.1f} ({facts.num_images:,} images, global batch {train.batch_size})",
+        "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
+        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}; EMA {recipe.ema.decay}",
+        "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
+        f"{4 * (2 * parameters + 2 * trainable) / 2**30:.2f} GiB each, in {recipe.run.out}",
+    }
+    return "\n".join(f"{name:<18} {text}" for name, text in rows.items())
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of a run. Raises InputError for what this machine or number of processes cannot do."""
+    train, installed = recipe.train, {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+    for tracker in recipe.run.trackers:
+        if not installed[tracker]:
+            raise InputError(f"run.trackers: {tracker!r} is not installed; pip install 'sit_atconv[track]'")
+    plugin = GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps, sync_with_dataloader=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision={"bf16": "bf16", "fp16": "fp16"}.get(train.precision, "no"),
+            gradient_accumulation_plugin=plugin,
+            log_with=recipe.run.trackers or None,
+            project_dir=recipe.run.out,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise InputError(f"train.precision={train.precision}: {error}") from None
+    if train.precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
+    parts = accelerator.num_processes * train.gradient_accumulation_steps
+    if train.batch_size % parts:
+        raise InputError(
+            f"train.batch_size={train.batch_size} is not divisible by {accelerator.num_processes} processes x "
+            f"{train.gradient_accumulation_steps} accumulation steps; choose a multiple of {parts}"
+        )
+    return accelerator
+
+
+def check_run_folder(run: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, or None for a new run. Raises InputError for a folder that is not this run's."""
+    if not run.exists():
+        return None
+    found = checkpoint.newest_valid(run) if run.is_dir() else None
+    try:
+        stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
+    except OSError:
+        if run.is_dir() and not any(run.iterdir()):
+            return None
+        raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
+    changed = config.differences(stored, config.to_dict(recipe))
+    if changed:
+        raise InputError(
+            f"run.out={str(run)!r} holds a run of another recipe ({'; '.join(changed)}); choose another folder"
+        )
+    if found and found[1]["step"] > recipe.train.max_steps:
+        raise InputError(
+            f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {found[1]['step']}"
+        )
+    return found
+
+
+class Log:
+    """log.jsonl: a line of JSON per logged step. A restart drops the lines past the step that it goes on from."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        checkpoint.write_atomic(path, "".join(kept))
+        self.file = open(path, "a")  # noqa: SIM115 (kept open for the run)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def train(recipe: Recipe) -> Path:
+    """Train until `train.max_steps`, going on from the newest valid checkpoint in `run.out`; returns the last one.
+
+    Raises InputError for whatever the user can mend; a run that has no checkpoint by then leaves nothing behind.
+    """
+    accelerator = make_accelerator(recipe)
+    dataset, codec = open_dataset(recipe.data), open_codec(recipe.latents)
+    facts = measured_facts(dataset, codec)
+    check_stated(recipe, facts)
+    model = build_model(recipe, facts)
+    preview = Sampling(
+        recipe.preview.sampler, recipe.preview.steps, recipe.preview.guidance_scale, seed=recipe.run.seed
+    )
+    preview.check_model(model)
+    run = Path(recipe.run.out)
+    start = [check_run_folder(run, recipe), not run.exists()] if accelerator.is_main_process else [None, None]
+    found, new = broadcast_object_list(start)
+    try:
+        return _Trainer(accelerator, recipe, facts, dataset, codec, model, preview, found).run_to_the_end()
+    except InputError:
+        if new and not checkpoint.step_folders(run):
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+class _Trainer:
+    def __init__(self, accelerator, recipe, facts, dataset, codec, model, preview, found):
+        self.accelerator, self.recipe, self.codec, self.preview = accelerator, recipe, codec, preview
+        self.run = Path(recipe.run.out)
+        self.path = PATHS[recipe.flow.path]()
+        self.bare = model
+        self.flops_per_image = 3 * 2 * count_macs(_on_meta(model))  # forward, and twice that backward
+        self.ema = EMA(model, recipe.ema.decay)
+        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        optimizer = make_optimizer(model, recipe.train)
+        self.bare_optimizer = optimizer
+        if found:
+            folder, manifest = found
+            checkpoint.load_weights(folder / "model", model)
+            checkpoint.load_weights(folder / "ema", self.ema.model)
+            self.step = manifest["step"]
+        if recipe.train.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if recipe.train.compile:
+            model.compile_repeated_blocks()
+        codec.to(accelerator.device)
+        self.ema.model.to(accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if found:
+            self._load_trainer_state(found[0])
+        samples = TrainingSamples(
+            dataset,
+            facts.latent_shape,
+            recipe.train.batch_size,
+            recipe.run.seed,
+            flip=recipe.data.flip,
+            drop=model.config.class_dropout_prob,
+            null_label=model.null_label,
+            posterior=codec.draws_posterior,
+        )
+        positions = RankPositions(
+            self.step,
+            recipe.train.max_steps,
+            recipe.train.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            recipe.train.gradient_accumulation_steps,
+        )
+        pin = accelerator.device.type == "cuda"
+        self.batches = training_batches(samples, positions, recipe.data.workers, pin)
+
+    def run_to_the_end(self) -> Path:
+        recipe, accelerator = self.recipe, self.accelerator
+        total, main = recipe.train.max_steps, accelerator.is_main_process
+        if main:
+            checkpoint.write_atomic(self.run / "recipe.yaml", yaml.safe_dump(config.to_dict(recipe), sort_keys=False))
+            log = Log(self.run / "log.jsonl", self.step)
+        accelerator.init_trackers("sit_atconv", config=config.flatten(config.to_dict(recipe)))
+        bar = tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main)
+        since, timed = time.perf_counter(), 0
+        while self.step < total:
+            loss, grad_norm, lr = self._optimize()
+            bar.update()
+            timed += 1
+            if self.step % recipe.run.log_every == 0 or self.step == total:
+                loss = accelerator.reduce(loss, "mean").item()
+                images_per_second = timed * recipe.train.batch_size / (time.perf_counter() - since)
+                row = {
+                    "step": self.step,
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "lr": lr,
+                    "images_per_second": images_per_second,
+                    "flops_per_second": images_per_second * self.flops_per_image,
+                    "skipped": self.skipped,
+                }
+                if main:
+                    log.write(row)
+                accelerator.log(row, step=self.step)
+                bar.set_postfix(loss=f"{loss:.4f}")
+            if recipe.preview.every and self.step % recipe.preview.every == 0 and main:
+                self._draw_preview()
+            if self.step % recipe.checkpoint.every == 0 or self.step == total:
+                self._save()
+            if self.step % recipe.run.log_every == 0:
+                since, timed = time.perf_counter(), 0
+        bar.close()
+        accelerator.end_training()
+        return checkpoint.step_folders(self.run)[-1]
+
+    def _optimize(self) -> tuple[torch.Tensor, float, float]:
+        """One optimisation step; the mean loss of this process, the gradient norm and the learning rate."""
+        recipe, accelerator = self.recipe, self.accelerator
+        lr = learning_rate(self.step, recipe.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses = []
+        for _ in range(recipe.train.gradient_accumulation_steps):
+            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(self.batches).items()}
+            latents = self.codec.encode(batch["image"], batch.get("posterior"))
+            labels = batch["label"]
+            with accelerator.accumulate(self.model):
+                loss = velocity_loss(
+                    lambda x, t, labels=labels: self.model(x, t, labels, return_dict=False)[0],
+                    self.path,
+                    latents,
+                    batch["noise"],
+                    batch["t"],
+                ).mean()
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.train.max_grad_norm or math.inf).item()
+        # Under DDP every process has the same gradients, so all of them take the same branch.
+        if math.isfinite(grad_norm):
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if math.isfinite(grad_norm) or accelerator.scaler is not None:  # a gradient scaler skips and adapts by itself
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise InputError(
+                f"no finite gradient for {MAX_SKIPPED} steps, up to step {self.step}; start a run with a lower "
+                "train.lr or with train.max_grad_norm"
+            )
+        if math.isfinite(grad_norm):
+            self.ema.update(self.bare)
+        return torch.stack(losses).mean(), grad_norm, lr
+
+    def _draw_preview(self) -> None:
+        count, classes = self.recipe.preview.num, self.bare.config.num_classes
+        images, _ = generate(
+            self.ema.model, self.codec, range(count), [i % classes for i in range(count)], self.preview
+        )
+        path = self.run / "previews" / f"step-{self.step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_image(make_grid(images.float() / 255, nrow=math.ceil(math.sqrt(count)), pad_value=1.0), path)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            recipe, scaler = self.recipe, self.accelerator.scaler
+            trainer = {
+                "images_seen": self.step * recipe.train.batch_size,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            checkpoint.save(
+                self.run,
+                self.step,
+                self.bare,
+                self.ema.model,
+                self.bare_optimizer,
+                trainer,
+                config.to_dict(recipe),
+                self.codec.describe(),
+            )
+            checkpoint.prune(self.run, recipe.checkpoint.keep_last)
+        self.accelerator.wait_for_everyone()
+
+    def _load_trainer_state(self, folder: Path) -> None:
+        tensors = checkpoint.load_tensors(folder / "optimizer.safetensors")
+        checkpoint.load_optimizer_tensors(self.bare, self.bare_optimizer, tensors)
+        trainer = json.loads((folder / "trainer.json").read_text())
+        self.skipped, self.skipped_in_a_row = trainer["skipped"], trainer["skipped_in_a_row"]
+        if self.accelerator.scaler is not None and trainer["scaler"]:
+            self.accelerator.scaler.load_state_dict(trainer["scaler"])
+
+
+def _on_meta(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
+    with torch.device("meta"):
+        return type(model).from_config(model.config)
