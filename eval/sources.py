@@ -36,7 +36,7 @@ def read_images(path: str | Path) -> Images:
         raise InputError(f"images {str(path)!r}: no such file or folder")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            pixels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+            pixels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).contiguous()
             labels = torch.from_numpy(arrays["arr_1"]) if "arr_1" in arrays else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"images {str(path)!r} cannot be read: {error}; give an npz with arr_0 (N, H, W, C)") from None
@@ -58,7 +58,7 @@ def _read_folder(path: Path) -> Images:
         if arrays[-1].shape != arrays[0].shape:
             raise InputError(f"image {str(file)!r} is {arrays[-1].shape}, {files[0].name} is {arrays[0].shape}")
     pixels = torch.from_numpy(np.stack(arrays))
-    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     labels = manifest.get("labels") if manifest else None
     if manifest and len(files) != manifest["num"]:
         raise InputError(f"images {str(path)!r}: {len(files)} images, but its manifest says {manifest['num']}")

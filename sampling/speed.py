@@ -69,9 +69,10 @@ def peak_bytes(model: SiTTransformer2DModel, *inputs: torch.Tensor) -> int:
     return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
 
 
+@torch.no_grad()
 def random_model(name: str, sample_size: int) -> SiTTransformer2DModel:
     """The preset with every weight drawn at random: a new model's gates are zero, and zeros can be quicker."""
-    model = create_model(name, sample_size).eval().requires_grad_(False)
+    model = create_model(name, sample_size).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:

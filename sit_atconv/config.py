@@ -125,7 +125,7 @@ class Train:
     lr: float = 1e-4
     warmup_steps: int = 0
     lr_schedule: str = "constant"  # after the warm-up: constant, or linear or cosine down to 0 at max_steps
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0  # on matrices; vectors (biases, difference_control) are never decayed
     max_grad_norm: float | None = None
     precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
@@ -135,6 +135,8 @@ class Train:
     def __post_init__(self):
         check_choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("train.precision", self.precision, PRECISIONS)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
         _at_least(
             "train",
             max_steps=(self.max_steps, 1),
@@ -217,7 +219,6 @@ def make_recipe(stated: Any) -> Recipe:
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"recipe: {key}{str(error).splitlines()[0]}") from None
-    recipe.train.betas = tuple(recipe.train.betas)
     return recipe
 
 

@@ -100,7 +100,7 @@ def make_optimizer(model: torch.nn.Module, train: Train) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas))
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -210,7 +210,8 @@ def train(recipe: Recipe) -> Path:
     preview = Sampling(
         recipe.preview.sampler, recipe.preview.steps, recipe.preview.guidance_scale, seed=recipe.run.seed
     )
-    preview.check_model(model)
+    if recipe.preview.every:
+        preview.check_model(model)
     run = Path(recipe.run.out)
     start = [check_run_folder(run, recipe), not run.exists()] if accelerator.is_main_process else [None, None]
     found, new = broadcast_object_list(start)
@@ -275,7 +276,8 @@ class _Trainer:
             checkpoint.write_atomic(self.run / "recipe.yaml", yaml.safe_dump(config.to_dict(recipe), sort_keys=False))
             log = Log(self.run / "log.jsonl", self.step)
         accelerator.init_trackers("sit_atconv", config=config.flatten(config.to_dict(recipe)))
-        bar = tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main)
+        # Nothing is shown before the first step, so that an error at the first image is the only line.
+        bar = tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-9)
         since, timed = time.perf_counter(), 0
         while self.step < total:
             loss, grad_norm, lr = self._optimize()

@@ -1,4 +1,94 @@
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps its state for the life of a process, and with it the first precision asked for."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(autouse=True)
+def project_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes a tiny digits recipe, with sections overridden, and returns its path."""
+
+    def write(name: str = "recipe", **sections) -> Path:
+        recipe = {
+            "run": {"out": str(tmp_path / "run"), "log_every": 1},
+            "data": {"kind": "digits"},
+            "latents": {},
+            "model": {
+                "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "learn_sigma": False,
+                "token_mixer": "hybrid",
+            },
+            "train": {"max_steps": 8, "batch_size": 8, "lr": 1e-3},
+            "ema": {"decay": 0.9},
+            "checkpoint": {"every": 4},
+            "preview": {"every": 0},
+        }  # fmt: skip
+        for section, keys in sections.items():
+            recipe[section] = {**recipe.get(section, {}), **keys}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must end with exit status 2 and one line on stderr; returns that line."""
+
+    def run(main, *arguments) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert exit_info.value.code == 2
+        assert captured.out == ""
+        lines = captured.err.splitlines()
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A small AutoencoderKL with random weights, as a user would have it: 4 channels, 4 times smaller."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder

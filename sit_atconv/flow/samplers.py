@@ -41,10 +41,13 @@ def dopri5(
 ) -> torch.Tensor:
     """Adaptive Dormand-Prince 5(4): as many evaluations as the tolerances ask for, one step size for the whole batch.
 
-    `steps` belongs to the common signature; here the error control sets the steps.
+    `steps` belongs to the common signature; here the error control sets the steps. A step ends exactly at t = 1: left
+    to itself the solver steps past the end and interpolates, asking the network for times it never saw (t = 2.2).
     """
     times = time_grid(1).to(noise.device)
-    return odeint(lambda t, x: velocity(x, t), noise, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+    options = {"step_t": times[-1:]}
+    solution = odeint(lambda t, x: velocity(x, t), noise, times, rtol=rtol, atol=atol, method="dopri5", options=options)
+    return solution[-1]
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "dopri5": dopri5}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.errors import check_choice
+from sit_atconv.errors import InputError, check_choice
 from sit_atconv.ops.atconv import POOLS, dynamic_depthwise_conv, inhibit, pool_tokens
 
 ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
@@ -50,7 +50,7 @@ class ATConv(nn.Module):
         check_choice("routing", routing, ROUTINGS)
         check_choice("inhibition", inhibition, INHIBITIONS)
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: choose an odd size, such as 3")
+            raise InputError(f"kernel_size={kernel_size}: choose an odd size, such as 3")
         self.kernel_size, self.pool, self.routing, self.inhibition = kernel_size, pool, routing, inhibition
         self.activation = ACTIVATIONS[activation]
         taps = kernel_size**2

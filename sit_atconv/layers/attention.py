@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from sit_atconv.errors import InputError
+
 
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v over all tokens: x (B, N, C) -> (B, N, C).
@@ -16,7 +18,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide hidden_size={dim}; choose a divisor")
+            raise InputError(f"num_heads={num_heads} does not divide hidden_size={dim}; choose a divisor")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from sit_atconv.errors import InputError
+
 
 def sincos_position_embedding(
     grid: tuple[int, int], dim: int, device: torch.device | None = None, dtype: torch.dtype = torch.float64
@@ -16,7 +18,7 @@ def sincos_position_embedding(
     Raises ValueError when `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"hidden_size={dim}: the position embedding needs a multiple of 4")
+        raise InputError(f"hidden_size={dim}: the position embedding needs a multiple of 4")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=dtype, device=device) / (dim // 4))
 
     def embed(positions: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""Samples belong to their index; the manifest says how they were made."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train_sit
+from sampling.__main__ import main as sampling
+from sit_atconv import create_model
+from sit_atconv.generation import Sampling, generate, random_label
+from sit_atconv.latents import IdentityCodec
+
+
+def lively_model(**options):
+    torch.manual_seed(0)
+    model = create_model(
+        None, 4, 3, patch_size=2, in_channels=1, hidden_size=16, depth=2, num_heads=2, token_mixer="hybrid", **options
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def draw(indices, labels, **options):
+    return generate(lively_model(), IdentityCodec(), indices, labels, Sampling(**{"steps": 4, **options}))
+
+
+def test_an_image_depends_on_seed_index_and_label_alone():
+    together, nfe = draw([0, 1, 2, 3], [0, 1, 2, 0])
+    apart, _ = draw([2], [2])
+    assert together.dtype == torch.uint8
+    assert together.shape == (4, 1, 4, 4)
+    assert (apart[0].int() - together[2].int()).abs().max() <= 1  # float rounding may move a pixel by one
+    assert nfe == 8
+    assert not torch.equal(draw([2], [1])[0], apart)
+    assert not torch.equal(draw([3], [2])[0], apart)
+    assert not torch.equal(draw([2], [2], seed=1)[0], apart)
+
+
+def test_equal_blocks_are_equal_to_the_bit():
+    assert torch.equal(draw([4, 5], [0, 1])[0], draw([4, 5], [0, 1])[0])
+
+
+def test_guidance_one_half_of_the_evaluations():
+    assert draw([0], [1], guidance_scale=1.0)[1] == 4
+    assert draw([0], [1], guidance_scale=2.0, guidance_interval=(0.5, 1.0))[1] == 4 + 2
+    assert draw([0], [1], sampler="heun")[1] == 16
+
+
+def test_it_integrates_the_models_velocity():
+    model = lively_model()
+    sampling = Sampling(steps=3, guidance_scale=1.0)
+    x = torch.from_numpy(
+        np.random.default_rng(np.random.SeedSequence([0, 6, 7])).standard_normal((1, 4, 4), dtype=np.float32)
+    )[None]
+    for t in (0.0, 1 / 3, 2 / 3):
+        x = x + model(x, t, torch.tensor([2])).sample / 3
+    expected = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+    images, _ = generate(model, IdentityCodec(), [7], [2], sampling)
+    assert (images.int() - expected.int()).abs().max() <= 1
+
+
+def test_random_labels_cover_the_classes_evenly():
+    labels = [random_label(0, index, 4) for index in range(2000)]
+    assert np.bincount(labels, minlength=4).min() > 420
+    assert random_label(0, 5, 1000) == random_label(0, 5, 1000) != random_label(1, 5, 1000)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two steps on digits."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"run: {{out: {folder}/run}}\n"
+        "model: {patch_size: 2, hidden_size: 16, depth: 1, num_heads: 2, token_mixer: atconv}\n"
+        "train: {max_steps: 2, batch_size: 4}\npreview: {every: 0}\n"
+    )
+    train_sit.main([str(recipe)])
+    return folder / "run"
+
+
+def test_generate_writes_images_by_index_with_their_provenance(run_folder, tmp_path):
+    options = ["--ckpt", str(run_folder), "--num", "13", "--steps", "3", "--batch", "5", "--seed", "4", "--cfg", "1.7"]
+    for name in ("a", "b"):
+        sampling(["generate", *options, "--out", str(tmp_path / name)])
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
+    assert files == [f"{index:06d}.png" for index in range(13)]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert Image.open(tmp_path / "a" / files[0]).size == (8, 8)
+    assert Image.open(tmp_path / "a" / files[0]).mode == "L"
+    weights = run_folder / "step-0000002/ema/diffusion_pytorch_model.safetensors"
+    expected = {
+        "num": 13, "labels": [index % 10 for index in range(13)], "sampler": "euler", "steps": 3, "nfe": 6.0, "seed": 4,
+        "guidance_scale": 1.7, "guidance_channels": "all", "guidance_interval": [0.0, 1.0], "block": 5, "dtype": "fp32",
+        "uint8_rule": "trunc(clamp(127.5 * x + 128, 0, 255))", "weights": "ema", "step": 2,
+    }  # fmt: skip
+    assert expected.items() <= manifest.items()
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert manifest["checkpoint_sha256"]["ema/diffusion_pytorch_model.safetensors"] == digest
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_random_labels_follow_their_index(run_folder, tmp_path):
+    base = ["generate", "--ckpt", str(run_folder), "--steps", "1", "--labels", "random", "--cfg", "1"]
+    for num in ("3", "6"):
+        sampling([*base, "--num", num, "--out", str(tmp_path / num)])
+    short, long = (json.loads((tmp_path / num / "manifest.json").read_text())["labels"] for num in ("3", "6"))
+    assert long[:3] == short
+
+
+def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    classes = ["--classes", "3", "1", "4"]
+    sample.main(["--ckpt", str(run_folder), *classes, "--rows", "2", "--steps", "2", "--out", str(out)])
+    assert Image.open(out).size == (3 * 10 + 2, 2 * 10 + 2)
+    assert "6 images, NFE 4, " in capsys.readouterr().out
+    sample.main(["--ckpt", str(run_folder / "step-0000002/ema"), "--num", "5", "--steps", "1", "--out", str(out)])
+    assert "5 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bf16"])
+def test_low_precision_networks_still_integrate_in_fp32(dtype):
+    sampling = Sampling(steps=8)
+    full, _ = generate(lively_model(), IdentityCodec(), [0, 1], [0, 1], sampling)
+    low, _ = generate(lively_model().to(torch.bfloat16), IdentityCodec(), [0, 1], [0, 1], sampling)
+    assert (full.float() - low.float()).abs().mean() < 6

@@ -1,0 +1,213 @@
+"""Bad input at the command line: one line on stderr, exit status 2, nothing left behind."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import sample
+import train_sit
+from eval.__main__ import main as evaluate
+from sampling.__main__ import main as sampling
+
+RECIPES = "experiments/recipes"
+
+
+@pytest.fixture
+def trained(recipe_file, tmp_path, capsys):
+    """A run folder of a few steps."""
+    train_sit.main([str(recipe_file())])
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_dry_run_of_the_imagenet_recipe_needs_neither_data_nor_vae(capsys):
+    train_sit.main([f"{RECIPES}/imagenet256_sit_xl2_atconv.yaml", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "637.7 M" in out
+    assert "95.8 GMACs" in out
+    assert "5004.6 (1,281,167 images, global batch 256)" in out
+    assert "400,000 steps = 79.9 epochs" in out
+    assert "weights 2.38 GiB, gradients 2.38 GiB, optimiser 4.75 GiB, EMA 2.38 GiB" in out
+
+
+def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_path):
+    train_sit.main([str(recipe_file()), "--dry-run"])
+    assert "1,437 images" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.max_step=3"], "did you mean 'train.max_steps'"),
+        (["train.lr"], "not of the form key=value"),
+        (["model.name=SiT-ATConv-XXL/2"], "did you mean 'SiT-ATConv-XL/2'"),
+        (["data.kind=imagefolder", "data.root=/nowhere", "data.image_size=8"], "'/nowhere': no such folder"),
+        (["train.batch_size=9", "train.gradient_accumulation_steps=2"], "train.batch_size=9 is not divisible by 1"),
+        (["model.class_dropout_prob=0", "preview.every=1"], "needs a null class"),
+        (["model.num_classes=11"], "the recipe says 11, data and codec say 10"),
+        (["model.sample_size=16"], "model.sample_size"),
+        (["data.num_images=3"], "the recipe says 3, data and codec say 1437"),
+        (["preview.sampler=eular", "preview.every=1"], "did you mean 'euler'"),
+        (["train.precision=fp16"], "fp16"),
+        (["model.num_heads=3"], "num_heads=3 does not divide hidden_size=16"),
+    ],
+)
+def test_train_refuses(fails, recipe_file, tmp_path, overrides, says):
+    assert says in fails(train_sit.main, recipe_file(), *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_a_missing_recipe(fails):
+    assert "No such file" in fails(train_sit.main, "nowhere.yaml")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_names_an_image_that_does_not_decode(fails, recipe_file, tmp_path, workers):
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    Image.effect_noise((32, 32), 100).save(folder / "good.png")
+    (folder / "bad.png").write_bytes((folder / "good.png").read_bytes()[:500])
+    data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8, "workers": workers}
+    message = fails(train_sit.main, recipe_file(data=data))
+    assert f"{folder / 'bad.png'}' does not decode" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_a_run_of_another_recipe_and_keeps_it(fails, recipe_file, trained):
+    before = sorted(trained.rglob("*"))
+    message = fails(train_sit.main, recipe_file(), "train.lr=0.5", "train.max_steps=9")
+    assert "another recipe (train.lr: 0.001 -> 0.5)" in message
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_train_refuses_fewer_steps_than_are_done(fails, recipe_file, trained):
+    assert "already at step 8" in fails(train_sit.main, recipe_file(), "train.max_steps=7")
+
+
+def test_train_refuses_a_folder_that_is_no_run(fails, recipe_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letters.txt").write_text("dear")
+    assert "exists and is not a run" in fails(train_sit.main, recipe_file())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["letters.txt"]
+
+
+def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
+    monkeypatch.setattr("sit_atconv.training.is_wandb_available", lambda: False)
+    assert "pip install 'sit_atconv[track]'" in fails(train_sit.main, recipe_file(), "run.trackers=[wandb]")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--classes", "0", "10"], "class id 10 is out of range; this model has classes 0 to 9"),
+        (["--classes", "-1"], "class id -1"),
+        (["--num", "0"], "--num 0"),
+        (["--num", "2", "--classes", "1"], "not allowed with"),
+        (["--steps", "0"], "steps=0"),
+        (["--sampler", "rk4"], "rk4"),
+        (["--cfg-interval", "0.7", "0.2"], "LOW <= HIGH"),
+        (["--seed", "-3"], "seed=-3"),
+        (["--out", "grid.jpeg"], "must end in .png"),
+        (["--device", "tpu9"], "--device tpu9"),
+    ],
+)
+def test_sample_refuses(fails, trained, tmp_path, options, says):
+    out = tmp_path / "grid.png"
+    assert says in fails(sample.main, "--ckpt", trained, "--out", out, *options)
+    assert not out.exists()
+
+
+def test_sample_refuses_guidance_without_a_null_class(fails, recipe_file, tmp_path, capsys):
+    train_sit.main([str(recipe_file(model={"class_dropout_prob": 0.0}))])
+    capsys.readouterr()
+    out = tmp_path / "grid.png"
+    assert "without class dropout" in fails(sample.main, "--ckpt", tmp_path / "run", "--cfg", "1.5", "--out", out)
+    assert not out.exists()
+    sample.main(["--ckpt", str(tmp_path / "run"), "--cfg", "1", "--steps", "1", "--out", str(out)])
+    assert out.exists()
+
+
+def test_sample_and_generate_refuse_a_truncated_checkpoint(fails, trained, tmp_path):
+    weights = trained / "step-0000008" / "ema" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "is damaged" in fails(sample.main, "--ckpt", trained, "--out", tmp_path / "grid.png")
+    out = tmp_path / "samples"
+    assert "is damaged" in fails(sampling, "generate", "--ckpt", trained, "--num", 2, "--out", out)
+    assert not out.exists()
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_sample_refuses_what_is_no_checkpoint(fails, tmp_path):
+    assert "no such folder" in fails(sample.main, "--ckpt", tmp_path / "nowhere")
+    assert "not a checkpoint" in fails(sample.main, "--ckpt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--num", 0], "--num 0"), (["--num", 2, "--batch", 0], "--batch 0"), ([], "--num")],
+)
+def test_generate_refuses(fails, trained, tmp_path, options, says):
+    out = tmp_path / "samples"
+    assert says in fails(sampling, "generate", "--ckpt", trained, "--out", out, *options)
+    assert not out.exists()
+
+
+def test_generate_never_writes_into_a_folder_that_exists(fails, trained, tmp_path):
+    (tmp_path / "samples").mkdir()
+    assert "exists already" in fails(sampling, "generate", "--ckpt", trained, "--num", 2, "--out", tmp_path / "samples")
+    assert not any((tmp_path / "samples").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--models", "SiT-Q/2"], "SiT-Q/2"),
+        (["--models", "SiT-S/2", "--sizes", "100"], "multiples of 8"),
+        (["--models", "SiT-S/4", "--sizes", "40"], "patches of 4"),
+        (["--models", "SiT-S/2", "--rounds", "0"], "--rounds 0"),
+    ],
+)
+def test_speed_refuses(fails, tmp_path, options, says):
+    assert says in fails(sampling, "speed", "--out", tmp_path / "speed", *options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_score_refuses(fails, tmp_path):
+    assert "no such file or folder" in fails(evaluate, "score", tmp_path / "nowhere", "--ref", "digits")
+    assert "holds no images" in fails(evaluate, "score", tmp_path, "--ref", "digits")
+    assert "arguments are required" in fails(evaluate, "score", tmp_path)
+
+
+def test_a_worker_says_one_line_and_no_traceback(recipe_file, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train_sit.py", str(recipe_file()), "train.lrr=1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert done.stderr.startswith("error: recipe key='train.lrr': did you mean 'train.lr'?")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_must_divide_by_processes(recipe_file, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "train_sit.py", str(recipe_file()), "train.batch_size=7"],
+        cwd=ROOT, capture_output=True, text=True, env={"ACCELERATE_USE_CPU": "true", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: train.batch_size=7 is not divisible by 2 processes x 1 accumulation steps; choose a "
+                      "multiple of 2"]  # fmt: skip
+    assert done.returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_moved_run_folder_goes_on(trained, recipe_file, tmp_path):
+    shutil.move(trained, tmp_path / "elsewhere")
+    train_sit.main([str(recipe_file()), f"run.out={tmp_path / 'elsewhere'}", "train.max_steps=9"])
+    assert (tmp_path / "elsewhere/step-0000009").is_dir()

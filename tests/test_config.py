@@ -1,0 +1,99 @@
+"""Recipes: what is refused and how, what ships, and which schema owns what."""
+
+import dataclasses
+import inspect
+
+import pytest
+from conftest import ROOT
+
+from sit_atconv import SiTTransformer2DModel, config, data
+from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
+from sit_atconv.errors import InputError
+
+RECIPES = sorted((ROOT / "experiments/recipes").glob("*.yaml"))
+MINIMAL = {"run": {"out": "x"}}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_start_with_their_launch_command(path):
+    recipe = load_recipe(path)
+    assert recipe.run.out == f"runs/{path.stem}"
+    assert path.read_text().startswith(f"# accelerate launch train_sit.py experiments/recipes/{path.name}")
+
+
+def test_the_promised_recipes_ship():
+    promised = {
+        "digits_sit_atconv", "digits_sit", "imagefolder_small", "imagenet256_sit_xl2", "imagenet256_sit_xl2_atconv",
+        "imagenet256_sit_xl2_atconv_hybrid", "imagenet512_sit_xl2_atconv",
+    }  # fmt: skip
+    assert promised <= {path.stem for path in RECIPES}
+
+
+def test_overrides_are_typed_and_win(recipe_file):
+    recipe = load_recipe(recipe_file(), ["train.lr=2e-4", "model.token_mixer=[atconv,attention]", "train.compile=true"])
+    assert recipe.train.lr == 2e-4
+    assert recipe.model.token_mixer == ["atconv", "attention"]
+    assert recipe.train.compile is True
+    assert recipe.train.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        ({"trian": {}}, "did you mean 'train'"),
+        ({"train": {"max_step": 3}}, "did you mean 'train.max_steps'"),
+        ({"train": {"lr": "fast"}}, "train.lr: Value 'fast'"),
+        ({"train": 3}, "train must be a mapping"),
+        ({"train": {"batch_size": 0}}, "train.batch_size=0: must be at least 1"),
+        ({"train": {"precision": "fp8"}}, "train.precision='fp8': choose from ['bf16'"),
+        ({"train": {"max_grad_norm": 0}}, "max_grad_norm"),
+        ({"ema": {"decay": 1.0}}, "ema.decay=1.0"),
+        ({"flow": {"path": "cosine"}}, "flow.path='cosine'"),
+        ({"run": {"seed": -1}}, "run.seed=-1"),
+        ({"run": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'"),
+        ({"data": {"kind": "imagefolder"}}, "data.root is missing"),
+        ({"data": {"root": "x"}}, "data.root=x"),
+        ({"latents": {"codec": "vae"}}, "latents.codec=vae with latents.vae=None"),
+        ({"latents": {"vae": "x"}}, "latents.codec=identity with latents.vae=x"),
+    ],
+)
+def test_wrong_recipes_are_refused_in_one_line(stated, says):
+    merged = {**MINIMAL, **stated}
+    merged["run"] = {**MINIMAL["run"], **stated.get("run", {})}
+    with pytest.raises(InputError) as error:
+        make_recipe(merged)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_run_out_is_required():
+    with pytest.raises(InputError, match=r"run.out"):
+        make_recipe({})
+
+
+def test_model_section_has_exactly_the_models_options():
+    options = set(inspect.signature(SiTTransformer2DModel.__init__).parameters) - {"self"}
+    assert {entry.name for entry in dataclasses.fields(config.Model)} == options | {"name"}
+
+
+def test_every_data_kind_can_be_opened():
+    assert set(data.DATASETS) == set(config.DATA_KINDS)
+
+
+def test_only_steps_checkpoints_previews_and_logging_may_change():
+    old = to_dict(make_recipe(MINIMAL))
+    allowed = {
+        "run": {"out": "y", "log_every": 1, "trackers": ["wandb"]},
+        "train": {"max_steps": 1},
+        "checkpoint": {"every": 1, "keep_last": 1},
+        "preview": {"every": 1, "num": 1, "steps": 1, "sampler": "heun", "guidance_scale": 1.0},
+    }
+    assert differences(old, to_dict(make_recipe(allowed))) == []
+    for section, key, value in (
+        ("run", "seed", 1), ("data", "flip", True), ("model", "depth", 3), ("train", "lr", 1.0), ("ema", "decay", 0.5),
+        ("train", "batch_size", 3), ("train", "precision", "bf16"), ("latents", "batch_size", 2),
+    ):  # fmt: skip
+        new = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}
+        changed = differences(old, to_dict(make_recipe(new)))
+        assert len(changed) == 1
+        assert changed[0].startswith(f"{section}.{key}: ")

@@ -1,0 +1,42 @@
+"""Draws belong to their index."""
+
+import numpy as np
+import pytest
+import torch
+
+from sit_atconv import draws
+from sit_atconv.draws import Stream
+
+
+def test_a_draw_is_a_function_of_seed_stream_and_index():
+    first = draws.normal((2, 3), 0, Stream.NOISE, 4, 5)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert torch.equal(draws.normal((2, 3), 0, Stream.NOISE, 4, 5), first)
+    others = [
+        draws.normal((2, 3), *key)
+        for key in [
+            (1, Stream.NOISE, 4, 5),
+            (0, Stream.POSTERIOR, 4, 5),
+            (0, Stream.NOISE, 5, 4),
+            (0, Stream.NOISE, 4, 6),
+        ]
+    ]
+    assert all(not torch.equal(other, first) for other in others)
+
+
+def test_streams_are_distinct_numbers():
+    assert len({int(stream) for stream in Stream}) == len(Stream)
+
+
+def test_distributions():
+    normal = draws.normal((100_000,), 0, Stream.NOISE, 0)
+    assert normal.dtype == torch.float32
+    assert abs(normal.mean()) < 0.02
+    assert abs(normal.std() - 1) < 0.02
+    uniform = np.array([draws.uniform(0, Stream.TIME, 3, sample) for sample in range(4000)])
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    assert uniform.mean() == pytest.approx(0.5, abs=0.02)
+    assert np.corrcoef(uniform[:-1], uniform[1:])[0, 1] == pytest.approx(0, abs=0.05)
+    assert all(np.float32(value) == value for value in uniform[:10])

@@ -1,0 +1,56 @@
+"""Codecs: scale and shift, the posterior, and which autoencoder a checkpoint belongs to."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from sit_atconv.config import Latents
+from sit_atconv.errors import InputError
+from sit_atconv.latents import IdentityCodec, VaeCodec, open_codec, reopen_codec
+
+
+def test_identity_leaves_pixels_alone():
+    images = torch.randn(2, 1, 8, 8)
+    codec = open_codec(Latents())
+    assert isinstance(codec, IdentityCodec)
+    assert torch.equal(codec.decode(codec.encode(images)), images)
+    assert codec.latent_shape(1, 8) == (1, 8, 8)
+
+
+def test_vae_latents_are_scaled_draws_of_the_posterior(vae_folder):
+    codec = VaeCodec(str(vae_folder), batch_size=2)
+    images, posterior = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 4, 4, 4)
+    distribution = AutoencoderKL.from_pretrained(vae_folder).encode(images).latent_dist
+    expected = (distribution.mean + distribution.std * posterior - 0.1) * 0.5
+    torch.testing.assert_close(codec.encode(images, posterior), expected)
+    assert codec.latent_shape(3, 16) == (4, 4, 4)
+    decoded = AutoencoderKL.from_pretrained(vae_folder).decode(expected / 0.5 + 0.1).sample
+    torch.testing.assert_close(codec.decode(expected), decoded, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoints_codec_is_found_again_and_another_one_refused(vae_folder, tmp_path):
+    description = VaeCodec(str(vae_folder)).describe()
+    assert (description["scale"], description["shift"]) == (0.5, 0.1)
+    assert reopen_codec(description).source == str(vae_folder)
+    other = AutoencoderKL.from_pretrained(vae_folder)
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="sha256"):
+        reopen_codec(description, str(tmp_path))
+    moved = {**description, "vae": "/nowhere/vae"}
+    assert reopen_codec(moved, str(vae_folder)).scale == 0.5
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 16), (3, 18)])
+def test_images_that_do_not_fit_the_autoencoder(vae_folder, channels, size):
+    with pytest.raises(InputError, match="multiples of 4"):
+        VaeCodec(str(vae_folder)).latent_shape(channels, size)
+
+
+def test_a_missing_autoencoder_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json"):
+        VaeCodec(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors"):
+        VaeCodec(str(tmp_path))

@@ -1,0 +1,82 @@
+"""The layout that DESIGN promises: imports go one way, and only the library is installed."""
+
+import ast
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+# What a part of the library may import from the rest of it.
+BASE = {"errors", "version"}
+CORE = BASE | {"config", "flow", "draws"}
+ALLOWED = {
+    "errors": set(),
+    "version": set(),
+    "draws": BASE,
+    "flow": set(),
+    "config": BASE | {"flow"},
+    "ops": BASE,
+    "layers": BASE | {"ops"},
+    "models": BASE | {"ops", "layers"},
+    "data": CORE,
+    "latents": CORE,
+    "ema": BASE,
+    "checkpoint": CORE | {"models"},
+    "generation": CORE | {"models", "data", "latents"},
+    "training": CORE | {"models", "data", "latents", "ema", "checkpoint", "generation"},
+    "__init__": {"layers", "models", "version"},
+}
+LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))
+
+
+def imports(path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return modules
+
+
+def part(path) -> str:
+    return path.relative_to(ROOT / "sit_atconv").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_library_imports_go_one_way(path):
+    names = {name.split(".")[1] for name in imports(path) if name.startswith("sit_atconv.")}
+    known = {part(other) for other in LIBRARY}
+    assert names & known <= ALLOWED[part(path)] | {part(path)}
+    top = {name.partition(".")[0] for name in imports(path)}
+    assert not top & {"experiments", "sampling", "eval", "sample", "train_sit", "tests"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sit_atconv/flow").glob("*.py")), ids=lambda path: path.name)
+def test_flow_needs_torch_and_torchdiffeq_alone(path):
+    outside = {name.partition(".")[0] for name in imports(path)} - {"sit_atconv"}
+    assert outside <= {"torch", "torchdiffeq", "collections", "itertools", "math", "dataclasses", "typing"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.name)
+def test_eval_never_sees_a_model(path):
+    assert not {name for name in imports(path) if name.startswith(("sit_atconv.models", "sampling", "experiments"))}
+
+
+def test_every_part_of_the_library_has_its_place():
+    assert {part(path) for path in LIBRARY} == ALLOWED.keys()
+
+
+def test_only_the_library_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["packages"]["find"] == {"include": ["sit_atconv*"]}
+
+
+def test_nothing_is_unpickled():
+    for folder in ("sit_atconv", "sampling", "eval", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
+            assert not imports(path) & {"pickle", "cloudpickle", "joblib"}, path

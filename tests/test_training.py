@@ -1,0 +1,297 @@
+"""The loop: what it computes, that a restart changes nothing, and that processes share the work exactly."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, reset_accelerate
+from PIL import Image
+from safetensors.torch import load_file
+
+from sit_atconv import training
+from sit_atconv.config import Train, load_recipe
+from sit_atconv.errors import InputError
+from sit_atconv.flow.path import LinearPath
+from sit_atconv.training import learning_rate, make_optimizer, train
+
+
+def weights(checkpoint: Path, which: str = "ema") -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / which / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    for which in ("ema", "model"):
+        first, second = weights(a, which), weights(b, which)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), which
+
+
+def log_rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def run_recipe(path: Path, *overrides: str) -> Path:
+    reset_accelerate()
+    return train(load_recipe(path, overrides))
+
+
+def test_two_steps_equal_a_loop_written_out(recipe_file):
+    """AdamW, EMA, draws, class dropout and schedule against plain torch."""
+    model_options = {"class_dropout_prob": 0.5}
+    path = recipe_file(
+        model=model_options,
+        train={"max_steps": 3, "warmup_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.2, "lr_schedule": "cosine"},
+        checkpoint={"every": 3},
+    )
+    recipe = load_recipe(path)
+    from sit_atconv.data import Digits, TrainingSamples
+
+    facts = training.Facts((1, 8, 8), 10, 1437)
+    model = training.build_model(recipe, facts)
+    averaged = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = make_optimizer(model, recipe.train)
+    samples = TrainingSamples(Digits(), (1, 8, 8), 8, seed=0, drop=0.5, null_label=10)
+    losses = []
+    for step in range(3):
+        items = [samples[step * 8 + j] for j in range(8)]
+        image, noise, t = (torch.stack([item[key] for item in items]) for key in ("image", "noise", "t"))
+        labels = torch.tensor([item["label"] for item in items])
+        for group in optimizer.param_groups:
+            group["lr"] = [5e-4, 1e-3, 1e-3][step]
+        x_t = t[:, None, None, None] * image + (1 - t[:, None, None, None]) * noise
+        loss = (model(x_t, t, labels).sample - (image - noise)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        averaged = {name: 0.9 * averaged[name] + 0.1 * value for name, value in model.state_dict().items()}
+
+    last = train(recipe)
+    assert [row["loss"] for row in log_rows(last.parent)] == pytest.approx(losses, rel=1e-6)
+    for name, value in weights(last, "model").items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-5, atol=1e-7)
+    for name, value in weights(last).items():
+        torch.testing.assert_close(value, averaged[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_resumed_run_ends_with_the_same_bits_and_one_log(recipe_file, tmp_path):
+    path = recipe_file()
+    whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
+    run_recipe(path, "train.max_steps=5", "checkpoint.every=2")
+    parts = run_recipe(path)
+    assert_same_bits(whole, parts)
+
+    def timeless(rows):
+        return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr", "skipped")} for row in rows]
+
+    assert timeless(log_rows(parts.parent)) == timeless(log_rows(whole.parent))
+
+
+def test_starting_a_finished_run_again_changes_nothing(recipe_file):
+    last = run_recipe(recipe_file())
+    before = {path: path.stat().st_mtime_ns for path in last.rglob("*") if path.is_file()}
+    assert run_recipe(recipe_file()) == last
+    assert {path: path.stat().st_mtime_ns for path in last.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(recipe_file, tmp_path, capsys):
+    whole = run_recipe(recipe_file(), f"run.out={tmp_path / 'whole'}")
+    last = run_recipe(recipe_file())
+    (last / "optimizer.safetensors").write_bytes(b"")
+    again = run_recipe(recipe_file())
+    assert "optimizer.safetensors" in capsys.readouterr().err
+    assert again == last
+    assert_same_bits(whole, again)
+
+
+def test_killed_at_an_arbitrary_moment_and_run_again(recipe_file, tmp_path):
+    path = recipe_file(train={"max_steps": 40}, checkpoint={"every": 3})
+    command = [sys.executable, "train_sit.py", str(path)]
+    whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
+    for moment in (7, 20):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        seen = b""
+        while chunk := process.stderr.read(1):  # one byte at a time: the kill follows the bar at once
+            seen += chunk
+            steps = [int(number) for number in re.findall(rb" (\d+)/40 ", seen)]
+            if steps and steps[-1] >= moment:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, seen.decode()
+    parts = run_recipe(path)
+    assert_same_bits(whole, parts)
+    assert [row["step"] for row in log_rows(parts.parent)] == list(range(1, 41))
+
+
+def test_two_processes_train_as_one(recipe_file, tmp_path):
+    path = recipe_file(train={"max_steps": 40, "lr": 1e-4, "gradient_accumulation_steps": 2}, data={"flip": True})
+    single = run_recipe(path, f"run.out={tmp_path / 'single'}")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_sit.py", path],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+    )
+    one, two = log_rows(single.parent), log_rows(tmp_path / "run")
+    assert len(one) == len(two) == 40
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "override", ["train.gradient_accumulation_steps=4", "data.workers=2", "train.gradient_checkpointing=true"]
+)
+def test_what_must_not_change_the_result(recipe_file, tmp_path, override):
+    plain = run_recipe(recipe_file(), f"run.out={tmp_path / 'plain'}")
+    other = run_recipe(recipe_file(), override)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(other)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_reaches_the_model(recipe_file, monkeypatch):
+    calls = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    run_recipe(recipe_file(), "train.max_steps=1", "train.gradient_checkpointing=true")
+    assert len(calls) == 2
+
+
+def test_bf16_trains_with_fp32_weights(recipe_file, tmp_path):
+    plain = run_recipe(recipe_file(), f"run.out={tmp_path / 'plain'}")
+    low = run_recipe(recipe_file(), "train.precision=bf16")
+    assert {value.dtype for value in weights(low).values()} == {torch.float32}
+    first, second = log_rows(plain.parent), log_rows(low.parent)
+    assert second[-1]["loss"] == pytest.approx(first[-1]["loss"], rel=0.02)
+    assert second[-1]["loss"] != first[-1]["loss"]
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager(recipe_file, tmp_path):
+    plain = run_recipe(recipe_file(), f"run.out={tmp_path / 'plain'}")
+    compiled = run_recipe(recipe_file(), "train.compile=true")
+    assert weights(compiled).keys() == weights(plain).keys()
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_learning_rate_schedules():
+    def rates(**options):
+        return [learning_rate(step, Train(max_steps=10, lr=1.0, **options)) for step in range(10)]
+
+    assert rates() == [1.0] * 10
+    assert rates(warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(warmup_steps=5, lr_schedule="linear")[5:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(lr_schedule="cosine")[5] == pytest.approx(0.5)
+    assert rates(lr_schedule="cosine")[9] == pytest.approx((1 + math.cos(0.9 * math.pi)) / 2)
+
+
+def test_vectors_are_not_decayed(recipe_file):
+    model = training.build_model(load_recipe(recipe_file()), training.Facts((1, 8, 8), 10, 1))
+    decayed, kept = make_optimizer(model, Train(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert "blocks.1.attn.difference_control" in {names[parameter] for parameter in kept["params"]}
+    assert all(names[parameter].endswith("weight") for parameter in decayed["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def poison_steps(monkeypatch, steps: set[int]) -> None:
+    """Make the loss NaN in the given steps (0-based), counted by calls of the path."""
+    calls = [0]
+    target = LinearPath.velocity
+
+    def velocity(self, data, noise, t):
+        calls[0] += 1
+        return target(self, data, noise, t) * (float("nan") if calls[0] - 1 in steps else 1.0)
+
+    monkeypatch.setattr(LinearPath, "velocity", velocity)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(recipe_file, tmp_path, monkeypatch):
+    poison_steps(monkeypatch, {3})
+    last = run_recipe(recipe_file(), "checkpoint.every=1", "checkpoint.keep_last=9")
+    steps = [last.with_name(f"step-{step:07d}") for step in (3, 4, 5)]
+    assert_same_bits(steps[0], steps[1])
+    assert not torch.equal(weights(steps[1])["final_layer.linear.bias"], weights(steps[2])["final_layer.linear.bias"])
+    assert [row["skipped"] for row in log_rows(last.parent)] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_training_stops_after_a_run_of_them_and_keeps_the_last_good_checkpoint(recipe_file, tmp_path, monkeypatch):
+    poison_steps(monkeypatch, set(range(4, 999)))
+    with pytest.raises(InputError, match=r"no finite gradient for 20 steps, up to step 24"):
+        run_recipe(recipe_file(), "train.max_steps=100", "checkpoint.every=4", "checkpoint.keep_last=1")
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "step-0000020").values())
+
+
+def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, monkeypatch):
+    seen = []
+    generate = training.generate
+    monkeypatch.setattr(
+        training, "generate", lambda model, *rest: seen.append((model, list(rest[2]))) or generate(model, *rest)
+    )
+    run_recipe(recipe_file(preview={"every": 4, "num": 12, "steps": 2, "guidance_scale": 2.0}))
+    assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == [
+        "step-0000004.png", "step-0000008.png",
+    ]  # fmt: skip
+    assert seen[0][1] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert not any(parameter.requires_grad for parameter in seen[0][0].parameters())
+    assert Image.open(tmp_path / "run/previews/step-0000004.png").size == (4 * 10 + 2, 3 * 10 + 2)
+
+
+def test_log_has_rates_that_fit_together(recipe_file):
+    rows = log_rows(run_recipe(recipe_file(), "run.log_every=3").parent)
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    model = training.build_model(load_recipe(recipe_file()), training.Facts((1, 8, 8), 10, 1))
+    flops = 6 * training.count_macs(training._on_meta(model))
+    for row in rows:
+        assert row["flops_per_second"] == pytest.approx(row["images_per_second"] * flops)
+
+
+def test_trackers_receive_the_log(recipe_file, monkeypatch):
+    from accelerate import Accelerator
+
+    rows = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, row, step: rows.append((step, row)))
+    run_recipe(recipe_file(), "run.log_every=4")
+    assert [step for step, _ in rows] == [4, 8]
+    assert {"loss", "grad_norm", "lr"} <= rows[0][1].keys()
+
+
+def test_imagefolder_through_a_vae_and_back_to_images(tmp_path, recipe_file, vae_folder):
+    import sample
+    from sampling.__main__ import main as sampling
+
+    generator = torch.Generator().manual_seed(0)
+    for index, size in enumerate([(40, 30), (33, 64), (90, 41), (32, 32), (128, 70), (31, 35)]):
+        folder = tmp_path / "images" / ("cat", "dog", "eel")[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    path = recipe_file(
+        data={"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 32, "flip": True},
+        latents={"codec": "vae", "vae": str(vae_folder), "batch_size": 3},
+        preview={"every": 8, "num": 4, "steps": 2},
+    )
+    last = run_recipe(path)
+    manifest = json.loads((last / "manifest.json").read_text())
+    assert manifest["codec"]["scale"] == 0.5
+    assert manifest["codec"]["vae"] == str(vae_folder)
+    config = json.loads((last / "ema/config.json").read_text())
+    assert (config["sample_size"], config["in_channels"], config["num_classes"]) == (8, 4, 3)
+    grid = tmp_path / "grid.png"
+    sample.main(["--ckpt", str(last), "--classes", "0", "1", "2", "--steps", "2", "--out", str(grid)])
+    assert Image.open(grid).size == (3 * 34 + 2, 36)
+    sampling(["generate", "--ckpt", str(last.parent), "--num", "4", "--steps", "2", "--out", str(tmp_path / "out")])
+    assert Image.open(tmp_path / "out/000003.png").size == (32, 32)
+    assert Image.open(tmp_path / "out/000003.png").mode == "RGB"
