@@ -63,8 +63,8 @@ def setup(args: argparse.Namespace) -> Setup:
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be at least 1")
     device = resolve_device(args.device)
-    trained = load_trained(args.ckpt)
+    trained = load_trained(args.ckpt, DTYPES[args.dtype])
     sampling.check_model(trained.model)
     codec = reopen_codec(trained.manifest["codec"], args.vae).to(device)
-    trained.model.to(device, DTYPES[args.dtype])
+    trained.model.to(device)
     return Setup(trained, codec, sampling)

@@ -97,7 +97,8 @@ def measure(
     for name in names:
         with torch.device("meta"):
             macs = count_macs(create_model(name, latent))
-        model = random_model(name, latent).to(device, DTYPES[dtype])
+        # nn.Module's own `to`: diffusers warns about every cast, of models with nothing to keep in fp32 too.
+        model = torch.nn.Module.to(random_model(name, latent), device, DTYPES[dtype])
         velocity = model(*inputs).sample
         if velocity.shape != x.shape or not velocity.isfinite().all() or not velocity.any():
             raise RuntimeError(f"{name} at {size} px gives a wrong output; not timed")

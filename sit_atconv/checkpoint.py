@@ -195,9 +195,10 @@ class Trained:
     files: dict[str, str]
 
 
-def load_trained(path: str | Path) -> Trained:
+def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
 
+    dtype: of the weights in memory; on disk they are fp32.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
     path = Path(path).absolute()
@@ -209,7 +210,7 @@ def load_trained(path: str | Path) -> Trained:
         folder, which = (step_folders(path) or [path])[-1], "ema"
     manifest = read_manifest(folder, under=f"{which}/")
     try:
-        model = SiTTransformer2DModel.from_pretrained(folder / which)
+        model = SiTTransformer2DModel.from_pretrained(folder / which, torch_dtype=dtype)
     except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
     weights = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
