@@ -4,12 +4,11 @@ import time
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from sampling.options import add_sampling_options, setup
 from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.generation import check_labels, generate, random_label
+from sit_atconv.generation import check_labels, generate, random_label, save_grid
 
 
 @command
@@ -45,9 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.update(len(part))
     seconds = (time.perf_counter() - start) / len(labels)
     columns = len(args.classes) if args.classes else max(1, round(len(labels) ** 0.5))
-    grid = make_grid(torch.cat(images).float() / 255, nrow=columns, pad_value=1.0)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    save_image(grid, args.out)
+    save_grid(torch.cat(images), columns, Path(args.out))
     print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}, {seconds:.3f} s per image")
 
 

@@ -1,7 +1,6 @@
 """Inception features as ADM's protocol takes them, through torch-fidelity."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +41,10 @@ def load_inception(weights: Path, device: torch.device) -> FeatureExtractorIncep
 
 @torch.no_grad()
 def extract(model: FeatureExtractorInceptionV3, pixels: torch.Tensor, batch_size: int = 64) -> np.ndarray:
-    """Pool features (N, 2048) of uint8 images (N, C, H, W); grey ones are repeated to three channels."""
+    """Pool features (N, 2048) of uint8 images (N, C, H, W), in true fp32; grey ones are repeated to three channels."""
     device = next(model.buffers()).device
     features = []
-    disable = int(os.environ.get("RANK", "0")) != 0
-    for part in tqdm(pixels.split(batch_size), desc="features", unit="batch", disable=disable):
-        features.append(model(part.expand(-1, 3, -1, -1).to(device))[0].cpu().numpy())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for part in tqdm(pixels.split(batch_size), desc="features", unit="batch"):
+            features.append(model(part.expand(-1, 3, -1, -1).to(device))[0].cpu().numpy())
     return np.concatenate(features)

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     result |= {
         "n": len(samples.pixels),
         "samples": str(path.absolute()),
-        "samples_manifest": samples.manifest,
+        "samples_manifest": {key: value for key, value in (samples.manifest or {}).items() if key != "labels"},
         "samples_manifest_sha256": sha256(manifest) if manifest.is_file() else None,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity", "numpy", "scipy")},
     }

@@ -24,7 +24,9 @@ class Images:
 
 
 def read_images(path: str | Path) -> Images:
-    """Read a folder of images in the order of their names, or an npz with `arr_0` (N, H, W, C) and `arr_1` labels.
+    """Read a folder of images, subfolders too, in the order of their names, or an npz.
+
+    The npz holds `arr_0`, uint8 (N, H, W, C), and perhaps labels `arr_1` (N,).
 
     Raises InputError for a missing path, a folder without images, images of different sizes, or one that does not
     decode.
@@ -44,8 +46,12 @@ def read_images(path: str | Path) -> Images:
 
 
 def _read_folder(path: Path) -> Images:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    manifest = json.loads((path / "manifest.json").read_text()) if (path / "manifest.json").is_file() else None
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text()) if (path / "manifest.json").is_file() else None
+        num, labels = (manifest["num"], manifest["labels"]) if manifest else (len(files), None)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{str(path / 'manifest.json')!r} is not the manifest of samples") from None
     if not files:
         raise InputError(f"images {str(path)!r}: the folder holds no images ({', '.join(SUFFIXES)})")
     arrays = []
@@ -59,7 +65,6 @@ def _read_folder(path: Path) -> Images:
             raise InputError(f"image {str(file)!r} is {arrays[-1].shape}, {files[0].name} is {arrays[0].shape}")
     pixels = torch.from_numpy(np.stack(arrays))
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    labels = manifest.get("labels") if manifest else None
-    if manifest and len(files) != manifest["num"]:
-        raise InputError(f"images {str(path)!r}: {len(files)} images, but its manifest says {manifest['num']}")
+    if len(files) != num:
+        raise InputError(f"images {str(path)!r}: {len(files)} images, but its manifest says {num}")
     return Images(pixels, torch.tensor(labels) if labels is not None else None, manifest)

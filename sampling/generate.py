@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         "nfe": nfe / args.num,
         "block": args.batch,
         "dtype": args.dtype,
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "device": args.device,
         "uint8_rule": UINT8_RULE,
         "checkpoint": str(trained.folder),
         "weights": trained.which,
@@ -73,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
         "step": trained.manifest["step"],
         "versions": library_versions(),
     }
-    (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
+    (unfinished / "manifest.json").write_text(f"{{\n {lines}\n}}\n")
     unfinished.rename(out)
     print(f"{args.num} images in {out}, NFE {manifest['nfe']:g}")
 

@@ -1,6 +1,7 @@
 """Command-line options that every sampling command shares."""
 
 import argparse
+import os
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,8 @@ def resolve_device(name: str) -> torch.device:
 def setup(args: argparse.Namespace) -> Setup:
     """Load what the options name. Raises InputError for a bad checkpoint, option, device or missing autoencoder."""
     sampling = Sampling(args.sampler, args.steps, args.cfg, args.cfg_channels, tuple(args.cfg_interval), args.seed)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("sampling runs in one process; start it without a launcher")
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be at least 1")
     device = resolve_device(args.device)

@@ -168,9 +168,9 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
         if name.startswith(under):
             path = folder / name
             if not path.is_file():
-                raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} is missing; use another checkpoint")
+                raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
             if sha256(path) != digest:
-                raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} was changed or cut; use another one")
+                raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} was changed or cut")
     return manifest
 
 
@@ -180,7 +180,7 @@ def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return folder, read_manifest(folder)
         except InputError as error:
-            print(f"warning: {error}; going on from the one before", file=sys.stderr)
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
     return None
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torchvision.utils import make_grid, save_image
 
 from sit_atconv import draws
 from sit_atconv.data import to_uint8
@@ -59,6 +61,17 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
 def random_label(seed: int, index: int, num_classes: int) -> int:
     """The label of image `index`, uniform over the classes."""
     return int(draws.generator(seed, Stream.SAMPLE_LABEL, index).integers(num_classes))
+
+
+GRID_PIXELS = 64
+
+
+def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels by repetition."""
+    factor = max(1, GRID_PIXELS // images.shape[-1])
+    enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(enlarged.float() / 255, nrow=columns, padding=4, pad_value=1.0), path)
 
 
 @torch.no_grad()

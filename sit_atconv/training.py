@@ -17,7 +17,6 @@ from accelerate.utils import (
     is_tensorboard_available,
     is_wandb_available,
 )
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from sit_atconv import checkpoint, config
@@ -27,7 +26,7 @@ from sit_atconv.ema import EMA
 from sit_atconv.errors import InputError
 from sit_atconv.flow.loss import velocity_loss
 from sit_atconv.flow.path import PATHS
-from sit_atconv.generation import Sampling, generate
+from sit_atconv.generation import Sampling, generate, save_grid
 from sit_atconv.latents import open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
@@ -165,6 +164,10 @@ def check_run_folder(run: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] |
     if not run.exists():
         return None
     found = checkpoint.newest_valid(run) if run.is_dir() else None
+    if found is None and checkpoint.step_folders(run):
+        raise InputError(
+            f"run.out={str(run)!r} has no whole checkpoint left; remove its step-... folders to begin anew"
+        )
     try:
         stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
     except OSError:
@@ -200,7 +203,7 @@ class Log:
 def train(recipe: Recipe) -> Path:
     """Train until `train.max_steps`, going on from the newest valid checkpoint in `run.out`; returns the last one.
 
-    Raises InputError for whatever the user can mend; a run that has no checkpoint by then leaves nothing behind.
+    Raises InputError for whatever the user can mend, leaving nothing behind that was not there before.
     """
     accelerator = make_accelerator(recipe)
     dataset, codec = open_dataset(recipe.data), open_codec(recipe.latents)
@@ -217,8 +220,9 @@ def train(recipe: Recipe) -> Path:
     found, new = broadcast_object_list(start)
     try:
         return _Trainer(accelerator, recipe, facts, dataset, codec, model, preview, found).run_to_the_end()
-    except InputError:
-        if new and not checkpoint.step_folders(run):
+    except InputError as error:
+        # A bad image found before the first checkpoint: a restart repeats those steps, so nothing is lost.
+        if error.every_rank and new and not checkpoint.step_folders(run):
             shutil.rmtree(run, ignore_errors=True)
         raise
 
@@ -275,7 +279,9 @@ class _Trainer:
         if main:
             checkpoint.write_atomic(self.run / "recipe.yaml", yaml.safe_dump(config.to_dict(recipe), sort_keys=False))
             log = Log(self.run / "log.jsonl", self.step)
-        accelerator.init_trackers("sit_atconv", config=config.flatten(config.to_dict(recipe)))
+        settings = config.flatten(config.to_dict(recipe))
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        accelerator.init_trackers("sit_atconv", config=plain)
         # Nothing is shown before the first step, so that an error at the first image is the only line.
         bar = tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-9)
         since, timed = time.perf_counter(), 0
@@ -354,9 +360,7 @@ class _Trainer:
         images, _ = generate(
             self.ema.model, self.codec, range(count), [i % classes for i in range(count)], self.preview
         )
-        path = self.run / "previews" / f"step-{self.step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_image(make_grid(images.float() / 255, nrow=math.ceil(math.sqrt(count)), pad_value=1.0), path)
+        save_grid(images, math.ceil(math.sqrt(count)), self.run / "previews" / f"step-{self.step:07d}.png")
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:

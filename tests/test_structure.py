@@ -80,3 +80,11 @@ def test_nothing_is_unpickled():
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                     assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
             assert not imports(path) & {"pickle", "cloudpickle", "joblib"}, path
+
+
+def test_the_readmes_example_runs():
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    assert names["velocity"].shape == (1, 4, 32, 32)
+    assert names["tokens"].shape == (1, 240, 384)

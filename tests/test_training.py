@@ -112,6 +112,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(recipe_file, tmp_path, capsy
     assert_same_bits(whole, again)
 
 
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_by_itself(recipe_file):
+    last = run_recipe(recipe_file(), "checkpoint.keep_last=1")
+    (last / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no whole checkpoint left"):
+        run_recipe(recipe_file())
+    assert (last / "ema" / "config.json").exists()
+
+
 def test_killed_at_an_arbitrary_moment_and_run_again(recipe_file, tmp_path):
     path = recipe_file(train={"max_steps": 40}, checkpoint={"every": 3})
     command = [sys.executable, "train_sit.py", str(path)]
@@ -246,7 +254,7 @@ def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, 
     ]  # fmt: skip
     assert seen[0][1] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert not any(parameter.requires_grad for parameter in seen[0][0].parameters())
-    assert Image.open(tmp_path / "run/previews/step-0000004.png").size == (4 * 10 + 2, 3 * 10 + 2)
+    assert Image.open(tmp_path / "run/previews/step-0000004.png").size == (4 * 68 + 4, 3 * 68 + 4)
 
 
 def test_log_has_rates_that_fit_together(recipe_file):
@@ -291,7 +299,7 @@ def test_imagefolder_through_a_vae_and_back_to_images(tmp_path, recipe_file, vae
     assert (config["sample_size"], config["in_channels"], config["num_classes"]) == (8, 4, 3)
     grid = tmp_path / "grid.png"
     sample.main(["--ckpt", str(last), "--classes", "0", "1", "2", "--steps", "2", "--out", str(grid)])
-    assert Image.open(grid).size == (3 * 34 + 2, 36)
+    assert Image.open(grid).size == (3 * 68 + 4, 68 + 4)
     sampling(["generate", "--ckpt", str(last.parent), "--num", "4", "--steps", "2", "--out", str(tmp_path / "out")])
     assert Image.open(tmp_path / "out/000003.png").size == (32, 32)
     assert Image.open(tmp_path / "out/000003.png").mode == "RGB"

@@ -12,7 +12,7 @@ import sample
 import train_sit
 from sampling.__main__ import main as sampling
 from sit_atconv import create_model
-from sit_atconv.generation import Sampling, generate, random_label
+from sit_atconv.generation import Sampling, generate, random_label, save_grid
 from sit_atconv.latents import IdentityCodec
 
 
@@ -115,11 +115,23 @@ def test_random_labels_follow_their_index(run_folder, tmp_path):
     assert long[:3] == short
 
 
+def test_a_grid_shows_the_pixels_enlarged_and_large_images_as_they_are(tmp_path):
+    images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    save_grid(images, 2, tmp_path / "grid.png")
+    grid = np.array(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (2 * 68 + 4, 2 * 68 + 4, 3)
+    second = grid[4 : 4 + 64, 72 : 72 + 64]
+    assert np.array_equal(second[::8, ::8], images[1].permute(1, 2, 0).numpy())
+    assert np.array_equal(second[7::8, 7::8], second[::8, ::8])
+    save_grid(torch.zeros(1, 3, 100, 100, dtype=torch.uint8), 1, tmp_path / "large.png")
+    assert Image.open(tmp_path / "large.png").size == (108, 108)
+
+
 def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys):
     out = tmp_path / "grid.png"
     classes = ["--classes", "3", "1", "4"]
     sample.main(["--ckpt", str(run_folder), *classes, "--rows", "2", "--steps", "2", "--out", str(out)])
-    assert Image.open(out).size == (3 * 10 + 2, 2 * 10 + 2)
+    assert Image.open(out).size == (3 * 68 + 4, 2 * 68 + 4)
     assert "6 images, NFE 4, " in capsys.readouterr().out
     sample.main(["--ckpt", str(run_folder / "step-0000002/ema"), "--num", "5", "--steps", "1", "--out", str(out)])
     assert "5 images" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""What a CPU cannot show: the same numbers on a CUDA device. Run with `make test-gpu`."""
+
+import pytest
+import torch
+from conftest import reset_accelerate
+from golden_vectors import assert_golden, golden
+
+from sit_atconv import ATConv, create_model
+from sit_atconv.config import load_recipe
+from sit_atconv.generation import Sampling, generate
+from sit_atconv.latents import IdentityCodec
+from sit_atconv.ops.atconv import dynamic_depthwise_conv, reference
+from sit_atconv.training import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [(7, 9), (16, 16)])
+def test_operator_is_as_exact_as_the_oracle(dtype, grid):
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, grid[0] * grid[1], 24, generator=generator).to("cuda", dtype)
+    kernels = torch.randn(2, 9, 24, generator=generator).to("cuda", dtype)
+    exact = reference.dynamic_depthwise_conv(v.double(), kernels.double(), grid)
+    own = (reference.dynamic_depthwise_conv(v, kernels, grid).double() - exact).abs().max()
+    fast = (dynamic_depthwise_conv(v, kernels, grid).double() - exact).abs().max()
+    assert fast <= 2 * own + 1e-6
+
+
+def test_golden_layer_with_gradients():
+    _, state, tensors = golden("op_sit")
+    layer = ATConv(12)
+    layer.load_state_dict(state)
+    layer.cuda()
+    x = tensors["x"].cuda().requires_grad_()
+    y = layer(x, grid=(16, 16))
+    assert_golden(y.cpu(), tensors["y"])
+    y.backward(tensors["grad_y"].cuda())
+    assert_golden(x.grad.cpu(), tensors["grad_x"], factor=10)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "atconv", "hybrid"])
+def test_samples_are_those_of_the_cpu(mixer):
+    torch.manual_seed(0)
+    model = create_model(
+        None, 8, 3, patch_size=2, in_channels=1, hidden_size=16, depth=2, num_heads=2, token_mixer=mixer
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    arguments = (IdentityCodec(), [0, 5], [1, 2], Sampling(steps=5))
+    on_cpu, nfe = generate(model, *arguments)
+    on_gpu, gpu_nfe = generate(model.cuda(), *arguments)
+    assert nfe == gpu_nfe
+    assert (on_cpu.int() - on_gpu.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_every_precision_trains_and_goes_on(recipe_file, precision):
+    for steps in ("5", "8"):
+        reset_accelerate()
+        overrides = [f"train.precision={precision}", f"train.max_steps={steps}", "train.max_grad_norm=1"]
+        last = train(load_recipe(recipe_file(), overrides))
+    assert last.name == "step-0000008"
