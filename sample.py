@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.num < 1 or args.rows < 1:
         raise InputError(f"--num {args.num} --rows {args.rows}: must be at least 1")
+    if args.rows != 1 and not args.classes:
+        raise InputError(f"--rows {args.rows} goes with --classes")
     if Path(args.out).suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: must end in .png")
     ready = setup(args)

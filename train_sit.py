@@ -1,7 +1,7 @@
 """accelerate launch train_sit.py RECIPE [key=value ...] [--dry-run]: train a SiT, or go on with a run."""
 
 from sit_atconv.config import load_recipe
-from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.errors import ArgumentParser, command, speaks
 from sit_atconv.training import dry_run, train
 
 
@@ -11,13 +11,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("recipe", help="YAML file, see experiments/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
     parser.add_argument("--dry-run", action="store_true", help="print size, compute, memory and schedule, then stop")
+    parser.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
     args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        print(dry_run(recipe))
+        report = dry_run(recipe)
     else:
-        last = train(recipe)
-        print(f"trained to step {recipe.train.max_steps:,}; sample with: python sample.py --ckpt {last}")
+        last = train(recipe, must_resume=args.resume)
+        report = f"trained to step {recipe.train.max_steps:,}; sample with: python sample.py --ckpt {last}"
+    if speaks():
+        print(report)
 
 
 if __name__ == "__main__":

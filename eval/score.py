@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from eval import digits, extractor
 from eval.frechet import frechet_distance, moments
 from eval.refs import read_moments
 from eval.sources import Images, read_images
-from sit_atconv.checkpoint import sha256, write_atomic
 from sit_atconv.data import Digits, to_uint8
+from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
+from sit_atconv.files import library_versions, sha256, write_atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='npz with mu and sigma, npz or folder of images, or "digits" for the embedded digits',
     )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the samples' folder, or beside the npz")
+    parser.add_argument("--device", help="for Inception; default: cuda where there is one")
+    parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the folder, or NAME.metrics.json")
     parser.set_defaults(run=run)
 
 
@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> None:
             f"samples {args.samples!r}: {len(samples.pixels)} image is not a distribution; give at least 2"
         )
     if args.ref == "digits":
-        if args.weights:
-            raise InputError("--weights belongs to Inception; --ref digits has a classifier of its own")
+        if args.weights or args.device:
+            raise InputError("--weights and --device belong to Inception; --ref digits has a classifier of its own")
         result = score_digits(samples)
     else:
-        result = score_inception(samples, args.ref, args.weights, torch.device(args.device))
+        result = score_inception(samples, args.ref, args.weights, args.device)
     path = Path(args.samples)
     manifest = path / "manifest.json"
     result |= {
@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> None:
         "samples": str(path.absolute()),
         "samples_manifest": {key: value for key, value in (samples.manifest or {}).items() if key != "labels"},
         "samples_manifest_sha256": sha256(manifest) if manifest.is_file() else None,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity", "numpy", "scipy")},
+        "versions": library_versions("torch-fidelity", "scipy"),
     }
-    out = Path(args.out) if args.out else (path if path.is_dir() else path.parent) / "metrics.json"
+    default = path / "metrics.json" if path.is_dir() else path.with_suffix(".metrics.json")
+    out = Path(args.out) if args.out else default
     write_atomic(out, json.dumps(result, indent=1))
     for name, value in result["metrics"].items():
         print(f"{name:<28} {value:.4f}")
@@ -80,19 +81,22 @@ def score_digits(samples: Images) -> dict:
     }
 
 
-def score_inception(samples: Images, ref: str, weights: str | None, device: torch.device) -> dict:
+def score_inception(samples: Images, ref: str, weights: str | None, device: str | None) -> dict:
     """FID against mu and sigma, or against images that are put through the same network."""
     path = Path(ref)
     if not path.exists():
         raise InputError(f"reference {ref!r}: no such file or folder")
     reference = read_moments(path) if path.is_file() else None
     images = read_images(path) if reference is None else None
+    if images is not None and len(images.pixels) < 2:
+        raise InputError(f"reference {ref!r}: one image is not a distribution; give at least 2")
+    if reference is not None and (reference.mu.shape, reference.sigma.shape) != ((2048,), (2048, 2048)):
+        shapes = f"mu {reference.mu.shape} and sigma {reference.sigma.shape}"
+        raise InputError(f"reference {ref!r} has {shapes}; Inception's pool has 2048 features")
     file = extractor.inception_weights(weights)
-    model = extractor.load_inception(file, device)
+    model = extractor.load_inception(file, resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if images is not None:
         reference = moments(extractor.extract(model, images.pixels))
-    if reference.mu.shape != (2048,):
-        raise InputError(f"reference {ref!r} has {reference.mu.size} features; Inception's pool has 2048")
     return {
         "protocol": extractor.PROTOCOL,
         "metrics": {"fid": frechet_distance(moments(extractor.extract(model, samples.pixels)), reference)},

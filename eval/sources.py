@@ -38,11 +38,20 @@ def read_images(path: str | Path) -> Images:
         raise InputError(f"images {str(path)!r}: no such file or folder")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            pixels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).contiguous()
-            labels = torch.from_numpy(arrays["arr_1"]) if "arr_1" in arrays else None
+            pixels, labels = arrays["arr_0"], arrays.get("arr_1")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"images {str(path)!r} cannot be read: {error}; give an npz with arr_0 (N, H, W, C)") from None
-    return Images(pixels, labels, None)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
+        found = f"{pixels.dtype} {pixels.shape}"
+        raise InputError(f"images {str(path)!r}: arr_0 is {found}; give uint8 (N, H, W, C) with 1 or 3 channels")
+    return _images(path, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, None)
+
+
+def _images(path: Path, pixels: torch.Tensor, labels, manifest: dict | None) -> Images:
+    labels = None if labels is None else torch.as_tensor(labels)
+    if labels is not None and labels.shape != pixels.shape[:1]:
+        raise InputError(f"images {str(path)!r}: {len(pixels)} images but labels of shape {tuple(labels.shape)}")
+    return Images(pixels, labels, manifest)
 
 
 def _read_folder(path: Path) -> Images:
@@ -67,4 +76,4 @@ def _read_folder(path: Path) -> Images:
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     if len(files) != num:
         raise InputError(f"images {str(path)!r}: {len(files)} images, but its manifest says {num}")
-    return Images(pixels, torch.tensor(labels) if labels is not None else None, manifest)
+    return _images(path, pixels, labels, manifest)

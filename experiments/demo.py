@@ -19,10 +19,10 @@ def call(line: str) -> None:
 
 
 def main() -> None:
+    shutil.rmtree(OUT, ignore_errors=True)
     run, grid, samples, speed = OUT / "run", OUT / "grid.png", OUT / "samples", OUT / "speed"
     call(f"train_sit.py experiments/recipes/digits_sit_atconv.yaml run.out={run}")
     call(f"sample.py --ckpt {run} --classes 0 1 2 3 4 5 6 7 8 9 --rows 8 --steps 20 --out {grid}")
-    shutil.rmtree(samples, ignore_errors=True)
     call(f"-m sampling generate --ckpt {run} --num 1000 --steps 20 --out {samples}")
     call(f"-m eval score {samples} --ref digits")
     call(f"-m sampling speed --models SiT-S/2 SiT-ATConv-S/2 --sizes 256 --dtype fp32 --out {speed}")

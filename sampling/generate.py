@@ -1,19 +1,20 @@
 """Write samples by index, with a manifest that says how they were made."""
 
 import argparse
-import dataclasses
 import json
+import math
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sampling.options import add_sampling_options, setup
-from sit_atconv.checkpoint import library_versions
+from sampling.options import Setup, add_sampling_options, setup
 from sit_atconv.data import UINT8_RULE
 from sit_atconv.errors import InputError
+from sit_atconv.files import library_versions
 from sit_atconv.generation import generate, random_label
 
 
@@ -41,33 +42,57 @@ def run(args: argparse.Namespace) -> None:
     ready = setup(args)
     sampling, trained = ready.sampling, ready.trained
     classes = trained.model.config.num_classes
+    block = min(args.batch, args.num)
+    indices = range(math.ceil(args.num / block) * block)
     if args.labels == "balanced":
-        labels = [index % classes for index in range(args.num)]
+        labels = [index % classes for index in indices]
     else:
-        labels = [random_label(sampling.seed, index, classes) for index in range(args.num)]
+        labels = [random_label(sampling.seed, index, classes) for index in indices]
 
-    unfinished = out.with_name(out.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
+    try:
+        nfe = write_images(ready, labels, args.num, block, unfinished)
+        write_manifest(unfinished, args, ready, labels[: args.num], block, nfe)
+        unfinished.chmod(0o755)
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    print(f"{args.num} images in {out}, NFE {nfe:g}")
+
+
+def write_images(ready: Setup, labels: list[int], num: int, block: int, folder: Path) -> float:
+    """Write image i < num, of class labels[i], as `folder`/00000i.png; returns the mean NFE per image.
+
+    `labels` fills whole blocks: every network call has one, and what is beyond `num` is dropped, so that an image has
+    the same bits however many follow it.
+    """
     nfe = 0
-    with tqdm(total=args.num, desc="generate", unit="image") as bar:
-        for first in range(0, args.num, args.batch):
-            indices = range(first, min(first + args.batch, args.num))
-            images, evaluations = generate(
-                trained.model, ready.codec, indices, [labels[index] for index in indices], sampling
-            )
-            nfe += evaluations * len(indices)
-            for index, image in zip(indices, images, strict=True):
-                to_pil(image).save(unfinished / f"{index:06d}.png")
-            bar.update(len(indices))
+    with tqdm(total=num, desc="generate", unit="image") as bar:
+        for first in range(0, num, block):
+            indices, wanted = range(first, first + block), labels[first : first + block]
+            images, evaluations = generate(ready.trained.model, ready.codec, indices, wanted, ready.sampling)
+            kept = min(block, num - first)
+            for index, image in zip(indices[:kept], images[:kept], strict=True):
+                to_pil(image).save(folder / f"{index:06d}.png")
+            nfe += evaluations * kept
+            bar.update(kept)
+    return nfe / num
+
+
+def write_manifest(
+    folder: Path, args: argparse.Namespace, ready: Setup, labels: list[int], block: int, nfe: float
+) -> None:
+    """Write manifest.json: all that decides the images, and what they came from."""
+    trained = ready.trained
     manifest = {
         "num": args.num,
         "labels": labels,
-        **dataclasses.asdict(sampling),
-        "nfe": nfe / args.num,
-        "block": args.batch,
+        **ready.sampling.describe(),
+        "nfe": nfe,
+        "block": block,
         "dtype": args.dtype,
-        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
         "device": args.device,
         "uint8_rule": UINT8_RULE,
         "checkpoint": str(trained.folder),
@@ -77,12 +102,10 @@ def run(args: argparse.Namespace) -> None:
         "versions": library_versions(),
     }
     lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
-    (unfinished / "manifest.json").write_text(f"{{\n {lines}\n}}\n")
-    unfinished.rename(out)
-    print(f"{args.num} images in {out}, NFE {manifest['nfe']:g}")
+    (folder / "manifest.json").write_text(f"{{\n {lines}\n}}\n")
 
 
-def to_pil(image) -> Image.Image:
+def to_pil(image: torch.Tensor) -> Image.Image:
     """uint8 (1 or 3, H, W) -> a grey or RGB image."""
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

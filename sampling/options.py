@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from sit_atconv.checkpoint import Trained, load_trained
+from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
 from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.generation import Sampling
 from sit_atconv.latents import reopen_codec
 
+VAE_BATCH = 16  # images per pass through the decoder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,7 +26,9 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, or its ema/ folder")
     parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="default: euler")
-    parser.add_argument("--steps", type=int, default=50, help="intervals of the time grid (default: 50)")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="intervals of the time grid; dopri5 sets its own (default: 50)"
+    )
     parser.add_argument(
         "--cfg", type=float, default=1.5, metavar="SCALE", help="guidance scale; 1 is none (default: 1.5)"
     )
@@ -33,7 +37,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="guidance acts for t in it, t = 0 noise, t = 1 data (default: 0 1)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="noise of image i is drawn from (seed, i) (default: 0)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
     parser.add_argument("--vae", metavar="PATH", help="where the checkpoint's autoencoder lies today, if it moved")
     add_device_options(parser)
@@ -48,16 +52,6 @@ class Setup:
     sampling: Sampling
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of that name. Raises InputError when it is unknown or not there."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def setup(args: argparse.Namespace) -> Setup:
     """Load what the options name. Raises InputError for a bad checkpoint, option, device or missing autoencoder."""
     sampling = Sampling(args.sampler, args.steps, args.cfg, args.cfg_channels, tuple(args.cfg_interval), args.seed)
@@ -68,6 +62,6 @@ def setup(args: argparse.Namespace) -> Setup:
     device = resolve_device(args.device)
     trained = load_trained(args.ckpt, DTYPES[args.dtype])
     sampling.check_model(trained.model)
-    codec = reopen_codec(trained.manifest["codec"], args.vae).to(device)
+    codec = reopen_codec(trained.manifest["codec"], args.vae, VAE_BATCH).to(device)
     trained.model.to(device)
     return Setup(trained, codec, sampling)

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from sampling.options import DTYPES, add_device_options, resolve_device
-from sit_atconv.checkpoint import library_versions, write_atomic
+from sampling.options import DTYPES, add_device_options
+from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
+from sit_atconv.files import library_versions, write_atomic
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
 

@@ -3,17 +3,13 @@
     step-0001000/
         ema/, model/          config.json + safetensors, each loadable with from_pretrained
         optimizer.safetensors "<parameter name>.<state name>"
-        trainer.json          step, images seen, gradient scaler
-        manifest.json         recipe, codec, library versions, SHA-256 of every other file
+        trainer.json          skipped steps, gradient scaler
+        manifest.json         step, images seen, processes, recipe, data, codec, library versions, SHA-256 of every file
 
 A folder without a valid manifest is not a checkpoint.
 """
 
-import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import sys
 from dataclasses import dataclass
@@ -25,44 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sit_atconv.errors import InputError
+from sit_atconv.files import library_versions, sha256, sync
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.version import __version__
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    names = ("torch", "torchvision", "diffusers", "accelerate", "numpy", "safetensors")
-    return {
-        "sit_atconv": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+class Damaged(InputError):
+    """A folder that claims to be a checkpoint and is not whole."""
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -103,48 +70,62 @@ def save(
     ema: SiTTransformer2DModel,
     optimizer: torch.optim.Optimizer,
     trainer: dict[str, Any],
-    recipe: dict[str, Any],
-    codec: dict[str, Any],
+    facts: dict[str, Any],
 ) -> Path:
     """Write `run`/step-XXXXXXX, whole or not at all; call on the main process alone.
 
-    Raises FloatingPointError, and writes nothing, when a weight is not finite.
+    trainer: what the loop needs to go on. facts: what the manifest says of the run (recipe, data, codec, ...).
+    Raises InputError, and writes nothing, when a weight is not finite.
     """
     for name, tensor in [*model.state_dict().items(), *ema.state_dict().items()]:
         if not tensor.isfinite().all():
-            raise FloatingPointError(f"step {step}: {name} is not finite; no checkpoint written")
-    final = run / f"step-{step:07d}"
+            raise InputError(f"step {step}: {name} is not finite, so no checkpoint is written; lower train.lr")
+    final = folder_of(run, step)
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     ema.save_pretrained(temporary / "ema")
     model.save_pretrained(temporary / "model")
     save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-    (temporary / "trainer.json").write_text(json.dumps({"step": step, **trainer}, indent=1))
+    (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {
         "format_version": FORMAT_VERSION,
         "step": step,
-        "images_seen": trainer["images_seen"],
-        "recipe": recipe,
-        "codec": codec,
+        **facts,
         "versions": library_versions(),
         "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+        sync(path)
     if final.exists():  # left invalid by a fault: a valid one would have been resumed from
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(run)
+    sync(run)
     return final
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints, and what an interrupted save left."""
-    for path in [*step_folders(run)[:-keep_last], *run.glob("step-*.tmp")]:
-        shutil.rmtree(path)
+def prune(run: Path, newest: int, keep_last: int) -> None:
+    """Keep the last `keep_last` checkpoints up to step `newest`, which is whole.
+
+    The rest goes: older ones, what an interrupted save left, and folders of later steps, since a run that is at
+    `newest` found those damaged.
+    """
+    kept = [folder for folder in step_folders(run) if step_of(folder) <= newest][-keep_last:]
+    for path in [*step_folders(run), *run.glob("step-*.tmp")]:
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / f"step-{step:07d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -155,31 +136,34 @@ def step_folders(run: Path) -> list[Path]:
 def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
     """The manifest of a checkpoint, after comparing the SHA-256 of its files (those under `under`) with it.
 
-    Raises InputError naming the first thing that is missing or damaged.
+    Raises Damaged naming the first thing that is missing or changed, InputError for another format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        version, files = manifest["format_version"], manifest["files"]
+        version, files = manifest["format_version"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
+        raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
     if version != FORMAT_VERSION:
         raise InputError(f"{str(folder)!r} has checkpoint format {version}; this library reads {FORMAT_VERSION}")
     for name, digest in files.items():
         if name.startswith(under):
             path = folder / name
             if not path.is_file():
-                raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
+                raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
             if sha256(path) != digest:
-                raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} was changed or cut")
+                raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} was changed or cut")
     return manifest
 
 
 def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run that is whole, with its manifest; a damaged one is passed over with a warning."""
+    """The newest checkpoint of a run that is whole, with its manifest; a damaged one is passed over with a warning.
+
+    Raises InputError for a checkpoint of another format: going on from before it would overwrite it.
+    """
     for folder in reversed(step_folders(run)):
         try:
             return folder, read_manifest(folder)
-        except InputError as error:
+        except Damaged as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     return None
 
@@ -209,12 +193,15 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> Traine
     else:
         folder, which = (step_folders(path) or [path])[-1], "ema"
     manifest = read_manifest(folder, under=f"{which}/")
+    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
+    present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
+    if present != set(files):
+        raise Damaged(f"checkpoint {str(folder)!r} is damaged: {MANIFEST} does not list {sorted(present ^ set(files))}")
     try:
-        model = SiTTransformer2DModel.from_pretrained(folder / which, torch_dtype=dtype)
+        model = SiTTransformer2DModel.from_pretrained(folder / which, torch_dtype=dtype, use_safetensors=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
-    weights = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
-    return Trained(folder, which, manifest, model.eval(), weights)
+    return Trained(folder, which, manifest, model.eval(), files)
 
 
 def load_weights(folder: Path, into: SiTTransformer2DModel) -> None:

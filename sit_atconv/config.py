@@ -1,6 +1,7 @@
 """The recipe: its schema, and how a YAML file and key=value overrides become one."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ TRACKERS = ("tensorboard", "wandb")
 def _at_least(section: str, **limits) -> None:
     """Check fields of a section: name=(value, least allowed)."""
     for name, (value, least) in limits.items():
-        if value < least:
+        if not (math.isfinite(value) and value >= least):
             raise InputError(f"{section}.{name}={value}: must be at least {least}")
 
 
 @dataclass
 class Run:
+    """Where a run lies, what its randomness starts from, and what it reports."""
+
     out: str = MISSING  # folder of the run: recipe, log, checkpoints, previews
     seed: int = 0
     log_every: int = 10  # steps between two lines of log.jsonl
@@ -41,6 +44,8 @@ class Run:
 
 @dataclass
 class Data:
+    """The training images."""
+
     kind: str = "digits"
     root: str | None = None  # imagefolder: a folder with one subfolder per class
     image_size: int | None = None  # imagefolder: pixels after the centre crop
@@ -51,6 +56,9 @@ class Data:
     def __post_init__(self):
         check_choice("data.kind", self.kind, DATA_KINDS)
         _at_least("data", workers=(self.workers, 0))
+        for name in ("image_size", "num_images"):
+            if getattr(self, name) is not None:
+                _at_least("data", **{name: (getattr(self, name), 1)})
         for name in ("root", "image_size"):
             value = getattr(self, name)
             if self.kind == "imagefolder" and value is None:
@@ -61,6 +69,8 @@ class Data:
 
 @dataclass
 class Latents:
+    """The codec between images and latents."""
+
     codec: str = "identity"  # identity: pixels are the latents; vae: a diffusers AutoencoderKL
     vae: str | None = None  # hub id or local folder
     batch_size: int = 16  # images per pass through the VAE
@@ -102,6 +112,14 @@ class Model:
     activation: str | None = None
     qk_norm: bool | None = None
 
+    def __post_init__(self):
+        size = self.sample_size
+        pair = [size, size] if isinstance(size, int) else size
+        if size is not None and not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
+        ):
+            raise InputError(f"model.sample_size={size!r}: give a number, or [height, width]")
+
     def options(self) -> dict[str, Any]:
         """What the recipe states, by the names of SiTTransformer2DModel."""
         stated = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
@@ -111,6 +129,8 @@ class Model:
 
 @dataclass
 class Flow:
+    """The path from noise to data."""
+
     path: str = "linear"
 
     def __post_init__(self):
@@ -119,6 +139,8 @@ class Flow:
 
 @dataclass
 class Train:
+    """The optimisation."""
+
     max_steps: int = 400_000
     batch_size: int = 256  # global: all processes and accumulation steps together
     gradient_accumulation_steps: int = 1
@@ -154,6 +176,8 @@ class Train:
 
 @dataclass
 class Ema:
+    """The moving average of the weights, which is what gets sampled."""
+
     decay: float = 0.9999
 
     def __post_init__(self):
@@ -163,6 +187,8 @@ class Ema:
 
 @dataclass
 class Checkpoint:
+    """How often the run is saved, and how much of it is kept."""
+
     every: int = 10_000  # steps; the last step is always kept
     keep_last: int = 3
 
@@ -172,6 +198,8 @@ class Checkpoint:
 
 @dataclass
 class Preview:
+    """Grids of samples drawn while training."""
+
     every: int = 10_000  # steps between two grids of EMA samples; 0 draws none
     num: int = 16
     sampler: str = "euler"
@@ -184,6 +212,8 @@ class Preview:
 
 @dataclass
 class Recipe:
+    """All that decides a run."""
+
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     latents: Latents = field(default_factory=Latents)
@@ -238,18 +268,20 @@ MUTABLE_SECTIONS = ("checkpoint", "preview")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps two recipes (nested dictionaries) from being the same run: a text "key: old -> new" for each key."""
-    old_flat, new_flat = flatten(old), flatten(new)
+    """What keeps two recipes (nested dictionaries) from being the same run: a text "key: old -> new" for each key.
+
+    A key that `old` leaves out, as one stored before the key was there, has its default.
+    """
+    old_flat, new_flat = flatten(to_dict(make_recipe(old))), flatten(new)
     return [
-        f"{key}: {old_flat.get(key)} -> {new_flat.get(key)}"
-        for key in sorted(old_flat.keys() | new_flat.keys())
-        if old_flat.get(key) != new_flat.get(key)
-        and key not in MUTABLE
-        and key.partition(".")[0] not in MUTABLE_SECTIONS
+        f"{key}: {old_flat[key]} -> {new_flat[key]}"
+        for key in sorted(new_flat)
+        if old_flat[key] != new_flat[key] and key not in MUTABLE and key.partition(".")[0] not in MUTABLE_SECTIONS
     ]
 
 
 def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
+    """{"section": {"key": value}} -> {"section.key": value}."""
     return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 

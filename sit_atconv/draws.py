@@ -11,6 +11,8 @@ import torch
 
 
 class Stream(IntEnum):
+    """What a draw is for, with the index that it belongs to; the numbers are part of every result, never reused."""
+
     ORDER = 0  # (epoch): order of the images
     TIME = 1  # (step, sample): t
     NOISE = 2  # (step, sample): noise of the flow

@@ -19,6 +19,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """One step towards the weights of `model`. Raises KeyError when its tensors are not the copy's."""
         for kind in ("named_parameters", "named_buffers"):
             own, new = dict(getattr(self.model, kind)()), dict(getattr(model, kind)())
             if own.keys() != new.keys():

@@ -20,6 +20,11 @@ class InputError(ValueError):
         self.every_rank = every_rank
 
 
+def speaks() -> bool:
+    """Whether this process prints for all of a distributed run: the first of them, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def check_choice(name: str, value, choices: Iterable[str]) -> None:
     """Raise InputError unless `value` is one of `choices`; the message suggests the nearest one."""
     choices = list(choices)
@@ -45,7 +50,7 @@ def command(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            if error.every_rank or int(os.environ.get("RANK", "0")) == 0:
+            if error.every_rank or speaks():
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

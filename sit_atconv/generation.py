@@ -1,8 +1,10 @@
 """From indices and labels to images: the one sampling routine of previews, sample.py and `python -m sampling`."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.utils import make_grid, save_image
@@ -12,7 +14,7 @@ from sit_atconv.data import to_uint8
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
-from sit_atconv.flow.samplers import SAMPLERS
+from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 
@@ -42,6 +44,11 @@ class Sampling:
         if not 0 <= low <= high <= 1:
             raise InputError(f"guidance interval {low} to {high}: give 0 <= LOW <= HIGH <= 1 (t = 0 noise, t = 1 data)")
 
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records: the settings that acted, with the tolerances of the adaptive sampler."""
+        settings = dataclasses.asdict(self)
+        return {**settings, "steps": None, "rtol": RTOL, "atol": ATOL} if self.sampler == "dopri5" else settings
+
     def check_model(self, model: SiTTransformer2DModel) -> None:
         """Raise InputError when the model cannot be guided as asked."""
         if self.guidance_scale != 1 and model.null_label is None:
@@ -67,7 +74,7 @@ GRID_PIXELS = 64
 
 
 def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels by repetition."""
+    """Write uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels."""
     factor = max(1, GRID_PIXELS // images.shape[-1])
     enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +87,10 @@ def generate(
 ) -> tuple[torch.Tensor, int]:
     """Images of the given indices, and the number of network evaluations that each took.
 
-    The noise of image i comes from (seed, i) alone. The model runs in its own dtype and on its own device; state and
-    decoding are fp32. Returns uint8 (B, C, H, W) on the CPU, by data.UINT8_RULE.
+    codec: decodes latents to images. labels: one class per index.
+    The noise of image i comes from (seed, i) alone; dopri5 shares its step size over the batch.
+    The model runs in its own dtype and on its own device; state and decoding are fp32.
+    Returns uint8 (B, C, H, W) on the CPU, by data.UINT8_RULE.
     Raises InputError for a label out of range or guidance without a null class.
     """
     sampling.check_model(model)

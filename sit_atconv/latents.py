@@ -12,20 +12,24 @@ from sit_atconv.errors import InputError
 
 
 class IdentityCodec(nn.Module):
-    """Pixels are the latents. draws_posterior: False."""
+    """Pixels are the latents."""
 
     draws_posterior = False
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of a square image."""
         return channels, image_size, image_size
 
     def encode(self, images: torch.Tensor, posterior: torch.Tensor | None = None) -> torch.Tensor:
+        """images (B, C, H, W), as they are; there is no posterior to draw from."""
         return images
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, C, H, W), as they are."""
         return latents
 
     def describe(self) -> dict[str, Any]:
+        """What a checkpoint records of the codec."""
         return {"codec": "identity", "scale": 1.0, "shift": 0.0}
 
 
@@ -38,7 +42,7 @@ class VaeCodec(nn.Module):
 
     draws_posterior = True
 
-    def __init__(self, source: str, batch_size: int = 16):
+    def __init__(self, source: str, batch_size: int):
         from diffusers import AutoencoderKL
 
         super().__init__()
@@ -51,6 +55,10 @@ class VaeCodec(nn.Module):
                 f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
                 f"and give its folder (config.json, diffusion_pytorch_model.safetensors): {str(error).splitlines()[0]}"
             ) from None
+        if getattr(self.vae.config, "latents_mean", None) is not None:
+            raise InputError(
+                f"latents.vae={source!r} normalises each channel (latents_mean); only scale and shift are known"
+            )
         self.source, self.batch_size = source, batch_size
         self.scale = float(self.vae.config.scaling_factor)
         self.shift = float(self.vae.config.shift_factor or 0.0)
@@ -79,6 +87,7 @@ class VaeCodec(nn.Module):
         return torch.cat([self.vae.decode(part).sample for part in unscaled.split(self.batch_size)])
 
     def describe(self) -> dict[str, Any]:
+        """What a checkpoint records of the codec: source, SHA-256 of the weights, scale and shift."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(name.encode())
@@ -92,19 +101,29 @@ def open_codec(latents: Latents) -> IdentityCodec | VaeCodec:
     return IdentityCodec() if latents.codec == "identity" else VaeCodec(latents.vae, latents.batch_size)
 
 
-def reopen_codec(description: dict[str, Any], vae: str | None = None) -> IdentityCodec | VaeCodec:
-    """The codec that a checkpoint was trained with, from what `describe` said; `vae` is where the VAE lies today.
+def reopen_codec(description: dict[str, Any], vae: str | None, batch_size: int) -> IdentityCodec | VaeCodec:
+    """The codec that a checkpoint was trained with, from what `describe` said.
 
-    Raises InputError when the autoencoder is not there or is another one (by its weights, scale or shift).
+    vae: where the autoencoder lies today, None for where it was; batch_size: images per pass through it.
+    Raises InputError when the autoencoder is not there or is another one.
     """
     if description["codec"] == "identity":
+        if vae is not None:
+            raise InputError(f"--vae {vae}: this checkpoint is of a pixel model and has no autoencoder")
         return IdentityCodec()
-    codec = VaeCodec(vae or description["vae"])
-    now = codec.describe()
-    for key in ("sha256", "scale", "shift"):
-        if now[key] != description[key]:
-            raise InputError(
-                f"autoencoder {codec.source!r} is not the one of this checkpoint: {key} is {now[key]}, "
-                f"was {description[key]}; give the right one with --vae"
-            )
+    try:
+        codec = VaeCodec(vae or description["vae"], batch_size)
+    except InputError as error:
+        raise InputError(f"{error}; say with --vae where the checkpoint's autoencoder lies") from None
+    check_same_codec(description, codec.describe())
     return codec
+
+
+def check_same_codec(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError when two descriptions are of different codecs: by weights, scale or shift, not by path."""
+    for key in ("codec", "sha256", "scale", "shift"):
+        if then.get(key) != now.get(key):
+            raise InputError(
+                f"the codec is not the one of this checkpoint: its {key} is {now.get(key)}, was {then.get(key)}; "
+                "give the autoencoder that it was trained with"
+            )

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     broadcast_object_list,
     is_tensorboard_available,
@@ -24,19 +25,21 @@ from sit_atconv.config import Recipe, Train
 from sit_atconv.data import RankPositions, TrainingSamples, open_dataset, training_batches
 from sit_atconv.ema import EMA
 from sit_atconv.errors import InputError
+from sit_atconv.files import write_atomic
 from sit_atconv.flow.loss import velocity_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import Sampling, generate, save_grid
-from sit_atconv.latents import open_codec
+from sit_atconv.latents import check_same_codec, open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient before training stops
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What data and codec decide about a run."""
+    """What data and codec decide about a run: latent shape (C, H, W), classes and images."""
 
     latent_shape: tuple[int, int, int]
     num_classes: int
@@ -44,6 +47,7 @@ class Facts:
 
 
 def measured_facts(dataset, codec) -> Facts:
+    """The facts of an opened dataset and codec. Raises InputError when the codec does not take such images."""
     return Facts(codec.latent_shape(dataset.channels, dataset.image_size), len(dataset.class_names), len(dataset))
 
 
@@ -102,12 +106,27 @@ def make_optimizer(model: torch.nn.Module, train: Train) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas))
 
 
+def preview_sampling(recipe: Recipe, model: SiTTransformer2DModel) -> Sampling:
+    """How previews are drawn. Raises InputError for settings that do not exist or that the model cannot follow."""
+    preview = recipe.preview
+    try:
+        sampling = Sampling(preview.sampler, preview.steps, preview.guidance_scale, seed=recipe.run.seed)
+        if preview.every:
+            sampling.check_model(model)
+    except InputError as error:
+        raise InputError(f"preview: {error}") from None
+    return sampling
+
+
 def dry_run(recipe: Recipe) -> str:
     """What the recipe would cost, as text; the model is built on the meta device, data and VAE are not opened if the
-    recipe states what they decide."""
-    facts = stated_facts(recipe) or measured_facts(open_dataset(recipe.data), open_codec(recipe.latents))
+    recipe states what they decide. Raises InputError for a recipe that cannot be trained."""
+    stated = stated_facts(recipe)
+    facts = stated or measured_facts(open_dataset(recipe.data), open_codec(recipe.latents))
+    check_stated(recipe, facts)
     with torch.device("meta"):
         model = build_model(recipe, facts)
+    preview_sampling(recipe, model)
     train = recipe.train
     parameters = count_parameters(model)
     trainable = sum(p.numel() for p in model.parameters())
@@ -119,6 +138,9 @@ def dry_run(recipe: Recipe) -> str:
         "parameters": f"{parameters / 1e6:.1f} M",
         "compute per image": f"{count_macs(model) / 1e9:.1f} GMACs (one network evaluation)",
         "latent": " x ".join(map(str, facts.latent_shape)) + f", {facts.num_classes} classes",
+        "data": f"{recipe.data.kind}, "
+        + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
+        + ("latent, classes and images as the recipe states; checked when training starts" if stated else "measured"),
         "memory, fp32": f"weights {parameters * gib:.2f} GiB, gradients {trainable * gib:.2f} GiB, "
         f"optimiser {2 * trainable * gib:.2f} GiB, EMA {parameters * gib:.2f} GiB (activations come on top)",
         "steps per epoch": f"{epoch:.1f} ({facts.num_images:,} images, global batch {train.batch_size})",
@@ -135,7 +157,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     train, installed = recipe.train, {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
     for tracker in recipe.run.trackers:
         if not installed[tracker]:
-            raise InputError(f"run.trackers: {tracker!r} is not installed; pip install 'sit_atconv[track]'")
+            raise InputError(f"run.trackers: {tracker!r} is not installed; pip install {tracker}")
     plugin = GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps, sync_with_dataloader=False)
     try:
         accelerator = Accelerator(
@@ -143,10 +165,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             gradient_accumulation_plugin=plugin,
             log_with=recipe.run.trackers or None,
             project_dir=recipe.run.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
-        raise InputError(f"train.precision={train.precision}: {error}") from None
+        raise InputError(f"accelerate refuses the launch with train.precision={train.precision}: {error}") from None
+    if accelerator.distributed_type not in DISTRIBUTED:
+        raise InputError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; this trainer runs on one process or "
+            "under DDP: run `accelerate config` again"
+        )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
@@ -159,7 +185,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def check_run_folder(run: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:
+def check_run_folder(run: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from, or None for a new run. Raises InputError for a folder that is not this run's."""
     if not run.exists():
         return None
@@ -171,7 +197,7 @@ def check_run_folder(run: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] |
     try:
         stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
     except OSError:
-        if run.is_dir() and not any(run.iterdir()):
+        if run.is_dir() and all(path.suffix == ".tmp" for path in run.iterdir()):  # empty, or killed at its first file
             return None
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
     changed = config.differences(stored, config.to_dict(recipe))
@@ -179,10 +205,16 @@ def check_run_folder(run: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] |
         raise InputError(
             f"run.out={str(run)!r} holds a run of another recipe ({'; '.join(changed)}); choose another folder"
         )
-    if found and found[1]["step"] > recipe.train.max_steps:
-        raise InputError(
-            f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {found[1]['step']}"
-        )
+    if found:
+        manifest = found[1]
+        if manifest["step"] > recipe.train.max_steps:
+            step = manifest["step"]
+            raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
+        check_same_codec(manifest["codec"], facts["codec"])
+        if manifest["data"] != facts["data"]:
+            raise InputError(
+                f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images"
+            )
     return found
 
 
@@ -192,7 +224,7 @@ class Log:
     def __init__(self, path: Path, step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        checkpoint.write_atomic(path, "".join(kept))
+        write_atomic(path, "".join(kept))
         self.file = open(path, "a")  # noqa: SIM115 (kept open for the run)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -200,26 +232,44 @@ class Log:
         self.file.flush()
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, must_resume: bool = False) -> Path:
     """Train until `train.max_steps`, going on from the newest valid checkpoint in `run.out`; returns the last one.
 
-    Raises InputError for whatever the user can mend, leaving nothing behind that was not there before.
+    must_resume: refuse to begin anew.
+
+    Raises InputError for whatever the user can mend. What is wrong from the start, bad images before the first
+    checkpoint included, leaves nothing behind.
     """
     accelerator = make_accelerator(recipe)
     dataset, codec = open_dataset(recipe.data), open_codec(recipe.latents)
     facts = measured_facts(dataset, codec)
     check_stated(recipe, facts)
     model = build_model(recipe, facts)
-    preview = Sampling(
-        recipe.preview.sampler, recipe.preview.steps, recipe.preview.guidance_scale, seed=recipe.run.seed
-    )
-    if recipe.preview.every:
-        preview.check_model(model)
+    preview = preview_sampling(recipe, model)
+    described = {
+        "recipe": config.to_dict(recipe),
+        "data": {"num_images": facts.num_images, "classes": list(dataset.class_names)},
+        "codec": codec.describe(),
+        "processes": accelerator.num_processes,
+    }
     run = Path(recipe.run.out)
-    start = [check_run_folder(run, recipe), not run.exists()] if accelerator.is_main_process else [None, None]
+    main = accelerator.is_main_process
+    start = [check_run_folder(run, recipe, described), not run.exists()] if main else [None, None]
     found, new = broadcast_object_list(start)
+    if must_resume and not found:
+        raise InputError(f"--resume: there is no checkpoint in {str(run)!r} to go on from")
+    samples = TrainingSamples(
+        dataset,
+        facts.latent_shape,
+        recipe.train.batch_size,
+        recipe.run.seed,
+        flip=recipe.data.flip,
+        drop=model.config.class_dropout_prob,
+        null_label=model.null_label,
+        posterior=codec.draws_posterior,
+    )
     try:
-        return _Trainer(accelerator, recipe, facts, dataset, codec, model, preview, found).run_to_the_end()
+        return _Trainer(accelerator, recipe, described, samples, codec, model, preview, found).run_to_the_end()
     except InputError as error:
         # A bad image found before the first checkpoint: a restart repeats those steps, so nothing is lost.
         if error.every_rank and new and not checkpoint.step_folders(run):
@@ -228,14 +278,17 @@ def train(recipe: Recipe) -> Path:
 
 
 class _Trainer:
-    def __init__(self, accelerator, recipe, facts, dataset, codec, model, preview, found):
+    def __init__(self, accelerator, recipe, described, samples, codec, model, preview, found):
         self.accelerator, self.recipe, self.codec, self.preview = accelerator, recipe, codec, preview
+        self.described = described
         self.run = Path(recipe.run.out)
         self.path = PATHS[recipe.flow.path]()
         self.bare = model
         self.flops_per_image = 3 * 2 * count_macs(_on_meta(model))  # forward, and twice that backward
         self.ema = EMA(model, recipe.ema.decay)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.images_here = 0  # seen by this process since this start
+        self.last = found[0] if found else None
         optimizer = make_optimizer(model, recipe.train)
         self.bare_optimizer = optimizer
         if found:
@@ -243,6 +296,7 @@ class _Trainer:
             checkpoint.load_weights(folder / "model", model)
             checkpoint.load_weights(folder / "ema", self.ema.model)
             self.step = manifest["step"]
+        self.images_before = self.step * recipe.train.batch_size
         if recipe.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if recipe.train.compile:
@@ -252,16 +306,6 @@ class _Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if found:
             self._load_trainer_state(found[0])
-        samples = TrainingSamples(
-            dataset,
-            facts.latent_shape,
-            recipe.train.batch_size,
-            recipe.run.seed,
-            flip=recipe.data.flip,
-            drop=model.config.class_dropout_prob,
-            null_label=model.null_label,
-            posterior=codec.draws_posterior,
-        )
         positions = RankPositions(
             self.step,
             recipe.train.max_steps,
@@ -277,7 +321,7 @@ class _Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         total, main = recipe.train.max_steps, accelerator.is_main_process
         if main:
-            checkpoint.write_atomic(self.run / "recipe.yaml", yaml.safe_dump(config.to_dict(recipe), sort_keys=False))
+            write_atomic(self.run / "recipe.yaml", yaml.safe_dump(config.to_dict(recipe), sort_keys=False))
             log = Log(self.run / "log.jsonl", self.step)
         settings = config.flatten(config.to_dict(recipe))
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
@@ -291,9 +335,11 @@ class _Trainer:
             timed += 1
             if self.step % recipe.run.log_every == 0 or self.step == total:
                 loss = accelerator.reduce(loss, "mean").item()
+                here = torch.tensor(self.images_here, device=accelerator.device)
                 images_per_second = timed * recipe.train.batch_size / (time.perf_counter() - since)
                 row = {
                     "step": self.step,
+                    "images_seen": self.images_before + int(accelerator.reduce(here, "sum")),
                     "loss": loss,
                     "grad_norm": grad_norm,
                     "lr": lr,
@@ -313,7 +359,7 @@ class _Trainer:
                 since, timed = time.perf_counter(), 0
         bar.close()
         accelerator.end_training()
-        return checkpoint.step_folders(self.run)[-1]
+        return self.last
 
     def _optimize(self) -> tuple[torch.Tensor, float, float]:
         """One optimisation step; the mean loss of this process, the gradient norm and the learning rate."""
@@ -326,6 +372,7 @@ class _Trainer:
             batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(self.batches).items()}
             latents = self.codec.encode(batch["image"], batch.get("posterior"))
             labels = batch["label"]
+            self.images_here += len(labels)
             with accelerator.accumulate(self.model):
                 loss = velocity_loss(
                     lambda x, t, labels=labels: self.model(x, t, labels, return_dict=False)[0],
@@ -364,9 +411,8 @@ class _Trainer:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            recipe, scaler = self.recipe, self.accelerator.scaler
+            scaler = self.accelerator.scaler
             trainer = {
-                "images_seen": self.step * recipe.train.batch_size,
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "scaler": scaler.state_dict() if scaler is not None else None,
@@ -378,11 +424,11 @@ class _Trainer:
                 self.ema.model,
                 self.bare_optimizer,
                 trainer,
-                config.to_dict(recipe),
-                self.codec.describe(),
+                {"images_seen": self.step * self.recipe.train.batch_size, **self.described},
             )
-            checkpoint.prune(self.run, recipe.checkpoint.keep_last)
+            checkpoint.prune(self.run, self.step, self.recipe.checkpoint.keep_last)
         self.accelerator.wait_for_everyone()
+        self.last = checkpoint.folder_of(self.run, self.step)
 
     def _load_trainer_state(self, folder: Path) -> None:
         tensors = checkpoint.load_tensors(folder / "optimizer.safetensors")

@@ -10,6 +10,7 @@ import torch
 from sit_atconv import checkpoint, create_model
 from sit_atconv.config import Train
 from sit_atconv.errors import InputError
+from sit_atconv.files import sha256
 from sit_atconv.training import make_optimizer
 
 
@@ -38,8 +39,8 @@ def step(model, optimizer):
 
 def save(run: Path, number: int, seed: int = 0) -> Path:
     model, optimizer = trained_once(seed)
-    trainer = {"images_seen": number * 8}
-    return checkpoint.save(run, number, model, small_model(5), optimizer, trainer, {"a": 1}, {"codec": "identity"})
+    facts = {"images_seen": number * 8, "recipe": {"a": 1}}
+    return checkpoint.save(run, number, model, small_model(5), optimizer, {"skipped": 0}, facts)
 
 
 def test_layout_and_manifest(tmp_path):
@@ -117,8 +118,27 @@ def test_another_format_version_is_refused(tmp_path):
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(InputError, match="format 99"):
-        checkpoint.read_manifest(folder)
+    save(tmp_path, 0)
+    for read in (lambda: checkpoint.read_manifest(folder), lambda: checkpoint.newest_valid(tmp_path)):
+        with pytest.raises(InputError, match="format 99"):
+            read()
+
+
+def test_pickled_weights_are_never_taken(tmp_path):
+    folder = save(tmp_path, 1)
+    model = folder / "ema"
+    torch.save(small_model().state_dict(), model / "diffusion_pytorch_model.bin")
+    (model / "diffusion_pytorch_model.safetensors").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: digest for name, digest in manifest["files"].items() if not name.startswith("ema/")}
+    for listed in (files, {**files, "ema/diffusion_pytorch_model.bin": sha256(model / "diffusion_pytorch_model.bin")}):
+        listed["ema/config.json"] = manifest["files"]["ema/config.json"]
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "files": listed}))
+        with pytest.raises(InputError):
+            checkpoint.load_trained(folder)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "files": {}}))
+    with pytest.raises(InputError, match="does not list"):
+        checkpoint.load_trained(folder)
 
 
 @pytest.mark.parametrize("function", ["rename", "write_text"])
@@ -148,8 +168,16 @@ def test_prune_keeps_the_newest_and_clears_unfinished_ones(tmp_path):
     for number in (5, 10, 15):
         save(tmp_path, number)
     shutil.copytree(tmp_path / "step-0000005", tmp_path / "step-0000020.tmp")
-    checkpoint.prune(tmp_path, keep_last=2)
+    checkpoint.prune(tmp_path, newest=15, keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000010", "step-0000015"]
+
+
+def test_prune_never_prefers_a_damaged_later_folder(tmp_path):
+    for number in (5, 6, 9):
+        save(tmp_path, number)
+    damage(tmp_path / "step-0000009", "truncated")
+    checkpoint.prune(tmp_path, newest=6, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]
 
 
 def test_a_non_finite_weight_is_never_written(tmp_path):
@@ -157,8 +185,8 @@ def test_a_non_finite_weight_is_never_written(tmp_path):
     ema = small_model()
     with torch.no_grad():
         ema.final_layer.linear.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"final_layer\.linear\.weight"):
-        checkpoint.save(tmp_path, 1, model, ema, optimizer, {"images_seen": 0}, {}, {})
+    with pytest.raises(InputError, match=r"final_layer\.linear\.weight is not finite"):
+        checkpoint.save(tmp_path, 1, model, ema, optimizer, {}, {})
     assert not list(tmp_path.iterdir())
 
 

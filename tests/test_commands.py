@@ -1,5 +1,6 @@
 """Bad input at the command line: one line on stderr, exit status 2, nothing left behind."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import sample
 import train_sit
 from eval.__main__ import main as evaluate
 from sampling.__main__ import main as sampling
+from sit_atconv.config import load_recipe
+from sit_atconv.errors import InputError
+from sit_atconv.training import train
 
 RECIPES = "experiments/recipes"
 
@@ -29,6 +33,7 @@ def test_dry_run_of_the_imagenet_recipe_needs_neither_data_nor_vae(capsys):
     out = capsys.readouterr().out
     assert "637.7 M" in out
     assert "95.8 GMACs" in out
+    assert "256 px; latent, classes and images as the recipe states" in out
     assert "5004.6 (1,281,167 images, global batch 256)" in out
     assert "400,000 steps = 79.9 epochs" in out
     assert "weights 2.38 GiB, gradients 2.38 GiB, optimiser 4.75 GiB, EMA 2.38 GiB" in out
@@ -48,7 +53,11 @@ def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_p
         (["model.name=SiT-ATConv-XXL/2"], "did you mean 'SiT-ATConv-XL/2'"),
         (["data.kind=imagefolder", "data.root=/nowhere", "data.image_size=8"], "'/nowhere': no such folder"),
         (["train.batch_size=9", "train.gradient_accumulation_steps=2"], "train.batch_size=9 is not divisible by 1"),
-        (["model.class_dropout_prob=0", "preview.every=1"], "needs a null class"),
+        (["model.class_dropout_prob=0", "preview.every=1"], "preview: guidance scale 1.5 needs a null class"),
+        (["model.depth=0"], "depth=0: must be a positive number"),
+        (["model.token_mixer=5"], "token_mixer=5"),
+        (["train.lr=.nan"], "train.lr=nan"),
+        (["--resume"], "there is no checkpoint"),
         (["model.num_classes=11"], "the recipe says 11, data and codec say 10"),
         (["model.sample_size=16"], "model.sample_size"),
         (["data.num_images=3"], "the recipe says 3, data and codec say 1437"),
@@ -60,6 +69,20 @@ def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_p
 def test_train_refuses(fails, recipe_file, tmp_path, overrides, says):
     assert says in fails(train_sit.main, recipe_file(), *overrides)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.image_size=0"], "data.image_size=0"),
+        (["data.num_images=0"], "data.num_images=0"),
+        (["model.sample_size=abc"], "sample_size='abc'"),
+        (["preview.sampler=eular"], "preview: sampler='eular': did you mean 'euler'"),
+        (["model.class_dropout_prob=0"], "preview: guidance scale 4 needs a null class"),
+    ],
+)
+def test_dry_run_refuses_what_training_would(fails, overrides, says):
+    assert says in fails(train_sit.main, f"{RECIPES}/imagenet256_sit_xl2_atconv.yaml", "--dry-run", *overrides)
 
 
 def test_train_refuses_a_missing_recipe(fails):
@@ -85,6 +108,51 @@ def test_train_refuses_a_run_of_another_recipe_and_keeps_it(fails, recipe_file, 
     assert sorted(trained.rglob("*")) == before
 
 
+def test_train_refuses_other_images(fails, recipe_file, tmp_path):
+    for index in range(3):
+        folder = tmp_path / "images" / "cat"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / f"{index}.png")
+    recipe = recipe_file(data={"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8})
+    train_sit.main([str(recipe)])
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "new.png")
+    with pytest.raises(InputError, match="more or fewer images"):
+        train(load_recipe(recipe))
+
+
+def test_train_refuses_another_autoencoder_in_the_same_place(recipe_file, tmp_path, vae_folder):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    for index in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / f"{index}.png")
+    vae = tmp_path / "vae"
+    shutil.copytree(vae_folder, vae)
+    recipe = recipe_file(
+        data={"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8},
+        latents={"codec": "vae", "vae": str(vae)},
+    )
+    train_sit.main([str(recipe)])
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.7}))
+    with pytest.raises(InputError, match=r"scale is 0\.7, was 0\.5"):
+        train(load_recipe(recipe))
+
+
+def test_a_folder_of_a_start_killed_at_its_first_file_is_taken(recipe_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml.tmp").write_text("run: {o")
+    train_sit.main([str(recipe_file())])
+    assert (tmp_path / "run" / "step-0000008").is_dir()
+
+
+def test_a_run_stored_before_a_key_existed_goes_on(trained, recipe_file):
+    folder = trained / "step-0000008"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["recipe"]["train"]["weight_decay"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    train_sit.main([str(recipe_file()), "train.max_steps=9", "--resume"])
+    assert (trained / "step-0000009").is_dir()
+
+
 def test_train_refuses_fewer_steps_than_are_done(fails, recipe_file, trained):
     assert "already at step 8" in fails(train_sit.main, recipe_file(), "train.max_steps=7")
 
@@ -98,7 +166,7 @@ def test_train_refuses_a_folder_that_is_no_run(fails, recipe_file, tmp_path):
 
 def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
     monkeypatch.setattr("sit_atconv.training.is_wandb_available", lambda: False)
-    assert "pip install 'sit_atconv[track]'" in fails(train_sit.main, recipe_file(), "run.trackers=[wandb]")
+    assert "'wandb' is not installed; pip install wandb" in fails(train_sit.main, recipe_file(), "run.trackers=[wandb]")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +175,7 @@ def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
         (["--classes", "0", "10"], "class id 10 is out of range; this model has classes 0 to 9"),
         (["--classes", "-1"], "class id -1"),
         (["--num", "0"], "--num 0"),
+        (["--num", "4", "--rows", "2"], "--rows 2 goes with --classes"),
         (["--num", "2", "--classes", "1"], "not allowed with"),
         (["--steps", "0"], "steps=0"),
         (["--sampler", "rk4"], "rk4"),

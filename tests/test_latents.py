@@ -29,28 +29,30 @@ def test_vae_latents_are_scaled_draws_of_the_posterior(vae_folder):
 
 
 def test_a_checkpoints_codec_is_found_again_and_another_one_refused(vae_folder, tmp_path):
-    description = VaeCodec(str(vae_folder)).describe()
+    description = VaeCodec(str(vae_folder), 4).describe()
     assert (description["scale"], description["shift"]) == (0.5, 0.1)
-    assert reopen_codec(description).source == str(vae_folder)
+    assert reopen_codec(description, None, 4).source == str(vae_folder)
     other = AutoencoderKL.from_pretrained(vae_folder)
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
     other.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="sha256"):
-        reopen_codec(description, str(tmp_path))
+        reopen_codec(description, str(tmp_path), 4)
     moved = {**description, "vae": "/nowhere/vae"}
-    assert reopen_codec(moved, str(vae_folder)).scale == 0.5
+    assert reopen_codec(moved, str(vae_folder), 4).scale == 0.5
+    with pytest.raises(InputError, match="say with --vae"):
+        reopen_codec(moved, None, 4)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 16), (3, 18)])
 def test_images_that_do_not_fit_the_autoencoder(vae_folder, channels, size):
     with pytest.raises(InputError, match="multiples of 4"):
-        VaeCodec(str(vae_folder)).latent_shape(channels, size)
+        VaeCodec(str(vae_folder), 4).latent_shape(channels, size)
 
 
 def test_a_missing_autoencoder_is_named_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"config\.json"):
-        VaeCodec(str(tmp_path))
+        VaeCodec(str(tmp_path), 4)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors"):
-        VaeCodec(str(tmp_path))
+        VaeCodec(str(tmp_path), 4)

@@ -13,6 +13,8 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "draws": BASE,
+    "devices": BASE,
+    "files": BASE,
     "flow": set(),
     "config": BASE | {"flow"},
     "ops": BASE,
@@ -21,12 +23,19 @@ ALLOWED = {
     "data": CORE,
     "latents": CORE,
     "ema": BASE,
-    "checkpoint": CORE | {"models"},
+    "checkpoint": CORE | {"models", "files"},
     "generation": CORE | {"models", "data", "latents"},
-    "training": CORE | {"models", "data", "latents", "ema", "checkpoint", "generation"},
+    "training": CORE | {"models", "data", "latents", "ema", "checkpoint", "generation", "files"},
     "__init__": {"layers", "models", "version"},
 }
 LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))
+
+
+SEES_MODELS = (
+    *(f"sit_atconv.{name}" for name in ("models", "layers", "checkpoint", "generation", "training")),
+    "sampling",
+    "experiments",
+)
 
 
 def imports(path) -> set[str]:
@@ -61,7 +70,7 @@ def test_flow_needs_torch_and_torchdiffeq_alone(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.name)
 def test_eval_never_sees_a_model(path):
-    assert not {name for name in imports(path) if name.startswith(("sit_atconv.models", "sampling", "experiments"))}
+    assert not {name for name in imports(path) if name.startswith(SEES_MODELS)}
 
 
 def test_every_part_of_the_library_has_its_place():
@@ -74,12 +83,20 @@ def test_only_the_library_is_installed():
 
 
 def test_nothing_is_unpickled():
-    for folder in ("sit_atconv", "sampling", "eval", "experiments"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                    assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
-            assert not imports(path) & {"pickle", "cloudpickle", "joblib"}, path
+    wanted = {"load": ("weights_only", "True"), "from_pretrained": ("use_safetensors", "True")}
+    folders = [ROOT / name for name in ("sit_atconv", "sampling", "eval", "experiments")]
+    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            function = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if function == "np.load":
+                assert keywords.get("allow_pickle") == "False", path
+            elif function == "torch.load" or function.endswith(".from_pretrained"):
+                key, value = wanted[function.rpartition(".")[2]]
+                assert keywords.get(key) == value, path
+        assert not imports(path) & {"pickle", "cloudpickle", "joblib", "torch.load", "numpy.load"}, path
 
 
 def test_the_readmes_example_runs():

@@ -15,10 +15,11 @@ from conftest import ROOT, reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
 
-from sit_atconv import training
+from sit_atconv import SiTTransformer2DModel, checkpoint, training
 from sit_atconv.config import Train, load_recipe
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import LinearPath
+from sit_atconv.generation import Sampling
 from sit_atconv.training import learning_rate, make_optimizer, train
 
 
@@ -90,7 +91,9 @@ def test_a_resumed_run_ends_with_the_same_bits_and_one_log(recipe_file, tmp_path
     assert_same_bits(whole, parts)
 
     def timeless(rows):
-        return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr", "skipped")} for row in rows]
+        return [
+            {key: row[key] for key in ("step", "images_seen", "loss", "grad_norm", "lr", "skipped")} for row in rows
+        ]
 
     assert timeless(log_rows(parts.parent)) == timeless(log_rows(whole.parent))
 
@@ -120,6 +123,14 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_by_itself(recipe_f
     assert (last / "ema" / "config.json").exists()
 
 
+def test_falling_back_keeps_what_is_trained_from_there(recipe_file):
+    last = run_recipe(recipe_file())
+    (last / "optimizer.safetensors").write_bytes(b"")
+    again = run_recipe(recipe_file(), "train.max_steps=7", "checkpoint.every=1", "checkpoint.keep_last=1")
+    assert again.name == "step-0000007"
+    assert [path.name for path in checkpoint.step_folders(again.parent)] == ["step-0000007"]
+
+
 def test_killed_at_an_arbitrary_moment_and_run_again(recipe_file, tmp_path):
     path = recipe_file(train={"max_steps": 40}, checkpoint={"every": 3})
     command = [sys.executable, "train_sit.py", str(path)]
@@ -143,16 +154,18 @@ def test_killed_at_an_arbitrary_moment_and_run_again(recipe_file, tmp_path):
 def test_two_processes_train_as_one(recipe_file, tmp_path):
     path = recipe_file(train={"max_steps": 40, "lr": 1e-4, "gradient_accumulation_steps": 2}, data={"flip": True})
     single = run_recipe(path, f"run.out={tmp_path / 'single'}")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_sit.py", path],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        check=True,
-        cwd=ROOT,
-        capture_output=True,
-    )
-    one, two = log_rows(single.parent), log_rows(tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_sit.py"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for out, steps in (("whole", 40), ("parts", 17), ("parts", 40)):
+        overrides = [f"run.out={tmp_path / out}", f"train.max_steps={steps}", "train.lr_schedule=constant"]
+        command = [*torchrun, str(path), *overrides]
+        subprocess.run(command, env=environment, check=True, cwd=ROOT, capture_output=True)
+    assert_same_bits(tmp_path / "whole/step-0000040", tmp_path / "parts/step-0000040")
+    assert json.loads((tmp_path / "whole/step-0000040/manifest.json").read_text())["processes"] == 2
+    one, two = log_rows(single.parent), log_rows(tmp_path / "whole")
     assert len(one) == len(two) == 40
     for a, b in zip(one, two, strict=True):
+        assert b["images_seen"] == a["images_seen"] == 8 * a["step"]  # each sample by one process, not by both
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
@@ -191,6 +204,39 @@ def test_compiled_training_equals_eager(recipe_file, tmp_path):
     assert weights(compiled).keys() == weights(plain).keys()
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(compiled)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_compile_reaches_the_model(recipe_file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(SiTTransformer2DModel, "compile_repeated_blocks", lambda self: calls.append(self))
+    run_recipe(recipe_file(), "train.max_steps=1")
+    assert not calls
+    run_recipe(recipe_file(), "train.max_steps=2", "train.compile=true", "run.out=" + str(recipe_file().parent / "b"))
+    assert len(calls) == 1
+
+
+def test_flip_reaches_the_samples(recipe_file, tmp_path):
+    plain = run_recipe(recipe_file(), "train.max_steps=1", f"run.out={tmp_path / 'plain'}")
+    flipped = run_recipe(recipe_file(), "train.max_steps=1", "data.flip=true")
+    assert log_rows(plain.parent)[0]["loss"] != log_rows(flipped.parent)[0]["loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tf32_is_on_exactly_when_asked_for(recipe_file, precision):
+    run_recipe(recipe_file(), "train.max_steps=1", f"train.precision={precision}")
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+
+
+def test_the_residual_stream_is_fp32_under_autocast(recipe_file):
+    dtypes = []
+    facts = training.Facts((1, 8, 8), 10, 1)
+    for mixer in ("attention", "atconv"):
+        model = training.build_model(load_recipe(recipe_file(model={"token_mixer": mixer})), facts)
+        for block in model.blocks:
+            block.register_forward_hook(lambda _m, inputs, output: dtypes.extend([inputs[0].dtype, output.dtype]))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 1, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.long))
+    assert set(dtypes) == {torch.float32}
 
 
 def test_learning_rate_schedules():
@@ -233,6 +279,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(recipe_file, tm
     assert_same_bits(steps[0], steps[1])
     assert not torch.equal(weights(steps[1])["final_layer.linear.bias"], weights(steps[2])["final_layer.linear.bias"])
     assert [row["skipped"] for row in log_rows(last.parent)] == [0, 0, 0, 1, 1, 1, 1, 1]
+    run_recipe(recipe_file(), "train.max_steps=9")
+    assert log_rows(last.parent)[-1]["skipped"] == 1  # the count goes on after a restart
 
 
 def test_training_stops_after_a_run_of_them_and_keeps_the_last_good_checkpoint(recipe_file, tmp_path, monkeypatch):
@@ -245,14 +293,18 @@ def test_training_stops_after_a_run_of_them_and_keeps_the_last_good_checkpoint(r
 def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, monkeypatch):
     seen = []
     generate = training.generate
-    monkeypatch.setattr(
-        training, "generate", lambda model, *rest: seen.append((model, list(rest[2]))) or generate(model, *rest)
-    )
+
+    def record(model, codec, indices, labels, sampling):
+        seen.append((model, labels, sampling))
+        return generate(model, codec, indices, labels, sampling)
+
+    monkeypatch.setattr(training, "generate", record)
     run_recipe(recipe_file(preview={"every": 4, "num": 12, "steps": 2, "guidance_scale": 2.0}))
     assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == [
         "step-0000004.png", "step-0000008.png",
     ]  # fmt: skip
     assert seen[0][1] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert seen[0][2] == Sampling("euler", 2, 2.0, seed=0)
     assert not any(parameter.requires_grad for parameter in seen[0][0].parameters())
     assert Image.open(tmp_path / "run/previews/step-0000004.png").size == (4 * 68 + 4, 3 * 68 + 4)
 
@@ -271,9 +323,13 @@ def test_trackers_receive_the_log(recipe_file, monkeypatch):
 
     rows = []
     monkeypatch.setattr(Accelerator, "log", lambda self, row, step: rows.append((step, row)))
+    settings = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: settings.append(config))
     run_recipe(recipe_file(), "run.log_every=4")
     assert [step for step, _ in rows] == [4, 8]
     assert {"loss", "grad_norm", "lr"} <= rows[0][1].keys()
+    assert settings[0]["train.lr"] == 1e-3
+    assert all(isinstance(value, int | float | str) for value in settings[0].values())  # all that trackers take
 
 
 def test_imagefolder_through_a_vae_and_back_to_images(tmp_path, recipe_file, vae_folder):

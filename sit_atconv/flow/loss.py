@@ -1,12 +1,8 @@
 """Flow-matching losses."""
 
-from collections.abc import Callable
-
 import torch
 
-from sit_atconv.flow.path import LinearPath
-
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from sit_atconv.flow.path import LinearPath, Velocity
 
 
 def velocity_loss(

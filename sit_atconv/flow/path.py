@@ -1,6 +1,11 @@
 """The path from noise to data, and the only owner of the time convention: t = 0 is noise, t = 1 is data."""
 
+from collections.abc import Callable
+
 import torch
+
+# A velocity takes x (B, ...) and t, (B,) in training and 0-d in sampling, and gives (B, ...).
+Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

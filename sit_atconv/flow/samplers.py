@@ -4,13 +4,14 @@ A velocity is called with x (B, ...) and t, a 0-d tensor, and gives (B, ...). "s
 time grid, so there are steps + 1 grid points (the public SiT code counts grid points).
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torchdiffeq import odeint
 
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from sit_atconv.flow.path import Velocity
+
+RTOL, ATOL = 1e-3, 1e-6  # of the adaptive sampler
 
 
 def time_grid(steps: int) -> torch.Tensor:
@@ -37,7 +38,7 @@ def heun(velocity: Velocity, noise: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def dopri5(
-    velocity: Velocity, noise: torch.Tensor, steps: int | None = None, rtol: float = 1e-3, atol: float = 1e-6
+    velocity: Velocity, noise: torch.Tensor, steps: int | None = None, rtol: float = RTOL, atol: float = ATOL
 ) -> torch.Tensor:
     """Adaptive Dormand-Prince 5(4): as many evaluations as the tolerances ask for, one step size for the whole batch.
 

@@ -26,6 +26,8 @@ def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
         odd = {"attention": "attention", "atconv": "atconv", "hybrid": "atconv"}[token_mixer]
         even = {"attention": "attention", "atconv": "atconv", "hybrid": "attention"}[token_mixer]
         return [odd if index % 2 else even for index in range(depth)]
+    if not isinstance(token_mixer, list | tuple):
+        raise InputError(f"token_mixer={token_mixer!r}: give a name or a list with one name per block")
     if len(token_mixer) != depth:
         raise InputError(f"token_mixer lists {len(token_mixer)} blocks but depth={depth}; give one name per block")
     for name in token_mixer:
@@ -81,6 +83,17 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         qk_norm: bool = False,
     ):
         super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("hidden_size", hidden_size),
+            ("depth", depth),
+            ("num_heads", num_heads),
+            ("mlp_ratio", mlp_ratio),
+            ("num_classes", num_classes),
+            ("sample_size", min(sample_size) if isinstance(sample_size, list | tuple) else sample_size),
+        ):
+            if not isinstance(value, int | float) or value <= 0:
+                raise InputError(f"{name}={value!r}: must be a positive number")
         mixers = mixer_names(token_mixer, depth)
         check_choice("patch_size", patch_size, PATCH_SIZES)
         check_choice("pos_embed", pos_embed, ("auto", True, False))
@@ -166,7 +179,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         grid = self._grid(height, width)
         t = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(batch)
 
-        x = self.x_embedder(hidden_states)
+        # Under autocast the input is fp32 and the convolution's output is not: the residual stream keeps the input's.
+        x = self.x_embedder(hidden_states).to(hidden_states.dtype)
         if self.pos_embed is not None:
             x = x + self._position_embedding(grid).to(x.dtype)
         c = self.t_embedder(t, x.dtype) + self.y_embedder(class_labels)

@@ -80,8 +80,10 @@ def test_npz_samples_score_like_their_folder(held_out, tmp_path, monkeypatch, cl
     write_folder(tmp_path / "folder", pixels, labels)
     np.savez(tmp_path / "samples.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), arr_1=np.array(labels))
     score(tmp_path / "folder", "--ref", "digits")
-    score(tmp_path / "samples.npz", "--ref", "digits", "--out", tmp_path / "npz.json")
-    a, b = (json.loads(path.read_text()) for path in (tmp_path / "folder/metrics.json", tmp_path / "npz.json"))
+    score(tmp_path / "samples.npz", "--ref", "digits")
+    a, b = (
+        json.loads(path.read_text()) for path in (tmp_path / "folder/metrics.json", tmp_path / "samples.metrics.json")
+    )
     assert a["metrics"] == pytest.approx(b["metrics"], rel=1e-5)
 
 
@@ -161,7 +163,22 @@ def test_what_cannot_be_scored_is_refused(fails, rgb_folders, inception_weights,
     a, b = rgb_folders
     assert "(3, 24, 24), the embedded digits (1, 8, 8)" in fails(evaluate, "score", a, "--ref", "digits")
     message = fails(evaluate, "score", a, "--ref", "digits", "--weights", inception_weights)
-    assert "--weights belongs to Inception" in message
+    assert "--weights and --device belong to Inception" in message
+    assert "--device tpu9" in fails(
+        evaluate, "score", a, "--ref", b, "--weights", inception_weights, "--device", "tpu9"
+    )
+    pixels = np.zeros((3, 8, 8, 1), np.uint8)
+    for name, arrays, says in (
+        ("float", {"arr_0": pixels / 255, "arr_1": np.zeros(3)}, "float64"),
+        ("flat", {"arr_0": pixels[..., 0]}, "(3, 8, 8)"),
+        ("labels", {"arr_0": pixels, "arr_1": np.zeros(2, np.int64)}, "3 images but labels of shape (2,)"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        assert says in fails(evaluate, "score", tmp_path / f"{name}.npz", "--ref", "digits")
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
+    assert "sigma (2048,)" in fails(evaluate, "score", a, "--ref", tmp_path / "ref.npz", "--weights", inception_weights)
+    write_folder(tmp_path / "lone", torch.zeros(1, 3, 24, 24, dtype=torch.uint8), None)
+    assert "give at least 2" in fails(evaluate, "score", a, "--ref", tmp_path / "lone", "--weights", inception_weights)
     assert "no such file" in fails(evaluate, "score", a, "--ref", tmp_path / "nowhere")
     (a / "000002.png").unlink()
     assert "3 images, but its manifest says 4" in fails(evaluate, "score", a, "--ref", b)

@@ -86,9 +86,16 @@ def run_folder(tmp_path_factory):
 
 
 def test_generate_writes_images_by_index_with_their_provenance(run_folder, tmp_path):
-    options = ["--ckpt", str(run_folder), "--num", "13", "--steps", "3", "--batch", "5", "--seed", "4", "--cfg", "1.7"]
-    for name in ("a", "b"):
-        sampling(["generate", *options, "--out", str(tmp_path / name)])
+    options = ["--ckpt", str(run_folder), "--steps", "3", "--seed", "4", "--cfg", "1.7", "--cfg-channels", "first3"]
+    options += ["--cfg-interval", "0", "0.5"]
+    for name, num, batch in (("a", 13, 5), ("b", 17, 5), ("c", 13, 13)):
+        out = str(tmp_path / name)
+        sampling(["generate", *options, "--num", str(num), "--batch", str(batch), "--out", out])
+    contents = [(tmp_path / "a" / f"{index:06d}.png").read_bytes() for index in range(13)]
+    assert len(set(contents)) == 13  # the noise does not begin anew in each block
+    for index in range(13):
+        a, c = (np.array(Image.open(tmp_path / name / f"{index:06d}.png")).astype(int) for name in ("a", "c"))
+        assert abs(a - c).max() <= 1  # nor depend on the block
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     files = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
     assert files == [f"{index:06d}.png" for index in range(13)]
@@ -97,14 +104,47 @@ def test_generate_writes_images_by_index_with_their_provenance(run_folder, tmp_p
     assert Image.open(tmp_path / "a" / files[0]).mode == "L"
     weights = run_folder / "step-0000002/ema/diffusion_pytorch_model.safetensors"
     expected = {
-        "num": 13, "labels": [index % 10 for index in range(13)], "sampler": "euler", "steps": 3, "nfe": 6.0, "seed": 4,
-        "guidance_scale": 1.7, "guidance_channels": "all", "guidance_interval": [0.0, 1.0], "block": 5, "dtype": "fp32",
+        "num": 13, "labels": [index % 10 for index in range(13)], "sampler": "euler", "steps": 3, "nfe": 5.0, "seed": 4,
+        "guidance_scale": 1.7, "guidance_channels": "first3", "guidance_interval": [0.0, 0.5], "block": 5,
+        "dtype": "fp32",
         "uint8_rule": "trunc(clamp(127.5 * x + 128, 0, 255))", "weights": "ema", "step": 2,
     }  # fmt: skip
     assert expected.items() <= manifest.items()
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert manifest["checkpoint_sha256"]["ema/diffusion_pytorch_model.safetensors"] == digest
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_dopri5_records_its_tolerances_and_not_the_steps_it_ignores(run_folder, tmp_path):
+    out = tmp_path / "samples"
+    sampling(["generate", "--ckpt", str(run_folder), "--num", "2", "--sampler", "dopri5", "--out", str(out)])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["steps"], manifest["rtol"], manifest["atol"]) == (None, 1e-3, 1e-6)
+    assert manifest["nfe"] > 2
+
+
+def test_a_fault_while_generating_leaves_nothing(run_folder, tmp_path, monkeypatch):
+    def fault(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sampling.generate.to_pil", fault)
+    with pytest.raises(KeyboardInterrupt):
+        sampling(["generate", "--ckpt", str(run_folder), "--num", "2", "--steps", "1", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtype_and_autoencoder_options_reach_the_model(run_folder):
+    from sampling.options import add_sampling_options, setup
+    from sit_atconv.errors import ArgumentParser, InputError
+
+    parser = ArgumentParser()
+    add_sampling_options(parser)
+    assert (
+        setup(parser.parse_args(["--ckpt", str(run_folder), "--dtype", "bf16"])).trained.model.dtype == torch.bfloat16
+    )
+    assert setup(parser.parse_args(["--ckpt", str(run_folder)])).trained.model.dtype == torch.float32
+    with pytest.raises(InputError, match="has no autoencoder"):
+        setup(parser.parse_args(["--ckpt", str(run_folder), "--vae", "x"]))
 
 
 def test_random_labels_follow_their_index(run_folder, tmp_path):
@@ -123,8 +163,8 @@ def test_a_grid_shows_the_pixels_enlarged_and_large_images_as_they_are(tmp_path)
     second = grid[4 : 4 + 64, 72 : 72 + 64]
     assert np.array_equal(second[::8, ::8], images[1].permute(1, 2, 0).numpy())
     assert np.array_equal(second[7::8, 7::8], second[::8, ::8])
-    save_grid(torch.zeros(1, 3, 100, 100, dtype=torch.uint8), 1, tmp_path / "large.png")
-    assert Image.open(tmp_path / "large.png").size == (108, 108)
+    save_grid(torch.zeros(2, 3, 100, 100, dtype=torch.uint8), 1, tmp_path / "large.png")
+    assert Image.open(tmp_path / "large.png").size == (108, 212)
 
 
 def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys):
@@ -133,6 +173,13 @@ def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys)
     sample.main(["--ckpt", str(run_folder), *classes, "--rows", "2", "--steps", "2", "--out", str(out)])
     assert Image.open(out).size == (3 * 68 + 4, 2 * 68 + 4)
     assert "6 images, NFE 4, " in capsys.readouterr().out
+    other = tmp_path / "other.png"
+    base = ["--ckpt", str(run_folder), *classes, "--rows", "2", "--steps", "2"]
+    sample.main([*base, "--batch", "2", "--out", str(other)])
+    assert abs(np.array(Image.open(out)).astype(int) - np.array(Image.open(other)).astype(int)).max() <= 1
+    sample.main([*base, "--seed", "1", "--out", str(other)])
+    assert abs(np.array(Image.open(out)).astype(int) - np.array(Image.open(other)).astype(int)).max() > 9
+    capsys.readouterr()
     sample.main(["--ckpt", str(run_folder / "step-0000002/ema"), "--num", "5", "--steps", "1", "--out", str(out)])
     assert "5 images" in capsys.readouterr().out
 
