@@ -128,7 +128,7 @@ def dry_run(recipe: Recipe) -> str:
         model = build_model(recipe, facts)
     preview_sampling(recipe, model)
     train = recipe.train
-    parameters = count_parameters(model)
+    parameters, macs = count_parameters(model), count_macs(model)
     trainable = sum(p.numel() for p in model.parameters())
     gib = 4 / 2**30
     epoch = facts.num_images / train.batch_size
@@ -136,7 +136,8 @@ def dry_run(recipe: Recipe) -> str:
     rows = {
         "model": recipe.model.name or f"{model.config.token_mixer}, depth {model.config.depth}",
         "parameters": f"{parameters / 1e6:.1f} M",
-        "compute per image": f"{count_macs(model) / 1e9:.1f} GMACs (one network evaluation)",
+        "compute per image": (f"{macs / 1e9:.1f} GMACs" if macs >= 1e9 else f"{macs / 1e6:.1f} MMACs")
+        + " (one network evaluation)",
         "latent": " x ".join(map(str, facts.latent_shape)) + f", {facts.num_classes} classes",
         "data": f"{recipe.data.kind}, "
         + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
