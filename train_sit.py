@@ -1,4 +1,4 @@
-"""accelerate launch train_sit.py RECIPE [key=value ...] [--dry-run]: train a SiT, or go on with a run."""
+"""accelerate launch train_sit.py RECIPE [key=value ...] [--dry-run | --resume]: train a SiT, or go on with a run."""
 
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import ArgumentParser, command, speaks
@@ -10,8 +10,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="train_sit.py", description=__doc__)
     parser.add_argument("recipe", help="YAML file, see experiments/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print size, compute, memory and schedule, then stop")
-    parser.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print size, compute, memory and schedule, then stop")
+    mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
     args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:

@@ -1,11 +1,11 @@
 """References to score against."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from eval.frechet import Moments
+from eval.sources import UNREADABLE
 from sit_atconv.errors import InputError
 
 
@@ -16,5 +16,5 @@ def read_moments(path: Path) -> Moments | None:
             if "mu" not in arrays:
                 return None
             return Moments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise InputError(f"reference {str(path)!r} cannot be read: {error}") from None

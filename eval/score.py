@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from eval import digits, extractor
@@ -93,6 +94,8 @@ def score_inception(samples: Images, ref: str, weights: str | None, device: str 
     if reference is not None and (reference.mu.shape, reference.sigma.shape) != ((2048,), (2048, 2048)):
         shapes = f"mu {reference.mu.shape} and sigma {reference.sigma.shape}"
         raise InputError(f"reference {ref!r} has {shapes}; Inception's pool has 2048 features")
+    if reference is not None and not (np.isfinite(reference.mu).all() and np.isfinite(reference.sigma).all()):
+        raise InputError(f"reference {ref!r}: mu or sigma is not finite; take the statistics again")
     file = extractor.inception_weights(weights)
     model = extractor.load_inception(file, resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if images is not None:

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from PIL import Image
 
 from sit_atconv.errors import InputError
 
+# What numpy raises for a file that is no npz, or a broken one.
+UNREADABLE = (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -39,7 +42,7 @@ def read_images(path: str | Path) -> Images:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             pixels, labels = arrays["arr_0"], arrays.get("arr_1")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise InputError(f"images {str(path)!r} cannot be read: {error}; give an npz with arr_0 (N, H, W, C)") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
         found = f"{pixels.dtype} {pixels.shape}"
@@ -48,7 +51,10 @@ def read_images(path: str | Path) -> Images:
 
 
 def _images(path: Path, pixels: torch.Tensor, labels, manifest: dict | None) -> Images:
-    labels = None if labels is None else torch.as_tensor(labels)
+    try:
+        labels = None if labels is None else torch.as_tensor(labels)
+    except (TypeError, ValueError):
+        raise InputError(f"images {str(path)!r}: labels must be integers") from None
     if labels is not None and labels.shape != pixels.shape[:1]:
         raise InputError(f"images {str(path)!r}: {len(pixels)} images but labels of shape {tuple(labels.shape)}")
     return Images(pixels, labels, manifest)
@@ -68,7 +74,7 @@ def _read_folder(path: Path) -> Images:
         try:
             with Image.open(file) as image:
                 arrays.append(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"image {str(file)!r} does not decode ({error}); repair or remove it") from None
         if arrays[-1].shape != arrays[0].shape:
             raise InputError(f"image {str(file)!r} is {arrays[-1].shape}, {files[0].name} is {arrays[0].shape}")

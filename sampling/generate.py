@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -50,11 +49,12 @@ def run(args: argparse.Namespace) -> None:
         labels = [random_label(sampling.seed, index, classes) for index in indices]
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.", suffix=".tmp"))
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     try:
         nfe = write_images(ready, labels, args.num, block, unfinished)
         write_manifest(unfinished, args, ready, labels[: args.num], block, nfe)
-        unfinished.chmod(0o755)
         unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished)
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
 def write_images(ready: Setup, labels: list[int], num: int, block: int, folder: Path) -> float:
     """Write image i < num, of class labels[i], as `folder`/00000i.png; returns the mean NFE per image.
 
-    `labels` fills whole blocks: every network call has one, and what is beyond `num` is dropped, so that an image has
-    the same bits however many follow it.
+    `labels` fills whole blocks: every network call has one, and what is beyond `num` is dropped, so that for
+    one block size an image has the same bits however many follow it.
     """
     nfe = 0
     with tqdm(total=num, desc="generate", unit="image") as bar:

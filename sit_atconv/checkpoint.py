@@ -49,7 +49,12 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Raises KeyError when the parameters are not the same."""
+    """Put back what `optimizer_tensors` gave, nothing if no step had been taken.
+
+    Raises KeyError when the parameters are not the same.
+    """
+    if not tensors:
+        return
     names = {parameter: name for name, parameter in model.named_parameters()}
     states = {}
     for key, value in tensors.items():
@@ -79,7 +84,9 @@ def save(
     """
     for name, tensor in [*model.state_dict().items(), *ema.state_dict().items()]:
         if not tensor.isfinite().all():
-            raise InputError(f"step {step}: {name} is not finite, so no checkpoint is written; lower train.lr")
+            raise InputError(
+                f"step {step}: {name} is not finite, no checkpoint written; begin a new run with a lower train.lr"
+            )
     final = folder_of(run, step)
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -115,7 +122,11 @@ def prune(run: Path, newest: int, keep_last: int) -> None:
     kept = [folder for folder in step_folders(run) if step_of(folder) <= newest][-keep_last:]
     for path in [*step_folders(run), *run.glob("step-*.tmp")]:
         if path not in kept:
-            shutil.rmtree(path)
+            doomed = path.with_suffix(".tmp")  # killed in the middle, it is no damaged checkpoint but a leftover
+            if path != doomed:
+                shutil.rmtree(doomed, ignore_errors=True)
+                path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def folder_of(run: Path, step: int) -> Path:

@@ -24,7 +24,7 @@ def _at_least(section: str, **limits) -> None:
     """Check fields of a section: name=(value, least allowed)."""
     for name, (value, least) in limits.items():
         if not (math.isfinite(value) and value >= least):
-            raise InputError(f"{section}.{name}={value}: must be at least {least}")
+            raise InputError(f"{section}.{name}={value}: must be a finite number, at least {least}")
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Train:
             warmup_steps=(self.warmup_steps, 0),
             weight_decay=(self.weight_decay, 0),
         )
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise InputError(
                 f"train.max_grad_norm={self.max_grad_norm}: must be positive; leave it out for no clipping"
             )

@@ -9,7 +9,7 @@ def resolve_device(name: str) -> torch.device:
     """The torch device of that name, with TF32 off: fp32 means fp32. Raises InputError when it is not there."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # a meta tensor has no value
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

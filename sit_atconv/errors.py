@@ -12,7 +12,7 @@ class InputError(ValueError):
     """A value given by the user breaks a rule; the message is one line: the value, the rule, the remedy.
 
     `every_rank`: the error is known to one process of a distributed run only, so that process reports it;
-    otherwise all processes find the same error and the main one speaks for them.
+    otherwise all processes of a machine find the same error and the first one there speaks for them.
     """
 
     def __init__(self, message: str, every_rank: bool = False):
@@ -50,7 +50,7 @@ def command(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            if error.every_rank or speaks():
+            if error.every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

@@ -1,6 +1,7 @@
 """From indices and labels to images: the one sampling routine of previews, sample.py and `python -m sampling`."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class Sampling:
             raise InputError(f"steps={self.steps}: must be at least 1")
         if self.seed < 0:
             raise InputError(f"seed={self.seed}: must be at least 0")
+        if not math.isfinite(self.guidance_scale):
+            raise InputError(f"guidance scale {self.guidance_scale}: must be a finite number")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise InputError(f"guidance interval {low} to {high}: give 0 <= LOW <= HIGH <= 1 (t = 0 noise, t = 1 data)")

@@ -113,9 +113,9 @@ def reopen_codec(description: dict[str, Any], vae: str | None, batch_size: int) 
         return IdentityCodec()
     try:
         codec = VaeCodec(vae or description["vae"], batch_size)
+        check_same_codec(description, codec.describe())
     except InputError as error:
         raise InputError(f"{error}; say with --vae where the checkpoint's autoencoder lies") from None
-    check_same_codec(description, codec.describe())
     return codec
 
 
@@ -124,6 +124,6 @@ def check_same_codec(then: dict[str, Any], now: dict[str, Any]) -> None:
     for key in ("codec", "sha256", "scale", "shift"):
         if then.get(key) != now.get(key):
             raise InputError(
-                f"the codec is not the one of this checkpoint: its {key} is {now.get(key)}, was {then.get(key)}; "
-                "give the autoencoder that it was trained with"
+                f"latents.vae={now.get('vae')!r} is not the autoencoder of this checkpoint: {key} is {now.get(key)}, "
+                f"was {then.get(key)}"
             )

@@ -171,8 +171,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise InputError(f"accelerate refuses the launch with train.precision={train.precision}: {error}") from None
     if accelerator.distributed_type not in DISTRIBUTED:
         raise InputError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; this trainer runs on one process or "
-            "under DDP: run `accelerate config` again"
+            f"accelerate is configured for {accelerator.distributed_type.value}; this trainer runs on one "
+            "process, or under DDP on CPU or CUDA: run `accelerate config` again"
         )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
@@ -198,21 +198,26 @@ def check_run_folder(run: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[
     try:
         stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
     except OSError:
-        if run.is_dir() and all(path.suffix == ".tmp" for path in run.iterdir()):  # empty, or killed at its first file
+        if run.is_dir() and all(path.name == "recipe.yaml.tmp" for path in run.iterdir()):  # killed at its first file
             return None
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
-    changed = config.differences(stored, config.to_dict(recipe))
-    if changed:
+    except yaml.YAMLError:
+        raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder") from None
+    try:
+        changed = "; ".join(config.differences(stored, config.to_dict(recipe)))
+    except InputError as error:
         raise InputError(
-            f"run.out={str(run)!r} holds a run of another recipe ({'; '.join(changed)}); choose another folder"
-        )
+            f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"
+        ) from None
+    if changed:
+        raise InputError(f"run.out={str(run)!r} holds a run of another recipe ({changed}); choose another folder")
     if found:
         manifest = found[1]
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
         check_same_codec(manifest["codec"], facts["codec"])
-        if manifest["data"] != facts["data"]:
+        if manifest.get("data") != facts["data"]:
             raise InputError(
                 f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images"
             )
@@ -255,8 +260,15 @@ def train(recipe: Recipe, must_resume: bool = False) -> Path:
     }
     run = Path(recipe.run.out)
     main = accelerator.is_main_process
-    start = [check_run_folder(run, recipe, described), not run.exists()] if main else [None, None]
-    found, new = broadcast_object_list(start)
+    start = [None, None, None]  # what the main process found: checkpoint, whether the folder is new, error
+    if main:
+        try:
+            start = [check_run_folder(run, recipe, described), not run.exists(), None]
+        except InputError as error:
+            start[2] = error
+    found, new, error = broadcast_object_list(start)
+    if error is not None:
+        raise error
     if must_resume and not found:
         raise InputError(f"--resume: there is no checkpoint in {str(run)!r} to go on from")
     samples = TrainingSamples(
@@ -324,9 +336,11 @@ class _Trainer:
         if main:
             write_atomic(self.run / "recipe.yaml", yaml.safe_dump(config.to_dict(recipe), sort_keys=False))
             log = Log(self.run / "log.jsonl", self.step)
+            checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last)
         settings = config.flatten(config.to_dict(recipe))
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
         accelerator.init_trackers("sit_atconv", config=plain)
+        accelerator.wait_for_everyone()  # a process that meets a bad image finds the folder complete, and removes it
         # Nothing is shown before the first step, so that an error at the first image is the only line.
         bar = tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-9)
         since, timed = time.perf_counter(), 0
@@ -352,8 +366,10 @@ class _Trainer:
                     log.write(row)
                 accelerator.log(row, step=self.step)
                 bar.set_postfix(loss=f"{loss:.4f}")
-            if recipe.preview.every and self.step % recipe.preview.every == 0 and main:
-                self._draw_preview()
+            if recipe.preview.every and self.step % recipe.preview.every == 0:
+                if main:
+                    self._draw_preview()
+                accelerator.wait_for_everyone()
             if self.step % recipe.checkpoint.every == 0 or self.step == total:
                 self._save()
             if self.step % recipe.run.log_every == 0:

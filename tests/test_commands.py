@@ -57,6 +57,8 @@ def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_p
         (["model.depth=0"], "depth=0: must be a positive number"),
         (["model.token_mixer=5"], "token_mixer=5"),
         (["train.lr=.nan"], "train.lr=nan"),
+        (["train.max_grad_norm=.nan"], "train.max_grad_norm=nan"),
+        (["preview.guidance_scale=.inf"], "guidance scale inf"),
         (["--resume"], "there is no checkpoint"),
         (["model.num_classes=11"], "the recipe says 11, data and codec say 10"),
         (["model.sample_size=16"], "model.sample_size"),
@@ -133,7 +135,7 @@ def test_train_refuses_another_autoencoder_in_the_same_place(recipe_file, tmp_pa
     train_sit.main([str(recipe)])
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.7}))
-    with pytest.raises(InputError, match=r"scale is 0\.7, was 0\.5"):
+    with pytest.raises(InputError, match=r"not the autoencoder of this checkpoint: scale is 0\.7, was 0\.5"):
         train(load_recipe(recipe))
 
 
@@ -151,6 +153,13 @@ def test_a_run_stored_before_a_key_existed_goes_on(trained, recipe_file):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     train_sit.main([str(recipe_file()), "train.max_steps=9", "--resume"])
     assert (trained / "step-0000009").is_dir()
+
+
+def test_a_damaged_stored_recipe_is_told_from_the_users(fails, recipe_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    for text, says in (("run: {o", "recipe.yaml is damaged"), ("trian: {}", "its own recipe is not valid here")):
+        (tmp_path / "run" / "recipe.yaml").write_text(text)
+        assert says in fails(train_sit.main, recipe_file())
 
 
 def test_train_refuses_fewer_steps_than_are_done(fails, recipe_file, trained):
@@ -183,6 +192,8 @@ def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
         (["--seed", "-3"], "seed=-3"),
         (["--out", "grid.jpeg"], "must end in .png"),
         (["--device", "tpu9"], "--device tpu9"),
+        (["--device", "meta"], "--device meta"),
+        (["--cfg", "nan"], "guidance scale nan"),
     ],
 )
 def test_sample_refuses(fails, trained, tmp_path, options, says):
@@ -263,13 +274,28 @@ def test_a_worker_says_one_line_and_no_traceback(recipe_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def error_lines(done) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_what_the_main_process_finds_ends_all_processes_with_one_line(trained, recipe_file):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "train_sit.py", str(recipe_file()), "train.lr=0.5"],
+        cwd=ROOT, capture_output=True, text=True, env={"ACCELERATE_USE_CPU": "true", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert len(error_lines(done)) == 1
+    assert "another recipe (train.lr: 0.001 -> 0.5)" in error_lines(done)[0]
+    assert "Connection closed" not in done.stderr
+
+
 def test_batch_must_divide_by_processes(recipe_file, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*torchrun, "train_sit.py", str(recipe_file()), "train.batch_size=7"],
         cwd=ROOT, capture_output=True, text=True, env={"ACCELERATE_USE_CPU": "true", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = error_lines(done)
     assert errors == ["error: train.batch_size=7 is not divisible by 2 processes x 1 accumulation steps; choose a "
                       "multiple of 2"]  # fmt: skip
     assert done.returncode != 0

@@ -44,7 +44,7 @@ def test_overrides_are_typed_and_win(recipe_file):
         ({"train": {"max_step": 3}}, "did you mean 'train.max_steps'"),
         ({"train": {"lr": "fast"}}, "train.lr: Value 'fast'"),
         ({"train": 3}, "train must be a mapping"),
-        ({"train": {"batch_size": 0}}, "train.batch_size=0: must be at least 1"),
+        ({"train": {"batch_size": 0}}, "train.batch_size=0: must be a finite number, at least 1"),
         ({"train": {"precision": "fp8"}}, "train.precision='fp8': choose from ['bf16'"),
         ({"train": {"max_grad_norm": 0}}, "max_grad_norm"),
         ({"ema": {"decay": 1.0}}, "ema.decay=1.0"),

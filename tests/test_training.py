@@ -283,6 +283,15 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(recipe_file, tm
     assert log_rows(last.parent)[-1]["skipped"] == 1  # the count goes on after a restart
 
 
+def test_a_checkpoint_before_the_first_good_step_can_be_gone_on_from(recipe_file, tmp_path, monkeypatch):
+    poison_steps(monkeypatch, {0})
+    whole = run_recipe(recipe_file(), "checkpoint.every=1", f"run.out={tmp_path / 'whole'}")
+    poison_steps(monkeypatch, {0})
+    run_recipe(recipe_file(), "train.max_steps=1")
+    monkeypatch.undo()
+    assert_same_bits(run_recipe(recipe_file()), whole)
+
+
 def test_training_stops_after_a_run_of_them_and_keeps_the_last_good_checkpoint(recipe_file, tmp_path, monkeypatch):
     poison_steps(monkeypatch, set(range(4, 999)))
     with pytest.raises(InputError, match=r"no finite gradient for 20 steps, up to step 24"):

@@ -175,6 +175,13 @@ def test_what_cannot_be_scored_is_refused(fails, rgb_folders, inception_weights,
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)
         assert says in fails(evaluate, "score", tmp_path / f"{name}.npz", "--ref", "digits")
+    np.save(tmp_path / "array.npy", pixels)
+    (tmp_path / "empty.npz").touch()
+    np.savez(tmp_path / "words.npz", arr_0=pixels, arr_1=np.array(["a", "b", "c"]))
+    for name, says in (("array.npy", "give an npz"), ("empty.npz", "give an npz"), ("words.npz", "must be integers")):
+        assert says in fails(evaluate, "score", tmp_path / name, "--ref", "digits")
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
+    assert "not finite" in fails(evaluate, "score", a, "--ref", tmp_path / "nan.npz", "--weights", inception_weights)
     np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
     assert "sigma (2048,)" in fails(evaluate, "score", a, "--ref", tmp_path / "ref.npz", "--weights", inception_weights)
     write_folder(tmp_path / "lone", torch.zeros(1, 3, 24, 24, dtype=torch.uint8), None)
