@@ -2,7 +2,8 @@
 
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import ArgumentParser, command, speaks
-from sit_atconv.training import dry_run, train
+from sit_atconv.plan import dry_run
+from sit_atconv.training import train
 
 
 @command

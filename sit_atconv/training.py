@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,63 +27,13 @@ from sit_atconv.errors import InputError
 from sit_atconv.files import write_atomic
 from sit_atconv.flow.loss import velocity_loss
 from sit_atconv.flow.path import PATHS
-from sit_atconv.generation import Sampling, generate, save_grid
+from sit_atconv.generation import generate, save_grid
 from sit_atconv.latents import check_same_codec, open_codec
-from sit_atconv.models.cost import count_macs, count_parameters
-from sit_atconv.models.sit import SiTTransformer2DModel, create_model
+from sit_atconv.models.cost import count_macs
+from sit_atconv.plan import build_model, check_stated, measured_facts, preview_sampling
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient before training stops
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What data and codec decide about a run: latent shape (C, H, W), classes and images."""
-
-    latent_shape: tuple[int, int, int]
-    num_classes: int
-    num_images: int
-
-
-def measured_facts(dataset, codec) -> Facts:
-    """The facts of an opened dataset and codec. Raises InputError when the codec does not take such images."""
-    return Facts(codec.latent_shape(dataset.channels, dataset.image_size), len(dataset.class_names), len(dataset))
-
-
-def stated_facts(recipe: Recipe) -> Facts | None:
-    """The facts as the recipe states them, or None where it leaves one to the data."""
-    model = recipe.model
-    if None in (model.sample_size, model.in_channels, model.num_classes, recipe.data.num_images):
-        return None
-    size = model.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return Facts((model.in_channels, height, width), model.num_classes, recipe.data.num_images)
-
-
-def check_stated(recipe: Recipe, facts: Facts) -> None:
-    """Raise InputError where the recipe states something else than data and codec say."""
-    channels, height, width = facts.latent_shape
-    size = recipe.model.sample_size
-    for key, stated, measured in (
-        ("model.in_channels", recipe.model.in_channels, channels),
-        ("model.sample_size", [size, size] if isinstance(size, int) else size, [height, width]),
-        ("model.num_classes", recipe.model.num_classes, facts.num_classes),
-        ("data.num_images", recipe.data.num_images, facts.num_images),
-    ):
-        if stated is not None and stated != measured:
-            raise InputError(
-                f"{key}: the recipe says {stated}, data and codec say {measured}; correct it or leave it out"
-            )
-
-
-def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
-    """The recipe's model for these facts, with the weights that `run.seed` draws."""
-    channels, height, width = facts.latent_shape
-    size = height if height == width else (height, width)
-    options = {**recipe.model.options(), "sample_size": size, "in_channels": channels, "num_classes": facts.num_classes}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.run.seed)
-        return create_model(recipe.model.name, **options)
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -104,53 +53,6 @@ def make_optimizer(model: torch.nn.Module, train: Train) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas))
-
-
-def preview_sampling(recipe: Recipe, model: SiTTransformer2DModel) -> Sampling:
-    """How previews are drawn. Raises InputError for settings that do not exist or that the model cannot follow."""
-    preview = recipe.preview
-    try:
-        sampling = Sampling(preview.sampler, preview.steps, preview.guidance_scale, seed=recipe.run.seed)
-        if preview.every:
-            sampling.check_model(model)
-    except InputError as error:
-        raise InputError(f"preview: {error}") from None
-    return sampling
-
-
-def dry_run(recipe: Recipe) -> str:
-    """What the recipe would cost, as text; the model is built on the meta device, data and VAE are not opened if the
-    recipe states what they decide. Raises InputError for a recipe that cannot be trained."""
-    stated = stated_facts(recipe)
-    facts = stated or measured_facts(open_dataset(recipe.data), open_codec(recipe.latents))
-    check_stated(recipe, facts)
-    with torch.device("meta"):
-        model = build_model(recipe, facts)
-    preview_sampling(recipe, model)
-    train = recipe.train
-    parameters, macs = count_parameters(model), count_macs(model)
-    trainable = sum(p.numel() for p in model.parameters())
-    gib = 4 / 2**30
-    epoch = facts.num_images / train.batch_size
-    decay = "" if train.lr_schedule == "constant" else f" to 0 at step {train.max_steps:,}"
-    rows = {
-        "model": recipe.model.name or f"{model.config.token_mixer}, depth {model.config.depth}",
-        "parameters": f"{parameters / 1e6:.1f} M",
-        "compute per image": (f"{macs / 1e9:.1f} GMACs" if macs >= 1e9 else f"{macs / 1e6:.1f} MMACs")
-        + " (one network evaluation)",
-        "latent": " x ".join(map(str, facts.latent_shape)) + f", {facts.num_classes} classes",
-        "data": f"{recipe.data.kind}, "
-        + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
-        + ("latent, classes and images as the recipe states; checked when training starts" if stated else "measured"),
-        "memory, fp32": f"weights {parameters * gib:.2f} GiB, gradients {trainable * gib:.2f} GiB, "
-        f"optimiser {2 * trainable * gib:.2f} GiB, EMA {parameters * gib:.2f} GiB (activations come on top)",
-        "steps per epoch": f"{epoch:.1f} ({facts.num_images:,} images, global batch {train.batch_size})",
-        "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
-        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}; EMA {recipe.ema.decay}",
-        "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
-        f"{4 * (2 * parameters + 2 * trainable) / 2**30:.2f} GiB each, in {recipe.run.out}",
-    }
-    return "\n".join(f"{name:<18} {text}" for name, text in rows.items())
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -297,7 +199,7 @@ class _Trainer:
         self.run = Path(recipe.run.out)
         self.path = PATHS[recipe.flow.path]()
         self.bare = model
-        self.flops_per_image = 3 * 2 * count_macs(_on_meta(model))  # forward, and twice that backward
+        self.flops_per_image = 3 * 2 * count_macs(model)  # forward, and twice that backward
         self.ema = EMA(model, recipe.ema.decay)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.images_here = 0  # seen by this process since this start
@@ -454,8 +356,3 @@ class _Trainer:
         self.skipped, self.skipped_in_a_row = trainer["skipped"], trainer["skipped_in_a_row"]
         if self.accelerator.scaler is not None and trainer["scaler"]:
             self.accelerator.scaler.load_state_dict(trainer["scaler"])
-
-
-def _on_meta(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
-    with torch.device("meta"):
-        return type(model).from_config(model.config)

@@ -25,7 +25,8 @@ ALLOWED = {
     "ema": BASE,
     "checkpoint": CORE | {"models", "files"},
     "generation": CORE | {"models", "data", "latents"},
-    "training": CORE | {"models", "data", "latents", "ema", "checkpoint", "generation", "files"},
+    "plan": CORE | {"models", "data", "latents", "generation"},
+    "training": CORE | {"models", "data", "latents", "ema", "checkpoint", "generation", "files", "plan"},
     "__init__": {"layers", "models", "version"},
 }
 LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))

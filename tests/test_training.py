@@ -20,6 +20,8 @@ from sit_atconv.config import Train, load_recipe
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.generation import Sampling
+from sit_atconv.models.cost import count_macs
+from sit_atconv.plan import Facts, build_model
 from sit_atconv.training import learning_rate, make_optimizer, train
 
 
@@ -54,8 +56,8 @@ def test_two_steps_equal_a_loop_written_out(recipe_file):
     recipe = load_recipe(path)
     from sit_atconv.data import Digits, TrainingSamples
 
-    facts = training.Facts((1, 8, 8), 10, 1437)
-    model = training.build_model(recipe, facts)
+    facts = Facts((1, 8, 8), 10, 1437)
+    model = build_model(recipe, facts)
     averaged = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = make_optimizer(model, recipe.train)
     samples = TrainingSamples(Digits(), (1, 8, 8), 8, seed=0, drop=0.5, null_label=10)
@@ -229,9 +231,9 @@ def test_tf32_is_on_exactly_when_asked_for(recipe_file, precision):
 
 def test_the_residual_stream_is_fp32_under_autocast(recipe_file):
     dtypes = []
-    facts = training.Facts((1, 8, 8), 10, 1)
+    facts = Facts((1, 8, 8), 10, 1)
     for mixer in ("attention", "atconv"):
-        model = training.build_model(load_recipe(recipe_file(model={"token_mixer": mixer})), facts)
+        model = build_model(load_recipe(recipe_file(model={"token_mixer": mixer})), facts)
         for block in model.blocks:
             block.register_forward_hook(lambda _m, inputs, output: dtypes.extend([inputs[0].dtype, output.dtype]))
         with torch.autocast("cpu", torch.bfloat16):
@@ -251,7 +253,7 @@ def test_learning_rate_schedules():
 
 
 def test_vectors_are_not_decayed(recipe_file):
-    model = training.build_model(load_recipe(recipe_file()), training.Facts((1, 8, 8), 10, 1))
+    model = build_model(load_recipe(recipe_file()), Facts((1, 8, 8), 10, 1))
     decayed, kept = make_optimizer(model, Train(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -321,8 +323,8 @@ def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, 
 def test_log_has_rates_that_fit_together(recipe_file):
     rows = log_rows(run_recipe(recipe_file(), "run.log_every=3").parent)
     assert [row["step"] for row in rows] == [3, 6, 8]
-    model = training.build_model(load_recipe(recipe_file()), training.Facts((1, 8, 8), 10, 1))
-    flops = 6 * training.count_macs(training._on_meta(model))
+    model = build_model(load_recipe(recipe_file()), Facts((1, 8, 8), 10, 1))
+    flops = 6 * count_macs(model)
     for row in rows:
         assert row["flops_per_second"] == pytest.approx(row["images_per_second"] * flops)
 

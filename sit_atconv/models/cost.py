@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-accumulates, counted on the meta device."""
+"""What a model costs: parameters and multiply-accumulates."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,9 +14,11 @@ def count_parameters(model: torch.nn.Module) -> int:
 def count_macs(model: SiTTransformer2DModel) -> int:
     """Multiply-accumulates of one network evaluation of one latent, without guidance.
 
-    `model` lives on the meta device. Counts matrix products, convolutions and attention, as torch's FlopCounterMode
-    does; element-wise work is not counted.
+    Counted on a copy without weights, on the meta device, as torch's FlopCounterMode does: matrix products,
+    convolutions and attention; element-wise work is not counted.
     """
+    with torch.device("meta"):
+        model = type(model).from_config(model.config)
     latent = torch.zeros(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
