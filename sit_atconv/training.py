@@ -88,8 +88,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def check_run_folder(run: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, or None for a new run. Raises InputError for a folder that is not this run's."""
+def check_run_folder(run: Path, recipe: Recipe, described: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, with its manifest, or None for a new run.
+
+    described: what this start would write into a manifest. Raises InputError for a folder that is not this run's.
+    """
     if not run.exists():
         return None
     found = checkpoint.newest_valid(run) if run.is_dir() else None
@@ -106,7 +109,7 @@ def check_run_folder(run: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[
     except yaml.YAMLError:
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder") from None
     try:
-        changed = "; ".join(config.differences(stored, config.to_dict(recipe)))
+        changed = "; ".join(config.differences(stored, described["recipe"]))
     except InputError as error:
         raise InputError(
             f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"
@@ -118,8 +121,8 @@ def check_run_folder(run: Path, recipe: Recipe, facts: dict[str, Any]) -> tuple[
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
-        check_same_codec(manifest["codec"], facts["codec"])
-        if manifest.get("data") != facts["data"]:
+        check_same_codec(manifest["codec"], described["codec"])
+        if manifest.get("data") != described["data"]:
             raise InputError(
                 f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images"
             )
@@ -236,10 +239,10 @@ class _Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         total, main = recipe.train.max_steps, accelerator.is_main_process
         if main:
-            write_atomic(self.run / "recipe.yaml", yaml.safe_dump(config.to_dict(recipe), sort_keys=False))
+            write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
             log = Log(self.run / "log.jsonl", self.step)
             checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last)
-        settings = config.flatten(config.to_dict(recipe))
+        settings = config.flatten(self.described["recipe"])
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
         accelerator.init_trackers("sit_atconv", config=plain)
         accelerator.wait_for_everyone()  # a process that meets a bad image finds the folder complete, and removes it
