@@ -1,57 +1,240 @@
-"""The operator against its oracle in fp64, for odd shapes, both pools and two kernel sizes."""
+"""The operator against its oracle in fp64: every backend and dtype, odd shapes, gradients of both orders."""
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, pool_tokens, reference
+from sit_atconv.ops.atconv import (
+    BACKEND_VARIABLE,
+    choose_backend,
+    dynamic_depthwise_conv,
+    native,
+    operator,
+    pool_tokens,
+    reference,
+)
 
-SHAPES = [(1, 2, 4, 5), (2, 3, 7, 9), (2, 5, 1, 6), (1, 4, 2, 2), (3, 2, 6, 6)]
+SHAPES = [(1, 2, 4, 5), (2, 3, 7, 9), (2, 5, 1, 6), (2, 2, 6, 1), (1, 4, 2, 2), (3, 2, 6, 6)]
+FAST = ["conv", "native"]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_convolution_equals_the_oracle_with_gradients(shape, k):
+def problem(shape, k, dtype=torch.float64):
+    """(v, kernels, upstream gradient, grid)."""
     batch, channels, height, width = shape
     generator = torch.Generator().manual_seed(k)
-    v = torch.randn(batch, height * width, channels, dtype=torch.float64, generator=generator)
-    kernels = torch.randn(batch, k * k, channels, dtype=torch.float64, generator=generator)
-    upstream = torch.randn(v.shape, dtype=torch.float64, generator=generator)
-    results = []
-    for form in (reference.dynamic_depthwise_conv, dynamic_depthwise_conv):
-        leaves = [v.clone().requires_grad_(), kernels.clone().requires_grad_()]
-        y = form(*leaves, (height, width))
-        results.append((y, *torch.autograd.grad(y, leaves, upstream)))
-    for expected, actual in zip(*results, strict=True):
+
+    def draw(rows):
+        return torch.randn(batch, rows, channels, generator=generator).to(dtype)
+
+    return draw(height * width), draw(k * k), draw(height * width), (height, width)
+
+
+def with_gradients(form, v, kernels, upstream):
+    leaves = [v.detach().clone().requires_grad_(), kernels.detach().clone().requires_grad_()]
+    y = form(*leaves)
+    return (y.detach(), *torch.autograd.grad(y, leaves, upstream))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_backend_equals_the_oracle_with_gradients(backend, shape, k):
+    v, kernels, upstream, grid = problem(shape, k)
+    expected = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), v, kernels, upstream)
+    actual = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, backend), v, kernels, upstream)
+    for ours, exact in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+        assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 7, 9), (1, 5, 12, 1), (2, 3, 1, 11)])
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", FAST)
+def test_error_is_at_most_twice_that_of_the_oracle_in_the_same_dtype(backend, dtype, k, shape):
+    v, kernels, upstream, grid = problem(shape, k, dtype)
+    exact = with_gradients(
+        lambda *x: reference.dynamic_depthwise_conv(*x, grid), v.double(), kernels.double(), upstream.double()
+    )
+    own = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), v, kernels, upstream)
+    fast = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, backend), v, kernels, upstream)
+    for value, plain, truth in zip(fast, own, exact, strict=True):
+        assert value.dtype == dtype
+        assert (value.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 7, 5), (5, 2, 3, 4)])
+@pytest.mark.parametrize("block", [1, 200, 700])
+def test_native_does_not_depend_on_where_its_blocks_end(monkeypatch, shape, block):
+    v, kernels, upstream, grid = problem(shape, 5)
+    whole = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, "native"), v, kernels, upstream)
+    monkeypatch.setattr(native, "BLOCK_BYTES", block)
+    parts = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, "native"), v, kernels, upstream)
+    for expected, actual in zip(whole, parts, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 5), (2, 1, 3, 2), (1, 2, 5, 1)])
+def test_gradients_of_both_orders(backend, k, shape):
+    v, kernels, _, grid = problem(shape, k)
+    leaves = v.requires_grad_(), kernels.requires_grad_()
+
+    def form(v, kernels):
+        return dynamic_depthwise_conv(v, kernels, grid, backend)
+
+    assert gradcheck(form, leaves)
+    assert gradgradcheck(form, leaves)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_operators_are_registered_as_torch_asks(backend, flip):
+    v, kernels, upstream, grid = problem((2, 3, 4, 5), 3, torch.float32)
+    forward = (v.requires_grad_(), kernels.requires_grad_(), *grid, flip, backend)
+    torch.library.opcheck(operator.convolution, forward)
+    backward = (v, upstream.requires_grad_(), *grid, 3, backend)
+    torch.library.opcheck(operator.grad_kernels, backward)
+    assert gradcheck(
+        lambda v, kernels: operator.convolution(v, kernels, *grid, flip, backend),
+        (v.detach().double().requires_grad_(), kernels.detach().double().requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_inputs_may_lie_in_memory_in_any_way(backend):
+    v, kernels, upstream, grid = problem((2, 4, 5, 3), 3)
+    expected = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), v, kernels, upstream)
+    channels_first = v.transpose(1, 2).contiguous().transpose(1, 2)
+    every_other = torch.stack([kernels, torch.full_like(kernels, torch.nan)], -1).flatten(2)[..., ::2]
+    spread = upstream[:, :1].expand_as(upstream)
+    for tokens, taps in ((channels_first, kernels), (v, every_other), (channels_first, every_other)):
+        leaves = tokens.requires_grad_(), taps.requires_grad_()
+        y = dynamic_depthwise_conv(*leaves, grid, backend)
+        for actual, exact in zip((y, *torch.autograd.grad(y, leaves, upstream)), expected, strict=True):
+            torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+    exact = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), v, kernels, spread)
+    actual = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, backend), v, kernels, spread)
+    torch.testing.assert_close(actual[1:], exact[1:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, None), (None, 2)])
+def test_vmap_equals_a_loop(backend, in_dims):
+    v, kernels, _, grid = problem((2, 3, 4, 5), 3)
+    stacked = [
+        torch.stack([tensor, 2 * tensor + 1], dim) if dim is not None else tensor
+        for tensor, dim in zip((v, kernels), in_dims, strict=True)
+    ]
+    mapped = torch.vmap(lambda v, kernels: dynamic_depthwise_conv(v, kernels, grid, backend), in_dims)(*stacked)
+    for index in range(2):
+        parts = [t.select(d, index) if d is not None else t for t, d in zip(stacked, in_dims, strict=True)]
+        torch.testing.assert_close(mapped[index], reference.dynamic_depthwise_conv(*parts, grid))
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_compiling_inlines_plain_torch_for_any_grid(backend):
+    graphs = []
+
+    def keep(module, example_inputs):
+        graphs.append(str(module.graph))
+        return module
+
+    compiled = torch.compile(
+        lambda v, kernels, grid: dynamic_depthwise_conv(v, kernels, grid, backend), backend=keep, fullgraph=True
+    )
+    for shape in ((2, 3, 4, 5), (2, 3, 6, 7)):
+        v, kernels, _, grid = problem(shape, 3)
+        torch.testing.assert_close(compiled(v, kernels, grid), reference.dynamic_depthwise_conv(v, kernels, grid))
+    assert graphs
+    assert not any("sit_atconv.dynamic_depthwise_conv" in graph for graph in graphs)
+
+
+def test_kernels_are_materialised_with_their_gradient():
+    _, kernels, _, _ = problem((2, 3, 4, 5), 3)
+    strided = kernels.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    torch.library.opcheck(operator.materialize, (strided,))
+    assert operator.materialize(strided).is_contiguous()
+    assert gradcheck(operator.materialize, strided)
+    assert gradgradcheck(operator.materialize, strided)
+
+
+def test_multiply_accumulates_are_counted():
+    v, kernels, upstream, grid = problem((2, 3, 4, 5), 3)
+    one = 2 * v.numel() * 9
+    with FlopCounterMode(display=False) as counter:
+        with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, "native"), v, kernels, upstream)
+    assert counter.get_total_flops() == 3 * one
+
+
+def test_only_tokens_and_kernels_are_saved():
+    v, kernels, _, grid = problem((2, 3, 4, 5), 3)
+    v.requires_grad_(), kernels.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        dynamic_depthwise_conv(v, kernels, grid)
+    assert sorted(saved) == sorted([v.data_ptr(), kernels.data_ptr()])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 2, 16, 16), (1, 1, 8, 24)])
+@pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("pool", ["raster", "grid"])
-def test_pooling_equals_the_oracle(shape, k, pool):
+def test_pooling_equals_the_oracle_with_gradients(shape, k, pool):
     batch, channels, height, width = shape
-    x = torch.randn(batch, height * width, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = reference.pool_tokens(x, (height, width), k, pool)
-    torch.testing.assert_close(pool_tokens(x, (height, width), k, pool), expected, rtol=1e-12, atol=1e-12)
+    grid = (height, width)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, height * width, channels, dtype=torch.float64, generator=generator, requires_grad=True)
+    upstream = torch.randn(batch, k * k, channels, dtype=torch.float64, generator=generator)
+    expected, actual = reference.pool_tokens(x, grid, k, pool), pool_tokens(x, grid, k, pool)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for form in (expected, actual):
+        x.grad = None
+        form.backward(upstream)
+        if form is expected:
+            exact = x.grad
+    torch.testing.assert_close(x.grad, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pool", ["raster", "grid"])
+def test_pooling_has_gradients_of_both_orders_and_a_vmap(pool):
+    x = torch.randn(2, 20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert gradcheck(lambda x: pool_tokens(x, (4, 5), 3, pool), x)
+    assert gradgradcheck(lambda x: pool_tokens(x, (4, 5), 3, pool).square(), x)
+    many = torch.stack([x.detach(), x.detach().flip(1)])
+    mapped = torch.vmap(lambda x: pool_tokens(x, (4, 5), 3, pool))(many)
+    torch.testing.assert_close(mapped[1], reference.pool_tokens(many[1], (4, 5), 3, pool))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_as_exact_as_the_oracle_in_that_precision(dtype):
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(2, 63, 6, generator=generator).to(dtype)
-    kernels = torch.randn(2, 9, 6, generator=generator).to(dtype)
-    exact = reference.dynamic_depthwise_conv(v.double(), kernels.double(), (7, 9))
-    own = (reference.dynamic_depthwise_conv(v, kernels, (7, 9)).double() - exact).abs().max()
-    fast = (dynamic_depthwise_conv(v, kernels, (7, 9)).double() - exact).abs().max()
-    assert fast <= 2 * own + 1e-6
+@pytest.mark.parametrize("pool", ["raster", "grid"])
+def test_pooling_is_as_exact_as_the_oracle_in_that_precision(dtype, pool):
+    x = torch.randn(2, 99, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = reference.pool_tokens(x.double(), (9, 11), 3, pool)
+    own = (reference.pool_tokens(x, (9, 11), 3, pool).double() - exact).abs().max()
+    assert (pool_tokens(x, (9, 11), 3, pool).double() - exact).abs().max() <= 2 * own + 1e-6
 
 
 def test_it_is_a_cross_correlation_not_a_flipped_convolution():
     v = torch.zeros(1, 9, 1)
     v[0, 4] = 1
     kernels = torch.arange(9.0).reshape(1, 9, 1)
-    y = dynamic_depthwise_conv(v, kernels, (3, 3))
-    assert y.flatten().tolist() == list(range(8, -1, -1))
+    for backend in ("reference", *FAST):
+        assert dynamic_depthwise_conv(v, kernels, (3, 3), backend).flatten().tolist() == list(range(8, -1, -1))
+
+
+def test_argument_then_environment_then_rule_choose_the_backend(monkeypatch):
+    small, large = torch.zeros(1, 16, 4), torch.zeros(1, 256, 1152)
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    assert (choose_backend(small), choose_backend(large)) == ("conv", "native")
+    assert choose_backend(small.bfloat16()) == "native"
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    assert choose_backend(large) == "reference"
+    assert choose_backend(large, "conv") == "conv"
+    monkeypatch.setenv(BACKEND_VARIABLE, "nativ")
+    with pytest.raises(ValueError, match="did you mean 'native'"):
+        dynamic_depthwise_conv(small, torch.zeros(1, 9, 4), (4, 4))
 
 
 @pytest.mark.parametrize(
@@ -60,9 +243,26 @@ def test_it_is_a_cross_correlation_not_a_flipped_convolution():
         ((1, 12, 2), (1, 9, 2), (3, 5), "grid of 3 x 5"),
         ((1, 12, 2), (1, 4, 2), (3, 4), "square of an odd size"),
         ((1, 12, 2), (1, 8, 2), (3, 4), "square of an odd size"),
+        ((1, 12, 2), (9, 2), (3, 4), "square of an odd size"),
         ((2, 12, 2), (1, 9, 2), (3, 4), "do not fit tokens"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(v, kernels, grid, says):
     with pytest.raises(ValueError, match=says):
         dynamic_depthwise_conv(torch.zeros(v), torch.zeros(kernels), grid)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"kernels": torch.zeros(1, 9, 2, dtype=torch.bfloat16)}, ValueError, r"bfloat16.*kernels\.to\(v\.dtype\)"),
+        ({"kernels": torch.zeros(1, 9, 2, device="meta")}, ValueError, r"meta.*kernels\.to\(v\.device\)"),
+        ({"v": torch.zeros(1, 12, 2, dtype=torch.int64)}, ValueError, "int64"),
+        ({"backend": "tritn"}, ValueError, "did you mean 'triton'"),
+        ({"backend": "triton"}, RuntimeError, "cpu, not on a CUDA device; choose 'auto'"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_remedy(change, error, says):
+    arguments = {"v": torch.zeros(1, 12, 2), "kernels": torch.zeros(1, 9, 2), "grid": (3, 4)} | change
+    with pytest.raises(error, match=says):
+        dynamic_depthwise_conv(**arguments)

@@ -1,6 +1,8 @@
 """The ATConv operator on tokens: pooling, lateral inhibition and the dynamic depthwise convolution.
 
-`reference` is the oracle; the functions exported here check their arguments and run the fast form.
+`reference` is the oracle; the functions exported here check their arguments and run a fast form: `pooling` for the
+pooling, and for the convolution the backend that `operator.choose_backend` picks among `native`, `conv` and
+`triton_kernels`.
 """
 
 import math
@@ -8,12 +10,21 @@ import math
 import torch
 
 from sit_atconv.errors import check_choice
-from sit_atconv.ops.atconv import conv
+from sit_atconv.ops.atconv import operator, pooling
+from sit_atconv.ops.atconv.operator import BACKEND_VARIABLE, BACKENDS, choose_backend
 from sit_atconv.ops.atconv.reference import inhibit
 
 POOLS = ("raster", "grid")
 
-__all__ = ["POOLS", "dynamic_depthwise_conv", "inhibit", "pool_tokens"]
+__all__ = [
+    "BACKENDS",
+    "BACKEND_VARIABLE",
+    "POOLS",
+    "choose_backend",
+    "dynamic_depthwise_conv",
+    "inhibit",
+    "pool_tokens",
+]
 
 
 def _check_grid(tokens: torch.Tensor, grid: tuple[int, int]) -> None:
@@ -33,20 +44,34 @@ def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int = 3, po
     """
     _check_grid(x, grid)
     check_choice("pool", pool, POOLS)
-    return conv.pool_tokens(x, grid, kernel_size, pool)
+    return pooling.pool_tokens(x, grid, kernel_size, pool)
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def dynamic_depthwise_conv(
+    v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], backend: str = "auto"
+) -> torch.Tensor:
     """Depthwise convolution with a kernel of its own for every sample and channel, the same at all positions.
 
     v (B, N, C) with N = H * W tokens in raster order, kernels (B, K, C) with K = k * k, k odd -> (B, N, C).
     y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c]: zero padding, stride 1,
-    cross-correlation. Raises ValueError for a grid that does not hold N tokens, kernels that do not fit, or an even k.
+    cross-correlation. fp32, bf16, fp16 (summed in fp32) and fp64; differentiable any number of times, and under vmap.
+
+    backend: "reference" (the oracle), "conv" (grouped convolution), "native" (token layout; under torch.compile one
+    fused loop), "triton" (CUDA; no fp64) or "auto", which takes the environment variable SIT_ATCONV_BACKEND, else
+    chooses as `choose_backend` says.
+    Raises ValueError for a grid that does not hold N tokens, kernels that do not fit, an even k, dtypes or devices
+    that differ, or an unknown backend; RuntimeError for "triton" where it cannot run.
     """
     _check_grid(v, grid)
-    k = math.isqrt(kernels.shape[1])
-    if k * k != kernels.shape[1] or k % 2 == 0:
-        raise ValueError(f"kernels of shape {tuple(kernels.shape)}: dimension 1 must be the square of an odd size")
+    k = math.isqrt(kernels.shape[1]) if kernels.ndim == 3 else 0
+    if kernels.ndim != 3 or k * k != kernels.shape[1] or k % 2 == 0:
+        raise ValueError(f"kernels of shape {tuple(kernels.shape)}: give (B, K, C) with K the square of an odd size")
     if kernels.shape[0] != v.shape[0] or kernels.shape[2] != v.shape[2]:
         raise ValueError(f"kernels {tuple(kernels.shape)} do not fit tokens {tuple(v.shape)}; give (B, K, C)")
-    return conv.dynamic_depthwise_conv(v, kernels, grid)
+    if v.dtype not in operator.DTYPES:
+        raise ValueError(f"tokens of {v.dtype}: give float64, float32, bfloat16 or float16")
+    for what in ("dtype", "device"):
+        if getattr(kernels, what) != getattr(v, what):
+            ours, theirs = getattr(kernels, what), getattr(v, what)
+            raise ValueError(f"kernels are {ours} and tokens are {theirs}; move the kernels: kernels.to(v.{what})")
+    return operator.dynamic_depthwise_conv(v, kernels, grid, backend)

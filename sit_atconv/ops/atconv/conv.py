@@ -1,4 +1,4 @@
-"""The operator through torch's own adaptive pooling and grouped convolution; shapes as in `reference`."""
+"""The operator as torch's grouped convolution, in (1, B * C, H, W); shapes as in `reference`."""
 
 import math
 
@@ -6,20 +6,29 @@ import torch
 import torch.nn.functional as F
 
 
-def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, N, C) -> (B, K, C)."""
-    channels_first = x.transpose(1, 2)
-    if pool == "raster":
-        pooled = F.adaptive_avg_pool1d(channels_first, kernel_size**2)
-    else:
-        pooled = F.adaptive_avg_pool2d(channels_first.unflatten(2, grid), kernel_size).flatten(2)
-    return pooled.transpose(1, 2)
+def _image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, N, C) -> (1, B * C, H, W)."""
+    return tokens.transpose(1, 2).reshape(1, -1, *grid)
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """v (B, N, C), kernels (B, K, C) -> (B, N, C), as one convolution with B * C groups."""
+def dynamic_depthwise_conv(
+    v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool = False
+) -> torch.Tensor:
+    """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous; `flip` takes tap K - 1 - t in the place of t."""
     (batch, _, channels), k = v.shape, math.isqrt(kernels.shape[1])
-    image = v.transpose(1, 2).reshape(1, batch * channels, *grid)
-    weight = kernels.transpose(1, 2).reshape(batch * channels, 1, k, k)
-    y = F.conv2d(image, weight, padding=k // 2, groups=batch * channels)
-    return y.reshape(batch, channels, -1).transpose(1, 2)
+    weight = (kernels.flip(1) if flip else kernels).transpose(1, 2).reshape(batch * channels, 1, k, k)
+    y = F.conv2d(_image(v, grid), weight, padding=k // 2, groups=batch * channels)
+    return y.reshape(batch, channels, -1).transpose(1, 2).contiguous()
+
+
+def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
+    """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c]: (B, K, C)."""
+    batch, _, channels = v.shape
+    gradient = torch.nn.grad.conv2d_weight(
+        _image(v, grid),
+        (batch * channels, 1, kernel_size, kernel_size),
+        _image(grad_y, grid),
+        padding=kernel_size // 2,
+        groups=batch * channels,
+    )
+    return gradient.reshape(batch, channels, -1).transpose(1, 2).contiguous()

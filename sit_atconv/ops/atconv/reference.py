@@ -16,7 +16,7 @@ def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: 
     """
 
     def bins(size: int, count: int) -> list[slice]:
-        return [slice(i * size // count, math.ceil((i + 1) * size / count)) for i in range(count)]
+        return [slice(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
 
     height, width = grid
     if pool == "raster":

@@ -1,0 +1,187 @@
+"""The dynamic depthwise convolution as one torch operator over the backends, and the rule that chooses among them.
+
+`sit_atconv::dynamic_depthwise_conv` and `sit_atconv::dynamic_depthwise_conv_grad_kernels` differentiate into each
+other, so gradients of any order exist and every one of them runs on the backend of the forward.
+"""
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from sit_atconv.errors import check_choice
+from sit_atconv.ops.atconv import conv, native, reference
+
+BACKENDS = ("auto", "reference", "conv", "native", "triton")
+BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# On a CPU the Python calls of `native` cost more than the transposes of `conv` up to about this many values of v.
+# Measured on 2 EPYC cores, fp32, forward and backward in ms, conv / native: (32, 8x8, 64) 2.5 / 2.9,
+# (1, 16x16, 384) 1.8 / 1.9, (1, 16x16, 1152) 5.4 / 2.4, (16, 8x8, 384) 9.8 / 4.0.
+FEW_VALUES = 2**17
+
+
+def _backend(name: str):
+    """The module of a backend."""
+    if name == "triton":
+        from sit_atconv.ops.atconv import triton_kernels  # here, since triton exists on few platforms
+
+        return triton_kernels
+    return {"conv": conv, "native": native}[name]
+
+
+@torch.library.custom_op("sit_atconv::dynamic_depthwise_conv", mutates_args=())
+def convolution(
+    v: torch.Tensor, kernels: torch.Tensor, height: int, width: int, flip: bool, backend: str
+) -> torch.Tensor:
+    """y[p] = sum_t kernels[t] * v[p + offset t], or with `flip` v[p - offset t]; contiguous (B, N, C)."""
+    return _backend(backend).dynamic_depthwise_conv(v, kernels, (height, width), flip)
+
+
+@torch.library.custom_op("sit_atconv::dynamic_depthwise_conv_grad_kernels", mutates_args=())
+def grad_kernels(
+    v: torch.Tensor, grad_y: torch.Tensor, height: int, width: int, kernel_size: int, backend: str
+) -> torch.Tensor:
+    """dK[t] = sum_p grad_y[p] * v[p + offset t]; contiguous (B, K, C)."""
+    return _backend(backend).grad_kernels(v, grad_y, (height, width), kernel_size)
+
+
+@convolution.register_fake
+def _(v, kernels, height, width, flip, backend):
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+@grad_kernels.register_fake
+def _(v, grad_y, height, width, kernel_size, backend):
+    return torch.empty((v.shape[0], kernel_size**2, v.shape[2]), dtype=v.dtype, device=v.device)
+
+
+def _save_convolution(ctx, inputs, output):
+    v, kernels, *ctx.settings = inputs
+    # Each gradient needs the other's tensor alone.
+    ctx.save_for_backward(v if ctx.needs_input_grad[1] else None, kernels if ctx.needs_input_grad[0] else None)
+    ctx.kernel_size = math.isqrt(kernels.shape[1])
+
+
+def _differentiate_convolution(ctx, upstream):
+    (v, kernels), (height, width, flip, backend) = ctx.saved_tensors, ctx.settings
+    to_v = convolution(upstream, kernels, height, width, not flip, backend) if kernels is not None else None
+    to_kernels = None
+    if v is not None:
+        source, above = (upstream, v) if flip else (v, upstream)
+        to_kernels = grad_kernels(source, above, height, width, ctx.kernel_size, backend)
+    return to_v, to_kernels, None, None, None, None
+
+
+def _save_grad_kernels(ctx, inputs, output):
+    v, grad_y, ctx.height, ctx.width, _, ctx.backend = inputs
+    ctx.save_for_backward(v if ctx.needs_input_grad[1] else None, grad_y if ctx.needs_input_grad[0] else None)
+
+
+def _differentiate_grad_kernels(ctx, upstream):
+    v, grad_y = ctx.saved_tensors
+    settings = (ctx.height, ctx.width)
+    to_v = convolution(grad_y, upstream, *settings, True, ctx.backend) if grad_y is not None else None
+    to_grad_y = convolution(v, upstream, *settings, False, ctx.backend) if v is not None else None
+    return to_v, to_grad_y, None, None, None, None
+
+
+convolution.register_autograd(_differentiate_convolution, setup_context=_save_convolution)
+grad_kernels.register_autograd(_differentiate_grad_kernels, setup_context=_save_grad_kernels)
+
+
+def _batched(operator):
+    """vmap: samples are independent, so the mapped dimension joins the batch."""
+
+    def rule(info, in_dims, first, second, *settings):
+        tensors = [
+            tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+            for tensor, dim in zip((first, second), in_dims[:2], strict=True)
+        ]
+        result = operator(*(tensor.flatten(0, 1) for tensor in tensors), *settings)
+        return result.unflatten(0, (info.batch_size, -1)), 0
+
+    return rule
+
+
+convolution.register_vmap(_batched(convolution))
+grad_kernels.register_vmap(_batched(grad_kernels))
+
+
+@torch.library.custom_op("sit_atconv::materialize", mutates_args=())
+def materialize(kernels: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that Inductor cannot look through: else it works the kernels out anew for every token."""
+    return kernels.clone(memory_format=torch.contiguous_format)
+
+
+@materialize.register_fake
+def _(kernels):
+    return torch.empty(kernels.shape, dtype=kernels.dtype, device=kernels.device)
+
+
+materialize.register_autograd(lambda ctx, upstream: upstream)
+
+
+@register_flop_formula(torch.ops.sit_atconv.dynamic_depthwise_conv)
+def _convolution_flops(v_shape, kernels_shape, *_, **__) -> int:
+    return 2 * math.prod(v_shape) * kernels_shape[1]
+
+
+@register_flop_formula(torch.ops.sit_atconv.dynamic_depthwise_conv_grad_kernels)
+def _grad_kernels_flops(v_shape, grad_y_shape, height, width, kernel_size, *_, **__) -> int:
+    return 2 * math.prod(v_shape) * kernel_size**2
+
+
+@torch.compiler.assume_constant_result
+def _requested() -> str:
+    """What the environment asks for."""
+    name = os.environ.get(BACKEND_VARIABLE, "auto")
+    check_choice(BACKEND_VARIABLE, name, BACKENDS)
+    return name
+
+
+def _triton_refusal(v: torch.Tensor) -> str | None:
+    """Why Triton cannot run on v, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if v.dtype == torch.float64:
+        return "it has no float64 form"
+    if not v.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tokens are on {v.device}, not on a CUDA device"
+    return None
+
+
+def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
+    """The backend that tokens v (B, N, C) run on: the argument, else SIT_ATCONV_BACKEND, else by this rule.
+
+    CUDA, 16 or 32 bits: `triton`, one pass over memory (chosen by construction: not measured yet). Under torch.compile
+    and everywhere else: `native`; but on a CPU `conv` for up to FEW_VALUES fp32 values, where the Python calls of
+    `native` would show. Raises ValueError for an unknown name and RuntimeError for `triton` where it cannot run.
+    """
+    check_choice("backend", backend, BACKENDS)
+    chosen = backend if backend != "auto" else _requested()
+    if chosen == "triton" and (reason := _triton_refusal(v)):
+        raise RuntimeError(f"backend='triton' cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
+    if chosen != "auto":
+        return chosen
+    if torch.compiler.is_compiling():
+        return "native"
+    if v.is_cuda:
+        return "native" if _triton_refusal(v) else "triton"
+    few = v.device.type == "cpu" and v.dtype == torch.float32 and v.numel() <= FEW_VALUES
+    return "conv" if few else "native"
+
+
+def dynamic_depthwise_conv(
+    v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], backend: str = "auto"
+) -> torch.Tensor:
+    """The operator on arguments that fit; see `sit_atconv.ops.atconv.dynamic_depthwise_conv`."""
+    chosen = choose_backend(v, backend)
+    # Inductor sees nothing of a custom operator; of the plain form it makes one loop, with sums in fp32.
+    if chosen == "native" and torch.compiler.is_compiling():
+        return reference.dynamic_depthwise_conv(v, materialize(kernels), grid)
+    if chosen == "reference":
+        return reference.dynamic_depthwise_conv(v, kernels, grid)
+    return convolution(v, kernels, *grid, False, chosen)

@@ -1,0 +1,75 @@
+"""Adaptive average pooling of tokens in one pass forward and one pass backward; shapes as in `reference`.
+
+torch's own adaptive pooling reads token layout well and has a slow gradient; a mean over slices is the reverse. Both
+are linear, so the gradient of one is the other: `_Pool` and `_Unpool` differentiate into each other.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from sit_atconv.ops.atconv import reference
+
+
+def _pool(x: torch.Tensor, grid: tuple[int, int], k: int, pool: str) -> torch.Tensor:
+    image = x.transpose(1, 2)  # a channels-last view, which the pooling reads as it lies
+    if pool == "raster":
+        return F.adaptive_avg_pool2d(image.unsqueeze(2), (1, k * k)).flatten(2).transpose(1, 2).contiguous()
+    return F.adaptive_avg_pool2d(image.unflatten(2, grid), k).flatten(2).transpose(1, 2).contiguous()
+
+
+def _spread(g: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """The transpose of pooling `size` positions into the bins of `dim`: a position sums g / length over its bins."""
+    count = g.shape[dim]
+    bins, positions = torch.arange(count + 1, device=g.device), torch.arange(size, device=g.device)
+    starts = bins * size // count
+    lengths = -(-bins[1:] * size // count) - starts[:-1]
+    share = (g / lengths.reshape([-1 if d == dim else 1 for d in range(g.ndim)])).to(g.dtype)
+    spread = share.index_select(dim, ((positions + 1) * count - 1) // size)  # the last bin that holds the position
+    # Neighbouring bins share the position that an uneven cut falls into.
+    uneven = (bins[1:-1] * size % count != 0).reshape([-1 if d == dim else 1 for d in range(g.ndim)])
+    return spread.index_add(dim, starts[1:-1], share.narrow(dim, 0, count - 1) * uneven)
+
+
+def _unpool(g: torch.Tensor, grid: tuple[int, int], k: int, pool: str) -> torch.Tensor:
+    if pool == "raster":
+        return _spread(g, 1, grid[0] * grid[1])
+    return _spread(_spread(g.unflatten(1, (k, k)), 1, grid[0]), 2, grid[1]).flatten(1, 2)
+
+
+class _Pool(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, grid, k, pool):
+        return _pool(x, grid, k, pool)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.settings = inputs[1:]
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Unpool.apply(g, *ctx.settings), None, None, None
+
+
+class _Unpool(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g, grid, k, pool):
+        return _unpool(g, grid, k, pool)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.settings = inputs[1:]
+
+    @staticmethod
+    def backward(ctx, x):
+        return _Pool.apply(x, *ctx.settings), None, None, None
+
+
+def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
+    """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
+    if torch.compiler.is_compiling():
+        return reference.pool_tokens(x, grid, kernel_size, pool)
+    return _Pool.apply(x, grid, kernel_size, pool)

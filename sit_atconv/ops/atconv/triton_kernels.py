@@ -1,0 +1,212 @@
+"""The dynamic depthwise convolution and its two gradients as Triton kernels; shapes as in `reference`.
+
+Every element is used k * k times and costs 2 bytes, so the clock is memory's: what matters is that DRAM sees it once.
+A program owns ROWS x COLS positions of one sample and one cache line of channels. It takes the kernel one column at a
+time: a row of v, shifted to that column, is loaded once and serves k output rows from registers; the shifted loads of
+the next column hit L1, and the halo rows of the tile below hit L2. One column of taps at a time is also what keeps
+k = 5 free of spills.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# 4 warps on a tile row of 16 columns x 128 bytes make one 128-bit access per thread: 8 half or 4 fp32 channels.
+LINE_BYTES = 128
+COLS = 16
+WARPS = 4
+# A tile of R rows loads (R + k - 1) / R rows of v for each of its own; more rows cost registers, hence the warps that
+# hide latency. grad_kernels holds its sums for all taps beside the rows and has room for fewer.
+ROWS = 4
+GRAD_ROWS = 2
+# Programs that grad_kernels splits the positions for: two or three waves of some 130 multiprocessors. A split sums at
+# least MIN_TILES tiles, so that its reduction and its line of partial sums (14 % of v in bf16, k = 3) stay small.
+PROGRAMS = 1024
+MIN_TILES = 4
+
+
+@triton.jit
+def _place(tile, height, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile's first row and its columns (COLS, 1); tiles are numbered in raster order, image after image."""
+    across, down = tl.cdiv(width, COLS), tl.cdiv(height, ROWS)
+    return tile // across % down * ROWS, (tile % across * COLS + tl.arange(0, COLS))[:, None]
+
+
+@triton.jit
+def _load_row(image, row, columns, c, height, width, CHANNELS: tl.constexpr):
+    """(COLS, BLOCK_C) of one row in fp32, zero outside the grid: a column past an edge must not wrap to another row."""
+    inside = (row >= 0) & (row < height) & (columns >= 0) & (columns < width) & (c < CHANNELS)
+    return tl.load(image + (row * width + columns) * CHANNELS + c, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def convolution_kernel(
+    v, kernels, y, height, width,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, FLIP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; FLIP takes tap K - 1 - t in the place of t."""
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0) // BLOCKS
+    c = (tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    row, columns = _place(tile, height, width, ROWS, COLS)
+    sample = (tile // (tl.cdiv(width, COLS) * tl.cdiv(height, ROWS))).to(tl.int64)
+    v += sample * height * width * CHANNELS
+    y += sample * height * width * CHANNELS
+    kernels += sample * TAPS * CHANNELS
+
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums += (tl.zeros((COLS, BLOCK_C), tl.float32),)
+    for j in tl.static_range(KERNEL):
+        taps = ()
+        for i in tl.static_range(KERNEL):
+            t = TAPS - 1 - i * KERNEL - j if FLIP else i * KERNEL + j
+            taps += (tl.load(kernels + t * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32),)
+        rows = ()
+        for r in tl.static_range(ROWS + KERNEL - 1):
+            shifted = columns + (j - KERNEL // 2)
+            rows += (_load_row(v, row + (r - KERNEL // 2), shifted, c, height, width, CHANNELS),)
+        before, sums = sums, ()
+        for r in tl.static_range(ROWS):
+            total = before[r]
+            for i in tl.static_range(KERNEL):
+                total += taps[i] * rows[r + i]
+            sums += (total,)
+    for r in tl.static_range(ROWS):
+        inside = (row + r < height) & (columns < width) & (c < CHANNELS)
+        tl.store(y + ((row + r) * width + columns) * CHANNELS + c, sums[r].to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["height", "width", "splits", "tiles_per_split"])
+def grad_kernels_kernel(
+    v, grad_y, partial, height, width, splits, tiles_per_split,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial (B, S, K, C): the sums over one split's tiles, for COLUMNS columns of the kernel."""
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    GROUPS: tl.constexpr = KERNEL // COLUMNS
+    # Channels run fastest, then the groups of columns: programs that read the same lines run side by side.
+    c = (tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    first_column = tl.program_id(0) // BLOCKS % GROUPS * COLUMNS
+    split = tl.program_id(0) // (BLOCKS * GROUPS)
+    sample = (split // splits).to(tl.int64)
+    v += sample * height * width * CHANNELS
+    grad_y += sample * height * width * CHANNELS
+
+    sums = ()
+    for _ in tl.static_range(KERNEL * COLUMNS):
+        sums += (tl.zeros((COLS, BLOCK_C), tl.float32),)
+    first = split % splits * tiles_per_split
+    tiles = tl.cdiv(width, COLS) * tl.cdiv(height, ROWS)
+    for tile in range(first, min(first + tiles_per_split, tiles)):
+        row, columns = _place(tile, height, width, ROWS, COLS)
+        gradients = ()
+        for r in tl.static_range(ROWS):
+            gradients += (_load_row(grad_y, row + r, columns, c, height, width, CHANNELS),)
+        before, sums = sums, ()
+        for j in tl.static_range(COLUMNS):
+            rows = ()
+            for r in tl.static_range(ROWS + KERNEL - 1):
+                shifted = columns + (first_column + j - KERNEL // 2)
+                rows += (_load_row(v, row + (r - KERNEL // 2), shifted, c, height, width, CHANNELS),)
+            for i in tl.static_range(KERNEL):
+                total = before[j * KERNEL + i]
+                for r in tl.static_range(ROWS):
+                    total += gradients[r] * rows[r + i]
+                sums += (total,)
+    for j in tl.static_range(COLUMNS):
+        for i in tl.static_range(KERNEL):
+            tap = split.to(tl.int64) * TAPS + i * KERNEL + first_column + j
+            total = tl.sum(sums[j * KERNEL + i], 0, keep_dims=True)
+            tl.store(partial + tap * CHANNELS + c, total, mask=c < CHANNELS)
+
+
+def convolution_constants(dtype: torch.dtype, channels: int, kernel_size: int, flip: bool) -> dict[str, int]:
+    """What `convolution_kernel` is compiled with."""
+    return {"CHANNELS": channels, "KERNEL": kernel_size, "FLIP": flip, "ROWS": ROWS, **_tile(dtype)}
+
+
+def grad_kernels_constants(dtype: torch.dtype, channels: int, kernel_size: int) -> dict[str, int]:
+    """What `grad_kernels_kernel` is compiled with; 25 taps' sums fit the registers one column of them at a time."""
+    columns = kernel_size if kernel_size <= 3 else 1
+    return {"CHANNELS": channels, "KERNEL": kernel_size, "COLUMNS": columns, "ROWS": GRAD_ROWS, **_tile(dtype)}
+
+
+def _tile(dtype: torch.dtype) -> dict[str, int]:
+    return {"COLS": COLS, "BLOCK_C": LINE_BYTES // dtype.itemsize}
+
+
+def splits_of(tiles: int, programs: int) -> tuple[int, int]:
+    """(splits, tiles per split) of each sample's positions, where one split takes `programs` programs."""
+    splits = max(1, min(tiles // MIN_TILES, triton.cdiv(PROGRAMS, max(1, programs))))
+    return splits, triton.cdiv(tiles, splits)
+
+
+def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype {tensor.dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}; use `conv` for others"
+            )
+        if math.prod(tensor.shape[1:]) >= 2**31:
+            raise ValueError(
+                f"shape {tuple(tensor.shape)}: the Triton kernels take samples of fewer than 2**31 values; "
+                "use `conv` for larger ones"
+            )
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool) -> torch.Tensor:
+    v, kernels = _contiguous(v, kernels)
+    y = v.new_empty(v.shape)
+    constants = convolution_constants(v.dtype, v.shape[2], math.isqrt(kernels.shape[1]), flip)
+    tiles = triton.cdiv(grid[0], constants["ROWS"]) * triton.cdiv(grid[1], constants["COLS"])
+    programs = v.shape[0] * tiles * triton.cdiv(v.shape[2], constants["BLOCK_C"])
+    with torch.cuda.device_of(v):
+        convolution_kernel[(programs,)](v, kernels, y, *grid, **constants, num_warps=WARPS)
+    return y
+
+
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c], summed in fp32.
+
+    v (B, N, C) with N = H * W, kernels (B, K, C), grid (H, W) -> contiguous (B, N, C) in the dtype of v.
+    Raises ValueError for a dtype that is not in DTYPES or a sample of 2**31 values.
+    """
+    return _convolve(v, kernels, grid, flip=False)
+
+
+def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """dv[b, h, w, c] = sum_ij kernels[b, K - 1 - i k - j, c] * grad_y[b, h + i - k // 2, w + j - k // 2, c].
+
+    grad_y (B, N, C), kernels (B, K, C) -> contiguous (B, N, C); dtypes and errors as in `dynamic_depthwise_conv`.
+    """
+    return _convolve(grad_y, kernels, grid, flip=True)
+
+
+def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
+    """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c].
+
+    v and grad_y (B, N, C) -> contiguous (B, K, C) in the dtype of v; errors as in `dynamic_depthwise_conv`.
+    The fp32 sums of S splits of the positions are added by torch: no atomics, so two runs agree to the bit.
+    """
+    v, grad_y = _contiguous(v, grad_y)
+    batch, _, channels = v.shape
+    constants = grad_kernels_constants(v.dtype, channels, kernel_size)
+    tiles = triton.cdiv(grid[0], constants["ROWS"]) * triton.cdiv(grid[1], constants["COLS"])
+    programs = batch * triton.cdiv(channels, constants["BLOCK_C"]) * (kernel_size // constants["COLUMNS"])
+    splits, tiles_per_split = splits_of(tiles, programs)
+    partial = v.new_empty((batch, splits, kernel_size**2, channels), dtype=torch.float32)
+    with torch.cuda.device_of(v):
+        grad_kernels_kernel[(programs * splits,)](
+            v, grad_y, partial, *grid, splits, tiles_per_split, **constants, num_warps=WARPS
+        )
+    return partial.sum(1).to(v.dtype)
