@@ -11,14 +11,17 @@ def _image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return tokens.transpose(1, 2).reshape(1, -1, *grid)
 
 
-def dynamic_depthwise_conv(
-    v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool = False
-) -> torch.Tensor:
-    """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous; `flip` takes tap K - 1 - t in the place of t."""
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
     (batch, _, channels), k = v.shape, math.isqrt(kernels.shape[1])
-    weight = (kernels.flip(1) if flip else kernels).transpose(1, 2).reshape(batch * channels, 1, k, k)
+    weight = kernels.transpose(1, 2).reshape(batch * channels, 1, k, k)
     y = F.conv2d(_image(v, grid), weight, padding=k // 2, groups=batch * channels)
     return y.reshape(batch, channels, -1).transpose(1, 2).contiguous()
+
+
+def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The same with tap K - 1 - t in the place of t: grad_y (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
+    return dynamic_depthwise_conv(grad_y, kernels.flip(1), grid)
 
 
 def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:

@@ -52,10 +52,17 @@ def _halo(rows: slice, grid: tuple[int, int], k: int) -> slice:
     return slice(max(0, rows.start - k // 2), min(grid[0], rows.stop + k // 2))
 
 
-def dynamic_depthwise_conv(
-    v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool = False
-) -> torch.Tensor:
-    """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous; `flip` takes tap K - 1 - t in the place of t."""
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
+    return _convolve(v, kernels, grid, flip=False)
+
+
+def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The same with tap K - 1 - t in the place of t: grad_y (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
+    return _convolve(grad_y, kernels, grid, flip=True)
+
+
+def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool) -> torch.Tensor:
     k, dtype = math.isqrt(kernels.shape[1]), _sum_dtype(v)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     source, target, kernels = v.unflatten(1, grid), y.unflatten(1, grid), kernels.to(dtype).contiguous()

@@ -24,7 +24,7 @@ FEW_VALUES = 2**17
 
 
 def _backend(name: str):
-    """The module of a backend."""
+    """The module of a backend: it has `dynamic_depthwise_conv`, `grad_v` and `grad_kernels`."""
     if name == "triton":
         from sit_atconv.ops.atconv import triton_kernels  # here, since triton exists on few platforms
 
@@ -37,7 +37,8 @@ def convolution(
     v: torch.Tensor, kernels: torch.Tensor, height: int, width: int, flip: bool, backend: str
 ) -> torch.Tensor:
     """y[p] = sum_t kernels[t] * v[p + offset t], or with `flip` v[p - offset t]; contiguous (B, N, C)."""
-    return _backend(backend).dynamic_depthwise_conv(v, kernels, (height, width), flip)
+    module = _backend(backend)
+    return (module.grad_v if flip else module.dynamic_depthwise_conv)(v, kernels, (height, width))
 
 
 @torch.library.custom_op("sit_atconv::dynamic_depthwise_conv_grad_kernels", mutates_args=())

@@ -1,0 +1,140 @@
+"""The Triton kernels on the CPU, against the oracle in fp64.
+
+`test_triton_kernels` runs these in a process of its own, with TRITON_INTERPRET=1 set before triton is imported.
+"""
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from sit_atconv.ops import atconv as front
+from sit_atconv.ops.atconv import reference, triton_kernels
+
+# (B, H, W, C), the kernel size and the dtype.
+CASES = [
+    *(((2, 4, 5, 7), k, torch.float32) for k in (1, 3, 5)),
+    *((shape, 3, torch.float32) for shape in [(3, 1, 6, 9), (2, 7, 1, 3), (1, 3, 2, 1)]),
+    *((shape, 3, dtype) for shape in [(2, 4, 5, 7), (2, 5, 4, 16)] for dtype in (torch.bfloat16, torch.float16)),
+]
+
+
+@pytest.fixture(autouse=True)
+def round_as_a_gpu_does(monkeypatch):
+    """Triton's interpreter truncates fp32 to bf16, where hardware rounds to the nearest."""
+    truncating = interpreter._convert_float
+
+    def convert(values, source, target, rounding_mode):
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return truncating(values, source, target, rounding_mode)
+        return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def _reference(v, kernels, upstream, grid):
+    leaves = [v.detach().requires_grad_(), kernels.detach().requires_grad_()]
+    y = reference.dynamic_depthwise_conv(*leaves, grid)
+    return y.detach(), *torch.autograd.grad(y, leaves, upstream)
+
+
+def assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, grid):
+    """All three functions: within twice the oracle's own error in that dtype, and one rounding from fp64."""
+    k = round(kernels.shape[1] ** 0.5)
+    fast = (
+        triton_kernels.dynamic_depthwise_conv(v, kernels, grid),
+        triton_kernels.grad_v(upstream, kernels, grid),
+        triton_kernels.grad_kernels(v, upstream, grid, k),
+    )
+    eager = _reference(v, kernels, upstream, grid)
+    exact = _reference(v.double(), kernels.double(), upstream.double(), grid)
+    for name, ours, own, true in zip(("y", "grad_v", "grad_kernels"), fast, eager, exact, strict=True):
+        assert ours.dtype == v.dtype, name
+        assert ours.shape == true.shape, name
+        assert ours.is_contiguous(), name
+        error = (ours.double() - true).abs()
+        assert error.max() <= 2 * (own.double() - true).abs().max() + 1e-6, name
+        # The oracle sums in its own dtype: only this bound tells sums in fp32 from sums in bf16.
+        assert (error <= torch.finfo(v.dtype).eps / 2 * true.abs() + 1e-6 * true.abs().max()).all(), name
+
+
+def _draw(shape, k, dtype):
+    batch, height, width, channels = shape
+    generator = torch.Generator().manual_seed(k)
+    sizes = (height * width, k * k, height * width)
+    return [torch.randn(batch, size, channels, generator=generator).to(dtype) for size in sizes]
+
+
+@pytest.mark.parametrize(("shape", "k", "dtype"), CASES)
+def test_kernels_are_exact(shape, k, dtype):
+    assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype), shape[1:3])
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 40), (torch.bfloat16, 70)])
+def test_tiles_meet_without_a_seam(dtype, channels):
+    """A grid that ends inside the second tile of rows, of columns and of channels."""
+    assert_as_exact_as_fp32_sums_allow(*_draw((2, 5, 18, channels), 3, dtype), (5, 18))
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "dtype", "constants", "splits"),
+    [
+        ((1, 13, 19, 3), 3, torch.bfloat16, {}, (3, 5)),
+        ((1, 15, 4, 3), 5, torch.float32, {}, (2, 4)),
+        ((2, 15, 4, 3), 3, torch.float32, {"PROGRAMS": 10, "MIN_TILES": 1}, (5, 2)),
+    ],
+    ids=["the last split is short", "columns of the kernel apart", "the last split is empty"],
+)
+def test_splits_of_the_positions_add_up(monkeypatch, shape, k, dtype, constants, splits):
+    for name, value in constants.items():
+        monkeypatch.setattr(triton_kernels, name, value)
+    chosen = []
+    rule = triton_kernels.splits_of
+    monkeypatch.setattr(triton_kernels, "splits_of", lambda *sizes: chosen.append(rule(*sizes)) or chosen[-1])
+    assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype), shape[1:3])
+    assert chosen == [splits]
+
+
+def test_views_are_taken():
+    v, kernels, upstream = _draw((2, 5, 6, 8), 3, torch.float32)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    kernels = torch.stack([kernels, -kernels], -1)[..., 0]
+    upstream = upstream[:1, :1].expand(2, 30, 8)
+    assert not any(tensor.is_contiguous() for tensor in (v, kernels, upstream))
+    assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, (5, 6))
+
+
+def test_every_value_is_read_and_nothing_beside_them(monkeypatch):
+    """A lane past the channels is never stored, so only its address shows that it reads another's memory."""
+    tensors = v, kernels, upstream = _draw((2, 3, 5, 9), 3, torch.float32)
+    load, read = interpreter.InterpreterBuilder.create_masked_load, set()
+
+    def recorded(builder, pointers, mask, *options):
+        read.update(pointers.data[mask.data.astype(bool)].flatten().tolist())
+        return load(builder, pointers, mask, *options)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", recorded)
+    values = {tensor.data_ptr() + 4 * i for tensor in tensors for i in range(tensor.numel())}
+    assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, (3, 5))
+    assert read == values
+
+
+def test_an_empty_batch_is_taken():
+    v, kernels = torch.zeros(0, 12, 5), torch.zeros(0, 9, 5)
+    assert triton_kernels.dynamic_depthwise_conv(v, kernels, (3, 4)).shape == v.shape
+    assert triton_kernels.grad_v(v, kernels, (3, 4)).shape == v.shape
+    assert triton_kernels.grad_kernels(v, v, (3, 4), 3).shape == kernels.shape
+
+
+def test_the_operator_runs_on_triton_through_the_front():
+    """Forward, both gradients and a second order, by the names that users call."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, 12, 5, generator=generator, requires_grad=True)
+    kernels = torch.randn(2, 9, 5, generator=generator, requires_grad=True)
+    results = []
+    for backend in ("triton", "reference"):
+        y = front.dynamic_depthwise_conv(v, kernels, (3, 4), backend)
+        first = torch.autograd.grad(y.square().sum(), (v, kernels), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (v, kernels))
+        results.append((y, *first, *second))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
