@@ -83,3 +83,25 @@ def test_lora_style_wrappers_around_the_linears_take_effect():
 def test_unknown_options_are_refused(options):
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         ATConv(4, **options)
+
+
+def test_the_layer_saves_one_tensor_of_tokens_more_than_its_two_linears():
+    layer, grid = ATConv(64), (48, 48)
+    x = torch.randn(1, 48 * 48, 64, generator=torch.Generator().manual_seed(0))
+    weights = {parameter.data_ptr() for parameter in layer.parameters()}
+
+    def saved_bytes(form) -> int:
+        sizes = {}
+
+        def keep(tensor):
+            if tensor.data_ptr() not in weights:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            form(x)
+        return sum(sizes.values())
+
+    linears = saved_bytes(lambda x: layer.proj(layer.x_proj(x)))
+    assert linears == 2 * x.numel() * x.element_size()
+    assert saved_bytes(lambda x: layer(x, grid)) <= 1.55 * linears
