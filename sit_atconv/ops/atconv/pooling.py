@@ -1,7 +1,7 @@
 """Adaptive average pooling of tokens in one pass forward and one pass backward; shapes as in `reference`.
 
-torch's own adaptive pooling reads token layout well and has a slow gradient; a mean over slices is the reverse. Both
-are linear, so the gradient of one is the other: `_Pool` and `_Unpool` differentiate into each other.
+torch's own adaptive pooling reads token layout well and has a slow gradient; a mean over slices is the reverse. The
+pooling is linear, so its gradient is its transpose, written out here, and the gradient of that is the pooling.
 """
 
 import torch
@@ -37,39 +37,25 @@ def _unpool(g: torch.Tensor, grid: tuple[int, int], k: int, pool: str) -> torch.
 
 
 class _Pool(torch.autograd.Function):
+    """The pooling, or with `transposed` its transpose: each is the gradient of the other."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, grid, k, pool):
-        return _pool(x, grid, k, pool)
+    def forward(x, grid, k, pool, transposed):
+        return (_unpool if transposed else _pool)(x, grid, k, pool)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.settings = inputs[1:]
+        _, *ctx.settings, ctx.transposed = inputs
 
     @staticmethod
-    def backward(ctx, g):
-        return _Unpool.apply(g, *ctx.settings), None, None, None
-
-
-class _Unpool(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(g, grid, k, pool):
-        return _unpool(g, grid, k, pool)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.settings = inputs[1:]
-
-    @staticmethod
-    def backward(ctx, x):
-        return _Pool.apply(x, *ctx.settings), None, None, None
+    def backward(ctx, upstream):
+        return _Pool.apply(upstream, *ctx.settings, not ctx.transposed), None, None, None, None
 
 
 def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
     """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
     if torch.compiler.is_compiling():
         return reference.pool_tokens(x, grid, kernel_size, pool)
-    return _Pool.apply(x, grid, kernel_size, pool)
+    return _Pool.apply(x, grid, kernel_size, pool, False)
