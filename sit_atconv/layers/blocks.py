@@ -5,12 +5,17 @@ from torch import nn
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (B, N, C) * (1 + scale) + shift, with shift and scale (B, C)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """x (B, H, W, C) * (1 + scale) + shift, with shift and scale (B, 1, 1, C); one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def gated_residual(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """x + gate * branch, with x and branch (B, H, W, C) and gate (B, 1, 1, C); one pass."""
+    return torch.addcmul(x, gate, branch)
 
 
 class Mlp(nn.Module):
-    """x (B, N, dim) -> (B, N, dim) through one hidden layer with tanh GELU."""
+    """x (..., dim) -> (..., dim) through one hidden layer with tanh GELU."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -25,7 +30,8 @@ class Mlp(nn.Module):
 class SiTBlock(nn.Module):
     """x + gate * mixer(modulate(norm(x))), then the same with the MLP; six vectors of modulation from c (B, C).
 
-    `mixer` is any module called `mixer(x, grid=(H, W))`; it keeps the public name `attn`.
+    x (B, H, W, C) -> (B, H, W, C). The grid is the shape of x and no argument, so torch.compile can leave it open.
+    `mixer` is any module called `mixer(tokens, grid=(H, W))` with (B, H W, C) tokens; it keeps the public name `attn`.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0):
@@ -36,14 +42,16 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), grid=grid)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None, None].chunk(6, -1)
+        grid = x.shape[1:3]
+        mixed = self.attn(modulate(self.norm1(x), shift1, scale1).flatten(1, 2), grid=grid)
+        x = gated_residual(x, gate1, mixed.unflatten(1, grid))
+        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, C) -> (B, N, patch * patch * out_channels), modulated by c (B, C)."""
+    """x (B, H, W, C) -> (B, H, W, patch * patch * out_channels), modulated by c (B, C)."""
 
     def __init__(self, dim: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -52,5 +60,5 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        shift, scale = self.adaLN_modulation(c)[:, None, None].chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -32,14 +32,14 @@ def sincos_position_embedding(
 
 
 class PatchEmbed(nn.Module):
-    """Latent (B, C, H, W) -> tokens (B, N, dim) in raster order, one linear map per patch."""
+    """Latent (B, C, H, W) -> (B, H / patch, W / patch, dim), one linear map per patch."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()
 
 
 class TimestepEmbedder(nn.Module):

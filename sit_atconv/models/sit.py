@@ -182,16 +182,19 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         # Under autocast the input is fp32 and the convolution's output is not: the residual stream keeps the input's.
         x = self.x_embedder(hidden_states).to(hidden_states.dtype)
         if self.pos_embed is not None:
-            x = x + self._position_embedding(grid).to(x.dtype)
+            x = x + self._position_embedding(grid).to(x.dtype).unflatten(1, grid)
         c = self.t_embedder(t, x.dtype) + self.y_embedder(class_labels)
+        # Compiled blocks: one graph for the model's own grid, and one for all the others.
+        foreign_grid = grid != self._grid(*self.latent_size) and not torch.compiler.is_compiling()
         for block in self.blocks:
+            if foreign_grid:
+                torch._dynamo.maybe_mark_dynamic(x, (1, 2))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, c, grid)
+                x = self._gradient_checkpointing_func(block, x, c)
             else:
-                x = block(x, c, grid)
-        patches = self.final_layer(x, c)
-        p = self.config.patch_size
-        output = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
+                x = block(x, c)
+        patches, p = self.final_layer(x, c), self.config.patch_size
+        output = rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p)
         velocity = output[:, :channels]
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 

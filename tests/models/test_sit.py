@@ -1,11 +1,15 @@
 """The model against golden vectors, its presets against the published sizes, and its options."""
 
+import copy
+
 import pytest
 import torch
 from golden_vectors import assert_golden, golden
+from torch._dynamo.utils import counters
 
 from sit_atconv import SiTTransformer2DModel, create_model, list_models
 from sit_atconv.models.cost import count_macs, count_parameters
+from sit_atconv.models.sit import mixer_names
 
 MIXERS = {"sit_attn": "attention", "sit_atconv": "atconv", "sit_hybrid": "hybrid"}
 TINY = {"patch_size": 2, "in_channels": 4, "hidden_size": 24, "depth": 2, "num_heads": 2}
@@ -148,6 +152,34 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients():
     assert (plain_calls, checkpointed_calls) == (1, 2)
     for a, b in zip(plain, checkpointed, strict=True):
         assert torch.equal(a, b)
+
+
+RESOLUTIONS = {
+    "own size first": [(8, 8), (12, 12), (16, 16), (20, 20), (24, 24)],
+    "one side at a time": [(8, 8), (12, 8), (12, 16), (20, 16), (20, 24)],
+    "never the own size": [(16, 16), (8, 16), (16, 8), (24, 8), (12, 20)],
+}
+
+
+@pytest.mark.parametrize("order", RESOLUTIONS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("token_mixer", ["attention", "atconv", "hybrid"])
+def test_compiled_blocks_need_one_graph_per_mixer_beside_that_of_the_own_size(token_mixer, training, order):
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny(token_mixer=token_mixer, patch_size=1, depth=4)
+    compiled = copy.deepcopy(model)
+    compiled.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for size in RESOLUTIONS[order]:
+        x = torch.randn(2, 4, *size)
+        with torch.set_grad_enabled(training):
+            ours, plain = (m(x, 0.3, torch.tensor([0, 1]), return_dict=False)[0] for m in (compiled, model))
+        torch.testing.assert_close(ours, plain)
+        if training:
+            ours.square().mean().backward()
+    kinds = len(set(mixer_names(token_mixer, 4)))
+    own_size = (8, 8) in RESOLUTIONS[order]
+    assert counters["stats"]["unique_graphs"] == kinds * (1 + own_size)
 
 
 def test_save_and_load_keep_options_and_weights(tmp_path):

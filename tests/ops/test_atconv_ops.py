@@ -9,6 +9,7 @@ from sit_atconv.ops.atconv import (
     BACKEND_VARIABLE,
     choose_backend,
     dynamic_depthwise_conv,
+    inlined,
     native,
     operator,
     pool_tokens,
@@ -17,6 +18,11 @@ from sit_atconv.ops.atconv import (
 
 SHAPES = [(1, 2, 4, 5), (2, 3, 7, 9), (2, 5, 1, 6), (2, 2, 6, 1), (1, 4, 2, 2), (3, 2, 6, 6)]
 FAST = ["conv", "native"]
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
 
 
 def problem(shape, k, dtype=torch.float64):
@@ -152,13 +158,55 @@ def test_compiling_inlines_plain_torch_for_any_grid(backend):
     assert not any("sit_atconv.dynamic_depthwise_conv" in graph for graph in graphs)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_compiled_form_equals_the_oracle_with_gradients(shape, k):
+    v, kernels, upstream, grid = problem(shape, k)
+    compiled = torch.compile(lambda *x: dynamic_depthwise_conv(*x, grid), backend="aot_eager", fullgraph=True)
+    expected = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), v, kernels, upstream)
+    torch.testing.assert_close(with_gradients(compiled, v, kernels, upstream), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_form_has_a_vmap():
+    v, kernels, _, grid = problem((2, 3, 4, 5), 3)
+    stacked = torch.stack([kernels, 2 * kernels + 1], 2)
+    form = torch.vmap(lambda v, kernels: dynamic_depthwise_conv(v, kernels, grid), (None, 2))
+    mapped = torch.compile(form, backend="aot_eager")(v, stacked)
+    for index in range(2):
+        torch.testing.assert_close(mapped[index], reference.dynamic_depthwise_conv(v, stacked[:, :, index], grid))
+
+
+def test_compiled_form_saves_tokens_and_kernels_alone():
+    v, kernels, _, grid = problem((2, 3, 4, 5), 3)
+    v.requires_grad_(), kernels.requires_grad_()
+    saved = []
+    compiled = torch.compile(lambda *x: dynamic_depthwise_conv(*x, grid), backend="aot_eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        compiled(v, kernels)
+    assert sorted(saved) == sorted([v.numel(), kernels.numel()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
+def test_inductor_rounds_no_worse_than_the_oracle(dtype):
+    v, kernels, upstream, grid = problem((2, 24, 12, 9), 3, dtype)
+    arguments = (v, kernels, upstream)
+    exact = with_gradients(
+        lambda *x: reference.dynamic_depthwise_conv(*x, grid), *(argument.double() for argument in arguments)
+    )
+    own = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), *arguments)
+    ours = with_gradients(torch.compile(lambda *x: dynamic_depthwise_conv(*x, grid), fullgraph=True), *arguments)
+    for actual, eager, truth in zip(ours, own, exact, strict=True):
+        assert (actual - truth).abs().max() <= 2 * (eager - truth).abs().max() + 1e-6
+
+
 def test_kernels_are_materialised_with_their_gradient():
     _, kernels, _, _ = problem((2, 3, 4, 5), 3)
     strided = kernels.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    torch.library.opcheck(operator.materialize, (strided,))
-    assert operator.materialize(strided).is_contiguous()
-    assert gradcheck(operator.materialize, strided)
-    assert gradgradcheck(operator.materialize, strided)
+    torch.library.opcheck(inlined.materialize, (strided,))
+    assert inlined.materialize(strided).is_contiguous()
+    assert gradcheck(inlined.materialize, strided)
+    assert gradgradcheck(inlined.materialize, strided)
 
 
 def test_multiply_accumulates_are_counted():

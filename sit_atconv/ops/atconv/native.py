@@ -1,7 +1,7 @@
 """The operator in token layout with plain torch calls: no transpose, each block of rows finished while it is in cache.
 
 Shapes as in `reference`. In eager every tap is one in-place multiply-add over a whole block; sums are in fp32 at least.
-Under torch.compile the reference form is better, since Inductor makes one loop of it: see `operator`.
+Under torch.compile `inlined` takes its place.
 """
 
 import math

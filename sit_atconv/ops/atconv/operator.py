@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from sit_atconv.errors import check_choice
-from sit_atconv.ops.atconv import conv, native, reference
+from sit_atconv.ops.atconv import conv, inlined, native, reference
 
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
 BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
@@ -111,20 +111,6 @@ convolution.register_vmap(_batched(convolution))
 grad_kernels.register_vmap(_batched(grad_kernels))
 
 
-@torch.library.custom_op("sit_atconv::materialize", mutates_args=())
-def materialize(kernels: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy that Inductor cannot look through: else it works the kernels out anew for every token."""
-    return kernels.clone(memory_format=torch.contiguous_format)
-
-
-@materialize.register_fake
-def _(kernels):
-    return torch.empty(kernels.shape, dtype=kernels.dtype, device=kernels.device)
-
-
-materialize.register_autograd(lambda ctx, upstream: upstream)
-
-
 @register_flop_formula(torch.ops.sit_atconv.dynamic_depthwise_conv)
 def _convolution_flops(v_shape, kernels_shape, *_, **__) -> int:
     return 2 * math.prod(v_shape) * kernels_shape[1]
@@ -180,9 +166,9 @@ def dynamic_depthwise_conv(
 ) -> torch.Tensor:
     """The operator on arguments that fit; see `sit_atconv.ops.atconv.dynamic_depthwise_conv`."""
     chosen = choose_backend(v, backend)
-    # Inductor sees nothing of a custom operator; of the plain form it makes one loop, with sums in fp32.
+    # Inductor sees nothing of a custom operator; of the plain forms it makes loops of its own, with sums in fp32.
     if chosen == "native" and torch.compiler.is_compiling():
-        return reference.dynamic_depthwise_conv(v, materialize(kernels), grid)
+        return inlined.dynamic_depthwise_conv(v, kernels, grid)
     if chosen == "reference":
         return reference.dynamic_depthwise_conv(v, kernels, grid)
     return convolution(v, kernels, *grid, False, chosen)

@@ -6,6 +6,7 @@ Names: B batch, N = H * W tokens in raster order, C channels, k kernel size, K =
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
@@ -38,10 +39,14 @@ def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[i
 
     v (B, N, C), kernels (B, K, C) -> y (B, N, C).
     """
-    (height, width), k = grid, math.isqrt(kernels.shape[1])
-    padded = torch.nn.functional.pad(v.unflatten(1, grid), (0, 0, k // 2, k // 2, k // 2, k // 2))
     y = torch.zeros_like(v.unflatten(1, grid))
-    for i in range(k):
-        for j in range(k):
-            y = y + kernels[:, i * k + j, None, None, :] * padded[:, i : i + height, j : j + width]
+    for tap, shifted in enumerate(shifts(v, grid, math.isqrt(kernels.shape[1]))):
+        y = y + kernels[:, tap, None, None, :] * shifted
     return y.flatten(1, 2)
+
+
+def shifts(v: torch.Tensor, grid: tuple[int, int], k: int) -> list[torch.Tensor]:
+    """What each tap sees: v[b, h + i - k // 2, w + j - k // 2, c], zero outside; k * k of (B, H, W, C)."""
+    height, width = grid
+    padded = F.pad(v.unflatten(1, grid), (0, 0, k // 2, k // 2, k // 2, k // 2))
+    return [padded[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]

@@ -1,0 +1,68 @@
+"""The operator in plain torch calls for torch.compile, which makes loops of its own of them; shapes as in `reference`.
+
+Inductor sees nothing of a custom operator, and fuses these: one loop for the output and one for each gradient, sums in
+fp32 at least.
+"""
+
+import math
+
+import torch
+
+from sit_atconv.ops.atconv import reference
+
+
+@torch.library.custom_op("sit_atconv::materialize", mutates_args=())
+def materialize(kernels: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that Inductor cannot look through: else it works the kernels out anew for every token."""
+    return kernels.clone(memory_format=torch.contiguous_format)
+
+
+@materialize.register_fake
+def _(kernels):
+    return torch.empty(kernels.shape, dtype=kernels.dtype, device=kernels.device)
+
+
+materialize.register_autograd(lambda ctx, upstream: upstream)
+materialize.register_vmap(lambda info, in_dims, kernels: (materialize(kernels.movedim(in_dims[0], 0)), 0))
+
+
+class _Convolution(torch.autograd.Function):
+    """Left to itself, autograd differentiates padding and slices one by one, and Inductor keeps them apart.
+
+    Measured on 2 EPYC cores, C = 1152, backward in ms, this way / that way: 0.8 / 3.0 at 16x16 batch 4 and 7.4 / 10.7
+    at 64x64 in fp32, 3.9 / 9.5 at 64x64 in bf16.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v, kernels, height, width):
+        return reference.dynamic_depthwise_conv(v, kernels, (height, width))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        v, kernels, ctx.height, ctx.width = inputs
+        ctx.save_for_backward(v, kernels)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        v, kernels = ctx.saved_tensors
+        grid = (ctx.height, ctx.width)
+        to_v = reference.dynamic_depthwise_conv(upstream, kernels.flip(1), grid)
+        return to_v, _grad_kernels(v, upstream, grid, math.isqrt(kernels.shape[1])), None, None
+
+
+def _grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
+    """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c]: (B, K, C).
+
+    Summed over rows first: one running sum over all tokens is less exact (fp32, 64x64: 5e-4 instead of 8e-5).
+    """
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    image = grad_y.to(dtype).unflatten(1, grid)
+    rows = [(image * shifted.to(dtype)).sum(2) for shifted in reference.shifts(v, grid, kernel_size)]
+    return torch.stack(rows, 1).sum(2).to(v.dtype)
+
+
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """v (B, N, C), kernels (B, K, C) -> (B, N, C)."""
+    return _Convolution.apply(v, materialize(kernels), *grid)
