@@ -1,8 +1,8 @@
-# make demo: the main job on digits. make test: the tests. Both install what they need into .venv.
+# make demo: the main job on digits. make bench: the timings. make test: the tests. All install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-gpu lint
+.PHONY: demo bench test test-slow test-gpu lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -12,6 +12,9 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo
+
+bench: .venv/installed
+	$(BIN)/python -m experiments.bench
 
 test: .venv/installed
 	$(BIN)/pytest -m "not slow and not gpu"

@@ -1,73 +1,85 @@
-"""Time network evaluations of several models, interleaved, and compare them with the first."""
+"""Time models against attention, the paper's form of ATConv, and their own matrix products, interleaved."""
 
 import argparse
 import json
-import math
-import platform
-import statistics
-import time
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker
 
-from sampling.options import DTYPES, add_device_options
+from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
+from sampling.options import DTYPES, add_device_options, add_sampler_options
+from sampling.timing import commit, device_name, interleaved, peak_bytes
 from sit_atconv.devices import resolve_device
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.generation import Sampling, flow
 from sit_atconv.models.cost import count_macs, count_parameters
-from sit_atconv.models.sit import SiTTransformer2DModel, create_model
+from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
+from sit_atconv.ops.atconv import BACKEND_VARIABLE
 
 PIXELS_PER_LATENT = 8  # of the Stable-Diffusion autoencoders
-SHORTEST = 0.02  # seconds that one measurement lasts at least
+PASSES = ("forward", "backward", "sampling")
+BASELINES = ("attention", "paper", "gemm")
+PAPER = " (paper's form)"
+# Largest distance of an output from another form of the same function, over its norm.
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="the first is the one compared with")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="presets, such as SiT-ATConv-XL/2")
     parser.add_argument("--sizes", nargs="+", type=int, default=[256], metavar="PX", help="image sizes (default: 256)")
     parser.add_argument("--batch", type=int, default=1, help="images per network evaluation (default: 1)")
-    parser.add_argument("--rounds", type=int, default=10, help="measurements of each model, in turn (default: 10)")
-    parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json and STEM.md")
+    parser.add_argument(
+        "--passes", nargs="+", choices=PASSES, default=["forward"],
+        help="forward; backward (forward and backward); sampling (a whole guided run); default: forward",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baselines", nargs="*", choices=BASELINES, default=list(BASELINES),
+        help="what is timed beside each model: its attention twin, ATConv as the paper computes it, "
+        "its matrix products alone (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, of the baselines too")
+    parser.add_argument("--rounds", type=int, default=10, help="measurements of each, in turn (default: 10)")
+    parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json, STEM.md and STEM.png")
+    add_sampler_options(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
 
 
-def interleaved_medians(
-    calls: list[Callable[[], None]], rounds: int, synchronize: Callable[[], None] = lambda: None
-) -> tuple[list[float], list[float]]:
-    """Seconds per call of each function: (medians, interquartile ranges) over `rounds` rounds.
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a run share. Raises InputError for a value out of range."""
 
-    Every round measures each function once, in turn, so a drift of the machine meets all of them alike. A short
-    function is called several times per measurement. Two calls each go before the clock.
-    """
-    repeats = []
-    for call in calls:
-        call()
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        repeats.append(max(1, math.ceil(SHORTEST / (time.perf_counter() - start))))
-    seconds = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, count, record in zip(calls, repeats, seconds, strict=True):
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            synchronize()
-            record.append((time.perf_counter() - start) / count)
-    quartiles = [statistics.quantiles(record, n=4) if len(record) > 1 else [record[0]] * 3 for record in seconds]
-    return [statistics.median(record) for record in seconds], [q[2] - q[0] for q in quartiles]
+    batch: int
+    rounds: int
+    dtype: str
+    device: torch.device
+    compiled: bool
+    passes: tuple[str, ...]
+    baselines: tuple[str, ...]
+    sampling: Sampling
 
+    def __post_init__(self):
+        for option, value in (("--batch", self.batch), ("--rounds", self.rounds)):
+            if value < 1:
+                raise InputError(f"{option} {value}: must be at least 1")
 
-def peak_bytes(model: SiTTransformer2DModel, *inputs: torch.Tensor) -> int:
-    """Largest total of live tensors, weights included, during one network evaluation."""
-    tracker = MemTracker()
-    tracker.track_external(model, *inputs)
-    with tracker:
-        model(*inputs)
-    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+    def describe(self) -> dict:
+        """What a file of results says about how they came about."""
+        return {
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "rounds": self.rounds,
+            "compiled": self.compiled,
+            "backend": os.environ.get(BACKEND_VARIABLE, "auto"),
+            "sampling": self.sampling.describe(),
+            "device": device_name(self.device),
+            "commit": commit(),
+            "versions": library_versions(),
+        }
 
 
 @torch.no_grad()
@@ -83,89 +95,199 @@ def random_model(name: str, sample_size: int) -> SiTTransformer2DModel:
     return model
 
 
-@torch.no_grad()
-def measure(
-    names: list[str], size: int, batch: int, dtype: str, device: torch.device, rounds: int
-) -> list[dict[str, float | int | str]]:
-    """A row per model at one image size. Raises InputError for a size that the models do not take."""
-    if size % PIXELS_PER_LATENT:
-        raise InputError(f"--sizes {size}: give multiples of {PIXELS_PER_LATENT} pixels")
-    latent = size // PIXELS_PER_LATENT
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 4, latent, latent, generator=generator).to(device, DTYPES[dtype])
-    inputs = (x, torch.full((batch,), 0.5, device=device), torch.zeros(batch, dtype=torch.long, device=device))
-    rows, calls = [], []
+def contenders(names: list[str], latent: int, setting: Setting) -> dict[str, SiTTransformer2DModel]:
+    """The models by name, each after its attention twin and before its paper's form where those are asked for."""
+    models = {}
     for name in names:
-        # nn.Module's own `to`: diffusers warns about every cast, of models with nothing to keep in fp32 too.
-        model = torch.nn.Module.to(random_model(name, latent), device, DTYPES[dtype])
-        velocity = model(*inputs).sample
-        if velocity.shape != x.shape or not velocity.isfinite().all() or not velocity.any():
-            raise RuntimeError(f"{name} at {size} px gives a wrong output; not timed")
+        check_choice("model", name, PRESETS)
+        both = [attention_twin(name), name] if "attention" in setting.baselines else [name]
+        for wanted in both:
+            if wanted not in models:
+                # nn.Module's own `to`: diffusers warns about every cast, of models with nothing to keep in fp32 too.
+                model = random_model(wanted, latent)
+                models[wanted] = torch.nn.Module.to(model, setting.device, DTYPES[setting.dtype])
+        if "paper" in setting.baselines and attention_twin(name) != name:
+            models[name + PAPER] = in_paper_form(models[name])
+    return models
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
+    """Raise RuntimeError unless `actual` is finite, not zero, and `expected` up to the rounding of the dtype."""
+    distance = ((actual - expected).float().norm() / expected.float().norm()).item()
+    if not (actual.isfinite().all() and actual.any() and distance <= TOLERANCE[dtype]):
+        raise RuntimeError(f"{name}: the output is {distance:.1e} away from what it must be; not timed")
+
+
+def evaluations(sampling: Sampling) -> int | None:
+    """Network evaluations per image of a run with a fixed number of steps, counted on a model that predicts zero."""
+    if sampling.sampler == "dopri5":
+        return None
+    model = create_model(None, 1, num_classes=1, patch_size=1, in_channels=1, hidden_size=4, depth=1, num_heads=1)
+    return flow(model, torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), sampling)[1]
+
+
+def make_call(model: SiTTransformer2DModel, name: str, inputs: tuple, setting: Setting) -> Callable[[], object]:
+    """The pass `name` of a model as a function without arguments. "sampling" returns the evaluations per image."""
+    x, _, labels = inputs
+
+    @torch.no_grad()
+    def forward():
+        model(*inputs)
+
+    def backward():
+        model(*inputs).sample.backward(x)
+        model.zero_grad(set_to_none=True)
+
+    def sampling():
+        return flow(model, x.float(), labels, setting.sampling)[1]
+
+    return {"forward": forward, "backward": backward, "sampling": sampling}[name]
+
+
+def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
+    """Rows for one image size: a row per pass and model. Raises InputError for a size that the models do not take."""
+    if size < PIXELS_PER_LATENT or size % PIXELS_PER_LATENT:
+        raise InputError(f"--sizes {size}: give multiples of {PIXELS_PER_LATENT} pixels")
+    latent, batch, device = size // PIXELS_PER_LATENT, setting.batch, setting.device
+    x = torch.randn(batch, 4, latent, latent, generator=torch.Generator().manual_seed(0))
+    inputs = (
+        x.to(device, DTYPES[setting.dtype]),
+        torch.full((batch,), 0.5, device=device),
+        torch.zeros(batch, dtype=torch.long, device=device),
+    )
+    models = contenders(names, latent, setting)
+    with torch.no_grad():
+        outputs = {name: model(*inputs).sample for name, model in models.items()}
+    for name, output in outputs.items():
+        assert_close(f"{name} at {size} px", output, outputs[name.removesuffix(PAPER)], setting.dtype)
+    facts, products = {}, {}
+    one_step = replace(setting, sampling=replace(setting.sampling, steps=1))
+    for name, model in models.items():
+        peaks = {p: peak_bytes(make_call(model, p, inputs, one_step), model, *inputs) for p in setting.passes}
+        facts[name] = {
+            "params": count_parameters(model),
+            "gmacs": count_macs(models[name.removesuffix(PAPER)]) / 1e9,
+            "peak_mib": {p: peak / 2**20 for p, peak in peaks.items()},
+        }
+        if "gemm" in setting.baselines and not name.endswith(PAPER):
+            for p in set(setting.passes) - {"sampling"}:
+                products[name, p] = MatrixProducts(model, *inputs, backward=p == "backward")
+    if setting.compiled:
+        for name, model in models.items():
+            model.compile_repeated_blocks(fullgraph=True)
+            with torch.no_grad():
+                assert_close(f"{name} at {size} px, compiled", model(*inputs).sample, outputs[name], setting.dtype)
+    return [row for p in setting.passes for row in _rows(p, models, facts, products, inputs, size, setting)]
+
+
+def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size: int, setting: Setting) -> list[dict]:
+    """Time one pass of every model, and its matrix products, in turn."""
+    calls = {name: make_call(model, p, inputs, setting) for name, model in models.items()}
+    limits = {name: product for (name, of), product in products.items() if of == p}
+    timings = interleaved([*calls.values(), *limits.values()], setting.rounds, setting.device, f"{p} at {size} px")
+    taken, limit_taken = dict(zip(calls, timings, strict=False)), dict(zip(limits, timings[len(calls) :], strict=True))
+    rows = []
+    for name, timing in taken.items():
+        model = name.removesuffix(PAPER)
+        twin, paper = taken.get(attention_twin(model)), taken.get(model + PAPER)
+        nfe = calls[name]() if p == "sampling" else evaluations(setting.sampling)
+        per_evaluation = timing.median / (nfe if p == "sampling" else 1)
+        images = setting.batch / (nfe * per_evaluation) if nfe and p != "backward" else None
+        limit = limit_taken.get(name)
         rows.append(
             {
                 "model": name,
                 "size": size,
-                "params": count_parameters(model),
-                "gmacs": count_macs(model) / 1e9,
-                "peak_mib": peak_bytes(model, *inputs) / 2**20,
+                "pass": p,
+                "params": facts[name]["params"],
+                "gmacs": facts[name]["gmacs"],
+                "ms": 1e3 * timing.median,
+                "iqr_ms": 1e3 * timing.iqr,
+                "nfe": nfe,
+                "ms_per_nfe": 1e3 * per_evaluation,
+                "images_per_s": images,
+                "peak_mib": facts[name]["peak_mib"][p],
+                "vs_attention": twin.median / timing.median if twin else None,
+                "vs_paper": paper.median / timing.median if paper else None,
+                "gemm_ms": 1e3 * limit.median if limit else None,
+                "gemm_iqr_ms": 1e3 * limit.iqr if limit else None,
+                "of_gemm_limit": limit.median / timing.median if limit else None,
             }
         )
-        calls.append(lambda model=model: model(*inputs))
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    medians, spreads = interleaved_medians(calls, rounds, synchronize)
-    for row, median, spread in zip(rows, medians, spreads, strict=True):
-        row |= {"ms_per_nfe": 1e3 * median, "iqr_ms": 1e3 * spread, "speedup": medians[0] / median}
     return rows
 
 
-def device_name(device: torch.device) -> str:
-    """What the times were taken on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.is_file())
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def to_markdown(result: dict) -> str:
-    """The table, with the settings as its caption."""
+    """The table, with the settings and the meaning of its columns as its caption."""
+
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    s = result["sampling"]
+    steps = f", {s['steps']} steps" if s["steps"] else ""
     lines = [
-        f"Network evaluations, {result['dtype']}, batch {result['batch']}, {result['device']}; medians of "
-        f"{result['rounds']} interleaved rounds. Speed-up is over {result['rows'][0]['model']}.",
+        f"{result['device']}; {result['dtype']}, {'compiled blocks' if result['compiled'] else 'eager'}, batch "
+        f"{result['batch']}; medians of {result['rounds']} interleaved rounds. ms/NFE: one network evaluation of the "
+        "batch; in the pass `backward`, forward and backward together. images/s: of a run with "
+        f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling`, else from ms/NFE. "
+        "GEMM limit: the time of the model's own matrix products alone, as a share of its time.",
         "",
-        "| model | px | params (M) | GMACs | ms/NFE | IQR | speed-up | peak memory (MiB) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | px | pass | params (M) | GMACs | ms/NFE | IQR | images/s | peak memory (MiB) "
+        "| attention / this | paper's form / this | of GEMM limit |",
+        "|---|---:|---|" + "---:|" * 9,
     ]
     for row in result["rows"]:
+        scale = row["ms_per_nfe"] / row["ms"]
         lines.append(
-            f"| {row['model']} | {row['size']} | {row['params'] / 1e6:.1f} | {row['gmacs']:.1f} | "
-            f"{row['ms_per_nfe']:.1f} | {row['iqr_ms']:.1f} | {row['speedup']:.2f}x | {row['peak_mib']:.0f} |"
+            f"| {row['model']} | {row['size']} | {row['pass']} | {row['params'] / 1e6:.1f} | {row['gmacs']:.1f} | "
+            f"{row['ms_per_nfe']:.1f} | {row['iqr_ms'] * scale:.1f} | {show(row['images_per_s'], '.3g')} | "
+            f"{row['peak_mib']:.0f} | {show(row['vs_attention'], '.2f')} | {show(row['vs_paper'], '.2f')} | "
+            f"{show(row['of_gemm_limit'], '.0%')} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def plot(result: dict, path: Path) -> None:
+    """ms/NFE against resolution, a panel per pass; dashed: the model's matrix products alone."""
+    from matplotlib.figure import Figure  # here: slow to import, and no other command needs it
+
+    passes = list(dict.fromkeys(row["pass"] for row in result["rows"]))
+    figure = Figure(figsize=(5.5 * len(passes), 4.5), layout="constrained")
+    for axes, p in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
+        rows = [row for row in result["rows"] if row["pass"] == p]
+        for name in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == name]
+            sizes = [row["size"] for row in own]
+            (line,) = axes.plot(sizes, [row["ms_per_nfe"] for row in own], marker="o", label=name)
+            if own[0]["gemm_ms"]:
+                limits = [row["gemm_ms"] for row in own]
+                axes.plot(sizes, limits, "--", marker=".", color=line.get_color(), label=f"{name}, GEMM limit")
+        ticks = sorted({row["size"] for row in rows})
+        axes.set(xscale="log", yscale="log", title=p, xlabel="image size (px)", ylabel="ms per network evaluation")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    mode = "compiled" if result["compiled"] else "eager"
+    figure.suptitle(f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}", fontsize="small")
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Measure, write the JSON and the table, print the table. Raises InputError for unknown models or sizes."""
+    """Measure size by size; after each, write the JSON, the table and the plot of what there is. Print the table."""
+    sampling = Sampling(args.sampler, args.steps, args.cfg)
     device = resolve_device(args.device)
-    for option, value in (("--batch", args.batch), ("--rounds", args.rounds)):
-        if value < 1:
-            raise InputError(f"{option} {value}: must be at least 1")
-    rows = [
-        row for size in args.sizes for row in measure(args.models, size, args.batch, args.dtype, device, args.rounds)
-    ]
-    result = {
-        "dtype": args.dtype,
-        "batch": args.batch,
-        "rounds": args.rounds,
-        "device": device_name(device),
-        "versions": library_versions(),
-        "rows": rows,
-    }
+    setting = Setting(
+        args.batch, args.rounds, args.dtype, device, args.compile, tuple(args.passes), tuple(args.baselines), sampling
+    )
+    result = setting.describe() | {"rows": []}
     stem = Path(args.out)
-    write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1))
-    write_atomic(stem.with_name(stem.name + ".md"), to_markdown(result))
+    for size in args.sizes:
+        result["rows"] += measure(args.models, size, setting)
+        write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1))
+        write_atomic(stem.with_name(stem.name + ".md"), to_markdown(result))
+        plot(result, stem.with_name(stem.name + ".png"))
     print(to_markdown(result), end="")

@@ -85,6 +85,28 @@ def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
 
 
 @torch.no_grad()
+def flow(
+    model: SiTTransformer2DModel, noise: torch.Tensor, labels: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, int]:
+    """Carry noise (B, C, H, W), fp32, to latents of the classes `labels` (B,); also the evaluations per image.
+
+    The model runs in its own dtype; the state is fp32. All on one device.
+    """
+
+    def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x.to(model.dtype), t, y, return_dict=False)[0].float()
+
+    velocity = GuidedVelocity(
+        network,
+        labels,
+        model.null_label,
+        sampling.guidance_scale,
+        sampling.guidance_channels,
+        sampling.guidance_interval,
+    )
+    return SAMPLERS[sampling.sampler](velocity, noise, sampling.steps), velocity.nfe
+
+
 def generate(
     model: SiTTransformer2DModel, codec, indices: Sequence[int], labels: Sequence[int], sampling: Sampling
 ) -> tuple[torch.Tensor, int]:
@@ -100,18 +122,7 @@ def generate(
     check_labels(labels, model.config.num_classes)
     shape = (model.config.in_channels, *model.latent_size)
     noise = [draws.normal(shape, sampling.seed, Stream.SAMPLE_NOISE, index) for index in indices]
-    dtype, device = model.dtype, model.device
-
-    def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return model(x.to(dtype), t, y, return_dict=False)[0].float()
-
-    velocity = GuidedVelocity(
-        network,
-        torch.tensor(labels, device=device),
-        model.null_label,
-        sampling.guidance_scale,
-        sampling.guidance_channels,
-        sampling.guidance_interval,
-    )
-    latents = SAMPLERS[sampling.sampler](velocity, torch.stack(noise).to(device), sampling.steps)
-    return to_uint8(codec.decode(latents)).cpu(), velocity.nfe
+    device = model.device
+    latents, nfe = flow(model, torch.stack(noise).to(device), torch.tensor(labels, device=device), sampling)
+    with torch.no_grad():
+        return to_uint8(codec.decode(latents)).cpu(), nfe

@@ -249,7 +249,12 @@ def test_generate_never_writes_into_a_folder_that_exists(fails, trained, tmp_pat
         (["--models", "SiT-Q/2"], "SiT-Q/2"),
         (["--models", "SiT-S/2", "--sizes", "100"], "multiples of 8"),
         (["--models", "SiT-S/4", "--sizes", "40"], "patches of 4"),
+        (["--models", "SiT-S/2", "--sizes", "0"], "multiples of 8"),
         (["--models", "SiT-S/2", "--rounds", "0"], "--rounds 0"),
+        (["--models", "SiT-S/2", "--batch", "0"], "--batch 0"),
+        (["--models", "SiT-S/2", "--steps", "0"], "steps=0"),
+        (["--models", "SiT-S/2", "--passes", "train"], "'train'"),
+        (["--models", "SiT-S/2", "--baselines", "conv"], "'conv'"),
     ],
 )
 def test_speed_refuses(fails, tmp_path, options, says):

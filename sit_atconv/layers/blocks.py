@@ -1,6 +1,9 @@
 """The adaLN-Zero transformer block around any token mixer, and the output layer."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -14,17 +17,28 @@ def gated_residual(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) ->
     return torch.addcmul(x, gate, branch)
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    Under torch.compile written as x sigmoid(2 z), the same function: the vectorised tanh of a CPU takes three times as
+    long (1.19 and 0.42 ms for 256 x 4608 values in bf16 on 2 EPYC cores) and rounds alike.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.sigmoid(wide * (1 + 0.044715 * wide * wide) * math.sqrt(8 / math.pi))).to(x.dtype)
+
+
 class Mlp(nn.Module):
     """x (..., dim) -> (..., dim) through one hidden layer with tanh GELU."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class SiTBlock(nn.Module):

@@ -1,56 +1,15 @@
-"""The timing harness: its statistics on a fake clock, its counts against known models."""
+"""The speed command: what it compares, its columns against their definitions, and what it checks before the clock."""
 
 import json
 
 import pytest
 import torch
+from PIL import Image
 
 from sampling import speed
 from sampling.__main__ import main as sampling
 from sit_atconv import create_model
-
-
-def test_medians_are_interleaved_and_per_call(monkeypatch):
-    clock, order = [0.0], []
-    durations = {"fast": iter([9.0, 1.0, 1.0, 1.0, 5.0]), "slow": iter([9.0, 3.0, 3.0, 7.0, 3.0])}
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-
-    def call(name):
-        def function():
-            order.append(name)
-            clock[0] += next(durations[name])
-
-        return function
-
-    medians, spreads = speed.interleaved_medians([call("fast"), call("slow")], rounds=3)
-    assert order == ["fast", "fast", "slow", "slow"] + ["fast", "slow"] * 3
-    assert medians == [1.0, 3.0]
-    assert spreads == [4.0, 4.0]
-
-
-def test_short_calls_are_repeated_within_a_measurement(monkeypatch):
-    clock, calls = [0.0], []
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-
-    def call():
-        calls.append(1)
-        clock[0] += 0.004
-
-    medians, _ = speed.interleaved_medians([call], rounds=2)
-    assert len(calls) == 2 + 2 * 5
-    assert medians == [pytest.approx(0.004)]
-
-
-def test_peak_memory_is_weights_plus_activations():
-    model = speed.random_model("SiT-S/8", 8)
-    x = torch.randn(1, 4, 8, 8)
-    weights = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
-    with torch.no_grad():
-        small = speed.peak_bytes(model, x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
-        large = speed.peak_bytes(model, x.repeat(64, 1, 1, 1), torch.zeros(64), torch.zeros(64, dtype=torch.long))
-    assert weights < small < 1.01 * weights
-    hidden = 64 * 1 * 4 * 384 * 4  # the MLP's hidden layer of 64 images with one token each
-    assert large - small > hidden
+from sit_atconv.generation import Sampling, flow
 
 
 def test_random_model_has_no_zero_gates():
@@ -59,17 +18,92 @@ def test_random_model_has_no_zero_gates():
     assert not any(parameter.any() for parameter in create_model("SiT-S/8", 8).final_layer.linear.parameters())
 
 
-def test_command_writes_json_and_table(tmp_path, capsys):
-    models = ["--models", "SiT-S/8", "SiT-ATConv-S/8"]
-    sampling(["speed", *models, "--sizes", "64", "128", "--rounds", "2", "--batch", "2", "--out", f"{tmp_path}/speed"])
-    result = json.loads((tmp_path / "speed.json").read_text())
-    assert [(row["model"], row["size"]) for row in result["rows"]] == [
-        ("SiT-S/8", 64), ("SiT-ATConv-S/8", 64), ("SiT-S/8", 128), ("SiT-ATConv-S/8", 128),
-    ]  # fmt: skip
-    assert result["rows"][0]["speedup"] == result["rows"][2]["speedup"] == 1.0
+def run_speed(tmp_path, *options):
+    """The JSON of `sampling speed` with the options."""
+    sampling(["speed", *map(str, options), "--rounds", "2", "--out", str(tmp_path / "speed")])
+    return json.loads((tmp_path / "speed.json").read_text())
+
+
+def test_every_model_meets_its_baselines_and_the_columns_follow_from_the_times(tmp_path, capsys):
+    options = ["--sizes", 64, 128, "--batch", 2, "--steps", 2, "--passes", "forward", "backward", "sampling"]
+    result = run_speed(tmp_path, "--models", "SiT-ATConv-S/8", *options)
+    names = ["SiT-S/8", "SiT-ATConv-S/8", "SiT-ATConv-S/8 (paper's form)"]
+    expected = [(name, size, p) for size in (64, 128) for p in ("forward", "backward", "sampling") for name in names]
+    assert [(row["model"], row["size"], row["pass"]) for row in result["rows"]] == expected
     for row in result["rows"]:
-        base = next(other for other in result["rows"] if other["size"] == row["size"])
-        assert row["speedup"] == pytest.approx(base["ms_per_nfe"] / row["ms_per_nfe"])
+        group = {o["model"]: o for o in result["rows"] if (o["size"], o["pass"]) == (row["size"], row["pass"])}
+        assert row["vs_attention"] == pytest.approx(group["SiT-S/8"]["ms"] / row["ms"])
+        paper = group["SiT-ATConv-S/8 (paper's form)"]["ms"] / row["ms"]
+        assert row["vs_paper"] == (None if row["model"] == "SiT-S/8" else pytest.approx(paper))
+        assert row["nfe"] == 4  # two steps, each with and without the class
+        per_evaluation = row["ms"] / (4 if row["pass"] == "sampling" else 1)
+        assert row["ms_per_nfe"] == pytest.approx(per_evaluation)
+        images = None if row["pass"] == "backward" else pytest.approx(2 / (4 * per_evaluation / 1e3))
+        assert row["images_per_s"] == images
+        alone = row["pass"] != "sampling" and "paper" not in row["model"]
+        assert (row["gemm_ms"] is not None) == alone
+        if alone:
+            assert row["of_gemm_limit"] == pytest.approx(row["gemm_ms"] / row["ms"])
     table = (tmp_path / "speed.md").read_text()
-    assert table.count("SiT-ATConv-S/8 | ") == 2
+    assert table.count("| SiT-ATConv-S/8 | ") == 6
     assert capsys.readouterr().out == table
+    with Image.open(tmp_path / "speed.png") as image:
+        assert image.width > 2 * image.height  # a panel per pass
+
+
+def test_baselines_can_be_left_out_and_models_are_not_measured_twice(tmp_path):
+    models = ["--models", "SiT-ATConv-S/8", "SiT-S/8", "SiT-ATConv-S/8-Hybrid", "--sizes", 64]
+    rows = run_speed(tmp_path, *models, "--baselines", "attention")["rows"]
+    assert [row["model"] for row in rows] == ["SiT-S/8", "SiT-ATConv-S/8", "SiT-ATConv-S/8-Hybrid"]
+    rows = run_speed(tmp_path, *models, "--baselines")["rows"]
+    assert [row["model"] for row in rows] == ["SiT-ATConv-S/8", "SiT-S/8", "SiT-ATConv-S/8-Hybrid"]
+    assert {row["gemm_ms"] for row in rows} == {None}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_what_is_timed(tmp_path, monkeypatch):
+    compiled = []
+    original = speed.SiTTransformer2DModel.compile_repeated_blocks
+    monkeypatch.setattr(
+        speed.SiTTransformer2DModel,
+        "compile_repeated_blocks",
+        lambda self, **options: compiled.append(options) or original(self, **options),
+    )
+    result = run_speed(tmp_path, "--models", "SiT-ATConv-S/8", "--sizes", 64, "--compile")
+    assert compiled == [{"fullgraph": True}] * 3
+    assert result["compiled"] is True
+
+
+def test_a_wrong_output_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "in_paper_form", lambda model: speed.random_model("SiT-S/8", 8))
+    with pytest.raises(RuntimeError, match="away from what it must be; not timed"):
+        run_speed(tmp_path, "--models", "SiT-ATConv-S/8", "--sizes", 64)
+    with pytest.raises(RuntimeError, match="not timed"):
+        speed.assert_close("x", torch.full((2,), torch.nan), torch.ones(2), "fp32")
+    with pytest.raises(RuntimeError, match="not timed"):
+        speed.assert_close("x", torch.zeros(2), torch.zeros(2), "fp32")
+
+
+def test_what_was_measured_stays_when_a_later_size_fails(tmp_path, monkeypatch):
+    original = speed.measure
+
+    def fails_later(names, size, setting):
+        if size == 128:
+            raise torch.OutOfMemoryError("no memory")
+        return original(names, size, setting)
+
+    monkeypatch.setattr(speed, "measure", fails_later)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_speed(tmp_path, "--models", "SiT-S/8", "--sizes", 64, 128, "--baselines")
+    assert [row["size"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"]] == [64]
+    assert (tmp_path / "speed.png").exists()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_evaluations_are_those_of_a_real_run(sampler, scale):
+    settings = Sampling(sampler, 3, scale)
+    model = speed.random_model("SiT-S/8", 8)
+    _, nfe = flow(model, torch.randn(1, 4, 8, 8), torch.tensor([1]), settings)
+    assert speed.evaluations(settings) == nfe
+    assert speed.evaluations(Sampling("dopri5")) is None

@@ -6,6 +6,7 @@ Under torch.compile `inlined` takes its place.
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
@@ -27,25 +28,24 @@ def _sum_dtype(tokens: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tokens.dtype, torch.float32)
 
 
-def _taps(rows: slice, grid: tuple[int, int], k: int) -> Iterator[tuple[int, slice, slice, slice, slice]]:
-    """(tap, output rows, columns, source rows, columns): where the tap meets the grid, the middle tap first.
+@lru_cache(maxsize=1024)
+def _taps(start: int, stop: int, grid: tuple[int, int], k: int) -> tuple[tuple[int, tuple, tuple], ...]:
+    """(tap, index into the output rows, index into the source rows): where it meets the grid; the middle tap first.
 
-    Rows of the output count from the block's first row, rows of the source from the first row of its halo.
+    For the rows [start, stop) of the output, which count from `start`; rows of the source count from the first row of
+    the halo. Cached: working the slices out took a third of the time of a small convolution.
     """
     height, width = grid
-    first = max(0, rows.start - k // 2)
+    first, taps = max(0, start - k // 2), []
     for tap in sorted(range(k * k), key=lambda tap: tap != k * k // 2):
         i, j = tap // k - k // 2, tap % k - k // 2
-        top, bottom = max(rows.start, -i), min(rows.stop, height - i)
+        top, bottom = max(start, -i), min(stop, height - i)
         left, right = max(0, -j), min(width, width - j)
         if top < bottom and left < right:
-            yield (
-                tap,
-                slice(top - rows.start, bottom - rows.start),
-                slice(left, right),
-                slice(top + i - first, bottom + i - first),
-                slice(left + j, right + j),
-            )
+            out = (slice(None), slice(top - start, bottom - start), slice(left, right))
+            source = (slice(None), slice(top + i - first, bottom + i - first), slice(left + j, right + j))
+            taps.append((tap, out, source))
+    return tuple(taps)
 
 
 def _halo(rows: slice, grid: tuple[int, int], k: int) -> slice:
@@ -65,18 +65,18 @@ def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -
 def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool) -> torch.Tensor:
     k, dtype = math.isqrt(kernels.shape[1]), _sum_dtype(v)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    source, target, kernels = v.unflatten(1, grid), y.unflatten(1, grid), kernels.to(dtype).contiguous()
+    source, target = v.unflatten(1, grid), y.unflatten(1, grid)
+    kernels = (kernels.flip(1) if flip else kernels).to(dtype).contiguous()[:, :, None, None]
     for samples, rows in _blocks(v, grid):
         block = source[samples, _halo(rows, grid, k)].to(dtype)
         out = target[samples, rows]
         total = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=v.device)
-        for tap, out_rows, out_columns, in_rows, in_columns in _taps(rows, grid, k):
-            weight = kernels[samples, kernels.shape[1] - 1 - tap if flip else tap, None, None]
-            shifted = block[:, in_rows, in_columns]
-            if tap == kernels.shape[1] // 2:
-                torch.mul(shifted, weight, out=total)
+        weights = kernels[samples].unbind(1)
+        for tap, here, there in _taps(rows.start, rows.stop, grid, k):
+            if tap == len(weights) // 2:
+                torch.mul(block[there], weights[tap], out=total)
             else:
-                total[:, out_rows, out_columns].addcmul_(shifted, weight)
+                total[here].addcmul_(block[there], weights[tap])
         if total is not out:
             out.copy_(total)
     return y
@@ -93,8 +93,8 @@ def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], k
         above = upstream[samples, rows].to(dtype)
         if scratch is None:
             scratch = torch.empty(above.numel(), dtype=dtype, device=v.device)
-        for tap, out_rows, out_columns, in_rows, in_columns in _taps(rows, grid, kernel_size):
-            factor = above[:, out_rows, out_columns]
-            product = torch.mul(factor, block[:, in_rows, in_columns], out=scratch[: factor.numel()].view(factor.shape))
+        for tap, here, there in _taps(rows.start, rows.stop, grid, kernel_size):
+            factor = above[here]
+            product = torch.mul(factor, block[there], out=scratch[: factor.numel()].view(factor.shape))
             total[samples, tap] += product.sum((1, 2))
     return total.to(v.dtype)

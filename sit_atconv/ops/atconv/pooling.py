@@ -58,4 +58,6 @@ def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: 
     """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
     if torch.compiler.is_compiling():
         return reference.pool_tokens(x, grid, kernel_size, pool)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _pool(x, grid, kernel_size, pool)
     return _Pool.apply(x, grid, kernel_size, pool, False)

@@ -1,0 +1,69 @@
+"""make bench: a short standard set. Appends to bench.csv and writes bench.md, the table that the README quotes."""
+
+from pathlib import Path
+
+import torch
+
+from experiments.bench import op
+from sampling import speed
+from sampling.options import DTYPES
+from sampling.timing import Timing, append_csv, device_name, interleaved
+from sit_atconv.devices import resolve_device
+from sit_atconv.files import write_atomic
+from sit_atconv.generation import Sampling
+
+HERE = Path(__file__).parent
+DIM, MODEL, SIZE, ROUNDS = 1152, "SiT-ATConv-XL/2", 256, 7
+
+
+def dtypes(device: torch.device) -> list[str]:
+    """fp32, and bf16 where its matrix products are the faster ones: elsewhere they hide all that is beside them."""
+    squares = {name: torch.ones(1024, 1024, dtype=DTYPES[name], device=device) for name in ("fp32", "bf16")}
+    fp32, bf16 = interleaved([lambda x=x: x @ x for x in squares.values()], ROUNDS, device, "matrix products")
+    return ["fp32", "bf16"] if bf16.median < fp32.median else ["fp32"]
+
+
+def model_rows(result: dict, device: torch.device) -> list[dict[str, str]]:
+    """The rows of the model table as rows of the CSV file, each model's matrix products among them."""
+    base = result["rows"][0]
+    rows = []
+    for row in result["rows"]:
+        parts = {row["model"]: (row["ms"], row["iqr_ms"])}
+        if row["gemm_ms"]:
+            parts[f"{row['model']}, matrix products"] = (row["gemm_ms"], row["gemm_iqr_ms"])
+        for what, (ms, iqr_ms) in parts.items():
+            timing, reference = Timing(ms / 1e3, iqr_ms / 1e3), Timing(base["ms"] / 1e3, base["iqr_ms"] / 1e3)
+            shape = f"{result['batch']}x{row['size']}px"
+            mode = "compiled" if result["compiled"] else "eager"
+            rows.append(
+                op.csv_row(
+                    device, result["dtype"], f"{what}, {mode}", shape, row["pass"], timing, base["model"], reference
+                )
+            )
+    return rows
+
+
+def main() -> None:
+    device = resolve_device("cuda" if torch.cuda.is_available() else "cpu")
+    measured = dtypes(device)
+    rows = []
+    for dtype in measured:
+        for shape in op.SHAPES:
+            rows += op.measure(shape, DIM, dtype, device, op.PASSES, ROUNDS)
+    text = [
+        f"One ATConv layer (C = {DIM}) and its operator alone, as multiples of the layer's two linears; "
+        f"{device_name(device)}; medians of {ROUNDS} interleaved rounds; `backward` is forward and backward.\n",
+        op.to_markdown(rows),
+    ]
+    for dtype in measured:
+        setting = speed.Setting(1, ROUNDS, dtype, device, True, ("forward",), speed.BASELINES, Sampling())
+        result = setting.describe() | {"rows": speed.measure([MODEL], SIZE, setting)}
+        rows += model_rows(result, device)
+        text.append(speed.to_markdown(result))
+    append_csv(HERE / "bench.csv", rows)
+    write_atomic(HERE / "bench.md", "\n".join(text))
+    print("\n".join(text), end="")
+
+
+if __name__ == "__main__":
+    main()

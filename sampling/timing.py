@@ -1,0 +1,125 @@
+"""How this project measures: interleaved medians, peak memory, and the names of what was measured on."""
+
+import csv
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from tqdm import tqdm
+
+from sit_atconv.errors import InputError
+
+SHORTEST = 0.02  # seconds that one measurement lasts at least
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median over the rounds and their interquartile range."""
+
+    median: float
+    iqr: float
+
+
+def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds per call over `repeats` calls in a row: CUDA events on a CUDA device, else the clock on the wall."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, label: str) -> list[Timing]:
+    """The timing of each call. Every round measures each once, in turn, so a drift of the machine meets all alike.
+
+    A short call is repeated within its measurement. One call each, and one more to learn how long it takes, go before
+    the clock. `label` names the progress bar.
+    """
+    for call in calls:
+        call()
+    repeats = [max(1, math.ceil(SHORTEST / seconds(call, 1, device))) for call in calls]
+    records = [[] for _ in calls]
+    for _ in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
+        for call, count, record in zip(calls, repeats, records, strict=True):
+            record.append(seconds(call, count, device))
+    quartiles = [statistics.quantiles(record, n=4) if len(record) > 1 else [record[0]] * 3 for record in records]
+    return [Timing(statistics.median(record), q[2] - q[0]) for record, q in zip(records, quartiles, strict=True)]
+
+
+def peak_bytes(call: Callable[[], object], model: torch.nn.Module, *inputs: torch.Tensor) -> int:
+    """Largest total of live tensors, the weights of `model` and `inputs` included, during one call.
+
+    On CUDA as its allocator counts, on a CPU as torch's MemTracker does; there the model must not be compiled.
+    """
+    if inputs[0].is_cuda:
+        own = sum(tensor.nbytes for tensor in (*model.state_dict().values(), *inputs))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before + own
+    tracker = MemTracker()
+    tracker.track_external(model, *inputs)
+    with tracker:
+        call()
+    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+
+
+def device_name(device: torch.device) -> str:
+    """What the times were taken on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    extensions = {"AVX-512": "avx512f", "AVX-512 BF16": "avx512_bf16", "AMX BF16": "amx_bf16"}
+    known = "".join(f", {name}" for name, flag in extensions.items() if flag in flags)
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}{known}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit of the code, with a `+` when files differ from it; "unknown" outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def append_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Append rows to a CSV file, with their keys as its header. Raises InputError when the file has another header."""
+    fields = list(rows[0])
+    new = not path.exists()
+    if not new:
+        with open(path, newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != fields:
+            raise InputError(f"{path} has the columns {header}, not {fields}; move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

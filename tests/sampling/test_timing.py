@@ -1,0 +1,93 @@
+"""The clock's statistics on a fake clock, and what is counted as memory."""
+
+import csv
+
+import pytest
+import torch
+
+from sampling import timing
+from sit_atconv.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_medians_are_interleaved_and_per_call(monkeypatch):
+    clock, order = [0.0], []
+    durations = {"fast": iter([9.0, 1.0, 1.0, 1.0, 5.0]), "slow": iter([9.0, 3.0, 3.0, 7.0, 3.0])}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def call(name):
+        def function():
+            order.append(name)
+            clock[0] += next(durations[name])
+
+        return function
+
+    fast, slow = timing.interleaved([call("fast"), call("slow")], 3, CPU, "")
+    assert order == ["fast", "slow"] * 2 + ["fast", "slow"] * 3
+    assert (fast.median, slow.median) == (1.0, 3.0)
+    assert (fast.iqr, slow.iqr) == (4.0, 4.0)
+
+
+def test_short_calls_are_repeated_within_a_measurement(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def call():
+        calls.append(1)
+        clock[0] += 0.004
+
+    (taken,) = timing.interleaved([call], 2, CPU, "")
+    assert len(calls) == 2 + 2 * 5
+    assert taken.median == pytest.approx(0.004)
+
+
+def test_peak_memory_is_weights_plus_activations_plus_gradients():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.Linear(512, 1))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    x = torch.randn(1000, 64)
+
+    @torch.no_grad()
+    def forward():
+        model(x)
+
+    hidden = 1000 * 512 * 4
+    peak = timing.peak_bytes(forward, model, x)
+    assert weights + x.nbytes + hidden <= peak < weights + x.nbytes + 1.05 * hidden
+
+    def backward():
+        model(x).sum().backward()
+        model.zero_grad()
+
+    # The hidden layer and its gradient are alive together, with some of the weights' gradients.
+    assert 2 * hidden <= timing.peak_bytes(backward, model, x) - weights - x.nbytes < 2.05 * hidden + weights
+
+
+def test_rows_are_appended_under_one_header(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    timing.append_csv(path, [{"a": 1, "b": "x, y"}])
+    timing.append_csv(path, [{"a": 2, "b": "z"}])
+    with open(path, newline="") as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": "z"}]
+    before = path.read_text()
+    with pytest.raises(InputError, match="move it away"):
+        timing.append_csv(path, [{"a": 3, "c": "z"}])
+    assert path.read_text() == before
+
+
+def test_commit_tells_changed_code_apart(monkeypatch):
+    answers = {"rev-parse": "abc1234\n", "status": ""}
+
+    def run(command, **_):
+        return timing.subprocess.CompletedProcess(command, 0, stdout=answers[command[1]])
+
+    monkeypatch.setattr(timing.subprocess, "run", run)
+    assert timing.commit() == "abc1234"
+    answers["status"] = " M file\n"
+    assert timing.commit() == "abc1234+"
+
+    def fail(command, **_):
+        raise timing.subprocess.CalledProcessError(128, command)
+
+    monkeypatch.setattr(timing.subprocess, "run", fail)
+    assert timing.commit() == "unknown"
