@@ -250,10 +250,12 @@ def to_markdown(result: dict) -> str:
 def plot(result: dict, path: Path) -> None:
     """ms/NFE against resolution, a panel per pass; dashed: the model's matrix products alone."""
     from matplotlib.figure import Figure  # here: slow to import, and no other command needs it
+    from matplotlib.ticker import LogLocator, NullLocator
 
     passes = list(dict.fromkeys(row["pass"] for row in result["rows"]))
-    figure = Figure(figsize=(5.5 * len(passes), 4.5), layout="constrained")
-    for axes, p in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
+    figure = Figure(figsize=(5 * len(passes) + 1, 5.5), layout="constrained")
+    panels = figure.subplots(1, len(passes), squeeze=False)[0]
+    for axes, p in zip(panels, passes, strict=True):
         rows = [row for row in result["rows"] if row["pass"] == p]
         for name in dict.fromkeys(row["model"] for row in rows):
             own = [row for row in rows if row["model"] == name]
@@ -262,13 +264,18 @@ def plot(result: dict, path: Path) -> None:
             if own[0]["gemm_ms"]:
                 limits = [row["gemm_ms"] for row in own]
                 axes.plot(sizes, limits, "--", marker=".", color=line.get_color(), label=f"{name}, GEMM limit")
+        title = "forward and backward" if p == "backward" else p
+        axes.set(xscale="log", yscale="log", title=title, xlabel="image size (px)")
         ticks = sorted({row["size"] for row in rows})
-        axes.set(xscale="log", yscale="log", title=p, xlabel="image size (px)", ylabel="ms per network evaluation")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    panels[0].set_ylabel("ms per network evaluation")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=min(2 * len(passes), len(lines)), fontsize="small")
     mode = "compiled" if result["compiled"] else "eager"
     figure.suptitle(f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}", fontsize="small")
     temporary = path.with_name(path.name + ".tmp")
