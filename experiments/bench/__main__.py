@@ -54,7 +54,8 @@ def main() -> None:
             rows += op.measure(shape, DIM, dtype, device, op.PASSES, rounds)
     text = [
         f"One ATConv layer (C = {DIM}) and its operator alone, as multiples of the layer's two linears; "
-        f"{device_name(device)}; medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} interleaved rounds; `backward` is forward and backward.\n",
+        f"{device_name(device)}; medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} interleaved rounds; "
+        "`backward` is forward and backward.\n",
         op.to_markdown(rows),
     ]
     for dtype in measured:
