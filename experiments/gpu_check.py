@@ -1,4 +1,4 @@
-"""make test-gpu: the gpu tests, then 20 bf16 steps, a resume and a sample on the device."""
+"""make test-gpu: the gpu tests, then 20 bf16 steps, a resume, a sample and the timings on the device."""
 
 import shutil
 import subprocess
@@ -26,6 +26,9 @@ def main() -> None:
     call(*train, "train.lr_schedule=constant", "train.max_steps=20")
     call(*train, "train.lr_schedule=constant", "train.max_steps=30")
     call("sample.py", "--ckpt", str(RUN), "--classes", *map(str, range(10)), "--dtype", "bf16", "--out", f"{RUN}.png")
+    call("-m", "experiments.bench.op", "--dtype", "bf16", "--out", f"{RUN}-op")
+    speed = ("--models", "SiT-ATConv-XL/2", "--dtype", "bf16", "--compile", "--out", f"{RUN}-speed")
+    call("-m", "sampling", "speed", *speed)
     print(f"passed on {torch.cuda.get_device_name()}")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,9 @@ def attention_twin(name: str) -> str:
 class MatrixProducts:
     """The matrix products of one evaluation of `model` on `inputs`, alone: with its own weights, on random operands.
 
-    Linears with their bias, the patch embedding as the linear it is, attention's two products per head. With
-    `backward`, also the gradients of every product's operands. Calling the object runs them all and keeps nothing;
-    `macs` counts the multiply-accumulates.
+    Linears without their bias, the patch embedding as the linear it is, attention's two products per head, whose scores
+    are written to memory (a fused attention may be quicker). With `backward`, also the gradients of every weight and of
+    every operand that has one. Calling the object runs them all and keeps nothing; `macs` counts multiply-accumulates.
     """
 
     def __init__(self, model: nn.Module, *inputs: torch.Tensor, backward: bool = False):
@@ -73,7 +74,7 @@ class MatrixProducts:
             if isinstance(module, nn.Linear | nn.Conv2d | Attention)
         ]
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(backward):
                 model(*inputs)
         finally:
             for hook in hooks:
@@ -95,23 +96,23 @@ class MatrixProducts:
         if isinstance(module, Attention):
             self._attention(x, module.num_heads)
         else:
-            weight = module.weight.detach().flatten(1)
-            rows = x.numel() // weight.shape[1]
-            self._linear(x, rows, weight, None if module.bias is None else module.bias.detach())
+            self._linear(x, module.weight.detach().flatten(1))
 
-    def _linear(self, x: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        (out, width), source = weight.shape, self._buffer("x", x, rows, weight.shape[1])
-        target = self._buffer("y", x, rows, out)
-        if bias is None:
-            self.products.append(lambda: torch.mm(source, weight.t(), out=target))
-        else:
-            self.products.append(lambda: torch.addmm(bias, source, weight.t(), out=target))
-        self.macs += rows * width * out
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        out, width = weight.shape
+        rows = x.numel() // width
+        source, target = self._buffer("x", x, rows, width), self._buffer("y", x, rows, out)
+        products = [(source, weight.t(), target)]
         if self._backward:
-            to_x, to_weight = self._buffer("dx", x, rows, width), self._buffer("dw", x, out, width)
-            self.products.append(lambda: torch.mm(target, weight, out=to_x))
-            self.products.append(lambda: torch.mm(target.t(), source, out=to_weight))
-            self.macs += 2 * rows * width * out
+            products.append((target.t(), source, self._buffer("dw", x, out, width)))
+        if x.requires_grad:
+            products.append((target, weight, self._buffer("dx", x, rows, width)))
+        self._add(torch.mm, products)
+
+    def _add(self, multiply: Callable, products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        for left, right, target in products:
+            self.products.append(partial(multiply, left, right, out=target))
+            self.macs += math.prod(left.shape) * right.shape[-1]
 
     def _attention(self, x: torch.Tensor, heads: int) -> None:
         maps, tokens, width = x.shape[0] * heads, x.shape[1], x.shape[2] // heads
@@ -126,6 +127,4 @@ class MatrixProducts:
                 to_q, to_k, to_v = (self._buffer(use, x, maps, tokens, width)[some] for use in ("dq", "dk", "dv"))
                 pairs += [(part.mT, y[some], to_v), (y[some], v[some].mT, part)]
                 pairs += [(part, k[some], to_q), (part.mT, q[some], to_k)]
-            for left, right, target in pairs:
-                self.products.append(lambda left=left, right=right, target=target: torch.bmm(left, right, out=target))
-                self.macs += math.prod(left.shape) * right.shape[-1]
+            self._add(torch.bmm, pairs)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import torch
 
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
 from sampling.options import DTYPES, add_device_options, add_sampler_options
+from sampling.plots import LIMIT, plot_latency
 from sampling.timing import commit, device_name, interleaved, peak_bytes
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import library_versions, write_atomic
 from sit_atconv.generation import Sampling, flow
-from sit_atconv.models.cost import count_macs, count_parameters
+from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
 from sit_atconv.ops.atconv import BACKEND_VARIABLE
 
@@ -111,11 +113,42 @@ def contenders(names: list[str], latent: int, setting: Setting) -> dict[str, SiT
     return models
 
 
-def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
-    """Raise RuntimeError unless `actual` is finite, not zero, and `expected` up to the rounding of the dtype."""
+def assert_close(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Raise RuntimeError unless `actual` is finite, not zero, and within `tolerance` of `expected`, over its norm."""
     distance = ((actual - expected).float().norm() / expected.float().norm()).item()
-    if not (actual.isfinite().all() and actual.any() and distance <= TOLERANCE[dtype]):
-        raise RuntimeError(f"{name}: the output is {distance:.1e} away from what it must be; not timed")
+    if not (actual.isfinite().all() and actual.any() and distance <= tolerance):
+        raise RuntimeError(f"{what} is {distance:.1e} away from what it must be; not timed")
+
+
+@contextmanager
+def oracle():
+    """Within it, every ATConv layer computes by the readable reference."""
+    before = os.environ.get(BACKEND_VARIABLE)
+    os.environ[BACKEND_VARIABLE] = "reference"
+    try:
+        yield
+    finally:
+        del os.environ[BACKEND_VARIABLE]
+        if before is not None:
+            os.environ[BACKEND_VARIABLE] = before
+
+
+def results(model: SiTTransformer2DModel, inputs: tuple, passes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """What the checks compare: the velocity, and for the pass "backward" the gradient of the latents through it."""
+    x, *others = inputs
+    if "backward" not in passes:
+        with torch.no_grad():
+            return {"velocity": model(x, *others).sample}
+    leaf = x.clone().requires_grad_()
+    velocity = model(leaf, *others).sample
+    (gradient,) = torch.autograd.grad(velocity, leaf, x)
+    with torch.no_grad():  # the graph that is compiled for inference is another one
+        return {"velocity": model(x, *others).sample, "trained velocity": velocity.detach(), "gradient": gradient}
+
+
+def check(what: str, actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: str) -> None:
+    for key, tensor in actual.items():
+        assert_close(f"{what}: the {key}", tensor, expected[key], TOLERANCE[dtype])
 
 
 def evaluations(sampling: Sampling) -> int | None:
@@ -156,28 +189,36 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
         torch.zeros(batch, dtype=torch.long, device=device),
     )
     models = contenders(names, latent, setting)
-    with torch.no_grad():
-        outputs = {name: model(*inputs).sample for name, model in models.items()}
-    for name, output in outputs.items():
-        assert_close(f"{name} at {size} px", output, outputs[name.removesuffix(PAPER)], setting.dtype)
-    facts, products = {}, {}
     one_step = replace(setting, sampling=replace(setting.sampling, steps=1))
-    for name, model in models.items():
-        peaks = {p: peak_bytes(make_call(model, p, inputs, one_step), model, *inputs) for p in setting.passes}
-        facts[name] = {
-            "params": count_parameters(model),
-            "gmacs": count_macs(models[name.removesuffix(PAPER)]) / 1e9,
-            "peak_mib": {p: peak / 2**20 for p, peak in peaks.items()},
-        }
-        if "gemm" in setting.baselines and not name.endswith(PAPER):
-            for p in set(setting.passes) - {"sampling"}:
-                products[name, p] = MatrixProducts(model, *inputs, backward=p == "backward")
-    if setting.compiled:
+    facts, products = {}, {}
+
+    def peaks(model: SiTTransformer2DModel) -> dict[str, float]:
+        calls = {p: make_call(model, p, inputs, one_step) for p in setting.passes}
+        return {p: peak_bytes(call, model, *inputs) / 2**20 for p, call in calls.items()}
+
+    # Every model compiles for its own shapes alone, however many there are.
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=256):
         for name, model in models.items():
-            model.compile_repeated_blocks(fullgraph=True)
-            with torch.no_grad():
-                assert_close(f"{name} at {size} px, compiled", model(*inputs).sample, outputs[name], setting.dtype)
-    return [row for p in setting.passes for row in _rows(p, models, facts, products, inputs, size, setting)]
+            with oracle():
+                expected = results(models[name.removesuffix(PAPER)], inputs, setting.passes)
+            check(f"{name} at {size} px", results(model, inputs, setting.passes), expected, setting.dtype)
+            shapes = without_weights(model)
+            facts[name] = {
+                "params": count_parameters(model),
+                "gmacs": count_macs(in_paper_form(shapes) if name.endswith(PAPER) else shapes) / 1e9,
+            }
+            if "gemm" in setting.baselines and not name.endswith(PAPER):
+                for p in set(setting.passes) - {"sampling"}:
+                    products[name, p] = MatrixProducts(model, *inputs, backward=p == "backward")
+            if device.type != "cuda":
+                facts[name]["peak_mib"] = peaks(model)
+            if setting.compiled:
+                model.compile_repeated_blocks(fullgraph=True)
+                check(f"{name} at {size} px, compiled", results(model, inputs, setting.passes), expected, setting.dtype)
+            if device.type == "cuda":
+                facts[name]["peak_mib"] = peaks(model)
+        return [row for p in setting.passes for row in _rows(p, models, facts, products, inputs, size, setting)]
 
 
 def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size: int, setting: Setting) -> list[dict]:
@@ -190,7 +231,9 @@ def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size
     for name, timing in taken.items():
         model = name.removesuffix(PAPER)
         twin, paper = taken.get(attention_twin(model)), taken.get(model + PAPER)
-        nfe = calls[name]() if p == "sampling" else evaluations(setting.sampling)
+        nfe = evaluations(setting.sampling)
+        if nfe is None and p == "sampling":
+            nfe = calls[name]()
         per_evaluation = timing.median / (nfe if p == "sampling" else 1)
         images = setting.batch / (nfe * per_evaluation) if nfe and p != "backward" else None
         limit = limit_taken.get(name)
@@ -230,7 +273,8 @@ def to_markdown(result: dict) -> str:
         f"{result['batch']}; medians of {result['rounds']} interleaved rounds. ms/NFE: one network evaluation of the "
         "batch; in the pass `backward`, forward and backward together. images/s: of a run with "
         f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling`, else from ms/NFE. "
-        "GEMM limit: the time of the model's own matrix products alone, as a share of its time.",
+        "Peak memory: weights, inputs and what is alive at once; on a CPU of the eager form, and without what an "
+        "operator uses inside. GEMM limit: the time of the model's own matrix products alone, as a share of its time.",
         "",
         "| model | px | pass | params (M) | GMACs | ms/NFE | IQR | images/s | peak memory (MiB) "
         "| attention / this | paper's form / this | of GEMM limit |",
@@ -249,38 +293,15 @@ def to_markdown(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """ms/NFE against resolution, a panel per pass; dashed: the model's matrix products alone."""
-    from matplotlib.figure import Figure  # here: slow to import, and no other command needs it
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    passes = list(dict.fromkeys(row["pass"] for row in result["rows"]))
-    figure = Figure(figsize=(5 * len(passes) + 1, 5.5), layout="constrained")
-    panels = figure.subplots(1, len(passes), squeeze=False)[0]
-    for axes, p in zip(panels, passes, strict=True):
-        rows = [row for row in result["rows"] if row["pass"] == p]
-        for name in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == name]
-            sizes = [row["size"] for row in own]
-            (line,) = axes.plot(sizes, [row["ms_per_nfe"] for row in own], marker="o", label=name)
-            if own[0]["gemm_ms"]:
-                limits = [row["gemm_ms"] for row in own]
-                axes.plot(sizes, limits, "--", marker=".", color=line.get_color(), label=f"{name}, GEMM limit")
-        title = "forward and backward" if p == "backward" else p
-        axes.set(xscale="log", yscale="log", title=title, xlabel="image size (px)")
-        ticks = sorted({row["size"] for row in rows})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("ms per network evaluation")
-    lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=min(2 * len(passes), len(lines)), fontsize="small")
+    panels: dict[str, dict[str, list]] = {}
+    for row in result["rows"]:
+        lines = panels.setdefault("forward and backward" if row["pass"] == "backward" else row["pass"], {})
+        lines.setdefault(row["model"], []).append((row["size"], row["ms_per_nfe"]))
+        if row["gemm_ms"]:
+            lines.setdefault(row["model"] + LIMIT, []).append((row["size"], row["gemm_ms"]))
     mode = "compiled" if result["compiled"] else "eager"
-    figure.suptitle(f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}", fontsize="small")
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    title = f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}"
+    plot_latency(panels, title, "image size (px)", "ms per network evaluation", path)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,10 +8,10 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError
@@ -64,7 +64,8 @@ def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torc
 def peak_bytes(call: Callable[[], object], model: torch.nn.Module, *inputs: torch.Tensor) -> int:
     """Largest total of live tensors, the weights of `model` and `inputs` included, during one call.
 
-    On CUDA as its allocator counts, on a CPU as torch's MemTracker does; there the model must not be compiled.
+    On CUDA as its allocator counts. On a CPU as torch's MemTracker does: it does not look inside an operator, nor into
+    compiled code, so there the model must not be compiled.
     """
     if inputs[0].is_cuda:
         own = sum(tensor.nbytes for tensor in (*model.state_dict().values(), *inputs))
@@ -73,6 +74,8 @@ def peak_bytes(call: Callable[[], object], model: torch.nn.Module, *inputs: torc
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before + own
+    from torch.distributed._tools.mem_tracker import MemTracker  # here: not every build of torch has it
+
     tracker = MemTracker()
     tracker.track_external(model, *inputs)
     with tracker:
@@ -94,6 +97,7 @@ def device_name(device: torch.device) -> str:
     return f"{processor}{known}, {torch.get_num_threads()} threads"
 
 
+@lru_cache(maxsize=1)
 def commit() -> str:
     """The commit of the code, with a `+` when files differ from it; "unknown" outside a git checkout."""
 

@@ -12,5 +12,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device).item()  # a meta tensor has no value
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what speaks of "the current device", such as events and memory counts, means it
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device

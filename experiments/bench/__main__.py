@@ -7,7 +7,7 @@ import torch
 from experiments.bench import op
 from sampling import speed
 from sampling.options import DTYPES
-from sampling.timing import Timing, append_csv, device_name, interleaved
+from sampling.timing import append_csv, device_name, interleaved
 from sit_atconv.devices import resolve_device
 from sit_atconv.files import write_atomic
 from sit_atconv.generation import Sampling
@@ -15,7 +15,7 @@ from sit_atconv.generation import Sampling
 HERE = Path(__file__).parent
 DIM, MODEL, SIZE = 1152, "SiT-ATConv-XL/2", 256
 ROUNDS = {"4x16x16": 25, "1x32x32": 25, "1x64x64": 7}
-MODEL_ROUNDS = 5
+MODEL_ROUNDS = 7
 
 
 def dtypes(device: torch.device) -> list[str]:
@@ -25,23 +25,20 @@ def dtypes(device: torch.device) -> list[str]:
     return ["fp32", "bf16"] if bf16.median < fp32.median else ["fp32"]
 
 
-def model_rows(result: dict, device: torch.device) -> list[dict[str, str]]:
-    """The rows of the model table as rows of the CSV file, each model's matrix products among them."""
-    base = result["rows"][0]
+def model_csv_rows(result: dict, device: torch.device) -> list[dict[str, str]]:
+    """The rows of a table of models as rows of bench.csv, each model's matrix products among them."""
+    base = (result["rows"][0]["model"], result["rows"][0]["ms"])
+    mode = "compiled" if result["compiled"] else "eager"
     rows = []
     for row in result["rows"]:
-        parts = {row["model"]: (row["ms"], row["iqr_ms"])}
+        parts = {f"{row['model']} {mode}": (row["ms"], row["iqr_ms"])}
         if row["gemm_ms"]:
-            parts[f"{row['model']}, matrix products"] = (row["gemm_ms"], row["gemm_iqr_ms"])
-        for what, (ms, iqr_ms) in parts.items():
-            timing, reference = Timing(ms / 1e3, iqr_ms / 1e3), Timing(base["ms"] / 1e3, base["iqr_ms"] / 1e3)
-            shape = f"{result['batch']}x{row['size']}px"
-            mode = "compiled" if result["compiled"] else "eager"
-            rows.append(
-                op.csv_row(
-                    device, result["dtype"], f"{what}, {mode}", shape, row["pass"], timing, base["model"], reference
-                )
-            )
+            parts[f"{row['model']} matrix products"] = (row["gemm_ms"], row["gemm_iqr_ms"])
+        shape = f"{result['batch']}x{row['size']}px"
+        rows += [
+            op.csv_row(device, result["dtype"], what, shape, row["pass"], ms, iqr_ms, base)
+            for what, (ms, iqr_ms) in parts.items()
+        ]
     return rows
 
 
@@ -51,19 +48,21 @@ def main() -> None:
     rows = []
     for dtype in measured:
         for shape, rounds in ROUNDS.items():
-            rows += op.measure(shape, DIM, dtype, device, op.PASSES, rounds)
+            new = op.measure(shape, DIM, dtype, device, op.PASSES, rounds)
+            append_csv(HERE / "bench.csv", op.csv_rows(new, device))
+            rows += new
+    left_out = "" if "bf16" in measured else " Here bf16 is slower than fp32, and left out."
     text = [
         f"One ATConv layer (C = {DIM}) and its operator alone, as multiples of the layer's two linears; "
         f"{device_name(device)}; medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} interleaved rounds; "
-        "`backward` is forward and backward.\n",
+        f"`backward` is forward and backward.{left_out}\n",
         op.to_markdown(rows),
     ]
     for dtype in measured:
         setting = speed.Setting(1, MODEL_ROUNDS, dtype, device, True, ("forward",), speed.BASELINES, Sampling())
         result = setting.describe() | {"rows": speed.measure([MODEL], SIZE, setting)}
-        rows += model_rows(result, device)
+        append_csv(HERE / "bench.csv", model_csv_rows(result, device))
         text.append(speed.to_markdown(result))
-    append_csv(HERE / "bench.csv", rows)
     write_atomic(HERE / "bench.md", "\n".join(text))
     print("\n".join(text), end="")
 

@@ -1,33 +1,39 @@
-"""Time the ATConv layer and its operator against the layer's two linears: python -m experiments.bench.op."""
+"""Time one ATConv layer and its operator against the layer's two linears, attention and the paper's form."""
 
 import argparse
+import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sampling.baselines import PaperForm
 from sampling.options import DTYPES, add_device_options
-from sampling.speed import assert_close
-from sampling.timing import Timing, append_csv, commit, device_name, interleaved
+from sampling.plots import plot_latency
+from sampling.speed import TOLERANCE, assert_close
+from sampling.timing import append_csv, commit, device_name, interleaved, peak_bytes
 from sit_atconv import ATConv
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import library_versions, write_atomic
 from sit_atconv.layers.attention import Attention
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 
 PASSES = ("forward", "backward")
 SHAPES = ("4x16x16", "1x32x32", "1x64x64")
-LINEARS = "two linears"
+HEAD = 72  # channels of a head in SiT-XL
+LINEARS, ATTENTION, PAPER = "two linears", "attention", "paper's form"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxHxW", help=f"default: {' '.join(SHAPES)}")
-    parser.add_argument("--dim", type=int, default=1152, help="channels, in heads of 72 for attention (default: 1152)")
+    parser.add_argument("--dim", type=int, default=1152, help=f"channels, a multiple of {HEAD} (default: 1152)")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="backward: forward and backward")
     parser.add_argument("--rounds", type=int, default=10, help="measurements of each, in turn (default: 10)")
-    parser.add_argument("--csv", type=Path, default=Path("runs/op.csv"), help="appended to (default: %(default)s)")
+    parser.add_argument("--out", default="runs/op", metavar="STEM", help="writes STEM.json, .md, .csv and .png")
     add_device_options(parser)
 
 
@@ -39,48 +45,116 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return batch, height, width
 
 
-def layers(dim: int, x: torch.Tensor, grid: tuple[int, int]) -> dict[str, tuple[Callable, torch.nn.Module]]:
-    """Name -> (function of tokens, the module whose weights it uses); all but attention share the ATConv layer's."""
+@dataclass(frozen=True)
+class Form:
+    """One thing to time: a function without arguments, its leaves, and what it must compute (None: not checked)."""
+
+    name: str
+    call: Callable[[], torch.Tensor]
+    leaves: tuple[torch.Tensor, ...]
+    oracle: Callable[[], torch.Tensor] | None
+
+
+def forms(x: torch.Tensor, grid: tuple[int, int]) -> list[Form]:
+    """The layer in its forms, then the operator alone in its backends, for tokens x (B, N, C)."""
     torch.manual_seed(0)
-    layer = ATConv(dim).to(x.device, x.dtype)
-    attention = Attention(dim, max(1, dim // 72)).to(x.device, x.dtype)
+    layer = ATConv(x.shape[2]).to(x.device, x.dtype)
+    attention = Attention(x.shape[2], x.shape[2] // HEAD).to(x.device, x.dtype)
     paper = PaperForm(layer)
+    x = x.clone().requires_grad_()
+    with torch.no_grad():
+        v, kernels = layer.x_proj(x), layer.kernels(x, grid).contiguous()
+    v.requires_grad_(), kernels.requires_grad_()
+    weights, operands = (x, *layer.parameters()), (v, kernels)
+
+    def operate(backend: str) -> torch.Tensor:
+        return dynamic_depthwise_conv(v, kernels, grid, backend)
+
+    def oracle() -> torch.Tensor:
+        return layer.proj(dynamic_depthwise_conv(layer.x_proj(x), layer.kernels(x, grid), grid, "reference"))
+
+    def compiled(function: Callable, *arguments) -> Callable[[], torch.Tensor]:
+        fast = torch.compile(function, fullgraph=True)
+        return lambda: fast(*arguments)
+
+    backends = ("native", "conv", "triton") if x.is_cuda else ("native", "conv")
+    return [
+        Form(LINEARS, lambda: layer.proj(layer.x_proj(x)), weights, None),
+        Form("ATConv", lambda: layer(x, grid), weights, oracle),
+        Form("ATConv compiled", compiled(layer, x, grid), weights, oracle),
+        Form(PAPER, lambda: paper(x, grid), weights, oracle),
+        Form(ATTENTION, lambda: attention(x), (x, *attention.parameters()), None),
+        *(
+            Form(f"operator {name}", lambda name=name: operate(name), operands, lambda: operate("reference"))
+            for name in backends
+        ),
+        Form("operator compiled", compiled(operate, "auto"), operands, lambda: operate("reference")),
+    ]
+
+
+def make_call(form: Form, step: str, upstream: torch.Tensor) -> Callable[[], object]:
+    """A pass of a form: forward, or forward and the gradients of its leaves."""
+    if step == "forward":
+        return torch.no_grad()(form.call)
+    return lambda: torch.autograd.grad(form.call(), form.leaves, upstream, allow_unused=True)
+
+
+def check(form: Form, shape: str, upstream: torch.Tensor, dtype: str) -> None:
+    """Compare the outputs of both graphs, with and without gradients, and every gradient with the oracle's."""
+    exact = Form("", form.oracle, form.leaves, None)
+    ours, expected = (
+        (make_call(one, "forward", upstream)(), one.call().detach(), *make_call(one, "backward", upstream)())
+        for one in (form, exact)
+    )
+    for actual, true in zip(ours, expected, strict=True):
+        assert_close(f"{form.name} at {shape}", actual, true, TOLERANCE[dtype])
+
+
+def cost(form: Form, call: Callable[[], object]) -> dict[str, float | None]:
+    """Giga multiply-accumulates of a pass and its peak memory; None where compiled code hides them."""
+    if form.name.endswith("compiled"):
+        return {"gmacs": None, "peak_mib": None}
+    with FlopCounterMode(display=False) as counter:
+        call()
+    weights = torch.nn.ParameterList(form.leaves[1:])
+    peak = peak_bytes(call, weights, form.leaves[0].detach())
+    return {"gmacs": counter.get_total_flops() / 2e9, "peak_mib": peak / 2**20}
+
+
+def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list[str], rounds: int) -> list[dict]:
+    """Rows for one shape and dtype, after checking every form."""
+    batch, height, width = parse_shape(shape)
+    x = torch.randn(batch, height * width, dim, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: layer(x, grid), fullgraph=True)
-    return {
-        LINEARS: (lambda x: layer.proj(layer.x_proj(x)), layer),
-        "ATConv": (lambda x: layer(x, grid), layer),
-        "ATConv compiled": (compiled, layer),
-        "paper's form": (lambda x: paper(x, grid), layer),
-        "attention": (attention, attention),
-    }
+    candidates = forms(x, (height, width))
+    for form in candidates:
+        if form.oracle:
+            check(form, shape, x, dtype)
+    rows = []
+    for step in passes:
+        calls = [make_call(form, step, x) for form in candidates]
+        timings = interleaved(calls, rounds, device, f"{step} {shape} {dtype}")
+        medians = {form.name: timing.median for form, timing in zip(candidates, timings, strict=True)}
+        for form, call, timing in zip(candidates, calls, timings, strict=True):
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "what": form.name,
+                    "shape": f"{shape}x{dim}",
+                    "pass": step,
+                    "ms": 1e3 * timing.median,
+                    "iqr_ms": 1e3 * timing.iqr,
+                    "over_linears": timing.median / medians[LINEARS],
+                    "vs_attention": medians[ATTENTION] / timing.median,
+                    "vs_paper": medians[PAPER] / timing.median,
+                    **cost(form, call),
+                }
+            )
+    return rows
 
 
-def operators(v: torch.Tensor, grid: tuple[int, int]) -> dict[str, Callable]:
-    """Name -> the operator alone as a function of (v, kernels)."""
-    backends = ("native", "conv", "triton") if v.is_cuda else ("native", "conv")
-    forms = {f"operator {name}": lambda v, k, name=name: dynamic_depthwise_conv(v, k, grid, name) for name in backends}
-    return {
-        **forms,
-        "operator compiled": torch.compile(lambda v, k: dynamic_depthwise_conv(v, k, grid), fullgraph=True),
-    }
-
-
-def calls(step: str, upstream: torch.Tensor, forms: dict[str, tuple[Callable, list]]) -> dict[str, Callable]:
-    """Each form (a function and its leaves) without arguments: forward, or forward and the gradients of its leaves."""
-
-    def make(form: Callable, leaves: list[torch.Tensor]) -> Callable[[], object]:
-        if step == "forward":
-            return torch.no_grad()(form)
-        return lambda: torch.autograd.grad(form(), leaves, upstream, allow_unused=True)
-
-    return {name: make(form, leaves) for name, (form, leaves) in forms.items()}
-
-
-def csv_row(
-    device: torch.device, dtype: str, what: str, shape: str, step: str, timing: Timing, base: str, base_timing: Timing
-) -> dict[str, str]:
-    """A row of the CSV file; its ratio is the median over that of `base` in the same run."""
+def csv_row(device, dtype: str, what: str, shape: str, step: str, ms: float, iqr_ms: float, base: tuple) -> dict:
+    """A row of bench.csv; `base` is the name and the median in ms of what the ratio is to."""
     return {
         "commit": commit(),
         "device": device_name(device),
@@ -88,44 +162,22 @@ def csv_row(
         "what": what,
         "shape": shape,
         "pass": step,
-        "median_ms": f"{1e3 * timing.median:.3f}",
-        "iqr_ms": f"{1e3 * timing.iqr:.3f}",
-        "ratio": f"{timing.median / base_timing.median:.3f}",
-        "ratio_to": base,
+        "median_ms": f"{ms:.3f}",
+        "iqr_ms": f"{iqr_ms:.3f}",
+        "ratio": f"{ms / base[1]:.3f}",
+        "ratio_to": base[0],
     }
 
 
-def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list[str], rounds: int) -> list[dict]:
-    """Rows for one shape and dtype, after checking every output against the layer on its oracle."""
-    batch, height, width = parse_shape(shape)
-    grid = (height, width)
-    x = torch.randn(batch, height * width, dim, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
-    x.requires_grad_()
-    modules = layers(dim, x, grid)
-    layer = modules[LINEARS][1]
-    with torch.no_grad():
-        v, kernels = layer.x_proj(x), layer.kernels(x, grid).contiguous()
-        oracle = dynamic_depthwise_conv(v, kernels, grid, "reference")
-        expected = {"operator": oracle, "ATConv": layer.proj(oracle), "paper's": layer.proj(oracle)}
-    v.requires_grad_(), kernels.requires_grad_()
-    forms = {name: (lambda f=f: f(x), [x, *module.parameters()]) for name, (f, module) in modules.items()}
-    forms |= {name: (lambda f=f: f(v, kernels), [v, kernels]) for name, f in operators(v, grid).items()}
-    for name, (form, _) in forms.items():
-        if name.split()[0] in expected:
-            assert_close(f"{name} at {shape}", form().detach(), expected[name.split()[0]], dtype)
-    rows = []
-    for step in passes:
-        ready = calls(step, x.detach(), forms)
-        timings = interleaved(list(ready.values()), rounds, device, f"{step} {shape} {dtype}")
-        taken = dict(zip(ready, timings, strict=True))
-        rows += [
-            csv_row(device, dtype, name, f"{shape}x{dim}", step, timing, LINEARS, taken[LINEARS])
-            for name, timing in taken.items()
-        ]
-    return rows
+def csv_rows(rows: list[dict], device: torch.device) -> list[dict[str, str]]:
+    """Rows of bench.csv: the median, and its ratio to that of the two linears in the same run."""
+    keys = ("dtype", "what", "shape", "pass", "ms", "iqr_ms")
+    return [
+        csv_row(device, *(row[key] for key in keys), base=(LINEARS, row["ms"] / row["over_linears"])) for row in rows
+    ]
 
 
-def to_markdown(rows: list[dict[str, str]]) -> str:
+def to_markdown(rows: list[dict]) -> str:
     """A table per dtype: the two linears in ms, everything else as a multiple of them."""
     lines = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -136,12 +188,20 @@ def to_markdown(rows: list[dict[str, str]]) -> str:
         lines += ["|---|" + "---:|" * len(columns)]
         for what in dict.fromkeys(row["what"] for row in own):
             taken = [cells[what, *column] for column in columns]
-            shown = [
-                f"{float(r['median_ms']):.1f} ms" if what == LINEARS else f"{float(r['ratio']):.2f}" for r in taken
-            ]
+            shown = [f"{row['ms']:.1f} ms" if what == LINEARS else f"{row['over_linears']:.3f}" for row in taken]
             lines.append("| " + " | ".join([what, *shown]) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """ms per image against tokens per image, a panel per pass."""
+    panels: dict[str, dict[str, list]] = {}
+    for row in rows:
+        batch, height, width, _ = map(int, row["shape"].split("x"))
+        lines = panels.setdefault("forward and backward" if row["pass"] == "backward" else row["pass"], {})
+        lines.setdefault(row["what"], []).append((height * width, row["ms"] / batch))
+    plot_latency(panels, title, "tokens per image", "ms per image", path)
 
 
 @command
@@ -150,16 +210,22 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
-    for option, value in (("--dim", args.dim), ("--rounds", args.rounds)):
-        if value < 1:
-            raise InputError(f"{option} {value}: must be at least 1")
+    if args.rounds < 1:
+        raise InputError(f"--rounds {args.rounds}: must be at least 1")
+    if args.dim < HEAD or args.dim % HEAD:
+        raise InputError(f"--dim {args.dim}: give a multiple of {HEAD}, the channels of a head")
     for shape in args.shapes:
         parse_shape(shape)
+    stem = Path(args.out)
+    result = {"device": device_name(device), "commit": commit(), "rounds": args.rounds, "versions": library_versions()}
     rows = []
     for shape in args.shapes:
         new = measure(shape, args.dim, args.dtype, device, args.passes, args.rounds)
-        append_csv(args.csv, new)
         rows += new
+        write_atomic(stem.with_name(stem.name + ".json"), json.dumps({**result, "rows": rows}, indent=1))
+        write_atomic(stem.with_name(stem.name + ".md"), to_markdown(rows))
+        plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}", stem.with_name(stem.name + ".png"))
+        append_csv(stem.with_name(stem.name + ".csv"), csv_rows(new, device))
     print(to_markdown(rows), end="")
 
 

@@ -11,14 +11,20 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def count_macs(model: SiTTransformer2DModel) -> int:
-    """Multiply-accumulates of one network evaluation of one latent, without guidance.
-
-    Counted on a copy without weights, on the meta device, as torch's FlopCounterMode does: matrix products,
-    convolutions and attention; element-wise work is not counted.
-    """
+def without_weights(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
+    """The same model on the meta device: shapes alone."""
     with torch.device("meta"):
-        model = type(model).from_config(model.config)
+        return type(model).from_config(model.config)
+
+
+def count_macs(model: SiTTransformer2DModel) -> int:
+    """Multiply-accumulates of one network evaluation of one latent by `model`, without guidance.
+
+    A model on the meta device is run as it is, another in a copy without weights. Counted as torch's FlopCounterMode
+    does: matrix products, convolutions and attention; element-wise work is not counted.
+    """
+    if model.device.type != "meta":
+        model = without_weights(model)
     latent = torch.zeros(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

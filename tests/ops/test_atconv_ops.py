@@ -198,6 +198,75 @@ def test_inductor_rounds_no_worse_than_the_oracle(dtype):
     ours = with_gradients(torch.compile(lambda *x: dynamic_depthwise_conv(*x, grid), fullgraph=True), *arguments)
     for actual, eager, truth in zip(ours, own, exact, strict=True):
         assert (actual - truth).abs().max() <= 2 * (eager - truth).abs().max() + 1e-6
+    if dtype != torch.float32:
+        assert_one_rounding(ours, exact, dtype)
+
+
+def assert_one_rounding(actual, exact, dtype):
+    """Only this bound tells sums in fp32 from sums in bf16: the oracle sums in its own dtype."""
+    for ours, truth in zip(actual, exact, strict=True):
+        assert ours.dtype == dtype
+        error, slack = (ours.double() - truth).abs(), 1e-6 * truth.abs().max()
+        assert (error <= torch.finfo(dtype).eps / 2 * truth.abs() + slack).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("block", [200, native.BLOCK_BYTES])
+def test_sums_are_in_fp32(backend, dtype, block, monkeypatch):
+    monkeypatch.setattr(native, "BLOCK_BYTES", block)
+    v, kernels, upstream, grid = problem((2, 6, 12, 9), 3, dtype)
+    exact = with_gradients(
+        lambda *x: reference.dynamic_depthwise_conv(*x, grid), v.double(), kernels.double(), upstream.double()
+    )
+    actual = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, backend), v, kernels, upstream)
+    assert_one_rounding(actual, exact, dtype)
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("alone", [0, 1])
+def test_each_operand_can_be_trained_alone(backend, alone):
+    v, kernels, upstream, grid = problem((2, 3, 4, 5), 3)
+    both = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), v, kernels, upstream)
+    operands = [v, kernels]
+    operands[alone].requires_grad_()
+    (gradient,) = torch.autograd.grad(dynamic_depthwise_conv(*operands, grid, backend), operands[alone], upstream)
+    torch.testing.assert_close(gradient, both[1 + alone])
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+@pytest.mark.parametrize("backend", FAST)
+def test_gradient_of_the_kernels_differentiates_by_each_operand_alone(backend, trained):
+    v, _, upstream, grid = problem((2, 3, 4, 5), 3)
+    operands = [v, upstream]
+    operands[trained].requires_grad_()
+    assert gradcheck(lambda a, b: operator.grad_kernels(a, b, *grid, 3, backend), operands)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_backend_asked_for_is_compiled_around(backend):
+    v, kernels, upstream, grid = problem((2, 3, 4, 5), 3)
+    compiled = torch.compile(lambda *x: dynamic_depthwise_conv(*x, grid, backend), backend="aot_eager", fullgraph=True)
+    expected = with_gradients(lambda *x: reference.dynamic_depthwise_conv(*x, grid), v, kernels, upstream)
+    torch.testing.assert_close(with_gradients(compiled, v, kernels, upstream), expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_does_not_change_the_dtype(backend):
+    v, kernels, upstream, grid = problem((2, 3, 4, 5), 3, torch.float32)
+    plain = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, backend), v, kernels, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = with_gradients(lambda *x: dynamic_depthwise_conv(*x, grid, backend), v, kernels, upstream)
+    for ours, expected in zip(cast, plain, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("asked", ["triton", "reference", "conv"])
+def test_on_the_meta_device_the_operator_counts_whatever_was_asked_for(monkeypatch, asked):
+    monkeypatch.setenv(BACKEND_VARIABLE, asked)
+    with FlopCounterMode(display=False) as counter:
+        dynamic_depthwise_conv(torch.empty(2, 20, 3, device="meta"), torch.empty(2, 9, 3, device="meta"), (4, 5))
+    assert counter.get_total_flops() == 2 * 2 * 20 * 3 * 9
 
 
 def test_kernels_are_materialised_with_their_gradient():

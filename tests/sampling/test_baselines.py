@@ -7,7 +7,7 @@ from golden_vectors import assert_golden, golden
 from sampling.baselines import MatrixProducts, PaperForm, attention_twin, in_paper_form
 from sampling.speed import random_model
 from sit_atconv import ATConv
-from sit_atconv.models.cost import count_macs
+from sit_atconv.models.cost import count_macs, without_weights
 from sit_atconv.ops.atconv import operator
 
 
@@ -45,6 +45,13 @@ def test_model_in_paper_form_shares_its_weights_and_its_function(name):
         torch.testing.assert_close(twin(*inputs).sample, model(*inputs).sample, rtol=1e-4, atol=1e-4)
 
 
+def test_paper_form_costs_what_the_paper_s_does():
+    model = in_paper_form(without_weights(random_model("SiT-ATConv-S/8", 16)))
+    ours = count_macs(random_model("SiT-ATConv-S/8", 16))
+    # kernel_proj on 4 tokens instead of 9 taps: on a grid this small the pool first costs more.
+    assert count_macs(model) - ours == 12 * (4 - 9) * 384 * 384
+
+
 def test_attention_twin_has_size_and_patch():
     assert attention_twin("SiT-ATConv-XL/2-Hybrid") == "SiT-XL/2"
     assert attention_twin("SiT-ATConv-B/4") == "SiT-B/4"
@@ -60,7 +67,8 @@ def test_matrix_products_are_all_that_the_model_multiplies(name):
     assert products.macs == count_macs(model) - convolutions
     products()
     both = MatrixProducts(model, *inputs, backward=True)
-    assert both.macs == 3 * products.macs
+    without_gradient = 4 * (4 * 8 * 8) * 384 + 256 * 384  # of the patches and of the frequencies of time
+    assert both.macs == 3 * products.macs - without_gradient
     both()
 
 

@@ -1,6 +1,7 @@
 """The speed command: what it compares, its columns against their definitions, and what it checks before the clock."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from sampling import speed
 from sampling.__main__ import main as sampling
 from sit_atconv import create_model
 from sit_atconv.generation import Sampling, flow
+from sit_atconv.models.cost import count_parameters
+from sit_atconv.ops.atconv import BACKEND_VARIABLE, choose_backend, native
 
 
 def test_random_model_has_no_zero_gates():
@@ -35,6 +38,9 @@ def test_every_model_meets_its_baselines_and_the_columns_follow_from_the_times(t
         assert row["vs_attention"] == pytest.approx(group["SiT-S/8"]["ms"] / row["ms"])
         paper = group["SiT-ATConv-S/8 (paper's form)"]["ms"] / row["ms"]
         assert row["vs_paper"] == (None if row["model"] == "SiT-S/8" else pytest.approx(paper))
+        model = speed.random_model(row["model"].removesuffix(speed.PAPER), row["size"] // 8)
+        assert row["params"] == count_parameters(model)
+        assert row["peak_mib"] > 4 * row["params"] / 2**20 * (1.9 if row["pass"] == "backward" else 1)
         assert row["nfe"] == 4  # two steps, each with and without the class
         per_evaluation = row["ms"] / (4 if row["pass"] == "sampling" else 1)
         assert row["ms_per_nfe"] == pytest.approx(per_evaluation)
@@ -69,8 +75,9 @@ def test_compiled_blocks_are_what_is_timed(tmp_path, monkeypatch):
         "compile_repeated_blocks",
         lambda self, **options: compiled.append(options) or original(self, **options),
     )
-    result = run_speed(tmp_path, "--models", "SiT-ATConv-S/8", "--sizes", 64, "--compile")
-    assert compiled == [{"fullgraph": True}] * 3
+    options = ["--sizes", 64, 128, "--compile", "--passes", "forward", "backward"]
+    result = run_speed(tmp_path, "--models", "SiT-ATConv-S/8", *options)
+    assert compiled == [{"fullgraph": True}] * 6
     assert result["compiled"] is True
 
 
@@ -79,9 +86,29 @@ def test_a_wrong_output_is_not_timed(tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="away from what it must be; not timed"):
         run_speed(tmp_path, "--models", "SiT-ATConv-S/8", "--sizes", 64)
     with pytest.raises(RuntimeError, match="not timed"):
-        speed.assert_close("x", torch.full((2,), torch.nan), torch.ones(2), "fp32")
+        speed.assert_close("x", torch.full((2,), torch.nan), torch.ones(2), 1.0)
     with pytest.raises(RuntimeError, match="not timed"):
-        speed.assert_close("x", torch.zeros(2), torch.zeros(2), "fp32")
+        speed.assert_close("x", torch.zeros(2), torch.zeros(2), 1.0)
+
+
+@pytest.mark.parametrize("broken", ["dynamic_depthwise_conv", "grad_v", "grad_kernels"])
+def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch, broken):
+    original = getattr(native, broken)
+    monkeypatch.setattr(native, broken, lambda *arguments: original(*arguments) * 1.01)
+    with pytest.raises(RuntimeError, match=r"SiT-ATConv-S/8 at 64 px: the .* not timed"):
+        run_speed(tmp_path, "--models", "SiT-ATConv-S/8", "--sizes", 64, "--baselines", "--passes", "backward")
+    assert not (tmp_path / "speed.json").exists()
+
+
+def test_oracle_puts_the_environment_back(monkeypatch):
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    with speed.oracle():
+        assert choose_backend(torch.zeros(1, 1, 1)) == "reference"
+    assert BACKEND_VARIABLE not in os.environ
+    monkeypatch.setenv(BACKEND_VARIABLE, "conv")
+    with speed.oracle():
+        pass
+    assert os.environ[BACKEND_VARIABLE] == "conv"
 
 
 def test_what_was_measured_stays_when_a_later_size_fails(tmp_path, monkeypatch):

@@ -77,17 +77,18 @@ def test_rows_are_appended_under_one_header(tmp_path):
 
 def test_commit_tells_changed_code_apart(monkeypatch):
     answers = {"rev-parse": "abc1234\n", "status": ""}
+    uncached = timing.commit.__wrapped__
 
     def run(command, **_):
         return timing.subprocess.CompletedProcess(command, 0, stdout=answers[command[1]])
 
     monkeypatch.setattr(timing.subprocess, "run", run)
-    assert timing.commit() == "abc1234"
+    assert uncached() == "abc1234"
     answers["status"] = " M file\n"
-    assert timing.commit() == "abc1234+"
+    assert uncached() == "abc1234+"
 
     def fail(command, **_):
         raise timing.subprocess.CalledProcessError(128, command)
 
     monkeypatch.setattr(timing.subprocess, "run", fail)
-    assert timing.commit() == "unknown"
+    assert uncached() == "unknown"

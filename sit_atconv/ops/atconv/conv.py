@@ -15,7 +15,8 @@ def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[i
     """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
     (batch, _, channels), k = v.shape, math.isqrt(kernels.shape[1])
     weight = kernels.transpose(1, 2).reshape(batch * channels, 1, k, k)
-    y = F.conv2d(_image(v, grid), weight, padding=k // 2, groups=batch * channels)
+    with torch.autocast(v.device.type, enabled=False):  # the result has the dtype of v there too
+        y = F.conv2d(_image(v, grid), weight, padding=k // 2, groups=batch * channels)
     return y.reshape(batch, channels, -1).transpose(1, 2).contiguous()
 
 

@@ -16,7 +16,10 @@ BLOCK_BYTES = 5 * 2**20
 
 
 def _blocks(tokens: torch.Tensor, grid: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Cut (B, N, C) into (samples, rows) of about BLOCK_BYTES in the dtype that is summed in."""
+    """Cut (B, N, C) into (samples, rows) of about BLOCK_BYTES in the dtype that is summed in; uncut off a CPU."""
+    if tokens.device.type != "cpu":
+        yield slice(0, tokens.shape[0]), slice(0, grid[0])
+        return
     row_bytes = grid[1] * tokens.shape[2] * _sum_dtype(tokens).itemsize
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
     samples = max(1, rows // grid[0])

@@ -133,6 +133,8 @@ def _triton_refusal(v: torch.Tensor) -> str | None:
         return "it has no float64 form"
     if not v.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tokens are on {v.device}, not on a CUDA device"
+    if v.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(v.device) < (8, 0):
+        return "the device has a compute capability below 8.0"
     return None
 
 
@@ -144,10 +146,13 @@ def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
     and forward with backward, `conv` / `native` in ms on 2 EPYC cores, fp32: (1, 8x8, 64) 0.16 / 0.11 and 0.66 / 0.56,
     (1, 16x16, 384) 0.30 / 0.18 and 1.09 / 1.03, (4, 16x16, 1152) 3.7 / 1.1 and 19.8 / 5.0; in bf16 0.13 / 0.12 and
     0.57 / 0.60, 0.25 / 0.20 and 0.98 / 1.02, 1.4 / 1.1 and 4.7 / 5.1.
+    On the meta device, where nothing is computed, it is `native` whatever was asked for.
     Raises ValueError for an unknown name and RuntimeError for `triton` where it cannot run.
     """
     check_choice("backend", backend, BACKENDS)
     chosen = backend if backend != "auto" else _requested()
+    if v.is_meta:
+        return "native"
     if chosen == "triton" and (reason := _triton_refusal(v)):
         raise RuntimeError(f"backend='triton' cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
     if chosen != "auto":

@@ -23,7 +23,7 @@ def _spread(g: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     bins, positions = torch.arange(count + 1, device=g.device), torch.arange(size, device=g.device)
     starts = bins * size // count
     lengths = -(-bins[1:] * size // count) - starts[:-1]
-    share = (g / lengths.reshape([-1 if d == dim else 1 for d in range(g.ndim)])).to(g.dtype)
+    share = g / lengths.reshape([-1 if d == dim else 1 for d in range(g.ndim)])
     spread = share.index_select(dim, ((positions + 1) * count - 1) // size)  # the last bin that holds the position
     # Neighbouring bins share the position that an uneven cut falls into.
     uneven = (bins[1:-1] * size % count != 0).reshape([-1 if d == dim else 1 for d in range(g.ndim)])

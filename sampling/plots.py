@@ -1,0 +1,38 @@
+"""The plot that the timing commands draw."""
+
+from pathlib import Path
+
+LIMIT = ", GEMM limit"  # a line of this name is dashed, in the colour of the line that it limits
+
+
+def plot_latency(
+    panels: dict[str, dict[str, list[tuple[float, float]]]], title: str, x_label: str, y_label: str, path: Path
+) -> None:
+    """Write a PNG: a panel per entry, in it a line through the points (x, y) of each name; both axes logarithmic."""
+    from matplotlib.figure import Figure  # here: slow to import, and commands that draw nothing do without
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure = Figure(figsize=(5 * len(panels) + 1, 5.5), layout="constrained")
+    shown, colors = {}, {}
+    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            base = label.removesuffix(LIMIT)
+            color = colors.setdefault(base, f"C{len(colors)}")
+            style = "--." if label != base else "-o"
+            (shown[label],) = axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+        axes.set(xscale="log", yscale="log", title=name, xlabel=x_label)
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(y_label)
+    columns = min(2 * len(panels), len(shown))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
