@@ -93,20 +93,26 @@ def forms(x: torch.Tensor, grid: tuple[int, int]) -> list[Form]:
 
 
 def make_call(form: Form, step: str, upstream: torch.Tensor) -> Callable[[], object]:
-    """A pass of a form: forward, or forward and the gradients of its leaves."""
-    if step == "forward":
-        return torch.no_grad()(form.call)
-    return lambda: torch.autograd.grad(form.call(), form.leaves, upstream, allow_unused=True)
+    """A pass of a form: forward, or forward and the gradients of its leaves, which are dropped again."""
+
+    def backward() -> None:
+        form.call().backward(upstream)
+        for leaf in form.leaves:
+            leaf.grad = None
+
+    return torch.no_grad()(form.call) if step == "forward" else backward
 
 
 def check(form: Form, shape: str, upstream: torch.Tensor, dtype: str) -> None:
     """Compare the outputs of both graphs, with and without gradients, and every gradient with the oracle's."""
-    exact = Form("", form.oracle, form.leaves, None)
-    ours, expected = (
-        (make_call(one, "forward", upstream)(), one.call().detach(), *make_call(one, "backward", upstream)())
-        for one in (form, exact)
-    )
-    for actual, true in zip(ours, expected, strict=True):
+
+    def results(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            alone = call()
+        y = call()
+        return alone, y.detach(), *torch.autograd.grad(y, form.leaves, upstream)
+
+    for actual, true in zip(results(form.call), results(form.oracle), strict=True):
         assert_close(f"{form.name} at {shape}", actual, true, TOLERANCE[dtype])
 
 
@@ -135,7 +141,7 @@ def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list
         calls = [make_call(form, step, x) for form in candidates]
         timings = interleaved(calls, rounds, device, f"{step} {shape} {dtype}")
         medians = {form.name: timing.median for form, timing in zip(candidates, timings, strict=True)}
-        for form, call, timing in zip(candidates, calls, timings, strict=True):
+        for form, timing in zip(candidates, timings, strict=True):
             rows.append(
                 {
                     "dtype": dtype,
@@ -147,10 +153,11 @@ def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list
                     "over_linears": timing.median / medians[LINEARS],
                     "vs_attention": medians[ATTENTION] / timing.median,
                     "vs_paper": medians[PAPER] / timing.median,
-                    **cost(form, call),
                 }
             )
-    return rows
+    # After the clock: the memory tracker leaves hooks behind.
+    costs = [cost(form, make_call(form, step, x)) for step in passes for form in candidates]
+    return [row | paid for row, paid in zip(rows, costs, strict=True)]
 
 
 def csv_row(device, dtype: str, what: str, shape: str, step: str, ms: float, iqr_ms: float, base: tuple) -> dict:
