@@ -14,8 +14,8 @@ from sit_atconv.generation import Sampling
 
 HERE = Path(__file__).parent
 DIM, MODEL, SIZE = 1152, "SiT-ATConv-XL/2", 256
-ROUNDS = {"4x16x16": 25, "1x32x32": 25, "1x64x64": 7}
-MODEL_ROUNDS = 7
+ROUNDS = {"4x16x16": 15, "1x32x32": 15, "1x64x64": 5}
+MODEL_ROUNDS = 5
 
 
 def dtypes(device: torch.device) -> list[str]:
