@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,7 +10,6 @@ from sit_atconv.ops.atconv import (
     BACKEND_VARIABLE,
     choose_backend,
     dynamic_depthwise_conv,
-    inlined,
     native,
     operator,
     pool_tokens,
@@ -269,13 +269,12 @@ def test_on_the_meta_device_the_operator_counts_whatever_was_asked_for(monkeypat
     assert counter.get_total_flops() == 2 * 2 * 20 * 3 * 9
 
 
-def test_kernels_are_materialised_with_their_gradient():
-    _, kernels, _, _ = problem((2, 3, 4, 5), 3)
-    strided = kernels.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    torch.library.opcheck(inlined.materialize, (strided,))
-    assert inlined.materialize(strided).is_contiguous()
-    assert gradcheck(inlined.materialize, strided)
-    assert gradgradcheck(inlined.materialize, strided)
+def test_compiled_kernels_are_worked_out_once_and_not_for_every_token():
+    v, raw, _, grid = problem((1, 3, 4, 5), 3, torch.float32)
+    form = torch.compile(lambda v, raw: dynamic_depthwise_conv(v, raw.tanh(), grid), fullgraph=True)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(form, v, raw)
+    assert 1 <= code.count(".tanh()") <= 2  # one loop, with or without vectors; fused into the taps there are nine
 
 
 def test_multiply_accumulates_are_counted():
@@ -344,8 +343,15 @@ def test_it_is_a_cross_correlation_not_a_flipped_convolution():
 def test_argument_then_environment_then_rule_choose_the_backend(monkeypatch):
     small, large = torch.zeros(1, 16, 4), torch.zeros(1, 256, 1152)
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
-    assert (choose_backend(small), choose_backend(large)) == ("native", "native")
-    assert choose_backend(small.bfloat16()) == "native"
+    # A sample has to be large for a call of its own to pay, however many there are.
+    assert (choose_backend(small), choose_backend(large)) == ("native", "conv")
+    assert choose_backend(torch.zeros(999, 64, 64)) == "native"
+    assert choose_backend(large.double()) == choose_backend(large.half()) == "native"
+    onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert choose_backend(large.bfloat16()) == ("conv" if onednn else "native")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose_backend(large) == "native"
+    monkeypatch.undo()
     monkeypatch.setenv(BACKEND_VARIABLE, "reference")
     assert choose_backend(large) == "reference"
     assert choose_backend(large, "conv") == "conv"

@@ -1,4 +1,7 @@
-"""The operator as torch's grouped convolution, in (1, B * C, H, W); shapes as in `reference`."""
+"""The operator as torch's grouped convolution, a call for each sample, since kernels differ; shapes as in `reference`.
+
+(N, C) tokens are a channels-last image as they lie, so nothing is transposed, and oneDNN has loops for that layout.
+"""
 
 import math
 
@@ -6,18 +9,23 @@ import torch
 import torch.nn.functional as F
 
 
-def _image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, N, C) -> (1, B * C, H, W)."""
-    return tokens.transpose(1, 2).reshape(1, -1, *grid)
+def _images(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, N, C) -> the channels-last view (B, C, H, W)."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
     (batch, _, channels), k = v.shape, math.isqrt(kernels.shape[1])
-    weight = kernels.transpose(1, 2).reshape(batch * channels, 1, k, k)
+    images, weights = _images(v, grid), kernels.transpose(1, 2).reshape(batch, channels, 1, k, k)
     with torch.autocast(v.device.type, enabled=False):  # the result has the dtype of v there too
-        y = F.conv2d(_image(v, grid), weight, padding=k // 2, groups=batch * channels)
-    return y.reshape(batch, channels, -1).transpose(1, 2).contiguous()
+        samples = [F.conv2d(images[b : b + 1], weights[b], padding=k // 2, groups=channels) for b in range(batch)]
+    if batch == 1:
+        return samples[0].permute(0, 2, 3, 1).reshape(v.shape).contiguous()
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    for target, sample in zip(_images(y, grid), samples, strict=True):
+        target.copy_(sample[0])
+    return y
 
 
 def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -27,12 +35,12 @@ def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -
 
 def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
     """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c]: (B, K, C)."""
-    batch, _, channels = v.shape
-    gradient = torch.nn.grad.conv2d_weight(
-        _image(v, grid),
-        (batch * channels, 1, kernel_size, kernel_size),
-        _image(grad_y, grid),
-        padding=kernel_size // 2,
-        groups=batch * channels,
-    )
-    return gradient.reshape(batch, channels, -1).transpose(1, 2).contiguous()
+    (batch, _, channels), k = v.shape, kernel_size
+    images, upstream = _images(v, grid), _images(grad_y, grid)
+    samples = [
+        torch.nn.grad.conv2d_weight(
+            images[b : b + 1], (channels, 1, k, k), upstream[b : b + 1], padding=k // 2, groups=channels
+        )
+        for b in range(batch)
+    ]
+    return torch.stack(samples).flatten(2).transpose(1, 2).contiguous()

@@ -11,19 +11,10 @@ import torch
 from sit_atconv.ops.atconv import reference
 
 
-@torch.library.custom_op("sit_atconv::materialize", mutates_args=())
-def materialize(kernels: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy that Inductor cannot look through: else it works the kernels out anew for every token."""
-    return kernels.clone(memory_format=torch.contiguous_format)
-
-
-@materialize.register_fake
-def _(kernels):
-    return torch.empty(kernels.shape, dtype=kernels.dtype, device=kernels.device)
-
-
-materialize.register_autograd(lambda ctx, upstream: upstream)
-materialize.register_vmap(lambda info, in_dims, kernels: (materialize(kernels.movedim(in_dims[0], 0)), 0))
+def _materialize(kernels: torch.Tensor) -> torch.Tensor:
+    """The same values, which Inductor now stores: a view by strides needs memory. Else it works them out per token."""
+    batch, taps, channels = kernels.shape
+    return kernels.contiguous().as_strided((batch, taps, channels), (taps * channels, channels, 1))
 
 
 class _Convolution(torch.autograd.Function):
@@ -37,7 +28,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(v, kernels, height, width):
-        return reference.dynamic_depthwise_conv(v, kernels, (height, width))
+        return reference.dynamic_depthwise_conv(v, _materialize(kernels), (height, width))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -65,4 +56,4 @@ def _grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], 
 
 def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """v (B, N, C), kernels (B, K, C) -> (B, N, C)."""
-    return _Convolution.apply(v, materialize(kernels), *grid)
+    return _Convolution.apply(v, kernels, *grid)

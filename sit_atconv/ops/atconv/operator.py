@@ -16,6 +16,7 @@ from sit_atconv.ops.atconv import conv, inlined, native, reference
 
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
 BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
+CONV_VALUES = 2**16  # values of a sample from which `conv` is the faster one on a CPU
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -141,11 +142,13 @@ def _triton_refusal(v: torch.Tensor) -> str | None:
 def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
     """The backend that tokens v (B, N, C) run on: the argument, else SIT_ATCONV_BACKEND, else by this rule.
 
-    CUDA, 16 or 32 bits: `triton`, one pass over memory (chosen by construction: not measured yet). Under torch.compile
-    and everywhere else: `native`. On a CPU it beats `conv` at every size tried in fp32 and meets it in bf16; forward,
-    and forward with backward, `conv` / `native` in ms on 2 EPYC cores, fp32: (1, 8x8, 64) 0.16 / 0.11 and 0.66 / 0.56,
-    (1, 16x16, 384) 0.30 / 0.18 and 1.09 / 1.03, (4, 16x16, 1152) 3.7 / 1.1 and 19.8 / 5.0; in bf16 0.13 / 0.12 and
-    0.57 / 0.60, 0.25 / 0.20 and 0.98 / 1.02, 1.4 / 1.1 and 4.7 / 5.1.
+    Under torch.compile `native`, which is inlined there. CUDA, 16 or 32 bits: `triton`, one pass over memory (chosen by
+    construction: not measured yet). CPU, fp32, or bf16 where oneDNN has it, samples of CONV_VALUES values or more:
+    `conv`, which costs 45 us a sample and little more. Everywhere else `native`. Measured forward, and forward with
+    backward, `native` / `conv` in ms on 2 Xeon cores with AMX, fp32: (32, 8x8, 64) 0.16 / 1.48 and 0.84 / 5.2,
+    (1, 16x16, 384) 0.13 / 0.10 and 0.78 / 0.57, (4, 16x16, 1152) 1.6 / 1.1 and 7.2 / 4.9, (1, 64x64, 1152) 6.6 / 1.0
+    and 32 / 4.0; bf16: 0.22 / 1.43 and 0.95 / 5.1, 0.17 / 0.09 and 0.91 / 0.54, 1.9 / 0.7 and 8.0 / 2.4, 8.5 / 0.9 and
+    35 / 4.0.
     On the meta device, where nothing is computed, it is `native` whatever was asked for.
     Raises ValueError for an unknown name and RuntimeError for `triton` where it cannot run.
     """
@@ -157,8 +160,19 @@ def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
         raise RuntimeError(f"backend='triton' cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
     if chosen != "auto":
         return chosen
-    unsuited = not v.is_cuda or torch.compiler.is_compiling() or _triton_refusal(v)
-    return "native" if unsuited else "triton"
+    if torch.compiler.is_compiling():
+        return "native"
+    if v.is_cuda:
+        return "native" if _triton_refusal(v) else "triton"
+    large = v.shape[1] * v.shape[2] >= CONV_VALUES
+    return "conv" if v.device.type == "cpu" and large and _onednn_takes(v.dtype) else "native"
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether this processor has oneDNN's depthwise convolution, forward and backward, in that dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def dynamic_depthwise_conv(
