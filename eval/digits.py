@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.data import Digits, to_uint8
+from sit_atconv.data import Digits
+from sit_atconv.images import to_uint8
 
 PROTOCOL = "digits-classifier-1"
 EPOCHS, BATCH, LR = 30, 64, 2e-3

@@ -12,10 +12,11 @@ from eval import digits, extractor
 from eval.frechet import frechet_distance, moments
 from eval.refs import read_moments
 from eval.sources import Images, read_images
-from sit_atconv.data import Digits, to_uint8
+from sit_atconv.data import Digits
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions, sha256, write_atomic
+from sit_atconv.images import to_uint8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

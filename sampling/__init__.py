@@ -1,1 +1,1 @@
-"""Commands: python -m sampling generate | speed."""
+"""Commands: python -m sampling generate | likelihood | speed."""

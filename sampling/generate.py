@@ -6,15 +6,13 @@ import math
 import shutil
 from pathlib import Path
 
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 from sampling.options import Setup, add_sampling_options, setup
-from sit_atconv.data import UINT8_RULE
 from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions
 from sit_atconv.generation import generate, random_label
+from sit_atconv.images import UINT8_RULE, to_pil
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,10 +88,14 @@ def write_manifest(
         "num": args.num,
         "labels": labels,
         **ready.sampling.describe(),
+        "path": trained.model.config.path,
+        "prediction": trained.model.config.prediction,
+        "time_interval": ready.sampling.interval(trained.model),
         "nfe": nfe,
         "block": block,
         "dtype": args.dtype,
         "device": args.device,
+        "codec": ready.codec.describe(),
         "uint8_rule": UINT8_RULE,
         "checkpoint": str(trained.folder),
         "weights": trained.which,
@@ -103,9 +105,3 @@ def write_manifest(
     }
     lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
     (folder / "manifest.json").write_text(f"{{\n {lines}\n}}\n")
-
-
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """uint8 (1 or 3, H, W) -> a grey or RGB image."""
-    array = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

@@ -10,8 +10,8 @@ from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
 from sit_atconv.flow.guidance import CHANNELS
-from sit_atconv.flow.samplers import SAMPLERS
-from sit_atconv.generation import Sampling
+from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
+from sit_atconv.generation import SAMPLERS, SDE_DEFAULTS, Sampling
 from sit_atconv.latents import reopen_codec
 
 VAE_BATCH = 16  # images per pass through the decoder
@@ -26,15 +26,29 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="default: euler")
     parser.add_argument(
-        "--steps", type=int, default=50, help="intervals of the time grid; dopri5 sets its own (default: 50)"
-    )
+        "--steps", type=int, default=50,
+        help="steps from noise to data, an SDE's last step included; dopri5 sets its own (default: 50)",
+    )  # fmt: skip
+    sde = parser.add_argument_group(f"SDE samplers ({', '.join(SDE_SAMPLERS)})")
+    sde.add_argument("--diffusion", choices=DIFFUSIONS, help=f"w(t) (default: {SDE_DEFAULTS['diffusion']})")
+    sde.add_argument(
+        "--diffusion-norm", type=float, metavar="NORM",
+        help=f"w(t) is multiplied by it (default: {SDE_DEFAULTS['diffusion_norm']:g})",
+    )  # fmt: skip
+    sde.add_argument("--last-step", choices=LAST_STEPS, help=f"default: {SDE_DEFAULTS['last_step']}")
+    sde.add_argument(
+        "--last-step-size", type=float, metavar="H",
+        help=f"the last step goes from t = 1 - H to 1 (default: {SDE_DEFAULTS['last_step_size']:g})",
+    )  # fmt: skip
     parser.add_argument(
         "--cfg", type=float, default=1.5, metavar="SCALE", help="guidance scale; 1 is none (default: 1.5)"
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, or its ema/ folder")
+    parser.add_argument(
+        "--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, its ema/ folder, or a model"
+    )
     add_sampler_options(parser)
     parser.add_argument("--cfg-channels", choices=CHANNELS, default="all", help="latent channels guided (default: all)")
     parser.add_argument(
@@ -43,8 +57,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="noise of image i is drawn from (seed, i) (default: 0)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
-    parser.add_argument("--vae", metavar="PATH", help="where the checkpoint's autoencoder lies today, if it moved")
+    parser.add_argument(
+        "--vae", metavar="PATH", help="the autoencoder of a model alone, or of a checkpoint's that moved"
+    )
     add_device_options(parser)
+
+
+def sampling_of(args: argparse.Namespace, **others) -> Sampling:
+    """The sampling that `add_sampler_options` read; others: fields of Sampling beside those."""
+    sde = {name: getattr(args, name) for name in SDE_DEFAULTS}
+    return Sampling(args.sampler, args.steps, args.cfg, **sde, **others)
 
 
 @dataclass
@@ -58,7 +80,9 @@ class Setup:
 
 def setup(args: argparse.Namespace) -> Setup:
     """Load what the options name. Raises InputError for a bad checkpoint, option, device or missing autoencoder."""
-    sampling = Sampling(args.sampler, args.steps, args.cfg, args.cfg_channels, tuple(args.cfg_interval), args.seed)
+    sampling = sampling_of(
+        args, guidance_channels=args.cfg_channels, guidance_interval=tuple(args.cfg_interval), seed=args.seed
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("sampling runs in one process; start it without a launcher")
     if args.batch < 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
-from sampling.options import DTYPES, add_device_options, add_sampler_options
+from sampling.options import DTYPES, add_device_options, add_sampler_options, sampling_of
 from sampling.plots import LIMIT, plot_latency
 from sampling.timing import commit, device_name, interleaved, peak_bytes
 from sit_atconv.devices import resolve_device
@@ -156,7 +156,7 @@ def evaluations(sampling: Sampling) -> int | None:
     if sampling.sampler == "dopri5":
         return None
     model = create_model(None, 1, num_classes=1, patch_size=1, in_channels=1, hidden_size=4, depth=1, num_heads=1)
-    return flow(model, torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), sampling)[1]
+    return flow(model, [0], torch.zeros(1, dtype=torch.long), sampling)[1]
 
 
 def make_call(model: SiTTransformer2DModel, name: str, inputs: tuple, setting: Setting) -> Callable[[], object]:
@@ -172,7 +172,7 @@ def make_call(model: SiTTransformer2DModel, name: str, inputs: tuple, setting: S
         model.zero_grad(set_to_none=True)
 
     def sampling():
-        return flow(model, x.float(), labels, setting.sampling)[1]
+        return flow(model, range(len(x)), labels, setting.sampling)[1]
 
     return {"forward": forward, "backward": backward, "sampling": sampling}[name]
 
@@ -189,11 +189,11 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
         torch.zeros(batch, dtype=torch.long, device=device),
     )
     models = contenders(names, latent, setting)
-    one_step = replace(setting, sampling=replace(setting.sampling, steps=1))
+    few_steps = replace(setting, sampling=replace(setting.sampling, steps=setting.sampling.least_steps))
     facts, products = {}, {}
 
     def peaks(model: SiTTransformer2DModel) -> dict[str, float]:
-        calls = {p: make_call(model, p, inputs, one_step) for p in setting.passes}
+        calls = {p: make_call(model, p, inputs, few_steps) for p in setting.passes}
         return {p: peak_bytes(call, model, *inputs) / 2**20 for p, call in calls.items()}
 
     # Every model compiles for its own shapes alone, however many there are.
@@ -306,7 +306,7 @@ def plot(result: dict, path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure size by size; after each, write the JSON, the table and the plot of what there is. Print the table."""
-    sampling = Sampling(args.sampler, args.steps, args.cfg)
+    sampling = sampling_of(args)
     device = resolve_device(args.device)
     setting = Setting(
         args.batch, args.rounds, args.dtype, device, args.compile, tuple(args.passes), tuple(args.baselines), sampling

@@ -11,7 +11,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.loss import WEIGHTS
+from sit_atconv.flow.path import PATHS, PREDICTIONS
+from sit_atconv.flow.times import TIME_SAMPLINGS
 
 DATA_KINDS = ("digits", "imagefolder")
 CODECS = ("identity", "vae")
@@ -129,12 +131,36 @@ class Model:
 
 @dataclass
 class Flow:
-    """The path from noise to data."""
+    """The path from noise to data, what the network predicts on it, and where training looks."""
 
     path: str = "linear"
+    prediction: str = "velocity"
+    loss_weight: str = "none"  # of score and noise prediction: none, velocity, likelihood
+    time_sampling: str = "uniform"  # or logit-normal
+    time_mean: float | None = None  # logit-normal: of logit(t), t = 1 is data; left out, 0
+    time_std: float | None = None  # logit-normal: left out, 1
+    time_shift: float = 1.0  # s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise
 
     def __post_init__(self):
         check_choice("flow.path", self.path, PATHS)
+        check_choice("flow.prediction", self.prediction, PREDICTIONS)
+        check_choice("flow.loss_weight", self.loss_weight, WEIGHTS)
+        check_choice("flow.time_sampling", self.time_sampling, TIME_SAMPLINGS)
+        if self.prediction == "velocity" and self.loss_weight != "none":
+            raise InputError(
+                f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; leave it out, or "
+                "predict score or noise"
+            )
+        for name in ("time_mean", "time_std"):
+            value = getattr(self, name)
+            if self.time_sampling == "uniform" and value is not None:
+                raise InputError(f"flow.{name}={value} goes with flow.time_sampling=logit-normal; leave it out")
+        if self.time_mean is not None and not math.isfinite(self.time_mean):
+            raise InputError(f"flow.time_mean={self.time_mean}: must be a finite number")
+        for name in ("time_std", "time_shift"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"flow.{name}={value}: must be a positive number")
 
 
 @dataclass
@@ -205,6 +231,10 @@ class Preview:
     sampler: str = "euler"
     steps: int = 50
     guidance_scale: float = 1.5
+    diffusion: str | None = None  # this and the next three: SDE samplers alone, see generation.Sampling
+    diffusion_norm: float | None = None
+    last_step: str | None = None
+    last_step_size: float | None = None
 
     def __post_init__(self):
         _at_least("preview", every=(self.every, 0), num=(self.num, 1))

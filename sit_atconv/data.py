@@ -13,13 +13,7 @@ from sit_atconv import draws
 from sit_atconv.config import Data
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
-
-UINT8_RULE = "trunc(clamp(127.5 * x + 128, 0, 255))"
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> uint8, by the common rule (ADM, DiT, SiT): 127.5 x + 128, clamped, truncated."""
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+from sit_atconv.flow.times import UNIFORM, TimeSampling
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -108,7 +102,7 @@ class TrainingSamples(Dataset):
 
     dataset: gives (image, label) for (index, flip). flip: whether half of the images are mirrored.
     latent_shape: (C, H, W) of the noise. drop: share of labels replaced by `null_label`.
-    posterior: whether the codec draws from a posterior and wants noise for it.
+    posterior: whether the codec draws from a posterior and wants noise for it. time: the distribution of t.
     Images come in a new random order every epoch, and epochs follow one another without a gap.
     Items: image (C, H, W), label, t, noise and, if wanted, posterior (both of the latent's shape).
     A bad image comes back as the InputError itself: raised in a loader's worker it would lose its words.
@@ -124,9 +118,11 @@ class TrainingSamples(Dataset):
         drop: float = 0.0,
         null_label: int | None = None,
         posterior: bool = False,
+        time: TimeSampling = UNIFORM,
     ):
         self.dataset, self.latent_shape, self.batch_size, self.seed = dataset, latent_shape, batch_size, seed
         self.flip, self.drop, self.null_label, self.posterior = flip, drop, null_label, posterior
+        self.time = time
         self._epoch, self._order = -1, None
 
     def image_index(self, position: int) -> int:
@@ -148,7 +144,7 @@ class TrainingSamples(Dataset):
         item = {
             "image": image,
             "label": self.null_label if dropped else label,
-            "t": torch.tensor(draws.uniform(self.seed, Stream.TIME, *index)),
+            "t": self.time(torch.tensor(draws.uniform(self.seed, Stream.TIME, *index))),
             "noise": draws.normal(self.latent_shape, self.seed, Stream.NOISE, *index),
         }
         if self.posterior:

@@ -21,6 +21,9 @@ class Stream(IntEnum):
     POSTERIOR = 5  # (step, sample): draw from the VAE's posterior
     SAMPLE_NOISE = 6  # (image): noise that an image is sampled from
     SAMPLE_LABEL = 7  # (image): its label, where labels are random
+    SAMPLE_STEP = 8  # (image, step): noise of a step of an SDE sampler
+    PROBE = 9  # (image, probe): signs of a probe of the likelihood
+    DEQUANTIZE = 10  # (image): where in its grey level a pixel lies, for the likelihood
 
 
 def generator(seed: int, stream: Stream, *index: int) -> np.random.Generator:
@@ -31,6 +34,16 @@ def generator(seed: int, stream: Stream, *index: int) -> np.random.Generator:
 def normal(shape: tuple[int, ...], seed: int, stream: Stream, *index: int) -> torch.Tensor:
     """Standard normal numbers, fp32, of the given shape."""
     return torch.from_numpy(generator(seed, stream, *index).standard_normal(shape, dtype=np.float32))
+
+
+def signs(shape: tuple[int, ...], seed: int, stream: Stream, *index: int) -> torch.Tensor:
+    """Rademacher numbers, 1 or -1 with equal chance, fp32, of the given shape."""
+    return torch.from_numpy(generator(seed, stream, *index).integers(2, size=shape)).float() * 2 - 1
+
+
+def uniforms(shape: tuple[int, ...], seed: int, stream: Stream, *index: int) -> torch.Tensor:
+    """Numbers in [0, 1), fp32, of the given shape."""
+    return torch.from_numpy(generator(seed, stream, *index).random(shape, dtype=np.float32))
 
 
 def uniform(seed: int, stream: Stream, *index: int) -> float:

@@ -11,20 +11,29 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 from sit_atconv import draws
-from sit_atconv.data import to_uint8
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.flow import samplers
 from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
-from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
+from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
+from sit_atconv.flow.times import SAMPLE_EPSILON, sampling_interval, time_grid
+from sit_atconv.images import to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel
+
+SAMPLERS = (*samplers.SAMPLERS, *SDE_SAMPLERS)
+# As the public SiT code evaluates. "last_step_size" has no default of its own where there is no last step.
+SDE_DEFAULTS = {"diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn. Raises InputError for a value out of range.
+    """How images are drawn. Raises InputError for a value out of range, or one that would do nothing.
 
-    steps: intervals of the time grid (dopri5 sets its own). guidance_scale: 1 is no guidance.
+    steps: from noise to data, an SDE's last step included (dopri5 sets its own). guidance_scale: 1 is no guidance.
     guidance_channels: "all" or "first3". guidance_interval: guidance acts for t in it, t = 0 noise, t = 1 data.
+    diffusion, diffusion_norm, last_step, last_step_size: of the SDE samplers; None is SDE_DEFAULTS for them, and for an
+    ODE sampler all that is accepted.
     """
 
     sampler: str = "euler"
@@ -33,12 +42,18 @@ class Sampling:
     guidance_channels: str = "all"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
+    diffusion: str | None = None
+    diffusion_norm: float | None = None
+    last_step: str | None = None
+    last_step_size: float | None = None
 
     def __post_init__(self):
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("guidance channels", self.guidance_channels, CHANNELS)
-        if self.steps < 1:
-            raise InputError(f"steps={self.steps}: must be at least 1")
+        self._settle_sde()
+        if self.steps < self.least_steps:
+            also = "" if self.least_steps == 1 else " with a last step, which is one of them"
+            raise InputError(f"steps={self.steps}: must be at least {self.least_steps}{also}")
         if self.seed < 0:
             raise InputError(f"seed={self.seed}: must be at least 0")
         if not math.isfinite(self.guidance_scale):
@@ -47,10 +62,48 @@ class Sampling:
         if not 0 <= low <= high <= 1:
             raise InputError(f"guidance interval {low} to {high}: give 0 <= LOW <= HIGH <= 1 (t = 0 noise, t = 1 data)")
 
+    def _settle_sde(self) -> None:
+        """Put the defaults in, refuse what is idle, check the rest."""
+        idle = {}
+        if self.sampler not in SDE_SAMPLERS:
+            idle = dict.fromkeys(SDE_DEFAULTS, f"sampler={self.sampler!r} is not one of {sorted(SDE_SAMPLERS)}")
+        elif self.last_step == "none":
+            idle = {"last_step_size": "there is no last step"}
+        for name, default in SDE_DEFAULTS.items():
+            if name not in idle:
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
+            elif getattr(self, name) is not None:
+                raise InputError(f"{name}={getattr(self, name)!r} would do nothing: {idle[name]}; leave it out")
+        if self.sampler not in SDE_SAMPLERS:
+            return
+        check_choice("diffusion", self.diffusion, DIFFUSIONS)
+        check_choice("last_step", self.last_step, LAST_STEPS)
+        if not (math.isfinite(self.diffusion_norm) and self.diffusion_norm > 0):
+            raise InputError(
+                f"diffusion_norm={self.diffusion_norm}: must be a positive number; without noise, use an ODE"
+            )
+        if self.last_step_size is not None and not 0 < self.last_step_size < 1 - SAMPLE_EPSILON:
+            raise InputError(f"last_step_size={self.last_step_size}: must be over 0 and under {1 - SAMPLE_EPSILON}")
+
+    @property
+    def least_steps(self) -> int:
+        """How few steps there can be: one, and the last step of an SDE."""
+        return 1 if self.last_step_size is None else 2
+
+    def interval(self, model: SiTTransformer2DModel) -> tuple[float, float]:
+        """The times [t0, t1] between which the model is integrated; an SDE's last step goes on from t1."""
+        path, prediction = PATHS[model.config.path](), model.config.prediction
+        return sampling_interval(path, prediction, self.diffusion, self.last_step_size or 0.0)
+
     def describe(self) -> dict[str, Any]:
-        """What a manifest records: the settings that acted, with the tolerances of the adaptive sampler."""
+        """What a manifest records: the settings, None where one did not act, and dopri5's tolerances."""
         settings = dataclasses.asdict(self)
-        return {**settings, "steps": None, "rtol": RTOL, "atol": ATOL} if self.sampler == "dopri5" else settings
+        if self.guidance_scale == 1:
+            settings |= {"guidance_channels": None, "guidance_interval": None}
+        if self.sampler == "dopri5":
+            settings |= {"steps": None, "rtol": samplers.RTOL, "atol": samplers.ATOL}
+        return settings
 
     def check_model(self, model: SiTTransformer2DModel) -> None:
         """Raise InputError when the model cannot be guided as asked."""
@@ -86,17 +139,23 @@ def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
 
 @torch.no_grad()
 def flow(
-    model: SiTTransformer2DModel, noise: torch.Tensor, labels: torch.Tensor, sampling: Sampling
+    model: SiTTransformer2DModel, indices: Sequence[int], labels: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, int]:
-    """Carry noise (B, C, H, W), fp32, to latents of the classes `labels` (B,); also the evaluations per image.
+    """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
 
-    The model runs in its own dtype; the state is fp32. All on one device.
+    The noise of image i comes from (seed, i) alone, that of a step of an SDE from (seed, i, step).
+    The model runs in its own dtype, on its own device, where `labels` must be; the state is fp32.
     """
+    shape, path = (model.config.in_channels, *model.latent_size), PATHS[model.config.path]()
+
+    def noise(stream: Stream, *step: int) -> torch.Tensor:
+        each = [draws.normal(shape, sampling.seed, stream, index, *step) for index in indices]
+        return torch.stack(each).to(model.device)
 
     def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x.to(model.dtype), t, y, return_dict=False)[0].float()
 
-    velocity = GuidedVelocity(
+    guided = GuidedVelocity(
         network,
         labels,
         model.null_label,
@@ -104,7 +163,17 @@ def flow(
         sampling.guidance_channels,
         sampling.guidance_interval,
     )
-    return SAMPLERS[sampling.sampler](velocity, noise, sampling.steps), velocity.nfe
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return path.velocity_from(model.config.prediction, guided(x, t), x, t)
+
+    times = time_grid(*sampling.interval(model), sampling.steps - (sampling.last_step_size is not None))
+    x = noise(Stream.SAMPLE_NOISE)
+    if sampling.sampler in samplers.SAMPLERS:
+        return samplers.SAMPLERS[sampling.sampler](velocity, x, times), guided.nfe
+    sde = SDE(path, sampling.diffusion, sampling.diffusion_norm)
+    x = SDE_SAMPLERS[sampling.sampler](velocity, x, times, sde, lambda step: noise(Stream.SAMPLE_STEP, step))
+    return last_step(sampling.last_step, velocity, x, times[-1], sde), guided.nfe
 
 
 def generate(
@@ -113,16 +182,12 @@ def generate(
     """Images of the given indices, and the number of network evaluations that each took.
 
     codec: decodes latents to images. labels: one class per index.
-    The noise of image i comes from (seed, i) alone; dopri5 shares its step size over the batch.
-    The model runs in its own dtype and on its own device; state and decoding are fp32.
-    Returns uint8 (B, C, H, W) on the CPU, by data.UINT8_RULE.
+    See `flow`; dopri5 shares its step size over the batch. Decoding is fp32.
+    Returns uint8 (B, C, H, W) on the CPU, by images.UINT8_RULE.
     Raises InputError for a label out of range or guidance without a null class.
     """
     sampling.check_model(model)
     check_labels(labels, model.config.num_classes)
-    shape = (model.config.in_channels, *model.latent_size)
-    noise = [draws.normal(shape, sampling.seed, Stream.SAMPLE_NOISE, index) for index in indices]
-    device = model.device
-    latents, nfe = flow(model, torch.stack(noise).to(device), torch.tensor(labels, device=device), sampling)
+    latents, nfe = flow(model, indices, torch.tensor(labels, device=model.device), sampling)
     with torch.no_grad():
         return to_uint8(codec.decode(latents)).cpu(), nfe

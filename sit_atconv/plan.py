@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from sit_atconv.config import Recipe
+from sit_atconv.config import Flow, Recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.errors import InputError
+from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.times import TimeSampling, training_interval
 from sit_atconv.generation import Sampling
 from sit_atconv.latents import open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
@@ -57,17 +59,43 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     """The recipe's model for these facts, with the weights that `run.seed` draws."""
     channels, height, width = facts.latent_shape
     size = height if height == width else (height, width)
-    options = {**recipe.model.options(), "sample_size": size, "in_channels": channels, "num_classes": facts.num_classes}
+    options = recipe.model.options() | {
+        "sample_size": size,
+        "in_channels": channels,
+        "num_classes": facts.num_classes,
+        "path": recipe.flow.path,
+        "prediction": recipe.flow.prediction,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         return create_model(recipe.model.name, **options)
+
+
+def time_sampling(flow: Flow) -> TimeSampling:
+    """How the recipe draws t, on the interval that its path and prediction can be trained on."""
+    return TimeSampling(
+        training_interval(PATHS[flow.path](), flow.prediction),
+        flow.time_sampling,
+        0.0 if flow.time_mean is None else flow.time_mean,
+        1.0 if flow.time_std is None else flow.time_std,
+        flow.time_shift,
+    )
 
 
 def preview_sampling(recipe: Recipe, model: SiTTransformer2DModel) -> Sampling:
     """How previews are drawn. Raises InputError for settings that do not exist or that the model cannot follow."""
     preview = recipe.preview
     try:
-        sampling = Sampling(preview.sampler, preview.steps, preview.guidance_scale, seed=recipe.run.seed)
+        sampling = Sampling(
+            preview.sampler,
+            preview.steps,
+            preview.guidance_scale,
+            seed=recipe.run.seed,
+            diffusion=preview.diffusion,
+            diffusion_norm=preview.diffusion_norm,
+            last_step=preview.last_step,
+            last_step_size=preview.last_step_size,
+        )
         if preview.every:
             sampling.check_model(model)
     except InputError as error:

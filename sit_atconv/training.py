@@ -25,12 +25,12 @@ from sit_atconv.data import RankPositions, TrainingSamples, open_dataset, traini
 from sit_atconv.ema import EMA
 from sit_atconv.errors import InputError
 from sit_atconv.files import write_atomic
-from sit_atconv.flow.loss import velocity_loss
+from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import generate, save_grid
 from sit_atconv.latents import check_same_codec, open_codec
 from sit_atconv.models.cost import count_macs
-from sit_atconv.plan import build_model, check_stated, measured_facts, preview_sampling
+from sit_atconv.plan import build_model, check_stated, measured_facts, preview_sampling, time_sampling
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient before training stops
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -185,6 +185,7 @@ def train(recipe: Recipe, must_resume: bool = False) -> Path:
         drop=model.config.class_dropout_prob,
         null_label=model.null_label,
         posterior=codec.draws_posterior,
+        time=time_sampling(recipe.flow),
     )
     try:
         return _Trainer(accelerator, recipe, described, samples, codec, model, preview, found).run_to_the_end()
@@ -296,12 +297,14 @@ class _Trainer:
             labels = batch["label"]
             self.images_here += len(labels)
             with accelerator.accumulate(self.model):
-                loss = velocity_loss(
+                loss = flow_loss(
                     lambda x, t, labels=labels: self.model(x, t, labels, return_dict=False)[0],
                     self.path,
                     latents,
                     batch["noise"],
                     batch["t"],
+                    recipe.flow.prediction,
+                    recipe.flow.loss_weight,
                 ).mean()
                 accelerator.backward(loss)
             losses.append(loss.detach())

@@ -49,6 +49,16 @@ def test_overrides_are_typed_and_win(recipe_file):
         ({"train": {"max_grad_norm": 0}}, "max_grad_norm"),
         ({"ema": {"decay": 1.0}}, "ema.decay=1.0"),
         ({"flow": {"path": "cosine"}}, "flow.path='cosine'"),
+        ({"flow": {"prediction": "data"}}, "flow.prediction='data': choose from ['noise', 'score', 'velocity']"),
+        ({"flow": {"loss_weight": "likelihood"}}, "flow.prediction=velocity has no weight"),
+        ({"flow": {"prediction": "noise", "loss_weight": "likely"}}, "did you mean 'likelihood'"),
+        ({"flow": {"time_sampling": "normal"}}, "did you mean 'logit-normal'"),
+        ({"flow": {"time_mean": 0.0}}, "flow.time_mean=0.0 goes with flow.time_sampling=logit-normal"),
+        ({"flow": {"time_std": 1.0}}, "flow.time_std=1.0 goes with"),
+        ({"flow": {"time_sampling": "logit-normal", "time_mean": float("nan")}}, "flow.time_mean=nan"),
+        ({"flow": {"time_sampling": "logit-normal", "time_std": 0.0}}, "flow.time_std=0.0: must be a positive number"),
+        ({"flow": {"time_shift": 0.0}}, "flow.time_shift=0.0: must be a positive number"),
+        ({"model": {"prediction": "noise"}}, "model.prediction"),
         ({"run": {"seed": -1}}, "run.seed=-1"),
         ({"run": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'"),
         ({"data": {"kind": "imagefolder"}}, "data.root is missing"),
@@ -73,6 +83,7 @@ def test_run_out_is_required():
 
 def test_model_section_has_exactly_the_models_options():
     options = set(inspect.signature(SiTTransformer2DModel.__init__).parameters) - {"self"}
+    options -= {"path", "prediction"}  # what the section flow says
     assert {entry.name for entry in dataclasses.fields(config.Model)} == options | {"name"}
 
 
@@ -92,6 +103,7 @@ def test_only_steps_checkpoints_previews_and_logging_may_change():
     for section, key, value in (
         ("run", "seed", 1), ("data", "flip", True), ("model", "depth", 3), ("train", "lr", 1.0), ("ema", "decay", 0.5),
         ("train", "batch_size", 3), ("train", "precision", "bf16"), ("latents", "batch_size", 2),
+        ("flow", "path", "gvp"), ("flow", "prediction", "noise"), ("flow", "time_shift", 2.0),
     ):  # fmt: skip
         new = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}
         changed = differences(old, to_dict(make_recipe(new)))

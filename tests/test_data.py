@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sit_atconv.data import Digits, Folder, RankPositions, TrainingSamples, center_crop, to_uint8, training_batches
+from sit_atconv.data import Digits, Folder, RankPositions, TrainingSamples, center_crop, training_batches
 from sit_atconv.errors import InputError
+from sit_atconv.images import to_uint8
 
 
 def samples(**options) -> TrainingSamples:

@@ -41,3 +41,14 @@ def test_distributions():
     assert uniform.mean() == pytest.approx(0.5, abs=0.02)
     assert np.corrcoef(uniform[:-1], uniform[1:])[0, 1] == pytest.approx(0, abs=0.05)
     assert all(np.float32(value) == value for value in uniform[:10])
+
+
+def test_signs_and_uniforms():
+    signs = draws.signs((10_000,), 0, Stream.PROBE, 3, 1)
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 0.05
+    assert not torch.equal(draws.signs((10_000,), 0, Stream.PROBE, 3, 2), signs)
+    uniforms = draws.uniforms((10_000,), 0, Stream.DEQUANTIZE, 3)
+    assert uniforms.dtype == torch.float32
+    assert 0 <= uniforms.min() < 0.01 < 0.99 < uniforms.max() < 1
+    assert uniforms.mean() == pytest.approx(0.5, abs=0.02)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from conftest import ROOT, reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
 
-from sit_atconv import SiTTransformer2DModel, checkpoint, training
+from sit_atconv import SiTTransformer2DModel, checkpoint, draws, training
 from sit_atconv.config import Train, load_recipe
+from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.generation import Sampling
@@ -318,6 +320,30 @@ def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, 
     assert seen[0][2] == Sampling("euler", 2, 2.0, seed=0)
     assert not any(parameter.requires_grad for parameter in seen[0][0].parameters())
     assert Image.open(tmp_path / "run/previews/step-0000004.png").size == (4 * 68 + 4, 3 * 68 + 4)
+
+
+def test_the_first_loss_is_the_recipes_flow_in_closed_form(recipe_file):
+    # A new model gives 0: the loss of noise prediction is then w(t) noise^2, w = (beta / 2) / sigma^2 on the VP path.
+    flow = {"path": "vp", "prediction": "noise", "loss_weight": "likelihood", "time_sampling": "logit-normal"}
+    flow |= {"time_mean": 0.5, "time_std": 0.8, "time_shift": 2.0}
+    last = run_recipe(recipe_file(flow=flow), "train.max_steps=1")
+    expected = 0
+    for sample in range(8):
+        u = NormalDist().inv_cdf(float(draws.uniform(0, Stream.TIME, 0, sample)))
+        noise_level = 1 - 1 / (1 + math.exp(-(0.5 + 0.8 * u)))
+        t = (1 - 1e-5) * (1 - 2 * noise_level / (1 + noise_level))
+        beta, log_alpha = 0.1 + 19.9 * (1 - t), -((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.05
+        noise = draws.normal((1, 8, 8), 0, Stream.NOISE, 0, sample)
+        expected += beta / 2 / (1 - math.exp(2 * log_alpha)) * noise.square().mean().item() / 8
+    assert log_rows(last.parent)[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    stored = json.loads((last / "ema/config.json").read_text())
+    assert (stored["path"], stored["prediction"]) == ("vp", "noise")
+
+
+def test_previews_can_follow_an_sde(recipe_file, tmp_path):
+    preview = {"every": 8, "num": 4, "steps": 3, "sampler": "euler-maruyama", "last_step": "tweedie"}
+    run_recipe(recipe_file(preview=preview, flow={"path": "gvp", "prediction": "score"}))
+    assert (tmp_path / "run/previews/step-0000008.png").exists()
 
 
 def test_log_has_rates_that_fit_together(recipe_file):

@@ -12,6 +12,9 @@ Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class GuidedVelocity:
     """v = v_uncond + scale * (v_cond - v_uncond), as a velocity for the samplers; counts network evaluations.
 
+    A score or noise prediction is guided alike: the velocity is affine in it, so guiding before or after the
+    conversion is the same.
+
     network: called with x (B, C, H, W), t (B,) and labels (B,), gives the velocity (B, C, H, W).
     labels (B,): the classes wanted. null_label: the class that means "none"; None for a network without one.
     channels: "all", or "first3" as the public SiT code does (the other channels keep v_cond).

@@ -1,9 +1,12 @@
-"""ODE samplers: dx/dt = v(x, t) from noise at t = 0 to data at t = 1.
+"""ODE samplers: dx/dt = v(x, t) along a grid of times, from noise at t = 0 to data at t = 1 or backwards.
 
-A velocity is called with x (B, ...) and t, a 0-d tensor, and gives (B, ...). "steps" counts intervals of a uniform
-time grid, so there are steps + 1 grid points (the public SiT code counts grid points).
+A sampler is called with a velocity, x (B, ...) at times[0] and times (N,), on the CPU, and gives x at times[-1].
+The velocity is called with x (B, ...) and t, a 0-d tensor, and gives (B, ...).
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,42 +16,61 @@ from sit_atconv.flow.path import Velocity
 
 RTOL, ATOL = 1e-3, 1e-6  # of the adaptive sampler
 
-
-def time_grid(steps: int) -> torch.Tensor:
-    """0, 1/steps, ..., 1 in fp32, on the CPU: a loop over it costs a device no synchronisation."""
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float32)
+Sampler = Callable[[Velocity, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def euler(velocity: Velocity, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """x += h v(x, t): `steps` evaluations."""
-    x, times = noise, time_grid(steps)
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge-Kutta method: k_i = v(x + h sum_j a_ij k_j, t + c_i h), then x + h sum_i b_i k_i."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+
+
+TABLEAUX = {
+    "euler": Tableau((0,), ((),), (1,)),
+    "midpoint": Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "heun": Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "heun3": Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "rk4": Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+}
+
+
+def runge_kutta(tableau: Tableau, velocity: Velocity, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """One step of the method per interval of `times`: len(tableau.c) evaluations each."""
     for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, t)
+        h, slopes = t_next - t, []
+        for c, a in zip(tableau.c, tableau.a, strict=True):
+            # lerp meets t_next exactly where c = 1
+            slopes.append(velocity(_move(x, h, a, slopes), torch.lerp(t, t_next, c)))
+        x = _move(x, h, tableau.b, slopes)
     return x
 
 
-def heun(velocity: Velocity, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """Explicit trapezoidal rule, second order: 2 * `steps` evaluations."""
-    x, times = noise, time_grid(steps)
-    for t, t_next in pairwise(times):
-        slope = velocity(x, t)
-        ahead = velocity(x + (t_next - t) * slope, t_next)
-        x = x + (t_next - t) * (slope + ahead) / 2
-    return x
+def _move(x: torch.Tensor, h: torch.Tensor, weights: Sequence[float], slopes: Sequence[torch.Tensor]) -> torch.Tensor:
+    terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight]
+    return x + h * sum(terms) if terms else x
 
 
 def dopri5(
-    velocity: Velocity, noise: torch.Tensor, steps: int | None = None, rtol: float = RTOL, atol: float = ATOL
+    velocity: Velocity, x: torch.Tensor, times: torch.Tensor, rtol: float = RTOL, atol: float = ATOL
 ) -> torch.Tensor:
     """Adaptive Dormand-Prince 5(4): as many evaluations as the tolerances ask for, one step size for the whole batch.
 
-    `steps` belongs to the common signature; here the error control sets the steps. A step ends exactly at t = 1: left
-    to itself the solver steps past the end and interpolates, asking the network for times it never saw (t = 2.2).
+    Of `times` the ends count alone. The network is never asked beyond them: a step ends exactly at the last one, where
+    the solver by itself would step past it and interpolate, and the trial step that sets its first step is cut short.
     """
-    times = time_grid(1).to(noise.device)
-    options = {"step_t": times[-1:]}
-    solution = odeint(lambda t, x: velocity(x, t), noise, times, rtol=rtol, atol=atol, method="dopri5", options=options)
+    ends = times[[0, -1]].to(x.device)
+    low, high = ends.aminmax()
+    solution = odeint(
+        lambda t, x: velocity(x, t.clamp(low, high)),
+        x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]},
+    )  # fmt: skip
     return solution[-1]
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "dopri5": dopri5}
+SAMPLERS: dict[str, Sampler] = {
+    **{name: partial(runge_kutta, tableau) for name, tableau in TABLEAUX.items()},
+    "dopri5": dopri5,
+}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import sample
 import train_sit
 from sampling.__main__ import main as sampling
 from sit_atconv import create_model
-from sit_atconv.generation import Sampling, generate, random_label, save_grid
+from sit_atconv.flow.path import PATHS
+from sit_atconv.generation import Sampling, flow, generate, random_label, save_grid
 from sit_atconv.latents import IdentityCodec
 
 
@@ -65,6 +67,91 @@ def test_it_integrates_the_models_velocity():
     assert (images.int() - expected.int()).abs().max() <= 1
 
 
+SDE_SAMPLINGS = [
+    {"sampler": "euler-maruyama"},
+    {"sampler": "sde-heun", "diffusion": "linear", "last_step": "none"},
+    {"sampler": "sde-heun", "diffusion": "constant", "last_step": "tweedie", "last_step_size": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", SDE_SAMPLINGS, ids=str)
+def test_the_noise_of_an_sde_belongs_to_image_and_step(options):
+    together, _ = draw([0, 1, 2, 3], [0, 1, 2, 0], **options)
+    apart, _ = draw([2], [2], **options)
+    assert (apart[0].int() - together[2].int()).abs().max() <= 1
+    assert not torch.equal(draw([2], [2], **{**options, "diffusion_norm": 0.5})[0], apart)
+    assert not torch.equal(draw([2], [2], sampler="euler")[0], apart)
+
+
+def test_evaluations_of_every_sampler():
+    per_step = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "euler-maruyama": 1}
+    for sampler, stages in per_step.items():
+        assert draw([0], [1], sampler=sampler, guidance_scale=1.0)[1] == 4 * stages
+        assert draw([0], [1], sampler=sampler)[1] == 8 * stages
+    # three steps and the last step, which is one evaluation
+    assert draw([0], [1], sampler="sde-heun", guidance_scale=1.0)[1] == 3 * 2 + 1
+    assert draw([0], [1], sampler="sde-heun", guidance_scale=1.0, last_step="none")[1] == 4 * 2
+    # of t = 0, 0.32, 0.64, 0.96 the last two are guided
+    options = {"sampler": "euler-maruyama", "guidance_scale": 2.0, "guidance_interval": (0.5, 1.0)}
+    assert draw([0], [1], **options)[1] == 4 + 2
+
+
+def test_it_follows_the_sde_with_noise_of_the_step():
+    model = lively_model()
+    options = {"diffusion": "linear", "diffusion_norm": 0.5, "last_step": "mean", "last_step_size": 0.1}
+    sampling = Sampling("euler-maruyama", steps=3, guidance_scale=1.0, seed=1, **options)
+
+    def normal(*key):
+        numbers = np.random.default_rng(np.random.SeedSequence(key)).standard_normal((1, 4, 4), dtype=np.float32)
+        return torch.from_numpy(numbers)[None]
+
+    def drift(x, t):
+        v = model(x, t, torch.tensor([2])).sample
+        return v + 0.5 * (1 - t) * (t * v - x) / (1 - t)  # score = (t v - x) / (1 - t)
+
+    x = normal(1, 6, 7)
+    with torch.no_grad():
+        for step, t in enumerate((0.0, 0.45)):
+            x = x + 0.45 * drift(x, t) + (2 * 0.5 * (1 - t) * 0.45) ** 0.5 * normal(1, 8, 7, step)
+        x = x + 0.1 * drift(x, 0.9)
+    latents, _ = flow(model, [7], torch.tensor([2]), sampling)
+    torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", ["score", "noise"])
+def test_the_models_own_path_and_prediction_are_followed(path, prediction):
+    model, sampling = lively_model(path=path, prediction=prediction), Sampling("heun", 6, 2.0)
+    x = torch.from_numpy(
+        np.random.default_rng(np.random.SeedSequence([0, 6, 3])).standard_normal((1, 4, 4), dtype=np.float32)
+    )[None]
+    start, end = sampling.interval(model)
+    assert (start, end) == (0.0 if path == "vp" else 1e-3, 1 - 1e-3)
+
+    def velocity(x, t):
+        outputs = [model(x, t, torch.tensor([label])).sample for label in (1, 3)]
+        conditional, unconditional = (PATHS[path]().velocity_from(prediction, out, x, t) for out in outputs)
+        return unconditional + 2.0 * (conditional - unconditional)
+
+    with torch.no_grad():
+        for t, t_next in pairwise(torch.linspace(start, end, 7)):
+            slope = velocity(x, t)
+            x = x + (t_next - t) * (slope + velocity(x + (t_next - t) * slope, t_next)) / 2
+    latents, _ = flow(model, [3], torch.tensor([1]), sampling)
+    assert latents.isfinite().all()
+    torch.testing.assert_close(latents, x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
+
+
+def test_what_did_not_act_is_not_described():
+    euler = Sampling(guidance_scale=1.0).describe()
+    assert euler["guidance_channels"] is euler["guidance_interval"] is euler["diffusion"] is euler["last_step"] is None
+    sde = Sampling("euler-maruyama", 250).describe()
+    assert {key: sde[key] for key in ("steps", "diffusion", "diffusion_norm", "last_step", "last_step_size")} == {
+        "steps": 250, "diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04,
+    }  # fmt: skip
+    assert Sampling("sde-heun", last_step="none").describe()["last_step_size"] is None
+
+
 def test_random_labels_cover_the_classes_evenly():
     labels = [random_label(0, index, 4) for index in range(2000)]
     assert np.bincount(labels, minlength=4).min() > 420
@@ -106,7 +193,7 @@ def test_generate_writes_images_by_index_with_their_provenance(run_folder, tmp_p
     expected = {
         "num": 13, "labels": [index % 10 for index in range(13)], "sampler": "euler", "steps": 3, "nfe": 5.0, "seed": 4,
         "guidance_scale": 1.7, "guidance_channels": "first3", "guidance_interval": [0.0, 0.5], "block": 5,
-        "dtype": "fp32",
+        "dtype": "fp32", "codec": {"codec": "identity", "scale": 1.0, "shift": 0.0},
         "uint8_rule": "trunc(clamp(127.5 * x + 128, 0, 255))", "weights": "ema", "step": 2,
     }  # fmt: skip
     assert expected.items() <= manifest.items()
@@ -121,6 +208,23 @@ def test_dopri5_records_its_tolerances_and_not_the_steps_it_ignores(run_folder, 
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["steps"], manifest["rtol"], manifest["atol"]) == (None, 1e-3, 1e-6)
     assert manifest["nfe"] > 2
+
+
+def test_an_sde_records_what_decides_its_images_whatever_the_number(run_folder, tmp_path):
+    options = ["--ckpt", str(run_folder), "--sampler", "euler-maruyama", "--steps", "3", "--diffusion", "decreasing"]
+    options += ["--last-step", "euler", "--last-step-size", "0.1", "--batch", "2", "--diffusion-norm", "2"]
+    for num in (3, 5):
+        sampling(["generate", *options, "--num", str(num), "--out", str(tmp_path / str(num))])
+    for index in range(3):
+        short, long = (tmp_path / str(num) / f"{index:06d}.png" for num in (3, 5))
+        assert short.read_bytes() == long.read_bytes()
+    manifest = json.loads((tmp_path / "3" / "manifest.json").read_text())
+    expected = {
+        "sampler": "euler-maruyama", "steps": 3, "diffusion": "decreasing", "diffusion_norm": 2.0,
+        "last_step": "euler", "last_step_size": 0.1, "nfe": 6.0, "path": "linear", "prediction": "velocity",
+        "time_interval": [0.0, 0.9],
+    }  # fmt: skip
+    assert expected.items() <= manifest.items()
 
 
 def test_a_fault_while_generating_leaves_nothing(run_folder, tmp_path, monkeypatch):

@@ -1,0 +1,141 @@
+"""Give real images their likelihood, in bits per dimension, under a pixel model."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sit_atconv import draws
+from sit_atconv.checkpoint import Trained, load_trained
+from sit_atconv.config import make_recipe
+from sit_atconv.data import Digits, Folder, open_dataset
+from sit_atconv.devices import resolve_device
+from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError
+from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
+from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
+from sit_atconv.flow.times import sampling_interval, time_grid
+
+LEVELS = {"digits": 1 / 8, "imagefolder": LEVEL_8_BIT}  # between two neighbouring grey levels, in [-1, 1]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, or its ema/ folder")
+    parser.add_argument("--num", type=int, required=True, help="the first N images of the split")
+    parser.add_argument(
+        "--split", choices=("test", "train"), default="test",
+        help="held-out images, which the digits have, or those that the model was trained on (default: test)",
+    )  # fmt: skip
+    parser.add_argument("--probes", type=int, default=1, help="random probes per image (default: 1)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="dopri5", help="ODE solver (default: dopri5)")
+    parser.add_argument("--steps", type=int, default=50, help="dopri5 sets its own (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="probes of image i are drawn from (seed, i) (default: 0)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file: the mean and every image's")
+    parser.set_defaults(run=run)
+
+
+def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
+    """The images of a checkpoint's recipe, and the distance of their grey levels.
+
+    Raises InputError for a latent model or one outside a run, for held-out images that there are not, and where the
+    images changed.
+    """
+    codec = trained.manifest["codec"]["codec"]
+    if codec == "open":
+        raise InputError("a model without its training checkpoint does not say what its images are; give a run")
+    if codec != "identity":
+        raise InputError("the likelihood of latents is not that of images; give the checkpoint of a pixel model")
+    data = make_recipe(trained.manifest["recipe"]).data
+    if split == "test":
+        if data.kind != "digits":
+            raise InputError(f"--split test: data.kind={data.kind} holds no images back; use --split train")
+        return Digits("test"), LEVELS[data.kind]
+    dataset = open_dataset(data)
+    if trained.manifest["data"] != {"num_images": len(dataset), "classes": list(dataset.class_names)}:
+        raise InputError(f"data.root={data.root!r}: the images are not those that the model was trained on")
+    return dataset, LEVELS[data.kind]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write `--out` and print its mean; the model is given the class of every image, without guidance, in fp32.
+
+    Raises InputError for options out of range, and whatever checkpoint and data lack.
+    """
+    for option in ("num", "probes", "steps", "batch"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: must be at least 0")
+    device = resolve_device(args.device)
+    trained = load_trained(args.ckpt)
+    dataset, level = real_images(trained, args.split)
+    if args.num > len(dataset):
+        raise InputError(f"--num {args.num}: the split {args.split} has {len(dataset)} images")
+    model = trained.model.to(device).requires_grad_(False)
+    path, prediction = PATHS[model.config.path](), model.config.prediction
+    start, end = sampling_interval(path, prediction)
+    times = time_grid(end, start, args.steps)
+
+    bits, evaluations = [], 0
+    with tqdm(total=args.num, desc="likelihood", unit="image") as bar:
+        for first in range(0, args.num, args.batch):
+            indices = range(first, min(first + args.batch, args.num))
+            items = [dataset[index, False] for index in indices]
+            shape, labels = items[0][0].shape, torch.tensor([label for _, label in items], device=device)
+            spread = [draws.uniforms(shape, args.seed, Stream.DEQUANTIZE, index) - 0.5 for index in indices]
+            images = torch.stack([image for image, _ in items]) + level * torch.stack(spread)
+            probes = [
+                torch.stack([draws.signs(shape, args.seed, Stream.PROBE, index, probe) for index in indices])
+                for probe in range(args.probes)
+            ]
+            calls = 0
+
+            def velocity(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor = labels) -> torch.Tensor:
+                nonlocal calls
+                calls += 1
+                return path.velocity_from(prediction, model(x, t, labels, return_dict=False)[0], x, t)
+
+            nats = log_likelihood(
+                velocity, images.to(device), times, torch.stack(probes).to(device), SAMPLERS[args.sampler]
+            )
+            bits += bits_per_dim(nats, shape.numel(), level).tolist()
+            evaluations += calls * len(indices)
+            bar.update(len(indices))
+
+    values, adaptive = torch.tensor(bits, dtype=torch.float64), args.sampler == "dopri5"
+    mean, error = values.mean().item(), (values.std() / args.num**0.5).item() if args.num > 1 else None
+    result = {
+        "bits_per_dim": mean,
+        "standard_error": error,
+        "num": args.num,
+        "split": args.split,
+        "level": level,
+        "dequantization": "uniform over a grey level",
+        "probes": args.probes,
+        "sampler": args.sampler,
+        "steps": None if adaptive else args.steps,
+        "rtol": RTOL if adaptive else None,
+        "atol": ATOL if adaptive else None,
+        "nfe": evaluations / args.num,
+        "path": model.config.path,
+        "prediction": prediction,
+        "time_interval": [start, end],
+        "seed": args.seed,
+        "batch": args.batch,
+        "device": args.device,
+        "checkpoint": str(trained.folder),
+        "weights": trained.which,
+        "checkpoint_sha256": trained.files,
+        "step": trained.manifest["step"],
+        "versions": library_versions(),
+        "each": bits,
+    }
+    write_atomic(Path(args.out), json.dumps(result, indent=1))
+    shown = "" if error is None else f" +- {error:.4f}"
+    print(f"{args.out}: {args.num} images of {args.split}, {mean:.4f}{shown} bits/dim, NFE {result['nfe']:g}")

@@ -1,0 +1,87 @@
+"""Which times a network is trained and asked at: intervals with their epsilons, grids, and the distribution of t."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sit_atconv.flow.path import Path
+
+SAMPLE_EPSILON = 1e-3  # how far sampling keeps from an end where it must
+TIME_SAMPLINGS = ("uniform", "logit-normal")
+
+
+def training_interval(path: Path, prediction: str) -> tuple[float, float]:
+    """[t0, t1] that training draws t from: [0, 1], less the path's `train_epsilon` at an end that is singular.
+
+    That is t = 1 where sigma' diverges (VP), and for score and noise prediction t = 1, and t = 0 where alpha vanishes
+    (linear, GVP).
+    """
+    score = prediction != "velocity"
+    return _interval(path, score, score, path.train_epsilon)
+
+
+def sampling_interval(
+    path: Path,
+    prediction: str,
+    diffusion: str | None = None,
+    last_step_size: float = 0.0,
+    epsilon: float = SAMPLE_EPSILON,
+) -> tuple[float, float]:
+    """[t0, t1] that a sampler integrates over: [0, 1], less epsilon at an end that is singular.
+
+    Singular are the ends of `training_interval`, t = 0 for the SBDM form of an SDE and t = 1 for every SDE.
+    diffusion: the form of an SDE; None is an ODE. last_step_size: of the last step of an SDE, which goes from
+    t1 = 1 - last_step_size to 1; 0 is no last step.
+    Raises ValueError for an epsilon of 0 at a singular end, and for an interval that is empty.
+    """
+    score = prediction != "velocity"
+    start, end = _interval(path, score or diffusion == "sbdm", score or diffusion is not None, epsilon)
+    if diffusion is not None and last_step_size:
+        end = 1 - last_step_size
+    if not start < end:
+        raise ValueError(f"epsilon {epsilon:g} and last step size {last_step_size:g} leave nothing of [0, 1]")
+    return start, end
+
+
+def _interval(path: Path, singular_start: bool, singular_end: bool, epsilon: float) -> tuple[float, float]:
+    singular_start = singular_start and path.alpha_vanishes
+    singular_end = singular_end or path.d_sigma_diverges
+    if (singular_start or singular_end) and not epsilon > 0:
+        raise ValueError(f"epsilon {epsilon:g}: must be positive, the flow divides by zero at an end of [0, 1]")
+    return epsilon if singular_start else 0.0, 1 - epsilon if singular_end else 1.0
+
+
+def time_grid(start: float, end: float, steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`steps` equal intervals from start to end, in either direction: steps + 1 times (public SiT code counts these).
+
+    On the CPU: a loop over it costs a device no synchronisation.
+    """
+    return torch.linspace(start, end, steps + 1, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class TimeSampling:
+    """The distribution of t in training, as a function of one uniform number u in [0, 1).
+
+    kind: "uniform", t = u; or "logit-normal", t = sigmoid(mean + std N(0, 1)), so a larger mean is nearer to the data.
+    shift s > 0: maps the noise level 1 - t to s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to the noise.
+    interval: [0, 1] is mapped onto it at last.
+    """
+
+    interval: tuple[float, float] = (0.0, 1.0)
+    kind: str = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+    def __call__(self, u: torch.Tensor) -> torch.Tensor:
+        """u in [0, 1), fp32 of any shape -> t, fp32 (computed in fp64) of that shape."""
+        t = u.double()
+        if self.kind == "logit-normal":
+            t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(t))
+        t = t / (t + self.shift * (1 - t))
+        start, end = self.interval
+        return (start + (end - start) * t).float()
+
+
+UNIFORM = TimeSampling()

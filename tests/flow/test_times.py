@@ -1,0 +1,92 @@
+"""Intervals against the table of the method, and the distribution of t against its quantiles."""
+
+import pytest
+import torch
+
+from sit_atconv.flow.path import PATHS, GVPPath, LinearPath, VPPath
+from sit_atconv.flow.times import TimeSampling, sampling_interval, time_grid, training_interval
+
+U = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "interval"),
+    [
+        ("linear", "velocity", (0, 1)),
+        ("gvp", "velocity", (0, 1)),
+        ("linear", "score", (1e-3, 1 - 1e-3)),
+        ("gvp", "noise", (1e-3, 1 - 1e-3)),
+        ("vp", "velocity", (0, 1 - 1e-5)),
+        ("vp", "noise", (0, 1 - 1e-5)),
+    ],
+)
+def test_training_interval(path, prediction, interval):
+    assert training_interval(PATHS[path](), prediction) == interval
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "diffusion", "last_step_size", "interval"),
+    [
+        ("linear", "velocity", None, 0, (0, 1)),
+        ("gvp", "velocity", None, 0, (0, 1)),
+        ("linear", "noise", None, 0, (0.01, 0.99)),
+        ("gvp", "score", None, 0, (0.01, 0.99)),
+        ("vp", "velocity", None, 0, (0, 0.99)),
+        ("vp", "score", None, 0, (0, 0.99)),
+        ("linear", "velocity", "sigma", 0, (0, 0.99)),
+        ("linear", "velocity", "sigma", 0.04, (0, 0.96)),
+        ("gvp", "velocity", "constant", 0.04, (0, 0.96)),
+        ("linear", "velocity", "sbdm", 0.04, (0.01, 0.96)),
+        ("gvp", "noise", "linear", 0.04, (0.01, 0.96)),
+        ("vp", "noise", "sbdm", 0.04, (0, 0.96)),
+        ("vp", "velocity", "decreasing", 0, (0, 0.99)),
+    ],
+)
+def test_sampling_interval(path, prediction, diffusion, last_step_size, interval):
+    assert sampling_interval(PATHS[path](), prediction, diffusion, last_step_size, 0.01) == interval
+
+
+def test_sampling_has_an_epsilon_unless_told_otherwise():
+    assert sampling_interval(LinearPath(), "score") == (1e-3, 1 - 1e-3)
+    assert sampling_interval(LinearPath(), "velocity", epsilon=0.0) == (0, 1)
+    for singular in ((LinearPath(), "velocity", "sbdm"), (GVPPath(), "noise"), (VPPath(), "velocity")):
+        with pytest.raises(ValueError, match="epsilon 0: must be positive"):
+            sampling_interval(*singular, epsilon=0.0)
+    with pytest.raises(ValueError, match="leave nothing"):
+        sampling_interval(LinearPath(), "noise", "sigma", last_step_size=0.9995)
+
+
+def test_a_grid_ends_exactly_at_its_ends():
+    times = time_grid(0.25, 1.0, 3)
+    assert times.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert torch.equal(time_grid(1.0, 0.25, 3), times.flip(0))
+
+
+def test_uniform_is_the_number_itself_to_the_bit():
+    assert torch.equal(TimeSampling()(U), U)
+    t = TimeSampling((0.1, 0.7))(U)
+    torch.testing.assert_close(t, 0.1 + 0.6 * U)
+
+
+def test_logit_normal_has_the_normals_quantiles():
+    t = TimeSampling(kind="logit-normal", mean=-0.5, std=0.8)(U)
+    normal = torch.distributions.Normal(-0.5, 0.8)
+    torch.testing.assert_close(normal.cdf(torch.logit(t.double())).float(), U, rtol=1e-4, atol=1e-5)
+    assert TimeSampling(kind="logit-normal", mean=2.0)(torch.tensor(0.5)) > 0.88  # nearer to the data
+    ends = TimeSampling((0.001, 0.999), "logit-normal")(torch.tensor([0.0, 1 - 2**-24]))
+    assert ends[0] == torch.tensor(0.001)
+    assert ends[1] < 0.999
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit-normal"])
+def test_shift_maps_the_noise_level(kind):
+    noise_level = 1 - TimeSampling(kind=kind)(U).double()
+    expected = 3 * noise_level / (1 + 2 * noise_level)
+    shifted = TimeSampling(kind=kind, shift=3.0)(U)
+    torch.testing.assert_close(1 - shifted.double(), expected, rtol=1e-5, atol=1e-6)
+    assert shifted.mean() < 0.4  # nearer to the noise
+
+
+def test_the_interval_comes_after_the_shift():
+    t = TimeSampling((0.2, 0.6), shift=3.0)(U)
+    torch.testing.assert_close(t, 0.2 + 0.4 * TimeSampling(shift=3.0)(U))

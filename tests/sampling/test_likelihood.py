@@ -1,0 +1,112 @@
+"""The likelihood command: whose images, whose probes, and its number against the library."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import train_sit
+from sampling.__main__ import main as sampling
+from sit_atconv import SiTTransformer2DModel, draws
+from sit_atconv.checkpoint import load_trained
+from sit_atconv.data import Digits
+from sit_atconv.draws import Stream
+from sit_atconv.flow.samplers import SAMPLERS
+from sit_atconv.flow.times import time_grid
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two steps on digits, with the weights shaken so that the model is not zero."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"run: {{out: {folder}/run}}\n"
+        "model: {patch_size: 2, hidden_size: 16, depth: 1, num_heads: 2, token_mixer: atconv}\n"
+        "train: {max_steps: 2, batch_size: 4, lr: 0.1}\nema: {decay: 0}\npreview: {every: 0}\n"
+    )
+    train_sit.main([str(recipe)])
+    return folder / "run"
+
+
+def likelihood(run_folder, tmp_path, *options) -> dict:
+    out = tmp_path / "likelihood.json"
+    base = ["likelihood", "--ckpt", run_folder, "--sampler", "heun", "--steps", 3, "--out", out]
+    sampling([str(option) for option in [*base, *options]])
+    return json.loads(out.read_text())
+
+
+def test_it_is_the_change_of_variables_on_held_out_images(run_folder, tmp_path):
+    result = likelihood(run_folder, tmp_path, "--num", 3, "--probes", 2, "--seed", 5)
+    model, dataset = load_trained(run_folder).model, Digits("test")
+    for index in range(3):
+        image, label = dataset[index, False]
+        noise = draws.generator(5, Stream.DEQUANTIZE, index).random((1, 8, 8), dtype="float32")
+        start = image[None] + (torch.from_numpy(noise) - 0.5) / 8
+        probes = [draws.signs((1, 8, 8), 5, Stream.PROBE, index, probe) for probe in range(2)]
+        assert all(set(p.unique().tolist()) == {-1.0, 1.0} for p in probes)
+
+        def joint(state, t, label=label, probes=probes):
+            def velocity(x, t=t, label=label):
+                return model(x, t, torch.tensor([label])).sample
+
+            products = [torch.autograd.functional.jvp(velocity, state[:1], p[None])[1] * p for p in probes]
+            return torch.cat([velocity(state[:1]), torch.full((1, 1, 8, 8), sum(products).sum().item() / 2 / 64)])
+
+        end = SAMPLERS["heun"](joint, torch.cat([start, torch.zeros(1, 1, 8, 8)]), time_grid(1, 0, 3)).detach()
+        nats = -(end[0].square().sum() / 2 + 32 * math.log(2 * math.pi)) + end[1].sum()
+        expected = -nats / 64 / math.log(2) + 3  # levels are 1/8 apart
+        assert result["each"][index] == pytest.approx(expected.item(), rel=1e-4)
+    mean = sum(result["each"]) / 3
+    assert result["bits_per_dim"] == pytest.approx(mean)
+    variance = sum((value - mean) ** 2 for value in result["each"]) / 2
+    assert result["standard_error"] == pytest.approx((variance / 3) ** 0.5)
+    assert (result["nfe"], result["level"], result["split"]) == (6, 0.125, "test")
+
+
+def test_an_image_has_its_own_number_whatever_the_batch(run_folder, tmp_path):
+    together = likelihood(run_folder, tmp_path, "--num", 5, "--split", "train")["each"]
+    apart = likelihood(run_folder, tmp_path, "--num", 4, "--split", "train", "--batch", 3)["each"]
+    assert apart == pytest.approx(together[:4], rel=1e-5)
+    assert likelihood(run_folder, tmp_path, "--num", 4)["each"] != pytest.approx(together[:4], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--num", 0], "--num 0"),
+        (["--num", 361], "--num 361: the split test has 360 images"),
+        (["--num", 1, "--probes", 0], "--probes 0"),
+        (["--num", 1, "--seed", -1], "--seed -1"),
+        (["--num", 1, "--sampler", "euler-maruyama"], "euler-maruyama"),
+    ],
+)
+def test_it_refuses(fails, run_folder, tmp_path, options, says):
+    out = tmp_path / "likelihood.json"
+    assert says in fails(sampling, "likelihood", "--ckpt", run_folder, "--out", out, *options)
+    assert not out.exists()
+
+
+def test_it_refuses_where_there_are_no_such_images(fails, tmp_path, recipe_file, vae_folder, capsys):
+    from PIL import Image
+
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "0.png")
+    data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8}
+    train_sit.main([str(recipe_file(data=data)), "train.max_steps=1"])
+    latents = {"codec": "vae", "vae": str(vae_folder)}
+    train_sit.main([str(recipe_file(data=data, latents=latents)), "train.max_steps=1", f"run.out={tmp_path / 'vae'}"])
+    capsys.readouterr()
+    base = ["likelihood", "--num", 1, "--out", tmp_path / "x.json", "--ckpt"]
+    assert "holds no images back; use --split train" in fails(sampling, *base, tmp_path / "run")
+    assert "not that of images; give the checkpoint of a pixel model" in fails(sampling, *base, tmp_path / "vae")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "1.png")
+    assert "not those that the model was trained on" in fails(sampling, *base, tmp_path / "run", "--split", "train")
+
+
+def test_it_refuses_a_model_that_does_not_say_what_its_images_are(fails, tmp_path):
+    SiTTransformer2DModel(sample_size=8, in_channels=1, hidden_size=8, depth=1, num_heads=1).save_pretrained(tmp_path)
+    out = tmp_path / "likelihood.json"
+    assert "give a run" in fails(sampling, "likelihood", "--ckpt", tmp_path, "--num", 1, "--out", out)
+    assert not out.exists()
