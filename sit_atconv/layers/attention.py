@@ -1,19 +1,40 @@
 """Multi-head self-attention with the parameter names of the public SiT checkpoints."""
 
 import torch
-import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
 
 from sit_atconv.errors import InputError
 
 
-class Attention(nn.Module):
+class SiTAttnProcessor:
+    """softmax(q k^T / sqrt(d)) v by the attention backend that diffusers is set to, SDPA unless told otherwise."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "Attention", hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states (B, N, C) -> (B, N, C)."""
+        q, k, v = rearrange(attn.qkv(hidden_states), "b n (three h d) -> three b n h d", three=3, h=attn.num_heads)
+        q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
+        mixed = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+        return attn.proj(mixed.flatten(2))
+
+
+class Attention(nn.Module, AttentionModuleMixin):
     """softmax(q k^T / sqrt(d)) v over all tokens: x (B, N, C) -> (B, N, C).
 
     Takes `grid` like every token mixer and does not use it. `qk_norm` normalises queries and keys per head.
+    Another processor, called `processor(attention, x)`, may take the place of SiTAttnProcessor (`set_processor`).
     Raises ValueError when `num_heads` does not divide `dim`.
     """
+
+    _default_processor_cls = SiTAttnProcessor
+    _available_processors = (SiTAttnProcessor,)
+    _supports_qkv_fusion = False  # the public checkpoints hold q, k and v in one linear
+    is_cross_attention = False
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
@@ -24,8 +45,7 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
+        self.set_processor(SiTAttnProcessor())
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.processor(self, x)

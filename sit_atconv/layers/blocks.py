@@ -44,7 +44,8 @@ class Mlp(nn.Module):
 class SiTBlock(nn.Module):
     """x + gate * mixer(modulate(norm(x))), then the same with the MLP; six vectors of modulation from c (B, C).
 
-    x (B, H, W, C) -> (B, H, W, C). The grid is the shape of x and no argument, so torch.compile can leave it open.
+    hidden_states x (B, H, W, C) -> (B, H, W, C). The grid is the shape of x and no argument, so torch.compile can leave
+    it open. diffusers' caches look for the argument `hidden_states` by name.
     `mixer` is any module called `mixer(tokens, grid=(H, W))` with (B, H W, C) tokens; it keeps the public name `attn`.
     """
 
@@ -56,12 +57,20 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        x = hidden_states
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None, None].chunk(6, -1)
         grid = x.shape[1:3]
         mixed = self.attn(modulate(self.norm1(x), shift1, scale1).flatten(1, 2), grid=grid)
         x = gated_residual(x, gate1, mixed.unflatten(1, grid))
         return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class SiTATConvBlock(SiTBlock):
+    """The block around ATConv: a function of its own, since torch.compile counts and limits graphs by function."""
+
+    def forward(self, hidden_states: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states, c)
 
 
 class FinalLayer(nn.Module):

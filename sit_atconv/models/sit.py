@@ -4,15 +4,21 @@ import inspect
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
-from sit_atconv.layers.blocks import FinalLayer, SiTBlock
+from sit_atconv.layers.blocks import FinalLayer, SiTATConvBlock, SiTBlock
 from sit_atconv.layers.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 
 TOKEN_MIXERS = ("attention", "atconv", "hybrid")
@@ -35,8 +41,11 @@ def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
     return list(token_mixer)
 
 
-class SiTTransformer2DModel(ModelMixin, ConfigMixin):
+class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Velocity of a flow over latents: t = 0 is noise, t = 1 is data, v = d x_t / dt.
+
+    A new model has torch's default weights, as diffusers' models have; `reset_parameters`, which `create_model` calls,
+    draws the starting weights of SiT.
 
     sample_size: latent height and width, an int or (H, W); other sizes that the patch divides are accepted by
         `forward` too, since the mixers take any grid and the position embedding is a function of the position.
@@ -45,12 +54,14 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     class_dropout_prob: share of labels that training replaces by the null class; 0 means no null class.
     learn_sigma: the output layer has twice the channels and the second half is dropped (public checkpoints).
     pool, routing, inhibition, kernel_size, activation: see `ATConv`. num_heads, qk_norm: see `Attention`.
+    path, prediction: what the output means, for whatever samples from the model: "velocity", "score" or "noise" on the
+        "linear", "gvp" or "vp" path. They change nothing in `forward`.
     Parameter names are those of the public checkpoints. Raises InputError (a ValueError) for values that do not fit.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("SiTBlock",)
-    _repeated_blocks = ("SiTBlock",)
+    _no_split_modules = ["SiTBlock", "SiTATConvBlock"]  # noqa: RUF012 (diffusers' own type)
+    _repeated_blocks = ["SiTBlock", "SiTATConvBlock"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = (
         "x_embedder",
         "t_embedder",
@@ -81,6 +92,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         kernel_size: int = 3,
         activation: str = "gelu_tanh",
         qk_norm: bool = False,
+        path: str = "linear",
+        prediction: str = "velocity",
     ):
         super().__init__()
         for name, value in (
@@ -97,6 +110,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         mixers = mixer_names(token_mixer, depth)
         check_choice("patch_size", patch_size, PATCH_SIZES)
         check_choice("pos_embed", pos_embed, ("auto", True, False))
+        check_choice("path", path, PATHS)
+        check_choice("prediction", prediction, PREDICTIONS)
         if not 0 <= class_dropout_prob < 1:
             raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")
         grid = self._grid(*self.latent_size)
@@ -120,12 +135,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         if "attention" not in mixers:
             self._refuse_idle_options("attention", qk_norm=qk_norm)
 
-        def mixer(name: str) -> nn.Module:
-            return Attention(hidden_size, num_heads, qk_norm) if name == "attention" else ATConv(hidden_size, **atconv)
+        def block(name: str) -> SiTBlock:
+            if name == "attention":
+                return SiTBlock(hidden_size, Attention(hidden_size, num_heads, qk_norm), mlp_ratio)
+            return SiTATConvBlock(hidden_size, ATConv(hidden_size, **atconv), mlp_ratio)
 
-        self.blocks = nn.ModuleList(SiTBlock(hidden_size, mixer(name), mlp_ratio) for name in mixers)
+        self.blocks = nn.ModuleList(block(name) for name in mixers)
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
-        self.reset_parameters()
 
     def __getattr__(self, name: str):
         # `pos_embed` is an option and, in the public checkpoints, a tensor: as an attribute it is the tensor.
@@ -185,7 +201,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             x = x + self._position_embedding(grid).to(x.dtype).unflatten(1, grid)
         c = self.t_embedder(t, x.dtype) + self.y_embedder(class_labels)
         # Compiled blocks: one graph for the model's own grid, and one for all the others.
-        foreign_grid = grid != self._grid(*self.latent_size) and not torch.compiler.is_compiling()
+        foreign_grid = not torch.compiler.is_compiling() and not self._is_own(grid)
         for block in self.blocks:
             if foreign_grid:
                 torch._dynamo.maybe_mark_dynamic(x, (1, 2))
@@ -204,8 +220,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             raise InputError(f"a latent of {height} x {width} cannot be cut into patches of {patch}; choose multiples")
         return height // patch, width // patch
 
+    def _is_own(self, grid: tuple[int, int]) -> bool:
+        """Whether the model was made for that grid; False where a graph leaves the grid open, which this keeps so."""
+        return all(statically_known_true(a == b) for a, b in zip(grid, self._grid(*self.latent_size), strict=True))
+
     def _position_embedding(self, grid: tuple[int, int]) -> torch.Tensor:
-        if grid == self._grid(*self.latent_size):
+        if self._is_own(grid):
             return self.pos_embed
         return sincos_position_embedding(grid, self.config.hidden_size, self.pos_embed.device, torch.float32)
 
@@ -216,6 +236,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             if value != defaults[name].default:
                 raise InputError(f"{name}={value!r} needs a block with {mixer}, and token_mixer has none; leave it out")
 
+
+# A block returns its hidden states alone.
+for block_class in (SiTBlock, SiTATConvBlock):
+    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))
 
 _SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
@@ -240,7 +264,7 @@ def list_models() -> list[str]:
 def create_model(
     name: str | None, sample_size: int | tuple[int, int] = 32, num_classes: int = 1000, **overrides
 ) -> SiTTransformer2DModel:
-    """A new model with random weights: the preset `name`, and any option of SiTTransformer2DModel over it.
+    """A new model with SiT's starting weights: the preset `name`, and any option of SiTTransformer2DModel over it.
 
     sample_size: latent size (image size / 8 for a Stable-Diffusion VAE). `name=None` takes all from the overrides.
     Raises InputError (a ValueError) for an unknown name or option, suggesting the nearest one.
@@ -250,4 +274,6 @@ def create_model(
     for option in overrides:
         check_choice("model option", option, list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:])
     preset = PRESETS[name] if name is not None else {}
-    return SiTTransformer2DModel(**{**preset, "sample_size": sample_size, "num_classes": num_classes, **overrides})
+    model = SiTTransformer2DModel(**{**preset, "sample_size": sample_size, "num_classes": num_classes, **overrides})
+    model.reset_parameters()
+    return model

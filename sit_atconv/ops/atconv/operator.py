@@ -7,6 +7,7 @@ other, so gradients of any order exist and every one of them runs on the backend
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -14,6 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from sit_atconv.errors import check_choice
 from sit_atconv.ops.atconv import conv, inlined, native, reference
 
+# Of the operators in torch.ops. An exported pipeline's source has one of its own (`pipelines.bundle`), since it may be
+# loaded beside this package or beside an export of another version.
+NAMESPACE = "sit_atconv"
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
 BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
 CONV_VALUES = 2**16  # values of a sample from which `conv` is the faster one on a CPU
@@ -29,8 +33,7 @@ def _backend(name: str):
     return {"conv": conv, "native": native}[name]
 
 
-@torch.library.custom_op("sit_atconv::dynamic_depthwise_conv", mutates_args=())
-def convolution(
+def _convolve(
     v: torch.Tensor, kernels: torch.Tensor, height: int, width: int, flip: bool, backend: str
 ) -> torch.Tensor:
     """y[p] = sum_t kernels[t] * v[p + offset t], or with `flip` v[p - offset t]; contiguous (B, N, C)."""
@@ -38,21 +41,18 @@ def convolution(
     return (module.grad_v if flip else module.dynamic_depthwise_conv)(v, kernels, (height, width))
 
 
-@torch.library.custom_op("sit_atconv::dynamic_depthwise_conv_grad_kernels", mutates_args=())
-def grad_kernels(
+def _correlate(
     v: torch.Tensor, grad_y: torch.Tensor, height: int, width: int, kernel_size: int, backend: str
 ) -> torch.Tensor:
     """dK[t] = sum_p grad_y[p] * v[p + offset t]; contiguous (B, K, C)."""
     return _backend(backend).grad_kernels(v, grad_y, (height, width), kernel_size)
 
 
-@convolution.register_fake
-def _(v, kernels, height, width, flip, backend):
+def _fake_convolution(v, kernels, height, width, flip, backend):
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
-@grad_kernels.register_fake
-def _(v, grad_y, height, width, kernel_size, backend):
+def _fake_grad_kernels(v, grad_y, height, width, kernel_size, backend):
     return torch.empty((v.shape[0], kernel_size**2, v.shape[2]), dtype=v.dtype, device=v.device)
 
 
@@ -86,10 +86,6 @@ def _differentiate_grad_kernels(ctx, upstream):
     return to_v, to_grad_y, None, None, None, None
 
 
-convolution.register_autograd(_differentiate_convolution, setup_context=_save_convolution)
-grad_kernels.register_autograd(_differentiate_grad_kernels, setup_context=_save_grad_kernels)
-
-
 def _batched(operator):
     """vmap: samples are independent, so the mapped dimension joins the batch."""
 
@@ -104,18 +100,42 @@ def _batched(operator):
     return rule
 
 
-convolution.register_vmap(_batched(convolution))
-grad_kernels.register_vmap(_batched(grad_kernels))
-
-
-@register_flop_formula(torch.ops.sit_atconv.dynamic_depthwise_conv)
 def _convolution_flops(v_shape, kernels_shape, *_, **__) -> int:
     return 2 * math.prod(v_shape) * kernels_shape[1]
 
 
-@register_flop_formula(torch.ops.sit_atconv.dynamic_depthwise_conv_grad_kernels)
 def _grad_kernels_flops(v_shape, grad_y_shape, height, width, kernel_size, *_, **__) -> int:
     return 2 * math.prod(v_shape) * kernel_size**2
+
+
+def _operator(name: str, function: Callable, fake: Callable, save: Callable, differentiate: Callable, flops: Callable):
+    """The torch operator NAMESPACE::name, defined unless it is there already: this source may be imported twice."""
+    operators = getattr(torch.ops, NAMESPACE)
+    if not hasattr(operators, name):
+        defined = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+        defined.register_fake(fake)
+        defined.register_autograd(differentiate, setup_context=save)
+        defined.register_vmap(_batched(defined))
+        register_flop_formula(getattr(operators, name))(flops)
+    return getattr(operators, name).default
+
+
+convolution = _operator(
+    "dynamic_depthwise_conv",
+    _convolve,
+    _fake_convolution,
+    _save_convolution,
+    _differentiate_convolution,
+    _convolution_flops,
+)
+grad_kernels = _operator(
+    "dynamic_depthwise_conv_grad_kernels",
+    _correlate,
+    _fake_grad_kernels,
+    _save_grad_kernels,
+    _differentiate_grad_kernels,
+    _grad_kernels_flops,
+)
 
 
 @torch.compiler.assume_constant_result

@@ -16,17 +16,13 @@ def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: 
     grid: bin (i, j) holds the rows [floor(i H / k), ceil((i + 1) H / k)) and the columns likewise.
     """
 
-    def bins(size: int, count: int) -> list[slice]:
-        return [slice(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    def means(x: torch.Tensor, dim: int, count: int) -> torch.Tensor:
+        edges = [(i * x.shape[dim] // count, -(-(i + 1) * x.shape[dim] // count)) for i in range(count)]
+        return torch.stack([x.narrow(dim, start, stop - start).mean(dim) for start, stop in edges], dim)
 
-    height, width = grid
     if pool == "raster":
-        means = [x[:, tokens].mean(1) for tokens in bins(height * width, kernel_size**2)]
-    else:
-        image = x.unflatten(1, (height, width))
-        rows, columns = bins(height, kernel_size), bins(width, kernel_size)
-        means = [image[:, r, c].mean((1, 2)) for r in rows for c in columns]
-    return torch.stack(means, 1)
+        return means(x, 1, kernel_size**2)
+    return means(means(x.unflatten(1, grid), 1, kernel_size), 2, kernel_size).flatten(1, 2)
 
 
 def inhibit(kernels: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
