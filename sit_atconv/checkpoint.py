@@ -6,7 +6,8 @@
         trainer.json          skipped steps, gradient scaler
         manifest.json         step, images seen, processes, recipe, data, codec, library versions, SHA-256 of every file
 
-A folder without a valid manifest is not a checkpoint.
+A folder without a valid manifest is not a checkpoint. A model alone, as `save_pretrained` or the converter writes it,
+can be sampled too; the converter's conversion.json holds the SHA-256 of its files.
 """
 
 import json
@@ -26,6 +27,8 @@ from sit_atconv.models.sit import SiTTransformer2DModel
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CONVERSION = "conversion.json"
+FLOW_TIME = "0..1, 0 is noise"
 
 
 class Damaged(InputError):
@@ -181,38 +184,88 @@ def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 @dataclass
 class Trained:
-    """A trained model for sampling: the checkpoint, which of its models ("ema" or "model"), and its files' SHA-256."""
+    """A trained model for sampling: the checkpoint, which of its models ("ema" or "model"), and its files' SHA-256.
+
+    Of a model folder outside a checkpoint, `which` is None where nobody says, and the manifest has no step and leaves
+    the codec open.
+    """
 
     folder: Path
-    which: str
+    which: str | None
     manifest: dict[str, Any]
     model: SiTTransformer2DModel
     files: dict[str, str]
 
 
-def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
+def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, any_time: bool = False) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
 
-    dtype: of the weights in memory; on disk they are fp32.
+    Also a model folder on its own, such as a converted one. dtype: of the weights in memory.
+    any_time: take a model too whose time does not run from 0, noise, to 1, data, as our samplers' does.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
     path = Path(path).absolute()
     if not path.is_dir():
         raise InputError(f"checkpoint {str(path)!r}: no such folder; give a run, a step-... folder or its ema/ folder")
-    if path.name in ("ema", "model") and (path / "config.json").is_file():
-        folder, which = path.parent, path.name
-    else:
-        folder, which = (step_folders(path) or [path])[-1], "ema"
+    has_model = (path / "config.json").is_file()
+    if has_model and not (path.name in ("ema", "model") and path.parent.name.startswith("step-")):
+        return _load_model_folder(path, dtype, any_time)
+    folder, which = (path.parent, path.name) if has_model else ((step_folders(path) or [path])[-1], "ema")
     manifest = read_manifest(folder, under=f"{which}/")
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
     present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
     if present != set(files):
         raise Damaged(f"checkpoint {str(folder)!r} is damaged: {MANIFEST} does not list {sorted(present ^ set(files))}")
+    return Trained(folder, which, manifest, _load_model(folder / which, dtype), files)
+
+
+def read_conversion(folder: Path) -> dict[str, Any]:
+    """conversion.json of a converted folder, after comparing the SHA-256 of the folder's files with it.
+
+    Raises Damaged naming the first thing that is missing or changed.
+    """
     try:
-        model = SiTTransformer2DModel.from_pretrained(folder / which, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, SafetensorError) as error:
+        record = json.loads((folder / CONVERSION).read_text())
+        files, _ = dict(record["files"]), record["time"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Damaged(f"{str(folder)!r} holds no valid {CONVERSION}; convert again") from None
+    for name, digest in files.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise Damaged(f"model {str(folder)!r} is damaged: {name} is missing, was changed or cut; convert again")
+    return record
+
+
+def _load_model_folder(folder: Path, dtype: torch.dtype, any_time: bool) -> Trained:
+    if (folder / CONVERSION).is_file():
+        record = read_conversion(folder)
+        if record["time"] != FLOW_TIME and not any_time:
+            raise InputError(
+                f"{str(folder)!r} is a converted {record.get('form')} model with time {record['time']}; our samplers "
+                "run from t = 0, noise, to t = 1, data, and cannot draw from it"
+            )
+        which, files = record.get("weights"), record["files"]
+    else:
+        found = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        which, files = None, {path.name: sha256(path) for path in found}
+    model = _load_model(folder, dtype)
+    codec = {"codec": "open", "channels": model.config.in_channels}
+    return Trained(folder, which, {"step": None, "codec": codec}, model, files)
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> SiTTransformer2DModel:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict) or config.get("_class_name") != SiTTransformer2DModel.__name__:
+            raise InputError(f"{str(folder)!r} holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
+        model, found = SiTTransformer2DModel.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"checkpoint {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
-    return Trained(folder, which, manifest, model.eval(), files)
+    strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
+    if strays:  # which diffusers only warns of, drawing what is missing at random
+        raise Damaged(f"model {str(folder)!r} is damaged: its tensors are not those of its config: {strays}")
+    return model.eval()
 
 
 def load_weights(folder: Path, into: SiTTransformer2DModel) -> None:

@@ -105,8 +105,12 @@ def reopen_codec(description: dict[str, Any], vae: str | None, batch_size: int) 
     """The codec that a checkpoint was trained with, from what `describe` said.
 
     vae: where the autoencoder lies today, None for where it was; batch_size: images per pass through it.
+    A description that leaves the codec open (a model without a training checkpoint) gives its number of channels: the
+    autoencoder is the one named, and 1 or 3 channels without one are pixels.
     Raises InputError when the autoencoder is not there or is another one.
     """
+    if description["codec"] == "open":
+        return _named_codec(description["channels"], vae, batch_size)
     if description["codec"] == "identity":
         if vae is not None:
             raise InputError(f"--vae {vae}: this checkpoint is of a pixel model and has no autoencoder")
@@ -116,6 +120,22 @@ def reopen_codec(description: dict[str, Any], vae: str | None, batch_size: int) 
         check_same_codec(description, codec.describe())
     except InputError as error:
         raise InputError(f"{error}; say with --vae where the checkpoint's autoencoder lies") from None
+    return codec
+
+
+def _named_codec(channels: int, vae: str | None, batch_size: int) -> IdentityCodec | VaeCodec:
+    if vae is None:
+        if channels in (1, 3):
+            return IdentityCodec()
+        raise InputError(
+            f"the model has {channels} latent channels and does not say of which autoencoder; name it with --vae, "
+            "such as stabilityai/sd-vae-ft-ema or a folder with it"
+        )
+    codec = VaeCodec(vae, batch_size)
+    if codec.vae.config.latent_channels != channels:
+        raise InputError(
+            f"--vae {vae}: its latents have {codec.vae.config.latent_channels} channels, this model has {channels}"
+        )
     return codec
 
 

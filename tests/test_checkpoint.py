@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sit_atconv import checkpoint, create_model
 from sit_atconv.config import Train
@@ -208,3 +209,43 @@ def test_paths_that_are_no_checkpoint(tmp_path):
         checkpoint.load_trained(tmp_path / "nowhere")
     with pytest.raises(InputError, match="not a checkpoint"):
         checkpoint.load_trained(tmp_path)
+
+
+def test_load_trained_takes_a_model_folder_on_its_own(tmp_path):
+    model = small_model(3)
+    model.save_pretrained(tmp_path / "sit")
+    trained = checkpoint.load_trained(tmp_path / "sit")
+    assert (trained.which, trained.manifest["step"]) == (None, None)
+    assert trained.manifest["codec"] == {"codec": "open", "channels": 1}
+    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    assert trained.files == {name: sha256(tmp_path / "sit" / name) for name in files}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(trained.model.state_dict()[name], tensor), name
+    (tmp_path / "sit").rename(tmp_path / "ema")
+    assert checkpoint.load_trained(tmp_path / "ema").which is None
+    (tmp_path / "step-0000001").mkdir()  # in a checkpoint it is a part, and the manifest must be there
+    (tmp_path / "ema").rename(tmp_path / "step-0000001" / "ema")
+    with pytest.raises(InputError, match="no valid manifest"):
+        checkpoint.load_trained(tmp_path / "step-0000001" / "ema")
+
+
+@pytest.mark.parametrize("config", ['{"_class_name": "AutoencoderKL"}', "[]", "{"])
+def test_a_folder_of_another_model_is_refused(tmp_path, config):
+    small_model().save_pretrained(tmp_path / "sit")
+    (tmp_path / "sit" / "config.json").write_text(config)
+    with pytest.raises(InputError, match=r"holds no SiTTransformer2DModel|cannot be read"):
+        checkpoint.load_trained(tmp_path / "sit")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_a_model_whose_tensors_are_not_all_there_is_refused(tmp_path, change):
+    small_model().save_pretrained(tmp_path / "mine")
+    path = tmp_path / "mine" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["final_layer.linear.weight"]
+    else:
+        tensors["final_layer.extra"] = torch.zeros(1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{change}_keys.*final_layer"):
+        checkpoint.load_trained(tmp_path / "mine")

@@ -44,6 +44,17 @@ def test_a_checkpoints_codec_is_found_again_and_another_one_refused(vae_folder, 
         reopen_codec(moved, None, 4)
 
 
+def test_a_codec_that_a_model_leaves_open_is_the_one_named_or_pixels(vae_folder):
+    for channels in (1, 3):
+        assert isinstance(reopen_codec({"codec": "open", "channels": channels}, None, 4), IdentityCodec)
+    codec = reopen_codec({"codec": "open", "channels": 4}, str(vae_folder), 4)
+    assert (codec.source, codec.scale, codec.batch_size) == (str(vae_folder), 0.5, 4)
+    with pytest.raises(InputError, match=r"4 latent channels.*name it with --vae"):
+        reopen_codec({"codec": "open", "channels": 4}, None, 4)
+    with pytest.raises(InputError, match="its latents have 4 channels, this model has 16"):
+        reopen_codec({"codec": "open", "channels": 16}, str(vae_folder), 4)
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1, 16), (3, 18)])
 def test_images_that_do_not_fit_the_autoencoder(vae_folder, channels, size):
     with pytest.raises(InputError, match="multiples of 4"):

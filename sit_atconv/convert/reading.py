@@ -1,0 +1,160 @@
+"""Files of other people's checkpoints -> named tensors on the CPU. Nothing that is read is executed."""
+
+import argparse
+import json
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sit_atconv.errors import InputError, check_choice
+
+WEIGHTS = ("ema", "model")
+PICKLES = (".pt", ".pth", ".bin")
+WRAPPERS = ("module", "_orig_mod")  # what DistributedDataParallel and torch.compile put into a name
+USUAL_NAMES = ("diffusion_pytorch_model", "model")
+
+
+@dataclass
+class Source:
+    """A checkpoint as it was found.
+
+    tensors: by name, without wrappers' prefixes. files: what was read. weights: "ema" or "model", None where
+    the file holds one set. args: the training options stored with it. config: config.json of a diffusers folder.
+    """
+
+    name: str
+    files: list[Path]
+    weights: str | None
+    tensors: dict[str, torch.Tensor]
+    args: dict[str, Any]
+    config: dict[str, Any] | None
+
+
+def read_source(path: str | Path, weights: str | None = None) -> Source:
+    """Read a .pt, .pth, .bin or .safetensors file, or a folder of safetensors (sharded, with its index, or one file).
+
+    weights: "ema" or "model" of a file that holds both; None is the EMA where there is one.
+    Raises InputError for a file that is missing, cut, or would need more than tensors, plain values and
+    argparse.Namespace; for a container without the weights asked for; for names that are equal without their prefixes.
+    """
+    path = Path(path)
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
+    if path.is_dir():
+        path = path / "transformer" if (path / "model_index.json").is_file() else path  # a diffusers pipeline
+        config = _read_json(path / "config.json") if (path / "config.json").is_file() else None
+        files = _files_of(path)
+    elif path.is_file():
+        config, files = None, [path]
+    else:
+        raise InputError(f"checkpoint {str(path)!r}: no such file or folder")
+    content, args = {}, {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensors, stored = _read_safetensors(file)
+            content.update(tensors)
+            args.update(stored)
+        elif file.suffix in PICKLES:
+            content.update(_read_pickle(file))
+        else:
+            raise InputError(f"checkpoint {str(file)!r}: the name must end in {', '.join([*PICKLES, '.safetensors'])}")
+    which, state, stored = _unpack(str(path), content, weights)
+    return Source(path.absolute().name, files, which, _plain_names(str(path), state), {**args, **stored}, config)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of weights in a folder: what an index lists, or the one file there is."""
+    for index in sorted(folder.glob("*.index.json")):
+        shards = _read_json(index).get("weight_map")
+        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
+        if not names:
+            raise InputError(f"checkpoint {str(index)!r} lists no files in weight_map")
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+                raise InputError(f"checkpoint {str(folder)!r} is not whole: {index.name} lists {name!r}, not there")
+        return [folder / name for name in names]
+    for suffix in (".safetensors", *PICKLES):
+        found = sorted(folder.glob(f"*{suffix}"))
+        usual = [file for file in found if file.stem in USUAL_NAMES]
+        if len(usual or found) > 1:
+            raise InputError(f"checkpoint {str(folder)!r} holds {[file.name for file in found]}; give one of the files")
+        if found:
+            return usual or found
+    raise InputError(f"checkpoint {str(folder)!r}: the folder holds no file of weights")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {str(path)!r} is not a JSON object; it is cut or damaged")
+    return content
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors, and the options that `export_public` put into the header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            args = json.loads((file.metadata() or {}).get("args", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, args  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"checkpoint {str(path)!r} is cut or damaged: {error}") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about protocols and TorchScript, both refused here
+            # Mapped, the optimiser's state beside the weights takes no memory.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes of any kind: the restricted unpickler fails in every way there is
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted:
+            raise InputError(
+                f"checkpoint {str(path)!r} refused, and nothing in it was run: it asks for {wanted[1]}, and only "
+                "tensors, plain values and argparse.Namespace are read; save its state dict alone"
+            ) from None
+        raise InputError(
+            f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}): it is cut, damaged, or not what "
+            "torch.save makes of tensors and plain values"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {str(path)!r} holds a {type(content).__name__}; a dict of tensors is needed")
+    return content
+
+
+def _unpack(
+    path: str, content: dict[str, Any], weights: str | None
+) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    """(which weights, state dict, args) of a bare state dict or of {"ema": ..., "model": ..., "args": ...}."""
+    present = [key for key in WEIGHTS if isinstance(content.get(key), dict)]
+    if weights is not None and weights not in present:
+        holds = f"holds {' and '.join(present)}" if present else "holds one set of weights"
+        raise InputError(f"weights={weights!r}: {path!r} {holds}; leave it out")
+    if not present:
+        return None, content, {}
+    which = weights or present[0]
+    args = content.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return which, content[which], args if isinstance(args, dict) else {}
+
+
+def _plain_names(path: str, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Names without the parts that wrappers put anywhere into them. Raises InputError for what is no tensor."""
+    tensors = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"checkpoint {path!r}: {name!r} is a {type(tensor).__name__}; a state dict is needed")
+        plain = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+        if plain in tensors:
+            raise InputError(f"checkpoint {path!r}: two tensors are called {plain!r} once prefixes are stripped")
+        tensors[plain] = tensor.detach()
+    return tensors
