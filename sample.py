@@ -1,12 +1,15 @@
 """python sample.py --ckpt PATH [--classes 0 1 2 | --num N]: draw images from a trained model into one grid."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from sampling.options import add_sampling_options, setup
+from sampling.schedulers import SCHEDULERS, make_scheduler
+from sampling.schedulers import generate as generate_scheduled
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.generation import check_labels, generate, random_label, save_grid
 
@@ -21,6 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows", type=int, default=1, help="with --classes: rows of the grid, one image per class each"
     )
+    parser.add_argument(
+        "--scheduler", choices=SCHEDULERS, help="a diffusers scheduler in the place of --sampler; --steps are its steps"
+    )
     parser.add_argument("--out", default="grid.png", help="PNG file (default: grid.png)")
     args = parser.parse_args(argv)
     if args.num < 1 or args.rows < 1:
@@ -29,6 +35,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--rows {args.rows} goes with --classes")
     if Path(args.out).suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: must end in .png")
+    if args.scheduler and args.sampler != "euler":
+        raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
+    draw = partial(generate_scheduled, make_scheduler(args.scheduler)) if args.scheduler else generate
     ready = setup(args)
     classes = ready.trained.model.config.num_classes
     labels = args.rows * args.classes if args.classes else []
@@ -40,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         for first in range(0, len(labels), args.batch):
             part = labels[first : first + args.batch]
             indices = range(first, first + len(part))
-            batch, evaluations = generate(ready.trained.model, ready.codec, indices, part, ready.sampling)
+            batch, evaluations = draw(ready.trained.model, ready.codec, indices, part, ready.sampling)
             images.append(batch)
             nfe += evaluations * len(part)
             bar.update(len(part))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import reset_accelerate
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from golden_vectors import assert_golden, golden
 
-from sit_atconv import ATConv, create_model
+from sit_atconv import ATConv, SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe
 from sit_atconv.generation import Sampling, generate
 from sit_atconv.latents import IdentityCodec
@@ -45,15 +46,16 @@ def test_golden_layer_with_gradients():
     assert_golden(x.grad.cpu(), tensors["grad_x"], factor=10)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "rk4", "dopri5", "euler-maruyama", "sde-heun"])
 @pytest.mark.parametrize("mixer", ["attention", "atconv", "hybrid"])
-def test_samples_are_those_of_the_cpu(mixer):
+def test_samples_are_those_of_the_cpu(mixer, sampler):
     torch.manual_seed(0)
     model = create_model(
         None, 8, 3, patch_size=2, in_channels=1, hidden_size=16, depth=2, num_heads=2, token_mixer=mixer
     ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    arguments = (IdentityCodec(), [0, 5], [1, 2], Sampling(steps=5))
+    arguments = (IdentityCodec(), [0, 5], [1, 2], Sampling(sampler, steps=5))
     on_cpu, nfe = generate(model, *arguments)
     on_gpu, gpu_nfe = generate(model.cuda(), *arguments)
     assert nfe == gpu_nfe
@@ -67,3 +69,48 @@ def test_every_precision_trains_and_goes_on(recipe_file, precision):
         overrides = [f"train.precision={precision}", f"train.max_steps={steps}", "train.max_grad_norm=1"]
         last = train(load_recipe(recipe_file(), overrides))
     assert last.name == "step-0000008"
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchHeunDiscreteScheduler(),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_pipeline_draws_what_it_draws_on_the_cpu_offloaded_or_not(scheduler):
+    torch.manual_seed(0)
+    model = SiTTransformer2DModel(
+        sample_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=3, token_mixer="hybrid"
+    )
+
+    def draw(pipe) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        return pipe([0, 2], num_inference_steps=5, generator=generators, output_type="pt").images.cpu()
+
+    pipe = SiTPipeline(model, scheduler=scheduler)
+    on_cpu = draw(pipe)
+    torch.testing.assert_close(draw(pipe.to("cuda")), on_cpu, atol=1e-3, rtol=1e-3)
+    pipe.to("cpu")
+    pipe.enable_model_cpu_offload()
+    torch.testing.assert_close(draw(pipe), on_cpu, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "atconv", "hybrid"])
+def test_group_offload_with_streams_and_compiled_blocks(mixer):
+    torch.manual_seed(0)
+    options = {"sample_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 3}
+    model = SiTTransformer2DModel(**options, token_mixer=mixer).eval()
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([0, 2]))
+    with torch.no_grad():
+        expected = model(*inputs).sample
+        on_gpu = [tensor.cuda() for tensor in inputs]
+        by_block = {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": True}
+        model.enable_group_offload(torch.device("cuda"), **by_block)
+        torch.testing.assert_close(model(*on_gpu).sample.cpu(), expected, atol=1e-4, rtol=1e-4)
+        compiled = SiTTransformer2DModel(**options, token_mixer=mixer).eval()
+        compiled.load_state_dict(model.state_dict())
+        compiled.cuda().compile_repeated_blocks(fullgraph=True)
+        torch.testing.assert_close(compiled(*on_gpu).sample.cpu(), expected, atol=1e-4, rtol=1e-4)

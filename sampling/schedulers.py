@@ -1,0 +1,67 @@
+"""Images through diffusers' flow-matching schedulers in the place of our samplers."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from sit_atconv import draws
+from sit_atconv.draws import Stream
+from sit_atconv.generation import Sampling
+from sit_atconv.images import to_uint8
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+
+_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SCHEDULERS = {
+    "flow-match-euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "flow-match-heun": (FlowMatchHeunDiscreteScheduler, {}),
+    "flow-match-lcm": (FlowMatchLCMScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, _FLOW),
+    "dpm++": (DPMSolverMultistepScheduler, _FLOW),
+}
+
+
+def make_scheduler(name: str) -> SchedulerMixin:
+    """A scheduler of SCHEDULERS, set up for the linear flow."""
+    scheduler, options = SCHEDULERS[name]
+    return scheduler(**options)
+
+
+@torch.no_grad()
+def generate(
+    scheduler: SchedulerMixin,
+    model: SiTTransformer2DModel,
+    codec,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    sampling: Sampling,
+) -> tuple[torch.Tensor, int]:
+    """As `sit_atconv.generation.generate`, with `scheduler` instead of the sampler of `sampling`.
+
+    The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
+    Raises InputError for a model that is not of the linear path.
+    """
+    pipe = SiTPipeline(model, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    shape = (model.config.in_channels, *model.latent_size)
+    noise = [draws.normal(shape, sampling.seed, Stream.SAMPLE_NOISE, index) for index in indices]
+    seeds = [draws.generator(sampling.seed, Stream.SAMPLE_STEP, index).integers(2**63) for index in indices]
+    latents = pipe(
+        list(labels),
+        sampling.steps,
+        sampling.guidance_scale,
+        sampling.guidance_channels,
+        sampling.guidance_interval,
+        latents=torch.stack(noise),
+        generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+        output_type="latent",
+    ).images
+    return to_uint8(codec.decode(latents)).cpu(), pipe.nfe

@@ -1,0 +1,161 @@
+"""The model card of an exported pipeline: what the model is, how it is used, where it comes from."""
+
+from typing import Any
+
+import torch
+
+from sit_atconv.files import library_versions
+from sit_atconv.models.cost import count_macs, count_parameters
+from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, mixer_names
+from sit_atconv.pipelines.bundle import third_party
+from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+
+HEADER = """---
+license: {license}
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- class-conditional-image-generation
+- flow-matching
+- sit
+- {mixer}
+---
+"""
+
+
+def model_card(
+    pipeline: SiTPipeline, manifest: dict[str, Any], dtype: torch.dtype, name: str, license: str, code: list[str]
+) -> str:
+    """README.md of an export, Markdown under the Hub's YAML.
+
+    manifest: a checkpoint's, from which the facts of training come, or what there is of one. dtype: of the weights on
+    disk. license: of the weights. code: the exported sources, for the libraries they need.
+    """
+    model = pipeline.transformer
+    mixer = model.config.token_mixer
+    sections = {
+        "The model": _describe(pipeline, dtype),
+        "Use": _usage(pipeline, dtype, code),
+        "Training": _training(manifest),
+        "Versions": ", ".join(f"{library} {version}" for library, version in library_versions().items()) + ".",
+        "Limits": _limits(pipeline, license),
+    }
+    header = HEADER.format(license=license, mixer=mixer if isinstance(mixer, str) else "hybrid")
+    body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text)
+    return f"{header}\n# {name}\n\n{_summary(model)}\n\n{body}"
+
+
+def _preset(model: SiTTransformer2DModel) -> str | None:
+    """The preset that has this model's shape and mixer."""
+    config = dict(model.config)
+    return next((name for name, shape in PRESETS.items() if shape.items() <= config.items()), None)
+
+
+def _summary(model: SiTTransformer2DModel) -> str:
+    mixers = set(mixer_names(model.config.token_mixer, model.config.depth))
+    tokens = "self-attention"
+    if "atconv" in mixers:
+        place = "in place of" if mixers == {"atconv"} else "beside"
+        tokens = (
+            f"3x3 Attentive Convolution ([arXiv 2510.20092](https://arxiv.org/abs/2510.20092)) {place} self-attention"
+        )
+    return (
+        f"A class-conditional image generator: {_preset(model) or 'a SiT'}, a flow-matching diffusion transformer "
+        f"(SiT, [arXiv 2401.08740](https://arxiv.org/abs/2401.08740)) with {tokens}."
+    )
+
+
+def _describe(pipeline: SiTPipeline, dtype: torch.dtype) -> str:
+    model = pipeline.transformer
+    config, (height, width) = model.config, model.latent_size
+    size = f"{config.in_channels} x {height} x {width}"
+    if pipeline.vae is None:
+        space = f"pixels, {size}" if config.in_channels in (1, 3) else f"latents, {size}; no autoencoder comes with it"
+    else:
+        factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        space = f"latents, {size}, of images of {height * factor} x {width * factor} pixels; the autoencoder is in vae/"
+    mixer = config.token_mixer if isinstance(config.token_mixer, str) else ", ".join(config.token_mixer)
+    classes = f"{config.num_classes}" + (" and a null class" if model.null_label is not None else ", no null class")
+    rows = {
+        "parameters": f"{count_parameters(model):,}, stored in {str(dtype).removeprefix('torch.')}",
+        "GMACs per network evaluation": f"{count_macs(model) / 1e9:.4g}",
+        "depth, width, patch": f"{config.depth}, {config.hidden_size}, {config.patch_size}",
+        "token mixer": mixer,
+        "generates": space,
+        "classes": classes,
+        "path, prediction": f"{config.path}, {config.prediction}",
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _usage(pipeline: SiTPipeline, dtype: torch.dtype, code: list[str]) -> str:
+    model = pipeline.transformer
+    label = min(1, model.config.num_classes - 1)
+    loading = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
+    guidance = 1.5 if model.null_label is not None else 1.0
+    picture = pipeline.vae is not None or model.config.in_channels in (1, 3)
+    call = f"class_labels=[{label}], num_inference_steps=50, guidance_scale={guidance}, generator=generator"
+    draw = (
+        f'image = pipe({call}).images[0]\nimage.save("image.png")'
+        if picture
+        else f'latents = pipe({call}, output_type="latent").images'
+    )
+    libraries = {library for text in code for library in third_party(text)} | {"accelerate", "safetensors"}
+    install = " ".join(sorted({"PIL": "pillow"}.get(library, library) for library in libraries))
+    return f"""    pip install {install}
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+folder = "."  # this folder, or its id on the Hub
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{loading})
+generator = torch.Generator().manual_seed(0)
+{draw}
+```
+
+The transformer alone, t = 0 being noise, t = 1 data, and its output the velocity data - noise:
+
+```python
+from diffusers import AutoModel
+
+transformer = AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=True{loading})
+```
+
+`trust_remote_code=True` runs `pipeline.py` and the Python file in `transformer/`: read them first. They need nothing
+beside the libraries above; with the package `sit_atconv` installed, its own classes load these weights too."""
+
+
+def _training(manifest: dict[str, Any]) -> str:
+    """What a checkpoint's manifest says, as a list; paths are of another machine and stay out."""
+    if "recipe" not in manifest:
+        return ""
+    recipe, data, versions = manifest["recipe"], manifest["data"], manifest["versions"]
+    train = recipe["train"]
+    trained_with = ", ".join(f"{name} {versions[name]}" for name in ("sit_atconv", "torch", "diffusers"))
+    facts = {
+        "steps": f"{manifest['step']}, batch {train['batch_size']}, {manifest['images_seen']} images seen",
+        "data": f"{recipe['data']['kind']}, {data['num_images']} images, {len(data['classes'])} classes",
+        "optimiser": f"AdamW, learning rate {train['lr']:g}",
+        "precision": train["precision"],
+        "weights": f"EMA, decay {recipe['ema']['decay']}",
+        "trained with": trained_with,
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def _limits(pipeline: SiTPipeline, license: str) -> str:
+    model = pipeline.transformer
+    named, last = "names or " if pipeline.config.id2label else "", model.config.num_classes - 1
+    limits = [
+        f"Classes are {named}numbers from 0 to {last}; there is no text prompt.",
+        "The model knows what it was trained on; its samples carry that data's biases.",
+        "`pipe.save_pretrained` leaves this code out; `python -m sit_atconv.pipelines.export` puts it in again.",
+        "diffusers runs every local `pipeline.py` in one module: load exports of different versions in different "
+        "processes.",
+    ]
+    if model.null_label is None:
+        limits.insert(1, "Trained without class dropout: no guidance (`guidance_scale=1`).")
+    if license == "unknown":
+        limits.append("The code is under the MIT licence; nobody said what licence the weights are under.")
+    return "\n".join(f"- {limit}" for limit in limits)

@@ -1,0 +1,162 @@
+"""A folder that diffusers loads with trust_remote_code=True where this package is not installed.
+
+model_index.json                  names pipeline.py and, for AutoModel, the transformer's file
+pipeline.py                       SiTPipeline in one file
+transformer/modeling_sit_*.py     operator, layers and model in one file, its hash in its name
+transformer/, scheduler/, vae/    as save_pretrained writes them
+README.md                         a model card
+
+python -m sit_atconv.pipelines.export SRC --out DIR
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors import safe_open
+
+from sit_atconv.checkpoint import load_trained
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import sync
+from sit_atconv.latents import VaeCodec, reopen_codec
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.pipelines.bundle import bundle, digest
+from sit_atconv.pipelines.card import model_card
+from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+from sit_atconv.version import __version__
+
+INDEX = "model_index.json"
+NOTE = f"""This is the package sit_atconv {__version__} (MIT licence), as far as it is needed here: its modules follow
+one another, imports among them are gone, and equal names have their module's name in front."""
+
+
+@dataclass
+class Source:
+    """What is exported: the pipeline, what training or conversion said of its weights, and their dtype on disk."""
+
+    pipeline: SiTPipeline
+    manifest: dict[str, Any]
+    dtype: torch.dtype
+
+
+def open_source(source: str | Path, vae: str | None = None) -> Source:
+    """The pipeline in a folder of one, exported or not, or around the model of what `load_trained` takes (a run's EMA).
+
+    vae: folder or hub id of the autoencoder, for a model that has one and does not come with it.
+    Raises InputError for a folder that is none of these, is damaged, or needs another autoencoder.
+    """
+    folder = Path(source)
+    is_pipeline = (folder / INDEX).is_file()
+    trained = load_trained(folder / "transformer" if is_pipeline else folder)
+    weights = next(name for name in trained.files if name.endswith(".safetensors") and "diffusion_pytorch" in name)
+    with safe_open(trained.folder / weights, framework="pt") as file:
+        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    if dtype != torch.float32:
+        trained = load_trained(trained.folder, dtype)
+    if is_pipeline:
+        pipeline = _open_pipeline(folder, trained.model, vae)
+    else:
+        codec = reopen_codec(trained.manifest["codec"], vae, batch_size=1)
+        names = trained.manifest.get("data", {}).get("classes")
+        pipeline = SiTPipeline(
+            trained.model,
+            codec.vae if isinstance(codec, VaeCodec) else None,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            id2label=dict(enumerate(names)) if names else None,
+        )
+    return Source(pipeline, trained.manifest, dtype)
+
+
+def _open_pipeline(folder: Path, transformer: SiTTransformer2DModel, vae: str | None) -> SiTPipeline:
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        # A list where the folder was exported before.
+        if SiTPipeline.__name__ not in (index["_class_name"], index["_class_name"][-1]):
+            raise InputError(f"{str(folder)!r} is a {index['_class_name']}; give a {SiTPipeline.__name__}")
+        library, name = index["scheduler"]
+        if library != "diffusers" or not issubclass(kind := getattr(diffusers, name, object), SchedulerMixin):
+            raise InputError(f"{str(folder)!r}: the scheduler {name} is not one of diffusers")
+        scheduler = kind.from_config(kind.load_config(folder / "scheduler"))
+        if vae is None and index.get("vae", [None])[0] is not None:
+            vae = folder / "vae"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"pipeline {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    autoencoder = VaeCodec(str(vae), batch_size=1).vae if vae is not None else None
+    return SiTPipeline(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))
+
+
+def export(source: Source, out: str | Path, license: str = "unknown") -> None:
+    """Write the folder `out`, whole or not at all. license: of the weights, as the Hub spells it.
+
+    Raises InputError when `out` exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"--out {str(out)!r}: exists already; choose a new folder")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        _write(source, unfinished, out.absolute().name, license)
+        for path in [*unfinished.rglob("*"), unfinished]:
+            sync(path)
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _write(source: Source, folder: Path, name: str, license: str) -> None:
+    model_class, pipeline_class = SiTTransformer2DModel, SiTPipeline
+    model_code = bundle(model_class.__module__, NOTE)
+    # The transformer comes from its own file: a class of that name here would be another one.
+    stand_in = {f"{model_class.__module__}.{model_class.__name__}": ("diffusers", "ModelMixin")}
+    pipeline_code = bundle(pipeline_class.__module__, NOTE, stand_in)
+    # diffusers runs files of one name in one module: another version's must not run into this one.
+    module = f"modeling_sit_{digest(model_code)}"
+
+    source.pipeline.save_pretrained(folder)
+    (folder / "transformer" / f"{module}.py").write_text(model_code)
+    (folder / "pipeline.py").write_text(pipeline_code)
+    auto_map = {"AutoModel": f"{module}.{model_class.__name__}"}
+    for path in [folder / INDEX, *folder.glob("*/config.json")]:
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # a path on this machine
+        if path.name == INDEX:
+            config["_class_name"] = ["pipeline", pipeline_class.__name__]
+            config["transformer"] = [module, model_class.__name__]
+        if path.name == INDEX or path.parent.name == "transformer":
+            # AutoModel reads the index where it is given a subfolder. Else diffusers warns that no class takes the key.
+            config |= {"auto_map": auto_map, "_use_default_values": {"auto_map": True}}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    card = model_card(source.pipeline, source.manifest, source.dtype, name, license, [model_code, pipeline_code])
+    (folder / "README.md").write_text(card)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m sit_atconv.pipelines.export", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "source", metavar="SRC", help="run, checkpoint, converted or model folder, or a pipeline's save_pretrained"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--vae", metavar="FOLDER", help="the autoencoder of a latent model that comes without")
+    parser.add_argument(
+        "--license", default="unknown", metavar="ID", help="of the weights, for the model card (default: unknown)"
+    )
+    args = parser.parse_args(argv)
+    if Path(args.out).exists():  # before the weights are read
+        raise InputError(f"--out {args.out!r}: exists already; choose a new folder")
+    export(open_source(args.source, args.vae), args.out, args.license)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

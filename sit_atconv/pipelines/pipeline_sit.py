@@ -1,0 +1,284 @@
+"""Class-conditional images from a SiT as a diffusers pipeline."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
+from sit_atconv.flow.path import LinearPath
+from sit_atconv.flow.times import sampling_interval
+from sit_atconv.images import to_pil, to_uint8
+from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raise ValueError for a scheduler that does not follow the linear flow from sigma = 1, noise, to 0, data."""
+    config, name = scheduler.config, type(scheduler).__name__
+    flow_sigmas = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    if not (name.startswith("FlowMatch") or flow_sigmas) or config.get("invert_sigmas"):
+        raise InputError(
+            f"scheduler {name} is not set up for flow matching; use FlowMatchEulerDiscreteScheduler, "
+            "FlowMatchHeunDiscreteScheduler or FlowMatchLCMScheduler (without invert_sigmas), or "
+            "UniPCMultistepScheduler or DPMSolverMultistepScheduler with use_flow_sigmas=True and "
+            "prediction_type='flow_prediction'"
+        )
+
+
+def _flatten(labels) -> list[int | str]:
+    if isinstance(labels, str):
+        return [labels]
+    if isinstance(labels, Integral):
+        return [int(labels)]
+    if isinstance(labels, torch.Tensor | np.ndarray):
+        return _flatten(labels.tolist())
+    if isinstance(labels, list | tuple):
+        return [label for part in labels for label in _flatten(part)]
+    raise InputError(f"class_labels holds {labels!r}; give ids (integers) or names")
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Samples a SiT with diffusers' flow-matching schedulers.
+
+    transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in
+    [-1, 1]. scheduler: a flow-matching one, see `check_scheduler`. id2label: names of the classes by id; one with
+    commas stands for each of its parts, as ImageNet's do.
+    Time: the scheduler's sigma is 1 - t, and what it integrates, noise - data, is minus the velocity.
+    Raises ValueError for a transformer or scheduler that does not fit.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own type)
+    _callback_tensor_inputs = ["latents", "class_labels"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: SiTTransformer2DModel,
+        vae: AutoencoderKL | None = None,
+        *,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+    ):
+        super().__init__()
+        if transformer.config.path != "linear":
+            raise InputError(
+                f"path={transformer.config.path!r}: flow-matching schedulers follow the linear path; sample this "
+                "transformer with sample.py"
+            )
+        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+            raise InputError(
+                f"the vae has {vae.config.latent_channels} latent channels, the transformer "
+                f"{transformer.config.in_channels}; they were not made for each other"
+            )
+        check_scheduler(scheduler)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        names: dict[str, set[int]] = {}
+        for label, text in (id2label or {}).items():
+            for name in (text, *text.split(",")):
+                names.setdefault(name.strip().lower(), set()).add(int(label))  # JSON makes strings of the ids
+        self.labels = {name: min(ids) for name, ids in names.items() if len(ids) == 1}
+        self._shared_names = {name: sorted(ids) for name, ids in names.items() if len(ids) > 1}
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale in use; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the null class is evaluated too."""
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of the scheduler in the last run; a Heun scheduler makes two of nearly every step."""
+        return self._num_timesteps
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image in the last run; a guided evaluation counts two."""
+        return self._nfe
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to skip the rest of the run."""
+        return self._interrupt
+
+    def get_label_ids(self, labels) -> list[int]:
+        """Class ids of a name or an id, or of lists of them, nested ones and integer tensors too.
+
+        Raises ValueError for what is no class, suggesting the nearest.
+        """
+        classes = self.transformer.config.num_classes
+        ids = []
+        for label in _flatten(labels):
+            if isinstance(label, str):
+                if not self.labels:
+                    raise InputError(f"class {label!r}: the pipeline has no id2label; give ids, 0 to {classes - 1}")
+                name = label.strip().lower()
+                if name in self._shared_names:
+                    raise InputError(f"class {label!r} is the name of {self._shared_names[name]}; give an id")
+                check_choice("class", name, self.labels)
+                label = self.labels[name]
+            if not 0 <= label < classes:
+                raise InputError(f"class id {label} is out of range; this model has classes 0 to {classes - 1}")
+            ids.append(int(label))
+        if not ids:
+            raise InputError("class_labels is empty; give at least one class")
+        return ids
+
+    def prepare_latents(
+        self,
+        batch: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise (batch, C, H, W) in fp32 on the pipeline's device: drawn, image i from generator i of a list, or given.
+
+        Given latents may have any size that the patch divides. Raises ValueError when the shape or the number of
+        generators does not fit.
+        """
+        transformer = self.transformer
+        channels, patch, device = transformer.config.in_channels, transformer.config.patch_size, self._execution_device
+        if isinstance(generator, list) and len(generator) != batch:
+            raise InputError(f"{len(generator)} generators for {batch} images; give one for each, or a single one")
+        if latents is None:
+            shape = (batch, channels, *transformer.latent_size)
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.ndim != 4 or latents.shape[:2] != (batch, channels) or any(n % patch for n in latents.shape[2:]):
+            raise InputError(
+                f"latents of shape {tuple(latents.shape)}: give ({batch}, {channels}, H, W) with H and W multiples of "
+                f"{patch}"
+            )
+        return latents.to(device, torch.float32)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.5,
+        guidance_channels: str = "all",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
+        sigmas: list[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SiTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Images of the classes asked for: num_images_per_prompt of each, those of one class together.
+
+        class_labels: ids or names, one or more. num_inference_steps: steps of the scheduler; with
+            FlowMatchEulerDiscreteScheduler they are uniform down to 0 unless `sigmas` says otherwise.
+        guidance_scale: 1 is none. guidance_channels: "all" or "first3" as the public SiT code. guidance_interval:
+            guidance acts for t in it, t = 0 noise, t = 1 data.
+        sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added.
+        generator: for the noise, one per image or one for all. latents: that noise itself, (images, C, H, W).
+        output_type: "pil" (rounded by images.UINT8_RULE), "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], "latent".
+        callback_on_step_end: called (pipeline, step, timestep, tensors), where tensors holds those of
+            `callback_on_step_end_tensor_inputs` ("latents", "class_labels"); what it returns takes their place.
+        Returns ImagePipelineOutput, or a tuple with the images; state and velocity are fp32, the transformer runs in
+        its own dtype.
+        Raises ValueError for bad labels, shapes, choices, schedulers, and for guidance without a null class.
+        """
+        check_scheduler(self.scheduler)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("guidance_channels", guidance_channels, CHANNELS)
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        low, high = guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"guidance_interval={guidance_interval}: give 0 <= low <= high <= 1, with t = 0 noise")
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt={num_images_per_prompt}: must be at least 1")
+        if guidance_scale != 1 and self.transformer.null_label is None:
+            raise InputError(
+                f"guidance_scale={guidance_scale:g} needs a null class, and this model was trained without class "
+                "dropout; use guidance_scale=1"
+            )
+        channels = self.transformer.config.in_channels
+        if output_type == "pil" and self.vae is None and channels not in (1, 3):
+            raise InputError(f"latents of {channels} channels are no picture without a vae; use output_type='pt'")
+
+        self._guidance_scale, self._interrupt, self._nfe = guidance_scale, False, 0
+        ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
+        latents = self.prepare_latents(len(ids), generator, latents)
+        class_labels = torch.tensor(ids, device=latents.device)
+        path, prediction = LinearPath(), self.transformer.config.prediction
+        timesteps, times = self._schedule(num_inference_steps, sigmas)
+        times = times.clamp(*sampling_interval(path, prediction))  # where the prediction gives a velocity
+        self._num_timesteps = len(timesteps)
+        # A list of generators is for schedulers that draw, too.
+        draws = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for step, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
+                if self.interrupt:
+                    continue
+                guided = GuidedVelocity(
+                    self._network,
+                    class_labels,
+                    self.transformer.null_label,
+                    self._guidance_scale,
+                    guidance_channels,
+                    guidance_interval,
+                )
+                velocity = path.velocity_from(prediction, guided(latents, t), latents, t)
+                self._nfe += guided.nfe
+                latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "class_labels": class_labels}
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, step, timestep, chosen) or {}
+                    latents, class_labels = tensors["latents"], tensors["class_labels"]
+                bar.update()
+
+        images = latents if output_type == "latent" else self._to_images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _network(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # Caches keep states of one shape each: batches with and without guidance are contexts of their own.
+        with self.transformer.cache_context(f"batch of {len(x)}"):
+            return self.transformer(x.to(self.transformer.dtype), t, labels, return_dict=False)[0].float()
+
+    def _schedule(self, steps: int, sigmas: Sequence[float] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scheduler's timesteps, and t = 1 - sigma of each on the CPU."""
+        scheduler, device = self.scheduler, self._execution_device
+        if steps < 1:
+            raise InputError(f"num_inference_steps={steps}: must be at least 1")
+        if sigmas is None and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            sigmas = np.linspace(1, 1 / steps, steps)  # its own default stops at the smallest sigma of training
+        if sigmas is None:
+            scheduler.set_timesteps(steps, device=device)
+        elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            raise InputError(f"{type(scheduler).__name__} takes no sigmas; leave them out, or take another scheduler")
+        scheduler.set_begin_index(0)
+        times = 1 - scheduler.sigmas[: len(scheduler.timesteps)].cpu()
+        return scheduler.timesteps, times
+
+    def _to_images(self, latents: torch.Tensor, output_type: str):
+        """latents (B, C, h, w) -> images of that type."""
+        images = latents
+        if self.vae is not None:
+            config = self.vae.config
+            unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+            images = self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0].float()
+        if output_type == "pil":
+            return [to_pil(image) for image in to_uint8(images)]
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()

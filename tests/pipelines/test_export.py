@@ -1,0 +1,359 @@
+"""An exported pipeline where the package is not installed, against the installed one: the same image to the bit."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from safetensors.torch import load_file
+
+import train_sit
+from sit_atconv import SiTPipeline, create_model
+from sit_atconv.models.cost import count_macs, count_parameters
+from sit_atconv.pipelines.bundle import PACKAGE, bundle
+from sit_atconv.pipelines.export import export, main, open_source
+
+MIXERS = ("attention", "atconv", "hybrid")
+NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "hen"}
+CALL = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+
+# What a child begins with: a machine without the package, and without Triton where a test says so.
+PRELUDE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "sit_atconv":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+torch.set_num_threads({threads})
+"""
+
+
+def pipeline(scheduler=FlowMatchEulerDiscreteScheduler, vae=None, names=NAMES, **options) -> SiTPipeline:
+    """A pipeline whose images are not grey."""
+    torch.manual_seed(0)
+    shape = {"patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 2}
+    model = create_model(None, **{"sample_size": 8, "num_classes": 5, **shape, **options})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return SiTPipeline(model.eval(), vae, scheduler=scheduler(), id2label=names)
+
+
+def draw(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(["goldfish", 3], generator=torch.Generator().manual_seed(1), **CALL).images
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with an export for every mixer and what each draws."""
+    folder = tmp_path_factory.mktemp("exported")
+    for mixer in MIXERS:
+        pipe = pipeline(token_mixer=mixer)
+        pipe.save_pretrained(folder / "saved" / mixer)
+        export(open_source(folder / "saved" / mixer), folder / mixer)
+        torch.save(draw(pipe), folder / f"{mixer}.pt")
+    return folder
+
+
+@pytest.fixture
+def child(tmp_path):
+    """Runs code in a process in which the package cannot be imported, and gives what it said on stderr."""
+
+    def run(code: str, *arguments, absent: bool = True, cwd=tmp_path, **environment) -> str:
+        prelude = PRELUDE.format(threads=torch.get_num_threads()) if absent else ""
+        end = '\nassert not [name for name in sys.modules if name.startswith("sit_atconv")]\n' if absent else ""
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", prelude + textwrap.dedent(code) + end, *map(str, arguments)],
+            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", **environment},
+            cwd=cwd, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
+
+
+def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child):
+    said = child(
+        f"""
+        folder = sys.argv[1]
+        sys.modules["triton"] = None  # neither is that installed
+        for mixer in {MIXERS}:
+            pipe = DiffusionPipeline.from_pretrained(f"{{folder}}/{{mixer}}", trust_remote_code=True)
+            pipe.set_progress_bar_config(disable=True)
+            assert type(pipe).__name__ == "SiTPipeline"
+            image = pipe(["goldfish", 3], generator=torch.Generator().manual_seed(1), **{CALL}).images
+            assert torch.equal(image, torch.load(f"{{folder}}/{{mixer}}.pt", weights_only=True)), mixer
+            assert pipe.get_label_ids("tinca TINCA") == [0]
+            assert pipe.nfe == 6
+        """,
+        exported,
+    )
+    lines = [line for line in re.split(r"[\r\n]", said) if line and not line.startswith("Loading pipeline")]
+    assert lines == []  # no warning either
+
+
+def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, child, tmp_path):
+    child(
+        f"""
+        folder, out = sys.argv[1:]
+        for mixer in {MIXERS}:
+            place = f"{{folder}}/{{mixer}}"
+            model = AutoModel.from_pretrained(place, subfolder="transformer", trust_remote_code=True)
+            same = AutoModel.from_pretrained(f"{{place}}/transformer", trust_remote_code=True)
+            x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
+            def gradients(network):
+                model.zero_grad()
+                network(x, t, labels, return_dict=False)[0].square().mean().backward()
+                return [parameter.grad.clone() for parameter in model.parameters()]
+            eager = gradients(model)
+            assert all(gradient.any() for gradient in eager)
+            if mixer == "hybrid":
+                compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+                torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+            assert torch.equal(same(x, t, labels).sample, model(x, t, labels).sample)
+            pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+            pipe.save_pretrained(f"{{out}}/{{mixer}}")
+            again = type(pipe).from_pretrained(f"{{out}}/{{mixer}}")
+            assert torch.equal(again.transformer(x, t, labels).sample, same(x, t, labels).sample)
+        """,
+        exported,
+        tmp_path / "again",
+    )
+    # What was saved there is a source for another export, and so is an export.
+    for mixer in MIXERS:
+        for name, source in (("again", tmp_path / "again"), ("twice", exported)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            export(open_source(source / mixer), tmp_path / name / "out" / mixer)
+            assert contents(tmp_path / name / "out" / mixer) == contents(exported / mixer)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(exported, child, tmp_path):
+    other = tmp_path / "other" / "sit_atconv"
+    shutil.copytree(PACKAGE, other, ignore=shutil.ignore_patterns("__pycache__"))
+    native = other / "ops/atconv/native.py"
+    source = native.read_text()
+    assert source.count("    return _convolve(v, kernels, grid, flip=False)\n") == 1
+    line = "return _convolve(v, kernels, grid, flip=False)"
+    native.write_text(source.replace(line, line.replace("return ", "return -")))
+    ours, theirs = bundle("sit_atconv.models.sit"), bundle("sit_atconv.models.sit", package=other)
+    for name, text in (("first", ours), ("second", ours), ("version", theirs)):
+        (tmp_path / f"{name}.py").write_text(text)
+    child(
+        """
+        import importlib.util, sys, torch
+        from torch.utils.flop_counter import FlopCounterMode
+
+        def file(name):  # as diffusers does it: a file that is loaded twice runs twice in one module
+            spec = importlib.util.spec_from_file_location(name, f"{sys.argv[1]}/{name}.py")
+            module = sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(module)
+            return module
+
+        package = importlib.import_module
+
+        def check(module, sign):  # output, two orders of gradients, vmap, and the count of operations
+            v, kernels = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), torch.rand(2, 9, 5)
+            v.requires_grad_()
+
+            def results(backend):
+                y = module.dynamic_depthwise_conv(v, kernels, (2, 3), backend)
+                (slope,) = torch.autograd.grad(y.pow(3).sum(), v, create_graph=True)
+                return [y, slope, *torch.autograd.grad(slope.sum(), v)]
+
+            y, slope, second = results("reference")
+            torch.testing.assert_close(results("native")[0], sign * y)
+            if sign == 1:
+                torch.testing.assert_close(results("native")[1:], [slope, second])
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                torch.vmap(lambda v, k: module.dynamic_depthwise_conv(v, k, (2, 3), "native"))(v[None], kernels[None])
+            assert counter.get_total_flops() == 2 * v.numel() * 9
+
+        loaded = []
+        for load, name in [
+            (file, "first"), (file, "first"), (file, "second"), (file, "version"), (package, "sit_atconv.ops.atconv")
+        ]:
+            loaded.append((load(name), -1 if name == "version" else 1))
+            for one in loaded:  # those before, too
+                check(*one)
+        namespaces = {name for name in dir(torch.ops) if name.startswith("sit_atconv")}
+        assert len(namespaces) == 3, namespaces
+        """,
+        tmp_path,
+        absent=False,
+    )
+
+
+def test_an_export_of_another_version_does_not_change_this_one(exported, child, tmp_path):
+    other = tmp_path / "other" / "sit_atconv"
+    shutil.copytree(PACKAGE, other, ignore=shutil.ignore_patterns("__pycache__"))
+    blocks = other / "layers/blocks.py"
+    source = blocks.read_text()
+    assert source.count("x, 1 + scale)") == 1
+    blocks.write_text(source.replace("x, 1 + scale)", "x, 2 + scale)"))
+    version = tmp_path / "version" / "transformer"
+    shutil.copytree(exported / "atconv" / "transformer", version)
+    (file,) = version.glob("*.py")
+    file.unlink()
+    (version / "modeling_sit_other.py").write_text(bundle("sit_atconv.models.sit", package=other))
+    config = (version / "config.json").read_text()
+    (version / "config.json").write_text(config.replace(file.stem, "modeling_sit_other"))
+    child(
+        """
+        x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
+        ours = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+        before = ours(x, t, labels).sample
+        theirs = AutoModel.from_pretrained(sys.argv[2], trust_remote_code=True)
+        assert not torch.allclose(theirs(x, t, labels).sample, before)
+        assert torch.equal(ours(x, t, labels).sample, before)
+        """,
+        exported / "atconv" / "transformer",
+        version,
+    )
+
+
+def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
+    (tmp_path / "bundle.py").write_text(bundle("sit_atconv.models.sit"))
+    child(
+        """
+        sys.path.append(sys.argv[1])
+        import bundle
+        v, kernels = torch.randn(1, 6, 5, requires_grad=True), torch.randn(1, 9, 5, requires_grad=True)
+        def results(backend):
+            y = bundle.dynamic_depthwise_conv(v, kernels, (2, 3), backend)
+            return [y, *torch.autograd.grad(y.square().sum(), (v, kernels))]
+        for ours, oracle in zip(results("triton"), results("reference")):
+            torch.testing.assert_close(ours, oracle)
+        """,
+        tmp_path,
+        TRITON_INTERPRET="1",
+    )
+
+
+def test_the_card_says_what_the_model_is_and_its_example_runs(exported, child, tmp_path):
+    folder = tmp_path / "atconv"
+    shutil.copytree(exported / "atconv", folder)
+    card = (folder / "README.md").read_text()
+    model = pipeline(token_mixer="atconv").transformer
+    assert card.startswith("---\nlicense: unknown\nlibrary_name: diffusers\npipeline_tag: unconditional-image-gen")
+    assert f"| parameters | {count_parameters(model):,}, stored in float32 |" in card
+    assert f"| GMACs per network evaluation | {count_macs(model) / 1e9:.4g} |" in card
+    assert "in place of self-attention" in card
+    assert "## Training" not in card
+    code = "\n".join(re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL))
+    assert "AutoModel" in code
+    child(f"exec({code!r})", cwd=folder)
+    assert (folder / "image.png").is_file()
+
+
+def test_a_run_gives_its_ema_its_class_names_and_its_facts(recipe_file, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    train_sit.main([str(recipe_file())])
+    capsys.readouterr()
+    main([str(run), "--out", str(out), "--license", "cc0-1.0"])
+    assert capsys.readouterr().out == f"{out}\n"
+    weights = "diffusion_pytorch_model.safetensors"
+    ema, written = (load_file(path / weights) for path in (run / "step-0000008" / "ema", out / "transformer"))
+    assert ema.keys() == written.keys()
+    assert all(torch.equal(ema[name], written[name]) for name in ema)
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["id2label"]["3"] == "3"
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    card = (out / "README.md").read_text()
+    assert "license: cc0-1.0\n" in card
+    count = json.loads((run / "step-0000008" / "manifest.json").read_text())["data"]["num_images"]
+    for fact in ("8, batch 8, 64 images seen", f"digits, {count} images, 10 classes", "EMA, decay 0.9", "fp32"):
+        assert fact in card
+    for path in out.rglob("*"):  # no path of this machine
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_latent_model_takes_its_autoencoder_along(vae_folder, tmp_path, fails):
+    model, out = tmp_path / "latent", tmp_path / "out"
+    pipeline(in_channels=4).transformer.save_pretrained(model)
+    assert "--vae" in fails(main, model, "--out", out)
+    main([str(model), "--out", str(out), "--vae", str(vae_folder)])
+    vae = AutoencoderKL.from_pretrained(out / "vae", use_safetensors=True)
+    weights = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).state_dict()
+    assert vae.config.scaling_factor == 0.5
+    assert vae.config.shift_factor == 0.1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in vae.state_dict().items())
+    assert "of images of 32 x 32 pixels" in (out / "README.md").read_text()
+    again = open_source(out).pipeline
+    assert type(again.vae).__name__ == "AutoencoderKL"
+
+
+def test_scheduler_and_dtype_stay_what_they_were(tmp_path):
+    pipe = pipeline(FlowMatchHeunDiscreteScheduler, names=None, class_dropout_prob=0.0)
+    pipe.transformer.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "saved")
+    main([str(tmp_path / "saved"), "--out", str(tmp_path / "out")])
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    saved, written = load_file(tmp_path / "saved" / file), load_file(tmp_path / "out" / file)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in written.values())
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in written.items())
+    assert type(open_source(tmp_path / "out").pipeline.scheduler) is FlowMatchHeunDiscreteScheduler
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "stored in bfloat16" in card
+    assert "torch_dtype=torch.bfloat16" in card
+    assert "guidance_scale=1.0" in card
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda saved: rewrite(saved / "model_index.json", _class_name="DiTPipeline"), "is a DiTPipeline"),
+        (lambda saved: (saved / "model_index.json").write_text("{"), "cannot be read"),
+        (lambda saved: rewrite(saved / "model_index.json", scheduler=["os", "system"]), "scheduler system"),
+        (lambda saved: rewrite(saved / "model_index.json", scheduler=["diffusers", "DiTPipeline"]), "DiTPipeline"),
+        (lambda saved: rewrite(saved / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]), "flow matching"),
+        (lambda saved: (saved / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json"),
+        (lambda saved: rewrite(saved / "transformer/config.json", _class_name="UNet2DModel"), "SiTTransformer2DModel"),
+        (lambda saved: rewrite(saved / "transformer/config.json", path="gvp"), "path='gvp'"),
+        (lambda saved: (saved / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"1"), "cannot be read"),
+        (lambda saved: shutil.rmtree(saved / "transformer"), "no such folder"),
+        (lambda saved: shutil.rmtree(saved), "no such folder"),
+    ],
+)
+def test_sources_that_are_no_pipeline_are_refused(exported, tmp_path, fails, damage, says):
+    saved = tmp_path / "saved"
+    shutil.copytree(exported / "saved" / "atconv", saved)
+    damage(saved)
+    assert says in fails(main, saved, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_is_there_whole_or_not_at_all(exported, tmp_path, fails, monkeypatch):
+    source, out = exported / "saved" / "atconv", tmp_path / "below" / "out"
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr("sit_atconv.pipelines.export.model_card", interrupted)
+        main([str(source), "--out", str(out)])
+    assert list(out.parent.iterdir()) == []
+    out.mkdir()
+    assert "exists already" in fails(main, source, "--out", out)
+    assert list(out.iterdir()) == []

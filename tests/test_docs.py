@@ -1,0 +1,69 @@
+"""The snippets of docs/interop.md run as they stand, in a folder with small files of the names that they use."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT, reset_accelerate
+
+import train_sit
+from sit_atconv import SiTTransformer2DModel
+from sit_atconv.convert import forms
+from sit_atconv.layers.projectors import Projectors
+
+TEXT = (ROOT / "docs" / "interop.md").read_text()
+SECTIONS = {
+    section.splitlines()[0]: [block.split("```")[0] for block in section.split("```python\n")[1:]]
+    for section in TEXT.split("\n## ")[1:]
+}
+
+
+def small(mixer: str, **options) -> SiTTransformer2DModel:
+    torch.manual_seed(0)
+    return SiTTransformer2DModel(sample_size=32, hidden_size=384, depth=8, num_heads=6, token_mixer=mixer, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, vae_folder):
+    """What a user would have downloaded or trained."""
+    from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("downloads")
+    model = small("atconv")
+    torch.save({"model": model.state_dict(), "ema": copy.deepcopy(model.state_dict())}, folder / "SiT-XL-2-256x256.pt")
+    model = small("hybrid", learn_sigma=False, activation="silu")
+    projectors = {
+        f"projectors.{name}": value for name, value in Projectors(384, 64, [24], 8).projectors.state_dict().items()
+    }
+    torch.save({"ema": forms.to_repa(model.state_dict(), projectors)}, folder / "REPA.pt")
+    dit = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, out_channels=8, num_layers=2)
+    dit.transformer_blocks[1].norm1.emb.load_state_dict(dit.transformer_blocks[0].norm1.emb.state_dict())
+    dit.save_pretrained(folder / "DiT-XL-2-256")
+    AutoencoderKL.from_pretrained(vae_folder).save_pretrained(folder / "sd-vae-ft-ema")
+    recipe = ROOT / "experiments/recipes/digits_sit_atconv.yaml"
+    short = ("train.max_steps=2", "train.warmup_steps=0", "train.lr_schedule=constant", "preview.every=0")
+    train_sit.main([str(recipe), f"run.out={folder / 'runs' / 'digits'}", *short])
+    reset_accelerate()
+    return folder
+
+
+def test_the_snippets_run_in_their_order(folder, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    monkeypatch.chdir(folder)
+    for title, blocks in SECTIONS.items():
+        assert blocks, f"{title} shows nothing"
+        for block in blocks:
+            exec(compile(block, f"docs/interop.md, {title}", "exec"), {})
+    assert (folder / "digits-ema.pt").is_file()
+    assert (folder / "sit-pipeline-for-all" / "README.md").is_file()
+
+
+def test_the_commands_named_exist(capsys):
+    from sit_atconv.convert.__main__ import main as convert
+    from sit_atconv.pipelines.export import main as export
+
+    for main in (convert, export):
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+        assert "--out" in capsys.readouterr().out
