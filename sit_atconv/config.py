@@ -256,19 +256,38 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise InputError(f"recipe {str(path)!r}: {error.strerror}; see experiments/recipes") from None
+    """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line.
+
+    A file may name another with `base:`, relative to itself, whose keys it takes over and its own win against.
+    """
     for override in overrides:
         if "=" not in override:
             raise InputError(f"override {override!r} is not of the form key=value")
+    stated = _read_with_base(Path(path), ())
     try:
-        stated = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
+        stated = OmegaConf.merge(stated, OmegaConf.from_dotlist(list(overrides)))
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated)
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...]) -> Any:
+    """The keys of a recipe file over those of its base; above: the files that led here."""
+    if path.resolve() in above:
+        raise InputError(f"recipe {str(path)!r}: its base leads back to it; leave one `base` out")
+    try:
+        stated = OmegaConf.create(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise InputError(f"recipe {str(path)!r}: {reason}; see experiments/recipes") from None
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
+    if not OmegaConf.is_dict(stated) or "base" not in stated:
+        return stated
+    base = stated.pop("base")
+    if not isinstance(base, str):
+        raise InputError(f"recipe {str(path)!r}: base={base!r}: give the path of one recipe file")
+    return OmegaConf.merge(_read_with_base(path.parent / base, (*above, path.resolve())), stated)
 
 
 def make_recipe(stated: Any) -> Recipe:

@@ -9,6 +9,7 @@ from conftest import ROOT
 from sit_atconv import SiTTransformer2DModel, config, data
 from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
 from sit_atconv.errors import InputError
+from sit_atconv.plan import dry_run
 
 RECIPES = sorted((ROOT / "experiments/recipes").glob("*.yaml"))
 MINIMAL = {"run": {"out": "x"}}
@@ -22,11 +23,57 @@ def test_shipped_recipes_load_and_start_with_their_launch_command(path):
 
 
 def test_the_promised_recipes_ship():
-    promised = {
-        "digits_sit_atconv", "digits_sit", "imagefolder_small", "imagenet256_sit_xl2", "imagenet256_sit_xl2_atconv",
-        "imagenet256_sit_xl2_atconv_hybrid", "imagenet512_sit_xl2_atconv",
-    }  # fmt: skip
-    assert promised <= {path.stem for path in RECIPES}
+    mixers = ("", "_atconv", "_atconv_hybrid")
+    published = {
+        f"{images}_sit_{size}2{mixer}"
+        for images in ("imagenet256", "imagenet512", "ffhq512")
+        for size in ("s", "b", "l", "xl")
+        for mixer in mixers
+    }
+    assert {path.stem for path in RECIPES} == published | {"digits_sit_atconv", "digits_sit", "imagefolder_small"}
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "2" in path.stem], ids=lambda path: path.stem)
+def test_published_recipes_are_what_their_name_says_and_can_be_planned(path):
+    recipe = load_recipe(path)
+    images, _, size, *mixer = path.stem.split("_")
+    kind = {"": "SiT-{}/2", "atconv": "SiT-ATConv-{}/2", "atconv_hybrid": "SiT-ATConv-{}/2-Hybrid"}["_".join(mixer)]
+    assert recipe.model.name == kind.format(size[:-1].upper())
+    assert recipe.data.image_size == 8 * recipe.model.sample_size == int(images[-3:])
+    # SPEC: AdamW 1e-4 constant, betas 0.9 and 0.999, no decay, batch 256, no warm-up, EMA 0.9999, dropout 0.1, flips
+    train = recipe.train
+    assert (train.lr, train.lr_schedule, train.betas, train.weight_decay) == (1e-4, "constant", [0.9, 0.999], 0)
+    assert (train.batch_size, train.warmup_steps, train.max_steps, recipe.ema.decay) == (256, 0, 400_000, 0.9999)
+    assert recipe.data.flip
+    assert recipe.model.class_dropout_prob == (0.0 if images == "ffhq512" else None)  # the model's own is 0.1
+    parameters = dry_run(recipe).split("parameters")[1].split()[0]
+    assert float(parameters) > 20
+
+
+def test_a_recipe_takes_over_its_base_and_wins_against_it(recipe_file, tmp_path):
+    (tmp_path / "bases").mkdir()
+    recipe_file().rename(tmp_path / "bases" / "first.yaml")
+    (tmp_path / "bases" / "second.yaml").write_text("base: first.yaml\ntrain: {lr: 0.5, betas: [0.1, 0.2]}")
+    (tmp_path / "recipe.yaml").write_text("base: bases/second.yaml\ntrain: {lr: 0.25}\nmodel: {depth: 3}")
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["train.warmup_steps=7"])
+    assert (recipe.train.lr, recipe.train.betas, recipe.train.batch_size) == (0.25, [0.1, 0.2], 8)
+    assert (recipe.model.depth, recipe.model.hidden_size, recipe.train.warmup_steps) == (3, 16, 7)
+    assert "base" not in to_dict(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: nowhere.yaml", r"nowhere\.yaml': No such file"),
+        ("base: recipe.yaml", r"recipe\.yaml': its base leads back to it"),
+        ("base: [a.yaml, b.yaml]", "give the path of one recipe file"),
+        ("base: {", "cannot be read"),
+    ],
+)
+def test_a_base_that_cannot_be_taken_is_named(tmp_path, text, says):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=says):
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_overrides_are_typed_and_win(recipe_file):
