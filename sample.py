@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--scheduler", choices=SCHEDULERS, help="a diffusers scheduler in the place of --sampler; --steps are its steps"
     )
+    parser.set_defaults(sampler=None)  # told from one that was asked for
     parser.add_argument("--out", default="grid.png", help="PNG file (default: grid.png)")
     args = parser.parse_args(argv)
     if args.num < 1 or args.rows < 1:
@@ -35,10 +36,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--rows {args.rows} goes with --classes")
     if Path(args.out).suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: must end in .png")
-    if args.scheduler and args.sampler != "euler":
+    if args.scheduler and args.sampler:
         raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
-    draw = partial(generate_scheduled, make_scheduler(args.scheduler)) if args.scheduler else generate
+    args.sampler = args.sampler or "euler"
     ready = setup(args)
+    draw = generate
+    if args.scheduler:
+        draw = partial(generate_scheduled, make_scheduler(args.scheduler, ready.trained.model))
     classes = ready.trained.model.config.num_classes
     labels = args.rows * args.classes if args.classes else []
     check_labels(labels, classes)

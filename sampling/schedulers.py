@@ -14,6 +14,7 @@ from diffusers import (
 
 from sit_atconv import draws
 from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError
 from sit_atconv.generation import Sampling
 from sit_atconv.images import to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -29,8 +30,13 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name: str) -> SchedulerMixin:
-    """A scheduler of SCHEDULERS, set up for the linear flow."""
+def make_scheduler(name: str, model: SiTTransformer2DModel) -> SchedulerMixin:
+    """The scheduler of that name, one of SCHEDULERS. Raises InputError for a model that is not of the linear path."""
+    if model.config.path != "linear":
+        raise InputError(
+            f"--scheduler {name}: diffusers' schedulers follow the linear path, this model is of path="
+            f"{model.config.path!r}; leave it out"
+        )
     scheduler, options = SCHEDULERS[name]
     return scheduler(**options)
 

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -13,8 +15,11 @@ import sample
 import train_sit
 from eval.__main__ import main as evaluate
 from sampling.__main__ import main as sampling
+from sampling.schedulers import SCHEDULERS, make_scheduler
+from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import InputError
+from sit_atconv.pipelines.pipeline_sit import check_scheduler
 from sit_atconv.training import train
 
 RECIPES = "experiments/recipes"
@@ -54,7 +59,7 @@ def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_p
         (["data.kind=imagefolder", "data.root=/nowhere", "data.image_size=8"], "'/nowhere': no such folder"),
         (["train.batch_size=9", "train.gradient_accumulation_steps=2"], "train.batch_size=9 is not divisible by 1"),
         (["model.class_dropout_prob=0", "preview.every=1"], "preview: guidance scale 1.5 needs a null class"),
-        (["model.depth=0"], "depth=0: must be a positive number"),
+        (["model.depth=0"], "depth=0: must be a positive whole number"),
         (["model.token_mixer=5"], "token_mixer=5"),
         (["train.lr=.nan"], "train.lr=nan"),
         (["train.max_grad_norm=.nan"], "train.max_grad_norm=nan"),
@@ -205,6 +210,9 @@ def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
         (["--cfg-interval", "0.7", "0.2"], "LOW <= HIGH"),
         (["--seed", "-3"], "seed=-3"),
         (["--out", "grid.jpeg"], "must end in .png"),
+        (["--scheduler", "ddim"], "ddim"),
+        (["--scheduler", "unipc", "--sampler", "euler"], "--sampler euler does nothing with --scheduler unipc"),
+        (["--scheduler", "unipc", "--diffusion", "sigma"], "would do nothing"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--device", "meta"], "--device meta"),
         (["--cfg", "nan"], "guidance scale nan"),
@@ -214,6 +222,55 @@ def test_sample_refuses(fails, trained, tmp_path, options, says):
     out = tmp_path / "grid.png"
     assert says in fails(sample.main, "--ckpt", trained, "--out", out, *options)
     assert not out.exists()
+
+
+@pytest.fixture
+def shaken(trained):
+    """The run with an EMA that is not zero."""
+    folder = trained / "step-0000008"
+    model = SiTTransformer2DModel.from_pretrained(folder / "ema")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder.parent / "shaken")
+    return folder.parent / "shaken"
+
+
+def pixels(path) -> np.ndarray:
+    return np.array(Image.open(path)).astype(int)
+
+
+def test_schedulers_take_the_place_of_the_sampler(shaken, tmp_path, capsys):
+    def draw(*options) -> np.ndarray:
+        out = tmp_path / "grid.png"
+        sample.main(["--ckpt", str(shaken), "--classes", "1", "2", "3", "--out", str(out), *map(str, options)])
+        return pixels(out)
+
+    euler = draw("--sampler", "euler", "--steps", 6)
+    assert abs(draw("--scheduler", "flow-match-euler", "--steps", 6) - euler).max() <= 1
+    assert "NFE 12" in capsys.readouterr().out
+    exact = draw("--sampler", "rk4", "--steps", 40)
+    for name in ("flow-match-heun", "unipc", "dpm++"):
+        assert abs(draw("--scheduler", name, "--steps", 40) - exact).mean() < 3
+    lcm = ("--scheduler", "flow-match-lcm", "--steps", 3)
+    assert abs(draw(*lcm, "--batch", 1) - draw(*lcm)).max() <= 1  # what is drawn belongs to the image
+    assert abs(draw(*lcm, "--seed", 1) - draw(*lcm)).max() > 1
+    for options in (("--cfg", 4), ("--cfg", 4, "--cfg-interval", 0, 0.4)):
+        guided = draw("--scheduler", "flow-match-euler", "--steps", 6, *options)
+        assert abs(guided - draw("--sampler", "euler", "--steps", 6, *options)).max() <= 1
+        assert abs(guided - euler).max() > 1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_is_the_one_that_its_name_says(name):
+    words = {"flow-match-euler": "FlowMatchEuler", "flow-match-heun": "FlowMatchHeun", "flow-match-lcm": "FlowMatchLCM"}
+    words |= {"unipc": "UniPCMultistep", "dpm++": "DPMSolverMultistep"}
+    model = SiTTransformer2DModel(sample_size=4, hidden_size=8, depth=1, num_heads=1)
+    scheduler = make_scheduler(name, model)
+    assert type(scheduler).__name__.startswith(words[name])
+    check_scheduler(scheduler)
+    with pytest.raises(InputError, match=r"path='vp'; leave it out"):
+        make_scheduler(name, SiTTransformer2DModel(sample_size=4, hidden_size=8, depth=1, num_heads=1, path="vp"))
 
 
 def test_sample_refuses_guidance_without_a_null_class(fails, recipe_file, tmp_path, capsys):

@@ -1,21 +1,31 @@
-"""The snippets of docs/interop.md run as they stand, in a folder with small files of the names that they use."""
+"""Snippets and commands of docs/interop.md run as they stand, in a folder with small files of the names they use."""
 
 import copy
+import re
+import shlex
 
 import pytest
 import torch
 from conftest import ROOT, reset_accelerate
 
 import train_sit
+from sample import main as sample
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.convert import forms
+from sit_atconv.convert.__main__ import main as convert
 from sit_atconv.layers.projectors import Projectors
+from sit_atconv.pipelines.export import main as export
 
 TEXT = (ROOT / "docs" / "interop.md").read_text()
-SECTIONS = {
-    section.splitlines()[0]: [block.split("```")[0] for block in section.split("```python\n")[1:]]
-    for section in TEXT.split("\n## ")[1:]
-}
+STEP = re.compile(r"```python\n(?P<code>.*?)```|^    (?P<line>python [^\n]*)$", re.DOTALL | re.MULTILINE)
+MAINS = {"-m sit_atconv.convert": convert, "-m sit_atconv.pipelines.export": export, "sample.py": sample}
+
+
+def run(line: str) -> None:
+    """A command line of the docs, in this process."""
+    name = next(name for name in MAINS if line.startswith(f"python {name} "))
+    few = ["--steps", "2"] if name == "sample.py" else []
+    MAINS[name](shlex.split(line.removeprefix(f"python {name} ")) + few)
 
 
 def small(mixer: str, **options) -> SiTTransformer2DModel:
@@ -47,23 +57,17 @@ def folder(tmp_path_factory, vae_folder):
     return folder
 
 
-def test_the_snippets_run_in_their_order(folder, monkeypatch, tmp_path_factory):
+def test_snippets_and_commands_run_in_their_order(folder, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     monkeypatch.chdir(folder)
-    for title, blocks in SECTIONS.items():
-        assert blocks, f"{title} shows nothing"
-        for block in blocks:
-            exec(compile(block, f"docs/interop.md, {title}", "exec"), {})
-    assert (folder / "digits-ema.pt").is_file()
-    assert (folder / "sit-pipeline-for-all" / "README.md").is_file()
-
-
-def test_the_commands_named_exist(capsys):
-    from sit_atconv.convert.__main__ import main as convert
-    from sit_atconv.pipelines.export import main as export
-
-    for main in (convert, export):
-        with pytest.raises(SystemExit) as ended:
-            main(["--help"])
-        assert ended.value.code == 0
-        assert "--out" in capsys.readouterr().out
+    for section in TEXT.split("\n## ")[1:]:
+        title, steps = section.splitlines()[0], list(STEP.finditer(section))
+        assert steps, f"{title} shows nothing"
+        for step in steps:
+            if step["line"]:
+                run(step["line"])
+            else:
+                exec(compile(step["code"], f"docs/interop.md, {title}", "exec"), {})
+    for made in ("grid.png", "digits-ema.pt", "digits.safetensors", "sit-pipeline-for-all/README.md"):
+        assert (folder / made).is_file()
+    assert TEXT.count("python -m") + TEXT.count("python sample.py") == sum(bool(s["line"]) for s in STEP.finditer(TEXT))

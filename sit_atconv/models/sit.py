@@ -1,6 +1,7 @@
 """SiT: a flow-matching transformer over a latent grid, with attention, ATConv or both as token mixers."""
 
 import inspect
+import math
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -23,6 +24,8 @@ from sit_atconv.layers.embedders import LabelEmbedder, PatchEmbed, TimestepEmbed
 
 TOKEN_MIXERS = ("attention", "atconv", "hybrid")
 PATCH_SIZES = (1, 2, 4, 8)
+# "ddpm": a converted DiT, which predicts noise at times 0 to 999, 999 being noise; our samplers do not follow it.
+MODEL_PATHS = (*PATHS, "ddpm")
 
 
 def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
@@ -55,7 +58,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     learn_sigma: the output layer has twice the channels and the second half is dropped (public checkpoints).
     pool, routing, inhibition, kernel_size, activation: see `ATConv`. num_heads, qk_norm: see `Attention`.
     path, prediction: what the output means, for whatever samples from the model: "velocity", "score" or "noise" on the
-        "linear", "gvp" or "vp" path. They change nothing in `forward`.
+        "linear", "gvp" or "vp" path, or on "ddpm" (see MODEL_PATHS). They change nothing in `forward`.
     Parameter names are those of the public checkpoints. Raises InputError (a ValueError) for values that do not fit.
     """
 
@@ -96,21 +99,26 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         prediction: str = "velocity",
     ):
         super().__init__()
+        sides = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
+        if len(sides) != 2:
+            raise InputError(f"sample_size={sample_size!r}: give a number, or height and width")
         for name, value in (
+            ("sample_size", sides[0]),
+            ("sample_size", sides[1]),
             ("in_channels", in_channels),
             ("hidden_size", hidden_size),
             ("depth", depth),
             ("num_heads", num_heads),
-            ("mlp_ratio", mlp_ratio),
             ("num_classes", num_classes),
-            ("sample_size", min(sample_size) if isinstance(sample_size, list | tuple) else sample_size),
         ):
-            if not isinstance(value, int | float) or value <= 0:
-                raise InputError(f"{name}={value!r}: must be a positive number")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value!r}: must be a positive whole number")
+        if not (isinstance(mlp_ratio, int | float) and math.isfinite(mlp_ratio) and hidden_size * mlp_ratio >= 1):
+            raise InputError(f"mlp_ratio={mlp_ratio!r}: must be a number that leaves the MLP at least one unit")
         mixers = mixer_names(token_mixer, depth)
         check_choice("patch_size", patch_size, PATCH_SIZES)
         check_choice("pos_embed", pos_embed, ("auto", True, False))
-        check_choice("path", path, PATHS)
+        check_choice("path", path, MODEL_PATHS)
         check_choice("prediction", prediction, PREDICTIONS)
         if not 0 <= class_dropout_prob < 1:
             raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")

@@ -1,12 +1,23 @@
 """Class-conditional images from a SiT as a diffusers pipeline."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from numbers import Integral
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    ImagePipelineOutput,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -19,18 +30,44 @@ from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json name
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+# What the schedulers that can follow the linear flow must be set to.
+FLOW = {"use_dynamic_shifting": False, "invert_sigmas": False}
+MULTISTEP = FLOW | {
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "predict_x0": True,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+SCHEDULERS = {
+    FlowMatchEulerDiscreteScheduler: FLOW,
+    FlowMatchHeunDiscreteScheduler: FLOW,
+    FlowMatchLCMScheduler: FLOW,
+    UniPCMultistepScheduler: MULTISTEP,
+    DPMSolverMultistepScheduler: MULTISTEP,
+}
+
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError for a scheduler that does not follow the linear flow from sigma = 1, noise, to 0, data."""
-    config, name = scheduler.config, type(scheduler).__name__
-    flow_sigmas = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-    if not (name.startswith("FlowMatch") or flow_sigmas) or config.get("invert_sigmas"):
+    """Raise ValueError for a scheduler that does not follow the linear flow from sigma = 1, noise, to 0, data.
+
+    One of SCHEDULERS, or of a class derived from it, with the options given there as far as it has them.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    needed = next((needed for kind, needed in SCHEDULERS.items() if isinstance(scheduler, kind)), None)
+    if needed is None:
         raise InputError(
-            f"scheduler {name} is not set up for flow matching; use FlowMatchEulerDiscreteScheduler, "
-            "FlowMatchHeunDiscreteScheduler or FlowMatchLCMScheduler (without invert_sigmas), or "
-            "UniPCMultistepScheduler or DPMSolverMultistepScheduler with use_flow_sigmas=True and "
-            "prediction_type='flow_prediction'"
+            f"scheduler {name} is not one for flow matching; use FlowMatchEulerDiscreteScheduler, "
+            "FlowMatchHeunDiscreteScheduler or FlowMatchLCMScheduler, or UniPCMultistepScheduler or "
+            "DPMSolverMultistepScheduler with use_flow_sigmas=True, prediction_type='flow_prediction'"
         )
+    for option, value in needed.items():
+        if config.get(option, value) != value:
+            raise InputError(
+                f"scheduler {name} with {option}={config.get(option)!r} does not follow the flow of this model; make "
+                f"it with {option}={value!r}"
+            )
 
 
 def _flatten(labels) -> list[int | str]:
@@ -43,6 +80,22 @@ def _flatten(labels) -> list[int | str]:
     if isinstance(labels, list | tuple):
         return [label for part in labels for label in _flatten(part)]
     raise InputError(f"class_labels holds {labels!r}; give ids (integers) or names")
+
+
+def _read_labels(id2label: dict, classes: int) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """{lower-case name: id}, and the names that several classes share with their ids. JSON makes strings of the ids."""
+    names: dict[str, set[int]] = {}
+    try:
+        stated = {int(label): str.split(text, ",") for label, text in dict(id2label).items()}
+    except (TypeError, ValueError):
+        raise InputError(f"id2label={id2label!r}: give a name for each class id, such as {{0: 'tench'}}") from None
+    for label, parts in stated.items():
+        if not 0 <= label < classes:
+            raise InputError(f"id2label names class {label}; this model has classes 0 to {classes - 1}")
+        for name in filter(None, (part.strip().lower() for part in (",".join(parts), *parts))):
+            names.setdefault(name, set()).add(label)
+    unique = {name: min(ids) for name, ids in names.items() if len(ids) == 1}
+    return unique, {name: sorted(ids) for name, ids in names.items() if len(ids) > 1}
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -58,6 +111,7 @@ class SiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own type)
     _callback_tensor_inputs = ["latents", "class_labels"]  # noqa: RUF012
+    _current_timestep = None
 
     def __init__(
         self,
@@ -73,20 +127,11 @@ class SiTPipeline(DiffusionPipeline):
                 f"path={transformer.config.path!r}: flow-matching schedulers follow the linear path; sample this "
                 "transformer with sample.py"
             )
-        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
-            raise InputError(
-                f"the vae has {vae.config.latent_channels} latent channels, the transformer "
-                f"{transformer.config.in_channels}; they were not made for each other"
-            )
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
-        names: dict[str, set[int]] = {}
-        for label, text in (id2label or {}).items():
-            for name in (text, *text.split(",")):
-                names.setdefault(name.strip().lower(), set()).add(int(label))  # JSON makes strings of the ids
-        self.labels = {name: min(ids) for name, ids in names.items() if len(ids) == 1}
-        self._shared_names = {name: sorted(ids) for name, ids in names.items() if len(ids) > 1}
+        self._check_vae()
+        self.labels, self._shared_names = _read_labels(id2label or {}, transformer.config.num_classes)
 
     @property
     def guidance_scale(self) -> float:
@@ -102,6 +147,11 @@ class SiTPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Calls of the scheduler in the last run; a Heun scheduler makes two of nearly every step."""
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The scheduler's timestep that is being worked on, for diffusers' caches; None outside a run."""
+        return self._current_timestep
 
     @property
     def nfe(self) -> int:
@@ -149,12 +199,17 @@ class SiTPipeline(DiffusionPipeline):
         """
         transformer = self.transformer
         channels, patch, device = transformer.config.in_channels, transformer.config.patch_size, self._execution_device
-        if isinstance(generator, list) and len(generator) != batch:
+        if isinstance(generator, list | tuple) and len(generator) != batch:
             raise InputError(f"{len(generator)} generators for {batch} images; give one for each, or a single one")
         if latents is None:
             shape = (batch, channels, *transformer.latent_size)
+            generator = list(generator) if isinstance(generator, tuple) else generator
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if latents.ndim != 4 or latents.shape[:2] != (batch, channels) or any(n % patch for n in latents.shape[2:]):
+        if (
+            latents.ndim != 4
+            or latents.shape[:2] != (batch, channels)
+            or any(n % patch or n < 1 for n in latents.shape[2:])
+        ):
             raise InputError(
                 f"latents of shape {tuple(latents.shape)}: give ({batch}, {channels}, H, W) with H and W multiples of "
                 f"{patch}"
@@ -194,13 +249,17 @@ class SiTPipeline(DiffusionPipeline):
         Raises ValueError for bad labels, shapes, choices, schedulers, and for guidance without a null class.
         """
         check_scheduler(self.scheduler)
+        self._check_vae()
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("guidance_channels", guidance_channels, CHANNELS)
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        low, high = guidance_interval
-        if not 0 <= low <= high <= 1:
+        if not (isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2) or not (
+            0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+        ):
             raise InputError(f"guidance_interval={guidance_interval}: give 0 <= low <= high <= 1, with t = 0 noise")
+        if not math.isfinite(guidance_scale):
+            raise InputError(f"guidance_scale={guidance_scale}: must be a finite number")
         if num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt={num_images_per_prompt}: must be at least 1")
         if guidance_scale != 1 and self.transformer.null_label is None:
@@ -227,6 +286,7 @@ class SiTPipeline(DiffusionPipeline):
             for step, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
                 if self.interrupt:
                     continue
+                self._current_timestep = timestep
                 guided = GuidedVelocity(
                     self._network,
                     class_labels,
@@ -245,9 +305,28 @@ class SiTPipeline(DiffusionPipeline):
                     latents, class_labels = tensors["latents"], tensors["class_labels"]
                 bar.update()
 
+        self._current_timestep = None
+        if not latents.isfinite().all():
+            raise InputError(
+                f"the run ended in values that are not finite, with {type(self.scheduler).__name__} and a transformer "
+                f"in {self.transformer.dtype}; check the latents given, or try another scheduler or float32"
+            )
         images = latents if output_type == "latent" else self._to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_vae(self) -> None:
+        """Raise InputError for an autoencoder whose latents are not those of the transformer."""
+        if self.vae is None:
+            return
+        config, channels = self.vae.config, self.transformer.config.in_channels
+        if config.latent_channels != channels:
+            raise InputError(
+                f"the vae has {config.latent_channels} latent channels, the transformer {channels}; they were not made "
+                "for each other"
+            )
+        if getattr(config, "latents_mean", None) is not None:
+            raise InputError("the vae normalises each channel (latents_mean); only scale and shift are known")
 
     def _network(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # Caches keep states of one shape each: batches with and without guidance are contexts of their own.
@@ -259,6 +338,10 @@ class SiTPipeline(DiffusionPipeline):
         scheduler, device = self.scheduler, self._execution_device
         if steps < 1:
             raise InputError(f"num_inference_steps={steps}: must be at least 1")
+        if sigmas is not None and not (
+            len(sigmas) and sigmas[0] <= 1 and sigmas[-1] > 0 and all(a > b for a, b in pairwise(sigmas))
+        ):
+            raise InputError(f"sigmas={sigmas}: give falling noise levels, from 1 at the most and above 0; 0 is added")
         if sigmas is None and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             sigmas = np.linspace(1, 1 / steps, steps)  # its own default stops at the smallest sigma of training
         if sigmas is None:

@@ -102,6 +102,22 @@ def test_axes_are_not_swapped_on_a_non_square_grid():
     assert not torch.allclose(model(near, t, labels).sample[:, :, 0], base[:, :, 0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sample_size": (8, 8, 8)}, {"sample_size": 8.0}, {"sample_size": (8, 0)}, {"depth": 2.5}, {"depth": True},
+        {"num_classes": 2.5}, {"hidden_size": -24}, {"num_heads": 0}, {"in_channels": None},
+        {"mlp_ratio": float("nan")}, {"mlp_ratio": 0.01}, {"mlp_ratio": "4"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_are_none_are_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^{name}=") as error:
+        SiTTransformer2DModel(**{"sample_size": 8, "num_classes": 5, **TINY, **options})
+    assert repr(value) in str(error.value) or repr(value[1]) in str(error.value)
+
+
 def test_position_embedding_rule_and_other_sizes():
     assert tiny(token_mixer="atconv").pos_embed is None
     assert tiny(token_mixer="atconv", pos_embed=True).pos_embed.shape == (1, 16, 24)

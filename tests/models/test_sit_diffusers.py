@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
@@ -67,6 +67,14 @@ def test_every_option_is_tested_at_another_value_than_its_default():
     tested = options("hybrid") | {"routing": "static"}
     assert tested.keys() == defaults.keys()
     assert not [name for name in defaults if tested[name] == defaults[name]]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_block_is_kept_whole_and_compiled(mixer):
+    model = make(mixer)
+    kinds = {type(block).__name__ for block in model.blocks}
+    assert kinds <= set(model._no_split_modules)
+    assert kinds <= set(model._repeated_blocks)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -366,6 +374,7 @@ def test_attention_processors_are_set_one_by_one_and_all_at_once(mixer, count):
     for module in model.modules():
         if isinstance(module, AttentionModuleMixin):
             assert isinstance(module.get_processor(), SiTAttnProcessor)
+            assert not module.is_cross_attention  # diffusers' hooks on self-attention ask for it
     model.set_attn_processor({name: Twice() for name in processors})
     assert not torch.equal(output(model), before)
     with pytest.raises(ValueError, match="number of processors"):
@@ -432,3 +441,22 @@ def test_first_block_cache_skips_the_other_blocks_and_goes_without_a_trace(mixer
     model.disable_cache()
     assert not model.is_cache_enabled
     assert torch.equal(output(model, hidden_states=near), full)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "hybrid"])
+def test_pyramid_attention_broadcast_reuses_attention(mixer):
+    model = make(mixer)
+    calls = []
+    for block in model.blocks:
+        block.attn.proj.register_forward_pre_hook(lambda module, _: calls.append(module))
+    output(model)
+    every = len(calls)
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    model.enable_cache(config)
+    output(model)
+    calls.clear()
+    output(model, hidden_states=inputs()["hidden_states"] + 0.1)
+    assert len(calls) == every - len(model.attn_processors)
+    model.disable_cache()

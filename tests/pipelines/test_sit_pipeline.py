@@ -122,11 +122,12 @@ def test_other_predictions_become_velocities(make_pipe, prediction):
     assert draw(pipe, (1, 4), latents=noise).isfinite().all()  # asked at sigma = 1 too, where alpha is 0
 
 
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SCHEDULERS = {
     "heun": lambda: FlowMatchHeunDiscreteScheduler(),
     "euler, shifted": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
-    "unipc": lambda: UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
-    "dpm++": lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    "unipc": lambda: UniPCMultistepScheduler(**FLOW),
+    "dpm++": lambda: DPMSolverMultistepScheduler(**FLOW),
 }
 
 
@@ -160,13 +161,24 @@ def test_a_few_step_scheduler_draws_from_the_generators_and_ends_in_data(make_pi
 def test_image_i_depends_on_generator_i_alone(make_pipe):
     pipe = make_pipe()
     both = draw(pipe, (1, 1), generator=generators(5, 6))
-    swapped = draw(pipe, (1, 1), generator=generators(6, 5))
+    swapped = draw(pipe, (1, 1), generator=tuple(generators(6, 5)))
     torch.testing.assert_close(swapped, both.flip(0))
     other_neighbour = draw(pipe, (1, 1), generator=generators(5, 7))
     torch.testing.assert_close(other_neighbour[0], both[0])
     assert not torch.allclose(other_neighbour[1], both[1])
     torch.testing.assert_close(draw(pipe, (1,), generator=generators(6))[0], both[1])
     assert not torch.equal(both[0], both[1])
+
+
+def test_what_a_scheduler_draws_for_image_i_is_of_generator_i_too(make_pipe):
+    pipe = make_pipe(scheduler=FlowMatchLCMScheduler())
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).expand(2, -1, -1, -1)
+    both = draw(pipe, (1, 1), latents=noise, generator=generators(5, 6))
+    assert not torch.allclose(both[0], both[1])  # the same noise and label: all the difference is drawn in the steps
+    other_neighbour = draw(pipe, (1, 1), latents=noise, generator=generators(5, 7))
+    torch.testing.assert_close(other_neighbour[0], both[0])
+    assert not torch.allclose(other_neighbour[1], both[1])
+    torch.testing.assert_close(draw(pipe, (1,), latents=noise[:1], generator=generators(6))[0], both[1])
 
 
 @pytest.mark.parametrize("with_vae", [True, False])
@@ -436,6 +448,15 @@ def test_a_training_checkpoints_ema_is_the_transformer(recipe_file, tmp_path):
         ({"output_type": "pli"}, "output_type='pli': did you mean 'pil'"),
         ({"guidance_channels": "first2"}, "did you mean 'first3'"),
         ({"guidance_interval": (0.7, 0.2)}, "0 <= low <= high <= 1"),
+        ({"guidance_interval": None}, "guidance_interval=None"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan: must be a finite number"),
+        ({"sigmas": []}, "falling noise levels"),
+        ({"sigmas": [0.1, 0.5]}, "falling noise levels"),
+        ({"sigmas": [14.0, 7.0]}, "from 1 at the most"),
+        ({"sigmas": [1.0, float("nan")]}, "falling noise levels"),
+        ({"sigmas": [1.0, 0.0]}, "above 0"),
+        ({"latents": torch.zeros(1, 4, 0, 8)}, r"\(1, 4, 0, 8\)"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "not finite, with FlowMatchEuler"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs='noise'"),
@@ -446,6 +467,55 @@ def test_what_does_not_fit_is_named(make_pipe, options, says):
         make_pipe()(**{"class_labels": 1, **options})
 
 
+@pytest.mark.parametrize(
+    ("id2label", "says"),
+    [
+        ({1: None}, "give a name for each class id"),
+        (["tench"], "give a name for each class id"),
+        ({1: ["a", "b"]}, "give a name for each class id"),
+        ({"x": "a"}, "give a name for each class id"),
+        ({5: "a"}, "id2label names class 5; this model has classes 0 to 4"),
+        ({-1: "a"}, "class -1"),
+    ],
+)
+def test_names_of_classes_that_cannot_be(id2label, says):
+    with pytest.raises(ValueError, match=says):
+        SiTPipeline(make_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(), id2label=id2label)
+
+
+def test_an_empty_name_is_no_name():
+    pipe = SiTPipeline(make_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(), id2label={0: "b,", 1: ""})
+    assert pipe.labels == {"b,": 0, "b": 0}
+
+
+def test_a_run_says_where_it_is_and_how_long_it_was(make_pipe):
+    pipe = make_pipe(scheduler=FlowMatchHeunDiscreteScheduler())
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(float(pipe.current_timestep)))
+    draw(pipe, num_inference_steps=3)
+    assert seen == pipe.scheduler.timesteps.tolist()
+    assert pipe.num_timesteps == 5  # two evaluations of every step but the last
+    assert pipe.current_timestep is None
+    assert pipe.model_cpu_offload_seq == "transformer->vae"
+
+
+def test_given_latents_in_half_precision_are_carried_in_fp32(make_pipe):
+    pipe = make_pipe()
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(draw(pipe, latents=noise), draw(pipe, latents=noise.float()))
+
+
+def test_a_vae_without_a_shift_is_only_scaled(make_pipe, vae):
+    pipe = make_pipe()
+    unshifted = AutoencoderKL.from_config({**vae.config, "shift_factor": None})
+    unshifted.load_state_dict(vae.state_dict())
+    pipe.vae = unshifted
+    latent = draw(pipe)
+    with torch.no_grad():
+        decoded = unshifted.decode(latent / 0.5).sample
+    torch.testing.assert_close(draw(pipe, output_type="pt"), (decoded / 2 + 0.5).clamp(0, 1))
+
+
 def test_guidance_needs_a_null_class(make_pipe):
     pipe = make_pipe(class_dropout_prob=0.0)
     with pytest.raises(ValueError, match=r"guidance_scale=1\.5 needs a null class.*use guidance_scale=1"):
@@ -454,16 +524,27 @@ def test_guidance_needs_a_null_class(make_pipe):
     assert pipe.nfe == 3
 
 
-def test_schedulers_of_other_processes_are_refused_at_once_and_when_swapped_in(make_pipe):
-    with pytest.raises(ValueError, match="DDIMScheduler is not set up for flow matching; use FlowMatchEuler"):
-        make_pipe(scheduler=DDIMScheduler())
-    with pytest.raises(ValueError, match="UniPCMultistepScheduler is not set up for flow matching"):
-        make_pipe(scheduler=UniPCMultistepScheduler())
-    with pytest.raises(ValueError, match="without invert_sigmas"):
-        make_pipe(scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        (DDIMScheduler(), "DDIMScheduler is not one for flow matching; use FlowMatchEuler"),
+        (UniPCMultistepScheduler(), "UniPCMultistepScheduler with use_flow_sigmas=False .* use_flow_sigmas=True"),
+        (
+            UniPCMultistepScheduler(use_flow_sigmas=True),
+            "prediction_type='epsilon' .* prediction_type='flow_prediction'",
+        ),
+        (UniPCMultistepScheduler(**FLOW, predict_x0=False), "predict_x0=False"),
+        (DPMSolverMultistepScheduler(**FLOW, use_karras_sigmas=True), "use_karras_sigmas=True"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
+    ],
+)
+def test_schedulers_of_other_processes_are_refused_at_once_and_when_swapped_in(make_pipe, scheduler, says):
+    with pytest.raises(ValueError, match=says):
+        make_pipe(scheduler=scheduler)
     pipe = make_pipe()
-    pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="DDIMScheduler"):
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=says):
         draw(pipe)
 
 
@@ -476,6 +557,15 @@ def test_what_the_pipeline_cannot_be_made_of(make_pipe, vae):
         draw(make_pipe(scheduler=FlowMatchHeunDiscreteScheduler()), sigmas=[1.0, 0.5])
     with pytest.raises(ValueError, match="latents of 4 channels are no picture without a vae"):
         draw(make_pipe(with_vae=False), output_type="pil")
+    with pytest.raises(ValueError, match="path='ddpm'"):
+        make_pipe(path="ddpm")
+    pipe = make_pipe()
+    pipe.vae = AutoencoderKL.from_config({**vae.config, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
+    with pytest.raises(ValueError, match="latents_mean"):
+        draw(pipe)
+    pipe.vae = AutoencoderKL.from_config({**vae.config, "latent_channels": 8})
+    with pytest.raises(ValueError, match="the vae has 8 latent channels, the transformer 4"):
+        draw(pipe)
     plain = SiTPipeline(make_transformer(), scheduler=FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="the pipeline has no id2label; give ids, 0 to 4"):
         plain("umbrella", output_type="latent")
