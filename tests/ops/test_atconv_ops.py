@@ -332,6 +332,15 @@ def test_pooling_is_as_exact_as_the_oracle_in_that_precision(dtype, pool):
     assert (pool_tokens(x, (9, 11), 3, pool).double() - exact).abs().max() <= 2 * own + 1e-6
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", *FAST])
+def test_an_empty_batch_has_empty_results(backend):
+    v, kernels = torch.zeros(0, 256, 300, requires_grad=True), torch.zeros(0, 9, 300, requires_grad=True)
+    y = dynamic_depthwise_conv(v, kernels, (16, 16), backend)
+    y.sum().backward()
+    assert y.shape == v.grad.shape == (0, 256, 300)
+    assert kernels.grad.shape == (0, 9, 300)
+
+
 def test_it_is_a_cross_correlation_not_a_flipped_convolution():
     v = torch.zeros(1, 9, 1)
     v[0, 4] = 1
@@ -346,6 +355,8 @@ def test_argument_then_environment_then_rule_choose_the_backend(monkeypatch):
     # A sample has to be large for a call of its own to pay, however many there are.
     assert (choose_backend(small), choose_backend(large)) == ("native", "conv")
     assert choose_backend(torch.zeros(999, 64, 64)) == "native"
+    assert choose_backend(torch.zeros(1, 256, 255)) == "native"
+    assert choose_backend(torch.zeros(1, 256, 256)) == "conv"
     assert choose_backend(large.double()) == choose_backend(large.half()) == "native"
     onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert choose_backend(large.bfloat16()) == ("conv" if onednn else "native")

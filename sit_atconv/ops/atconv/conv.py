@@ -37,10 +37,10 @@ def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], k
     """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c]: (B, K, C)."""
     (batch, _, channels), k = v.shape, kernel_size
     images, upstream = _images(v, grid), _images(grad_y, grid)
-    samples = [
-        torch.nn.grad.conv2d_weight(
+    gradient = torch.empty((batch, k * k, channels), dtype=v.dtype, device=v.device)
+    for b in range(batch):
+        one = torch.nn.grad.conv2d_weight(
             images[b : b + 1], (channels, 1, k, k), upstream[b : b + 1], padding=k // 2, groups=channels
         )
-        for b in range(batch)
-    ]
-    return torch.stack(samples).flatten(2).transpose(1, 2).contiguous()
+        gradient[b] = one.flatten(1).t()
+    return gradient
