@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--out {args.out}: must end in .png")
     if args.scheduler and args.sampler:
         raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
+    if args.scheduler and args.epsilon is not None:
+        raise InputError(f"--epsilon {args.epsilon:g} does nothing with --scheduler {args.scheduler}; leave one out")
     args.sampler = args.sampler or "euler"
     ready = setup(args)
     draw = generate

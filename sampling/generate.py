@@ -87,7 +87,7 @@ def write_manifest(
     manifest = {
         "num": args.num,
         "labels": labels,
-        **ready.sampling.describe(),
+        **ready.sampling.describe(trained.model),
         "path": trained.model.config.path,
         "prediction": trained.model.config.prediction,
         "time_interval": ready.sampling.interval(trained.model),

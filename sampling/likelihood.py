@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sampling.options import check_one_process
 from sit_atconv import draws
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.config import make_recipe
@@ -14,11 +15,12 @@ from sit_atconv.data import Digits, Folder, open_dataset
 from sit_atconv.devices import resolve_device
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.files import check_new, library_versions, write_atomic
 from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
+from sit_atconv.generation import check_path
 
 LEVELS = {"digits": 1 / 8, "imagefolder": LEVEL_8_BIT}  # between two neighbouring grey levels, in [-1, 1]
 
@@ -72,8 +74,11 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: must be at least 0")
+    check_one_process()
+    check_new(Path(args.out))
     device = resolve_device(args.device)
     trained = load_trained(args.ckpt)
+    check_path(trained.model)
     dataset, level = real_images(trained, args.split)
     if args.num > len(dataset):
         raise InputError(f"--num {args.num}: the split {args.split} has {len(dataset)} images")

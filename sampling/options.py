@@ -11,6 +11,7 @@ from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
 from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
+from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON
 from sit_atconv.generation import SAMPLERS, SDE_DEFAULTS, Sampling
 from sit_atconv.latents import reopen_codec
 
@@ -55,6 +56,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="guidance acts for t in it, t = 0 noise, t = 1 data (default: 0 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--epsilon", type=float, metavar="E",
+        help=f"how far t keeps from 0 or 1 where the flow is singular there (default: {SAMPLE_EPSILON:g}; "
+        f"{SBDM_EPSILON:g} with --diffusion sbdm where alpha vanishes)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="noise of image i is drawn from (seed, i) (default: 0)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
     parser.add_argument(
@@ -69,6 +75,12 @@ def sampling_of(args: argparse.Namespace, **others) -> Sampling:
     return Sampling(args.sampler, args.steps, args.cfg, **sde, **others)
 
 
+def check_one_process() -> None:
+    """Raise InputError where a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("sampling runs in one process; start it without a launcher")
+
+
 @dataclass
 class Setup:
     """A trained model, its codec and the sampling asked for, all on the device."""
@@ -81,10 +93,13 @@ class Setup:
 def setup(args: argparse.Namespace) -> Setup:
     """Load what the options name. Raises InputError for a bad checkpoint, option, device or missing autoencoder."""
     sampling = sampling_of(
-        args, guidance_channels=args.cfg_channels, guidance_interval=tuple(args.cfg_interval), seed=args.seed
+        args,
+        guidance_channels=args.cfg_channels,
+        guidance_interval=tuple(args.cfg_interval),
+        epsilon=args.epsilon,
+        seed=args.seed,
     )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("sampling runs in one process; start it without a launcher")
+    check_one_process()
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be at least 1")
     device = resolve_device(args.device)

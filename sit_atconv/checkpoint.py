@@ -7,9 +7,11 @@
         manifest.json         step, images seen, processes, recipe, data, codec, library versions, SHA-256 of every file
 
 A folder without a valid manifest is not a checkpoint. A model alone, as `save_pretrained` or the converter writes it,
-can be sampled too; the converter's conversion.json holds the SHA-256 of its files.
+can be sampled too, and so can the transformer of a pipeline; the converter's conversion.json holds the SHA-256 of its
+files.
 """
 
+import inspect
 import json
 import shutil
 import sys
@@ -21,14 +23,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import library_versions, sha256, sync
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONVERSION = "conversion.json"
-FLOW_TIME = "0..1, 0 is noise"
+PIPELINE_INDEX = "model_index.json"
 
 
 class Damaged(InputError):
@@ -197,19 +199,24 @@ class Trained:
     files: dict[str, str]
 
 
-def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, any_time: bool = False) -> Trained:
+def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
 
-    Also a model folder on its own, such as a converted one. dtype: of the weights in memory.
-    any_time: take a model too whose time does not run from 0, noise, to 1, data, as our samplers' does.
+    Also a model folder on its own, such as a converted one, or the transformer in a pipeline's folder, whose
+    autoencoder is the codec's unless another is named. dtype: of the weights in memory.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
     path = Path(path).absolute()
     if not path.is_dir():
         raise InputError(f"checkpoint {str(path)!r}: no such folder; give a run, a step-... folder or its ema/ folder")
+    if (path / PIPELINE_INDEX).is_file():
+        trained = load_trained(path / "transformer", dtype)
+        if (path / "vae").is_dir():
+            trained.manifest["codec"]["vae"] = str(path / "vae")
+        return trained
     has_model = (path / "config.json").is_file()
     if has_model and not (path.name in ("ema", "model") and path.parent.name.startswith("step-")):
-        return _load_model_folder(path, dtype, any_time)
+        return _load_model_folder(path, dtype)
     folder, which = (path.parent, path.name) if has_model else ((step_folders(path) or [path])[-1], "ema")
     manifest = read_manifest(folder, under=f"{which}/")
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
@@ -222,31 +229,31 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, any_time:
 def read_conversion(folder: Path) -> dict[str, Any]:
     """conversion.json of a converted folder, after comparing the SHA-256 of the folder's files with it.
 
-    Raises Damaged naming the first thing that is missing or changed.
+    Raises Damaged naming the first thing that is missing or changed, or files that it does not list.
     """
     try:
         record = json.loads((folder / CONVERSION).read_text())
-        files, _ = dict(record["files"]), record["time"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(f"{str(folder)!r} holds no valid {CONVERSION}; convert again") from None
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise Damaged(f"model {str(folder)!r} is damaged: {name} is missing, was changed or cut; convert again")
+    if strays := {path.name for path in _model_files(folder)} - {CONVERSION, *files}:
+        raise Damaged(f"model {str(folder)!r} is damaged: {CONVERSION} does not list {sorted(strays)}; convert again")
     return record
 
 
-def _load_model_folder(folder: Path, dtype: torch.dtype, any_time: bool) -> Trained:
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+
+
+def _load_model_folder(folder: Path, dtype: torch.dtype) -> Trained:
     if (folder / CONVERSION).is_file():
         record = read_conversion(folder)
-        if record["time"] != FLOW_TIME and not any_time:
-            raise InputError(
-                f"{str(folder)!r} is a converted {record.get('form')} model with time {record['time']}; our samplers "
-                "run from t = 0, noise, to t = 1, data, and cannot draw from it"
-            )
         which, files = record.get("weights"), record["files"]
     else:
-        found = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-        which, files = None, {path.name: sha256(path) for path in found}
+        which, files = None, {path.name: sha256(path) for path in _model_files(folder)}
     model = _load_model(folder, dtype)
     codec = {"codec": "open", "channels": model.config.in_channels}
     return Trained(folder, which, {"step": None, "codec": codec}, model, files)
@@ -256,12 +263,20 @@ def _load_model(folder: Path, dtype: torch.dtype) -> SiTTransformer2DModel:
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict) or config.get("_class_name") != SiTTransformer2DModel.__name__:
-            raise InputError(f"{str(folder)!r} holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
+            raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
+        options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]
+        for name in config:
+            # diffusers' own begin with "_", but for the one with which an export names its code. It ignores any other.
+            if not name.startswith("_") and name != "auto_map":
+                check_choice("option in config.json", name, options)
         model, found = SiTTransformer2DModel.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"checkpoint {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    # Files of any content: no JSON, no tensors, values that the model refuses, tensors of other shapes.
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        # diffusers goes on to advise drawing tensors of other shapes at random.
+        raise InputError(f"checkpoint {str(folder)!r} cannot be read: {said.partition('. If you want')[0]}") from None
     strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
     if strays:  # which diffusers only warns of, drawing what is missing at random
         raise Damaged(f"model {str(folder)!r} is damaged: its tensors are not those of its config: {strays}")

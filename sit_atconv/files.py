@@ -4,8 +4,12 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from sit_atconv.errors import InputError
 from sit_atconv.version import __version__
 
 
@@ -18,6 +22,44 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def check_new(out: Path) -> None:
+    """Raise InputError where `out` exists, or what should be a folder above it is none."""
+    try:
+        exists, above = out.exists(), next(path for path in out.absolute().parents if path.exists())
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r}: {error.strerror}") from None
+    if exists:
+        raise InputError(f"--out {str(out)!r}: exists already; choose a new name")
+    if not above.is_dir():
+        raise InputError(f"--out {str(out)!r}: {str(above)!r} is no folder; choose another place")
+
+
+@contextmanager
+def new_path(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write a file or folder to, which then becomes `out`; after a fault nothing is left of it.
+
+    Makes the folders above. Raises InputError where the disk does not take it.
+    """
+    out = out.absolute()
+    unfinished = out.with_name(f".{out.name}.unfinished")
+
+    def clear() -> None:
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        clear()
+        try:
+            yield unfinished
+            for path in [*unfinished.rglob("*"), unfinished]:
+                sync(path)
+            unfinished.rename(out)
+        finally:
+            clear()
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
 
 
 def sync(path: Path) -> None:

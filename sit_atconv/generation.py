@@ -17,13 +17,14 @@ from sit_atconv.flow import samplers
 from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
-from sit_atconv.flow.times import SAMPLE_EPSILON, sampling_interval, time_grid
+from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval, time_grid
 from sit_atconv.images import to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 SAMPLERS = (*samplers.SAMPLERS, *SDE_SAMPLERS)
 # As the public SiT code evaluates. "last_step_size" has no default of its own where there is no last step.
 SDE_DEFAULTS = {"diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04}
+LEAST_EPSILON = 1e-6  # under it, fp32 soon tells no t from 1
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class Sampling:
 
     steps: from noise to data, an SDE's last step included (dopri5 sets its own). guidance_scale: 1 is no guidance.
     guidance_channels: "all" or "first3". guidance_interval: guidance acts for t in it, t = 0 noise, t = 1 data.
+    With scale 1 the defaults of both are all that is accepted.
     diffusion, diffusion_norm, last_step, last_step_size: of the SDE samplers; None is SDE_DEFAULTS for them, and for an
     ODE sampler all that is accepted.
+    epsilon: how far t keeps from an end that is singular, see `flow.times.sampling_interval`; None is 1e-3, and 0.04
+    for the SBDM form where alpha vanishes at t = 0. Stated for a model without such an end, `check_model` refuses it.
     """
 
     sampler: str = "euler"
@@ -46,6 +50,7 @@ class Sampling:
     diffusion_norm: float | None = None
     last_step: str | None = None
     last_step_size: float | None = None
+    epsilon: float | None = None
 
     def __post_init__(self):
         check_choice("sampler", self.sampler, SAMPLERS)
@@ -61,6 +66,12 @@ class Sampling:
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise InputError(f"guidance interval {low} to {high}: give 0 <= LOW <= HIGH <= 1 (t = 0 noise, t = 1 data)")
+        for name, default in (("channels", "all"), ("interval", (0.0, 1.0))):
+            value = getattr(self, f"guidance_{name}")
+            if self.guidance_scale == 1 and value != default:
+                raise InputError(f"guidance {name} {value}: with guidance scale 1 nothing is guided; leave it out")
+        if self.epsilon is not None and not LEAST_EPSILON <= self.epsilon < 0.5:
+            raise InputError(f"epsilon={self.epsilon}: must be at least {LEAST_EPSILON:g} and under 0.5")
 
     def _settle_sde(self) -> None:
         """Put the defaults in, refuse what is idle, check the rest."""
@@ -94,11 +105,26 @@ class Sampling:
     def interval(self, model: SiTTransformer2DModel) -> tuple[float, float]:
         """The times [t0, t1] between which the model is integrated; an SDE's last step goes on from t1."""
         path, prediction = PATHS[model.config.path](), model.config.prediction
-        return sampling_interval(path, prediction, self.diffusion, self.last_step_size or 0.0)
+        return sampling_interval(path, prediction, self.diffusion, self.last_step_size or 0.0, self._epsilon(model))
 
-    def describe(self) -> dict[str, Any]:
-        """What a manifest records: the settings, None where one did not act, and dopri5's tolerances."""
+    def _epsilon(self, model: SiTTransformer2DModel) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        steep = self.diffusion == "sbdm" and PATHS[model.config.path].alpha_vanishes
+        return SBDM_EPSILON if steep else SAMPLE_EPSILON
+
+    def _epsilon_acts(self, model: SiTTransformer2DModel) -> bool:
+        """Whether an end of the interval is other than 0, or 1 less the last step."""
+        return self.interval(model) != (0, 1 - (self.last_step_size or 0))
+
+    def describe(self, model: SiTTransformer2DModel | None = None) -> dict[str, Any]:
+        """What a manifest records: the settings, None where one did not act, and dopri5's tolerances.
+
+        model: what was sampled, which decides the epsilon that acted; without it, epsilon is as stated.
+        """
         settings = dataclasses.asdict(self)
+        if model is not None:
+            settings["epsilon"] = self._epsilon(model) if self._epsilon_acts(model) else None
         if self.guidance_scale == 1:
             settings |= {"guidance_channels": None, "guidance_interval": None}
         if self.sampler == "dopri5":
@@ -106,12 +132,32 @@ class Sampling:
         return settings
 
     def check_model(self, model: SiTTransformer2DModel) -> None:
-        """Raise InputError when the model cannot be guided as asked."""
+        """Raise InputError when the model cannot be sampled as asked, or something asked would do nothing to it."""
+        check_path(model)
         if self.guidance_scale != 1 and model.null_label is None:
             raise InputError(
                 f"guidance scale {self.guidance_scale:g} needs a null class, and this model was trained without class "
                 "dropout; use guidance scale 1"
             )
+        if self.guidance_channels == "first3" and model.config.in_channels <= 3:
+            raise InputError(
+                f"guidance channels first3 would do nothing: this model has {model.config.in_channels}; leave it out"
+            )
+        try:
+            acts = self._epsilon_acts(model)
+        except ValueError as error:
+            raise InputError(f"{error}; make the last step or epsilon smaller") from None
+        if self.epsilon is not None and not acts:
+            raise InputError(f"epsilon={self.epsilon:g} would do nothing: no end is singular here; leave it out")
+
+
+def check_path(model: SiTTransformer2DModel) -> None:
+    """Raise InputError for a model that predicts something else than a flow from noise, t = 0, to data, t = 1."""
+    if model.config.path not in PATHS:
+        raise InputError(
+            f"path={model.config.path!r}: a DiT with time 0..999, 999 being noise; our samplers follow {sorted(PATHS)} "
+            "from t = 0, noise, to t = 1, data, and cannot draw from it"
+        )
 
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
@@ -184,7 +230,7 @@ def generate(
     codec: decodes latents to images. labels: one class per index.
     See `flow`; dopri5 shares its step size over the batch. Decoding is fp32.
     Returns uint8 (B, C, H, W) on the CPU, by images.UINT8_RULE.
-    Raises InputError for a label out of range or guidance without a null class.
+    Raises InputError for a label out of range, guidance without a null class, or a model that is no flow.
     """
     sampling.check_model(model)
     check_labels(labels, model.config.num_classes)

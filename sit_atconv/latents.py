@@ -106,11 +106,11 @@ def reopen_codec(description: dict[str, Any], vae: str | None, batch_size: int) 
 
     vae: where the autoencoder lies today, None for where it was; batch_size: images per pass through it.
     A description that leaves the codec open (a model without a training checkpoint) gives its number of channels: the
-    autoencoder is the one named, and 1 or 3 channels without one are pixels.
+    autoencoder is the one named, else the one that lies beside the model, and 1 or 3 channels without one are pixels.
     Raises InputError when the autoencoder is not there or is another one.
     """
     if description["codec"] == "open":
-        return _named_codec(description["channels"], vae, batch_size)
+        return _named_codec(description["channels"], vae or description.get("vae"), batch_size)
     if description["codec"] == "identity":
         if vae is not None:
             raise InputError(f"--vae {vae}: this checkpoint is of a pixel model and has no autoencoder")

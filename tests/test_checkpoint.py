@@ -249,3 +249,35 @@ def test_a_model_whose_tensors_are_not_all_there_is_refused(tmp_path, change):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"{change}_keys.*final_layer"):
         checkpoint.load_trained(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_size": 12}, "expected shape torch.Size([72]), but got torch.Size([48])"),
+        ({"depth": 2.5}, "depth=2.5"),
+        ({"depth": 1}, "unexpected_keys"),
+        ({"class_dropout_prob": "a"}, "'<=' not supported"),
+        ({"path": "edm"}, "path='edm'"),
+        ({"hiden_size": 8}, "option in config.json='hiden_size': did you mean 'hidden_size'"),
+    ],
+)
+def test_a_config_that_the_model_refuses_is_one_line(fails, tmp_path, change, says):
+    import sample
+
+    small_model().save_pretrained(tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({**config, **change}))
+    assert says in fails(sample.main, "--ckpt", tmp_path / "mine", "--out", tmp_path / "grid.png")
+
+
+def test_load_trained_takes_the_transformer_of_a_pipeline(tmp_path, vae_folder):
+    model = small_model(3)
+    model.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text("{}")
+    trained = checkpoint.load_trained(tmp_path)
+    assert trained.folder == tmp_path / "transformer"
+    assert torch.equal(trained.model.x_embedder.proj.weight, model.x_embedder.proj.weight)
+    assert trained.manifest["codec"] == {"codec": "open", "channels": 1}
+    (tmp_path / "vae").symlink_to(vae_folder)
+    assert checkpoint.load_trained(tmp_path).manifest["codec"]["vae"] == str(tmp_path / "vae")

@@ -9,7 +9,8 @@ from conftest import ROOT
 from sit_atconv import SiTTransformer2DModel, config, data
 from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
 from sit_atconv.errors import InputError
-from sit_atconv.plan import dry_run
+from sit_atconv.generation import Sampling
+from sit_atconv.plan import dry_run, preview_sampling, time_sampling
 
 RECIPES = sorted((ROOT / "experiments/recipes").glob("*.yaml"))
 MINIMAL = {"run": {"out": "x"}}
@@ -105,6 +106,11 @@ def test_overrides_are_typed_and_win(recipe_file):
         ({"flow": {"time_sampling": "logit-normal", "time_mean": float("nan")}}, "flow.time_mean=nan"),
         ({"flow": {"time_sampling": "logit-normal", "time_std": 0.0}}, "flow.time_std=0.0: must be a positive number"),
         ({"flow": {"time_shift": 0.0}}, "flow.time_shift=0.0: must be a positive number"),
+        (
+            {"flow": {"time_sampling": "logit-normal", "time_std": float("inf")}},
+            "flow.time_std=inf: must be",
+        ),
+        ({"flow": {"time_shift": float("inf")}}, "flow.time_shift=inf: must be a positive number"),
         ({"model": {"prediction": "noise"}}, "model.prediction"),
         ({"run": {"seed": -1}}, "run.seed=-1"),
         ({"run": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'"),
@@ -121,6 +127,24 @@ def test_wrong_recipes_are_refused_in_one_line(stated, says):
         make_recipe(merged)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prediction", ["score", "noise"])
+@pytest.mark.parametrize("weight", ["none", "velocity", "likelihood"])
+def test_score_and_noise_prediction_take_every_weight(prediction, weight):
+    flow = make_recipe({**MINIMAL, "flow": {"prediction": prediction, "loss_weight": weight}}).flow
+    assert (flow.prediction, flow.loss_weight) == (prediction, weight)
+
+
+def test_a_recipe_decides_where_t_is_drawn_and_how_previews_are():
+    assert time_sampling(config.Flow(prediction="noise")).interval == (1e-3, 1 - 1e-3)
+    preview = {"sampler": "sde-heun", "steps": 7, "guidance_scale": 2.5, "diffusion": "linear", "diffusion_norm": 0.5}
+    preview |= {"last_step": "tweedie", "last_step_size": 0.1}
+    recipe = make_recipe({"run": {"out": "x", "seed": 3}, "preview": preview})
+    model = SiTTransformer2DModel(sample_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1)
+    assert preview_sampling(recipe, model) == Sampling(
+        "sde-heun", 7, 2.5, seed=3, diffusion="linear", diffusion_norm=0.5, last_step="tweedie", last_step_size=0.1
+    )
 
 
 def test_run_out_is_required():

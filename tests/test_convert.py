@@ -21,7 +21,10 @@ from sit_atconv.convert.__main__ import main
 from sit_atconv.convert.reading import read_source
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
+from sit_atconv.generation import Sampling, generate
+from sit_atconv.latents import IdentityCodec
 from sit_atconv.layers.projectors import Projectors
+from sit_atconv.pipelines.export import main as export
 
 SIT = ("sit_attn", "sit_atconv", "sit_hybrid")
 MIXERS = {"sit_attn": "attention", "sit_atconv": "atconv", "sit_hybrid": "hybrid", "repa_hybrid": "hybrid"}
@@ -97,7 +100,7 @@ def test_golden_repa_with_its_time_folded_and_its_projectors_kept(tmp_path):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("name", SIT)
 def test_public_to_ours_to_public_is_bit_exact(tmp_path, name, suffix):
-    convert(golden_file(tmp_path, name), tmp_path / "out", num_heads=4)
+    convert(golden_file(tmp_path, name), tmp_path / "out")
     export_public(tmp_path / "out", tmp_path / f"back{suffix}")
     assert_equal(read_source(tmp_path / f"back{suffix}").tensors, golden(name)[1])
 
@@ -145,6 +148,26 @@ def test_the_stored_precision_is_kept(tmp_path, dtype):
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
     export_public(tmp_path / "out", tmp_path / "back.pt")
     assert_equal(read_source(tmp_path / "back.pt").tensors, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_repa_of_another_precision_is_folded_in_fp32_at_least_and_goes_back_as_it_came(tmp_path, dtype):
+    time = "t_embedder.mlp.0.weight"
+    tensors = {name: tensor.to(dtype) for name, tensor in golden("repa_hybrid")[1].items()}
+    record = convert(write(tmp_path / "a.pt", tensors), tmp_path / "out", num_heads=4, encoder_depth=2)
+    assert record["dtype"] == str(dtype).removeprefix("torch.")
+    model = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {tensor.dtype for tensor in model.values()} == {wide}
+    # The fold of the same weights in fp64; fp16 and bf16 would be 1e-4 off, fp32 in the place of fp64 1e-9.
+    double = write(tmp_path / "exact.pt", {name: tensor.double() for name, tensor in tensors.items()})
+    exact = read_public(double, **REPA).model
+    limit = 1e-14 if dtype == torch.float64 else 1e-7
+    torch.testing.assert_close(model[time].double(), exact.state_dict()[time], rtol=0, atol=limit)
+    export_public(tmp_path / "out", tmp_path / "back.pt")
+    back = read_source(tmp_path / "back.pt").tensors
+    torch.testing.assert_close(back.pop(time), tensors.pop(time), rtol=0, atol=torch.finfo(dtype).eps)
+    assert_equal(back, tensors)
 
 
 def test_mixed_precision_goes_to_the_wider(tmp_path):
@@ -281,8 +304,68 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     index = {"weight_map": {"pos_embed": "../secret.safetensors"}}
     (tmp_path / "folder" / "a.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="not whole"):
+    with pytest.raises(InputError, match=r"lists '\.\./secret\.safetensors', which is no name of a file beside it"):
         load_public(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("values", [[3], ["a.safetensors", 3], [["a.safetensors"]], [None]])
+def test_an_index_of_no_names_is_refused(fails, tmp_path, values):
+    write(tmp_path / "folder" / "a.safetensors", state())
+    index = {"weight_map": dict(zip(state(), values, strict=False))}
+    (tmp_path / "folder" / "a.safetensors.index.json").write_text(json.dumps(index))
+    assert "which is no name of a file" in fails(main, tmp_path / "folder", "--out", tmp_path / "out")
+
+
+def test_of_several_files_or_indices_the_one_of_the_usual_name_is_read(tmp_path):
+    for kind, suffix in (("one", ""), ("many", ".index.json")):
+        folder = tmp_path / kind
+        write(folder / "model.safetensors", state())
+        write(folder / "other.safetensors", {"other": torch.ones(1)})
+        if suffix:
+            for name in ("model", "other"):
+                index = {"weight_map": {"any": f"{name}.safetensors"}}
+                (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+        assert_equal(load_public(folder, num_heads=2).state_dict(), state())
+        (folder / f"model.safetensors{suffix}").rename(folder / f"mine.safetensors{suffix}")
+        with pytest.raises(
+            InputError, match=rf"holds \['mine\.safetensors{suffix}', 'other.*a folder with one of these"
+        ):
+            load_public(folder, num_heads=2)
+
+
+@pytest.mark.parametrize("args", ["{", "[1]", "null", "some words", "[" * 100_000])
+def test_a_header_whose_args_are_no_options_is_refused(fails, tmp_path, args):
+    save_file(state(), tmp_path / "a.safetensors", metadata={"format": "pt", "args": args})
+    says = fails(main, tmp_path / "a.safetensors", "--out", tmp_path / "out", "--num-heads", 2)
+    assert "args in its header are not a JSON object" in says
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "args", [{"prediction": torch.ones(2)}, {"form": torch.ones(2), "path_type": 3}, {"prediction": ["v"]}]
+)
+def test_stored_options_of_any_kind_are_refused_by_name(fails, tmp_path, args):
+    source = write(tmp_path / "a.pt", {"ema": state(), "args": argparse.Namespace(**args)})
+    assert "choose from" in fails(main, source, "--out", tmp_path / "out", "--num-heads", 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*[Qq]uanti.*", "ignore:Sparse")
+@pytest.mark.parametrize("kind", ["sparse", "csr", "quantised", "meta", "no rows", "no columns"])
+def test_tensors_without_plain_numbers_are_refused_by_name(fails, tmp_path, kind):
+    weight = state()["t_embedder.mlp.0.weight"]
+    made = {
+        "sparse": lambda: weight.to_sparse(),
+        "csr": lambda: weight.to_sparse_csr(),
+        "quantised": lambda: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+        "meta": lambda: weight.to("meta"),
+        "no rows": lambda: weight[:0],
+        "no columns": lambda: weight[:, :0],
+    }[kind]()
+    for form in ("sit", "repa"):
+        source = write(tmp_path / "a.pt", {**state(), "t_embedder.mlp.0.weight": made})
+        says = fails(main, source, "--out", tmp_path / "out", "--num-heads", 2, "--form", form)
+        assert "'t_embedder.mlp.0.weight' is a " in says
+        assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 # Nothing is executed, and damage is one line
@@ -355,10 +438,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no file of weights"):
         load_public(tmp_path / "empty")
-    for name in ("a", "b"):
-        write(tmp_path / "two" / f"{name}.safetensors", state())
-    with pytest.raises(InputError, match="give one of the files"):
-        load_public(tmp_path / "two")
     tiny().save_pretrained(tmp_path / "ours")
     with pytest.raises(InputError, match="a model of this library already"):
         load_public(tmp_path / "ours")
@@ -430,8 +509,24 @@ def test_a_tensor_of_another_shape_is_named(tmp_path, name, shape, says):
 
 def test_the_kernel_of_a_square_number_of_taps(tmp_path):
     tensors = {**state(token_mixer="atconv"), "blocks.0.attn.kernel_gen.weight": torch.zeros(16, 16)}
-    with pytest.raises(InputError, match="square of an odd kernel size"):
-        load_public(write(tmp_path / "a.pt", tensors))
+    for shape in ((16, 16), ()):
+        tensors["blocks.0.attn.kernel_gen.weight"] = torch.zeros(shape)
+        with pytest.raises(InputError, match="square of an odd kernel size"):
+            load_public(write(tmp_path / "a.pt", tensors))
+
+
+def test_a_number_in_the_place_of_a_norm_is_no_head(tmp_path):
+    tensors = {**state(qk_norm=True), "blocks.0.attn.q_norm.weight": torch.tensor(1.0)}
+    with pytest.raises(InputError, match=r"q_norm\.weight has the shape \(\), \(12,\)"):
+        load_public(write(tmp_path / "a.pt", {"ema": tensors, "args": {"num_heads": 2}}))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("name", ["t_embedder.mlp.0.weight", "final_layer.linear.bias"])
+def test_what_repa_folds_is_made_of_floats(tmp_path, name, dtype):
+    tensors = {**state(), name: torch.ones(state()[name].shape).to(dtype)}
+    with pytest.raises(InputError, match=f"{name} .*finite floats"):
+        load_public(write(tmp_path / "a.pt", tensors), form="repa", num_heads=2)
 
 
 @pytest.mark.parametrize("value", [torch.full((24,), torch.nan), torch.ones(24, dtype=torch.int64)])
@@ -457,7 +552,10 @@ def test_heads_of_another_width_are_asked_for_exactly_where_they_matter(fails, t
     assert "hidden_size=24" in fails(main, source, "--out", tmp_path / "out")
     assert "num_heads=5 does not divide" in fails(main, source, "--out", tmp_path / "out", "--num-heads", 5)
     assert "num_heads=0" in fails(main, source, "--out", tmp_path / "out", "--num-heads", 0)
-    load_public(write(tmp_path / "b.pt", state(token_mixer="atconv")), sample_size=8)
+    plain = write(tmp_path / "b.pt", state(token_mixer="atconv"))
+    load_public(plain, sample_size=8)
+    says = fails(main, plain, "--out", tmp_path / "out", "--sample-size", 8, "--num-heads", 2)
+    assert "num_heads=2 would do nothing: no block has attention; leave it out" in says
     normed = write(tmp_path / "c.pt", state(qk_norm=True, num_heads=3))
     assert load_public(normed).config.num_heads == 3
     with pytest.raises(InputError, match=r"q_norm\.weight has the shape \(8,\), \(12,\)"):
@@ -507,9 +605,12 @@ def test_a_position_embedding_of_another_kind_is_kept(tmp_path):
     tensors = state()
     tensors["pos_embed"] = torch.randn(1, 16, 24)
     source = write(tmp_path / "a.pt", tensors)
-    assert convert(source, tmp_path / "out", num_heads=2)["pos_embed"] == "stored"
+    record = convert(source, tmp_path / "out", num_heads=2)
+    assert record["pos_embed"] == "stored"
+    assert record["notes"] == ["pos_embed is not the fixed one, which takes its place at any other latent size"]
     assert torch.equal(SiTTransformer2DModel.from_pretrained(tmp_path / "out").pos_embed, tensors["pos_embed"])
-    assert read_public(write(tmp_path / "b.pt", state()), num_heads=2).record["pos_embed"] == "sincos"
+    record = read_public(write(tmp_path / "b.pt", state()), num_heads=2).record
+    assert (record["pos_embed"], record["notes"]) == ("sincos", [])
     without = write(tmp_path / "c.pt", state(pos_embed=False))
     assert read_public(without, num_heads=2, sample_size=8).record["pos_embed"] is None
 
@@ -521,7 +622,8 @@ def test_a_position_embedding_of_another_kind_is_kept(tmp_path):
         ("sit", {"path_type": "GVP", "prediction": "score"}, {}, ("gvp", "score")),
         ("sit", {"path_type": "VP", "prediction": "noise"}, {"path": "linear"}, ("linear", "noise")),
         ("repa", {"path_type": "cosine", "prediction": "v"}, {}, ("gvp", "velocity")),
-        ("dit", {}, {}, ("vp", "noise")),
+        ("dit", {}, {}, ("ddpm", "noise")),
+        ("dit", {"path_type": "Linear", "prediction": "velocity"}, {}, ("ddpm", "noise")),
     ],
 )
 def test_what_the_output_means(tmp_path, form, args, told, expected):
@@ -536,6 +638,9 @@ def test_a_path_that_is_not_known_is_refused(tmp_path):
         load_public(source, num_heads=2)
     with pytest.raises(InputError, match="reversed for velocities alone"):
         load_public(source, num_heads=2, form="repa", path="linear", prediction="noise")
+    for told in ({"path": "linear"}, {"prediction": "velocity"}):
+        with pytest.raises(InputError, match=r"a DiT predicts noise at its own times, 0 to 999; leave it out"):
+            load_public(source, num_heads=2, form="dit", **told)
 
 
 def test_a_class_count_without_a_null_row_is_known_from_the_stored_options(tmp_path):
@@ -560,9 +665,21 @@ def test_projectors_are_dropped_or_placed(fails, tmp_path, capsys):
         Projectors.load(out)
     stored = {"ema": golden("repa_hybrid")[1], "args": argparse.Namespace(num_heads=4, encoder_depth=3)}
     assert read_public(write(tmp_path / "b.pt", stored)).projectors.encoder_depth == 3
+    number = {**stored["ema"], "projectors.0.4.weight": torch.tensor(1.0)}
+    with pytest.raises(InputError, match=r"the projectors are not three linears"):
+        read_public(write(tmp_path / "d.pt", {**stored, "ema": number}))
     del stored["ema"]["projectors.0.2.bias"]
     with pytest.raises(InputError, match=r"projectors\.0\.2\.bias"):
         read_public(write(tmp_path / "c.pt", stored))
+
+
+def test_the_model_is_left_as_it_was_by_the_projectors(tmp_path):
+    found = read_public(golden_file(tmp_path, "repa_hybrid"), **REPA)
+    tensors = golden("repa_hybrid")[2]
+    found.projectors.with_model(found.model, tensors["x"], 0.5, tensors["y"])
+    with pytest.raises(ValueError, match="channels"):
+        found.projectors.with_model(found.model, tensors["x"][:, :1], 0.5, tensors["y"])
+    assert not any(module._forward_hooks for module in found.model.modules())
 
 
 def test_gradients_of_the_projectors_reach_the_blocks_before_them_alone(tmp_path):
@@ -683,18 +800,43 @@ def test_a_diffusers_config_cannot_be_overruled_and_lost_tensors_are_named(tmp_p
         save_file(tensors, tmp_path / "dit" / "diffusion_pytorch_model.safetensors")
         with pytest.raises(InputError, match=says):
             load_public(tmp_path / "dit")
+    for shape in ((24, 3), ()):
+        tensors = {**dit.state_dict(), "transformer_blocks.1.attn1.to_k.weight": torch.zeros(shape)}
+        save_file(tensors, tmp_path / "dit" / "diffusion_pytorch_model.safetensors")
+        with pytest.raises(InputError, match=r"unexpected transformer_blocks\.1\.attn1\.to_k\.weight"):
+            load_public(tmp_path / "dit")
+    tensors = dit.state_dict()
+    name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    save_file({**tensors, name: tensors[name].half()}, tmp_path / "dit" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match="differs from the one of block 0"):
+        load_public(tmp_path / "dit")
 
 
 def test_a_dit_file_keeps_its_time_and_no_sampler_of_ours_draws_from_it(fails, tmp_path, vae_folder):
     source = write(tmp_path / "dit.pt", {"ema": state(), "args": argparse.Namespace(num_heads=2)})
     convert(source, tmp_path / "out", form="dit")
-    options = ["--ckpt", tmp_path / "out", "--vae", vae_folder]
-    for command in ([sample.main, *options], [sampling, "generate", *options, "--num", 2]):
-        says = fails(*command, "--out", tmp_path / "samples.png")
-        assert "converted dit model with time 0..999, 999 is noise" in says
-    export_public(tmp_path / "out", tmp_path / "back.pt")
-    assert_equal(read_source(tmp_path / "back.pt").tensors, state())
-    assert read_public(tmp_path / "back.pt").record["form"] == "dit"
+    # The model itself says so, also where it was saved again without the record of its conversion.
+    load_public(source, form="dit").save_pretrained(tmp_path / "again")
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        options = ["--ckpt", folder]
+        latent = [*options, "--vae", vae_folder]
+        for command in (
+            [sample.main, *latent],
+            [sampling, "generate", *latent, "--num", 2],
+            [sampling, "likelihood", *options, "--num", 1],
+        ):
+            says = fails(*command, "--out", tmp_path / "samples.png")
+            assert "path='ddpm': a DiT with time 0..999, 999 being noise" in says
+        assert "path='ddpm'" in fails(export, folder, "--vae", vae_folder, "--out", tmp_path / "exported")
+        assert not (tmp_path / "exported").exists()
+        back = tmp_path / f"{folder.name}.pt"
+        export_public(folder, back)
+        assert_equal(read_source(back).tensors, state())
+        assert read_public(back).record["form"] == "dit"
+        assert load_public(back).config.path == "ddpm"
+        for sampler in ("euler", "euler-maruyama"):
+            with pytest.raises(InputError, match="path='ddpm'"):
+                generate(load_public(back), IdentityCodec(), [0], [0], Sampling(sampler))
 
 
 # The folder, the command, and sampling from it
@@ -728,8 +870,21 @@ def test_a_fault_while_writing_leaves_nothing(tmp_path, monkeypatch, to):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fault)
-        with pytest.raises(OSError, match="disk"):
+        with pytest.raises(InputError, match=r"out.* cannot be written: disk"):
             writing[to]()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["a.pt/out", "a.pt/below/out", "x" * 300, "x" * 250])
+def test_a_place_that_cannot_be_written_is_named(fails, tmp_path, place):
+    source = write(tmp_path / "a.pt", state())
+    tiny().save_pretrained(tmp_path / "ours")
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / place
+    assert "--out '" in fails(main, source, "--num-heads", 2, "--out", out)
+    assert "--out '" in fails(main, tmp_path / "ours", "--to", "public", "--out", f"{out}.pt")
+    if "/" in place:  # said before anything is read
+        assert "a.pt' is no folder" in fails(main, tmp_path / "nowhere", "--out", out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -783,6 +938,35 @@ def test_a_damaged_folder_is_noticed(tmp_path):
         for read in (load_trained, lambda folder: export_public(folder, tmp_path / "x.pt")):
             with pytest.raises(InputError, match=f"{name}"):
                 read(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize(
+    "name", ["other.json", "model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
+)
+def test_a_file_that_the_record_does_not_list_is_noticed(tmp_path, name):
+    convert(write(tmp_path / "a.pt", state()), tmp_path / "out", num_heads=2)
+    (tmp_path / "out" / "notes.txt").write_text("")
+    load_trained(tmp_path / "out")
+    (tmp_path / "out" / name).write_text("{}")
+    for read in (load_trained, lambda folder: export_public(folder, tmp_path / "x.pt")):
+        with pytest.raises(InputError, match=f"conversion.json does not list .*{name}"):
+            read(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"dtype": "int8"}, "dtype in conversion.json='int8'"), ({"form": 3}, None), ({"files": {}}, "does not list")],
+)
+def test_a_record_of_other_values(tmp_path, change, says):
+    convert(write(tmp_path / "a.pt", state()), tmp_path / "out", num_heads=2)
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps({**record, **change}))
+    if says is None:  # a form that it does not know is one that nothing is undone for
+        export_public(tmp_path / "out", tmp_path / "x.pt")
+        assert_equal(read_source(tmp_path / "x.pt").tensors, state())
+    else:
+        with pytest.raises(InputError, match=says):
+            export_public(tmp_path / "out", tmp_path / "x.pt")
 
 
 def test_samples_of_a_converted_folder_are_those_of_the_model(fails, tmp_path, capsys, vae_folder):

@@ -42,10 +42,8 @@ def folder(tmp_path_factory, vae_folder):
     model = small("atconv")
     torch.save({"model": model.state_dict(), "ema": copy.deepcopy(model.state_dict())}, folder / "SiT-XL-2-256x256.pt")
     model = small("hybrid", learn_sigma=False, activation="silu")
-    projectors = {
-        f"projectors.{name}": value for name, value in Projectors(384, 64, [24], 8).projectors.state_dict().items()
-    }
-    torch.save({"ema": forms.to_repa(model.state_dict(), projectors)}, folder / "REPA.pt")
+    projectors = Projectors(384, 64, [24], encoder_depth=8)
+    torch.save({"ema": forms.to_repa(model.state_dict()) | projectors.state_dict()}, folder / "REPA.pt")
     dit = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, out_channels=8, num_layers=2)
     dit.transformer_blocks[1].norm1.emb.load_state_dict(dit.transformer_blocks[0].norm1.emb.state_dict())
     dit.save_pretrained(folder / "DiT-XL-2-256")

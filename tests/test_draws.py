@@ -30,6 +30,13 @@ def test_streams_are_distinct_numbers():
     assert len({int(stream) for stream in members.values()}) == len(members)
 
 
+def test_the_numbers_of_streams_stay():
+    assert {name: int(stream) for name, stream in Stream.__members__.items()} == {
+        "ORDER": 0, "TIME": 1, "NOISE": 2, "LABEL_DROP": 3, "FLIP": 4, "POSTERIOR": 5, "SAMPLE_NOISE": 6,
+        "SAMPLE_LABEL": 7, "SAMPLE_STEP": 8, "PROBE": 9, "DEQUANTIZE": 10,
+    }  # fmt: skip
+
+
 def test_distributions():
     normal = draws.normal((100_000,), 0, Stream.NOISE, 0)
     assert normal.dtype == torch.float32

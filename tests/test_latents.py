@@ -51,6 +51,9 @@ def test_a_codec_that_a_model_leaves_open_is_the_one_named_or_pixels(vae_folder)
     assert (codec.source, codec.scale, codec.batch_size) == (str(vae_folder), 0.5, 4)
     with pytest.raises(InputError, match=r"4 latent channels.*name it with --vae"):
         reopen_codec({"codec": "open", "channels": 4}, None, 4)
+    beside = {"codec": "open", "channels": 4, "vae": str(vae_folder)}
+    assert reopen_codec(beside, None, 4).source == str(vae_folder)
+    assert reopen_codec({**beside, "vae": "/nowhere"}, str(vae_folder), 4).source == str(vae_folder)
     with pytest.raises(InputError, match="its latents have 4 channels, this model has 16"):
         reopen_codec({"codec": "open", "channels": 16}, str(vae_folder), 4)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
+from sit_atconv.convert.layout import check_values
 from sit_atconv.errors import InputError
 from sit_atconv.layers.embedders import sincos_position_embedding
 
@@ -50,12 +51,15 @@ def is_repa(tensors: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def from_repa(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def from_repa(source: str, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(model, projectors) of a REPA checkpoint, the model with t = 0 noise and v = data - noise.
 
     REPA has t = 1 noise and v = noise - data. The layer that absorbs time is in fp32 at least.
-    Raises InputError when it is not there.
+    Raises InputError when it is not there, or what is folded is not made of finite floats.
     """
+    for name in (TIME_WEIGHT, *OUTPUT):
+        if name in tensors:
+            check_values(source, name, tensors[name])
     projectors = {name: tensor for name, tensor in tensors.items() if name.startswith("projectors.")}
     model = {
         name: tensor.flatten(1) if POINTWISE.fullmatch(name) and tensor.shape[2:] == (1, 1) else tensor
@@ -65,16 +69,15 @@ def from_repa(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     return _reverse_time(model), projectors
 
 
-def to_repa(model: dict[str, torch.Tensor], projectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `from_repa` took apart, with its time direction and its 1x1 convolutions in the ATConv layers."""
+def to_repa(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model that `from_repa` took apart, with its time direction and its 1x1 convolutions in the ATConv layers."""
     atconv = {name.rpartition(".attn.")[0] for name in model if name.endswith(".attn.x_proj.weight")}
-    tensors = {
+    return {
         name: tensor[:, :, None, None]
         if POINTWISE.fullmatch(name) and name.rpartition(".attn.")[0] in atconv
         else tensor
         for name, tensor in _reverse_time(model).items()
     }
-    return {**tensors, **projectors}
 
 
 def _reverse_time(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,7 +127,8 @@ def from_diffusers(
             renamed[_public_name(original)] = tensor
     for key in [key for key in renamed if ".attn1.to_q." in key]:
         three = [key.replace("to_q", part) for part in ("to_q", "to_k", "to_v")]
-        if all(part in renamed for part in three):
+        # Of other shapes they are left, to be named as what they are.
+        if all(part in renamed and renamed[part].shape == renamed[key].shape for part in three) and renamed[key].ndim:
             joined = torch.cat([renamed.pop(part) for part in three])
             renamed[key.replace("transformer_blocks.", "blocks.").replace(".attn1.to_q.", ".attn.qkv.")] = joined
     heads, size = config["num_attention_heads"], config["sample_size"]
@@ -156,7 +160,7 @@ def _check_one_embedder(source: str, tensors: dict[str, torch.Tensor]) -> None:
         match = re.match(r"transformer_blocks\.\d+\.(?=norm1\.emb\.)", name)
         if match:
             shared = tensors.get(first + name[match.end() :])
-            if shared is None or not torch.equal(shared, tensor):
+            if shared is None or shared.dtype != tensor.dtype or not torch.equal(shared, tensor):
                 raise InputError(
                     f"checkpoint {source!r}: {name} differs from the one of block 0; this model has one embedder of "
                     "time and class for all blocks, and the published DiT weights have equal copies"

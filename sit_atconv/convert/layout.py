@@ -78,7 +78,7 @@ def read_options(
 def build(source: str, tensors: dict[str, torch.Tensor], options: dict[str, Any]) -> SiTTransformer2DModel:
     """The model of those options with copies of the tensors, all in the widest of their dtypes.
 
-    Raises InputError naming the first tensor of another shape, of whole numbers, or not finite.
+    Raises InputError naming the first tensor of another shape, or not made of finite floats.
     """
     with torch.device("meta"):
         model = SiTTransformer2DModel(**options)
@@ -86,13 +86,23 @@ def build(source: str, tensors: dict[str, torch.Tensor], options: dict[str, Any]
         tensor = tensors[name]
         if tensor.shape != expected.shape:
             raise _shape_error(source, name, tensor.shape, f"{tuple(expected.shape)} fits the other tensors")
-        if tensor.dtype not in DTYPES or not tensor.isfinite().all():
-            raise InputError(f"checkpoint {source!r}: {name} ({tensor.dtype}) is not made of finite floats")
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+        check_values(source, name, tensor)
+    dtype = widest(tensors)
     # Copies, since the file may be mapped into memory.
     state = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def check_values(source: str, name: str, tensor: torch.Tensor) -> None:
+    """Raise InputError for whole numbers, floats of another kind than DTYPES, and what is not finite."""
+    if tensor.dtype not in DTYPES or not tensor.isfinite().all():
+        raise InputError(f"checkpoint {source!r}: {name} ({tensor.dtype}) is not made of finite floats")
+
+
+def widest(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all the tensors."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
 
 
 def position_embedding_kind(tensors: dict[str, torch.Tensor], grid: tuple[int, int]) -> str | None:
@@ -155,7 +165,7 @@ def _has_qk_norm(tensors: dict[str, torch.Tensor]) -> bool:
 
 def _kernel_size(source: str, tensors: dict[str, torch.Tensor]) -> int:
     name = next(name for name in tensors if re.fullmatch(r"blocks\.\d+\.attn\.kernel_gen\.weight", name))
-    taps = len(tensors[name])
+    taps = len(tensors[name]) if tensors[name].ndim else 0
     size = math.isqrt(taps)
     if size**2 != taps or size % 2 == 0:
         raise _shape_error(source, name, tensors[name].shape, "the square of an odd kernel size is needed")
@@ -177,9 +187,11 @@ def _num_heads(
 ) -> int:
     """The number of heads, which no tensor gives but the norms of queries and keys."""
     if told is not None:
+        if not attention:
+            raise InputError(f"num_heads={told} would do nothing: no block has attention; leave it out")
         return told
     for name, tensor in tensors.items():
-        if name.endswith(".attn.q_norm.weight") and len(tensor) and hidden % len(tensor) == 0:
+        if name.endswith(".attn.q_norm.weight") and tensor.ndim and hidden % len(tensor) == 0:
             return hidden // len(tensor)
     heads = _positive(args.get("num_heads")) or HEADS.get(hidden)
     if heads is None and attention:
@@ -222,12 +234,21 @@ def _sample_size(
 
 
 def _meaning(args: dict[str, Any], told: dict[str, Any], form: str) -> dict[str, str]:
-    """path and prediction: told, else in `args` (SiT's and REPA's words for them), else those of the form."""
-    usual = {"path": "vp", "prediction": "noise"} if form == "dit" else {"path": "linear", "prediction": "velocity"}
-    stored = {"path": args.get("path_type"), "prediction": args.get("prediction")}
+    """path and prediction: told, else in `args` (SiT's and REPA's words for them), else linear and velocity.
+
+    A DiT has but one meaning: noise, on the path "ddpm".
+    """
+    if form == "dit":
+        for key in ("path", "prediction"):
+            if told[key] is not None:
+                raise InputError(f"{key}={told[key]!r}: a DiT predicts noise at its own times, 0 to 999; leave it out")
+        return {"path": "ddpm", "prediction": "noise"}
     meaning = {}
-    for key, choices in (("path", PATHS), ("prediction", PREDICTIONS)):
-        value = told[key] or stored[key] or usual[key]
+    for key, name, usual, choices in (
+        ("path", "path_type", "linear", PATHS),
+        ("prediction", "prediction", "velocity", PREDICTIONS),
+    ):
+        value = next(value for value in (told[key], args.get(name), usual) if value is not None)
         meaning[key] = PATH_NAMES.get(str(value).lower(), str(value).lower())
         check_choice(key, meaning[key], choices)
     if form == "repa" and meaning["prediction"] != "velocity":

@@ -1,7 +1,6 @@
 """Public checkpoints -> a model, a folder of ours; and back to the public layout."""
 
 import json
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sit_atconv.checkpoint import CONVERSION, FLOW_TIME, load_trained, read_conversion
+from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion
 from sit_atconv.convert import forms, layout
 from sit_atconv.convert.reading import PICKLES, Source, read_source
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import library_versions, sha256, sync
+from sit_atconv.files import check_new, library_versions, new_path, sha256
 from sit_atconv.layers.projectors import FILE as PROJECTORS_FILE
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -22,7 +21,6 @@ from sit_atconv.models.sit import SiTTransformer2DModel
 FORMS = ("sit", "repa", "dit")
 EXPORT_FORMS = ("sit", "repa")
 DEFAULT_ENCODER_DEPTH = 8
-DIT_TIME = "0..999, 999 is noise"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in layout.DTYPES}
 # What the public ATConv layer computes, beside its activation.
 PUBLIC_ATCONV = {"pool": "raster", "routing": "adaptive", "inhibition": "learned"}
@@ -54,7 +52,8 @@ def read_public(
 
     weights: "ema" or "model"; None is the EMA where there is one.
     form: "sit", "repa" or "dit"; None tells REPA and diffusers' DiT by their tensors and takes all else for SiT. The
-        tensors of a DiT .pt are those of a SiT. A DiT keeps its own time, 0 to 999 with 999 noise, and predicts noise.
+        tensors of a DiT .pt are those of a SiT. A DiT keeps its own time, 0 to 999 with 999 noise, and predicts noise:
+        its path is "ddpm", which no sampler of ours follows.
     num_heads, sample_size, path, prediction: what the tensors and the options stored with them leave open.
     encoder_depth: number of blocks (1-based) before REPA's projectors, 8 unless the checkpoint or the caller says.
     Raises InputError for a file that cannot be read without running it, another architecture, or options left open.
@@ -71,14 +70,17 @@ def read_public(
     kept = _projectors(projectors, found, encoder_depth, options["depth"]) if keep_projectors else None
     if encoder_depth is not None and kept is None:
         raise InputError(f"encoder depth {encoder_depth}: there are no projectors to keep; leave it out")
+    position = layout.position_embedding_kind(tensors, grid)
+    if position == "stored":
+        notes.append("pos_embed is not the fixed one, which takes its place at any other latent size")
+    dtype = layout.widest({name: found.tensors[name] for name in found.tensors if name not in projectors})
     record = {
         "source": found.name,
         "weights": found.weights,
         "form": actual,
-        "time": DIT_TIME if actual == "dit" else FLOW_TIME,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),  # the source's: what absorbs REPA's time makes the model's wider
         "folded": folded,
-        "pos_embed": layout.position_embedding_kind(tensors, grid),
+        "pos_embed": position,
         "projectors": _describe(projectors, kept),
         "notes": notes + assumed,
         "versions": library_versions(),
@@ -101,16 +103,14 @@ def convert(source: str | Path, out: str | Path, **options) -> dict[str, Any]:
     """Write a public checkpoint as a folder of ours, whole or not at all; options and errors as in `read_public`.
 
     `out` holds config.json and safetensors (SiTTransformer2DModel.from_pretrained(out) loads it), conversion.json, and
-    projectors.safetensors of a REPA checkpoint. Returns what conversion.json says. Raises InputError when `out` exists.
+    projectors.safetensors of a REPA checkpoint. Returns what conversion.json says. Raises InputError when `out` exists
+    or cannot be written.
     """
     out = Path(out)
-    _check_new(out)
+    check_new(out)
     converted = read_public(source, **options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with new_path(out) as unfinished:
+        unfinished.mkdir()
         converted.model.save_pretrained(unfinished)
         if converted.projectors is not None:
             converted.projectors.save(unfinished)
@@ -121,12 +121,6 @@ def convert(source: str | Path, out: str | Path, **options) -> dict[str, Any]:
             "files": {path.name: sha256(path) for path in files},
         }
         (unfinished / CONVERSION).write_text(json.dumps(record, indent=1))
-        for path in [*unfinished.iterdir(), unfinished]:
-            sync(path)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return record
 
 
@@ -135,39 +129,40 @@ def export_public(source: str | Path, out: str | Path, *, form: str | None = Non
 
     out: a new .pt ({"ema": state dict, "args": options}), .pth, .bin or .safetensors file, written whole or not at all.
     form: "sit" or "repa" (time reversed, 1x1 convolutions, projectors where the folder has them); None is the one that
-    a converted folder came in, else "sit".
-    Raises InputError for a model that the form cannot express, another suffix, or an `out` that exists.
+    a converted folder came in, else "sit". The precision is the one that it came in.
+    Raises InputError for a model that the form cannot express, another suffix, or an `out` that exists or cannot be
+    written.
     """
     source, out = Path(source), Path(out)
     if out.suffix not in (*PICKLES, ".safetensors"):
         raise InputError(f"{str(out)!r}: the name must end in {', '.join([*PICKLES, '.safetensors'])}")
-    _check_new(out)
+    check_new(out)
     record = read_conversion(source) if (source / CONVERSION).is_file() else {}
-    came_in = record.get("form", "sit")
+    came_in, dtype = record.get("form", "sit"), record.get("dtype", "float32")
     form = form or ("repa" if came_in == "repa" else "sit")
     check_choice("form", form, EXPORT_FORMS)
-    trained = load_trained(source, DTYPES[record.get("dtype", "float32")], any_time=True)
+    check_choice(f"dtype in {CONVERSION}", dtype, DTYPES)
+    dtype = DTYPES[dtype]
+    trained = load_trained(source, torch.promote_types(dtype, torch.float32) if came_in == "repa" else dtype)
     _check_expressible(trained.model, form)
     tensors = trained.model.state_dict()
     if form == "repa":
         has_projectors = (trained.folder / PROJECTORS_FILE).is_file()
         projectors = Projectors.load(trained.folder) if has_projectors else None
-        tensors = forms.to_repa(tensors, projectors.state_dict() if projectors else {})
+        tensors = forms.to_repa(tensors)
+        if came_in == "repa":
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors |= projectors.state_dict() if projectors else {}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    args = {"form": "dit" if came_in == "dit" else form, **_args(trained.model)}
+    args = {"form": "dit" if trained.model.config.path == "ddpm" else form, **_args(trained.model)}
     if form == "repa" and projectors:
         args["encoder_depth"] = projectors.encoder_depth
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
+    with new_path(out) as unfinished:
+        unfinished.touch()  # where the disk refuses, this says so in fewer words than the writers
         if out.suffix == ".safetensors":
             save_file(tensors, unfinished, metadata={"format": "pt", "args": json.dumps(args)})
         else:
             torch.save({"ema": tensors, "args": args}, unfinished)
-        sync(unfinished)
-        unfinished.rename(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _public_layout(
@@ -188,14 +183,14 @@ def _public_layout(
         told.update(facts)
         return "dit", tensors, {}, [], notes
     stored = found.args.get("form")
-    form = form or (stored if stored in FORMS else None)
+    form = form or (stored if isinstance(stored, str) and stored in FORMS else None)
     if forms.is_repa(found.tensors):
         if form not in (None, "repa"):
             raise InputError(f"form={form!r}: the tensors of {name!r} are of the REPA form; leave it out")
         form = "repa"
     if form != "repa":
         return form or "sit", found.tensors, {}, [], []
-    tensors, projectors = forms.from_repa(found.tensors)
+    tensors, projectors = forms.from_repa(name, found.tensors)
     return "repa", tensors, projectors, forms.REPA_FOLDED, []
 
 
@@ -217,11 +212,6 @@ def _describe(tensors: dict[str, torch.Tensor], kept: Projectors | None) -> dict
     if kept is not None:
         return {"encoder_depth": kept.encoder_depth, "z_dims": kept.z_dims}
     return "dropped" if tensors else None
-
-
-def _check_new(out: Path) -> None:
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; choose a new name")
 
 
 def _check_expressible(model: SiTTransformer2DModel, form: str) -> None:

@@ -69,33 +69,50 @@ def read_source(path: str | Path, weights: str | None = None) -> Source:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The files of weights in a folder: what an index lists, or the one file there is."""
-    for index in sorted(folder.glob("*.index.json")):
+    """The files of weights in a folder: what its index lists, or the one file there is."""
+    for index in _only(folder, ".index.json"):
         shards = _read_json(index).get("weight_map")
-        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-        if not names:
+        if not isinstance(shards, dict) or not shards:
             raise InputError(f"checkpoint {str(index)!r} lists no files in weight_map")
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        for name in shards.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise InputError(f"checkpoint {str(index)!r} lists {name!r}, which is no name of a file beside it")
+            if not (folder / name).is_file():
                 raise InputError(f"checkpoint {str(folder)!r} is not whole: {index.name} lists {name!r}, not there")
-        return [folder / name for name in names]
+        return [folder / name for name in sorted(set(shards.values()))]
     for suffix in (".safetensors", *PICKLES):
-        found = sorted(folder.glob(f"*{suffix}"))
-        usual = [file for file in found if file.stem in USUAL_NAMES]
-        if len(usual or found) > 1:
-            raise InputError(f"checkpoint {str(folder)!r} holds {[file.name for file in found]}; give one of the files")
-        if found:
-            return usual or found
+        if found := _only(folder, suffix):
+            return found
     raise InputError(f"checkpoint {str(folder)!r}: the folder holds no file of weights")
+
+
+def _only(folder: Path, suffix: str) -> list[Path]:
+    """The one file of that suffix, or the one of a usual name among several; nothing where there is none."""
+    found = sorted(folder.glob(f"*{suffix}"))
+    usual = [file for file in found if Path(file.name.removesuffix(".index.json")).stem in USUAL_NAMES]
+    if len(usual or found) > 1:
+        raise InputError(
+            f"checkpoint {str(folder)!r} holds {[file.name for file in found]}; give a file of weights, or a folder "
+            "with one of these"
+        )
+    return usual or found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except ValueError:
+        return _json_object(path.read_text())
+    except (OSError, ValueError):
+        raise InputError(f"checkpoint {str(path)!r} is not a JSON object; it is cut or damaged") from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Raises ValueError for whatever else the text is."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"checkpoint {str(path)!r} is not a JSON object; it is cut or damaged")
+        raise ValueError("no JSON object")
     return content
 
 
@@ -103,10 +120,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     """The tensors, and the options that `export_public` put into the header."""
     try:
         with safe_open(path, framework="pt") as file:
-            args = json.loads((file.metadata() or {}).get("args", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, args  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            args = (file.metadata() or {}).get("args", "{}")
     except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(path)!r} is cut or damaged: {error}") from None
+    try:
+        return tensors, _json_object(args)
+    except ValueError:
+        raise InputError(f"checkpoint {str(path)!r}: args in its header are not a JSON object") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -148,11 +169,18 @@ def _unpack(
 
 
 def _plain_names(path: str, state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Names without the parts that wrappers put anywhere into them. Raises InputError for what is no tensor."""
+    """Names without the parts that wrappers put anywhere into them. Raises InputError for what is no plain tensor."""
     tensors = {}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"checkpoint {path!r}: {name!r} is a {type(tensor).__name__}; a state dict is needed")
+        dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+        if not dense or tensor.is_meta or not tensor.numel():
+            kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+            raise InputError(
+                f"checkpoint {path!r}: {name!r} is a {kind} tensor {tuple(tensor.shape)} on {tensor.device}; one with "
+                "numbers in plain memory is needed"
+            )
         plain = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
         if plain in tensors:
             raise InputError(f"checkpoint {path!r}: two tensors are called {plain!r} once prefixes are stripped")

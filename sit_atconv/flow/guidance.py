@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from sit_atconv.flow.path import check_name
+
 CHANNELS = {"all": slice(None), "first3": slice(0, 3)}
 
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -20,7 +22,7 @@ class GuidedVelocity:
     channels: "all", or "first3" as the public SiT code does (the other channels keep v_cond).
     interval: guidance acts where interval[0] <= t <= interval[1], with t = 0 noise and t = 1 data.
     `nfe` is the number of network evaluations per image so far: two where guidance acts, else one.
-    Raises ValueError for guidance without a null class.
+    Raises ValueError for guidance without a null class, and for unknown channels.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class GuidedVelocity:
         channels: str = "all",
         interval: tuple[float, float] = (0.0, 1.0),
     ):
+        check_name("channels", channels, CHANNELS)
         if scale != 1 and null_label is None:
             raise ValueError(f"guidance scale {scale} needs a null class; this network has none, use scale 1")
         self.network, self.scale, self.channels, self.interval = network, scale, CHANNELS[channels], interval

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from sit_atconv.flow.path import Path, expand_time
+from sit_atconv.flow.path import PREDICTIONS, Path, check_name, expand_time
 
 WEIGHTS = ("none", "velocity", "likelihood")
 
@@ -24,9 +24,11 @@ def flow_loss(
 
     network: called with x_t (B, ...) and t (B,), gives (B, ...). data, noise (B, ...), t (B,) in [0, 1].
     weight: w = 1 for "none", (q / sigma)^2 for "velocity", which makes it the error of the velocity, and q / sigma^2
-    for "likelihood", with the path's drift variance q. Raises ValueError for a weight with velocity prediction, and
-    where a weight divides by zero: alpha = 0, sigma = 0.
+    for "likelihood", with the path's drift variance q. Raises ValueError for unknown names, a weight with velocity
+    prediction, and where a weight divides by zero: alpha = 0, sigma = 0.
     """
+    check_name("prediction", prediction, PREDICTIONS)
+    check_name("weight", weight, WEIGHTS)
     output = network(path.interpolate(data, noise, t), t)
     if prediction == "velocity":
         if weight != "none":

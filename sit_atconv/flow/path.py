@@ -1,7 +1,7 @@
 """The paths from noise to data, and the only owner of the time convention: t = 0 is noise, t = 1 is data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -9,6 +9,13 @@ import torch
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 PREDICTIONS = ("velocity", "score", "noise")
+
+
+def check_name(what: str, name: str, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `name` is one of `choices`."""
+    choices = sorted(choices)
+    if name not in choices:
+        raise ValueError(f"{what}={name!r}: choose from {choices}")
 
 
 def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -83,6 +90,7 @@ class Path:
 
     def velocity_from(self, prediction: str, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The velocity at x_t, from the output of a network that predicts `prediction`: (B, ...)."""
+        check_name("prediction", prediction, PREDICTIONS)
         if prediction == "velocity":
             return output
         t = expand_time(t, x)

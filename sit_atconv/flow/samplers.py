@@ -33,6 +33,7 @@ TABLEAUX = {
     "midpoint": Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
     "heun": Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
     "heun3": Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    # the classic method; torchdiffeq's "rk4" is the 3/8 rule
     "rk4": Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
 
@@ -60,6 +61,8 @@ def dopri5(
 
     Of `times` the ends count alone. The network is never asked beyond them: a step ends exactly at the last one, where
     the solver by itself would step past it and interpolate, and the trial step that sets its first step is cut short.
+    The public SiT code does step past the end: for score and noise prediction, whose velocity is steep there, its ends
+    differ from ours by more than rounding.
     """
     ends = times[[0, -1]].to(x.device)
     low, high = ends.aminmax()

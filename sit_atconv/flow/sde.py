@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from sit_atconv.flow.path import Path, Velocity
+from sit_atconv.flow.path import Path, Velocity, check_name
 
 # w(t), before it is multiplied by the norm.
 DIFFUSIONS: dict[str, Callable[[Path, torch.Tensor], torch.Tensor]] = {
@@ -29,11 +29,14 @@ Draw = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True)
 class SDE:
-    """w(t) = norm * DIFFUSIONS[diffusion](t) on a path."""
+    """w(t) = norm * DIFFUSIONS[diffusion](t) on a path. Raises ValueError for an unknown form."""
 
     path: Path
     diffusion: str = "sigma"
     norm: float = 1.0
+
+    def __post_init__(self):
+        check_name("diffusion", self.diffusion, DIFFUSIONS)
 
     def w(self, t: torch.Tensor) -> torch.Tensor:
         """The diffusion at t. Raises ValueError for the SBDM form where alpha is 0."""
@@ -67,8 +70,9 @@ def last_step(kind: str, velocity: Velocity, x: torch.Tensor, t: torch.Tensor, s
     """From x at t to t = 1 without noise, by one evaluation.
 
     kind: "mean" x + (1 - t) (v + w score); "euler" x + (1 - t) v; "tweedie" the data expected at x.
-    "none" stays at x, and evaluates nothing.
+    "none" stays at x, and evaluates nothing. Raises ValueError for another kind.
     """
+    check_name("last step", kind, LAST_STEPS)
     if kind == "none":
         return x
     v = velocity(x, t)

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from sit_atconv.flow.path import Path
+from sit_atconv.flow.path import PREDICTIONS, Path, check_name
+from sit_atconv.flow.sde import DIFFUSIONS
 
 SAMPLE_EPSILON = 1e-3  # how far sampling keeps from an end where it must
+# With the SBDM form where alpha vanishes: w(t) is about 1 / t there, and a first step from 1e-3 throws x far away.
+SBDM_EPSILON = 0.04
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 
 
@@ -14,8 +17,9 @@ def training_interval(path: Path, prediction: str) -> tuple[float, float]:
     """[t0, t1] that training draws t from: [0, 1], less the path's `train_epsilon` at an end that is singular.
 
     That is t = 1 where sigma' diverges (VP), and for score and noise prediction t = 1, and t = 0 where alpha vanishes
-    (linear, GVP).
+    (linear, GVP). Raises ValueError for an unknown prediction.
     """
+    check_name("prediction", prediction, PREDICTIONS)
     score = prediction != "velocity"
     return _interval(path, score, score, path.train_epsilon)
 
@@ -32,8 +36,11 @@ def sampling_interval(
     Singular are the ends of `training_interval`, t = 0 for the SBDM form of an SDE and t = 1 for every SDE.
     diffusion: the form of an SDE; None is an ODE. last_step_size: of the last step of an SDE, which goes from
     t1 = 1 - last_step_size to 1; 0 is no last step.
-    Raises ValueError for an epsilon of 0 at a singular end, and for an interval that is empty.
+    Raises ValueError for unknown names, an epsilon of 0 at a singular end, and an interval that is empty.
     """
+    check_name("prediction", prediction, PREDICTIONS)
+    if diffusion is not None:
+        check_name("diffusion", diffusion, DIFFUSIONS)
     score = prediction != "velocity"
     start, end = _interval(path, score or diffusion == "sbdm", score or diffusion is not None, epsilon)
     if diffusion is not None and last_step_size:
@@ -66,6 +73,7 @@ class TimeSampling:
     kind: "uniform", t = u; or "logit-normal", t = sigmoid(mean + std N(0, 1)), so a larger mean is nearer to the data.
     shift s > 0: maps the noise level 1 - t to s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to the noise.
     interval: [0, 1] is mapped onto it at last.
+    Raises ValueError for another kind.
     """
 
     interval: tuple[float, float] = (0.0, 1.0)
@@ -73,6 +81,9 @@ class TimeSampling:
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+
+    def __post_init__(self):
+        check_name("kind", self.kind, TIME_SAMPLINGS)
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
         """u in [0, 1), fp32 of any shape -> t, fp32 (computed in fp64) of that shape."""

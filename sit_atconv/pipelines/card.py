@@ -123,7 +123,8 @@ transformer = AutoModel.from_pretrained(folder, subfolder="transformer", trust_r
 ```
 
 `trust_remote_code=True` runs `pipeline.py` and the Python file in `transformer/`: read them first. They need nothing
-beside the libraries above; with the package `sit_atconv` installed, its own classes load these weights too."""
+beside the libraries above; with the package `sit_atconv` installed, its `SiTTransformer2DModel.from_pretrained` loads
+`transformer/` too."""
 
 
 def _training(manifest: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ python -m sit_atconv.pipelines.export SRC --out DIR
 """
 
 import json
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
-from sit_atconv.checkpoint import load_trained
+from sit_atconv.checkpoint import PIPELINE_INDEX, load_trained
 from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import sync
+from sit_atconv.files import check_new, new_path
 from sit_atconv.latents import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.bundle import bundle, digest
@@ -30,7 +30,6 @@ from sit_atconv.pipelines.card import model_card
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.version import __version__
 
-INDEX = "model_index.json"
 NOTE = f"""This is the package sit_atconv {__version__} (MIT licence), as far as it is needed here: its modules follow
 one another, imports among them are gone, and equal names have their module's name in front."""
 
@@ -51,8 +50,8 @@ def open_source(source: str | Path, vae: str | None = None) -> Source:
     Raises InputError for a folder that is none of these, is damaged, or needs another autoencoder.
     """
     folder = Path(source)
-    is_pipeline = (folder / INDEX).is_file()
-    trained = load_trained(folder / "transformer" if is_pipeline else folder)
+    is_pipeline = (folder / PIPELINE_INDEX).is_file()
+    trained = load_trained(folder)
     weights = next(name for name in trained.files if name.endswith(".safetensors") and "diffusion_pytorch" in name)
     with safe_open(trained.folder / weights, framework="pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
@@ -74,7 +73,7 @@ def open_source(source: str | Path, vae: str | None = None) -> Source:
 
 def _open_pipeline(folder: Path, transformer: SiTTransformer2DModel, vae: str | None) -> SiTPipeline:
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / PIPELINE_INDEX).read_text())
         # A list where the folder was exported before.
         if SiTPipeline.__name__ not in (index["_class_name"], index["_class_name"][-1]):
             raise InputError(f"{str(folder)!r} is a {index['_class_name']}; give a {SiTPipeline.__name__}")
@@ -95,22 +94,18 @@ def _open_pipeline(folder: Path, transformer: SiTTransformer2DModel, vae: str | 
 def export(source: Source, out: str | Path, license: str = "unknown") -> None:
     """Write the folder `out`, whole or not at all. license: of the weights, as the Hub spells it.
 
-    Raises InputError when `out` exists.
+    Raises InputError when `out` exists or cannot be written, or the license is no identifier.
     """
     out = Path(out)
-    if out.exists():
-        raise InputError(f"--out {str(out)!r}: exists already; choose a new folder")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    _check_target(out, license)
+    with new_path(out) as unfinished:
         _write(source, unfinished, out.absolute().name, license)
-        for path in [*unfinished.rglob("*"), unfinished]:
-            sync(path)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+
+def _check_target(out: Path, license: str) -> None:
+    check_new(out)
+    if not re.fullmatch(r"[A-Za-z0-9.-]+", license):
+        raise InputError(f"--license {license!r}: give one identifier, such as mit, cc-by-nc-4.0 or other")
 
 
 def _write(source: Source, folder: Path, name: str, license: str) -> None:
@@ -126,13 +121,13 @@ def _write(source: Source, folder: Path, name: str, license: str) -> None:
     (folder / "transformer" / f"{module}.py").write_text(model_code)
     (folder / "pipeline.py").write_text(pipeline_code)
     auto_map = {"AutoModel": f"{module}.{model_class.__name__}"}
-    for path in [folder / INDEX, *folder.glob("*/config.json")]:
+    for path in [folder / PIPELINE_INDEX, *folder.glob("*/config.json")]:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # a path on this machine
-        if path.name == INDEX:
+        if path.name == PIPELINE_INDEX:
             config["_class_name"] = ["pipeline", pipeline_class.__name__]
             config["transformer"] = [module, model_class.__name__]
-        if path.name == INDEX or path.parent.name == "transformer":
+        if path.name == PIPELINE_INDEX or path.parent.name == "transformer":
             # AutoModel reads the index where it is given a subfolder. Else diffusers warns that no class takes the key.
             config |= {"auto_map": auto_map, "_use_default_values": {"auto_map": True}}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -152,8 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         "--license", default="unknown", metavar="ID", help="of the weights, for the model card (default: unknown)"
     )
     args = parser.parse_args(argv)
-    if Path(args.out).exists():  # before the weights are read
-        raise InputError(f"--out {args.out!r}: exists already; choose a new folder")
+    _check_target(Path(args.out), args.license)  # before the weights are read
     export(open_source(args.source, args.vae), args.out, args.license)
     print(args.out)
 

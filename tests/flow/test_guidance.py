@@ -14,10 +14,10 @@ def network(x, t, labels):
     return x * 0 + labels.reshape(-1, 1, 1, 1).float()
 
 
-@pytest.mark.parametrize(("channels", "expected"), [("all", [6, 6, 6, 6]), ("first3", [6, 6, 6, 2])])
+@pytest.mark.parametrize(("channels", "expected"), [("all", [6] * 5), ("first3", [6, 6, 6, 2, 2])])
 def test_guidance_formula_and_channels(channels, expected):
     velocity = GuidedVelocity(network, torch.tensor([2, 2]), null_label=0, scale=3.0, channels=channels)
-    output = velocity(torch.zeros(2, 4, 1, 1), torch.tensor(0.5))
+    output = velocity(torch.zeros(2, 5, 1, 1), torch.tensor(0.5))
     assert output[0].flatten().tolist() == expected  # 0 + 3 * (2 - 0)
 
 

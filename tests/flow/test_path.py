@@ -52,6 +52,13 @@ def test_velocity_score_noise_and_data_are_one_in_closed_form(path, t):
         torch.testing.assert_close(rate * X + path.drift_variance(t) * gaussian_flow.score(path, X, t), v)
 
 
+def test_vp_sigma_keeps_its_digits_next_to_the_data():
+    t = torch.tensor(1 - 1e-5)
+    left = 1 - t.item()
+    expected = math.sqrt(-math.expm1(-(left**2) * 19.9 / 2 - left * 0.1))
+    assert VPPath().sigma(t).item() == pytest.approx(expected, rel=1e-5)  # 1 - exp would be off by 1e-2
+
+
 @each_path
 def test_the_score_is_finite_at_pure_noise(path):
     t = torch.tensor(0.0, dtype=torch.float64)
@@ -97,4 +104,4 @@ def test_losses_refuse_what_has_no_finite_value(path):
     with pytest.raises(ValueError, match="velocity prediction has no weight"):
         flow_loss(lambda x, t: x, path, X, X, T, "velocity", "likelihood")
     with pytest.raises(ValueError, match="epsilon away from 1"):
-        flow_loss(lambda x, t: x, path, X, X, torch.ones(4), "noise", "likelihood")
+        flow_loss(lambda x, t: x, path, X, X, torch.tensor([0.5, 1, 0.5, 0.5]), "noise", "likelihood")

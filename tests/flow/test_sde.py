@@ -14,6 +14,23 @@ def draw_from(seed: int, shape):
     return lambda step: torch.randn(shape, generator=generator)
 
 
+# Twice w at t = 0.25 and t = 0.7. The SBDM form is (1 - t) / t, pi / 2 cot(pi t / 2) and beta / 2.
+EVERY_PATH = {"constant": (2, 2), "linear": (1.5, 0.6), "decreasing": (1.457107, 0.084960),
+              "increasing-decreasing": (1, 1.309017)}  # fmt: skip
+W = {
+    "linear": {**EVERY_PATH, "sbdm": (6, 0.857143), "sigma": (1.5, 0.6)},
+    "gvp": {**EVERY_PATH, "sbdm": (7.584476, 1.600721), "sigma": (1.847759, 0.907981)},
+    "vp": {**EVERY_PATH, "sbdm": (15.025, 6.07), "sigma": (1.996556, 1.553920)},
+}
+
+
+@pytest.mark.parametrize("path_name", PATHS)
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+def test_every_diffusion_is_its_formula_times_the_norm(diffusion, path_name):
+    sde = SDE(PATHS[path_name](), diffusion, 2.0)
+    assert [sde.w(torch.tensor(t)).item() for t in (0.25, 0.7)] == pytest.approx(W[path_name][diffusion], abs=2e-6)
+
+
 @pytest.mark.parametrize("sampler", SDE_SAMPLERS)
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
 @pytest.mark.parametrize("path_name", PATHS)

@@ -54,9 +54,20 @@ def test_ode(key):
     # The golden solver steps past the end and interpolates. So does torchdiffeq; ours ends there and comes nearer to
     # the solution, from which both are away by what the tolerances allow.
     assert_golden(odeint(lambda t, x: velocity(x, t), z, times, rtol=1e-3, atol=1e-6, method="dopri5")[-1], end)
-    ours = dopri5(velocity, z, times)
+    ours, ends = dopri5(velocity, z, times), times[[0, -1]]
+    options = {"method": "dopri5", "options": {"step_t": times[-1:]}}
+    assert_golden(ours, odeint(lambda t, x: velocity(x, t), z, ends, rtol=1e-3, atol=1e-6, **options)[-1])
+    if prediction == "velocity":
+        assert_golden(ours, end)
+        return
     exact = dopri5(velocity, z.double(), times.double(), rtol=1e-8, atol=1e-10)
     assert (ours - exact).abs().max() <= 1.5 * (end - exact).abs().max()
+
+
+def test_dopri5_asks_as_often_as_its_tolerances_need():
+    calls = []
+    dopri5(lambda x, t: calls.append(t) or toy(x, t), TENSORS["z"], time_grid(0, 1, 1))
+    assert len(calls) == 20
 
 
 @pytest.mark.parametrize("key", KEYS["sde"])

@@ -256,6 +256,8 @@ def test_the_card_says_what_the_model_is_and_its_example_runs(exported, child, t
     assert f"| parameters | {count_parameters(model):,}, stored in float32 |" in card
     assert f"| GMACs per network evaluation | {count_macs(model) / 1e9:.4g} |" in card
     assert "in place of self-attention" in card
+    assert "nobody said what licence the weights are under" in card
+    assert "Trained without class dropout" not in card
     assert "## Training" not in card
     code = "\n".join(re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL))
     assert "AutoModel" in code
@@ -278,8 +280,15 @@ def test_a_run_gives_its_ema_its_class_names_and_its_facts(recipe_file, tmp_path
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     card = (out / "README.md").read_text()
     assert "license: cc0-1.0\n" in card
+    assert "nobody said" not in card
     count = json.loads((run / "step-0000008" / "manifest.json").read_text())["data"]["num_images"]
-    for fact in ("8, batch 8, 64 images seen", f"digits, {count} images, 10 classes", "EMA, decay 0.9", "fp32"):
+    for fact in (
+        "8, batch 8, 64 images seen",
+        f"digits, {count} images, 10 classes",
+        "EMA, decay 0.9",
+        "fp32",
+        "learning rate 0.001",
+    ):
         assert fact in card
     for path in out.rglob("*"):  # no path of this machine
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
@@ -314,10 +323,12 @@ def test_scheduler_and_dtype_stay_what_they_were(tmp_path):
     assert "stored in bfloat16" in card
     assert "torch_dtype=torch.bfloat16" in card
     assert "guidance_scale=1.0" in card
+    assert "Trained without class dropout: no guidance" in card
 
 
 def rewrite(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +336,16 @@ def rewrite(file, **changes):
     [
         (lambda saved: rewrite(saved / "model_index.json", _class_name="DiTPipeline"), "is a DiTPipeline"),
         (lambda saved: (saved / "model_index.json").write_text("{"), "cannot be read"),
+        (lambda saved: (saved / "model_index.json").write_text("[]"), "cannot be read"),
+        (lambda saved: rewrite(saved / "model_index.json", id2label={"1": None}), "id2label"),
+        (lambda saved: rewrite(saved / "model_index.json", id2label=["tench"]), "id2label"),
+        (lambda saved: rewrite(saved / "model_index.json", id2label="tench"), "id2label"),
+        (lambda saved: rewrite(saved / "transformer/conversion.json", files={}), "does not list"),
         (lambda saved: rewrite(saved / "model_index.json", scheduler=["os", "system"]), "scheduler system"),
+        (
+            lambda saved: rewrite(saved / "model_index.json", scheduler=["os", "DDIMScheduler"]),
+            "is not one of diffusers",
+        ),
         (lambda saved: rewrite(saved / "model_index.json", scheduler=["diffusers", "DiTPipeline"]), "DiTPipeline"),
         (lambda saved: rewrite(saved / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]), "flow matching"),
         (lambda saved: (saved / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json"),
@@ -356,4 +376,18 @@ def test_the_folder_is_there_whole_or_not_at_all(exported, tmp_path, fails, monk
     assert list(out.parent.iterdir()) == []
     out.mkdir()
     assert "exists already" in fails(main, source, "--out", out)
+    assert "exists already" in fails(main, tmp_path / "nowhere", "--out", out)  # before anything is read
+    with pytest.raises(ValueError, match="exists already"):
+        export(open_source(source), out)
     assert list(out.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    assert "file' is no folder" in fails(main, source, "--out", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("license", ["", "mit\ntags: [x]", "mit: x", "Apache 2"])
+def test_a_license_is_one_identifier(exported, tmp_path, fails, license):
+    source = exported / "saved" / "atconv"
+    assert "give one identifier" in fails(main, source, "--out", tmp_path / "out", "--license", license)
+    with pytest.raises(ValueError, match="give one identifier"):
+        export(open_source(source), tmp_path / "out", license)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ import sample
 import train_sit
 from sampling.__main__ import main as sampling
 from sit_atconv import create_model
+from sit_atconv.errors import InputError
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import Sampling, flow, generate, random_label, save_grid
 from sit_atconv.latents import IdentityCodec
@@ -20,9 +22,8 @@ from sit_atconv.latents import IdentityCodec
 
 def lively_model(**options):
     torch.manual_seed(0)
-    model = create_model(
-        None, 4, 3, patch_size=2, in_channels=1, hidden_size=16, depth=2, num_heads=2, token_mixer="hybrid", **options
-    )
+    options = {"in_channels": 1, "token_mixer": "hybrid", **options}
+    model = create_model(None, 4, 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -142,6 +143,60 @@ def test_the_models_own_path_and_prediction_are_followed(path, prediction):
     torch.testing.assert_close(latents, x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
 
 
+def closed_form(path, t):
+    """alpha, sigma and q at t, of the drift variance: v = q (x + score) on the paths that preserve variance."""
+    if path == "gvp":
+        return math.sin(math.pi * t / 2), math.cos(math.pi * t / 2), math.pi / 2 / math.tan(math.pi * t / 2)
+    log_alpha = -((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.05
+    return math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha)), (0.1 + 19.9 * (1 - t)) / 2
+
+
+@pytest.mark.parametrize("sampler", ["euler-maruyama", "sde-heun"])
+@pytest.mark.parametrize(
+    ("path", "prediction", "diffusion", "start"),
+    [("vp", "noise", "sbdm", 0), ("vp", "noise", "constant", 0), ("gvp", "score", "sbdm", 0.04),
+     ("gvp", "score", "constant", 1e-3)],
+)  # fmt: skip
+@pytest.mark.parametrize("last", ["mean", "tweedie"])
+def test_an_sde_follows_the_models_own_path_written_out(sampler, path, prediction, diffusion, start, last):
+    model = lively_model(path=path, prediction=prediction, in_channels=4)
+    options = {"diffusion": diffusion, "diffusion_norm": 0.5, "last_step": last, "last_step_size": 0.2, "seed": 1}
+    sampling = Sampling(sampler, 7, 2.0, "first3", (0.0, 0.5), **options)
+
+    def normal(*key):
+        numbers = np.random.default_rng(np.random.SeedSequence(key)).standard_normal((4, 4, 4), dtype=np.float32)
+        return torch.from_numpy(numbers)[None].double()
+
+    def score(x, t):
+        conditional, without = (model(x.float(), t, torch.tensor([label])).sample.double() for label in (2, 3))
+        if t <= 0.5:
+            conditional[:, :3] = without[:, :3] + 2 * (conditional[:, :3] - without[:, :3])
+        return -conditional / closed_form(path, t)[1] if prediction == "noise" else conditional
+
+    def w(t):
+        return 0.5 * (closed_form(path, t)[2] if diffusion == "sbdm" else 1)
+
+    def drift(x, t):
+        s = score(x, t)
+        return closed_form(path, t)[2] * (x + s) + w(t) * s
+
+    x, h = normal(1, 6, 7), (0.8 - start) / 6
+    with torch.no_grad():
+        for step in range(6):
+            t, kick = start + step * h, normal(1, 8, 7, step)
+            kick = (2 * w(t) * h) ** 0.5 * kick
+            if sampler == "sde-heun":
+                x = x + kick
+                slope = drift(x, t)
+                x = x + h * (slope + drift(x + h * slope, t + h)) / 2
+            else:
+                x = x + h * drift(x, t) + kick
+        alpha, sigma, _ = closed_form(path, 0.8)
+        x = x + 0.2 * drift(x, 0.8) if last == "mean" else (x + sigma**2 * score(x, 0.8)) / alpha
+    latents, _ = flow(model, [7], torch.tensor([2]), sampling)
+    torch.testing.assert_close(latents.double(), x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
+
+
 def test_what_did_not_act_is_not_described():
     euler = Sampling(guidance_scale=1.0).describe()
     assert euler["guidance_channels"] is euler["guidance_interval"] is euler["diffusion"] is euler["last_step"] is None
@@ -150,6 +205,86 @@ def test_what_did_not_act_is_not_described():
         "steps": 250, "diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04,
     }  # fmt: skip
     assert Sampling("sde-heun", last_step="none").describe()["last_step_size"] is None
+    guided = Sampling(guidance_scale=2.0, guidance_channels="first3", guidance_interval=(0.1, 0.5)).describe()
+    assert (guided["guidance_channels"], guided["guidance_interval"]) == ("first3", (0.1, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "acts", "interval"),
+    [
+        ({}, {}, None, None),
+        ({}, {"sampler": "sde-heun"}, None, None),
+        ({}, {"sampler": "sde-heun", "last_step": "none"}, 1e-3, (0, 0.99)),
+        ({}, {"sampler": "sde-heun", "diffusion": "sbdm"}, 0.04, (0.01, 0.96)),
+        ({"path": "vp"}, {}, 1e-3, (0, 0.99)),
+        ({"path": "vp"}, {"sampler": "sde-heun", "diffusion": "sbdm"}, None, None),
+        ({"path": "vp"}, {"sampler": "sde-heun", "diffusion": "sbdm", "last_step": "none"}, 1e-3, (0, 0.99)),
+        ({"path": "gvp", "prediction": "score"}, {"sampler": "sde-heun"}, 1e-3, (0.01, 0.96)),
+    ],
+)
+def test_epsilon_keeps_from_singular_ends_and_is_refused_where_there_are_none(model, options, acts, interval):
+    model, stated = lively_model(**model), Sampling(**options, epsilon=0.01)
+    assert Sampling(**options).describe(model)["epsilon"] == acts
+    if acts is None:
+        with pytest.raises(InputError, match=r"epsilon=0.01 would do nothing"):
+            stated.check_model(model)
+        return
+    stated.check_model(model)
+    assert stated.describe(model)["epsilon"] == 0.01
+    assert stated.interval(model) == interval
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"guidance_scale": 1.0, "guidance_channels": "first3"}, "channels first3: with guidance scale 1 nothing is"),
+        ({"guidance_scale": 1.0, "guidance_interval": (0.0, 0.5)}, "with guidance scale 1 nothing is guided"),
+        ({"epsilon": 0.0}, "epsilon=0.0: must be at least 1e-06 and under 0.5"),
+        ({"epsilon": 0.5}, "epsilon=0.5"),
+        ({"epsilon": float("nan")}, "epsilon=nan"),
+    ],
+)
+def test_settings_that_do_nothing_or_cannot_be_are_refused(options, says):
+    with pytest.raises(InputError, match=says):
+        Sampling(**options)
+
+
+def test_a_scheduler_takes_no_epsilon(fails):
+    options = ["--ckpt", "nowhere", "--scheduler", "unipc", "--epsilon", "0.1"]
+    assert "--epsilon 0.1 does nothing with --scheduler unipc" in fails(sample.main, *options)
+
+
+def test_settings_that_do_nothing_to_this_model_are_refused():
+    first3 = Sampling(guidance_channels="first3")
+    with pytest.raises(InputError, match="first3 would do nothing: this model has 3"):
+        first3.check_model(lively_model(in_channels=3))
+    first3.check_model(lively_model(in_channels=4))
+    long = Sampling("sde-heun", diffusion="sbdm", last_step_size=0.97)
+    with pytest.raises(InputError, match="leave nothing of"):
+        long.check_model(lively_model())
+
+
+def test_the_first_step_of_sbdm_keeps_the_state_in_reach():
+    # With v = 0 the drift is -x / t: a step of 0.02 from t = 1e-3 would multiply the state by 19.
+    model = lively_model()
+    torch.nn.init.zeros_(model.final_layer.linear.weight)
+    torch.nn.init.zeros_(model.final_layer.linear.bias)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].std().item()))
+    flow(model, range(20), torch.zeros(20, dtype=torch.long), Sampling("euler-maruyama", diffusion="sbdm"))
+    assert max(seen) < 3
+
+
+def test_the_manifest_says_what_a_model_of_another_path_is_sampled_by(tmp_path, vae_folder):
+    lively_model(path="vp", prediction="noise", in_channels=4).save_pretrained(tmp_path / "model")
+    options = ["--ckpt", str(tmp_path / "model"), "--vae", str(vae_folder), "--cfg-channels", "first3", "--steps", "2"]
+    sampling(["generate", *options, "--epsilon", "0.02", "--num", "1", "--out", str(tmp_path / "out")])
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    expected = {
+        "path": "vp", "prediction": "noise", "time_interval": [0.0, 0.98], "epsilon": 0.02,
+        "guidance_channels": "first3",
+    }  # fmt: skip
+    assert expected.items() <= manifest.items()
 
 
 def test_random_labels_cover_the_classes_evenly():
@@ -173,7 +308,7 @@ def run_folder(tmp_path_factory):
 
 
 def test_generate_writes_images_by_index_with_their_provenance(run_folder, tmp_path):
-    options = ["--ckpt", str(run_folder), "--steps", "3", "--seed", "4", "--cfg", "1.7", "--cfg-channels", "first3"]
+    options = ["--ckpt", str(run_folder), "--steps", "3", "--seed", "4", "--cfg", "1.7"]
     options += ["--cfg-interval", "0", "0.5"]
     for name, num, batch in (("a", 13, 5), ("b", 17, 5), ("c", 13, 13)):
         out = str(tmp_path / name)
@@ -192,7 +327,7 @@ def test_generate_writes_images_by_index_with_their_provenance(run_folder, tmp_p
     weights = run_folder / "step-0000002/ema/diffusion_pytorch_model.safetensors"
     expected = {
         "num": 13, "labels": [index % 10 for index in range(13)], "sampler": "euler", "steps": 3, "nfe": 5.0, "seed": 4,
-        "guidance_scale": 1.7, "guidance_channels": "first3", "guidance_interval": [0.0, 0.5], "block": 5,
+        "guidance_scale": 1.7, "guidance_channels": "all", "guidance_interval": [0.0, 0.5], "block": 5,
         "dtype": "fp32", "codec": {"codec": "identity", "scale": 1.0, "shift": 0.0},
         "uint8_rule": "trunc(clamp(127.5 * x + 128, 0, 255))", "weights": "ema", "step": 2,
     }  # fmt: skip
@@ -239,7 +374,7 @@ def test_a_fault_while_generating_leaves_nothing(run_folder, tmp_path, monkeypat
 
 def test_dtype_and_autoencoder_options_reach_the_model(run_folder):
     from sampling.options import add_sampling_options, setup
-    from sit_atconv.errors import ArgumentParser, InputError
+    from sit_atconv.errors import ArgumentParser
 
     parser = ArgumentParser()
     add_sampling_options(parser)
@@ -288,9 +423,19 @@ def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys)
     assert "5 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype", ["bf16"])
-def test_low_precision_networks_still_integrate_in_fp32(dtype):
+def test_low_precision_networks_still_integrate_in_fp32():
     sampling = Sampling(steps=8)
     full, _ = generate(lively_model(), IdentityCodec(), [0, 1], [0, 1], sampling)
     low, _ = generate(lively_model().to(torch.bfloat16), IdentityCodec(), [0, 1], [0, 1], sampling)
     assert (full.float() - low.float()).abs().mean() < 6
+
+    model, sampling = lively_model().to(torch.bfloat16), Sampling(steps=3, guidance_scale=2.0)
+    latents, _ = flow(model, [7], torch.tensor([2]), sampling)
+    numbers = np.random.default_rng(np.random.SeedSequence([0, 6, 7])).standard_normal((1, 4, 4), dtype=np.float32)
+    x = torch.from_numpy(numbers)[None]
+    with torch.no_grad():
+        for t in torch.linspace(0, 1, 4)[:-1]:
+            both = model(x.to(torch.bfloat16).repeat(2, 1, 1, 1), t.repeat(2), torch.tensor([2, 3])).sample.float()
+            x = x + (both[1:] + 2 * (both[:1] - both[1:])) / 3
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(latents, x, rtol=1e-5, atol=1e-5)  # bf16 arithmetic is off by 1e-3

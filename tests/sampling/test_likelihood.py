@@ -5,13 +5,16 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 import train_sit
 from sampling.__main__ import main as sampling
 from sit_atconv import SiTTransformer2DModel, draws
 from sit_atconv.checkpoint import load_trained
-from sit_atconv.data import Digits
+from sit_atconv.config import load_recipe
+from sit_atconv.data import Digits, open_dataset
 from sit_atconv.draws import Stream
+from sit_atconv.flow.likelihood import log_likelihood
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import time_grid
 
@@ -31,14 +34,29 @@ def run_folder(tmp_path_factory):
 
 
 def likelihood(run_folder, tmp_path, *options) -> dict:
-    out = tmp_path / "likelihood.json"
+    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"  # what exists is not written over
     base = ["likelihood", "--ckpt", run_folder, "--sampler", "heun", "--steps", 3, "--out", out]
     sampling([str(option) for option in [*base, *options]])
     return json.loads(out.read_text())
 
 
-def test_it_is_the_change_of_variables_on_held_out_images(run_folder, tmp_path):
+def vp_noise_velocity(output, x, t):
+    """beta / 2 (x + score), with score = -noise / sigma."""
+    sigma = (-torch.expm1(-((1 - t) ** 2) * 19.9 / 2 - (1 - t) * 0.1)).sqrt()
+    return (0.1 + 19.9 * (1 - t)) / 2 * (x - output / sigma)
+
+
+@pytest.mark.parametrize("flow", ["linear velocity", "vp noise"])
+def test_it_is_the_change_of_variables_on_held_out_images(run_folder, tmp_path, recipe_file, flow):
+    end = 1.0
+    if flow == "vp noise":
+        train = {"max_steps": 2, "batch_size": 4, "lr": 0.1}
+        model, flow_section = {"token_mixer": "atconv", "depth": 1}, {"path": "vp", "prediction": "noise"}
+        recipe = recipe_file(model=model, train=train, ema={"decay": 0}, flow=flow_section)
+        train_sit.main([str(recipe)])
+        run_folder, end = tmp_path / "run", 1 - 1e-3
     result = likelihood(run_folder, tmp_path, "--num", 3, "--probes", 2, "--seed", 5)
+    assert result["time_interval"] == [0, end]
     model, dataset = load_trained(run_folder).model, Digits("test")
     for index in range(3):
         image, label = dataset[index, False]
@@ -49,13 +67,14 @@ def test_it_is_the_change_of_variables_on_held_out_images(run_folder, tmp_path):
 
         def joint(state, t, label=label, probes=probes):
             def velocity(x, t=t, label=label):
-                return model(x, t, torch.tensor([label])).sample
+                output = model(x, t, torch.tensor([label])).sample
+                return output if flow == "linear velocity" else vp_noise_velocity(output, x, t)
 
             products = [torch.autograd.functional.jvp(velocity, state[:1], p[None])[1] * p for p in probes]
             return torch.cat([velocity(state[:1]), torch.full((1, 1, 8, 8), sum(products).sum().item() / 2 / 64)])
 
-        end = SAMPLERS["heun"](joint, torch.cat([start, torch.zeros(1, 1, 8, 8)]), time_grid(1, 0, 3)).detach()
-        nats = -(end[0].square().sum() / 2 + 32 * math.log(2 * math.pi)) + end[1].sum()
+        final = SAMPLERS["heun"](joint, torch.cat([start, torch.zeros(1, 1, 8, 8)]), time_grid(end, 0, 3)).detach()
+        nats = -(final[0].square().sum() / 2 + 32 * math.log(2 * math.pi)) + final[1].sum()
         expected = -nats / 64 / math.log(2) + 3  # levels are 1/8 apart
         assert result["each"][index] == pytest.approx(expected.item(), rel=1e-4)
     mean = sum(result["each"]) / 3
@@ -70,6 +89,54 @@ def test_an_image_has_its_own_number_whatever_the_batch(run_folder, tmp_path):
     apart = likelihood(run_folder, tmp_path, "--num", 4, "--split", "train", "--batch", 3)["each"]
     assert apart == pytest.approx(together[:4], rel=1e-5)
     assert likelihood(run_folder, tmp_path, "--num", 4)["each"] != pytest.approx(together[:4], rel=1e-5)
+
+
+def test_an_adaptive_run_records_its_tolerances_and_the_evaluations_of_each_batch(run_folder, tmp_path, monkeypatch):
+    batches = []
+
+    def counting(velocity, data, *others):
+        calls = []
+        result = log_likelihood(lambda x, t: calls.append(t) or velocity(x, t), data, *others)
+        if batches:  # the second batch asks once more, so that the mean over images is not that over batches
+            calls.append(velocity(data, torch.tensor(0.5)))
+        batches.append((len(data), len(calls)))
+        return result
+
+    monkeypatch.setattr("sampling.likelihood.log_likelihood", counting)
+    result = likelihood(run_folder, tmp_path, "--num", 4, "--batch", 3, "--sampler", "dopri5")
+    assert [images for images, _ in batches] == [3, 1]
+    assert batches[0][1] != batches[1][1]
+    assert result["nfe"] == sum(images * calls for images, calls in batches) / 4
+    assert (result["rtol"], result["atol"], result["steps"]) == (1e-3, 1e-6, None)
+    fixed = likelihood(run_folder, tmp_path, "--num", 1)
+    assert (fixed["rtol"], fixed["atol"], fixed["steps"]) == (None, None, 3)
+
+
+def test_images_of_a_folder_have_256_levels(tmp_path, recipe_file):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    pixels = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "images" / "cat" / "0.png")
+    data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8}
+    recipe = recipe_file(data=data)
+    train_sit.main([str(recipe), "train.max_steps=1", "train.lr=0"])
+    result = likelihood(tmp_path / "run", tmp_path, "--num", 1, "--split", "train")
+    assert (result["level"], result["split"]) == (1 / 127.5, "train")
+    # A new model gives 0: the flow stays where it is, and the density is that of the normal.
+    noise = draws.uniforms((3, 8, 8), 0, Stream.DEQUANTIZE, 0)
+    image = open_dataset(load_recipe(recipe).data)[0, False][0] + (noise - 0.5) / 127.5
+    nats = torch.distributions.Normal(0, 1).log_prob(image.double()).mean().item()
+    assert result["bits_per_dim"] == pytest.approx(-nats / math.log(2) + math.log2(127.5), rel=1e-6)
+
+
+def test_it_runs_in_one_process_and_writes_over_nothing(fails, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    base = ["likelihood", "--ckpt", tmp_path / "nowhere", "--num", 1, "--out"]  # told before anything is loaded
+    for out, says in ((file, "exists already"), (tmp_path, "exists already"), (file / "x.json", "--out")):
+        assert says in fails(sampling, *base, out)
+    assert file.read_text() == "kept"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process" in fails(sampling, *base, tmp_path / "x.json")
 
 
 @pytest.mark.parametrize(
@@ -89,8 +156,6 @@ def test_it_refuses(fails, run_folder, tmp_path, options, says):
 
 
 def test_it_refuses_where_there_are_no_such_images(fails, tmp_path, recipe_file, vae_folder, capsys):
-    from PIL import Image
-
     (tmp_path / "images" / "cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "0.png")
     data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8}
