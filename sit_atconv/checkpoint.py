@@ -270,7 +270,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> SiTTransformer2DModel:
             if not name.startswith("_") and name != "auto_map":
                 check_choice("option in config.json", name, options)
         model, found = SiTTransformer2DModel.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     # Files of any content: no JSON, no tensors, values that the model refuses, tensors of other shapes.
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:

@@ -91,7 +91,7 @@ def _describe(pipeline: SiTPipeline, dtype: torch.dtype) -> str:
 def _usage(pipeline: SiTPipeline, dtype: torch.dtype, code: list[str]) -> str:
     model = pipeline.transformer
     label = min(1, model.config.num_classes - 1)
-    loading = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
+    loading = "" if dtype == torch.float32 else f", dtype={dtype}"
     guidance = 1.5 if model.null_label is not None else 1.0
     picture = pipeline.vae is not None or model.config.in_channels in (1, 3)
     call = f"class_labels=[{label}], num_inference_steps=50, guidance_scale={guidance}, generator=generator"

@@ -121,7 +121,7 @@ def test_it_loads_and_runs_in_every_dtype(tmp_path, mixer, dtype):
     make(mixer).to(dtype).save_pretrained(tmp_path / "cast")
     model.save_pretrained(tmp_path / "full")
     for folder, low in (("cast", True), ("cast", False), ("full", True)):
-        loaded = SiTTransformer2DModel.from_pretrained(tmp_path / folder, torch_dtype=dtype, low_cpu_mem_usage=low)
+        loaded = SiTTransformer2DModel.from_pretrained(tmp_path / folder, dtype=dtype, low_cpu_mem_usage=low)
         assert loaded.dtype == dtype
         assert {p.dtype for p in loaded.parameters()} == {dtype}
     actual = output(loaded, hidden_states=inputs()["hidden_states"].to(dtype))

@@ -321,7 +321,7 @@ def test_scheduler_and_dtype_stay_what_they_were(tmp_path):
     assert type(open_source(tmp_path / "out").pipeline.scheduler) is FlowMatchHeunDiscreteScheduler
     card = (tmp_path / "out" / "README.md").read_text()
     assert "stored in bfloat16" in card
-    assert "torch_dtype=torch.bfloat16" in card
+    assert "dtype=torch.bfloat16" in card
     assert "guidance_scale=1.0" in card
     assert "Trained without class dropout: no guidance" in card
 

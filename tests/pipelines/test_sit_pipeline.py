@@ -379,7 +379,7 @@ def test_variants_dtypes_and_device_maps_of_the_parts(make_pipe, tmp_path):
     with pytest.raises(ValueError, match="`variant=fp16`"):
         SiTPipeline.from_pretrained(tmp_path / "plain", variant="fp16")
     dtypes = {"transformer": torch.bfloat16, "default": torch.float16}
-    loaded = SiTPipeline.from_pretrained(tmp_path / "plain", torch_dtype=dtypes)
+    loaded = SiTPipeline.from_pretrained(tmp_path / "plain", dtype=dtypes)
     assert (loaded.transformer.dtype, loaded.vae.dtype) == (torch.bfloat16, torch.float16)
 
 
