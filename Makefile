@@ -1,8 +1,8 @@
-# make demo: the main job on digits. make bench: the timings. make test: the tests. All install what they need into .venv.
+# make demo: the main job on digits. make bench: the timings. make drill: faults. make test: the tests. All install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test test-slow test-gpu lint
+.PHONY: demo bench drill test test-slow test-gpu lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -15,6 +15,9 @@ demo: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m experiments.bench
+
+drill: .venv/installed
+	$(BIN)/python -m experiments.drill
 
 test: .venv/installed
 	$(BIN)/pytest -m "not slow and not gpu"

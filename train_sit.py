@@ -1,5 +1,7 @@
 """accelerate launch train_sit.py RECIPE [key=value ...] [--dry-run | --resume]: train a SiT, or go on with a run."""
 
+from eval.score import training_scorer
+from sit_atconv.checkpoint import step_of
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import ArgumentParser, command, speaks
 from sit_atconv.plan import dry_run
@@ -19,8 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         report = dry_run(recipe)
     else:
-        last = train(recipe, must_resume=args.resume)
+        # Scores are the first process's business alone, and so are its reference and weights.
+        scorer = training_scorer(recipe.score.ref, recipe.score.weights) if recipe.score.every and speaks() else None
+        last = train(recipe, must_resume=args.resume, scorer=scorer)
         report = f"trained to step {recipe.train.max_steps:,}; sample with: python sample.py --ckpt {last}"
+        if step_of(last) < recipe.train.max_steps:
+            report = f"stopped at step {step_of(last):,}, saved as {last}; the same command goes on from there"
     if speaks():
         print(report)
 

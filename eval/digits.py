@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.data import Digits
+from sit_atconv.data.digits import Digits
 from sit_atconv.images import to_uint8
 
 PROTOCOL = "digits-classifier-1"

@@ -12,7 +12,7 @@ from eval import digits, extractor
 from eval.frechet import frechet_distance, moments
 from eval.refs import read_moments
 from eval.sources import Images, read_images
-from sit_atconv.data import Digits
+from sit_atconv.data.digits import Digits
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions, sha256, write_atomic
@@ -61,56 +61,96 @@ def run(args: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def score_digits(samples: Images) -> dict:
+class DigitsScore:
     """Fréchet distance in the classifier's features to the real train split, and the share of classes recognised."""
-    if samples.pixels.shape[1:] != (1, 8, 8):
-        raise InputError(f"samples are {tuple(samples.pixels.shape[1:])}, the embedded digits (1, 8, 8)")
+
+    def __init__(self):
+        self.classifier, self.accuracy = digits.train_classifier()
+        self.reference = to_uint8(Digits("train").images)
+        self.moments = moments(digits.extract(self.classifier, self.reference)[0])
+
+    def __call__(self, pixels: torch.Tensor, labels: list[int]) -> dict[str, float]:
+        """Of uint8 digits (N, 1, 8, 8) of these classes. Raises InputError for images of another shape."""
+        if pixels.shape[1:] != (1, 8, 8):
+            raise InputError(f"samples are {tuple(pixels.shape[1:])}, the embedded digits (1, 8, 8)")
+        features, logits = digits.extract(self.classifier, pixels)
+        return {
+            "frechet_distance": frechet_distance(moments(features), self.moments),
+            "recognised": float((logits.argmax(1) == np.array(labels)).mean()),
+        }
+
+
+def score_digits(samples: Images) -> dict:
+    """The scores of `DigitsScore`, how good its classifier is, and what they were taken against."""
     if samples.labels is None:
         raise InputError("samples without labels: --ref digits needs a manifest.json with labels, or arr_1 in the npz")
-    classifier, accuracy = digits.train_classifier()
-    reference = to_uint8(Digits("train").images)
-    real, _ = digits.extract(classifier, reference)
-    features, logits = digits.extract(classifier, samples.pixels)
-    recognised = float((logits.argmax(1) == samples.labels.numpy()).mean())
+    score = DigitsScore()
     return {
         "protocol": digits.PROTOCOL,
-        "metrics": {
-            "frechet_distance": frechet_distance(moments(features), moments(real)),
-            "recognised": recognised,
-            "classifier_heldout_accuracy": accuracy,
-        },
-        "reference": {"name": "digits train split", "n": len(reference), "sha256": _digest(reference)},
+        "metrics": score(samples.pixels, samples.labels.tolist()) | {"classifier_heldout_accuracy": score.accuracy},
+        "reference": {"name": "digits train split", "n": len(score.reference), "sha256": _digest(score.reference)},
     }
+
+
+class InceptionScore:
+    """FID against mu and sigma, or against images that are put through the same network.
+
+    ref: an npz with mu and sigma, or an npz or folder of images. Raises InputError for what cannot be compared with.
+    """
+
+    def __init__(self, ref: str, weights: str | None, device: torch.device):
+        path = Path(ref)
+        if not path.exists():
+            raise InputError(f"reference {ref!r}: no such file or folder")
+        self.path, self.weights = path, extractor.inception_weights(weights)
+        self.moments = read_moments(path) if path.is_file() else None
+        self.images = read_images(path).pixels if self.moments is None else None
+        if self.images is not None and len(self.images) < 2:
+            raise InputError(f"reference {ref!r}: one image is not a distribution; give at least 2")
+        if self.moments is not None and (self.moments.mu.shape, self.moments.sigma.shape) != ((2048,), (2048, 2048)):
+            shapes = f"mu {self.moments.mu.shape} and sigma {self.moments.sigma.shape}"
+            raise InputError(f"reference {ref!r} has {shapes}; Inception's pool has 2048 features")
+        if self.moments is not None and not all(np.isfinite(part).all() for part in self.moments):
+            raise InputError(f"reference {ref!r}: mu or sigma is not finite; take the statistics again")
+        self.model = extractor.load_inception(self.weights, device)
+        if self.images is not None:
+            self.moments = moments(extractor.extract(self.model, self.images))
+
+    def __call__(self, pixels: torch.Tensor, labels: list[int] | None = None) -> dict[str, float]:
+        """Of uint8 images (N, C, H, W); the labels do not matter."""
+        return {"fid": frechet_distance(moments(extractor.extract(self.model, pixels)), self.moments)}
 
 
 def score_inception(samples: Images, ref: str, weights: str | None, device: str | None) -> dict:
-    """FID against mu and sigma, or against images that are put through the same network."""
-    path = Path(ref)
-    if not path.exists():
-        raise InputError(f"reference {ref!r}: no such file or folder")
-    reference = read_moments(path) if path.is_file() else None
-    images = read_images(path) if reference is None else None
-    if images is not None and len(images.pixels) < 2:
-        raise InputError(f"reference {ref!r}: one image is not a distribution; give at least 2")
-    if reference is not None and (reference.mu.shape, reference.sigma.shape) != ((2048,), (2048, 2048)):
-        shapes = f"mu {reference.mu.shape} and sigma {reference.sigma.shape}"
-        raise InputError(f"reference {ref!r} has {shapes}; Inception's pool has 2048 features")
-    if reference is not None and not (np.isfinite(reference.mu).all() and np.isfinite(reference.sigma).all()):
-        raise InputError(f"reference {ref!r}: mu or sigma is not finite; take the statistics again")
-    file = extractor.inception_weights(weights)
-    model = extractor.load_inception(file, resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    if images is not None:
-        reference = moments(extractor.extract(model, images.pixels))
+    """The score of `InceptionScore`, and what it was taken against."""
+    score = InceptionScore(ref, weights, resolve_device(device or _best_device()))
     return {
         "protocol": extractor.PROTOCOL,
-        "metrics": {"fid": frechet_distance(moments(extractor.extract(model, samples.pixels)), reference)},
+        "metrics": score(samples.pixels),
         "reference": {
-            "name": str(path.absolute()),
-            "n": None if images is None else len(images.pixels),
-            "sha256": _digest(images.pixels) if images is not None else sha256(path),
+            "name": str(score.path.absolute()),
+            "n": None if score.images is None else len(score.images),
+            "sha256": _digest(score.images) if score.images is not None else sha256(score.path),
         },
-        "weights_sha256": sha256(file),
+        "weights_sha256": sha256(score.weights),
     }
+
+
+def training_scorer(ref: str, weights: str | None) -> DigitsScore | InceptionScore:
+    """What scores images while a model trains: called with uint8 images (N, C, H, W) and labels, gives numbers by name.
+
+    ref, weights: as the command takes them. Raises InputError for what cannot be compared with.
+    """
+    if ref == "digits":
+        if weights:
+            raise InputError("score.weights belongs to Inception; score.ref=digits has a classifier of its own")
+        return DigitsScore()
+    # As the trainer's own device, without TF32 being switched off for it.
+    return InceptionScore(ref, weights, torch.device(_best_device()))
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _digest(pixels: torch.Tensor) -> str:

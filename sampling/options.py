@@ -13,7 +13,7 @@ from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
 from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON
 from sit_atconv.generation import SAMPLERS, SDE_DEFAULTS, Sampling
-from sit_atconv.latents import reopen_codec
+from sit_atconv.latents.codecs import reopen_codec
 
 VAE_BATCH = 16  # images per pass through the decoder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,10 +1,13 @@
 """Checkpoints: a folder that describes itself, is written atomically, and is proved whole before it is used.
 
     step-0001000/
-        ema/, model/          config.json + safetensors, each loadable with from_pretrained
-        optimizer.safetensors "<parameter name>.<state name>"
+        ema/, model/          config.json + safetensors, each loadable with from_pretrained; other averages beside them
+        model/projectors.safetensors   where REPA's loss was used
+        optimizer.safetensors "<parameter name>.<state name>"; of a sharded run optimizer/, a file per process
         trainer.json          skipped steps, gradient scaler
         manifest.json         step, images seen, processes, recipe, data, codec, library versions, SHA-256 of every file
+
+A sharded run needs a file system that all its machines share.
 
 A folder without a valid manifest is not a checkpoint. A model alone, as `save_pretrained` or the converter writes it,
 can be sampled too, and so can the transformer of a pipeline; the converter's conversion.json holds the SHA-256 of its
@@ -15,16 +18,20 @@ import inspect
 import json
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from sit_atconv import sharding
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import library_versions, sha256, sync
+from sit_atconv.files import check_space, disk_full, free_space, library_versions, sha256, sync
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 FORMAT_VERSION = 1
@@ -37,94 +44,125 @@ class Damaged(InputError):
     """A folder that claims to be a checkpoint and is not whole."""
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU."""
-    return load_file(path)
-
-
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter name."""
-    return {
-        f"{name}.{key}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` gave, nothing if no step had been taken.
-
-    Raises KeyError when the parameters are not the same.
-    """
-    if not tensors:
-        return
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    states = {}
-    for key, value in tensors.items():
-        name, _, field = key.rpartition(".")
-        states.setdefault(name, {})[field] = value
-    if states.keys() != set(names.values()):
-        raise KeyError(f"optimiser state of other parameters: {sorted(states.keys() ^ set(names.values()))[:3]}")
-    # Through load_state_dict, so that the optimiser places every tensor as it wants it.
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: states[name] for index, name in enumerate(order)}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+class DiskFull(InputError):
+    """The disk does not take a checkpoint; the older ones are as they were."""
 
 
 def save(
     run: Path,
     step: int,
-    model: SiTTransformer2DModel,
-    ema: SiTTransformer2DModel,
+    models: Mapping[str, SiTTransformer2DModel],
+    projectors: torch.nn.Module | None,
+    trained: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     trainer: dict[str, Any],
     facts: dict[str, Any],
 ) -> Path:
-    """Write `run`/step-XXXXXXX, whole or not at all; call on the main process alone.
+    """Write `run`/step-XXXXXXX, whole or not at all. Collective: every process calls it, and the main one writes, but
+    for the optimiser's shards.
 
+    models: by their folder. projectors: REPA's, stored in model/. trained: whose parameters the optimiser has.
     trainer: what the loop needs to go on. facts: what the manifest says of the run (recipe, data, codec, ...).
-    Raises InputError, and writes nothing, when a weight is not finite.
+    Raises in every process, with nothing left behind: InputError when a weight is not finite or a file cannot be
+    written, DiskFull when the disk lacks room.
     """
-    for name, tensor in [*model.state_dict().items(), *ema.state_dict().items()]:
-        if not tensor.isfinite().all():
-            raise InputError(
-                f"step {step}: {name} is not finite, no checkpoint written; begin a new run with a lower train.lr"
-            )
+    parts = {**models, "projectors": projectors} if projectors else dict(models)
+    sharding.raise_together(_not_finite(step, parts))
     final = folder_of(run, step)
     temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    ema.save_pretrained(temporary / "ema")
-    model.save_pretrained(temporary / "model")
-    save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-    (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        **facts,
-        "versions": library_versions(),
-        "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
-    }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*temporary.rglob("*"), temporary]:
-        sync(path)
-    if final.exists():  # left invalid by a fault: a valid one would have been resumed from
-        shutil.rmtree(final)
-    temporary.rename(final)
-    sync(run)
+    stored = [part.state_dict() for part in parts.values()] + [sharding.optimizer_tensors(trained, optimizer)]
+    needed = sum(tensor.numel() * tensor.element_size() for tensors in stored for tensor in tensors.values())
+
+    @contextmanager
+    def writing() -> Iterator[bool]:
+        """Whether this is the process that writes; what goes wrong in one process is raised in all."""
+        error = None
+        try:
+            yield sharding.is_main()
+        except (InputError, OSError, SafetensorError) as fault:
+            if sharding.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+            error = fault if isinstance(fault, InputError) else _unwritten(fault, run, step, needed)
+        sharding.raise_together(error)
+
+    with writing() as main:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            check_space(run, needed)
+            temporary.mkdir(parents=True)
+    for name, part in parts.items():
+        tensors = sharding.full_tensors(part)
+        with writing() as main:
+            if main and part is projectors:
+                # Projectors' own constructor, also where FSDP has put its class over it.
+                type(part).from_state_dict(tensors, part.encoder_depth).save(temporary / "model")
+            elif main:
+                with torch.device("meta"):
+                    whole = SiTTransformer2DModel.from_config(part.config)
+                whole.load_state_dict(tensors, strict=True, assign=True)
+                whole.save_pretrained(temporary / name)
+    with writing():
+        sharding.save_optimizer(temporary, trained, optimizer)
+    with writing() as main:
+        if main:
+            (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                **facts,
+                "versions": library_versions(),
+                "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
+            }
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            if final.exists():  # left invalid by a fault: a valid one would have been resumed from
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync(run)
     return final
 
 
-def prune(run: Path, newest: int, keep_last: int) -> None:
-    """Keep the last `keep_last` checkpoints up to step `newest`, which is whole.
+def _not_finite(step: int, parts: Mapping[str, torch.nn.Module]) -> InputError | None:
+    """What to say of the first tensor that is not finite in what this process holds."""
+    for part in parts.values():
+        for name, tensor in part.state_dict().items():
+            if not sharding.local(tensor).isfinite().all():
+                return InputError(
+                    f"step {step}: {name} is not finite, no checkpoint written; begin a new run with a lower train.lr"
+                )
+    return None
+
+
+def _unwritten(error: OSError | SafetensorError, run: Path, step: int, needed: int) -> InputError:
+    """What to say when a file of a checkpoint cannot be written; needed: bytes of its tensors."""
+    if not disk_full(error):
+        return InputError(f"step {step}: no checkpoint could be written in {str(run)!r}: {error}")
+    free = free_space(run)
+    return DiskFull(
+        f"step {step}: no room for a checkpoint in {str(run)!r}: it needs {needed / 1e6:,.1f} MB and "
+        f"{free / 1e6:,.1f} MB are free ({error}); make room or lower checkpoint.keep_last, and give the same command "
+        "to go on from the checkpoint before"
+    )
+
+
+def load_optimizer(folder: Path, trained: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser of `trained`, sharded or not, its state in the checkpoint `folder`. Collective.
+
+    Nothing happens if no step had been taken. Raises KeyError when the parameters are not the same.
+    """
+    sharding.load_optimizer(folder, trained, optimizer)
+
+
+def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None) -> None:
+    """Keep the last `keep_last` checkpoints up to step `newest`, which is whole, and the multiples of `keep_every`.
 
     The rest goes: older ones, what an interrupted save left, and folders of later steps, since a run that is at
-    `newest` found those damaged.
+    `newest` found those damaged. Call it on the main process alone, after `save`.
     """
-    kept = [folder for folder in step_folders(run) if step_of(folder) <= newest][-keep_last:]
+    known = [folder for folder in step_folders(run) if step_of(folder) <= newest]
+    kept = {*known[-keep_last:], *(folder for folder in known if keep_every and step_of(folder) % keep_every == 0)}
     for path in [*step_folders(run), *run.glob("step-*.tmp")]:
         if path not in kept:
             doomed = path.with_suffix(".tmp")  # killed in the middle, it is no damaged checkpoint but a leftover
@@ -283,9 +321,9 @@ def _load_model(folder: Path, dtype: torch.dtype) -> SiTTransformer2DModel:
     return model.eval()
 
 
-def load_weights(folder: Path, into: SiTTransformer2DModel) -> None:
-    """Load `folder` (ema/ or model/) into a model, strictly."""
+def load_weights(folder: Path, into: torch.nn.Module) -> None:
+    """Load the model in `folder` (ema/ or model/) into one, sharded or not, strictly."""
     tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_tensors(file))
-    into.load_state_dict(tensors, strict=True)
+    for file in sorted(folder.glob(f"{Path(SAFETENSORS_WEIGHTS_NAME).stem}*.safetensors")):
+        tensors.update(load_file(file))
+    sharding.load_full(into, tensors)

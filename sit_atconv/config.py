@@ -15,11 +15,15 @@ from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
 
-DATA_KINDS = ("digits", "imagefolder")
+DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "latents")
+DATA_SAMPLINGS = ("natural", "balanced")
 CODECS = ("identity", "vae")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TRACKERS = ("tensorboard", "wandb")
+EMA_KINDS = ("constant", "warmup", "power")
+ON_FULL_DISK = ("stop", "continue")
+MAX_EMA_STD = 0.288  # just under 12^-1/2, where the profile of a power of the step ends (exponent 0)
 
 
 def _at_least(section: str, **limits) -> None:
@@ -49,24 +53,51 @@ class Data:
     """The training images."""
 
     kind: str = "digits"
-    root: str | None = None  # imagefolder: a folder with one subfolder per class
-    image_size: int | None = None  # imagefolder: pixels after the centre crop
+    root: str | None = None  # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
+    image_size: int | None = None  # pixels after the centre crop; digits and latents have their own
+    split: str | None = None  # hf: left out, "train"
+    image_key: str | None = None  # hf: the column of the images; left out, "image"
+    label_key: str | None = None  # hf: the column of the classes; left out, "label"
+    streaming: bool = False  # hf: read the dataset in its order, shuffled within a buffer, instead of storing it
+    shuffle_buffer: int | None = None  # hf, streaming: images in the buffer; left out, 10,000
+    sampling: str = "natural"  # every image once an epoch; or balanced: every class equally often
     flip: bool = False  # mirror half of the images
     num_images: int | None = None  # checked against the data; lets --dry-run work without them
+    source: str | None = None  # latents, where a loss needs the images: their root today, if it has moved
+    verify: bool = True  # latents: compare every shard with its SHA-256 at the start
     workers: int = 0  # loader processes per training process
+    worker_timeout: float = 600.0  # seconds without a batch after which a loader process counts as hung
+    max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
 
     def __post_init__(self):
         check_choice("data.kind", self.kind, DATA_KINDS)
-        _at_least("data", workers=(self.workers, 0))
-        for name in ("image_size", "num_images"):
+        check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
+        _at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
+        _at_least("data", worker_timeout=(self.worker_timeout, 1))
+        for name in ("image_size", "num_images", "shuffle_buffer"):
             if getattr(self, name) is not None:
                 _at_least("data", **{name: (getattr(self, name), 1)})
         for name in ("root", "image_size"):
             value = getattr(self, name)
-            if self.kind == "imagefolder" and value is None:
-                raise InputError(f"data.{name} is missing; data.kind=imagefolder needs it")
             if self.kind == "digits" and value is not None:
                 raise InputError(f"data.{name}={value}: data.kind=digits has its own; leave it out")
+            # A cache of latents knows the size of its images, which is checked against this.
+            if value is None and not (self.kind == "digits" or (self.kind, name) == ("latents", "image_size")):
+                raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
+        hf, streaming, latents = self.kind == "hf", self.kind == "hf" and self.streaming, self.kind == "latents"
+        for name, acts, where in (
+            ("split", hf, "data.kind=hf"),
+            ("image_key", hf, "data.kind=hf"),
+            ("label_key", hf, "data.kind=hf"),
+            ("streaming", hf, "data.kind=hf"),
+            ("shuffle_buffer", streaming, "data.streaming=true"),
+            ("source", latents, "data.kind=latents"),
+        ):
+            value = getattr(self, name)
+            if value not in (None, False) and not acts:
+                raise InputError(f"data.{name}={value} goes with {where}; leave it out")
+        if self.streaming and self.sampling == "balanced":
+            raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
 
 
 @dataclass
@@ -74,16 +105,14 @@ class Latents:
     """The codec between images and latents."""
 
     codec: str = "identity"  # identity: pixels are the latents; vae: a diffusers AutoencoderKL
-    vae: str | None = None  # hub id or local folder
+    vae: str | None = None  # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
     batch_size: int = 16  # images per pass through the VAE
 
     def __post_init__(self):
         check_choice("latents.codec", self.codec, CODECS)
         _at_least("latents", batch_size=(self.batch_size, 1))
-        if (self.codec == "vae") != (self.vae is not None):
-            raise InputError(
-                f"latents.codec={self.codec} with latents.vae={self.vae}: a vae codec takes a vae, no other"
-            )
+        if self.codec == "identity" and self.vae is not None:
+            raise InputError(f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae; leave it out")
 
 
 @dataclass
@@ -177,6 +206,7 @@ class Train:
     weight_decay: float = 0.0  # on matrices; vectors (biases, difference_control) are never decayed
     max_grad_norm: float | None = None
     precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
+    max_skipped: int = 20  # steps in a row without a finite loss and gradient after which training stops
     gradient_checkpointing: bool = False
     compile: bool = False
 
@@ -192,6 +222,7 @@ class Train:
             gradient_accumulation_steps=(self.gradient_accumulation_steps, 1),
             lr=(self.lr, 0),
             warmup_steps=(self.warmup_steps, 0),
+            max_skipped=(self.max_skipped, 1),
             weight_decay=(self.weight_decay, 0),
         )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -204,11 +235,40 @@ class Train:
 class Ema:
     """The moving average of the weights, which is what gets sampled."""
 
-    decay: float = 0.9999
+    kind: str = "constant"  # or warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.ema
+    decay: float | None = None  # constant and warmup: left out, 0.9999
+    stds: list[float] | None = None  # power: widths relative to the step; the first is sampled; left out, [0.05, 0.1]
+    snapshot_every: int | None = None  # power: steps between two snapshots for other widths post hoc; left out, none
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
+        check_choice("ema.kind", self.kind, EMA_KINDS)
+        power = self.kind == "power"
+        for name, acts in (("decay", not power), ("stds", power), ("snapshot_every", power)):
+            if getattr(self, name) is not None and not acts:
+                raise InputError(
+                    f"ema.{name}={getattr(self, name)} does nothing with ema.kind={self.kind}; leave it out"
+                )
+        if self.decay is not None and not 0 <= self.decay < 1:
             raise InputError(f"ema.decay={self.decay}: must be in [0, 1)")
+        if self.stds is not None and not (
+            self.stds and len(set(self.stds)) == len(self.stds) and all(0 < std < MAX_EMA_STD for std in self.stds)
+        ):
+            raise InputError(f"ema.stds={self.stds}: give different numbers over 0 and under {MAX_EMA_STD}")
+        if self.snapshot_every is not None:
+            _at_least("ema", snapshot_every=(self.snapshot_every, 1))
+
+
+@dataclass
+class Repa:
+    """REPA's loss: hidden tokens of one block, projected, point where a frozen image encoder's features point."""
+
+    encoder: str | None = None  # a timm ViT by name, or a folder as timm's local-dir:; left out, no such loss
+    depth: int = 8  # the block (1-based) whose tokens are compared
+    weight: float = 0.5
+    projector_dim: int = 2048  # width inside the projector
+
+    def __post_init__(self):
+        _at_least("repa", depth=(self.depth, 1), weight=(self.weight, 0), projector_dim=(self.projector_dim, 1))
 
 
 @dataclass
@@ -217,9 +277,16 @@ class Checkpoint:
 
     every: int = 10_000  # steps; the last step is always kept
     keep_last: int = 3
+    keep_every: int | None = None  # steps: checkpoints of its multiples are never removed
+    on_full_disk: str = "stop"  # or continue: go on training, and try again at the next checkpoint
 
     def __post_init__(self):
         _at_least("checkpoint", every=(self.every, 1), keep_last=(self.keep_last, 1))
+        check_choice("checkpoint.on_full_disk", self.on_full_disk, ON_FULL_DISK)
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise InputError(
+                f"checkpoint.keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}"
+            )
 
 
 @dataclass
@@ -241,6 +308,19 @@ class Preview:
 
 
 @dataclass
+class Score:
+    """Scores of EMA samples while training, drawn as the previews are."""
+
+    every: int = 0  # steps between two scores; 0 computes none
+    num: int = 1000
+    ref: str = "digits"  # as `python -m eval score --ref` takes it
+    weights: str | None = None  # Inception weights; left out, torch's hub cache
+
+    def __post_init__(self):
+        _at_least("score", every=(self.every, 0), num=(self.num, 2))
+
+
+@dataclass
 class Recipe:
     """All that decides a run."""
 
@@ -251,8 +331,25 @@ class Recipe:
     flow: Flow = field(default_factory=Flow)
     train: Train = field(default_factory=Train)
     ema: Ema = field(default_factory=Ema)
+    repa: Repa = field(default_factory=Repa)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     preview: Preview = field(default_factory=Preview)
+    score: Score = field(default_factory=Score)
+
+    def __post_init__(self):
+        codec, vae = self.latents.codec, self.latents.vae
+        if self.data.kind != "latents":
+            if codec == "vae" and vae is None:
+                raise InputError("latents.codec=vae with latents.vae=None: a vae codec takes a vae; name it")
+            return
+        if codec != "vae":
+            raise InputError(f"latents.codec={codec}: data.kind=latents is what a vae made; state latents.codec=vae")
+        for name, every in (("preview", self.preview.every), ("score", self.score.every)):
+            if every and vae is None:
+                raise InputError(
+                    f"{name}.every={every} draws images, and latents.vae is missing: name the cache's vae, or set "
+                    f"{name}.every=0"
+                )
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -312,8 +409,14 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
 
 
 # What a later start of the same run may state differently.
-MUTABLE = ("run.out", "run.log_every", "run.trackers", "train.max_steps")
-MUTABLE_SECTIONS = ("checkpoint", "preview")
+MUTABLE = (
+    "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped",
+    # where things lie and how the work is cut up: what is computed stays the same, to float rounding
+    "data.root", "data.source", "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share",
+    "latents.vae", "latents.batch_size", "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+    "train.compile",
+)  # fmt: skip
+MUTABLE_SECTIONS = ("checkpoint", "preview", "score")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,32 +1,207 @@
-"""Exponential moving average of a model's weights."""
+"""Moving averages of a model's weights, and the snapshots of them that `sit_atconv.posthoc` makes other widths of.
+
+After update n an average is ema <- beta_n ema + (1 - beta_n) model, with beta_n by kind of average:
+
+    constant   decay
+    warmup     min(decay, (1 + n) / (10 + n))
+    power      (1 - 1/n)^(gamma + 1): update i weighs what t^gamma has over (i - 1, i], the start nothing. Its width
+               relative to n is std = sigma_rel, sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+
+The last is the power-function average of "Analyzing and Improving the Training Dynamics of Diffusion Models"
+(arXiv 2312.02696, section 3.1 and appendix C).
+"""
 
 import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sit_atconv import config
+from sit_atconv.errors import InputError
+
+DEFAULT_DECAY, DEFAULT_STDS = 0.9999, (0.05, 0.1)
+SAMPLED = "ema"  # the name of the average that gets sampled
+SNAPSHOTS, SNAPSHOT_FORMAT, METADATA = "snapshots", 1, "snapshot"
 
 
-class EMA:
-    """A copy of `model` whose parameters follow it: ema <- decay * ema + (1 - decay) * model; buffers are copied.
+def resolved(settings: config.Ema) -> config.Ema:
+    """The settings, with their defaults where they leave something out."""
+    if settings.kind == "power":
+        return dataclasses.replace(settings, stds=settings.stds or list(DEFAULT_STDS))
+    return dataclasses.replace(settings, decay=DEFAULT_DECAY if settings.decay is None else settings.decay)
 
-    `model` (fp32) is the copy, in eval mode and without gradients. Raises KeyError when the tracked model's tensors
-    are not exactly those of the copy, as with a wrapped or compiled model: pass the bare model.
+
+def gamma_of(std: float) -> float:
+    """The exponent gamma >= 0 of the power profile of width std, 0 < std <= 12^-1/2.
+
+    It is the largest root of gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + 12 - std^-2.
+    Raises InputError for another std.
+    """
+    if not 0 < std <= 12**-0.5:
+        raise InputError(f"std={std}: the width of a power-function average is over 0 and at most {12**-0.5:.4f}")
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
+    return max(0.0, float(max(roots.real)))  # all three are real; 0 may come out as a rounding error below it
+
+
+def constant_decay(decay: float, updates: int) -> float:
+    return decay
+
+
+def warmup_decay(decay: float, updates: int) -> float:
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+def power_decay(gamma: float, updates: int) -> float:
+    return (1 - 1 / updates) ** (gamma + 1)
+
+
+class Averages:
+    """Averages of `model`, all moved by one `update` per optimisation step.
+
+    models: name of a checkpoint's folder -> averaged fp32 copy, in eval mode and without gradients. "ema" is the first
+    and what gets sampled; with kind "power" it has the first of the stds, and those that follow are named like
+    "ema-0.100". Buffers are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, settings: config.Ema):
+        settings = resolved(settings)
+        self.stds: dict[str, float] = {}  # of the power-function averages, by their names
+        if settings.kind == "power":
+            first, *others = settings.stds
+            self.stds = {SAMPLED: first, **{_width_name(std): std for std in others}}
+            self.decays: dict[str, Callable[[int], float]] = {
+                name: partial(power_decay, gamma_of(std)) for name, std in self.stds.items()
+            }
+        else:
+            rule = {"constant": constant_decay, "warmup": warmup_decay}[settings.kind]
+            self.decays = {SAMPLED: partial(rule, settings.decay)}
+        self.models = {name: copy.deepcopy(model).float().eval().requires_grad_(False) for name in self.decays}
+
+    @property
+    def model(self) -> nn.Module:
+        """The average that gets sampled."""
+        return self.models[SAMPLED]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """One step towards the weights of `model`. Raises KeyError when its tensors are not the copy's."""
-        for kind in ("named_parameters", "named_buffers"):
-            own, new = dict(getattr(self.model, kind)()), dict(getattr(model, kind)())
-            if own.keys() != new.keys():
-                raise KeyError(f"EMA: tensors differ from the model's: {sorted(own.keys() ^ new.keys())[:3]}")
-            if not own:
-                continue
-            if kind == "named_parameters":
-                torch._foreach_lerp_(list(own.values()), [new[name].detach() for name in own], 1 - self.decay)
-            else:
-                torch._foreach_copy_(list(own.values()), [new[name] for name in own])
+    def update(self, model: nn.Module, updates: int) -> None:
+        """One step towards the weights of `model`.
+
+        updates: optimisation steps applied so far, this one included (1 after the first).
+        A sharded model (DTensors) needs averages sharded alike; each process moves its own shards.
+        Raises KeyError when the model's tensors are not exactly those of the averages, as with a wrapped or compiled
+        model (pass the bare one), ValueError when they are sharded otherwise.
+        """
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        for name, average in self.models.items():
+            own, new = _pairs(dict(average.named_parameters()), parameters)
+            torch._foreach_lerp_(own, new, 1 - self.decays[name](updates))
+            own, new = _pairs(dict(average.named_buffers()), buffers)
+            if own:
+                torch._foreach_copy_(own, new)
+
+    def write_snapshot(self, run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], updates: int) -> Path:
+        """Write `run`/snapshots/step-XXXXXXX with a safetensors file per power-function average, whole or not at all.
+
+        One that is there already is written again. Call on the main process alone.
+        tensors: full CPU tensors of every average, by its name. updates: as `update` was last told.
+        Raises InputError where the disk does not take it; then nothing is left.
+        """
+        final = run / SNAPSHOTS / f"step-{step:07d}"
+        temporary = final.with_name(final.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            for name, std in self.stds.items():
+                facts = {
+                    "format": SNAPSHOT_FORMAT,
+                    "step": step,
+                    "updates": updates,
+                    "std": std,
+                    "gamma": gamma_of(std),
+                    "buffers": sorted(dict(self.models[name].named_buffers())),
+                }
+                # A single key: safetensors writes several in an order that changes from process to process.
+                save_file(tensors[name], temporary / f"{name}.safetensors", {METADATA: json.dumps(facts)})
+            for path in [*temporary.iterdir(), temporary]:
+                _sync(path)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync(final.parent)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"snapshot {str(final)!r} cannot be written: {reason}; make room, then go on from the last checkpoint"
+            ) from None
+        return final
+
+
+def _width_name(std: float) -> str:
+    return f"{SAMPLED}-{std:.3f}" if math.isclose(std, round(std, 3), rel_tol=1e-9) else f"{SAMPLED}-{std!r}"
+
+
+def _pairs(own: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors of an average and those that it follows: this process's shards, in the average's dtype."""
+    if own.keys() != new.keys():
+        raise KeyError(f"EMA: tensors differ from the model's: {sorted(own.keys() ^ new.keys())[:3]}")
+    targets = [_local(tensor) for tensor in own.values()]
+    sources = [_local(new[name]).to(target.dtype) for name, target in zip(own, targets, strict=True)]
+    for name, target, source in zip(own, targets, sources, strict=True):
+        if target.shape != source.shape:  # which foreach would broadcast where it can
+            raise ValueError(f"EMA: {name} is {tuple(source.shape)} here, the average's {tuple(target.shape)}")
+    return targets, sources
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored power-function average: its file, after which step and how many updates, its width, and its buffers."""
+
+    path: Path
+    step: int
+    updates: int
+    std: float
+    buffers: tuple[str, ...]
+
+
+def read_snapshots(run: Path) -> list[Snapshot]:
+    """The snapshots in a run's folder, oldest first, by width within a step.
+
+    Raises InputError for a file that is damaged or of another format.
+    """
+    found = []
+    for path in run.glob(f"{SNAPSHOTS}/step-*/*.safetensors"):
+        if not path.parent.name.removeprefix("step-").isdigit():  # what an interrupted writing left
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})[METADATA])
+            if facts["format"] != SNAPSHOT_FORMAT:
+                raise InputError(f"{str(path)!r} has snapshot format {facts['format']}; this reads {SNAPSHOT_FORMAT}")
+            found.append(Snapshot(path, facts["step"], facts["updates"], facts["std"], tuple(facts["buffers"])))
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"snapshot {str(path)!r} is cut or damaged: {error}; remove its folder") from None
+    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.std))

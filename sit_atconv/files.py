@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, and what identifies them."""
 
+import errno
 import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +62,27 @@ def new_path(out: Path) -> Iterator[Path]:
             clear()
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
+
+
+def free_space(path: Path) -> int:
+    """Bytes that are free where `path` lies or will lie."""
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise the OSError that writing `needed` bytes at `path` would end in, as far as that is known beforehand."""
+    if free_space(path) < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether an error of writing says that the disk, a quota or the largest file allowed is reached.
+
+    safetensors has the system's number in its text alone.
+    """
+    number = getattr(error, "errno", None) or next(map(int, re.findall(r"os error (\d+)", str(error))), None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a recipe to what it decides: the facts of its data, its model, its cost."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from sit_atconv.errors import InputError
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.times import TimeSampling, training_interval
 from sit_atconv.generation import Sampling
-from sit_atconv.latents import open_codec
+from sit_atconv.latents.codecs import open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
 
@@ -27,6 +28,11 @@ class Facts:
 def measured_facts(dataset, codec) -> Facts:
     """The facts of an opened dataset and codec. Raises InputError when the codec does not take such images."""
     return Facts(codec.latent_shape(dataset.channels, dataset.image_size), len(dataset.class_names), len(dataset))
+
+
+def _opened_facts(recipe: Recipe) -> Facts:
+    dataset = open_dataset(dataclasses.replace(recipe.data, verify=False))  # a plan needs no proof of a cache's content
+    return measured_facts(dataset, open_codec(recipe.latents, dataset))
 
 
 def stated_facts(recipe: Recipe) -> Facts | None:
@@ -107,7 +113,7 @@ def dry_run(recipe: Recipe) -> str:
     """What the recipe would cost, as text; the model is built on the meta device, data and VAE are not opened if the
     recipe states what they decide. Raises InputError for a recipe that cannot be trained."""
     stated = stated_facts(recipe)
-    facts = stated or measured_facts(open_dataset(recipe.data), open_codec(recipe.latents))
+    facts = stated or _opened_facts(recipe)
     check_stated(recipe, facts)
     with torch.device("meta"):
         model = build_model(recipe, facts)

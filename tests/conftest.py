@@ -1,8 +1,11 @@
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -14,6 +17,29 @@ def reset_accelerate() -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def weights(checkpoint: Path, which: str = "ema") -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / which / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    for which in ("ema", "model"):
+        first, second = weights(a, which), weights(b, which)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), which
+
+
+def log_rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def run_recipe(path: Path, *overrides: str) -> Path:
+    reset_accelerate()
+    from sit_atconv.config import load_recipe
+    from sit_atconv.training import train
+
+    return train(load_recipe(path, overrides))
 
 
 @pytest.fixture(autouse=True)

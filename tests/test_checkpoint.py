@@ -1,18 +1,23 @@
 """Checkpoints are whole or not there, describe themselves, and give back every bit."""
 
+import errno
 import json
+import re
+import resource
 import shutil
+import subprocess
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-from sit_atconv import checkpoint, create_model
-from sit_atconv.config import Train
+from sit_atconv import checkpoint, create_model, files, sharding
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.training import make_optimizer
+from sit_atconv.layers.projectors import Projectors
 
 
 def small_model(seed=0):
@@ -25,9 +30,16 @@ def small_model(seed=0):
     return model
 
 
+def make_optimizer(model):
+    """Two groups, so that the optimiser's order is not the model's."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2)
+
+
 def trained_once(seed=0):
     model = small_model(seed)
-    optimizer = make_optimizer(model, Train(lr=1e-2, weight_decay=0.1))
+    optimizer = make_optimizer(model)
     step(model, optimizer)
     return model, optimizer
 
@@ -38,10 +50,11 @@ def step(model, optimizer):
     optimizer.zero_grad()
 
 
-def save(run: Path, number: int, seed: int = 0) -> Path:
+def save(run: Path, number: int, seed: int = 0, projectors: Projectors | None = None, **averages) -> Path:
     model, optimizer = trained_once(seed)
+    models = {"model": model, "ema": small_model(5), **averages}
     facts = {"images_seen": number * 8, "recipe": {"a": 1}}
-    return checkpoint.save(run, number, model, small_model(5), optimizer, {"skipped": 0}, facts)
+    return checkpoint.save(run, number, models, projectors, model, optimizer, {"skipped": 0}, facts)
 
 
 def test_layout_and_manifest(tmp_path):
@@ -58,27 +71,59 @@ def test_layout_and_manifest(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_other_averages_and_projectors_lie_beside_the_model(tmp_path):
+    torch.manual_seed(2)
+    projectors, average = Projectors(8, 6, [5, 3], 1), small_model(6)
+    folder = save(tmp_path, 1, projectors=projectors, **{"ema-0.100": average})
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"model", "ema", "ema-0.100"}
+    loaded = Projectors.load(folder / "model")
+    assert (loaded.encoder_depth, loaded.z_dims) == (1, [5, 3])
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in projectors.state_dict().items())
+    for which, expected in (("model", trained_once()[0]), ("ema-0.100", average)):
+        other = small_model(9)
+        checkpoint.load_weights(folder / which, other)
+        assert all(torch.equal(x, other.state_dict()[name]) for name, x in expected.state_dict().items())
+    assert "model/projectors.safetensors" in checkpoint.read_manifest(folder)["files"]
+    assert checkpoint.load_trained(folder / "model").which == "model"
+
+
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path):
     model, optimizer = trained_once()
     folder = save(tmp_path, 1)
     other = small_model(9)
-    other_optimizer = make_optimizer(other, Train(lr=1e-2, weight_decay=0.1))
+    other_optimizer = make_optimizer(other)
     checkpoint.load_weights(folder / "model", other)
-    tensors = checkpoint.load_tensors(folder / "optimizer.safetensors")
-    checkpoint.load_optimizer_tensors(other, other_optimizer, tensors)
+    checkpoint.load_optimizer(folder, other, other_optimizer)
     step(model, optimizer)
     step(other, other_optimizer)
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_optimizer_state_of_another_model_is_refused():
+def test_an_optimizer_that_took_no_step_has_nothing_to_give_back(tmp_path):
+    model = small_model()
+    folder = checkpoint.save(tmp_path, 1, {"model": model}, None, model, make_optimizer(model), {}, {})
+    optimizer = make_optimizer(model)
+    checkpoint.load_optimizer(folder, model, optimizer)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("change", ["one is missing", "another name", "another shape"])
+def test_optimizer_state_of_another_model_is_refused(tmp_path, change):
     model, optimizer = trained_once()
-    tensors = checkpoint.optimizer_tensors(model, optimizer)
-    tensors.pop("x_embedder.proj.bias.step")
-    renamed = {key.replace("x_embedder", "embed"): value for key, value in tensors.items()}
-    with pytest.raises(KeyError, match="other parameters"):
-        checkpoint.load_optimizer_tensors(model, optimizer, renamed)
+    file = tmp_path / "optimizer.safetensors"
+    sharding.save_optimizer(tmp_path, model, optimizer)
+    tensors = load_file(file)
+    names = [key for key in tensors if key.startswith("x_embedder.proj.bias.")]
+    for name in names:
+        tensor = tensors.pop(name)
+        if change == "another name":
+            tensors[name.replace("x_embedder", "embed")] = tensor
+        elif change == "another shape":
+            tensors[name] = tensor[:-1].clone() if tensor.ndim else tensor
+    save_file(tensors, file)
+    with pytest.raises(KeyError, match=r"other parameters.*(x_embedder|embed)\.proj\.bias"):
+        sharding.load_optimizer(tmp_path, model, optimizer)
 
 
 def damage(folder: Path, how: str) -> None:
@@ -142,21 +187,124 @@ def test_pickled_weights_are_never_taken(tmp_path):
         checkpoint.load_trained(folder)
 
 
-@pytest.mark.parametrize("function", ["rename", "write_text"])
-def test_a_fault_while_saving_leaves_the_old_checkpoint_and_no_half_one(tmp_path, monkeypatch, function):
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Every file in the order in which it is written, and the renaming at the end.
+WRITES = [
+    "model/config.json", "model/diffusion_pytorch_model.safetensors", "ema/config.json",
+    "ema/diffusion_pytorch_model.safetensors", "model/projectors.safetensors", "optimizer.safetensors",
+    "trainer.json", "manifest.json", "rename",
+]  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fail_at(patch, target: str, error: OSError) -> None:
+    """Let writing the file `target` of a checkpoint cut it and raise `error`, in its library's own way."""
+
+    def patched(place, function: str, raised: Exception, position: int = 0):
+        """position: of the path among the arguments."""
+        whole = getattr(place, function)
+
+        def replaced(*args, **kwargs):
+            if not str(args[position]).endswith(target):
+                return whole(*args, **kwargs)
+            Path(args[position]).write_bytes(b"cut")
+            raise raised
+
+        patch.setattr(place, function, replaced)
+
+    if target == "rename":
+        patch.setattr(Path, "rename", lambda _path, _target: (_ for _ in ()).throw(error))
+    elif target.endswith(".safetensors"):
+        text = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+        patched(safetensors.torch, "serialize_file", safetensors.SafetensorError(text), position=1)
+    elif target.endswith("config.json"):
+        patched(checkpoint.SiTTransformer2DModel, "to_json_file", error, position=1)
+    else:
+        patched(Path, "write_text", error)
+
+
+@pytest.mark.parametrize("target", WRITES)
+def test_a_disk_that_fills_up_at_any_file_leaves_the_old_checkpoints(tmp_path, monkeypatch, target):
     save(tmp_path, 10)
-
-    def fault(*_args, **_kwargs):
-        raise OSError("disk")
-
+    projectors = Projectors(8, 6, [5], 1)
+    for number in FULL:
+        with monkeypatch.context() as patch:
+            fail_at(patch, target, OSError(number, errno.errorcode[number]))
+            with pytest.raises(checkpoint.DiskFull, match=r"step 20: .* it needs 0\.\d MB and [\d,.]+ MB are free"):
+                save(tmp_path, 20, projectors=projectors)
+        assert names(tmp_path) == ["step-0000010"]
+        assert checkpoint.newest_valid(tmp_path)[1]["step"] == 10
     with monkeypatch.context() as patch:
-        patch.setattr(Path, function, fault)
-        with pytest.raises(OSError, match="disk"):
-            save(tmp_path, 20)
-    assert [path.name for path in checkpoint.step_folders(tmp_path)] == ["step-0000010"]
-    assert checkpoint.newest_valid(tmp_path)[1]["step"] == 10
-    save(tmp_path, 20)
+        fail_at(patch, target, OSError(errno.EIO, "Input/output error"))
+        with pytest.raises(InputError, match="step 20: no checkpoint could be written") as raised:
+            save(tmp_path, 20, projectors=projectors)
+    assert not isinstance(raised.value, checkpoint.DiskFull)
+    assert names(tmp_path) == ["step-0000010"]
+    save(tmp_path, 20, projectors=projectors)
     assert checkpoint.newest_valid(tmp_path)[1]["step"] == 20
+
+
+def bytes_needed() -> int:
+    model, optimizer = trained_once()
+    state = sharding.optimizer_tensors(model, optimizer).values()
+    return sum(x.nbytes for x in [*model.state_dict().values(), *small_model(5).state_dict().values(), *state])
+
+
+def test_a_disk_known_to_be_too_small_is_not_written_to(tmp_path, monkeypatch):
+    usage, needed = namedtuple("usage", ["total", "used", "free"]), bytes_needed()
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _path: usage(10**9, 0, needed - 1))
+    monkeypatch.setattr(Path, "mkdir", lambda *_args, **_kwargs: pytest.fail("written to"))
+    with pytest.raises(checkpoint.DiskFull, match=rf"needs {needed / 1e6:.1f} MB and {needed / 1e6:.1f} MB are free"):
+        save(tmp_path / "run", 20)
+    assert not names(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _path: usage(10**9, 0, needed))
+    save(tmp_path / "run", 20)
+
+
+def test_a_real_disk_that_is_full(tmp_path, monkeypatch):
+    """A small tmpfs, with room for less and less of the second checkpoint, until even its first file has none."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 4096 * 64
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        save(disk, 10)
+        monkeypatch.setattr(checkpoint, "check_space", lambda _path, _needed: None)  # as under a quota
+        free = files.free_space(disk)
+        assert 3 * bytes_needed() // 2 < size
+        faults = []
+        for room in range(0, bytes_needed(), 8192):
+            (disk / "filler").write_bytes(b"x" * (free - room))
+            with pytest.raises(checkpoint.DiskFull, match="No space left on device") as raised:
+                save(disk, 20)
+            faults.append("safetensors" in str(raised.value) or "os error" in str(raised.value))
+            assert names(disk) == ["filler", "step-0000010"]
+            (disk / "filler").unlink()
+        assert {True, False} == set(faults)  # both libraries' errors were met
+        assert checkpoint.newest_valid(disk)[1]["step"] == 10
+        save(disk, 20)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_limit_on_the_size_of_a_file(tmp_path):
+    save(tmp_path, 10)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(checkpoint.DiskFull, match="File too large"):
+            save(tmp_path, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["step-0000010"]
 
 
 def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
@@ -173,6 +321,45 @@ def test_prune_keeps_the_newest_and_clears_unfinished_ones(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000010", "step-0000015"]
 
 
+def test_prune_never_removes_what_is_kept_for_good(tmp_path):
+    for number in (5, 10, 15, 20, 25, 30):
+        checkpoint.folder_of(tmp_path, number).mkdir()
+    checkpoint.prune(tmp_path, newest=25, keep_last=2, keep_every=10)
+    assert names(tmp_path) == ["step-0000010", "step-0000020", "step-0000025"]  # 30, later than the newest, is damaged
+    checkpoint.prune(tmp_path, newest=25, keep_last=1)
+    assert names(tmp_path) == ["step-0000025"]
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_while_pruning_leaves_leftovers_and_no_damaged_checkpoint(tmp_path, monkeypatch, moment):
+    for number in (5, 10, 15):
+        save(tmp_path, number)
+    calls, rename, remove = [], Path.rename, shutil.rmtree
+
+    def counted(function):
+        def called(path, *args, **kwargs):
+            if "step-" in str(path) and path.exists():
+                calls.append(path)
+                if len(calls) > moment:
+                    if function is remove:  # half of the folder is gone
+                        next(file for file in Path(path).rglob("*") if file.is_file()).unlink()
+                    raise KeyboardInterrupt
+            return function(path, *args, **kwargs)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counted(rename))
+        patch.setattr(checkpoint.shutil, "rmtree", counted(remove))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(tmp_path, newest=15, keep_last=1)
+    for folder in checkpoint.step_folders(tmp_path):
+        checkpoint.read_manifest(folder)
+    assert checkpoint.newest_valid(tmp_path)[1]["step"] == 15
+    checkpoint.prune(tmp_path, newest=15, keep_last=1)
+    assert names(tmp_path) == ["step-0000015"]
+
+
 def test_prune_never_prefers_a_damaged_later_folder(tmp_path):
     for number in (5, 6, 9):
         save(tmp_path, number)
@@ -186,9 +373,15 @@ def test_a_non_finite_weight_is_never_written(tmp_path):
     ema = small_model()
     with torch.no_grad():
         ema.final_layer.linear.weight[0, 0] = float("nan")
-    with pytest.raises(InputError, match=r"final_layer\.linear\.weight is not finite"):
-        checkpoint.save(tmp_path, 1, model, ema, optimizer, {}, {})
-    assert not list(tmp_path.iterdir())
+    broken = Projectors(8, 6, [5], 1)
+    torch.nn.init.constant_(broken.projectors[0][4].bias, float("inf"))
+    for models, projectors, name in (
+        ({"model": model, "ema": ema}, None, "final_layer.linear.weight"),
+        ({"model": model}, broken, "projectors.0.4.bias"),
+    ):
+        with pytest.raises(InputError, match=f"step 1: {re.escape(name)} is not finite"):
+            checkpoint.save(tmp_path, 1, models, projectors, model, optimizer, {}, {})
+    assert not names(tmp_path)
 
 
 def test_load_trained_takes_the_ema_unless_the_model_folder_is_named(tmp_path):

@@ -181,7 +181,7 @@ def test_train_refuses_a_folder_that_is_no_run(fails, recipe_file, tmp_path):
 
 
 def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
-    monkeypatch.setattr("sit_atconv.training.is_wandb_available", lambda: False)
+    monkeypatch.setattr("sit_atconv.training.launch.is_wandb_available", lambda: False)
     assert "'wandb' is not installed; pip install wandb" in fails(train_sit.main, recipe_file(), "run.trackers=[wandb]")
 
 

@@ -173,7 +173,7 @@ def test_only_steps_checkpoints_previews_and_logging_may_change():
     assert differences(old, to_dict(make_recipe(allowed))) == []
     for section, key, value in (
         ("run", "seed", 1), ("data", "flip", True), ("model", "depth", 3), ("train", "lr", 1.0), ("ema", "decay", 0.5),
-        ("train", "batch_size", 3), ("train", "precision", "bf16"), ("latents", "batch_size", 2),
+        ("train", "batch_size", 3), ("train", "precision", "bf16"), ("data", "sampling", "balanced"),
         ("flow", "path", "gvp"), ("flow", "prediction", "noise"), ("flow", "time_shift", 2.0),
     ):  # fmt: skip
         new = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}

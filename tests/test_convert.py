@@ -22,7 +22,7 @@ from sit_atconv.convert.reading import read_source
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 from sit_atconv.generation import Sampling, generate
-from sit_atconv.latents import IdentityCodec
+from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.pipelines.export import main as export
 

@@ -33,7 +33,8 @@ def test_streams_are_distinct_numbers():
 def test_the_numbers_of_streams_stay():
     assert {name: int(stream) for name, stream in Stream.__members__.items()} == {
         "ORDER": 0, "TIME": 1, "NOISE": 2, "LABEL_DROP": 3, "FLIP": 4, "POSTERIOR": 5, "SAMPLE_NOISE": 6,
-        "SAMPLE_LABEL": 7, "SAMPLE_STEP": 8, "PROBE": 9, "DEQUANTIZE": 10,
+        "SAMPLE_LABEL": 7, "SAMPLE_STEP": 8, "PROBE": 9, "DEQUANTIZE": 10, "CLASS_ORDER": 11, "CLASS_IMAGES": 12,
+        "SUBSTITUTE": 13,
     }  # fmt: skip
 
 
@@ -59,3 +60,22 @@ def test_signs_and_uniforms():
     assert uniforms.dtype == torch.float32
     assert 0 <= uniforms.min() < 0.01 < 0.99 < uniforms.max() < 1
     assert uniforms.mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1, 2**32, 2**40 + 3, 2**100 + 7])
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_a_batch_of_draws_is_the_draws(seed, length):
+    indices = np.random.default_rng(length).integers(0, 2**32, (9, length))
+    indices[0], indices[1] = 0, 2**32 - 1
+    rows = [tuple(map(int, row)) for row in indices]
+    expected = [draws.uniform(seed, Stream.TIME, *row) for row in rows]
+    assert draws.uniform_batch(seed, Stream.TIME, indices).tolist() == expected
+    normal = torch.stack([draws.normal((2, 3), seed, Stream.NOISE, *row) for row in rows])
+    assert torch.equal(draws.normal_batch((2, 3), seed, Stream.NOISE, indices), normal)
+
+
+def test_a_batch_of_draws_has_indices_of_32_bits():
+    for index in (-1, 2**32):
+        with pytest.raises(ValueError, match="must be in"):
+            draws.uniform_batch(0, Stream.TIME, np.array([[0, index]]))
+    assert draws.uniform_batch(0, Stream.TIME, np.zeros((0, 2), int)).shape == (0,)

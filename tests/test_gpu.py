@@ -9,7 +9,7 @@ from golden_vectors import assert_golden, golden
 from sit_atconv import ATConv, SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe
 from sit_atconv.generation import Sampling, generate
-from sit_atconv.latents import IdentityCodec
+from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, reference
 from sit_atconv.training import train
 

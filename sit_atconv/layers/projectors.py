@@ -60,8 +60,14 @@ class Projectors(nn.Module):
     def with_model(
         self, model: nn.Module, x: torch.Tensor, t: torch.Tensor | float, labels: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(velocity, z of every encoder) in one pass of a SiTTransformer2DModel at (x, t, labels)."""
+        """(velocity, z of every encoder) in one pass of a SiTTransformer2DModel at (x, t, labels).
+
+        Gradients of z reach the model. Raises InputError for a model with fewer blocks than the encoder depth.
+        """
+        self.check_model(model)
         tokens = []
+        # Removed before a backward pass, in which gradient checkpointing calls the block again. A compiled block calls
+        # its hooks outside of its graph.
         block = model.blocks[self.encoder_depth - 1]
         hook = block.register_forward_hook(lambda _module, _inputs, output: tokens.append(output.flatten(1, 2)))
         try:
@@ -70,10 +76,16 @@ class Projectors(nn.Module):
             hook.remove()
         return velocity, self(tokens[0])
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise InputError unless the model has the block whose tokens are projected."""
+        if self.encoder_depth > len(model.blocks):
+            raise InputError(f"encoder depth {self.encoder_depth}: the model has {len(model.blocks)} blocks")
+
     def save(self, folder: Path) -> None:
-        """Write `folder`/projectors.safetensors, under the public names."""
+        """Write `folder`/projectors.safetensors, under the public names: equal bytes for equal tensors."""
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / FILE, metadata={"format": "pt", "encoder_depth": str(self.encoder_depth)})
+        # A single key: safetensors writes several in an order that changes from process to process.
+        save_file(state, folder / FILE, metadata={"encoder_depth": str(self.encoder_depth)})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Projectors":

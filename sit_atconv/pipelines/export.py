@@ -23,7 +23,7 @@ from safetensors import safe_open
 from sit_atconv.checkpoint import PIPELINE_INDEX, load_trained
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.files import check_new, new_path
-from sit_atconv.latents import VaeCodec, reopen_codec
+from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.bundle import bundle, digest
 from sit_atconv.pipelines.card import model_card

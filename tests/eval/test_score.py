@@ -12,7 +12,7 @@ from eval import digits, extractor
 from eval.__main__ import main as evaluate
 from eval.frechet import frechet_distance, moments
 from eval.sources import read_images
-from sit_atconv.data import Digits
+from sit_atconv.data.digits import Digits
 from sit_atconv.images import to_uint8
 
 

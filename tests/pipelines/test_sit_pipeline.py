@@ -31,7 +31,7 @@ from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
 from sit_atconv.generation import Sampling, generate
 from sit_atconv.images import to_uint8
-from sit_atconv.latents import IdentityCodec, VaeCodec
+from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 
 MIXERS = ("attention", "atconv", "hybrid")
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "umbrella"}

@@ -17,7 +17,7 @@ from sit_atconv import create_model
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import Sampling, flow, generate, random_label, save_grid
-from sit_atconv.latents import IdentityCodec
+from sit_atconv.latents.codecs import IdentityCodec
 
 
 def lively_model(**options):

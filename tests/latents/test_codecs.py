@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 
 from sit_atconv.config import Latents
 from sit_atconv.errors import InputError
-from sit_atconv.latents import IdentityCodec, VaeCodec, open_codec, reopen_codec
+from sit_atconv.latents.codecs import IdentityCodec, VaeCodec, open_codec, reopen_codec
 
 
 def test_identity_leaves_pixels_alone():

@@ -1,0 +1,85 @@
+"""Images in a zip archive, one folder per class."""
+
+import os
+import struct
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+
+from sit_atconv.data.images import EncodedImages, Packed, Unreadable, is_image
+from sit_atconv.errors import InputError
+
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field
+
+
+class Zip(EncodedImages):
+    """The images of a zip archive, in the order and with the classes of the folder that it was made of.
+
+    A folder that wraps all others, with no image of its own, is passed over: an archive of `imagenet/` is one of what
+    lies in it. Nothing is extracted. Of the archive's directory only numbers and names stay in memory: zipfile's own
+    takes over half a kilobyte per image, in every loader process.
+    Raises InputError for a file that is no such archive, or that is encrypted or compressed in a rare way.
+    """
+
+    def __init__(self, root: str, image_size: int):
+        where = f"data.root={root!r}"
+        try:
+            with zipfile.ZipFile(root) as archive:
+                entries = [entry for entry in archive.infolist() if is_image(entry.filename)]
+        except OSError as error:
+            raise InputError(f"{where}: {error.strerror}; give a zip archive of a folder per class") from None
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise InputError(f"{where} is no zip archive, or damaged: {error}") from None
+        paths = [tuple(part for part in entry.filename.split("/") if part) for entry in entries]
+        wraps = 0
+        while len({path[wraps] for path in paths}) == 1 and all(len(path) > wraps + 2 for path in paths):
+            wraps += 1
+        # As os.walk sorted by folder, then file: the order of `Folder`.
+        order = sorted(
+            (path[wraps], "/".join(path[:-1]), path[-1], number)
+            for number, path in enumerate(paths)
+            if len(path) > wraps + 1
+        )
+        if not order:
+            raise InputError(f"{where} holds no images in folders; put those of a class into a folder of its name")
+        entries = [entries[number] for *_, number in order]
+        for entry in entries:
+            if entry.flag_bits & 1 or entry.compress_type not in METHODS:
+                raise InputError(f"{where}: {entry.filename!r} is encrypted or compressed in a rare way; zip -0 anew")
+        classes, self.labels = np.unique([name for name, *_ in order], return_inverse=True)
+        super().__init__(image_size, classes.tolist())
+        self.root = root
+        self._names = Packed(entry.filename.encode() for entry in entries)
+        self._places = np.array(
+            [(e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type) for e in entries], np.int64
+        )
+        self._file = None  # opened by the first read; `pread` moves no place that processes would share
+
+    def name(self, index: int) -> str:
+        return f"{self.root}/{self._names[index].decode()}"
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        offset, compressed, size, crc, method = self._places[index].tolist()
+        try:
+            if self._file is None:
+                self._file = open(self.root, "rb", buffering=0)  # noqa: SIM115 (stays open)
+            file = self._file.fileno()
+            signature, *lengths = LOCAL_HEADER.unpack(os.pread(file, LOCAL_HEADER.size, offset))
+            content = os.pread(file, compressed, offset + LOCAL_HEADER.size + sum(lengths))
+            if method == zipfile.ZIP_DEFLATED:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
+            whole = signature == b"PK\3\4" and len(content) == size and zlib.crc32(content) == crc
+            reason = "damaged"
+        except OSError as error:
+            whole, reason = False, error.strerror
+        except (struct.error, zlib.error):
+            whole, reason = False, "damaged"
+        if not whole:
+            raise Unreadable(f"image {self.name(index)!r} cannot be read ({reason}); make the archive anew")
+        return content, int(self.labels[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}

@@ -1,0 +1,136 @@
+"""Images in an LMDB, in the layout of the widespread folder2lmdb scripts: every value is a pickle.
+
+    __len__     the number of images
+    __keys__    a list of their keys, bytes
+    a key       (bytes of an image file, label)
+
+The pickles are read, not run (plain_pickle). classes.txt beside the database, a class name a line, names the classes;
+without it they are numbers, and all records are passed over once to count them.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sit_atconv.data.images import EncodedImages, Packed, Unreadable
+from sit_atconv.data.plain_pickle import load_plain
+from sit_atconv.errors import InputError, speaks
+
+CLASSES = "classes.txt"
+_OPEN: dict[str, tuple[int, Any]] = {}  # by root: the process that opened it, and the LMDB
+
+
+class Lmdb(EncodedImages):
+    """root: the folder of an LMDB, or its one file. Raises InputError for one that is not there or of another layout.
+
+    The file is mapped: it must not be cut while it is read, which would end the process with SIGBUS.
+    """
+
+    def __init__(self, root: str, image_size: int):
+        try:
+            import lmdb
+        except ImportError:
+            raise InputError("data.kind=lmdb needs a package: pip install 'sit_atconv[data]'") from None
+        where = f"data.root={root!r}"
+        self.root, self._error = root, lmdb.Error
+        path = Path(root)
+        if not (path / "data.mdb" if path.is_dir() else path).is_file():
+            raise InputError(f"{where}: no such LMDB; give its file, or the folder that holds data.mdb")
+        try:
+            with _environment(root).begin(buffers=True) as transaction:
+                length, keys = (self._header(transaction, key) for key in (b"__len__", b"__keys__"))
+        except lmdb.Error as error:
+            raise InputError(f"{where} is no LMDB, or damaged: {error}") from None
+        if not (isinstance(keys, list) and keys and all(isinstance(key, bytes) for key in keys)):
+            raise InputError(f"{where}: __keys__ is not a list of bytes; write the database anew")
+        if length != len(keys):
+            raise InputError(f"{where}: __len__ is {length}, __keys__ lists {len(keys)}; write the database anew")
+        self._keys = Packed(keys)
+        names = (path if path.is_dir() else path.parent) / CLASSES
+        try:
+            lines = names.read_text().splitlines() if names.is_file() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{str(names)!r} cannot be read: {error}") from None
+        if lines is not None:
+            class_names = [line.strip() for line in lines if line.strip()]
+        else:
+            class_names = [str(label) for label in range(self.labels.max() + 1)]
+        super().__init__(image_size, class_names)
+        if not class_names:
+            self.encoded(0)  # raises: none can be read
+            raise InputError(f"{str(names)!r} is empty; write a class name a line, or remove it")
+
+    def _header(self, transaction: Any, key: bytes) -> Any:
+        where, value = f"data.root={self.root!r}: {key.decode()}", transaction.get(key)
+        if value is None:
+            raise InputError(f"{where} is not there; the layout of folder2lmdb is needed")
+        try:
+            return load_plain(bytes(value))
+        except ValueError as error:
+            raise InputError(f"{where} refused, and nothing in it was run: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of every record, -1 of one that cannot be read."""
+        labels = np.full(len(self), -1)
+        progress = tqdm(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not speaks())
+        for index in progress:
+            try:
+                labels[index] = self._record(index, lambda image, label: label)
+            except Unreadable:
+                continue
+        return labels
+
+    def _record(self, index: int, take: Any) -> Any:
+        """take(image, label) of a record, while it is mapped. Raises Unreadable."""
+        try:
+            with _environment(self.root).begin(buffers=True) as transaction:
+                value = transaction.get(self._keys[index])
+                if value is None:
+                    raise ValueError("it is not there")
+                record = load_plain(value)
+                if not (isinstance(record, tuple | list) and len(record) == 2):
+                    raise ValueError("it is not (image file, label)")
+                image, label = record
+                if not isinstance(image, bytes | memoryview | bytearray):
+                    raise ValueError("its image is not the bytes of a file")
+                if not isinstance(label, int) or not 0 <= label < 1 << 31:
+                    raise ValueError(f"its label is {label!r}, not an integer from 0 on")
+                return take(image, label)
+        except (ValueError, self._error) as error:
+            raise Unreadable(
+                f"image {self.name(index)!r} cannot be read ({error}); write the database anew, labels as plain int"
+            ) from None
+
+    def name(self, index: int) -> str:
+        return f"{self.root}:{self._keys[index].decode(errors='backslashreplace')}"
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        encoded, label = self._record(index, lambda image, label: (bytes(image), label))
+        if label >= len(self.class_names):
+            raise Unreadable(
+                f"image {self.name(index)!r} has the label {label}, and {CLASSES} names {len(self.class_names)} "
+                "classes; correct one of them"
+            )
+        return encoded, label
+
+
+def _environment(root: str) -> Any:
+    """The open LMDB. LMDB allows a process to open one once: it stays open, and one from before a fork is closed."""
+    import lmdb
+
+    process, environment = _OPEN.get(root, (None, None))
+    if process != os.getpid():
+        if environment is not None:
+            environment.close()
+        options = {"readonly": True, "lock": False, "readahead": False, "meminit": False}
+        environment = lmdb.open(root, subdir=Path(root).is_dir(), **options)
+        _OPEN[root] = os.getpid(), environment
+    return environment

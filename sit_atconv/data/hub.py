@@ -1,0 +1,193 @@
+"""Hugging Face datasets: by the id of a repository, or from a local folder; stored, or streamed."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from sit_atconv.config import Data
+from sit_atconv.data.images import EncodedImages, Unreadable, decode
+from sit_atconv.data.order import MAX_ATTEMPTS
+from sit_atconv.errors import InputError, check_choice
+
+SHUFFLE_BUFFER = 10_000
+
+
+def open_hub(data: Data) -> "HubImages | HubStream":
+    """The images of `data.kind=hf`. Raises InputError for a dataset that is not there, or has other columns."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError("data.kind=hf needs a package: pip install 'sit_atconv[data]'") from None
+    where, root = f"data.root={data.root!r}", Path(data.root)
+    try:
+        if any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):  # what save_to_disk writes
+            found = datasets.load_from_disk(data.root)
+            splits = found if isinstance(found, dict) else {str(found.split or data.split or "train"): found}
+            check_choice("data.split", data.split or "train", splits)
+            table = splits[data.split or "train"]
+            number = len(table)
+            table = table.to_iterable_dataset() if data.streaming else table
+        else:
+            table = datasets.load_dataset(data.root, split=data.split or "train", streaming=data.streaming)
+            stated = (table.info.splits or {}).get(str(table.split))
+            number = stated.num_examples if data.streaming and stated else None
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{where}, data.split={data.split or 'train'}: cannot be opened: {error}") from None
+    columns = table.features
+    if columns is None:
+        raise InputError(f"{where} does not say its columns; leave data.streaming out")
+    image, label = data.image_key or "image", data.label_key or "label"
+    check_choice("data.image_key", image, columns)
+    check_choice("data.label_key", label, columns)
+    if isinstance(columns[image], datasets.Image):
+        table = table.cast_column(image, datasets.Image(decode=False))
+    elif getattr(columns[image], "dtype", None) not in ("binary", "large_binary"):
+        raise InputError(f"data.image_key={image!r}: the column is of {columns[image]}; one of images is needed")
+    table = table.select_columns([image, label])
+    names = columns[label].names if isinstance(columns[label], datasets.ClassLabel) else None
+    if not data.streaming:
+        return HubImages(data, table, image, label, names)
+    if names is None:
+        raise InputError(f"data.label_key={label!r}: a stream tells its classes by a ClassLabel alone; leave it stored")
+    number = number or data.num_images
+    if number is None:
+        raise InputError(f"{where} does not say how many images it has; state data.num_images")
+    return HubStream(data, table, image, label, names, number)
+
+
+def _file(value: Any, name: str) -> bytes:
+    """An image file's bytes, from what a column holds: the bytes, or their path. Raises Unreadable."""
+    import fsspec
+
+    held = value if isinstance(value, dict) else {"bytes": value, "path": None}
+    if held["bytes"] is not None:
+        return held["bytes"]
+    if held["path"] is None:
+        raise Unreadable(f"image {name!r} is missing: its record is empty")
+    try:
+        with fsspec.open(held["path"], "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"image {held['path']!r} of {name!r} cannot be read ({error}); bring it back") from None
+
+
+class HubImages(EncodedImages):
+    """A stored dataset. Classes are those of a ClassLabel, or the distinct values of integers or strings, sorted."""
+
+    def __init__(self, data: Data, table: Any, image_key: str, label_key: str, names: list[str] | None):
+        if not len(table):
+            raise InputError(f"data.root={data.root!r} holds no images")
+        stored = np.asarray(table.select_columns([label_key]).with_format("numpy")[:][label_key])
+        if stored.ndim != 1 or stored.dtype.kind not in "iuUT" or (names is not None and stored.min() < 0):
+            raise InputError(
+                f"data.label_key={label_key!r}: the column must hold an integer or a string for every image, and not "
+                "-1 for unknown ones"
+            )
+        if names is None:
+            names, stored = np.unique(stored, return_inverse=True)
+        super().__init__(data.image_size, map(str, names))
+        self.labels = stored.astype(np.int64)
+        self._table, self._image_key = table, image_key
+        self._name = f"{data.root}[{data.split or 'train'}]"
+
+    def name(self, index: int) -> str:
+        return f"{self._name}[{index}]"
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        try:
+            value = self._table[int(index)][self._image_key]
+        except (OSError, ValueError) as error:
+            raise Unreadable(f"image {self.name(index)!r} cannot be read ({error}); make the dataset anew") from None
+        return _file(value, self.name(index)), int(self.labels[index])
+
+
+class HubStream(Dataset):
+    """A dataset without access by index: its place n of epoch e is the n-th item of `shuffle(seed)`, `set_epoch(e)`.
+
+    Item (position, flip), position = e * num_images + n, so `len` images make an epoch. Every reader walks the whole
+    stream from the start of an epoch and decodes what it is asked for; going back further than substitutes lie ahead
+    (MAX_ATTEMPTS) starts the epoch anew. So what is drawn is a matter of the position alone (and of the version of
+    `datasets`, whose shuffle it is), but every loader process reads everything: few of them are best.
+    An image has no index here: what is unreadable is counted by a digest of its content.
+    """
+
+    channels, moments, in_order = 3, False, True
+
+    def __init__(
+        self, data: Data, table: Any, image_key: str, label_key: str, names: list[str], num_images: int, seed: int = 0
+    ):
+        self.image_size, self.class_names = data.image_size, tuple(names)
+        self.seed, self.buffer = seed, data.shuffle_buffer or SHUFFLE_BUFFER
+        self._table, self._keys, self._num_images, self._root = table, (image_key, label_key), num_images, data.root
+        self._rows, self._next = None, 0
+        self._recent: deque[tuple[Any, Any]] = deque(maxlen=MAX_ATTEMPTS + 1)  # of the positions just before _next
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        position, flip = key
+        value, label = self._row(position)
+        name = f"{self._root}[epoch {position // len(self)}, place {position % len(self)}]"
+        try:
+            if label is None or not 0 <= label < len(self.class_names):
+                raise Unreadable(f"image {name!r} has the label {label}, which is no class; correct it")
+            return decode(_file(value, name), self.image_size, flip, name), label
+        except Unreadable as error:
+            error.image = _digest(value)
+            raise
+
+    def _row(self, position: int) -> tuple[Any, Any]:
+        """Image and label, undecoded. Raises InputError where the stream ends early or breaks."""
+        epoch = position // len(self)
+        if self._rows is None or position < self._next - len(self._recent) or epoch > self._next // len(self):
+            self._rows, self._next = self._walk(epoch), epoch * len(self)
+            self._recent.clear()
+        while self._next <= position:
+            self._recent.append(next(self._rows))
+            self._next += 1
+        return self._recent[position - self._next]
+
+    def _walk(self, epoch: int) -> Iterator[tuple[Any, Any]]:
+        """The rows of all epochs from this one on."""
+        for number in count(epoch):
+            # One of its own for this walk: the epoch of a dataset is shared with the processes that forked off it.
+            table = self._table.shuffle(seed=self.seed, buffer_size=self.buffer)
+            table.set_epoch(number)
+            # `iter` gives every loader process all of the stream, `__iter__` would share it out among them.
+            rows = table.iter(batch_size=1)
+            for place in range(len(self)):
+                try:
+                    row = next(rows, None)
+                except (OSError, ValueError, RuntimeError) as error:
+                    raise InputError(
+                        f"data.root={self._root!r}: the stream broke at image {place:,} of epoch {number} ({error}); "
+                        "start again to go on from the last checkpoint",
+                        every_rank=True,
+                    ) from None
+                if row is None:
+                    raise InputError(
+                        f"data.root={self._root!r}: the stream ends after {place:,} images, and data.num_images or "
+                        f"the dataset itself says {len(self):,}; correct data.num_images",
+                        every_rank=True,
+                    )
+                image, label = (row[key][0] for key in self._keys)
+                yield image, label
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rows": None, "_next": 0, "_recent": deque(maxlen=MAX_ATTEMPTS + 1)}
+
+
+def _digest(value: Any) -> int:
+    held = value if isinstance(value, dict) else {"bytes": value, "path": None}
+    content = held["bytes"] if held["bytes"] is not None else (held["path"] or "").encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) >> 1

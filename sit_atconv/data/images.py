@@ -1,0 +1,107 @@
+"""From an image file to the tensor that a codec takes: RGB, ADM's centre crop, [-1, 1]. What all file formats share."""
+
+import struct
+import zlib
+from collections.abc import Iterable
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from sit_atconv.errors import InputError
+
+# What Pillow raises over bytes of any kind.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+MAX_ASPECT = 200  # a line of pixels, scaled until its short side is that of the crop, would fill the memory
+
+
+class Unreadable(InputError):
+    """One image of a dataset cannot be read; others may. image: what to count it by, where its index is no name."""
+
+    def __init__(self, message: str, image: int | None = None):
+        super().__init__(message, every_rank=True)
+        self.image = image
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop to size x size: halve with a box filter while possible, scale bicubically, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def decode(encoded: bytes, size: int, flip: bool, name: str) -> torch.Tensor:
+    """An image file's bytes -> (3, size, size) in [-1, 1]. Raises Unreadable, which says `name`."""
+    try:
+        with Image.open(BytesIO(encoded)) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            pixels = np.array(center_crop(image.convert("RGB"), size))
+    except UnidentifiedImageError:
+        raise Unreadable(f"image {name!r} does not decode (no known format); repair or remove it") from None
+    except DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise Unreadable(f"image {name!r} does not decode ({reason}); repair or remove it") from None
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    return tensor.flip(2) if flip else tensor
+
+
+def is_image(path: str) -> bool:
+    """Whether a path below a dataset's root counts as an image: by its suffix, and hidden at no level."""
+    parts = [part for part in path.split("/") if part]
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+
+
+class EncodedImages(Dataset):
+    """Images that lie as image files somewhere; a subclass reads the bytes. Items (index, flip) -> (image, label).
+
+    labels: the class of every image, int64 (N,).
+    """
+
+    channels = 3
+    moments = False
+    labels: np.ndarray
+
+    def __init__(self, image_size: int, class_names: Iterable[str]):
+        self.image_size, self.class_names = image_size, tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        raise NotImplementedError
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """An image file's bytes, and the label. Raises Unreadable."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        index, flip = key
+        encoded, label = self.encoded(index)
+        return decode(encoded, self.image_size, flip, self.name(index)), label
+
+
+class Packed:
+    """Byte strings by index, in two arrays: a list of a million of them weighs on every loader process."""
+
+    def __init__(self, items: Iterable[bytes]):
+        items = list(items)
+        self._ends = np.cumsum([0, *map(len, items)])
+        self._bytes = np.frombuffer(b"".join(items), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._bytes[self._ends[index] : self._ends[index + 1]].tobytes()

@@ -1,0 +1,183 @@
+"""From samples to the batches of one process, through loader processes where asked for, and what goes wrong there."""
+
+import math
+import multiprocessing.connection
+import multiprocessing.util
+import re
+import signal
+import time
+
+import torch
+from torch.utils.data import DataLoader, _utils
+
+from sit_atconv.data.samples import Batch, RankPositions, TrainingSamples
+from sit_atconv.errors import InputError
+
+POLL_SECONDS = 1.0  # between two looks at whether the loader processes are alive, while none gives a batch
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+OF_A_WORKER = re.compile(r"DataLoader (worker \(pid|timed out after)")
+REMEDY = "use fewer data.workers, or give more memory"
+
+
+class TrainingBatches:
+    """The batches of one process in order; an iterator. Its loader processes start with the first batch.
+
+    workers: loader processes, 0 for none. timeout: seconds without a batch after which they count as hung.
+    `next` raises the InputError of a dataset that is gone, and of a loader process that died or hangs. Nothing is
+    raised anywhere else: torch's way of raising from a signal handler, in whatever the process is doing, is off.
+    The loader processes leave signals to this one: a terminal and a scheduler send them to all. They end by SIGKILL
+    with this object, at the latest with this process.
+    """
+
+    def __init__(
+        self,
+        samples: TrainingSamples,
+        positions: RankPositions,
+        workers: int = 0,
+        pin_memory: bool = False,
+        timeout: float = 600.0,
+    ):
+        self.timeout, self._bad, self._iterator = timeout, {}, None
+        options = {}
+        if workers:
+            # Enough for two batches of every loader process, and for the micro-batches of two steps.
+            options = {
+                "prefetch_factor": max(2, math.ceil(2 * positions.accumulation / workers)),
+                "timeout": min(POLL_SECONDS, timeout),
+                "worker_init_fn": _leave_signals,
+            }
+        self._loader = DataLoader(
+            samples,
+            batch_sampler=positions,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # torch would take a seed from the global one, which is not its to move
+            **options,
+        )
+
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._start()
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                batch, bad = next(self._iterator)
+                break
+            except (RuntimeError, OSError, EOFError) as error:
+                fault = self._fault(error, time.monotonic() >= deadline)
+                if fault is not None:
+                    _end(self._iterator)
+                    raise fault from None
+        self._bad |= bad
+        if isinstance(batch, InputError):
+            raise batch
+        return batch
+
+    def pop_bad(self) -> dict[int, str]:
+        """What was wrong with images, by index, as far as found since the last call."""
+        bad, self._bad = self._bad, {}
+        return bad
+
+    def pids(self) -> list[int]:
+        """The loader processes."""
+        return [worker.pid for worker in self._workers()]
+
+    def _workers(self) -> list:
+        return getattr(self._iterator, "_workers", [])
+
+    def _start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # till they are left alone there
+        try:
+            self._iterator = iter(self._loader)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"the loader processes cannot be started ({reason}); {REMEDY}", every_rank=True) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self._workers():
+            _utils.signal_handling._remove_worker_pids(id(self._iterator))  # what torch's signal handler looks at
+            self._iterator._worker_pids_set = False
+            # Before multiprocessing ends its processes by SIGTERM at exit, and waits for them.
+            multiprocessing.util.Finalize(self, _end, (self._iterator,), exitpriority=10)
+
+    def _fault(self, error: Exception, late: bool) -> InputError | None:
+        """What is wrong with the loader processes, or None where they are only slow. Raises any other error."""
+        workers = self._workers()
+        if not workers:
+            raise error
+        slow = isinstance(error, RuntimeError) and OF_A_WORKER.match(str(error))
+        if not slow:  # a dying process's connections break before it is dead, its sentinel among them
+            broken = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
+            for worker in workers:
+                if worker.sentinel in broken:
+                    worker.join(POLL_SECONDS)
+        dead = [worker for worker in workers if not worker.is_alive()]
+        if dead:
+            return InputError(_how_it_ended(dead[0].pid, dead[0].exitcode), every_rank=True)
+        if not slow:
+            raise error
+        if not late:
+            return None
+        return InputError(
+            f"no batch from the loader processes (pid {', '.join(map(str, self.pids()))}) for {self.timeout:g} s: "
+            "reading data.root hangs, /dev/shm is full, or data.worker_timeout is too short",
+            every_rank=True,
+        )
+
+
+def _how_it_ended(pid: int, exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"a loader process (pid {pid}) ended with exit status {exitcode}; {REMEDY}"
+    name = signal.Signals(-exitcode).name
+    reasons = {
+        "SIGKILL": ", as the system does when memory runs out",
+        "SIGBUS": ": a file was cut while it was read, or /dev/shm is full",
+    }
+    return f"a loader process (pid {pid}) was ended by {name}{reasons.get(name, '')}; {REMEDY}"
+
+
+def _as_it_is(fetched: tuple) -> tuple:
+    return fetched
+
+
+def _leave_signals(worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _end(iterator) -> None:
+    """Kill the loader processes. torch's own way waits on locks that one that was killed may hold, and on hung ones."""
+    for worker in iterator._workers:
+        worker.kill()
+    for worker in iterator._workers:
+        worker.join()
+    if iterator._pin_memory:
+        iterator._pin_memory_thread_done_event.set()
+    iterator._shutdown = True
+
+
+def worker_fault(error: RuntimeError) -> InputError | None:
+    """What to say of an error by which torch reports a loader process that died or hangs; None for any other.
+
+    TrainingBatches says so itself. torch reports those of other loaders from a signal handler: from any place.
+    """
+    if not OF_A_WORKER.match(str(error)):
+        return None
+    return InputError(f"{str(error).split('. ')[0].rstrip('. ')}; {REMEDY}", every_rank=True)
+
+
+def check_bad(bad: dict[int, str], num_images: int, max_share: float) -> None:
+    """Raise InputError where more than `max_share` of the images are in `bad`: by index, what is wrong with them."""
+    if len(bad) <= max_share * num_images:
+        return
+    first = "; ".join(bad[index] for index in sorted(bad)[:3])
+    more = "; ..." if len(bad) > 3 else ""
+    raise InputError(
+        f"{len(bad):,} of {num_images:,} images cannot be read, a share of {len(bad) / num_images:.2g} and "
+        f"data.max_bad_share={max_share:g}: {first}{more}. Mend the data, or raise data.max_bad_share"
+    )

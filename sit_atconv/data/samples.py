@@ -1,0 +1,145 @@
+"""What every sample of every optimisation step is made of, and which process makes it."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from sit_atconv import draws
+from sit_atconv.data.images import Unreadable
+from sit_atconv.data.order import MAX_ATTEMPTS, Balanced, InOrder, Shuffled
+from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError
+from sit_atconv.flow.times import UNIFORM, TimeSampling
+
+# Times are computed in multiples of this many: torch rounds what is left over from its vectors another way, and t must
+# not depend on the size of a batch.
+TIMES_AT_ONCE = 64
+
+Batch = dict[str, torch.Tensor]
+
+
+class TrainingSamples(Dataset):
+    """Everything that sample j of optimisation step s needs, found at position s * batch_size + j.
+
+    dataset: gives (image, label) for (index, flip). flip: whether half of the images are mirrored.
+    latent_shape: (C, H, W) of the noise. drop: share of labels replaced by `null_label`.
+    posterior: whether the codec draws from a posterior and wants noise for it. time: the distribution of t.
+    sampling: "natural", every image once an epoch, or "balanced", every class equally often; see data.order.
+    with_image: the image is needed besides the moments that a dataset gives in its place.
+    Items: image (C, H, W), label, t, noise, if wanted posterior (both of the latent's shape), and pixels (C, H, W)
+    where the image is something else.
+
+    In the place of an image that cannot be read comes another one, with its own label: the first that can be read
+    among MAX_ATTEMPTS that are drawn for this sample; of a stream, among those that follow.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        latent_shape: tuple[int, int, int],
+        batch_size: int,
+        seed: int,
+        flip: bool = False,
+        drop: float = 0.0,
+        null_label: int | None = None,
+        posterior: bool = False,
+        time: TimeSampling = UNIFORM,
+        sampling: str = "natural",
+        with_image: bool = False,
+    ):
+        self.dataset, self.latent_shape, self.batch_size, self.seed = dataset, latent_shape, batch_size, seed
+        self.flip, self.drop, self.null_label, self.posterior = flip, drop, null_label, posterior
+        self.time = time
+        self.pixels = with_image and dataset.moments
+        if getattr(dataset, "in_order", False):
+            dataset.seed, self.order = seed, InOrder()
+        elif sampling == "balanced":
+            self.order = Balanced(dataset.labels, dataset.class_names, seed)
+        else:
+            self.order = Shuffled(len(dataset), seed)
+
+    def fetch(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
+        """The batch of these positions, and what was wrong with images on the way, by index.
+
+        An error comes in the place of the batch: raised in a loader's process it would lose its words.
+        """
+        indices = np.stack(np.divmod(np.asarray(positions), self.batch_size), 1)  # (step, sample)
+        flips = np.zeros(len(positions), bool)
+        if self.flip:
+            flips = draws.uniform_batch(self.seed, Stream.FLIP, indices) < 0.5
+        bad: dict[int, str] = {}
+        try:
+            items = [
+                self._load(int(position), bool(flip), bad) for position, flip in zip(positions, flips, strict=True)
+            ]
+        except InputError as error:
+            return error, bad
+        images, labels, *pixels = zip(*items, strict=True)
+        labels = np.array(labels)
+        if self.drop:
+            labels[draws.uniform_batch(self.seed, Stream.LABEL_DROP, indices) < self.drop] = self.null_label
+        batch = {
+            "image": torch.stack(images),
+            "label": torch.from_numpy(labels),
+            "t": self._times(draws.uniform_batch(self.seed, Stream.TIME, indices)),
+            "noise": draws.normal_batch(self.latent_shape, self.seed, Stream.NOISE, indices),
+        }
+        if self.posterior:
+            batch["posterior"] = draws.normal_batch(self.latent_shape, self.seed, Stream.POSTERIOR, indices)
+        if pixels:
+            batch["pixels"] = torch.stack(pixels[0])
+        return batch, bad
+
+    def __getitems__(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
+        """`fetch`, by the name that torch's loader calls."""
+        return self.fetch(positions)
+
+    def __getitem__(self, position: int) -> Batch:
+        """One item. Raises InputError where neither its image nor a substitute can be read."""
+        batch, _ = self.fetch([position])
+        if isinstance(batch, InputError):
+            raise batch
+        return {key: value[0] for key, value in batch.items()}
+
+    def _times(self, uniform: np.ndarray) -> torch.Tensor:
+        padded = np.zeros(-(-len(uniform) // TIMES_AT_ONCE) * TIMES_AT_ONCE, np.float32)
+        padded[: len(uniform)] = uniform
+        return self.time(torch.from_numpy(padded))[: len(uniform)].clone()
+
+    def _load(self, position: int, flip: bool, bad: dict[int, str]) -> tuple:
+        """(image, label) at a position, or (moments, label, image); adds to `bad` what was passed over."""
+        step, sample = divmod(position, self.batch_size)
+        index = self.order.index(position)
+        for attempt in range(MAX_ATTEMPTS + 1):
+            try:
+                item = self.dataset[index, flip]
+                return (*item, self.dataset.pixels(index, flip)) if self.pixels else item
+            except Unreadable as error:
+                last = error
+                bad[index if error.image is None else error.image] = str(error)
+            random = draws.generator(self.seed, Stream.SUBSTITUTE, step, sample, attempt)
+            index = self.order.substitute(position, attempt, random)
+        raise InputError(f"{MAX_ATTEMPTS} images in a row cannot be read, at last: {last}", every_rank=True)
+
+
+class RankPositions:
+    """Batch sampler: the positions of one process, micro-batch by micro-batch, for steps [start, stop).
+
+    Process r of W takes the r-th of W equal runs of every global batch, cut into `accumulation` micro-batches.
+    """
+
+    def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, accumulation: int = 1):
+        self.start, self.stop, self.batch_size = start, stop, batch_size
+        self.rank, self.world, self.accumulation = rank, world, accumulation
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro = self.batch_size // self.world // self.accumulation
+        for step in range(self.start, self.stop):
+            first = step * self.batch_size + self.rank * micro * self.accumulation
+            for part in range(self.accumulation):
+                yield list(range(first + part * micro, first + (part + 1) * micro))

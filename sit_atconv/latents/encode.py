@@ -1,0 +1,302 @@
+"""Making the cache of latents: shards dealt out to processes, each there whole or not at all, so a kill costs one.
+
+A folder tells from its first file on what it is going to be (settings.json), and refuses to become something else. What
+lies in it is a function of the settings and the images alone: a batch never reaches over the end of a shard, and no
+clock or process number goes into a file.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.utils.data import Dataset, default_collate
+from tqdm import tqdm
+
+from sit_atconv.config import Recipe
+from sit_atconv.data import open_dataset
+from sit_atconv.data.images import Unreadable
+from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
+from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.files import library_versions, sha256, sync, write_atomic
+from sit_atconv.latents.codecs import VaeCodec, open_codec
+
+SETTINGS = "settings.json"
+PATIENCE = timedelta(days=7)  # how long a process waits for the others
+IMAGE_KEYS = ("kind", "root", "image_size", "split", "image_key", "label_key")  # of `data`: which images there are
+# Of the settings: where the autoencoder lay and what it ran on may be otherwise when a cache is gone on with.
+NOT_COMPARED = ("codec.vae", "versions")
+
+
+def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4096) -> dict[str, Any]:
+    """Make the cache of a recipe's images at `out`, or what is missing of it; returns its index.
+
+    dtype: "fp16" or "fp32". shard_images: images per shard. Every process of a distributed launch runs this, and makes
+    its part of the missing shards; the first one makes the index, the others return without its shards.
+    Raises InputError for a recipe without an autoencoder, a folder with something else in it, an image that cannot be
+    read or encoded, and a full disk. The shards made so far stay.
+    """
+    check_choice("--dtype", dtype, DTYPES)
+    if shard_images < 1:
+        raise InputError(f"--shard-images {shard_images}: must be at least 1")
+    if recipe.data.kind == "latents":
+        raise InputError("data.kind=latents is encoded already; give the recipe of the images")
+    if recipe.data.streaming:
+        raise InputError("data.streaming=true: a cache needs to reach every image; leave it out")
+    if recipe.latents.codec != "vae":
+        raise InputError(f"latents.codec={recipe.latents.codec}: there is nothing to encode; a cache takes a vae")
+    # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    dataset = open_dataset(recipe.data)
+    codec = open_codec(recipe.latents)
+    settings = describe(recipe, dataset, codec, dtype, shard_images)
+    start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
+    if state.is_main_process:
+        try:
+            settings = claim(out, settings)
+            start = [settings, missing_shards(out, settings), None]
+        except InputError as error:
+            start[2] = InputError(str(error))  # every process is about to know it
+    settings, missing, error = broadcast_object_list(start)
+    if error is not None:
+        raise error
+    mine = missing[state.process_index :: state.num_processes]
+    _make_shards(recipe, dataset, codec.to(state.device), settings, out, mine, state)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return finish(out, settings) if state.is_main_process else settings
+
+
+def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shard_images: int) -> dict[str, Any]:
+    """The settings of a cache: all of its index but the shards."""
+    data = {key: getattr(recipe.data, key) for key in IMAGE_KEYS if getattr(recipe.data, key) is not None}
+    if "root" in data and Path(data["root"]).exists():  # else it is the name of a dataset
+        data["root"] = str(Path(data["root"]).absolute())
+    return {
+        "format_version": FORMAT_VERSION,
+        "codec": codec.describe(),
+        "crop": CROP,
+        "image_size": dataset.image_size,
+        "channels": dataset.channels,
+        "latent_shape": list(codec.latent_shape(dataset.channels, dataset.image_size)),
+        "dtype": dtype,
+        "flips": [False, True],
+        "class_names": list(dataset.class_names),
+        "num_images": len(dataset),
+        "shard_images": shard_images,
+        "batch_size": recipe.latents.batch_size,
+        "data": data,
+        "versions": library_versions(),
+    }
+
+
+def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Make the folder of a cache, or take over the one that is there with the settings it was begun with.
+
+    Raises InputError for a folder of something else, or of a cache with other settings: in one line, what differs.
+    """
+    try:
+        stored = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).exists() else None
+    except (OSError, ValueError):
+        raise InputError(f"--out {str(out)!r}: its {SETTINGS} is damaged; choose another folder") from None
+    if stored is None:
+        with _disk(out):
+            out.mkdir(parents=True, exist_ok=True)
+            if strays := sorted(path.name for path in out.iterdir() if path.suffix != ".tmp"):
+                raise InputError(f"--out {str(out)!r} holds {strays[0]!r} and is no cache of latents; choose another")
+            write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
+        return settings
+    old, new = _flat(stored), _flat(settings)
+    changed = [
+        f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"--out {str(out)!r} holds a cache with other settings ({'; '.join(changed)}); state them as they were, or "
+            "choose another folder"
+        )
+    return stored
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """What is compared of settings: {"section": {"key": value}} as {"section.key": value}."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return {key: value for key, value in flat.items() if not key.startswith(NOT_COMPARED)}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def missing_shards(out: Path, settings: dict[str, Any]) -> list[tuple[int, int]]:
+    """(first, count) of every shard that is not there, or not whole: its seal does not fit what it holds.
+
+    Clears away what killed processes were writing.
+    """
+    with _disk(out):
+        for leftover in out.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+    ranges = shard_ranges(settings["num_images"], settings["shard_images"])
+    with ThreadPoolExecutor() as pool:
+        whole = list(pool.map(lambda span: _is_whole(out / shard_name(*span), settings), ranges))
+    return [span for span, there in zip(ranges, whole, strict=True) if not there]
+
+
+def _is_whole(path: Path, settings: dict[str, Any]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return file.metadata() == {"seal": seal(path.name, settings, tensors)}
+    except (OSError, SafetensorError):
+        return False
+
+
+def seal(name: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over a shard's name, the settings that made it, and its tensors."""
+    digest = hashlib.sha256(json.dumps([name, _flat(settings)], sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Images(Dataset):
+    """Batches of images with their labels, as TrainingBatches takes them: nothing is passed over."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> tuple[list[torch.Tensor] | InputError, dict[int, str]]:
+        try:
+            return default_collate([self.dataset[index, False] for index in indices]), {}
+        except InputError as error:
+            return error, {}
+
+
+class _Batches(list):
+    """Batch sampler: lists of indices."""
+
+    accumulation = 1
+
+
+def _make_shards(recipe, dataset, codec: VaeCodec, settings, out: Path, spans: list, state: PartialState) -> None:
+    cut = {span: _batches(*span, recipe.latents.batch_size) for span in spans}
+    batches = TrainingBatches(
+        _Images(dataset),
+        _Batches(chain.from_iterable(cut.values())),
+        recipe.data.workers,
+        state.device.type == "cuda",
+        recipe.data.worker_timeout,
+    )
+    total = sum(count for _, count in spans)
+    label = "encode" if state.num_processes == 1 else f"encode (1 of {state.num_processes} processes)"
+    with tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not state.is_main_process) as bar:
+        for (first, count), parts in cut.items():
+            shape = (count, 2, 2 * settings["latent_shape"][0], *settings["latent_shape"][1:])
+            moments = torch.from_numpy(np.empty(shape, DTYPES[settings["dtype"]]))
+            labels = torch.empty(count, dtype=torch.int64)
+            for part in parts:
+                rows = slice(part[0] - first, part[-1] + 1 - first)
+                images, labels[rows] = _next(batches)
+                moments[rows] = _both_flips(codec, images.to(state.device, non_blocking=True)).cpu()
+                if not moments[rows].isfinite().all():
+                    raise InputError(
+                        f"latents.vae={codec.source!r} gives moments that {settings['dtype']} does not hold, of an "
+                        f"image among {part[0]} to {part[-1]}; try --dtype fp32, or another vae",
+                        every_rank=True,
+                    )
+                bar.update(len(part))
+            write_shard(out / shard_name(first, count), settings, moments, labels)
+
+
+def _batches(first: int, count: int, size: int) -> list[list[int]]:
+    stop = first + count
+    return [list(range(start, min(start + size, stop))) for start in range(first, stop, size)]
+
+
+def _next(batches: TrainingBatches) -> list[torch.Tensor]:
+    try:
+        return next(batches)
+    except Unreadable as error:
+        raise InputError(
+            f"{error}; a cache holds every image, and goes on when this one is whole again (without it the images are "
+            "others, and a cache of them begins anew)",
+            every_rank=True,
+        ) from None
+
+
+def _both_flips(codec: VaeCodec, images: torch.Tensor) -> torch.Tensor:
+    """Moments (B, 2, 2C, h, w) of images (B, C, H, W) as they are and mirrored, each a pass of its own."""
+    return torch.stack([codec.moments(images), codec.moments(images.flip(3))], dim=1)
+
+
+def write_shard(path: Path, settings: dict[str, Any], moments: torch.Tensor, labels: torch.Tensor) -> None:
+    """Write a shard of moments (N, 2, 2C, h, w) and labels (N,), whole or not at all, even where two processes do.
+
+    Raises InputError where the disk does not take it.
+    """
+    tensors = {"moments": moments, "labels": labels}
+    content = save(
+        tensors, metadata={"seal": seal(path.name, settings, tensors)}
+    )  # one key: of more the order is random
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    with _disk(path.parent):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                sync(temporary)
+            temporary.rename(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the index of a folder with all of its shards, and return it."""
+
+    def entry(span: tuple[int, int]) -> dict[str, Any]:
+        path = out / shard_name(*span)
+        size, digest = path.stat().st_size, sha256(path)
+        return {"file": path.name, "first": span[0], "count": span[1], "bytes": size, "sha256": digest}
+
+    with _disk(out), ThreadPoolExecutor() as pool:
+        ranges = shard_ranges(settings["num_images"], settings["shard_images"])
+        index = {**settings, "shards": list(pool.map(entry, ranges))}
+        write_atomic(out / INDEX, json.dumps(index, indent=1))
+        sync(out)
+    return index
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """An error of the file system under `out` as an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--out {str(out)!r} cannot be written: {error.strerror or error}; the shards that are there are whole: "
+            "mend it and run again",
+            every_rank=True,
+        ) from None

@@ -1,0 +1,207 @@
+"""python -m sit_atconv.posthoc RUN --std STD --out FOLDER: a power-function average of another width than was tracked.
+
+A weighted sum of a run's snapshots (`ema.snapshot_every`), with the weights whose sum of stored profiles comes nearest
+to the profile wanted: "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv 2312.02696,
+section 3.2 and appendix C). FOLDER is a model that sample.py takes.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from sit_atconv import checkpoint
+from sit_atconv.ema import SAMPLED, Snapshot, gamma_of, read_snapshots
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import check_new, new_path, sha256
+from sit_atconv.models.sit import SiTTransformer2DModel
+
+# Relative, in L2. Up to it, averages of weights that drift, decay or swing come out within about 1e-3, and noise that
+# is white over the steps differs by that share of what the average keeps of it.
+MAX_PROFILE_ERROR = 0.01
+LEAST_WEIGHT = 1e-9  # of a snapshot: under it, float32 does not show it
+RIDGE = 1e-14  # relative: equal profiles, of snapshots with no update between them, share a weight
+
+
+def inner_product(t1: np.ndarray, gamma1: np.ndarray, t2: np.ndarray, gamma2: np.ndarray) -> np.ndarray:
+    """Integral over t > 0 of p1 p2, with the profiles p(t) = (gamma + 1) t^gamma / T^(gamma + 1) for t <= T, 0 beyond.
+
+    t1, t2: the ends T > 0. With m = min(t1, t2), a = gamma1 + 1 and b = gamma2 + 1, it is
+    a b / (a + b - 1) (m / t1)^a (m / t2)^b / m, which no large power overflows.
+    """
+    a, b, m = gamma1 + 1, gamma2 + 1, np.minimum(t1, t2)
+    return a * b / (a + b - 1) * (m / t1) ** a * (m / t2) ** b / m
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Snapshots whose sum by `weights`, which add up to 1, stands for the average of width `std` after `step`.
+
+    error: of the summed profile, relative, in L2.
+    """
+
+    std: float
+    step: int
+    updates: int
+    snapshots: tuple[Snapshot, ...]
+    weights: tuple[float, ...]
+    error: float
+
+
+def fit(snapshots: list[Snapshot], std: float, step: int) -> Fit:
+    """The weights of least squares, with sum 1, for the profile of width `std` that ends at `step`.
+
+    Snapshots up to `step` are used, and there must be one of it. Raises InputError without any, for a step without one,
+    a std out of range, and a profile that the snapshots miss by more than MAX_PROFILE_ERROR.
+    """
+    gamma = gamma_of(std)
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    if not steps:
+        raise InputError("no snapshots: train with ema.kind=power and ema.snapshot_every")
+    if step not in steps:
+        nearest = sorted(sorted(steps, key=lambda other: abs(other - step))[:2])
+        raise InputError(f"step {step} has no snapshot; the nearest are of {' and '.join(map(str, nearest))}")
+    # Before the first update an average is no average yet.
+    used = [snapshot for snapshot in snapshots if snapshot.step <= step and snapshot.updates > 0]
+    if not used:
+        raise InputError(f"step {step}: no update had been made; choose a later step")
+    updates = max(snapshot.updates for snapshot in used)
+    ends = np.array([snapshot.updates for snapshot in used], dtype=np.float64)
+    gammas = np.array([gamma_of(snapshot.std) for snapshot in used])
+    between = inner_product(ends[:, None], gammas[:, None], ends, gammas)
+    with_wanted = inner_product(ends, gammas, float(updates), gamma)
+    wanted = inner_product(float(updates), gamma, float(updates), gamma)
+    # With sum 1, sum w_i p_i - p = sum w_i (p_i - p), so the error is the square root of w' gaps w.
+    gaps = (between - with_wanted[:, None] - with_wanted + wanted) / wanted
+    weights = np.linalg.solve(gaps + RIDGE * np.eye(len(used)), np.ones(len(used)))
+    weights /= weights.sum()
+    weights[np.abs(weights) < LEAST_WEIGHT] = 0
+    weights /= weights.sum()
+    error = float(np.sqrt(max(weights @ gaps @ weights, 0)))
+    if error > MAX_PROFILE_ERROR:
+        tracked = sorted({snapshot.std for snapshot in used})
+        raise InputError(
+            f"std={std}: the {len(used)} snapshots up to step {step}, of std {tracked}, miss its profile by "
+            f"{error:.1%}, more than {MAX_PROFILE_ERROR:.0%}; choose a std nearer to theirs, or a later step"
+        )
+    kept = [index for index in range(len(used)) if weights[index]]
+    return Fit(std, step, updates, tuple(used[index] for index in kept), tuple(weights[kept].tolist()), error)
+
+
+def combine(found: Fit) -> dict[str, torch.Tensor]:
+    """The tensors of the average that a fit stands for, in the dtypes stored; buffers are those of its last snapshot.
+
+    Sums are in float64, a tensor at a time, of files that are mapped and not read as a whole.
+    Raises InputError where the snapshots do not hold the same tensors or a file is damaged.
+    """
+    last = max(found.snapshots, key=lambda snapshot: snapshot.updates)
+    summed = {}
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(snapshot.path, framework="pt")) for snapshot in found.snapshots]
+            newest = files[found.snapshots.index(last)]
+            names = set(newest.keys())
+            for snapshot, file in zip(found.snapshots, files, strict=True):
+                if set(file.keys()) != names:
+                    raise InputError(f"snapshot {str(snapshot.path)!r} holds other tensors than the newest")
+            for name in tqdm(sorted(names), desc="sum", unit="tensor", delay=1):
+                tensor = newest.get_tensor(name)
+                if name in last.buffers:
+                    summed[name] = tensor.clone()
+                    continue
+                total = torch.zeros(tensor.shape, dtype=torch.float64)
+                for file, weight in zip(files, found.weights, strict=True):
+                    total.add_(file.get_tensor(name), alpha=weight)
+                summed[name] = total.to(tensor.dtype)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"the snapshots cannot be summed: {error}") from None
+    return summed
+
+
+def reconstruct(snapshots: list[Snapshot], std: float, step: int) -> tuple[dict[str, torch.Tensor], Fit]:
+    """The tensors of the average of width `std` after `step`, and the fit. Raises InputError as `fit` and `combine`."""
+    found = fit(snapshots, std, step)
+    return combine(found), found
+
+
+def write_model(run: Path, std: float, step: int | None, out: Path) -> Fit:
+    """Write the average of width `std` after `step` (None: of the newest snapshot) as a model folder, whole or not.
+
+    `out` holds what `SiTTransformer2DModel.save_pretrained` writes, of the configuration in the run's newest
+    checkpoint, and conversion.json: std, step, profile error, snapshots with their weights, SHA-256 of every file.
+    Raises InputError as `reconstruct`, for a run without a checkpoint, and for an `out` that exists or cannot be
+    written.
+    """
+    check_new(out)
+    if not run.is_dir():
+        raise InputError(f"run {str(run)!r}: no such folder")
+    snapshots = read_snapshots(run)
+    if step is None:
+        step = max((snapshot.step for snapshot in snapshots), default=0)
+    found = fit(snapshots, std, step)
+    folders = checkpoint.step_folders(run)
+    if not folders:
+        raise InputError(f"run {str(run)!r} has no checkpoint yet, which says what the model is; train on to one")
+    checkpoint.read_manifest(folders[-1], under=f"{SAMPLED}/config.json")
+    options = SiTTransformer2DModel.load_config(folders[-1] / SAMPLED, local_files_only=True)
+    with torch.device("meta"):
+        model = SiTTransformer2DModel.from_config(options)
+    try:
+        model.load_state_dict(combine(found), strict=True, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"the snapshots of {str(run)!r} do not fit its model: {error}") from None
+    with new_path(out) as unfinished:
+        unfinished.mkdir()
+        model.save_pretrained(unfinished)
+        record = _record(found, run)
+        record["files"] = {path.name: sha256(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / checkpoint.CONVERSION).write_text(json.dumps(record, indent=1))
+    return found
+
+
+def _record(found: Fit, run: Path) -> dict[str, Any]:
+    return {
+        "made_by": "sit_atconv.posthoc",
+        "weights": SAMPLED,
+        "std": found.std,
+        "gamma": gamma_of(found.std),
+        "step": found.step,
+        "updates": found.updates,
+        "profile_error": found.error,
+        "snapshots": [
+            {
+                "file": snapshot.path.relative_to(run).as_posix(),
+                "std": snapshot.std,
+                "updates": snapshot.updates,
+                "weight": weight,
+            }
+            for snapshot, weight in zip(found.snapshots, found.weights, strict=True)
+        ],
+    }
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m sit_atconv.posthoc", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="folder of a run with snapshots")
+    parser.add_argument("--std", type=float, required=True, help="width of the average, relative to the step")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="where it ends; there must be a snapshot (default: newest)"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
+    args = parser.parse_args(argv)
+    found = write_model(Path(args.run), args.std, args.step, Path(args.out))
+    print(
+        f"{args.out}: std {found.std:g} at step {found.step:,} out of {len(found.snapshots)} snapshots, "
+        f"relative error of the profile {found.error:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()

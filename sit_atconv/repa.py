@@ -1,0 +1,167 @@
+"""REPA: tokens inside the model, projected, are to point where a frozen image encoder's features point.
+
+"Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think" (arXiv 2410.06940).
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg, split_model_name_tag
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from sit_atconv import config
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.layers.projectors import Projectors
+
+LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
+
+
+class ImageEncoder(nn.Module):
+    """A frozen ViT of timm, in eval mode. It belongs to no model, so it is in no state dict but its own.
+
+    name: of timm, with a tag or without ("vit_base_patch14_dinov2.lvd142m"), downloaded to the Hugging Face cache where
+    it is not there yet; or "local-dir:FOLDER", a folder with the config.json and model.safetensors of timm's
+    `save_for_hf`. Weights are read from safetensors alone.
+    Raises InputError when the encoder is not there, is damaged, or is no ViT of RGB images.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.vit = _load(name).eval().requires_grad_(False)
+        made = self.vit.pretrained_cfg
+        self.name = ".".join(part for part in (made["architecture"], made.get("tag")) if part)
+        self.register_buffer("mean", torch.tensor(made["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(made["std"]).view(3, 1, 1))
+        self.sha256 = _digest(self.state_dict())
+
+    @property
+    def width(self) -> int:
+        """Width D of the features."""
+        return self.vit.embed_dim
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Patch tokens (B, h * w, D), row by row, of images (B, 3 or 1, H, W) in [-1, 1], grey made RGB.
+
+        grid: (h, w); the images are resized (bicubic, antialiased) so that the encoder has one patch per cell. The
+        tokens went through the encoder's final norm (DINOv2's x_norm_patchtokens), if it has one before pooling; class
+        and register tokens are left out.
+        """
+        size = [cells * side for cells, side in zip(grid, self.vit.patch_embed.patch_size, strict=True)]
+        resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+        tokens = self.vit.forward_features(((resized + 1) / 2 - self.mean) / self.std)
+        return tokens[:, self.vit.num_prefix_tokens :]
+
+    def describe(self) -> dict[str, Any]:
+        """What features depend on, wherever it lies: architecture and tag, SHA-256 of the weights, mean and std."""
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def _load(name: str) -> VisionTransformer | Eva:
+    options = {}
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL))
+        for file in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
+            if not (folder / file).is_file():
+                raise InputError(
+                    f"repa.encoder={name!r}: {str(folder)!r} holds no {file}; give a folder with the {CONFIG} and "
+                    f"{WEIGHTS} of a timm model"
+                )
+    else:
+        options["pretrained_cfg_overlay"] = {"file": _fetch(name), "custom_load": False}
+    try:
+        # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
+        vit = timm.create_model(name, pretrained=True, dynamic_img_size=True, **options)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"repa.encoder={name!r} cannot be loaded as a ViT of timm: {said}") from None
+    if not isinstance(vit, VisionTransformer | Eva) or vit.patch_embed.proj.weight.shape[1] != 3:
+        raise InputError(
+            f"repa.encoder={name!r} is no ViT of RGB images; choose such as vit_base_patch14_dinov2.lvd142m"
+        )
+    vit.reset_classifier(0)
+    return vit
+
+
+def _fetch(name: str) -> str:
+    """The safetensors file of a model that timm knows by name, from the Hugging Face cache or the hub."""
+    architecture, _ = split_model_name_tag(name)
+    check_choice(f"repa.encoder (or {LOCAL}FOLDER)", architecture, timm.list_models())
+    try:
+        source = get_pretrained_cfg(name).hf_hub_id
+    except RuntimeError as error:
+        raise InputError(f"repa.encoder={name!r}: {error}") from None
+    if not source:
+        raise InputError(f"repa.encoder={name!r}: timm has no weights of it on the Hugging Face hub; choose another")
+    try:
+        return hf_hub_download(source, WEIGHTS)
+    except (OSError, EntryNotFoundError) as error:
+        raise InputError(
+            f"repa.encoder={name!r}: {WEIGHTS} of it is not in the Hugging Face cache and cannot be had "
+            f"({type(error).__name__}); download {CONFIG} and {WEIGHTS} from https://huggingface.co/{source} into a "
+            f"folder, and give repa.encoder={LOCAL}FOLDER"
+        ) from None
+
+
+def _digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def repa_loss(z: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """(B,): minus the mean over tokens of the cosine between z (B, N, D) and features (B, N, D). In [-1, 1]; fp32."""
+    return -F.cosine_similarity(z.float(), features.float(), dim=-1).mean(1)
+
+
+class AlignedModel(nn.Module):
+    """A model with its projectors in one module, as DDP and FSDP want all that is trained.
+
+    Raises InputError where the model has fewer blocks than the projectors' encoder depth.
+    """
+
+    def __init__(self, model: nn.Module, projectors: Projectors):
+        super().__init__()
+        projectors.check_model(model)
+        self.model, self.projectors = model, projectors
+        self._no_split_modules = sorted({type(block).__name__ for block in model.blocks})  # what FSDP shards one by one
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor | float, labels: torch.Tensor, return_dict: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """(velocity, z of every encoder (B, N, z_dim) ...) at (x, t, labels).
+
+        Raises ValueError for return_dict=True: there is no dictionary that holds z.
+        """
+        if return_dict:
+            raise ValueError("return_dict=True: an AlignedModel returns a tuple alone")
+        velocity, z = self.projectors.with_model(self.model, x, t, labels)
+        return (velocity, *z)
+
+
+def align(model: nn.Module, encoder: ImageEncoder, settings: config.Repa, seed: int) -> AlignedModel:
+    """The model with one projector to the encoder's width, after block `settings.depth`.
+
+    The projector has torch's default starting weights, drawn from the seed alone and apart from the model's. Raises
+    InputError where the model has fewer blocks.
+    """
+    if settings.depth > len(model.blocks):
+        raise InputError(f"repa.depth={settings.depth}: the model has {len(model.blocks)} blocks; choose one of them")
+    own_seed = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(own_seed))
+        projectors = Projectors(model.config.hidden_size, settings.projector_dim, [encoder.width], settings.depth)
+    return AlignedModel(model, projectors)

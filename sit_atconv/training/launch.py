@@ -1,0 +1,59 @@
+"""What a run is started on: Accelerate's processes, devices and precision."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    is_tensorboard_available,
+    is_wandb_available,
+)
+
+from sit_atconv.config import Recipe
+from sit_atconv.errors import InputError
+
+DISTRIBUTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of a run. Raises InputError for what this machine or number of processes cannot do."""
+    train, installed = recipe.train, {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+    for tracker in recipe.run.trackers:
+        if not installed[tracker]:
+            raise InputError(f"run.trackers: {tracker!r} is not installed; pip install {tracker}")
+    plugin = GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps, sync_with_dataloader=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision={"bf16": "bf16", "fp16": "fp16"}.get(train.precision, "no"),
+            gradient_accumulation_plugin=plugin,
+            log_with=recipe.run.trackers or None,
+            project_dir=recipe.run.out,
+        )
+    except ValueError as error:
+        raise InputError(f"accelerate refuses the launch with train.precision={train.precision}: {error}") from None
+    if accelerator.distributed_type not in DISTRIBUTED or (accelerator.is_fsdp2 != _is_fsdp(accelerator)):
+        raise InputError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; this trainer runs on one process, "
+            "under DDP on CPU or CUDA, or under FSDP with fsdp_version 2: see experiments/accelerate"
+        )
+    if train.precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if train.precision == "fp16" and _is_fsdp(accelerator):
+        raise InputError("train.precision=fp16 is not for FSDP; use bf16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
+    parts = accelerator.num_processes * train.gradient_accumulation_steps
+    if train.batch_size % parts:
+        raise InputError(
+            f"train.batch_size={train.batch_size} is not divisible by {accelerator.num_processes} processes x "
+            f"{train.gradient_accumulation_steps} accumulation steps; choose a multiple of {parts}"
+        )
+    return accelerator
+
+
+def _is_fsdp(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP

@@ -1,0 +1,141 @@
+"""What a run reports: log.jsonl, trackers, and the figures in them."""
+
+import json
+import math
+import resource
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from sit_atconv import config
+from sit_atconv.config import Recipe
+from sit_atconv.files import write_atomic
+
+TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
+
+# Dense peak TFLOP/s of bf16 or fp16, TF32 and fp32, as the makers' data sheets have them; the first name that fits.
+PEAK_TFLOPS = {
+    "B200": (2250, 1125, 75), "H200": (989, 494, 67), "GH200": (989, 494, 67), "H100 PCIe": (756, 378, 51),
+    "H100 NVL": (835, 417, 60), "H100": (989, 494, 67), "A100": (312, 156, 19.5), "A800": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6), "L40": (181, 90.5, 90.5), "L4": (121, 60, 30.3),
+    "A10G": (70, 35, 35), "A10": (125, 62.5, 31.2), "RTX 4090": (165, 82.6, 82.6),
+    "RTX 3090": (71, 35.6, 35.6), "V100": (125, 15.7, 15.7),
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak in the recipe's precision, FLOP/s; None for one that is not in the table, a CPU among them."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = next((peaks for key, peaks in PEAK_TFLOPS.items() if key in name), None)
+    return found and 1e12 * found[{"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]]
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory held so far, bytes: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Means:
+    """Means since the last report: of named per-sample losses, and of the first one by bins of t.
+
+    Sums stay on the device, so adding to them waits for nothing.
+    """
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names = names
+        self.sums = torch.zeros(2, len(names) + TIME_BINS, device=device)  # of values, of counts
+
+    def add(self, t: torch.Tensor, *losses: torch.Tensor) -> None:
+        """Losses (B,) in the order of the names, at times t (B,)."""
+        values = torch.stack([loss.detach().float() for loss in losses])
+        finite = values.isfinite().all(0)  # a step with another one is skipped
+        values, ones = torch.where(finite, values, 0), finite.float()
+        count = len(self.names)
+        self.sums[0, :count] += values.sum(1)
+        self.sums[1, :count] += ones.sum()
+        bins = count + (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        self.sums[0].index_add_(0, bins, values[0])
+        self.sums[1].index_add_(0, bins, ones)
+
+    def reduced(self, accelerator: Accelerator) -> torch.Tensor:
+        """The sums over all processes; every process must call it."""
+        return accelerator.reduce(self.sums.clone(), "sum")
+
+    def row(self, sums: torch.Tensor) -> dict[str, Any]:
+        """The means of reduced sums; a bin that no sample fell into is None."""
+        values, counts = sums.tolist()
+        means = [value / count if count else None for value, count in zip(values, counts, strict=True)]
+        named = dict(zip(self.names, means, strict=False))
+        return {**named, "loss_by_time": means[len(self.names) :]}
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+
+class Log:
+    """A file with a line of JSON per report, each with its "step". A restart drops the lines past its own step.
+
+    Lines that the disk does not take are kept, and written with the next that it does.
+    """
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomic(path, "".join(kept))
+        self.path, self.pending, self.warned = path, "", False
+        self.size = path.stat().st_size
+
+    def write(self, row: dict[str, Any]) -> None:
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self.pending += json.dumps(plain) + "\n"
+        try:
+            with open(self.path, "r+") as file:
+                file.seek(self.size)
+                file.truncate()  # a line cut short by a full disk
+                file.write(self.pending)
+        except OSError as error:
+            if not self.warned:
+                print(f"warning: {self.path} cannot be written ({error.strerror}); lines are kept", file=sys.stderr)
+            self.warned = True
+            return
+        self.size += len(self.pending.encode())
+        self.pending, self.warned = "", False
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
+    """Start the recipe's trackers, each on the run that it had before: its id lies in the run's folder.
+
+    tensorboard drops what it was told past `step`; wandb passes over steps that it has.
+    """
+    run = Path(recipe.run.out)
+    options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
+    if accelerator.is_main_process and "wandb" in recipe.run.trackers:
+        file = run / "trackers.json"
+        if not file.exists():
+            write_atomic(file, json.dumps({"wandb": uuid.uuid4().hex[:12]}))
+        run_id = json.loads(file.read_text())["wandb"]
+        options["wandb"] = {"id": run_id, "name": run.name, "dir": str(run), "resume": "allow"}
+    settings = config.flatten(config.to_dict(recipe))
+    plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+    accelerator.init_trackers("sit_atconv", plain, {name: options.get(name, {}) for name in recipe.run.trackers})
+
+
+def for_trackers(row: dict[str, Any]) -> dict[str, float]:
+    """A row as trackers take it: numbers alone; a list becomes a number per bin of t, named by the bin's middle."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    for key, values in row.items():
+        if isinstance(values, list):
+            middles = [f"{(index + 0.5) / len(values):.2f}" for index in range(len(values))]
+            numbers |= {f"{key}/{t}": value for t, value in zip(middles, values, strict=True) if value is not None}
+    return numbers

@@ -1,0 +1,313 @@
+"""Loader processes: they change nothing, they report what is bad, and their death or sleep is one line."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from sit_atconv.data import loading
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.folder import Folder
+from sit_atconv.data.images import Unreadable
+from sit_atconv.data.loading import TrainingBatches, check_bad, worker_fault
+from sit_atconv.data.samples import RankPositions, TrainingSamples
+from sit_atconv.errors import InputError
+
+
+def batches(dataset, workers: int, steps: int = 6, timeout: float = 60.0, start: int = 0, **options) -> TrainingBatches:
+    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+    positions = RankPositions(start, start + steps, 6, accumulation=options.pop("accumulation", 1))
+    samples = TrainingSamples(dataset, shape, 6, seed=3, **options)
+    return TrainingBatches(samples, positions, workers, timeout=timeout)
+
+
+def assert_equal(a: list[dict], b: list[dict]) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight images of two classes, two of them no images."""
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(4):
+            array = random.integers(0, 256, (10, 12, 3), np.uint8)
+            Image.fromarray(array).save(tmp_path / "images" / name / f"{index}.png")
+    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"no image")
+    (tmp_path / "images" / "dog" / "2.png").write_bytes((tmp_path / "images" / "dog" / "2.png").read_bytes()[:80])
+    return Folder(str(tmp_path / "images"), 8)
+
+
+@pytest.mark.parametrize("sampling", ["natural", "balanced"])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_loader_processes_change_nothing(folder, sampling, workers):
+    options = {"sampling": sampling, "flip": True, "drop": 0.2, "null_label": 2, "accumulation": 2}
+    plain, loaded = batches(folder, 0, **options), batches(folder, workers, **options)
+    assert_equal(list(plain), list(loaded))
+    bad = plain.pop_bad()
+    assert bad == loaded.pop_bad()
+    assert set(bad) == {1, 6}
+    assert "cat/1.png" in bad[1]
+    assert plain.pop_bad() == loaded.pop_bad() == {}
+
+
+def test_batches_go_on_from_any_step(folder):
+    whole = list(batches(folder, 0, steps=6))
+    assert_equal(whole[4:], list(batches(folder, 2, steps=2, start=4)))
+
+
+def test_bad_images_are_told_with_the_batch_that_met_them(folder):
+    loaded = batches(folder, 2)
+    order = np.random.default_rng(np.random.SeedSequence([3, 0, 0])).permutation(8)[:6]
+    next(loaded)
+    assert {1, 6} & set(order.tolist()) <= loaded.pop_bad().keys()
+    assert len(list(loaded)) == 5
+    assert loaded.pop_bad().keys() <= {1, 6}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_is_gone_is_an_error_with_its_words(folder, workers):
+    os.rename(folder.root, f"{folder.root}-elsewhere")
+    with pytest.raises(InputError, match=r"images' is no longer there; bring it back") as error:
+        next(batches(folder, workers))
+    assert error.value.every_rank
+
+
+def test_all_images_bad_are_told_besides_the_error(folder):
+    for index in range(8):
+        os.truncate(folder.name(index), 10)
+    loaded = batches(folder, 1)
+    with pytest.raises(InputError, match="in a row"):
+        next(loaded)
+    assert len(loaded.pop_bad()) == 8
+
+
+def test_the_global_generator_stays_where_it_is():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        next(batches(Digits(), workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loader_processes_leave_signals_to_the_main_process():
+    expected, loaded = list(batches(Digits(), 0)), batches(Digits(), 2)
+    first = next(loaded)
+    for pid in loaded.pids():
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    assert_equal(expected, [first, *loaded])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGKILL, "SIGKILL, as the system does when memory runs out"), (signal.SIGBUS, "SIGBUS: a file was cut")],
+)
+def test_a_dead_loader_process_is_one_line(number, reason):
+    loaded = batches(Digits(), 2, steps=1000)
+    next(loaded)
+    pids = loaded.pids()
+    os.kill(pids[0], number)
+    words = rf"loader process \(pid {pids[0]}\) was ended by {reason}.*data.workers"
+    with pytest.raises(InputError, match=words) as error:
+        for _ in loaded:
+            pass
+    assert error.value.every_rank
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_death_of_a_loader_process_interrupts_nothing_else():
+    loaded = batches(Digits(), 1, steps=1000)
+    next(loaded)
+    (pid,) = loaded.pids()
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # torch's handler of SIGCHLD runs by now, and says nothing
+    assert sum(range(1000)) == 499_500
+    with pytest.raises(InputError, match="SIGKILL"):
+        list(loaded)
+
+
+def test_no_room_for_loader_processes_is_one_line(monkeypatch):
+    def refuse() -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(InputError, match=r"cannot be started \(Cannot allocate memory\); use fewer data\.workers"):
+        next(batches(Digits(), 1))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+class Leaves(Digits):
+    def __getitem__(self, key):
+        os._exit(7)
+
+
+def test_the_exit_status_of_a_loader_process_is_told():
+    with pytest.raises(InputError, match="ended with exit status 7"):
+        next(batches(Leaves(), 1))
+
+
+class Hangs(Digits):
+    """Never gives its second batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.never, self.given = multiprocessing.Event(), 0
+
+    def __getitem__(self, key):
+        self.given += 1
+        if self.given > 6:
+            self.never.wait()
+        return super().__getitem__(key)
+
+
+def test_a_hung_loader_process_is_one_line():
+    loaded = batches(Hangs(), 1, timeout=1.0)
+    next(loaded)
+    (pid,) = loaded.pids()
+    words = rf"no batch from the loader processes \(pid {pid}\) for 1 s.*worker_timeout"
+    with pytest.raises(InputError, match=words) as error:
+        next(loaded)
+    assert error.value.every_rank
+    assert not alive(pid)
+
+
+def test_loader_processes_end_with_the_object_also_hung_ones():
+    loaded = batches(Hangs(), 2)
+    next(loaded)
+    pids = loaded.pids()
+    assert all(map(alive, pids))
+    del loaded
+    assert not any(map(alive, pids))
+
+
+PROGRAM = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from test_loading import Hangs, batches
+held = batches(Hangs(), 2)
+next(held)
+print(*held.pids())
+"""
+
+
+def test_loader_processes_end_with_the_process_also_hung_ones(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, os.path.dirname(__file__)], capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert not any(alive(int(pid)) for pid in run.stdout.split())
+
+
+class Slow(Digits):
+    """Waits for leave before its first image."""
+
+    def __init__(self):
+        super().__init__()
+        self.leave = multiprocessing.Event()
+
+    def __getitem__(self, key):
+        self.leave.wait()
+        return super().__getitem__(key)
+
+
+def test_a_slow_loader_process_is_waited_for(monkeypatch):
+    monkeypatch.setattr(loading, "POLL_SECONDS", 0.05)
+    dataset, looks = Slow(), []
+    loaded = batches(dataset, 1, timeout=60.0)
+    whole = TrainingBatches._fault
+
+    def look(self, error, late):
+        looks.append(late)
+        if len(looks) == 4:
+            dataset.leave.set()
+        return whole(self, error, late)
+
+    monkeypatch.setattr(TrainingBatches, "_fault", look)
+    assert_equal(list(batches(Digits(), 0)), list(loaded))
+    assert len(looks) >= 4
+    assert not any(looks)
+
+
+class Breaks(Digits):
+    def __getitem__(self, key):
+        raise RuntimeError("a mistake of the program")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_stay_what_they_are(workers):
+    with pytest.raises(RuntimeError, match="a mistake of the program"):
+        next(batches(Breaks(), workers))
+
+
+class Plain(Dataset):
+    def __init__(self, behaviour):
+        self.behaviour = behaviour
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index):
+        return self.behaviour()
+
+
+def test_the_words_of_torch_for_other_loaders():
+    for behaviour, options, words in (
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), {}, r"DataLoader worker \(pid.*; use fewer data\.workers"),
+        (multiprocessing.Event().wait, {"timeout": 0.2}, r"timed out after 0\.2 seconds; use"),
+    ):
+        loader = DataLoader(Plain(behaviour), num_workers=1, **options)
+        with pytest.raises(RuntimeError) as error:
+            next(iter(loader))
+        fault = worker_fault(error.value)
+        assert isinstance(fault, InputError)
+        assert fault.every_rank
+        with pytest.raises(InputError, match=words):
+            raise fault
+    words = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    assert str(worker_fault(RuntimeError(words))).startswith(
+        "DataLoader worker (pid 7) is killed by signal: Killed; use"
+    )
+    assert worker_fault(RuntimeError("CUDA out of memory")) is None
+    assert worker_fault(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
+
+
+def test_the_share_of_bad_images():
+    bad = {7: "image 7 is bad", 2: "image 2 is bad", 5: "image 5 is bad", 9: "image 9 is bad"}
+    check_bad(bad, 4000, 0.001)
+    check_bad({}, 10, 0)
+    words = r"^4 of 3,999 images.* 0\.001.*image 2 is bad; image 5 is bad; image 7 is bad; \.\.\."
+    with pytest.raises(InputError, match=words) as error:
+        check_bad(bad, 3999, 0.001)
+    assert not error.value.every_rank
+    assert "data.max_bad_share" in str(error.value)
+    with pytest.raises(InputError, match="1 of 10 images"):
+        check_bad({3: "x"}, 10, 0)
+
+
+def test_unreadable_is_an_input_error_that_a_process_can_send():
+    error = pickle.loads(pickle.dumps(Unreadable("a  b", image=7)))
+    assert (str(error), error.image, error.every_rank) == ("a b", 7, True)

@@ -1,0 +1,235 @@
+"""Signals, data that goes bad, losses that are not finite, disks that are full: what the loop makes of them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe
+from PIL import Image
+
+from sit_atconv import checkpoint
+from sit_atconv.config import load_recipe
+from sit_atconv.errors import InputError
+from sit_atconv.training import loop
+from sit_atconv.training.faults import StopSignals, agree
+
+DIES_OF_THE_SECOND = """
+import os, signal
+from sit_atconv.training.faults import StopSignals
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received == "SIGTERM"
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
+
+
+def test_the_first_signal_is_a_request_and_handlers_come_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == "SIGINT"
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_signal_stops_at_once_unless_a_launcher_passes_the_first_on(launched):
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHELASTIC_RUN_ID"}
+    environment |= {"TORCHELASTIC_RUN_ID": "x"} if launched else {}
+    done = subprocess.run(
+        [sys.executable, "-c", DIES_OF_THE_SECOND], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == (0 if launched else -signal.SIGINT), done.stderr
+    assert (done.stdout == "still here\n") == launched
+    assert done.stderr.count("SIGTERM: finishing the step") == 1
+
+
+def test_one_process_agrees_with_itself():
+    assert agree(Accelerator(cpu=True), 3, False, True) == [3, 0, 1]
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> bytes:
+    """Read the bar byte by byte until it has reached that step; what was read."""
+    seen = b""
+    while chunk := process.stderr.read(1):
+        seen += chunk
+        steps = [int(number) for number in re.findall(rb" (\d+)/\d+ ", seen)]
+        if steps and steps[-1] >= step:
+            break
+    return seen
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_run_goes_on(recipe_file, tmp_path, workers):
+    path = recipe_file(
+        train={"max_steps": 100, "lr_schedule": "linear"}, checkpoint={"every": 70}, data={"workers": workers}
+    )
+    process = subprocess.Popen(
+        [sys.executable, "train_sit.py", str(path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+    )
+    wait_for_step(process, 5)
+    # As a terminal or a scheduler does it: to the loader's workers as well.
+    os.killpg(process.pid, signal.SIGINT if workers else signal.SIGTERM)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    last = checkpoint.step_folders(tmp_path / "run")[-1]
+    stopped = checkpoint.step_of(last)
+    assert 5 <= stopped < 70
+    text = f"stopped at step {stopped:,}, saved as {last}; the same command goes on from there\n"
+    assert out.decode() == text
+    whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
+    assert_same_bits(run_recipe(path), whole)
+    assert [row["step"] for row in log_rows(tmp_path / "run")] == list(range(1, 101))
+
+
+def test_a_signal_before_the_first_step_of_a_start_writes_nothing_twice(recipe_file, monkeypatch):
+    last = run_recipe(recipe_file(), "train.max_steps=4")
+    monkeypatch.setattr(StopSignals, "__enter__", lambda self: setattr(self, "received", "SIGTERM") or self)
+    stamp = (last / "manifest.json").stat().st_mtime_ns
+    assert run_recipe(recipe_file()) == last
+    assert (last / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def poison_losses(monkeypatch, steps: set[int], value: float = float("nan")) -> None:
+    """Make one loss of the batch `value` in the given steps (0-based), and leave the gradients finite."""
+    losses = loop._Trainer._losses
+
+    def poisoned(self, batch):
+        found = losses(self, batch)
+        if self.step in steps:
+            found[0] = found[0] + torch.tensor([value] + [0.0] * (len(found[0]) - 1))
+        return found
+
+    monkeypatch.setattr(loop._Trainer, "_losses", poisoned)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_whose_loss_alone_is_not_finite_is_skipped(recipe_file, monkeypatch, value):
+    poison_losses(monkeypatch, {3}, value)
+    last = run_recipe(recipe_file(), "checkpoint.every=1", "checkpoint.keep_last=9")
+    assert_same_bits(last.with_name("step-0000003"), last.with_name("step-0000004"))
+    rows = log_rows(last.parent)
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert [row["update_ratio"] == 0 for row in rows] == [False] * 3 + [True] + [False] * 4
+    assert all(row["loss"] is not None for row in rows)
+
+
+def test_the_run_of_skipped_steps_that_stops_is_the_recipes(recipe_file, monkeypatch):
+    poison_losses(monkeypatch, set(range(2, 99)))
+    with pytest.raises(InputError, match=r"for 3 steps, up to step 5"):
+        run_recipe(recipe_file(), "train.max_skipped=3")
+
+
+@pytest.fixture
+def image_recipe(recipe_file, tmp_path):
+    """A recipe on twelve images of three classes, in pixels; also their files."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(12):
+        folder = tmp_path / "images" / "abc"[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:02}.png")
+    data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8}
+    return recipe_file, data, sorted((tmp_path / "images").rglob("*.png"))
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Do something in the middle of a run, when that many steps are taken."""
+    optimize = loop._Trainer._optimize
+
+    def acting(self, *arguments):
+        if self.step == step:
+            action()
+        return optimize(self, *arguments)
+
+    monkeypatch.setattr(loop._Trainer, "_optimize", acting)
+
+
+def test_images_that_vanish_are_named_replaced_and_counted(image_recipe, tmp_path, monkeypatch, capsys):
+    write, data, files = image_recipe
+    path = write(data={**data, "max_bad_share": 0.2}, train={"max_steps": 20})
+
+    def spoil():
+        files[2].unlink()
+        files[7].write_bytes(files[7].read_bytes()[:40])
+
+    at_step(monkeypatch, 4, spoil)
+    last = run_recipe(path)
+    err = capsys.readouterr().err
+    assert [err.count(files[index].name) for index in (2, 7)] == [1, 1]
+    assert err.count("another image takes its place") == 2
+    assert [row["bad_images"] for row in log_rows(tmp_path / "run")][::19] == [0, 2]
+    assert set(json.loads((last / "trainer.json").read_text())["bad"]) == {"2", "7"}
+
+
+def test_too_many_bad_images_stop_the_run_and_keep_its_checkpoint(image_recipe, tmp_path, monkeypatch):
+    write, data, files = image_recipe
+    at_step(monkeypatch, 5, lambda: [file.unlink() for file in files[:3]])
+    with pytest.raises(InputError, match=r"3 of 12"):
+        run_recipe(write(data={**data, "max_bad_share": 0.2}, train={"max_steps": 20}))
+    assert checkpoint.newest_valid(tmp_path / "run")[0].name == "step-0000004"
+
+
+def test_too_many_bad_images_from_the_start_leave_nothing_behind(image_recipe, tmp_path):
+    write, data, files = image_recipe
+    files[0].write_bytes(b"no image")
+    with pytest.raises(InputError, match=files[0].name):
+        run_recipe(write(data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def full_disk_at(monkeypatch, steps: set[int]) -> None:
+    save = checkpoint.save
+
+    def saving(run, step, *rest):
+        if step in steps:
+            raise checkpoint.DiskFull(f"step {step}: no room")
+        return save(run, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_old_checkpoint(recipe_file, tmp_path, monkeypatch):
+    full_disk_at(monkeypatch, {8})
+    with pytest.raises(InputError, match="no room"):
+        run_recipe(recipe_file(), "train.max_steps=12")
+    monkeypatch.undo()
+    whole = run_recipe(recipe_file(), f"run.out={tmp_path / 'whole'}")
+    assert checkpoint.newest_valid(tmp_path / "run")[0].name == "step-0000004"
+    assert_same_bits(run_recipe(recipe_file()), whole)
+
+
+def test_training_goes_on_over_a_full_disk_where_asked_but_does_not_end_on_one(recipe_file, monkeypatch, capsys):
+    full_disk_at(monkeypatch, {4})
+    last = run_recipe(recipe_file(), "checkpoint.on_full_disk=continue")
+    assert last.name == "step-0000008"
+    assert "no room; training goes on from step 4" in capsys.readouterr().err
+    full_disk_at(monkeypatch, {12})
+    with pytest.raises(InputError, match="no room"):
+        run_recipe(recipe_file(), "train.max_steps=12", "checkpoint.on_full_disk=continue")
+
+
+def test_previews_and_scores_do_not_touch_what_is_trained(recipe_file, tmp_path):
+    plain = run_recipe(recipe_file(), f"run.out={tmp_path / 'plain'}")
+    reset_accelerate()
+    calls = []
+
+    def scorer(images, labels):
+        calls.append((images.shape, images.dtype, labels))
+        torch.manual_seed(1)
+        return {"mean": float(torch.rand(1))}
+
+    path = recipe_file(preview={"every": 2, "steps": 2, "num": 4}, score={"every": 4, "num": 12})
+    drawn = loop.train(load_recipe(path), scorer=scorer)
+    assert_same_bits(plain, drawn)
+    assert calls == [((12, 1, 8, 8), torch.uint8, [index % 10 for index in range(12)])] * 2
+    scores = [json.loads(line) for line in Path(drawn.parent, "scores.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["num"]) for row in scores] == [(4, 12), (8, 12)]

@@ -1,0 +1,40 @@
+"""Trackers, for real: what they store, and that a restart goes on with the same run."""
+
+import json
+
+import pytest
+from conftest import log_rows, run_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def scalars(run, tag: str) -> dict[int, float]:
+    """What tensorboard would show."""
+    events = EventAccumulator(str(run / "sit_atconv"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_tensorboard_shows_the_log_also_after_steps_were_taken_twice(recipe_file, tmp_path, monkeypatch):
+    trackers = "run.trackers=[tensorboard]"
+    last = run_recipe(recipe_file(), trackers, "train.max_steps=7", "checkpoint.keep_last=9")
+    # As if the run had been killed past its checkpoint of step 4: steps 5 to 7 are taken again.
+    (last / "manifest.json").unlink()
+    last = run_recipe(recipe_file(), trackers)
+    rows = {row["step"]: row for row in log_rows(tmp_path / "run")}
+    assert scalars(last.parent, "loss") == pytest.approx({step: row["loss"] for step, row in rows.items()}, rel=1e-6)
+    bins = scalars(last.parent, "loss_by_time/0.55")
+    expected = {step: row["loss_by_time"][5] for step, row in rows.items() if row["loss_by_time"][5] is not None}
+    assert bins == pytest.approx(expected, rel=1e-6)
+
+
+def test_wandb_goes_on_with_its_run(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for steps in ("4", "8"):
+        run_recipe(recipe_file(), "run.trackers=[wandb]", f"train.max_steps={steps}")
+    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    run_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]
+    assert len(folders) == 2
+    assert all(folder.name.endswith(f"-{run_id}") for folder in folders)
+    for folder in folders:
+        assert (folder / f"run-{run_id}.wandb").stat().st_size > 0
