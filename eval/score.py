@@ -70,9 +70,7 @@ class DigitsScore:
         self.moments = moments(digits.extract(self.classifier, self.reference)[0])
 
     def __call__(self, pixels: torch.Tensor, labels: list[int]) -> dict[str, float]:
-        """Of uint8 digits (N, 1, 8, 8) of these classes. Raises InputError for images of another shape."""
-        if pixels.shape[1:] != (1, 8, 8):
-            raise InputError(f"samples are {tuple(pixels.shape[1:])}, the embedded digits (1, 8, 8)")
+        """Of uint8 digits (N, 1, 8, 8) of these classes."""
         features, logits = digits.extract(self.classifier, pixels)
         return {
             "frechet_distance": frechet_distance(moments(features), self.moments),
@@ -82,6 +80,8 @@ class DigitsScore:
 
 def score_digits(samples: Images) -> dict:
     """The scores of `DigitsScore`, how good its classifier is, and what they were taken against."""
+    if samples.pixels.shape[1:] != (1, 8, 8):
+        raise InputError(f"samples are {tuple(samples.pixels.shape[1:])}, the embedded digits (1, 8, 8)")
     if samples.labels is None:
         raise InputError("samples without labels: --ref digits needs a manifest.json with labels, or arr_1 in the npz")
     score = DigitsScore()

@@ -279,7 +279,7 @@ def nan_on_one_rank(out: Path, recipe: Path) -> str:
         expect(done.returncode == 0, f"{processes} processes: {done.stderr[-300:]}")
     one, two = timeless(runs[1]), timeless(runs[2])
     expect([row["skipped"] for row in two] == [0] * 6 + [1] * (STEPS - 6), "not that step alone was skipped")
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if a["step"] != 7]
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if a["step"] != 7]  # which has none
     worst = max(abs(a - b) / a for a, b in pairs)
     expect(worst < 1e-5, f"two processes went another way than one with the same fault: {worst:.1e}")
     return f"both skip step 7, counted once; losses as of one process with the same fault, to {worst:.0e}"

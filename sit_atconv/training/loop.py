@@ -177,34 +177,33 @@ class _Trainer:
             checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
         start_trackers(accelerator, recipe, self.step)
         accelerator.wait_for_everyone()  # a process that meets a bad image finds the folder complete, and removes it
-        # Nothing is shown before the first step, so that an error at the first image is the only line.
-        bar = tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-9)
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
-        while self.step < total:
-            start = time.perf_counter()
-            batches = self._fetch(signals)
-            if batches is None:
-                break
-            waited += time.perf_counter() - start
-            reports = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == total
-            figures = self._optimize(batches, reports)
-            bar.update()
-            steps, seconds = steps + 1, seconds + time.perf_counter() - start
-            if reports:
-                row = self._report(figures, steps, seconds, waited)
-                bar.set_postfix(loss=f"{row['loss'] or math.nan:.4f}")
-                steps, seconds, waited = 0, 0.0, 0.0
-            if recipe.preview.every and self.step % recipe.preview.every == 0:
-                self._draw_preview()
-            if recipe.score.every and self.step % recipe.score.every == 0:
-                self._score(scorer)
-            if recipe.ema.snapshot_every and self.step % recipe.ema.snapshot_every == 0:
-                self._snapshot()
-            if self.step % recipe.checkpoint.every == 0 and self.step < total:
-                self._save(may_go_on=recipe.checkpoint.on_full_disk == "continue")
-        if self.last != checkpoint.folder_of(self.run, self.step):  # at the end, or where a signal ends the run
-            self._save()
-        bar.close()
+        # Nothing is shown before the first step, so that an error at the first image is the only line.
+        with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-9) as bar:
+            while self.step < total:
+                start = time.perf_counter()
+                batches = self._fetch(signals)
+                if batches is None:
+                    break
+                waited += time.perf_counter() - start
+                reports = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == total
+                figures = self._optimize(batches, reports)
+                bar.update()
+                steps, seconds = steps + 1, seconds + time.perf_counter() - start
+                if reports:
+                    row = self._report(figures, steps, seconds, waited)
+                    bar.set_postfix(loss=f"{row['loss'] or math.nan:.4f}")
+                    steps, seconds, waited = 0, 0.0, 0.0
+                if recipe.preview.every and self.step % recipe.preview.every == 0:
+                    self._draw_preview()
+                if recipe.score.every and self.step % recipe.score.every == 0:
+                    self._score(scorer)
+                if recipe.ema.snapshot_every and self.step % recipe.ema.snapshot_every == 0:
+                    self._snapshot()
+                if self.step % recipe.checkpoint.every == 0 and self.step < total:
+                    self._save(may_go_on=recipe.checkpoint.on_full_disk == "continue")
+            if self.last != checkpoint.folder_of(self.run, self.step):  # at the end, or where a signal ends the run
+                self._save()
         accelerator.end_training()
         return self.last
 

@@ -31,7 +31,7 @@ def score(*arguments) -> None:
 @pytest.fixture(scope="module")
 def held_out():
     test = Digits("test")
-    return to_uint8(test.images), test.labels
+    return to_uint8(test.images), test.labels.tolist()
 
 
 @pytest.fixture(scope="module")
