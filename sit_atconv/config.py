@@ -415,8 +415,8 @@ MUTABLE = (
     "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped",
     # where things lie and how the work is cut up: what is computed stays the same, to float rounding
     "data.root", "data.source", "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share",
-    "latents.vae", "latents.batch_size", "train.gradient_accumulation_steps", "train.gradient_checkpointing",
-    "train.compile",
+    "latents.vae", "latents.batch_size", "repa.encoder", "train.gradient_accumulation_steps",
+    "train.gradient_checkpointing", "train.compile",
 )  # fmt: skip
 MUTABLE_SECTIONS = ("checkpoint", "preview", "score")
 

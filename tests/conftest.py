@@ -118,3 +118,26 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A small ViT for REPA, in timm's format."""
+    from tiny_vit import save_vit
+
+    save_vit(folder := tmp_path_factory.mktemp("encoder") / "vit")
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Twelve random images of 8 x 8 pixels in three classes."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for index in range(12):
+        folder = tmp_path / "images" / "abc"[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:02}.png")
+    return tmp_path / "images"

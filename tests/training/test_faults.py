@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe
-from PIL import Image
 
 from sit_atconv import checkpoint
 from sit_atconv.config import load_recipe
@@ -129,16 +128,10 @@ def test_the_run_of_skipped_steps_that_stops_is_the_recipes(recipe_file, monkeyp
 
 
 @pytest.fixture
-def image_recipe(recipe_file, tmp_path):
-    """A recipe on twelve images of three classes, in pixels; also their files."""
-    generator = torch.Generator().manual_seed(0)
-    for index in range(12):
-        folder = tmp_path / "images" / "abc"[index % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{index:02}.png")
-    data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8}
-    return recipe_file, data, sorted((tmp_path / "images").rglob("*.png"))
+def image_recipe(recipe_file, image_folder):
+    """Writes a recipe on twelve images of three classes, in pixels; also its data, and the files."""
+    data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8}
+    return recipe_file, data, sorted(image_folder.rglob("*.png"))
 
 
 def at_step(monkeypatch, step: int, action) -> None:

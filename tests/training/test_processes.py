@@ -9,17 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_bits, log_rows, run_recipe
+import torch
+from conftest import ROOT, assert_same_bits, log_rows, run_recipe, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def launch(processes: int, recipe: Path, *overrides: str, kill_at: int | None = None) -> None:
+def launch(processes: int, recipe: Path, *overrides: str, kill_at: int | None = None, script="train_sit.py") -> None:
     """train_sit.py under torchrun; kill_at: SIGKILL for all of it once the bar has reached that step."""
-    command = [*TORCHRUN, str(processes), "train_sit.py", str(recipe), *overrides]
+    command = [*TORCHRUN, str(processes), script, str(recipe), *overrides]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0
+        command,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,
     )
     seen = b""
     while chunk := process.stderr.read(1):
@@ -73,3 +79,37 @@ def test_the_number_of_processes_changes_nothing_not_even_on_the_way(recipe, tmp
     launch(4, recipe, changing, kill_at=25)
     run_recipe(recipe, changing)
     assert_same_run(single, log_rows(tmp_path / "changing"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_sharded_run_is_the_same_run(recipe_file, tmp_path, aligned, encoder_folder, image_folder):
+    """FSDP2 on two processes, then four, then none: losses, previews, snapshots and checkpoints of a plain run."""
+    sections = {
+        "train": {"max_steps": 40, "lr": 1e-4, "gradient_accumulation_steps": 2},
+        "ema": {"kind": "power", "snapshot_every": 20, "decay": None},
+        "preview": {"every": 20, "num": 5, "steps": 2},
+        "checkpoint": {"every": 10},
+    }
+    if aligned:
+        sections["data"] = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8, "flip": True}
+        sections["repa"] = {"encoder": f"local-dir:{encoder_folder}", "depth": 1, "projector_dim": 12}
+    recipe = recipe_file(**sections)
+    single = run_recipe(recipe, f"run.out={tmp_path / 'single'}")
+    changing, sharded = f"run.out={tmp_path / 'changing'}", {"script": "tests/fsdp_train_sit.py"}
+    launch(2, recipe, changing, kill_at=22, **sharded)
+    first = (tmp_path / "changing/step-0000020").name
+    assert sorted(path.name for path in (tmp_path / "changing" / first / "optimizer").iterdir())[1].startswith("shard")
+    launch(4, recipe, changing, "train.max_steps=32", "train.gradient_accumulation_steps=1", **sharded)
+    last = run_recipe(recipe, changing)
+    assert_same_run(log_rows(single.parent), log_rows(tmp_path / "changing"))
+    for name in ("ema", "ema-0.100", "model"):
+        whole, parts = weights(single, name), weights(last, name)
+        assert all(torch.allclose(whole[key], parts[key], rtol=1e-4, atol=1e-6) for key in whole), name
+    for folder in ("previews", "snapshots"):
+        assert {path.name for path in (single.parent / folder).iterdir()} == {
+            path.name for path in (last.parent / folder).iterdir()
+        }
+    if aligned:
+        assert all("repa_loss" in row for row in log_rows(last.parent))
+        assert (last / "model" / "projectors.safetensors").is_file()
