@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from sit_atconv import config
 from sit_atconv.errors import InputError
+from sit_atconv.files import sync
+from sit_atconv.sharding import local
 
 DEFAULT_DECAY, DEFAULT_STDS = 0.9999, (0.05, 0.1)
 SAMPLED = "ema"  # the name of the average that gets sampled
@@ -136,11 +136,11 @@ class Averages:
                 # A single key: safetensors writes several in an order that changes from process to process.
                 save_file(tensors[name], temporary / f"{name}.safetensors", {METADATA: json.dumps(facts)})
             for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
+                sync(path)
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
@@ -158,22 +158,12 @@ def _pairs(own: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> tuple[
     """The tensors of an average and those that it follows: this process's shards, in the average's dtype."""
     if own.keys() != new.keys():
         raise KeyError(f"EMA: tensors differ from the model's: {sorted(own.keys() ^ new.keys())[:3]}")
-    targets = [_local(tensor) for tensor in own.values()]
-    sources = [_local(new[name]).to(target.dtype) for name, target in zip(own, targets, strict=True)]
+    targets = [local(tensor.detach()) for tensor in own.values()]
+    sources = [local(new[name].detach()).to(target.dtype) for name, target in zip(own, targets, strict=True)]
     for name, target, source in zip(own, targets, sources, strict=True):
         if target.shape != source.shape:  # which foreach would broadcast where it can
             raise ValueError(f"EMA: {name} is {tuple(source.shape)} here, the average's {tuple(target.shape)}")
     return targets, sources
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 @dataclass(frozen=True)

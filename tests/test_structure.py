@@ -23,7 +23,7 @@ ALLOWED = {
     "images": set(),
     "data": CORE | {"files"},
     "latents": CORE | {"data", "files"},
-    "ema": BASE | {"config"},
+    "ema": BASE | {"config", "files", "sharding"},
     "repa": BASE | {"config", "layers"},
     "sharding": BASE,
     "checkpoint": CORE | {"models", "files", "sharding"},
