@@ -10,11 +10,18 @@ from sit_atconv.config import Recipe
 from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import check_same_codec
 
+# What a cache of latents stands for: these keys of the recipe that it was encoded by.
+ENCODED = ("kind", "image_size", "split", "image_key", "label_key")
 
-def check_run_folder(run: Path, recipe: Recipe, described: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+
+def check_run_folder(
+    run: Path, recipe: Recipe, described: dict[str, Any], encoded: dict[str, Any] | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from, with its manifest, or None for a new run.
 
-    described: what this start would write into a manifest. Raises InputError for a folder that is not this run's.
+    described: what this start would write into a manifest. encoded: with a cache of latents, the data section of the
+    recipe that it was made by: a run of those images goes on from their cache.
+    Raises InputError for a folder that is not this run's.
     """
     if not run.exists():
         return None
@@ -32,7 +39,10 @@ def check_run_folder(run: Path, recipe: Recipe, described: dict[str, Any]) -> tu
     except yaml.YAMLError:
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder") from None
     try:
-        changed = "; ".join(config.differences(stored, described["recipe"]))
+        stated = described["recipe"]
+        if encoded is not None and stored.get("data", {}).get("kind") != "latents":
+            stated = stated | {"data": stated["data"] | {key: encoded.get(key) for key in ENCODED}}
+        changed = "; ".join(config.differences(stored, stated))
     except InputError as error:
         raise InputError(
             f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"

@@ -74,7 +74,8 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
         start = [None, None, None]  # what the main process found: checkpoint, whether the folder is new, error
         if accelerator.is_main_process:
             try:
-                start = [check_run_folder(run, recipe, described), not run.exists(), None]
+                encoded = dataset.index["data"] if dataset.moments else None
+                start = [check_run_folder(run, recipe, described, encoded), not run.exists(), None]
             except InputError as error:
                 start[2] = error
         found, new, error = broadcast_object_list(start)

@@ -331,3 +331,21 @@ def test_imagefolder_through_a_vae_and_back_to_images(tmp_path, recipe_file, vae
     sampling(["generate", "--ckpt", str(last.parent), "--num", "4", "--steps", "2", "--out", str(tmp_path / "out")])
     assert Image.open(tmp_path / "out/000003.png").size == (32, 32)
     assert Image.open(tmp_path / "out/000003.png").mode == "RGB"
+
+
+def test_a_run_goes_on_from_the_cache_of_its_images(recipe_file, tmp_path, image_folder, vae_folder):
+    from sit_atconv.latents.encode import encode
+
+    data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 16, "flip": True}
+    path = recipe_file(data=data, latents={"codec": "vae", "vae": str(vae_folder)})
+    cache = ("data.kind=latents", f"data.root={tmp_path / 'cache'}")
+    encode(load_recipe(path), tmp_path / "cache", "fp32")
+    encode(load_recipe(path, ["data.image_size=32"]), tmp_path / "other", "fp32")
+    whole = log_rows(run_recipe(path, f"run.out={tmp_path / 'whole'}").parent)
+    run_recipe(path, "train.max_steps=4")
+    with pytest.raises(InputError, match=r"data.image_size: 16 -> 32"):
+        run_recipe(path, "data.kind=latents", "data.image_size=null", f"data.root={tmp_path / 'other'}")
+    for steps in ("6", "8"):  # and from there on as a run of latents
+        last = run_recipe(path, *cache, f"train.max_steps={steps}")
+    losses = [[row["loss"] for row in rows] for rows in (whole, log_rows(last.parent))]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
