@@ -196,7 +196,8 @@ def test_a_training_checkpoint_of_ours_goes_to_the_public_layout(tmp_path):
 
     model, ema = tiny(token_mixer="hybrid"), tiny(token_mixer="hybrid", num_classes=5)
     nn.init.ones_(ema.final_layer.linear.bias)
-    checkpoint.save(tmp_path / "run", 3, model, ema, torch.optim.SGD(model.parameters()), {}, {})
+    models = {"model": model, "ema": ema}
+    checkpoint.save(tmp_path / "run", 3, models, None, model, torch.optim.SGD(model.parameters()), {}, {})
     for source, expected in (("run", ema), ("run/step-0000003/model", model)):
         out = tmp_path / f"{Path(source).name}.safetensors"
         export_public(tmp_path / source, out)

@@ -284,7 +284,8 @@ class _Trainer:
         hidden: list[torch.Tensor] = []
 
         def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            velocity, *rest = self.model(x, t, batch["label"], return_dict=False)
+            with self.accelerator.autocast():  # which `prepare` puts around the forward pass, but not under FSDP2
+                velocity, *rest = self.model(x, t, batch["label"], return_dict=False)
             hidden.extend(rest)
             return velocity
 

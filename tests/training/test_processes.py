@@ -113,3 +113,14 @@ def test_a_sharded_run_is_the_same_run(recipe_file, tmp_path, aligned, encoder_f
     if aligned:
         assert all("repa_loss" in row for row in log_rows(last.parent))
         assert (last / "model" / "projectors.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_in_bf16_is_near_the_plain_one(recipe_file, tmp_path):
+    recipe = recipe_file(train={"max_steps": 6, "precision": "bf16", "lr": 1e-4})
+    single = log_rows(run_recipe(recipe, f"run.out={tmp_path / 'single'}").parent)
+    launch(2, recipe, f"run.out={tmp_path / 'sharded'}", script="tests/fsdp_train_sit.py")
+    for a, b in zip(single, log_rows(tmp_path / "sharded"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+    assert {value.dtype for value in weights(tmp_path / "sharded/step-0000006").values()} == {torch.float32}
