@@ -238,7 +238,7 @@ class _Trainer:
             return error
         if self.accelerator.is_main_process:
             for what in new.values():
-                print(f"warning: {what}; another image takes its place", file=sys.stderr)
+                tqdm.write(f"warning: {what}; another image takes its place", file=sys.stderr)
         return None
 
     def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> dict[str, Any]:
@@ -361,7 +361,9 @@ class _Trainer:
             try:
                 save_grid(images, math.ceil(math.sqrt(count)), file)
             except OSError as error:
-                print(f"warning: preview {str(file)!r} cannot be written: {error.strerror or error}", file=sys.stderr)
+                tqdm.write(
+                    f"warning: preview {str(file)!r} cannot be written: {error.strerror or error}", file=sys.stderr
+                )
 
     def _score(self, scorer: Scorer) -> None:
         images, labels = self._sample(self.recipe.score.num, SCORE_BLOCK)
@@ -414,7 +416,7 @@ class _Trainer:
             if not may_go_on:
                 raise
             if self.accelerator.is_main_process:
-                print(f"warning: {error}; training goes on from step {self.step}", file=sys.stderr)
+                tqdm.write(f"warning: {error}; training goes on from step {self.step}", file=sys.stderr)
             return
         if self.accelerator.is_main_process:
             keep = self.recipe.checkpoint
