@@ -16,9 +16,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def launch(processes: int, recipe: Path, *overrides: str, kill_at: int | None = None, script="train_sit.py") -> None:
+def launch(processes: int, recipe: Path, *overrides: str, kill_at: int | None = None, script=("train_sit.py",)) -> None:
     """train_sit.py under torchrun; kill_at: SIGKILL for all of it once the bar has reached that step."""
-    command = [*TORCHRUN, str(processes), script, str(recipe), *overrides]
+    command = [*TORCHRUN, str(processes), *script, str(recipe), *overrides]
     process = subprocess.Popen(
         command,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
@@ -96,7 +96,7 @@ def test_a_sharded_run_is_the_same_run(recipe_file, tmp_path, aligned, encoder_f
         sections["repa"] = {"encoder": f"local-dir:{encoder_folder}", "depth": 1, "projector_dim": 12}
     recipe = recipe_file(**sections)
     single = run_recipe(recipe, f"run.out={tmp_path / 'single'}")
-    changing, sharded = f"run.out={tmp_path / 'changing'}", {"script": "tests/fsdp_train_sit.py"}
+    changing, sharded = f"run.out={tmp_path / 'changing'}", {"script": ("tests/fsdp_train_sit.py",)}
     launch(2, recipe, changing, kill_at=22, **sharded)
     first = (tmp_path / "changing/step-0000020").name
     assert sorted(path.name for path in (tmp_path / "changing" / first / "optimizer").iterdir())[1].startswith("shard")
@@ -119,8 +119,20 @@ def test_a_sharded_run_is_the_same_run(recipe_file, tmp_path, aligned, encoder_f
 def test_a_sharded_run_in_bf16_is_near_the_plain_one(recipe_file, tmp_path):
     recipe = recipe_file(train={"max_steps": 6, "precision": "bf16", "lr": 1e-4})
     single = log_rows(run_recipe(recipe, f"run.out={tmp_path / 'single'}").parent)
-    launch(2, recipe, f"run.out={tmp_path / 'sharded'}", script="tests/fsdp_train_sit.py")
+    launch(2, recipe, f"run.out={tmp_path / 'sharded'}", script=("tests/fsdp_train_sit.py",))
     for a, b in zip(single, log_rows(tmp_path / "sharded"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
     assert {value.dtype for value in weights(tmp_path / "sharded/step-0000006").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_both(recipe, tmp_path):
+    for processes, rank in ((1, 0), (2, 1)):
+        fault = ("-m", "experiments.drill.child", "--nan", f"{rank}:7", "--")
+        launch(processes, recipe, f"run.out={tmp_path / str(processes)}", script=fault)
+    one, two = (log_rows(tmp_path / str(processes)) for processes in (1, 2))
+    assert [row["skipped"] for row in two] == [0] * 6 + [1] * 34
+    for a, b in zip(one, two, strict=True):
+        if a["step"] != 7:  # where the half that the second process has is missing from the mean
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
