@@ -337,8 +337,11 @@ class Recipe:
     score: Score = field(default_factory=Score)
 
     def __post_init__(self):
+        self._check_codec()
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
+
+    def _check_codec(self) -> None:
         codec, vae = self.latents.codec, self.latents.vae
         if self.data.kind != "latents":
             if codec == "vae" and vae is None:

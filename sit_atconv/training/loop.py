@@ -180,7 +180,7 @@ class _Trainer:
         accelerator.wait_for_everyone()  # a process that meets a bad image finds the folder complete, and removes it
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
         # Nothing is shown before the first step, so that an error at the first image is the only line.
-        with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-9) as bar:
+        with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
             while self.step < total:
                 start = time.perf_counter()
                 batches = self._fetch(signals)
