@@ -137,7 +137,8 @@ def dry_run(recipe: Recipe) -> str:
         f"optimiser {2 * trainable * gib:.2f} GiB, EMA {parameters * gib:.2f} GiB (activations come on top)",
         "steps per epoch": f"{epoch:.1f} ({facts.num_images:,} images, global batch {train.batch_size})",
         "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
-        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}; EMA {recipe.ema.decay}",
+        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}; EMA "
+        + (recipe.ema.kind if recipe.ema.decay is None else f"{recipe.ema.kind} {recipe.ema.decay}"),
         "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
         f"{4 * (2 * parameters + 2 * trainable) / 2**30:.2f} GiB each, in {recipe.run.out}",
     }
