@@ -33,7 +33,8 @@ def open_dataset(data: Data) -> Dataset:
 
     A dataset has `channels`, `image_size`, `class_names`, `labels` (int64, of every image), `len`, and `moments`:
     whether it gives an autoencoder's moments in place of images. An item raises Unreadable where its image cannot be
-    read, InputError where the dataset is gone. One with `in_order` takes positions for indices, and has no labels.
+    read, InputError where the dataset is gone. One with `in_order` takes positions for indices, has no labels, and
+    gives itself in another order by `shuffled(seed)`.
     Raises InputError when the images are not there.
     """
     return DATASETS[data.kind](data)

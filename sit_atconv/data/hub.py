@@ -1,8 +1,11 @@
 """Hugging Face datasets: by the id of a repository, or from a local folder; stored, or streamed."""
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -128,8 +131,14 @@ class HubStream(Dataset):
         self.image_size, self.class_names = data.image_size, tuple(names)
         self.seed, self.buffer = seed, data.shuffle_buffer or SHUFFLE_BUFFER
         self._table, self._keys, self._num_images, self._root = table, (image_key, label_key), num_images, data.root
-        self._rows, self._next = None, 0
-        self._recent: deque[tuple[Any, Any]] = deque(maxlen=MAX_ATTEMPTS + 1)  # of the positions just before _next
+        # By process: one from before a fork has lost its threads. It is kept, for closing it would wait for them.
+        self._walks: dict[int, _Walk] = {}
+
+    def shuffled(self, seed: int) -> "HubStream":
+        """The same images in the order of this seed."""
+        other = copy(self)
+        other.seed, other._walks = seed, {}
+        return other
 
     def __len__(self) -> int:
         return self._num_images
@@ -148,16 +157,16 @@ class HubStream(Dataset):
 
     def _row(self, position: int) -> tuple[Any, Any]:
         """Image and label, undecoded. Raises InputError where the stream ends early or breaks."""
-        epoch = position // len(self)
-        if self._rows is None or position < self._next - len(self._recent) or epoch > self._next // len(self):
-            self._rows, self._next = self._walk(epoch), epoch * len(self)
-            self._recent.clear()
-        while self._next <= position:
-            self._recent.append(next(self._rows))
-            self._next += 1
-        return self._recent[position - self._next]
+        epoch, process = position // len(self), os.getpid()
+        walk = self._walks.get(process)
+        if walk is None or position < walk.next - len(walk.recent) or epoch > walk.next // len(self):
+            walk = self._walks[process] = _Walk(self._rows(epoch), epoch * len(self))
+        while walk.next <= position:
+            walk.recent.append(next(walk.rows))
+            walk.next += 1
+        return walk.recent[position - walk.next]
 
-    def _walk(self, epoch: int) -> Iterator[tuple[Any, Any]]:
+    def _rows(self, epoch: int) -> Iterator[tuple[Any, Any]]:
         """The rows of all epochs from this one on."""
         for number in count(epoch):
             # One of its own for this walk: the epoch of a dataset is shared with the processes that forked off it.
@@ -184,7 +193,16 @@ class HubStream(Dataset):
                 yield image, label
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows": None, "_next": 0, "_recent": deque(maxlen=MAX_ATTEMPTS + 1)}
+        return self.__dict__ | {"_walks": {}}
+
+
+@dataclass
+class _Walk:
+    """rows: what is yet to come, from position `next` on. recent: those of the positions just before it."""
+
+    rows: Iterator[tuple[Any, Any]]
+    next: int
+    recent: deque[tuple[Any, Any]] = field(default_factory=lambda: deque(maxlen=MAX_ATTEMPTS + 1))
 
 
 def _digest(value: Any) -> int:

@@ -54,7 +54,7 @@ class TrainingSamples(Dataset):
         self.time = time
         self.pixels = with_image and dataset.moments
         if getattr(dataset, "in_order", False):
-            dataset.seed, self.order = seed, InOrder()
+            self.dataset, self.order = dataset.shuffled(seed), InOrder()
         elif sampling == "balanced":
             self.order = Balanced(dataset.labels, dataset.class_names, seed)
         else:

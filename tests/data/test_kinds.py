@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from sit_atconv.config import DATA_KINDS, Data
-from sit_atconv.data import DATASETS, open_dataset
+from sit_atconv.data import DATASETS, database, open_dataset
 from sit_atconv.data.archive import Zip
 from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Unreadable
+from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.data.samples import RankPositions, TrainingSamples
 from sit_atconv.errors import InputError
 
 _spec = importlib.util.spec_from_file_location("kinds", Path(__file__).with_name("kinds.py"))
@@ -128,6 +130,24 @@ def test_a_dataset_can_be_sent_to_a_process(kind, folder, tmp_path):
     dataset = open_dataset(data)
     image = dataset[4, False][0]
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[4, False][0], image)
+
+
+@pytest.mark.parametrize("kind", ["zip", "lmdb", "hf saved", "stream"])
+def test_loader_processes_change_nothing(kind, folder, tmp_path):
+    if kind == "stream":
+        data = stream(as_parquet(hub_table(folder), tmp_path / "p", files=3), num_images=9)
+    else:
+        data = written(kind, folder, tmp_path)
+    dataset, batches = open_dataset(data), []
+    dataset[5, False]  # what is open here goes over into the loader processes
+    for workers in (0, 2):
+        samples = TrainingSamples(dataset, (3, 2, 2), 4, seed=1, flip=True)
+        batches.append(list(TrainingBatches(samples, RankPositions(0, 5, 4), workers)))
+    assert len(batches[0]) == 5
+    for plain, loaded in zip(*batches, strict=True):
+        assert all(torch.equal(plain[key], loaded[key]) for key in plain)
+    labels = torch.cat([batch["label"] for batch in batches[0]])
+    assert labels[:9].sort().values.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]  # an epoch
 
 
 # Folders
@@ -255,6 +275,22 @@ def test_lmdb_runs_no_pickle(folder, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_every_process_opens_an_lmdb_itself(folder, tmp_path):
+    root = str(kinds.write_lmdb(tmp_path / "lmdb", kinds.records(folder)))
+    first, second = Lmdb(root, kinds.SIZE), Lmdb(root, kinds.SIZE)  # which LMDB allows only with one handle
+    held = database._environment(root)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            status = int(database._environment(root) is held or first[4, False][1] != 1)
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert database._environment(root) is held
+    assert first[4, False][1] == second[4, False][1] == 1
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -367,7 +403,7 @@ def test_a_stream_is_what_shuffle_and_set_epoch_give(folder, tmp_path, form):
         data, plain = stream(root, num_images=9), datasets.load_dataset(str(root), split="train", streaming=True)
     dataset = open_dataset(data)
     assert (len(dataset), dataset.class_names, dataset.in_order) == (9, kinds.CLASSES, True)
-    dataset.seed = 5
+    dataset = dataset.shuffled(5)
     expected = {}
     images = Folder(str(folder), kinds.SIZE)
     by_bytes = {data: images[index, True] for index, (data, _) in enumerate(kinds.records(folder))}
@@ -385,6 +421,20 @@ def test_a_stream_is_what_shuffle_and_set_epoch_give(folder, tmp_path, form):
         image, label = dataset[position, True]
         assert torch.equal(image, expected[position][0])
         assert label == expected[position][1]
+
+
+def test_every_process_walks_a_stream_itself(folder, tmp_path):
+    dataset = open_dataset(stream(as_parquet(hub_table(folder), tmp_path / "p", files=3), num_images=9))
+    expected = [dataset[position, False][1] for position in range(5)]
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            status = int([dataset[position, False][1] for position in range(5)] != expected or len(dataset._walks) != 2)
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(dataset._walks) == 1
 
 
 def test_a_stream_must_know_its_images_and_classes(folder, tmp_path):

@@ -87,6 +87,7 @@ def test_nothing_is_run(protocol, tmp_path):
         (b"(S'x'\nios\nsystem\n.", r"os\.system"),  # INST
         (b"c_codecs\nencode\n(Vx\nVutf7\ntR.", "_codecs.encode"),
         (b"c_codecs\nencode\n.", "_codecs.encode"),
+        (b"c_codecs\nencode\n)R.", "_codecs.encode"),
         (b"X\x0e\x00\x00\x00_codecs.encodeX\x01\x00\x00\x00x\x85R.", "call of"),
         (b"\x82\x01.", "EXT1"),
         (b"Pid\n.", "PERSID"),

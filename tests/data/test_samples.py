@@ -148,10 +148,15 @@ def test_a_dataset_that_is_gone_has_no_substitutes():
 class Sequence(Numbers):
     """Positions in order, each with the number of its position; what is bad is counted by another number."""
 
-    in_order, labels, seed = True, None, None
+    in_order, labels = True, None
 
     def __init__(self, bad: tuple[int, ...] = ()):
-        self.bad = bad
+        self.bad, self.seed = bad, None
+
+    def shuffled(self, seed: int):
+        other = Sequence(self.bad)
+        other.seed = seed
+        return other
 
     def __len__(self) -> int:
         return 10
