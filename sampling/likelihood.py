@@ -22,7 +22,7 @@ from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
 from sit_atconv.generation import check_path
 
-LEVELS = {"digits": 1 / 8, "imagefolder": LEVEL_8_BIT}  # between two neighbouring grey levels, in [-1, 1]
+LEVELS = {"digits": 1 / 8}  # between two neighbouring grey levels, in [-1, 1]; of image files LEVEL_8_BIT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +57,11 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
     if split == "test":
         if data.kind != "digits":
             raise InputError(f"--split test: data.kind={data.kind} holds no images back; use --split train")
-        return Digits("test"), LEVELS[data.kind]
+        return Digits("test"), LEVELS["digits"]
     dataset = open_dataset(data)
     if trained.manifest["data"] != {"num_images": len(dataset), "classes": list(dataset.class_names)}:
         raise InputError(f"data.root={data.root!r}: the images are not those that the model was trained on")
-    return dataset, LEVELS[data.kind]
+    return dataset, LEVELS.get(data.kind, LEVEL_8_BIT)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from sit_atconv import sharding
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import check_space, disk_full, free_space, library_versions, sha256, sync
+from sit_atconv.files import DiskFull, check_space, disk_full, free_space, library_versions, settle, sha256, sync
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 FORMAT_VERSION = 1
@@ -42,10 +42,6 @@ PIPELINE_INDEX = "model_index.json"
 
 class Damaged(InputError):
     """A folder that claims to be a checkpoint and is not whole."""
-
-
-class DiskFull(InputError):
-    """The disk does not take a checkpoint; the older ones are as they were."""
 
 
 def save(
@@ -115,8 +111,7 @@ def save(
                 "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
+            settle(temporary)
             if final.exists():  # left invalid by a fault: a valid one would have been resumed from
                 shutil.rmtree(final)
             temporary.rename(final)

@@ -1,6 +1,7 @@
 """The recipe: its schema, and how a YAML file and key=value overrides become one."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,8 @@ class Data:
             value = getattr(self, name)
             if value not in (None, False) and not acts:
                 raise InputError(f"data.{name}={value} goes with {where}; leave it out")
+        if not self.verify and not latents:
+            raise InputError("data.verify=False goes with data.kind=latents; leave it out")
         if self.streaming and self.sampling == "balanced":
             raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
 
@@ -338,6 +341,11 @@ class Recipe:
 
     def __post_init__(self):
         self._check_codec()
+        if self.data.source is not None and self.repa.encoder is None:
+            raise InputError(
+                f"data.source={self.data.source!r}: only a loss that looks at images needs them; leave it out, or name "
+                "repa.encoder"
+            )
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
 
@@ -367,10 +375,33 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             raise InputError(f"override {override!r} is not of the form key=value")
     stated = _read_with_base(Path(path), ())
     try:
-        stated = OmegaConf.merge(stated, OmegaConf.from_dotlist(list(overrides)))
+        stated = OmegaConf.merge(stated, OmegaConf.from_dotlist([_as_text(override) for override in overrides]))
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated)
+
+
+def _as_text(override: str) -> str:
+    """The override, quoted where YAML would take the text that its key wants for a number: data.root=2024_01."""
+    key, _, value = override.partition("=")
+    if not _is_text(_type_of(key)) or value in ("", "null", "~") or value[0] in "\"'":
+        return override
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def _type_of(key: str) -> Any:
+    """The type of a recipe's key, None where there is no such key."""
+    found: Any = Recipe
+    for name in key.split("."):
+        fields = (
+            {entry.name: entry.type for entry in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else {}
+        )
+        found = fields.get(name)
+    return found
+
+
+def _is_text(wanted: Any) -> bool:
+    return wanted in (str, str | None)
 
 
 def _read_with_base(path: Path, above: tuple[Path, ...]) -> Any:
@@ -394,7 +425,12 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> Any:
 
 def make_recipe(stated: Any) -> Recipe:
     """A validated Recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values."""
-    _check_keys(OmegaConf.to_container(OmegaConf.create(stated)), Recipe)
+    keys = OmegaConf.to_container(OmegaConf.create(stated))
+    _check_keys(keys, Recipe)
+    if keys.get("repa") and "encoder" not in keys["repa"]:
+        raise InputError(
+            f"repa.{next(iter(keys['repa']))} does nothing without repa.encoder: name it, or null for none"
+        )
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), stated))
     except OmegaConfBaseException as error:
@@ -411,6 +447,8 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
         check_choice("recipe key", f"{prefix}{key}", [f"{prefix}{name}" for name in fields])
         if dataclasses.is_dataclass(fields[key]):
             _check_keys(value, fields[key], f"{prefix}{key}.")
+        elif _is_text(fields[key]) and not isinstance(value, str | None):
+            raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
 
 
 # What a later start of the same run may state differently.

@@ -29,7 +29,7 @@ from torch import nn
 
 from sit_atconv import config
 from sit_atconv.errors import InputError
-from sit_atconv.files import sync
+from sit_atconv.files import DiskFull, disk_full, settle, sync
 from sit_atconv.sharding import local
 
 DEFAULT_DECAY, DEFAULT_STDS = 0.9999, (0.05, 0.1)
@@ -42,6 +42,14 @@ def resolved(settings: config.Ema) -> config.Ema:
     if settings.kind == "power":
         return dataclasses.replace(settings, stds=settings.stds or list(DEFAULT_STDS))
     return dataclasses.replace(settings, decay=DEFAULT_DECAY if settings.decay is None else settings.decay)
+
+
+def describe(settings: config.Ema) -> str:
+    """What is averaged how, in words: "constant, decay 0.9999", "power, std 0.05 and 0.1"."""
+    settings = resolved(settings)
+    if settings.kind == "power":
+        return f"power, std {' and '.join(map(str, settings.stds))}"
+    return f"{settings.kind}, decay {settings.decay}"
 
 
 def gamma_of(std: float) -> float:
@@ -117,7 +125,7 @@ class Averages:
 
         One that is there already is written again. Call on the main process alone.
         tensors: full CPU tensors of every average, by its name. updates: as `update` was last told.
-        Raises InputError where the disk does not take it; then nothing is left.
+        Raises DiskFull where the disk has no room, InputError where it does not take it; then nothing is left.
         """
         final = run / SNAPSHOTS / f"step-{step:07d}"
         temporary = final.with_name(final.name + ".tmp")
@@ -135,8 +143,7 @@ class Averages:
                 }
                 # A single key: safetensors writes several in an order that changes from process to process.
                 save_file(tensors[name], temporary / f"{name}.safetensors", {METADATA: json.dumps(facts)})
-            for path in [*temporary.iterdir(), temporary]:
-                sync(path)
+            settle(temporary)
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
@@ -144,7 +151,8 @@ class Averages:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
-            raise InputError(
+            kind = DiskFull if disk_full(error) else InputError
+            raise kind(
                 f"snapshot {str(final)!r} cannot be written: {reason}; make room, then go on from the last checkpoint"
             ) from None
         return final

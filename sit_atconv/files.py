@@ -70,6 +70,10 @@ def free_space(path: Path) -> int:
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
+class DiskFull(InputError):
+    """The disk does not take what was to be written; what was there before is as it was."""
+
+
 def check_space(path: Path, needed: int) -> None:
     """Raise the OSError that writing `needed` bytes at `path` would end in, as far as that is known beforehand."""
     if free_space(path) < needed:
@@ -90,6 +94,20 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def settle(folder: Path) -> None:
+    """Force a new folder and all in it to the disk, readable for whom the umask says.
+
+    safetensors makes its files for their owner alone, whatever the umask.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+        sync(path)
+    sync(folder)
 
 
 def sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from sit_atconv.config import Flow, Recipe
 from sit_atconv.data import open_dataset
+from sit_atconv.ema import SAMPLED, describe, resolved
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.times import TimeSampling, training_interval
@@ -31,7 +32,8 @@ def measured_facts(dataset, codec) -> Facts:
 
 
 def _opened_facts(recipe: Recipe) -> Facts:
-    dataset = open_dataset(dataclasses.replace(recipe.data, verify=False))  # a plan needs no proof of a cache's content
+    # A plan needs no proof of what is in a cache.
+    dataset = open_dataset(dataclasses.replace(recipe.data, verify=recipe.data.kind != "latents"))
     return measured_facts(dataset, open_codec(recipe.latents, dataset))
 
 
@@ -62,7 +64,10 @@ def check_stated(recipe: Recipe, facts: Facts) -> None:
 
 
 def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
-    """The recipe's model for these facts, with the weights that `run.seed` draws."""
+    """The recipe's model for these facts, with the weights that `run.seed` draws.
+
+    Raises InputError for options that do not make a model, and where it lacks the block that REPA looks at.
+    """
     channels, height, width = facts.latent_shape
     size = height if height == width else (height, width)
     options = recipe.model.options() | {
@@ -74,7 +79,12 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
-        return create_model(recipe.model.name, **options)
+        model = create_model(recipe.model.name, **options)
+    if recipe.repa.encoder is not None and recipe.repa.depth > len(model.blocks):
+        raise InputError(
+            f"repa.depth={recipe.repa.depth}: the model has {len(model.blocks)} blocks; choose one of them"
+        )
+    return model
 
 
 def time_sampling(flow: Flow) -> TimeSampling:
@@ -123,6 +133,9 @@ def dry_run(recipe: Recipe) -> str:
     trainable = sum(p.numel() for p in model.parameters())
     gib = 4 / 2**30
     epoch = facts.num_images / train.batch_size
+    ema = resolved(recipe.ema)
+    copies = len(ema.stds or [SAMPLED])
+    aligned = "; REPA's projectors and encoder come on top" if recipe.repa.encoder else ""
     decay = "" if train.lr_schedule == "constant" else f" to 0 at step {train.max_steps:,}"
     rows = {
         "model": recipe.model.name or f"{model.config.token_mixer}, depth {model.config.depth}",
@@ -134,12 +147,19 @@ def dry_run(recipe: Recipe) -> str:
         + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
         + ("latent, classes and images as the recipe states; checked when training starts" if stated else "measured"),
         "memory, fp32": f"weights {parameters * gib:.2f} GiB, gradients {trainable * gib:.2f} GiB, "
-        f"optimiser {2 * trainable * gib:.2f} GiB, EMA {parameters * gib:.2f} GiB (activations come on top)",
+        f"optimiser {2 * trainable * gib:.2f} GiB, EMA {copies * parameters * gib:.2f} GiB (activations come on top"
+        f"{aligned})",
         "steps per epoch": f"{epoch:.1f} ({facts.num_images:,} images, global batch {train.batch_size})",
         "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
-        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}; EMA "
-        + (recipe.ema.kind if recipe.ema.decay is None else f"{recipe.ema.kind} {recipe.ema.decay}"),
+        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}",
+        "EMA": describe(recipe.ema),
         "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
-        f"{4 * (2 * parameters + 2 * trainable) / 2**30:.2f} GiB each, in {recipe.run.out}",
+        f"{((1 + copies) * parameters + 2 * trainable) * gib:.2f} GiB each, in {recipe.run.out}",
     }
+    if ema.snapshot_every:
+        taken = train.max_steps // ema.snapshot_every
+        rows["EMA snapshots"] = (
+            f"every {ema.snapshot_every:,} steps, {taken:,} of {copies * parameters * gib:.2f} GiB each, "
+            f"{taken * copies * parameters * gib:.1f} GiB at the end"
+        )
     return "\n".join(f"{name:<18} {text}" for name, text in rows.items())

@@ -158,8 +158,6 @@ def align(model: nn.Module, encoder: ImageEncoder, settings: config.Repa, seed: 
     The projector has torch's default starting weights, drawn from the seed alone and apart from the model's. Raises
     InputError where the model has fewer blocks.
     """
-    if settings.depth > len(model.blocks):
-        raise InputError(f"repa.depth={settings.depth}: the model has {len(model.blocks)} blocks; choose one of them")
     own_seed = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(own_seed))

@@ -4,8 +4,8 @@
 
 A line of JSON on stdin is a list of processes, which start together: {"arguments": [...], "environment": {...},
 "stderr": PATH, "kill": ["rename", 2]}. The last, if there, is SIGKILL on itself in place of the second call of
-Path.rename. One that dies takes the others with it, as a launcher would. The answer is the list of exit codes. All are
-forked from here, so that the libraries are imported once.
+Path.rename. One that is killed takes the others with it, as a launcher would. The answer is the list of exit codes. All
+are forked from here, so that the libraries are imported once.
 """
 
 import json
@@ -64,7 +64,7 @@ for line in sys.stdin:
         pid, status = os.wait()
         running.discard(pid)
         codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid]:
+        if codes[pid] < 0:
             for other in running:
                 os.kill(other, signal.SIGKILL)
     print(json.dumps([codes[pid] for pid in pids]), flush=True)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -245,6 +246,15 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_checkpoints(tmp_path, m
     assert names(tmp_path) == ["step-0000010"]
     save(tmp_path, 20, projectors=projectors)
     assert checkpoint.newest_valid(tmp_path)[1]["step"] == 20
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 10, projectors=Projectors(8, 6, [5], 1))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o640}
 
 
 def bytes_needed() -> int:

@@ -50,9 +50,22 @@ def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_counts_every_average_and_names_them(capsys):
+    recipe = f"{RECIPES}/imagenet256_sit_xl2_atconv.yaml"
+    train_sit.main([recipe, "ema.kind=power", "ema.decay=null", "ema.snapshot_every=100000", "--dry-run"])
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace("EMA snap", "snap").splitlines())
+    assert "EMA 4.75 GiB" in rows["memory,"]
+    assert rows["EMA"] == "power, std 0.05 and 0.1"
+    assert "11.88 GiB each" in rows["checkpoints"]
+    assert rows["snapshots"] == "every 100,000 steps, 4 of 4.75 GiB each, 19.0 GiB at the end"
+    train_sit.main([recipe, "ema.decay=null", "--dry-run"])
+    assert "constant, decay 0.9999" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["repa.encoder=x", "repa.depth=29"], "repa.depth=29: the model has 2 blocks"),
         (["train.max_step=3"], "did you mean 'train.max_steps'"),
         (["train.lr"], "not of the form key=value"),
         (["model.name=SiT-ATConv-XXL/2"], "did you mean 'SiT-ATConv-XL/2'"),

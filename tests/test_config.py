@@ -132,7 +132,22 @@ def test_overrides_are_typed_and_win(recipe_file):
         ({"checkpoint": {"every": 4, "keep_every": 6}}, "checkpoint.keep_every=6: must be a multiple"),
         ({"checkpoint": {"on_full_disk": "cry"}}, "checkpoint.on_full_disk='cry'"),
         ({"train": {"max_skipped": 0}}, "train.max_skipped=0"),
-        ({"repa": {"depth": 0}}, "repa.depth=0"),
+        ({"repa": {"encoder": "x", "depth": 0}}, "repa.depth=0"),
+        ({"repa": {"depth": 4}}, "repa.depth does nothing without repa.encoder"),
+        ({"data": {"verify": False}}, "data.verify=False goes with data.kind=latents"),
+        (
+            {
+                "data": {"kind": "latents", "root": "x", "source": "y"},
+                "latents": {"codec": "vae"},
+                "preview": {"every": 0},
+            },
+            "data.source='y': only a loss that looks at images needs them",
+        ),
+        (
+            {"data": {"kind": "zip", "root": 202401, "image_size": 8}},
+            "data.root=202401: must be text; put it in quotes",
+        ),
+        ({"model": {"name": True}}, "model.name=True: must be text"),
         ({"data": {"root": "x"}}, "data.root=x"),
         ({"latents": {"codec": "vae"}}, "latents.codec=vae with latents.vae=None"),
         ({"latents": {"vae": "x"}}, "latents.codec=identity with latents.vae=x"),
@@ -145,6 +160,17 @@ def test_wrong_recipes_are_refused_in_one_line(stated, says):
         make_recipe(merged)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["2024_01", "1e3", "0x10", "yes", "2024-01-01", "plain", "a=b", "12:30", "ä: #1", "'2_0'"]
+)
+def test_a_text_on_the_command_line_stays_as_it_was_written(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text("run: {out: x}\ndata: {kind: zip, image_size: 8, root: y}\n")
+    overrides = [f"data.root={text}", f"run.out={text}", "train.lr=1e-3", "train.betas=[0.5,0.6]", "repa.encoder=null"]
+    recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
+    assert (recipe.data.root, recipe.run.out) == (text.strip("'"),) * 2
+    assert (recipe.train.lr, recipe.train.betas, recipe.repa.encoder) == (1e-3, [0.5, 0.6], None)
 
 
 @pytest.mark.parametrize("prediction", ["score", "noise"])

@@ -29,11 +29,11 @@ ALLOWED = {
     "checkpoint": CORE | {"models", "files", "sharding"},
     "posthoc": BASE | {"config", "ema", "checkpoint", "files", "models"},
     "generation": CORE | {"models", "data", "images", "latents"},
-    "plan": CORE | {"models", "data", "latents", "generation"},
+    "plan": CORE | {"models", "data", "latents", "generation", "ema"},
     "training": CORE
     | {"models", "layers", "data", "latents", "ema", "repa", "sharding", "checkpoint", "generation", "files", "plan"},
     "convert": CORE | {"models", "layers", "checkpoint", "files"},
-    "pipelines": BASE | {"flow", "models", "images", "checkpoint", "files", "latents"},
+    "pipelines": BASE | {"flow", "models", "images", "checkpoint", "files", "latents", "config", "ema"},
     "__init__": {"layers", "models", "pipelines", "version"},
 }
 LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))

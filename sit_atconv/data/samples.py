@@ -103,10 +103,29 @@ class TrainingSamples(Dataset):
             raise batch
         return {key: value[0] for key, value in batch.items()}
 
+    def still_bad(self, bad: dict[int, str]) -> dict[int, str]:
+        """Of images that could not be read once, by index, those that cannot be read now, with what is wrong now.
+
+        Those of a stream, which goes back to none, stay.
+        """
+        if isinstance(self.order, InOrder):
+            return bad
+        now = {}
+        for index in bad:
+            try:
+                self._item(index, False)
+            except Unreadable as error:
+                now[index] = str(error)
+        return now
+
     def _times(self, uniform: np.ndarray) -> torch.Tensor:
         padded = np.zeros(-(-len(uniform) // TIMES_AT_ONCE) * TIMES_AT_ONCE, np.float32)
         padded[: len(uniform)] = uniform
         return self.time(torch.from_numpy(padded))[: len(uniform)].clone()
+
+    def _item(self, index: int, flip: bool) -> tuple:
+        item = self.dataset[index, flip]
+        return (*item, self.dataset.pixels(index, flip)) if self.pixels else item
 
     def _load(self, position: int, flip: bool, bad: dict[int, str]) -> tuple:
         """(image, label) at a position, or (moments, label, image); adds to `bad` what was passed over."""
@@ -114,8 +133,7 @@ class TrainingSamples(Dataset):
         index = self.order.index(position)
         for attempt in range(MAX_ATTEMPTS + 1):
             try:
-                item = self.dataset[index, flip]
-                return (*item, self.dataset.pixels(index, flip)) if self.pixels else item
+                return self._item(index, flip)
             except Unreadable as error:
                 last = error
                 bad[index if error.image is None else error.image] = str(error)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset, default_collate
@@ -37,8 +37,8 @@ from sit_atconv.latents.codecs import VaeCodec, open_codec
 SETTINGS = "settings.json"
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
 IMAGE_KEYS = ("kind", "root", "image_size", "split", "image_key", "label_key")  # of `data`: which images there are
-# Of the settings: where the autoencoder lay and what it ran on may be otherwise when a cache is gone on with.
-NOT_COMPARED = ("codec.vae", "versions")
+# Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.
+NOT_COMPARED = ("codec.vae", "data.root", "versions")
 
 
 def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4096) -> dict[str, Any]:
@@ -77,9 +77,15 @@ def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4
     if error is not None:
         raise error
     mine = missing[state.process_index :: state.num_processes]
-    _make_shards(recipe, dataset, codec.to(state.device), settings, out, mine, state)
-    state.wait_for_everyone()
+    error = None
+    try:
+        _make_shards(recipe, dataset, codec.to(state.device), settings, out, mine, state)
+    except InputError as fault:
+        error = fault
+    faults = gather_object([error is not None])  # the others end their shards before they hear of it
     state.destroy_process_group()
+    if any(faults):
+        raise error or SystemExit(2)  # another process says why
     return finish(out, settings) if state.is_main_process else settings
 
 
@@ -99,6 +105,7 @@ def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shar
         "flips": [False, True],
         "class_names": list(dataset.class_names),
         "num_images": len(dataset),
+        "images_sha256": _identity(dataset, recipe.data.root),
         "shard_images": shard_images,
         "batch_size": recipe.latents.batch_size,
         "data": data,
@@ -106,13 +113,28 @@ def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shar
     }
 
 
+def _identity(dataset: Dataset, root: str | None) -> str:
+    """SHA-256 of the images' names under `root` and of their labels: where files lie does not matter."""
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.labels, dtype=np.int64).tobytes())
+    if root is not None and not Path(root).exists():  # the name of a dataset on the hub
+        digest.update(root.encode())
+    if hasattr(dataset, "name"):  # the digits have none
+        for index in range(len(dataset)):
+            digest.update(dataset.name(index).removeprefix(root or "").encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
 def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Make the folder of a cache, or take over the one that is there with the settings it was begun with.
 
     Raises InputError for a folder of something else, or of a cache with other settings: in one line, what differs.
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a file; give a new folder, or that of a cache to go on with")
     try:
         stored = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).exists() else None
+        if not isinstance(stored, dict | None):
+            raise ValueError("no object")
     except (OSError, ValueError):
         raise InputError(f"--out {str(out)!r}: its {SETTINGS} is damaged; choose another folder") from None
     if stored is None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from sit_atconv import config, ema
 from sit_atconv.files import library_versions
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, mixer_names
@@ -139,7 +140,7 @@ def _training(manifest: dict[str, Any]) -> str:
         "data": f"{recipe['data']['kind']}, {data['num_images']} images, {len(data['classes'])} classes",
         "optimiser": f"AdamW, learning rate {train['lr']:g}",
         "precision": train["precision"],
-        "weights": f"EMA, decay {recipe['ema']['decay']}",
+        "weights": f"EMA, {ema.describe(config.Ema(**recipe['ema']))}",
         "trained with": trained_with,
     }
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())

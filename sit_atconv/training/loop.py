@@ -22,7 +22,7 @@ from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, TrainingSamples
 from sit_atconv.ema import Averages
 from sit_atconv.errors import InputError
-from sit_atconv.files import write_atomic
+from sit_atconv.files import DiskFull, write_atomic
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import generate, save_grid
@@ -156,7 +156,7 @@ class _Trainer:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
         self.means = Means(["loss"] if encoder is None else ["loss", "repa_loss"], accelerator.device)
         if found:
-            self._load_trainer_state(found[0])
+            self._load_trainer_state(found[0], samples)
         positions = RankPositions(
             self.step,
             recipe.train.max_steps,
@@ -200,9 +200,9 @@ class _Trainer:
                 if recipe.score.every and self.step % recipe.score.every == 0:
                     self._score(scorer)
                 if recipe.ema.snapshot_every and self.step % recipe.ema.snapshot_every == 0:
-                    self._snapshot()
+                    self._keep(self._snapshot)
                 if self.step % recipe.checkpoint.every == 0 and self.step < total:
-                    self._save(may_go_on=recipe.checkpoint.on_full_disk == "continue")
+                    self._keep(self._save)
             if self.last != checkpoint.folder_of(self.run, self.step):  # at the end, or where a signal ends the run
                 self._save()
         accelerator.end_training()
@@ -380,6 +380,16 @@ class _Trainer:
             )
             self.accelerator.log({f"score/{name}": value for name, value in values.items()}, step=self.step)
 
+    def _keep(self, write: Callable[[], None]) -> None:
+        """Write what the run keeps; by option, a full disk is a warning."""
+        try:
+            write()
+        except DiskFull as error:
+            if self.recipe.checkpoint.on_full_disk == "stop":
+                raise
+            if self.accelerator.is_main_process:
+                tqdm.write(f"warning: {error}; training goes on from step {self.step}", file=sys.stderr)
+
     def _snapshot(self) -> None:
         tensors = {name: sharding.full_tensors(average) for name, average in self.averages.models.items()}
         error = None
@@ -390,8 +400,7 @@ class _Trainer:
                 error = fault
         sharding.raise_together(error)
 
-    def _save(self, may_go_on: bool = False) -> None:
-        """Write a checkpoint; may_go_on: a full disk is a warning."""
+    def _save(self) -> None:
         sums = self.means.reduced(self.accelerator)
         scaler = self.accelerator.scaler
         trainer = {
@@ -401,33 +410,27 @@ class _Trainer:
             "means": sums.tolist(),
             "bad": {str(index): self.bad[index] for index in sorted(self.bad)},
         }
-        try:
-            self.last = checkpoint.save(
-                self.run,
-                self.step,
-                {"model": self.bare, **self.averages.models},
-                self.projectors,
-                self.trained,
-                self.optimizer.optimizer,
-                trainer,
-                {"images_seen": self.step * self.recipe.train.batch_size, **self.described},
-            )
-        except checkpoint.DiskFull as error:
-            if not may_go_on:
-                raise
-            if self.accelerator.is_main_process:
-                tqdm.write(f"warning: {error}; training goes on from step {self.step}", file=sys.stderr)
-            return
+        self.last = checkpoint.save(
+            self.run,
+            self.step,
+            {"model": self.bare, **self.averages.models},
+            self.projectors,
+            self.trained,
+            self.optimizer.optimizer,
+            trainer,
+            {"images_seen": self.step * self.recipe.train.batch_size, **self.described},
+        )
         if self.accelerator.is_main_process:
             keep = self.recipe.checkpoint
             checkpoint.prune(self.run, self.step, keep.keep_last, keep.keep_every)
         self.accelerator.wait_for_everyone()
 
-    def _load_trainer_state(self, folder: Path) -> None:
+    def _load_trainer_state(self, folder: Path, samples: TrainingSamples) -> None:
         checkpoint.load_optimizer(folder, self.trained, self.optimizer.optimizer)
         trainer = json.loads((folder / "trainer.json").read_text())
         self.skipped, self.skipped_in_a_row = trainer["skipped"], trainer["skipped_in_a_row"]
-        self.bad = {int(index): what for index, what in trainer["bad"].items()}
+        bad = {int(index): what for index, what in trainer["bad"].items()}
+        self.bad = broadcast_object_list([samples.still_bad(bad) if self.accelerator.is_main_process else None])[0]
         if self.accelerator.is_main_process:  # the other processes' sums were added to these
             self.means.sums.copy_(torch.tensor(trainer["means"]))
         if self.accelerator.scaler is not None and trainer["scaler"]:

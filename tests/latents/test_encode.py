@@ -198,16 +198,20 @@ def test_other_settings_are_refused_by_name(recipe, recipe_path, tmp_path, fails
     assert content(out) == before
 
 
-def test_another_autoencoder_or_other_images_are_refused_and_a_moved_autoencoder_is_not(
-    recipe, vae_folder, pictures, tmp_path
-):
+def test_another_autoencoder_or_other_images_are_refused_and_moved_ones_are_not(recipe, vae_folder, pictures, tmp_path):
     out = tmp_path / "cache"
     encode(recipe, out, shard_images=SHARD)
     before = content(out)
     shutil.copytree(vae_folder, tmp_path / "moved")
-    recipe.latents.vae = str(tmp_path / "moved")
+    shutil.copytree(pictures, tmp_path / "elsewhere")
+    recipe.latents.vae, recipe.data.root = str(tmp_path / "moved"), str(tmp_path / "elsewhere")
+    next(out.glob("*.safetensors")).unlink()
     encode(recipe, out, shard_images=SHARD)
     assert content(out) == before
+    (tmp_path / "elsewhere" / "dog" / "10.png").rename(tmp_path / "elsewhere" / "dog" / "11.png")
+    with pytest.raises(InputError, match="images_sha256: "):
+        encode(recipe, out, shard_images=SHARD)
+    recipe.data.root = str(pictures)
     other = AutoencoderKL.from_pretrained(vae_folder)
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
@@ -230,10 +234,14 @@ def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path):
         encode(recipe, tmp_path)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "settings.json").write_text("{")
-    with pytest.raises(InputError, match="damaged"):
-        encode(recipe, tmp_path / "cache")
+    for text in ("{", "[1, 2]"):
+        (tmp_path / "cache" / "settings.json").write_text(text)
+        with pytest.raises(InputError, match="damaged"):
+            encode(recipe, tmp_path / "cache")
     with pytest.raises(InputError, match="cannot be written"):
         encode(recipe, tmp_path / "photo.png" / "cache")
+    with pytest.raises(InputError, match=r"photo.png' is a file; give a new folder"):
+        encode(recipe, tmp_path / "photo.png")
 
 
 def test_an_unreadable_image_is_named_and_what_was_made_stays(recipe, pictures, tmp_path):
@@ -249,6 +257,23 @@ def test_an_unreadable_image_is_named_and_what_was_made_stays(recipe, pictures, 
     assert [path.name for path in tmp_path.glob("cache/*.safetensors")] == ["moments-0000000-0000004.safetensors"]
     encode(recipe, tmp_path / "cache", shard_images=SHARD)
     assert content(tmp_path / "cache") == content(tmp_path / "whole")
+
+
+def test_an_error_in_one_process_of_two_is_one_line_and_ends_both(recipe_path, pictures, processes, tmp_path):
+    broken = pictures / "dog" / "06.png"  # of the second shard, which is the second process's
+    good = broken.read_bytes()
+    broken.write_bytes(good[:100])
+    out = tmp_path / "cache"
+    try:
+        arguments = ["encode", str(recipe_path), "--out", str(out), "--shard-images", str(SHARD)]
+        codes, said = processes(tmp_path, arguments, (None, None))
+    finally:
+        broken.write_bytes(good)
+    assert codes == [2, 2]
+    assert [text.count("error: ") for text in said] == [0, 1]
+    assert "06.png" in said[1]
+    assert not any("Traceback" in text for text in said)
+    assert sorted(path.name[8:15] for path in out.glob("*.safetensors")) == ["0000000", "0000008"]
 
 
 def test_a_full_disk_leaves_nothing_half_written(recipe, recipe_path, processes, tmp_path):

@@ -285,7 +285,7 @@ def test_a_run_gives_its_ema_its_class_names_and_its_facts(recipe_file, tmp_path
     for fact in (
         "8, batch 8, 64 images seen",
         f"digits, {count} images, 10 classes",
-        "EMA, decay 0.9",
+        "EMA, constant, decay 0.9",
         "fp32",
         "learning rate 0.001",
     ):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -112,12 +113,14 @@ def test_an_adaptive_run_records_its_tolerances_and_the_evaluations_of_each_batc
     assert (fixed["rtol"], fixed["atol"], fixed["steps"]) == (None, None, 3)
 
 
-def test_images_of_a_folder_have_256_levels(tmp_path, recipe_file):
+@pytest.mark.parametrize("kind", ["imagefolder", "zip"])
+def test_image_files_have_256_levels(tmp_path, recipe_file, kind):
     (tmp_path / "images" / "cat").mkdir(parents=True)
     pixels = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "images" / "cat" / "0.png")
-    data = {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8}
-    recipe = recipe_file(data=data)
+    root = tmp_path / "images"
+    root = root if kind == "imagefolder" else shutil.make_archive(str(root), "zip", root)
+    recipe = recipe_file(data={"kind": kind, "root": str(root), "image_size": 8})
     train_sit.main([str(recipe), "train.max_steps=1", "train.lr=0"])
     result = likelihood(tmp_path / "run", tmp_path, "--num", 1, "--split", "train")
     assert (result["level"], result["split"]) == (1 / 127.5, "train")

@@ -1,5 +1,6 @@
 """Signals, data that goes bad, losses that are not finite, disks that are full: what the loop makes of them."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe
 
-from sit_atconv import checkpoint
+from sit_atconv import checkpoint, ema
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import InputError
 from sit_atconv.training import loop
@@ -163,6 +164,19 @@ def test_images_that_vanish_are_named_replaced_and_counted(image_recipe, tmp_pat
     assert set(json.loads((last / "trainer.json").read_text())["bad"]) == {"2", "7"}
 
 
+def test_images_that_are_whole_again_no_longer_count(image_recipe, tmp_path, monkeypatch):
+    write, data, files = image_recipe
+    path, good = write(data={**data, "max_bad_share": 0.1}, train={"max_steps": 20}), files[2].read_bytes()
+    at_step(monkeypatch, 4, files[2].unlink)
+    run_recipe(path)
+    monkeypatch.undo()
+    files[2].write_bytes(good)
+    at_step(monkeypatch, 24, files[7].unlink)  # with the other, more than the share
+    last = run_recipe(path, "train.max_steps=40")
+    assert set(json.loads((last / "trainer.json").read_text())["bad"]) == {"7"}
+    assert [row["bad_images"] for row in log_rows(tmp_path / "run")][19:25:5] == [1, 0]
+
+
 def test_too_many_bad_images_stop_the_run_and_keep_its_checkpoint(image_recipe, tmp_path, monkeypatch):
     write, data, files = image_recipe
     at_step(monkeypatch, 5, lambda: [file.unlink() for file in files[:3]])
@@ -208,6 +222,31 @@ def test_training_goes_on_over_a_full_disk_where_asked_but_does_not_end_on_one(r
     full_disk_at(monkeypatch, {12})
     with pytest.raises(InputError, match="no room"):
         run_recipe(recipe_file(), "train.max_steps=12", "checkpoint.on_full_disk=continue")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_snapshot_that_the_disk_does_not_take_is_as_a_checkpoint(recipe_file, tmp_path, monkeypatch, capsys, number):
+    save_file = ema.save_file
+
+    def failing(tensors, path, metadata):
+        if "step-0000006" in str(path):
+            raise OSError(number, os.strerror(number))
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(ema, "save_file", failing)
+    settings = {"ema": {"kind": "power", "snapshot_every": 3}, "checkpoint": {"on_full_disk": "continue"}}
+    path = recipe_file(**settings)
+    path.write_text(path.read_text().replace("decay: 0.9", "decay: null"))
+    if number == errno.EIO:
+        with pytest.raises(InputError, match=r"step-0000006' cannot be written: Input/output error"):
+            run_recipe(path)
+    else:
+        assert run_recipe(path).name == "step-0000008"
+        assert "No space left on device; make room" in (said := capsys.readouterr().err)
+        assert "training goes on from step 6" in said
+        with pytest.raises(InputError, match="No space left"):
+            run_recipe(path, f"run.out={tmp_path / 'other'}", "checkpoint.on_full_disk=stop")
+    assert [path.name for path in (tmp_path / "run/snapshots").iterdir()] == ["step-0000003"]
 
 
 def test_previews_and_scores_do_not_touch_what_is_trained(recipe_file, tmp_path):
