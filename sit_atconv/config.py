@@ -57,8 +57,10 @@ class Data:
     root: str | None = None  # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
     image_size: int | None = None  # pixels after the centre crop; digits and latents have their own
     split: str | None = None  # hf: left out, "train"
+    subset: str | None = None  # hf: the configuration of a dataset that has several
+    revision: str | None = None  # hf: branch, tag or commit; left out, the newest
     image_key: str | None = None  # hf: the column of the images; left out, "image"
-    label_key: str | None = None  # hf: the column of the classes; left out, "label"
+    label_key: str | None = None  # hf: the column of the classes; left out, "label"; "" for a single class
     streaming: bool = False  # hf: read the dataset in its order, shuffled within a buffer, instead of storing it
     shuffle_buffer: int | None = None  # hf, streaming: images in the buffer; left out, 10,000
     sampling: str = "natural"  # every image once an epoch; or balanced: every class equally often
@@ -88,6 +90,8 @@ class Data:
         hf, streaming, latents = self.kind == "hf", self.kind == "hf" and self.streaming, self.kind == "latents"
         for name, acts, where in (
             ("split", hf, "data.kind=hf"),
+            ("subset", hf, "data.kind=hf"),
+            ("revision", hf, "data.kind=hf"),
             ("image_key", hf, "data.kind=hf"),
             ("label_key", hf, "data.kind=hf"),
             ("streaming", hf, "data.kind=hf"),

@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from sit_atconv.data.images import EncodedImages, Packed, Unreadable, is_image
+from sit_atconv.data.images import EncodedImages, Packed, Unreadable, check_classes, is_hidden, is_image
 from sit_atconv.errors import InputError
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field
+
+
+def _folders(entries: list[zipfile.ZipInfo], wrap: tuple[str, ...]) -> set[str]:
+    """The names of the folders right below `wrap`, those without a file too, hidden ones left out."""
+    names = set()
+    for entry in entries:
+        above = entry.filename.split("/")[:-1]  # of a folder, the last is empty
+        parts = [part for part in above if part]
+        if tuple(parts[: len(wrap)]) == wrap and len(parts) > len(wrap) and not any(map(is_hidden, parts)):
+            names.add(parts[len(wrap)])
+    return names
 
 
 class Zip(EncodedImages):
@@ -28,11 +39,12 @@ class Zip(EncodedImages):
         where = f"data.root={root!r}"
         try:
             with zipfile.ZipFile(root) as archive:
-                entries = [entry for entry in archive.infolist() if is_image(entry.filename)]
+                listed = archive.infolist()
         except OSError as error:
             raise InputError(f"{where}: {error.strerror}; give a zip archive of a folder per class") from None
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise InputError(f"{where} is no zip archive, or damaged: {error}") from None
+        entries = [entry for entry in listed if is_image(entry.filename)]
         paths = [tuple(part for part in entry.filename.split("/") if part) for entry in entries]
         wraps = 0
         while len({path[wraps] for path in paths}) == 1 and all(len(path) > wraps + 2 for path in paths):
@@ -43,14 +55,14 @@ class Zip(EncodedImages):
             for number, path in enumerate(paths)
             if len(path) > wraps + 1
         )
-        if not order:
-            raise InputError(f"{where} holds no images in folders; put those of a class into a folder of its name")
+        classes = {path[wraps] for path in paths if len(path) > wraps + 1}
+        check_classes(where, _folders(listed, paths[0][:wraps] if paths else ()), classes)
         entries = [entries[number] for *_, number in order]
         for entry in entries:
             if entry.flag_bits & 1 or entry.compress_type not in METHODS:
                 raise InputError(f"{where}: {entry.filename!r} is encrypted or compressed in a rare way; zip -0 anew")
-        classes, self.labels = np.unique([name for name, *_ in order], return_inverse=True)
-        super().__init__(image_size, classes.tolist())
+        self.labels = np.unique([name for name, *_ in order], return_inverse=True)[1]
+        super().__init__(image_size, sorted(classes))
         self.root = root
         self._names = Packed(entry.filename.encode() for entry in entries)
         self._places = np.array(

@@ -27,7 +27,8 @@ _OPEN: dict[str, tuple[int, Any]] = {}  # by root: the process that opened it, a
 class Lmdb(EncodedImages):
     """root: the folder of an LMDB, or its one file. Raises InputError for one that is not there or of another layout.
 
-    The file is mapped: it must not be cut while it is read, which would end the process with SIGBUS.
+    The file is mapped: it must not be cut while it is read, which would end the process with SIGBUS. One that is cut
+    already is refused.
     """
 
     def __init__(self, root: str, image_size: int):
@@ -132,5 +133,10 @@ def _environment(root: str) -> Any:
             environment.close()
         options = {"readonly": True, "lock": False, "readahead": False, "meminit": False}
         environment = lmdb.open(root, subdir=Path(root).is_dir(), **options)
+        path = Path(root, "data.mdb") if Path(root).is_dir() else Path(root)
+        used, there = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"], path.stat().st_size
+        if there < used:  # reading what is missing would end the process with SIGBUS
+            environment.close()
+            raise InputError(f"data.root={root!r} is cut: {there:,} bytes of {used:,}; copy it anew", every_rank=True)
         _OPEN[root] = os.getpid(), environment
     return environment

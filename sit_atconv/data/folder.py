@@ -5,8 +5,19 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import ImageFolder
 
-from sit_atconv.data.images import EncodedImages, Packed, Unreadable, is_image
+from sit_atconv.data.images import EncodedImages, Packed, Unreadable, check_classes, is_hidden, is_image
 from sit_atconv.errors import InputError
+
+
+class _Visible(ImageFolder):
+    """Without hidden folders, such as notebooks leave behind."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = sorted(
+            entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not is_hidden(entry.name)
+        )
+        check_classes(f"data.root={directory!r}", names, names)
+        return names, {name: label for label, name in enumerate(names)}
 
 
 class Folder(EncodedImages):
@@ -16,9 +27,10 @@ class Folder(EncodedImages):
         if not Path(root).is_dir():
             raise InputError(f"data.root={root!r}: no such folder; give one with a subfolder of images per class")
         try:
-            folder = ImageFolder(root, is_valid_file=lambda path: is_image(path.removeprefix(root)))
+            folder = _Visible(root, is_valid_file=lambda path: is_image(path.removeprefix(root)), allow_empty=True)
         except OSError as error:
             raise InputError(f"data.root={root!r}: {error}") from None
+        check_classes(f"data.root={root!r}", folder.classes, {folder.classes[label] for label in set(folder.targets)})
         super().__init__(image_size, folder.classes)
         self.root = root
         self.labels = np.array(folder.targets)

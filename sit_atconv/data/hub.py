@@ -20,6 +20,7 @@ from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.errors import InputError, check_choice
 
 SHUFFLE_BUFFER = 10_000
+ONE_CLASS = ("all",)  # where there are no labels
 
 
 def open_hub(data: Data) -> "HubImages | HubStream":
@@ -29,8 +30,12 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     except ImportError:
         raise InputError("data.kind=hf needs a package: pip install 'sit_atconv[data]'") from None
     where, root = f"data.root={data.root!r}", Path(data.root)
+    saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))  # what save_to_disk writes
+    for name, acts in (("revision", not root.exists()), ("subset", not saved)):
+        if getattr(data, name) is not None and not acts:
+            raise InputError(f"data.{name}={getattr(data, name)!r} does nothing for the folder {where}; leave it out")
     try:
-        if any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):  # what save_to_disk writes
+        if saved:
             found = datasets.load_from_disk(data.root)
             splits = found if isinstance(found, dict) else {str(found.split or data.split or "train"): found}
             check_choice("data.split", data.split or "train", splits)
@@ -38,7 +43,9 @@ def open_hub(data: Data) -> "HubImages | HubStream":
             number = len(table)
             table = table.to_iterable_dataset() if data.streaming else table
         else:
-            table = datasets.load_dataset(data.root, split=data.split or "train", streaming=data.streaming)
+            table = datasets.load_dataset(
+                data.root, data.subset, split=data.split or "train", revision=data.revision, streaming=data.streaming
+            )
             stated = (table.info.splits or {}).get(str(table.split))
             number = stated.num_examples if data.streaming and stated else None
     except InputError:
@@ -48,15 +55,16 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     columns = table.features
     if columns is None:
         raise InputError(f"{where} does not say its columns; leave data.streaming out")
-    image, label = data.image_key or "image", data.label_key or "label"
+    image, label = data.image_key or "image", "label" if data.label_key is None else data.label_key or None
     check_choice("data.image_key", image, columns)
-    check_choice("data.label_key", label, columns)
+    if label is not None:
+        check_choice("data.label_key", label, columns)
     if isinstance(columns[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     elif getattr(columns[image], "dtype", None) not in ("binary", "large_binary"):
         raise InputError(f"data.image_key={image!r}: the column is of {columns[image]}; one of images is needed")
-    table = table.select_columns([image, label])
-    names = columns[label].names if isinstance(columns[label], datasets.ClassLabel) else None
+    table = table.select_columns([key for key in (image, label) if key is not None])
+    names = list(ONE_CLASS) if label is None else getattr(columns[label], "names", None)  # of a ClassLabel
     if not data.streaming:
         return HubImages(data, table, image, label, names)
     if names is None:
@@ -84,12 +92,18 @@ def _file(value: Any, name: str) -> bytes:
 
 
 class HubImages(EncodedImages):
-    """A stored dataset. Classes are those of a ClassLabel, or the distinct values of integers or strings, sorted."""
+    """A stored dataset. Classes are those of a ClassLabel, or the distinct values of integers or strings, sorted.
 
-    def __init__(self, data: Data, table: Any, image_key: str, label_key: str, names: list[str] | None):
+    label_key: None where all images are of one class.
+    """
+
+    def __init__(self, data: Data, table: Any, image_key: str, label_key: str | None, names: list[str] | None):
         if not len(table):
             raise InputError(f"data.root={data.root!r} holds no images")
-        stored = np.asarray(table.select_columns([label_key]).with_format("numpy")[:][label_key])
+        if label_key is None:
+            stored = np.zeros(len(table), np.int64)
+        else:
+            stored = np.asarray(table.select_columns([label_key]).with_format("numpy")[:][label_key])
         if stored.ndim != 1 or stored.dtype.kind not in "iuUT" or (names is not None and stored.min() < 0):
             raise InputError(
                 f"data.label_key={label_key!r}: the column must hold an integer or a string for every image, and not "
@@ -126,7 +140,14 @@ class HubStream(Dataset):
     channels, moments, in_order = 3, False, True
 
     def __init__(
-        self, data: Data, table: Any, image_key: str, label_key: str, names: list[str], num_images: int, seed: int = 0
+        self,
+        data: Data,
+        table: Any,
+        image_key: str,
+        label_key: str | None,
+        names: list[str],
+        num_images: int,
+        seed: int = 0,
     ):
         self.image_size, self.class_names = data.image_size, tuple(names)
         self.seed, self.buffer = seed, data.shuffle_buffer or SHUFFLE_BUFFER
@@ -189,7 +210,7 @@ class HubStream(Dataset):
                         f"the dataset itself says {len(self):,}; correct data.num_images",
                         every_rank=True,
                     )
-                image, label = (row[key][0] for key in self._keys)
+                image, label = (0 if key is None else row[key][0] for key in self._keys)
                 yield image, label
 
     def __getstate__(self) -> dict[str, Any]:

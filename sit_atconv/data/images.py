@@ -45,7 +45,7 @@ def decode(encoded: bytes, size: int, flip: bool, name: str) -> torch.Tensor:
         with Image.open(BytesIO(encoded)) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels")
-            pixels = np.array(center_crop(image.convert("RGB"), size))
+            pixels = np.array(center_crop(_rgb(image), size))
     except UnidentifiedImageError:
         raise Unreadable(f"image {name!r} does not decode (no known format); repair or remove it") from None
     except DAMAGED as error:
@@ -55,11 +55,40 @@ def decode(encoded: bytes, size: int, flip: bool, name: str) -> torch.Tensor:
     return tensor.flip(2) if flip else tensor
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """Eight bits of red, green and blue; of 16-bit grey the upper ones, rounded. Transparency is left out.
+
+    Pillow's own conversion would cut all that is over 255 off. Raises ValueError for numbers without a range.
+    """
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are {'32-bit integers' if image.mode == 'I' else 'floats'}, which have no white")
+    return image.convert("RGB")
+
+
 def is_image(path: str) -> bool:
     """Whether a path below a dataset's root counts as an image: by its suffix, and hidden at no level."""
-    parts = [part for part in path.split("/") if part]
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+    return path.lower().endswith(IMG_EXTENSIONS) and not any(map(is_hidden, path.split("/")))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is nobody's image or class."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def check_classes(where: str, folders: Iterable[str], filled: Iterable[str]) -> None:
+    """Raise InputError, beginning with `where`, unless there are class folders and each is among the filled ones."""
+    empty = sorted(set(folders) - set(filled))
+    if not set(filled):
+        raise InputError(f"{where} holds no images in folders; put those of a class into a folder of its name")
+    if empty:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise InputError(
+            f"{where}: no image in the class folder {', '.join(map(repr, empty[:3]))}{more}; remove it, or bring its "
+            f"images ({', '.join(IMG_EXTENSIONS)})"
+        )
 
 
 class EncodedImages(Dataset):

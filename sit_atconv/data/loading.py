@@ -5,7 +5,9 @@ import multiprocessing.connection
 import multiprocessing.util
 import re
 import signal
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, _utils
@@ -62,16 +64,16 @@ class TrainingBatches:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._start()
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                batch, bad = next(self._iterator)
-                break
-            except (RuntimeError, OSError, EOFError) as error:
-                fault = self._fault(error, time.monotonic() >= deadline)
-                if fault is not None:
-                    _end(self._iterator)
-                    raise fault from None
+        with self._watchdog() as hung:
+            while True:
+                try:
+                    batch, bad = next(self._iterator)
+                    break
+                except (RuntimeError, OSError, EOFError) as error:
+                    fault = self._fault(error, hung.is_set())
+                    if fault is not None:
+                        _end(self._iterator)
+                        raise fault from None
         self._bad |= bad
         if isinstance(batch, InputError):
             raise batch
@@ -89,6 +91,28 @@ class TrainingBatches:
     def _workers(self) -> list:
         return getattr(self._iterator, "_workers", [])
 
+    @contextmanager
+    def _watchdog(self) -> Iterator[threading.Event]:
+        """Kills the loader processes where they give no batch in time, and says so by the event.
+
+        torch's timeout is for the next message alone: to fetch what that names, it waits for its sender without one.
+        """
+        hung, workers = threading.Event(), self._workers()
+
+        def bite() -> None:
+            hung.set()
+            for worker in workers:
+                worker.kill()
+
+        timer = threading.Timer(self.timeout, bite)
+        timer.daemon = True
+        if workers:
+            timer.start()
+        try:
+            yield hung
+        finally:
+            timer.cancel()
+
     def _start(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # till they are left alone there
         try:
@@ -104,11 +128,17 @@ class TrainingBatches:
             # Before multiprocessing ends its processes by SIGTERM at exit, and waits for them.
             multiprocessing.util.Finalize(self, _end, (self._iterator,), exitpriority=10)
 
-    def _fault(self, error: Exception, late: bool) -> InputError | None:
+    def _fault(self, error: Exception, hung: bool) -> InputError | None:
         """What is wrong with the loader processes, or None where they are only slow. Raises any other error."""
         workers = self._workers()
         if not workers:
             raise error
+        if hung:
+            return InputError(
+                f"no batch from the loader processes (pid {', '.join(map(str, self.pids()))}) for {self.timeout:g} s: "
+                "reading data.root hangs, /dev/shm is full, or data.worker_timeout is too short",
+                every_rank=True,
+            )
         slow = isinstance(error, RuntimeError) and OF_A_WORKER.match(str(error))
         if not slow:  # a dying process's connections break before it is dead, its sentinel among them
             broken = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
@@ -120,13 +150,7 @@ class TrainingBatches:
             return InputError(_how_it_ended(dead[0].pid, dead[0].exitcode), every_rank=True)
         if not slow:
             raise error
-        if not late:
-            return None
-        return InputError(
-            f"no batch from the loader processes (pid {', '.join(map(str, self.pids()))}) for {self.timeout:g} s: "
-            "reading data.root hangs, /dev/shm is full, or data.worker_timeout is too short",
-            every_rank=True,
-        )
+        return None
 
 
 def _how_it_ended(pid: int, exitcode: int) -> str:
@@ -161,22 +185,12 @@ def _end(iterator) -> None:
     iterator._shutdown = True
 
 
-def worker_fault(error: RuntimeError) -> InputError | None:
-    """What to say of an error by which torch reports a loader process that died or hangs; None for any other.
-
-    TrainingBatches says so itself. torch reports those of other loaders from a signal handler: from any place.
-    """
-    if not OF_A_WORKER.match(str(error)):
-        return None
-    return InputError(f"{str(error).split('. ')[0].rstrip('. ')}; {REMEDY}", every_rank=True)
-
-
 def check_bad(bad: dict[int, str], num_images: int, max_share: float) -> None:
     """Raise InputError where more than `max_share` of the images are in `bad`: by index, what is wrong with them."""
     if len(bad) <= max_share * num_images:
         return
-    first = "; ".join(bad[index] for index in sorted(bad)[:3])
-    more = "; ..." if len(bad) > 3 else ""
+    distinct = list(dict.fromkeys(bad[index] for index in sorted(bad)))
+    first, more = "; ".join(distinct[:3]), "; ..." if len(distinct) > 3 else ""
     raise InputError(
         f"{len(bad):,} of {num_images:,} images cannot be read, a share of {len(bad) / num_images:.2g} and "
         f"data.max_bad_share={max_share:g}: {first}{more}. Mend the data, or raise data.max_bad_share"

@@ -36,7 +36,16 @@ from sit_atconv.latents.codecs import VaeCodec, open_codec
 
 SETTINGS = "settings.json"
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
-IMAGE_KEYS = ("kind", "root", "image_size", "split", "image_key", "label_key")  # of `data`: which images there are
+IMAGE_KEYS = (
+    "kind",
+    "root",
+    "image_size",
+    "split",
+    "subset",
+    "revision",
+    "image_key",
+    "label_key",
+)  # of `data`: which images there are
 # Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.
 NOT_COMPARED = ("codec.vae", "data.root", "versions")
 

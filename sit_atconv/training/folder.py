@@ -11,7 +11,7 @@ from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import check_same_codec
 
 # What a cache of latents stands for: these keys of the recipe that it was encoded by.
-ENCODED = ("kind", "image_size", "split", "image_key", "label_key")
+ENCODED = ("kind", "image_size", "split", "subset", "revision", "image_key", "label_key")
 
 
 def check_run_folder(

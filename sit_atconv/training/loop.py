@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,8 +238,9 @@ class _Trainer:
         except InputError as error:
             return error
         if self.accelerator.is_main_process:
-            for what in new.values():
-                tqdm.write(f"warning: {what}; another image takes its place", file=sys.stderr)
+            for what, count in Counter(new.values()).items():  # of a lost disk, one text stands for many images
+                images = "another image takes its place" if count == 1 else f"others take the place of {count} images"
+                tqdm.write(f"warning: {what}; {images}", file=sys.stderr)
         return None
 
     def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> dict[str, Any]:

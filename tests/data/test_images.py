@@ -120,3 +120,32 @@ def test_packed_strings_are_the_strings():
     packed = Packed(iter(items))
     assert [packed[index] for index in range(len(packed))] == items
     assert len(Packed([])) == 0
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_keep_their_range(format):
+    array = np.arange(0, 65536, 1024, np.uint16).repeat(64).reshape(64, 64)
+    pixels = (decode(encoded(array, format), 64, False, "x") + 1) * 127.5
+    expected = torch.from_numpy(np.rint(array / 257)).float()
+    assert pixels.shape == (3, 64, 64)
+    assert all(torch.equal(channel.round(), expected) for channel in pixels)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(np.int32, "32-bit integers"), (np.float32, "floats")])
+def test_numbers_without_a_white_are_refused(dtype, words):
+    with pytest.raises(Unreadable, match=f"its pixels are {words}, which have no white"):
+        decode(encoded(np.ones((8, 8), dtype), "TIFF"), 8, False, "x")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "CMYK", "1"])
+def test_every_mode_becomes_three_channels_without_transparency(mode):
+    color = (200, 200, 200) if mode in ("LA", "1") else (200, 100, 50)
+    image = Image.new("RGB", (8, 8), color)
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    if "A" in mode:
+        image.putalpha(7)
+    file = io.BytesIO()
+    image.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    pixels = (decode(file.getvalue(), 8, False, "x")[:, 4, 4] + 1) * 127.5
+    expected = (255, 255, 255) if mode == "1" else color
+    assert (pixels - torch.tensor(expected)).abs().max() <= 2

@@ -168,8 +168,26 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=str(tmp_path)):
         Folder(str(tmp_path), 16)
     (tmp_path / "cat").mkdir()
-    with pytest.raises(InputError, match="cat"):
+    with pytest.raises(InputError, match="holds no images in folders"):
         Folder(str(tmp_path), 16)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "zip"])
+def test_an_empty_class_is_named_and_hidden_folders_are_none(folder, tmp_path, kind):
+    def opened():
+        if kind == "imagefolder":
+            return Folder(str(folder), kinds.SIZE)
+        return Zip(shutil.make_archive(str(tmp_path / "made"), "zip", tmp_path, folder.name), kinds.SIZE)
+
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / hidden).mkdir()
+    (folder / ".ipynb_checkpoints" / "0.png").write_bytes(b"no image")
+    assert opened().class_names == kinds.CLASSES
+    (folder / "bear" / "deeper").mkdir(parents=True)
+    (folder / "bear" / "deeper" / "notes.txt").touch()
+    (folder / "yak").mkdir()
+    with pytest.raises(InputError, match=r"no image in the class folder 'bear', 'yak'; remove it, or bring"):
+        opened()
 
 
 def test_folder_tells_a_lost_image_from_a_lost_dataset(folder, tmp_path):
@@ -330,6 +348,10 @@ def test_what_is_no_such_lmdb_is_refused(folder, tmp_path):
     refuse(folder, "no such LMDB")
     (tmp_path / "junk").write_bytes(b"junk" * 5000)
     refuse(tmp_path / "junk", "is no LMDB, or damaged")
+    cut = kinds.write_lmdb(tmp_path / "cut", [(bytes(100_000), 1)]) / "data.mdb"
+    used = cut.stat().st_size
+    os.truncate(cut, used - 4096)
+    refuse(cut.parent, f"is cut: {used - 4096:,} bytes of {used:,}")
     refuse(kinds.write_lmdb(tmp_path / "a", [], __keys__=None), "__keys__ is not there")
     refuse(kinds.write_lmdb(tmp_path / "b", []), "__keys__ is not a list of bytes")
     refuse(kinds.write_lmdb(tmp_path / "c", [(b"x", 1)], __len__=pickle.dumps(7)), "__len__ is 7, __keys__ lists 1")
@@ -348,6 +370,27 @@ def test_hub_takes_the_distinct_integers_as_classes(folder, tmp_path):
     assert dataset.class_names == ("4", "7", "30")
     assert dataset.labels.tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0]
     assert dataset[8, False][1] == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_without_labels_is_one_class(folder, tmp_path, streaming):
+    root = as_parquet(hub_table(folder).remove_columns("label"), tmp_path / "p")
+    found = open_dataset(Data("hf", str(root), kinds.SIZE, label_key="", streaming=streaming, num_images=9))
+    assert (len(found), found.class_names) == (9, ("all",))
+    assert [found[index, False][1] for index in range(9)] == [0] * 9
+
+
+def test_the_subset_and_revision_of_a_hub_dataset_are_asked_for(folder, monkeypatch):
+    asked = []
+
+    def load_dataset(*where, **options):
+        asked.append((where, options["revision"], options["split"]))
+        return hub_table(folder)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = Data("hf", "someone/something", kinds.SIZE, subset="fine", revision="v1", split="held")
+    assert len(open_dataset(data)) == 9
+    assert asked == [(("someone/something", "fine"), "v1", "held")]
 
 
 def test_hub_names_a_bad_image(folder, tmp_path):
@@ -380,6 +423,9 @@ def test_what_is_no_such_hub_dataset_is_refused(folder, tmp_path):
         ({"root": str(root), "label_key": "labels"}, "data.label_key='labels': did you mean 'label'"),
         ({"root": str(root), "image_key": "label"}, "one of images is needed"),
         ({"root": str(unlabelled)}, "for every image"),
+        ({"root": str(root), "subset": "other"}, "other.*"),
+        ({"root": str(root), "revision": "main"}, "data.revision='main' does nothing for the folder"),
+        ({"root": str(saved), "subset": "other"}, "data.subset='other' does nothing for the folder"),
     ):
         with pytest.raises(InputError, match=match):
             open_dataset(Data("hf", image_size=kinds.SIZE, **options))

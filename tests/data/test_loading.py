@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from sit_atconv.data import loading
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Unreadable
-from sit_atconv.data.loading import TrainingBatches, check_bad, worker_fault
+from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, TrainingSamples
 from sit_atconv.errors import InputError
 
@@ -194,6 +193,18 @@ def test_a_hung_loader_process_is_one_line():
     assert not alive(pid)
 
 
+def test_a_loader_process_that_is_frozen_with_a_batch_on_the_way_is_one_line():
+    loaded = batches(Digits(), 1, steps=1000, timeout=1.0)
+    next(loaded)
+    (pid,) = loaded.pids()
+    assert loaded._iterator._worker_result_queue._reader.poll(60)  # it has told of a batch, and is yet to hand it over
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(InputError, match=rf"no batch from the loader processes \(pid {pid}\) for 1 s"):
+        for _ in loaded:
+            pass
+    assert not alive(pid)
+
+
 def test_loader_processes_end_with_the_object_also_hung_ones():
     loaded = batches(Hangs(), 2)
     next(loaded)
@@ -240,11 +251,11 @@ def test_a_slow_loader_process_is_waited_for(monkeypatch):
     loaded = batches(dataset, 1, timeout=60.0)
     whole = TrainingBatches._fault
 
-    def look(self, error, late):
-        looks.append(late)
+    def look(self, error, hung):
+        looks.append(hung)
         if len(looks) == 4:
             dataset.leave.set()
-        return whole(self, error, late)
+        return whole(self, error, hung)
 
     monkeypatch.setattr(TrainingBatches, "_fault", look)
     assert_equal(list(batches(Digits(), 0)), list(loaded))
@@ -261,38 +272,6 @@ class Breaks(Digits):
 def test_other_errors_stay_what_they_are(workers):
     with pytest.raises(RuntimeError, match="a mistake of the program"):
         next(batches(Breaks(), workers))
-
-
-class Plain(Dataset):
-    def __init__(self, behaviour):
-        self.behaviour = behaviour
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index):
-        return self.behaviour()
-
-
-def test_the_words_of_torch_for_other_loaders():
-    for behaviour, options, words in (
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), {}, r"DataLoader worker \(pid.*; use fewer data\.workers"),
-        (multiprocessing.Event().wait, {"timeout": 0.2}, r"timed out after 0\.2 seconds; use"),
-    ):
-        loader = DataLoader(Plain(behaviour), num_workers=1, **options)
-        with pytest.raises(RuntimeError) as error:
-            next(iter(loader))
-        fault = worker_fault(error.value)
-        assert isinstance(fault, InputError)
-        assert fault.every_rank
-        with pytest.raises(InputError, match=words):
-            raise fault
-    words = "DataLoader worker (pid 7) is killed by signal: Killed. "
-    assert str(worker_fault(RuntimeError(words))).startswith(
-        "DataLoader worker (pid 7) is killed by signal: Killed; use"
-    )
-    assert worker_fault(RuntimeError("CUDA out of memory")) is None
-    assert worker_fault(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
 
 
 def test_the_share_of_bad_images():
