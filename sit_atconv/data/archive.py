@@ -1,9 +1,11 @@
 """Images in a zip archive, one folder per class."""
 
 import os
+import posixpath
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,20 @@ from sit_atconv.errors import InputError
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field
+DOS = 0  # the system that Windows' tools say they are; some write its backslashes
 
 
-def _folders(entries: list[zipfile.ZipInfo], wrap: tuple[str, ...]) -> set[str]:
+def _place(entry: zipfile.ZipInfo) -> str:
+    """Where an unpacker would put an entry below a folder of its own; that of a folder ends with a slash."""
+    name = entry.filename.replace("\\", "/") if entry.create_system == DOS else entry.filename
+    return posixpath.normpath(f"/{name}").strip("/") + "/" * name.endswith("/")
+
+
+def _folders(places: Iterable[str], wrap: tuple[str, ...]) -> set[str]:
     """The names of the folders right below `wrap`, those without a file too, hidden ones left out."""
     names = set()
-    for entry in entries:
-        above = entry.filename.split("/")[:-1]  # of a folder, the last is empty
-        parts = [part for part in above if part]
+    for place in places:
+        parts = [part for part in place.split("/")[:-1] if part]  # of a folder, the last is empty
         if tuple(parts[: len(wrap)]) == wrap and len(parts) > len(wrap) and not any(map(is_hidden, parts)):
             names.add(parts[len(wrap)])
     return names
@@ -30,8 +38,8 @@ class Zip(EncodedImages):
     """The images of a zip archive, in the order and with the classes of the folder that it was made of.
 
     A folder that wraps all others, with no image of its own, is passed over: an archive of `imagenet/` is one of what
-    lies in it. Nothing is extracted. Of the archive's directory only numbers and names stay in memory: zipfile's own
-    takes over half a kilobyte per image, in every loader process.
+    lies in it. Of two entries at one place the later counts. Nothing is extracted. Of the archive's directory only
+    numbers and names stay in memory: zipfile's own takes over half a kilobyte per image, in every loader process.
     Raises InputError for a file that is no such archive, or that is encrypted or compressed in a rare way.
     """
 
@@ -39,13 +47,13 @@ class Zip(EncodedImages):
         where = f"data.root={root!r}"
         try:
             with zipfile.ZipFile(root) as archive:
-                listed = archive.infolist()
+                listed = {_place(entry): entry for entry in archive.infolist()}
         except OSError as error:
             raise InputError(f"{where}: {error.strerror}; give a zip archive of a folder per class") from None
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise InputError(f"{where} is no zip archive, or damaged: {error}") from None
-        entries = [entry for entry in listed if is_image(entry.filename)]
-        paths = [tuple(part for part in entry.filename.split("/") if part) for entry in entries]
+        images = [(tuple(place.split("/")), entry) for place, entry in listed.items() if is_image(place)]
+        paths = [path for path, _ in images]
         wraps = 0
         while len({path[wraps] for path in paths}) == 1 and all(len(path) > wraps + 2 for path in paths):
             wraps += 1
@@ -57,7 +65,7 @@ class Zip(EncodedImages):
         )
         classes = {path[wraps] for path in paths if len(path) > wraps + 1}
         check_classes(where, _folders(listed, paths[0][:wraps] if paths else ()), classes)
-        entries = [entries[number] for *_, number in order]
+        entries = [images[number][1] for *_, number in order]
         for entry in entries:
             if entry.flag_bits & 1 or entry.compress_type not in METHODS:
                 raise InputError(f"{where}: {entry.filename!r} is encrypted or compressed in a rare way; zip -0 anew")

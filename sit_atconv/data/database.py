@@ -105,6 +105,8 @@ class Lmdb(EncodedImages):
                 if not isinstance(label, int) or not 0 <= label < 1 << 31:
                     raise ValueError(f"its label is {label!r}, not an integer from 0 on")
                 return take(image, label)
+        except InputError:  # of all the images
+            raise
         except (ValueError, self._error) as error:
             raise Unreadable(
                 f"image {self.name(index)!r} cannot be read ({error}); write the database anew, labels as plain int"

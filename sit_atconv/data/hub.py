@@ -51,12 +51,18 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{where}, data.split={data.split or 'train'}: cannot be opened: {error}") from None
+        asked = f"{where}, data.subset={data.subset}, data.split={data.split or 'train'}"
+        raise InputError(f"{asked}: cannot be opened: {error}") from None
     columns = table.features
     if columns is None:
         raise InputError(f"{where} does not say its columns; leave data.streaming out")
     image, label = data.image_key or "image", "label" if data.label_key is None else data.label_key or None
     check_choice("data.image_key", image, columns)
+    if data.label_key is None and label not in columns:
+        raise InputError(
+            f"{where} has no column {label!r}, but {sorted(columns)}: name that of the classes by data.label_key, or "
+            "state data.label_key='' to make all images one class"
+        )
     if label is not None:
         check_choice("data.label_key", label, columns)
     if isinstance(columns[image], datasets.Image):

@@ -18,6 +18,7 @@ DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+OF_16_BITS = ("PNG", "PPM")  # at most, though Pillow may hold them in 32
 MAX_ASPECT = 200  # a line of pixels, scaled until its short side is that of the crop, would fill the memory
 
 
@@ -60,7 +61,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     Pillow's own conversion would cut all that is over 255 off. Raises ValueError for numbers without a range.
     """
-    if image.mode.startswith("I;16"):
+    image.info.pop("transparency", None)  # about which Pillow would warn, in every process
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in OF_16_BITS):
         grey = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(np.rint(grey).astype(np.uint8))
     elif image.mode in ("I", "F"):

@@ -6,8 +6,6 @@ import multiprocessing.util
 import re
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, _utils
@@ -39,7 +37,7 @@ class TrainingBatches:
         pin_memory: bool = False,
         timeout: float = 600.0,
     ):
-        self.timeout, self._bad, self._iterator = timeout, {}, None
+        self.timeout, self._bad, self._iterator, self._watchdog = timeout, {}, None, None
         options = {}
         if workers:
             # Enough for two batches of every loader process, and for the micro-batches of two steps.
@@ -64,15 +62,15 @@ class TrainingBatches:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._start()
-        with self._watchdog() as hung:
+        with self._watchdog:
             while True:
                 try:
                     batch, bad = next(self._iterator)
                     break
                 except (RuntimeError, OSError, EOFError) as error:
-                    fault = self._fault(error, hung.is_set())
+                    fault = self._fault(error)
                     if fault is not None:
-                        _end(self._iterator)
+                        _end(self._iterator, self._watchdog)
                         raise fault from None
         self._bad |= bad
         if isinstance(batch, InputError):
@@ -91,28 +89,6 @@ class TrainingBatches:
     def _workers(self) -> list:
         return getattr(self._iterator, "_workers", [])
 
-    @contextmanager
-    def _watchdog(self) -> Iterator[threading.Event]:
-        """Kills the loader processes where they give no batch in time, and says so by the event.
-
-        torch's timeout is for the next message alone: to fetch what that names, it waits for its sender without one.
-        """
-        hung, workers = threading.Event(), self._workers()
-
-        def bite() -> None:
-            hung.set()
-            for worker in workers:
-                worker.kill()
-
-        timer = threading.Timer(self.timeout, bite)
-        timer.daemon = True
-        if workers:
-            timer.start()
-        try:
-            yield hung
-        finally:
-            timer.cancel()
-
     def _start(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # till they are left alone there
         try:
@@ -122,18 +98,20 @@ class TrainingBatches:
             raise InputError(f"the loader processes cannot be started ({reason}); {REMEDY}", every_rank=True) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._watchdog = _Watchdog(self._workers(), self.timeout)
         if self._workers():
+            self._watchdog.start()
             _utils.signal_handling._remove_worker_pids(id(self._iterator))  # what torch's signal handler looks at
             self._iterator._worker_pids_set = False
             # Before multiprocessing ends its processes by SIGTERM at exit, and waits for them.
-            multiprocessing.util.Finalize(self, _end, (self._iterator,), exitpriority=10)
+            multiprocessing.util.Finalize(self, _end, (self._iterator, self._watchdog), exitpriority=10)
 
-    def _fault(self, error: Exception, hung: bool) -> InputError | None:
+    def _fault(self, error: Exception) -> InputError | None:
         """What is wrong with the loader processes, or None where they are only slow. Raises any other error."""
         workers = self._workers()
         if not workers:
             raise error
-        if hung:
+        if self._watchdog.bitten:
             return InputError(
                 f"no batch from the loader processes (pid {', '.join(map(str, self.pids()))}) for {self.timeout:g} s: "
                 "reading data.root hangs, /dev/shm is full, or data.worker_timeout is too short",
@@ -151,6 +129,41 @@ class TrainingBatches:
         if not slow:
             raise error
         return None
+
+
+class _Watchdog(threading.Thread):
+    """Kills the loader processes once a batch has been awaited for `timeout` seconds, and from then on has `bitten`.
+
+    A batch is awaited within `with`. torch's timeout is for the next message alone: to fetch the tensors that it names,
+    torch waits for the sender without one. Looks are counted, not seconds: a job that is suspended for hours while it
+    waits finds its loader processes as it left them. One thread for all batches: to start a timer takes 0.1 ms.
+    """
+
+    def __init__(self, workers: list, timeout: float):
+        super().__init__(name="watchdog of the loader processes", daemon=True)
+        self.bitten, self.ended = False, threading.Event()
+        self._number, self._awaited, self._loaders = 0, None, workers
+        self._looks = math.ceil(timeout / POLL_SECONDS) + 4
+        self._pause = timeout / (self._looks - 1)  # the first look at a batch is at any time of its first pause
+
+    def __enter__(self) -> None:
+        self._number += 1
+        self._awaited = self._number
+
+    def __exit__(self, *error) -> None:
+        self._awaited = None
+
+    def run(self) -> None:
+        seen, looks = None, 0
+        while not self.ended.wait(self._pause):
+            awaited = self._awaited
+            looks = looks + 1 if awaited is not None and awaited == seen else 1
+            seen = awaited
+            if looks == self._looks:
+                self.bitten = True
+                for worker in self._loaders:
+                    worker.kill()
+                return
 
 
 def _how_it_ended(pid: int, exitcode: int) -> str:
@@ -174,8 +187,9 @@ def _leave_signals(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _end(iterator) -> None:
+def _end(iterator, watchdog: _Watchdog) -> None:
     """Kill the loader processes. torch's own way waits on locks that one that was killed may hold, and on hung ones."""
+    watchdog.ended.set()
     for worker in iterator._workers:
         worker.kill()
     for worker in iterator._workers:

@@ -131,6 +131,28 @@ def test_sixteen_bits_of_grey_keep_their_range(format):
     assert all(torch.equal(channel.round(), expected) for channel in pixels)
 
 
+@pytest.mark.parametrize("form", ["TIFF of high bytes first", "PGM"])
+def test_sixteen_bits_of_grey_in_rarer_forms(form):
+    array = np.full((16, 16), 40_000, ">u2")
+    file = io.BytesIO(b"P5 16 16 65535\n" + array.tobytes())
+    if form != "PGM":
+        file = io.BytesIO()
+        Image.frombytes("I;16B", (16, 16), array.tobytes()).save(file, "TIFF")
+    pixels = (decode(file.getvalue(), 16, False, "x") + 1) * 127.5
+    assert pixels.round().eq(156).all()  # 40,000 / 257 = 155.6
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_gives_its_colors_and_no_warning():
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([9, 9, 9, 200, 100, 50])
+    for transparency in (bytes([255, 7]), 1):
+        file = io.BytesIO()
+        image.save(file, "PNG", transparency=transparency)
+        pixels = (decode(file.getvalue(), 8, False, "x") + 1) * 127.5
+        assert torch.equal(pixels[:, 4, 4].round(), torch.tensor([200.0, 100.0, 50.0]))
+
+
 @pytest.mark.parametrize(("dtype", "words"), [(np.int32, "32-bit integers"), (np.float32, "floats")])
 def test_numbers_without_a_white_are_refused(dtype, words):
     with pytest.raises(Unreadable, match=f"its pixels are {words}, which have no white"):

@@ -220,6 +220,57 @@ def test_zip_names_a_damaged_image_and_reads_the_others(folder, tmp_path):
         Zip.__getitem__(dataset, (3, False))
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("form", ["{}", "/{}", "./{}", "../images/{}", "images\\{}"])
+def test_zip_takes_names_as_an_unpacker_would(folder, tmp_path, form):
+    def entry(name: str) -> zipfile.ZipInfo:
+        info = zipfile.ZipInfo(form.format(name))
+        info.create_system = 0 if "\\" in form else 3
+        info.filename = form.format(name).replace("/", "\\") if "\\" in form else info.filename
+        return info
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(entry(""), b"")
+        archive.writestr(entry("cat/0.png"), b"replaced by what comes later")
+        for path, _ in kinds.images(folder):
+            archive.writestr(entry(path.relative_to(folder).as_posix()), path.read_bytes())
+    dataset, expected = Zip(str(tmp_path / "a.zip"), kinds.SIZE), Folder(str(folder), kinds.SIZE)
+    assert dataset.class_names == kinds.CLASSES
+    assert dataset.labels.tolist() == expected.labels.tolist()
+    assert all(torch.equal(dataset[index, False][0], expected[index, False][0]) for index in range(9))
+
+
+def test_a_backslash_in_a_name_of_unix_stays(folder, tmp_path):
+    (folder / "cat" / "0.png").rename(folder / "cat" / "back\\slash.png")
+    dataset = Zip(str(kinds.write_zip(tmp_path / "a.zip", folder)), kinds.SIZE)
+    assert dataset.class_names == kinds.CLASSES
+    assert any(dataset.name(index).endswith("cat/back\\slash.png") for index in range(9))
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "zip"])
+def test_names_of_other_scripts_and_suffixes_in_capitals(folder, tmp_path, kind):
+    (folder / "owl").rename(folder / "сова")
+    for name in ("0.png", "2.webp"):
+        (folder / "cat" / name).rename(folder / "cat" / name.upper())
+    if kind == "imagefolder":
+        dataset = Folder(str(folder), kinds.SIZE)
+    else:
+        dataset = Zip(str(kinds.write_zip(tmp_path / "a.zip", folder)), kinds.SIZE)
+    assert dataset.class_names == ("cat", "dog", "сова")
+    assert np.bincount(dataset.labels).tolist() == [3, 4, 2]
+    assert "сова" in dataset.name(8)
+    assert dataset[8, False][1] == 2
+
+
+def test_a_class_folder_may_be_a_link(folder, tmp_path):
+    expected = Folder(str(folder), kinds.SIZE)[3, False]
+    (folder / "dog").rename(tmp_path / "elsewhere")
+    (folder / "dog").symlink_to(tmp_path / "elsewhere")
+    image, label = Folder(str(folder), kinds.SIZE)[3, False]
+    assert torch.equal(image, expected[0])
+    assert label == expected[1]
+
+
 def test_zip_says_when_it_is_gone(folder, tmp_path):
     dataset = Zip(str(kinds.write_zip(tmp_path / "a.zip", folder)), kinds.SIZE)
     (tmp_path / "a.zip").unlink()
@@ -307,6 +358,16 @@ def test_every_process_opens_an_lmdb_itself(folder, tmp_path):
     assert os.waitpid(child, 0)[1] == 0
     assert database._environment(root) is held
     assert first[4, False][1] == second[4, False][1] == 1
+
+
+def test_an_lmdb_that_is_cut_before_a_process_opens_it_is_a_lost_dataset(folder, tmp_path):
+    root = kinds.write_lmdb(tmp_path / "lmdb", kinds.records(folder))
+    dataset = Lmdb(str(root), kinds.SIZE)
+    database._OPEN.pop(str(root))[1].close()  # as in a process that has not opened it
+    os.truncate(root / "data.mdb", (root / "data.mdb").stat().st_size - 1)
+    with pytest.raises(InputError, match="is cut") as error:
+        dataset[0, False]
+    assert not isinstance(error.value, Unreadable)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +473,10 @@ def test_what_is_no_such_hub_dataset_is_refused(folder, tmp_path):
     root = as_parquet(hub_table(folder), tmp_path / "p")
     unlabelled = hub_table(folder).remove_columns("label").add_column("label", [-1, None, *[2] * 7])
     unlabelled = as_parquet(unlabelled, tmp_path / "u")
+    bare = as_parquet(hub_table(folder).remove_columns("label"), tmp_path / "b")
+    several = as_parquet(hub_table(folder), tmp_path / "several")
+    configurations = "".join(f"- config_name: {name}\n  data_files: '*.parquet'\n" for name in ("fine", "coarse"))
+    (several / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
     saved = tmp_path / "s"
     datasets.DatasetDict(a=hub_table(folder)).save_to_disk(saved)
     for options, match in (
@@ -423,7 +488,9 @@ def test_what_is_no_such_hub_dataset_is_refused(folder, tmp_path):
         ({"root": str(root), "label_key": "labels"}, "data.label_key='labels': did you mean 'label'"),
         ({"root": str(root), "image_key": "label"}, "one of images is needed"),
         ({"root": str(unlabelled)}, "for every image"),
-        ({"root": str(root), "subset": "other"}, "other.*"),
+        ({"root": str(bare)}, r"has no column 'label', but \['image'\]: name.*, or state data.label_key=''"),
+        ({"root": str(several)}, r"data.subset=None, .*'fine', 'coarse'"),
+        ({"root": str(several), "subset": "other"}, r"data.subset=other, .*'fine', 'coarse'"),
         ({"root": str(root), "revision": "main"}, "data.revision='main' does nothing for the folder"),
         ({"root": str(saved), "subset": "other"}, "data.subset='other' does nothing for the folder"),
     ):

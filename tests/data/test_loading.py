@@ -1,11 +1,13 @@
 """Loader processes: they change nothing, they report what is bad, and their death or sleep is one line."""
 
+import math
 import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,6 +207,33 @@ def test_a_loader_process_that_is_frozen_with_a_batch_on_the_way_is_one_line():
     assert not alive(pid)
 
 
+@pytest.mark.parametrize("timeout", [1.0, 10.0, 600.0])
+def test_the_watchdog_counts_its_looks_at_one_batch(timeout):
+    time, start, killed = 0.0, math.inf, []
+    watchdog = loading._Watchdog([SimpleNamespace(kill=lambda: killed.append(time))], timeout)
+
+    def wait(pause: float) -> bool:
+        nonlocal time, start
+        assert pause <= loading.POLL_SECONDS
+        time += pause
+        if time < 3 * timeout:  # a new batch at every look
+            with watchdog:
+                pass
+            watchdog.__enter__()
+        elif time < 6 * timeout:  # none is awaited
+            watchdog.__exit__()
+        elif start == math.inf:
+            start = time
+            watchdog.__enter__()
+        return time > 9 * timeout
+
+    watchdog.ended = SimpleNamespace(wait=wait)
+    watchdog.run()
+    assert watchdog.bitten
+    assert timeout - 1e-6 <= killed[0] - start <= timeout + loading.POLL_SECONDS
+    assert len(killed) == 1
+
+
 def test_loader_processes_end_with_the_object_also_hung_ones():
     loaded = batches(Hangs(), 2)
     next(loaded)
@@ -251,11 +280,11 @@ def test_a_slow_loader_process_is_waited_for(monkeypatch):
     loaded = batches(dataset, 1, timeout=60.0)
     whole = TrainingBatches._fault
 
-    def look(self, error, hung):
-        looks.append(hung)
+    def look(self, error):
+        looks.append(self._watchdog.bitten)
         if len(looks) == 4:
             dataset.leave.set()
-        return whole(self, error, hung)
+        return whole(self, error)
 
     monkeypatch.setattr(TrainingBatches, "_fault", look)
     assert_equal(list(batches(Digits(), 0)), list(loaded))
