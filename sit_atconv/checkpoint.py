@@ -190,8 +190,10 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
+    except OSError as error:
+        raise _out_of_reach(folder, MANIFEST, error) from None
     if version != FORMAT_VERSION:
         raise InputError(f"{str(folder)!r} has checkpoint format {version}; this library reads {FORMAT_VERSION}")
     for name, digest in files.items():
@@ -199,9 +201,29 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
             path = folder / name
             if not path.is_file():
                 raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
-            if sha256(path) != digest:
+            try:
+                same = sha256(path) == digest
+            except OSError as error:
+                raise _out_of_reach(folder, name, error) from None
+            if not same:
                 raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} was changed or cut")
     return manifest
+
+
+def _check_complete(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise Damaged where a manifest is not of this step, or lacks what a run goes on from."""
+    if manifest.get("step") != step_of(folder):
+        raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} is of step {manifest.get('step')}")
+    for name in ("ema/config.json", "model/config.json", "trainer.json"):
+        if name not in manifest["files"]:
+            raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} lists no {name}")
+    if not isinstance(manifest.get("recipe"), dict):
+        raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} has no recipe")
+
+
+def _out_of_reach(folder: Path, name: str, error: OSError) -> InputError:
+    """What to say of a file that the disk does not give: it may be whole, so nothing takes its place."""
+    return InputError(f"checkpoint {str(folder)!r}: {name} cannot be read: {error.strerror or error}; mend the disk")
 
 
 def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -211,7 +233,9 @@ def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     for folder in reversed(step_folders(run)):
         try:
-            return folder, read_manifest(folder)
+            manifest = read_manifest(folder)
+            _check_complete(folder, manifest)
+            return folder, manifest
         except Damaged as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     return None

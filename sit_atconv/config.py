@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def _at_least(section: str, **limits) -> None:
             raise InputError(f"{section}.{name}={value}: must be a finite number, at least {least}")
 
 
+def _expand_home(section: Any, *names: str) -> None:
+    """Put the home folder in the place of ~, which a shell leaves standing after a `=`."""
+    for name in names:
+        value = getattr(section, name)
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(section, name, os.path.expanduser(value))
+
+
 @dataclass
 class Run:
     """Where a run lies, what its randomness starts from, and what it reports."""
@@ -44,6 +53,7 @@ class Run:
     trackers: list[str] = field(default_factory=list)  # besides log.jsonl: tensorboard, wandb
 
     def __post_init__(self):
+        _expand_home(self, "out")
         _at_least("run", seed=(self.seed, 0), log_every=(self.log_every, 1))
         for tracker in self.trackers:
             check_choice("run.trackers", tracker, TRACKERS)
@@ -73,6 +83,7 @@ class Data:
     max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
 
     def __post_init__(self):
+        _expand_home(self, "root", "source")
         check_choice("data.kind", self.kind, DATA_KINDS)
         check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
         _at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
@@ -116,6 +127,7 @@ class Latents:
     batch_size: int = 16  # images per pass through the VAE
 
     def __post_init__(self):
+        _expand_home(self, "vae")
         check_choice("latents.codec", self.codec, CODECS)
         _at_least("latents", batch_size=(self.batch_size, 1))
         if self.codec == "identity" and self.vae is not None:
@@ -324,6 +336,7 @@ class Score:
     weights: str | None = None  # Inception weights; left out, torch's hub cache
 
     def __post_init__(self):
+        _expand_home(self, "ref", "weights")
         _at_least("score", every=(self.every, 0), num=(self.num, 2))
 
 
@@ -455,13 +468,15 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
             raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
 
 
-# What a later start of the same run may state differently.
+# What a later start of the same run may state differently; max_steps with a constant learning rate alone.
 MUTABLE = (
     "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped",
     # where things lie and how the work is cut up: what is computed stays the same, to float rounding
     "data.root", "data.source", "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share",
     "latents.vae", "latents.batch_size", "repa.encoder", "train.gradient_accumulation_steps",
-    "train.gradient_checkpointing", "train.compile",
+    "train.gradient_checkpointing", "train.compile", "ema.snapshot_every",
+    # what follows from the data, and is checked against them at every start
+    "data.num_images", "model.sample_size", "model.in_channels", "model.num_classes",
 )  # fmt: skip
 MUTABLE_SECTIONS = ("checkpoint", "preview", "score")
 
@@ -472,10 +487,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     A key that `old` leaves out, as one stored before the key was there, has its default.
     """
     old_flat, new_flat = flatten(to_dict(make_recipe(old))), flatten(new)
+    mutable = set(MUTABLE)
+    if new_flat["train.lr_schedule"] != "constant":  # it ends at max_steps: with another one the rate would jump
+        mutable.remove("train.max_steps")
     return [
         f"{key}: {old_flat[key]} -> {new_flat[key]}"
         for key in sorted(new_flat)
-        if old_flat[key] != new_flat[key] and key not in MUTABLE and key.partition(".")[0] not in MUTABLE_SECTIONS
+        if old_flat[key] != new_flat[key] and key not in mutable and key.partition(".")[0] not in MUTABLE_SECTIONS
     ]
 
 

@@ -161,6 +161,18 @@ def test_damage_is_noticed_passed_over_on_resume_and_refused_for_sampling(tmp_pa
     assert checkpoint.load_trained(tmp_path / "step-0000010").manifest["step"] == 10
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"step": 12}, "is of step 12"), ({"files": {}}, "lists no ema/config.json"), ({"recipe": None}, "has no recipe")],
+)
+def test_a_manifest_that_is_not_all_of_this_step_is_passed_over_on_resume(tmp_path, capsys, changes, says):
+    save(tmp_path, 10)
+    file = save(tmp_path, 20) / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert checkpoint.newest_valid(tmp_path)[0].name == "step-0000010"
+    assert says in capsys.readouterr().err
+
+
 def test_another_format_version_is_refused(tmp_path):
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -246,6 +258,26 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_checkpoints(tmp_path, m
     assert names(tmp_path) == ["step-0000010"]
     save(tmp_path, 20, projectors=projectors)
     assert checkpoint.newest_valid(tmp_path)[1]["step"] == 20
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "ema/config.json"])
+def test_what_the_disk_does_not_give_counts_as_damaged_by_nobody(tmp_path, monkeypatch, name):
+    for step in (10, 20):
+        save(tmp_path, step)
+    lost = str(tmp_path / "step-0000020" / name)
+
+    def failing(function):
+        def call(path, *arguments, **options):
+            if str(path) == lost:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return function(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Path, "read_text", failing(Path.read_text))
+    monkeypatch.setattr(checkpoint, "sha256", failing(checkpoint.sha256))
+    with pytest.raises(InputError, match=rf"step-0000020': {name} cannot be read: Input/output error; mend the disk"):
+        checkpoint.newest_valid(tmp_path)
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path):

@@ -31,7 +31,9 @@ def test_the_promised_recipes_ship():
         for size in ("s", "b", "l", "xl")
         for mixer in mixers
     }
-    assert {path.stem for path in RECIPES} == published | {"digits_sit_atconv", "digits_sit", "imagefolder_small"}
+    assert {path.stem for path in RECIPES} == published | {
+        "digits_sit", "digits_sit_atconv", "digits_sit_hybrid", "imagefolder_small",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if "2" in path.stem], ids=lambda path: path.stem)
@@ -189,6 +191,28 @@ def test_a_recipe_decides_where_t_is_drawn_and_how_previews_are():
     assert preview_sampling(recipe, model) == Sampling(
         "sde-heun", 7, 2.5, seed=3, diffusion="linear", diffusion_norm=0.5, last_step="tweedie", last_step_size=0.1
     )
+
+
+def test_every_key_that_is_not_said_to_may_not_change():
+    stated = to_dict(make_recipe(MINIMAL))
+    may = {
+        "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped", "data.root", "data.source",
+        "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share", "latents.vae", "latents.batch_size",
+        "repa.encoder", "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.compile",
+        "ema.snapshot_every", "data.num_images", "model.sample_size", "model.in_channels", "model.num_classes",
+    }  # fmt: skip
+    for section, keys in stated.items():
+        for key in keys:
+            changed = {**stated, section: {**keys, key: "changed"}}
+            name = f"{section}.{key}"
+            free = name in may or section in ("checkpoint", "preview", "score")
+            assert [text.partition(":")[0] for text in differences(stated, changed)] == ([] if free else [name])
+
+
+def test_the_home_folder_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    recipe = make_recipe({"run": {"out": "~/x"}, "data": {"kind": "zip", "root": "~/y", "image_size": 8}})
+    assert (recipe.run.out, recipe.data.root) == ("/somewhere/x", "/somewhere/y")
 
 
 def test_run_out_is_required():

@@ -22,9 +22,9 @@ export HEAD
 export PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 stopped=""
-stop() {
+stop() { # through scancel: srun itself answers SIGTERM with SIGKILL for its tasks
     stopped=yes
-    kill -TERM "$step"
+    scancel --signal=TERM "$SLURM_JOB_ID.0"
 }
 
 srun --kill-on-bad-exit=1 bash -c '

@@ -36,12 +36,15 @@ def announce(descriptor: int) -> None:
 
 
 def poison(rank: int, step: int) -> None:
-    """Make the losses of one process NaN in one step (1-based)."""
+    """Make the losses of one process NaN in one step (1-based), and leave the gradients as they are.
+
+    NaN gradients would reach the other processes by themselves: what is tried is that they agree.
+    """
     losses = _Trainer._losses
 
     def poisoned(self, batch):
         bad = self.step + 1 == step and self.accelerator.process_index == rank
-        return [loss * torch.tensor(float("nan")) if bad else loss for loss in losses(self, batch)]
+        return [loss + torch.tensor(float("nan")) if bad else loss for loss in losses(self, batch)]
 
     _Trainer._losses = poisoned
 

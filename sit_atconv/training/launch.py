@@ -1,10 +1,13 @@
 """What a run is started on: Accelerate's processes, devices and precision."""
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     is_tensorboard_available,
     is_wandb_available,
 )
@@ -12,6 +15,9 @@ from accelerate.utils import (
 from sit_atconv.config import Recipe
 from sit_atconv.errors import InputError
 
+# How long processes wait for one that works alone: at a score, a checkpoint's hashes, a slow disk. torch's own ten
+# minutes would end a run.
+PATIENCE = timedelta(hours=1)
 DISTRIBUTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -33,6 +39,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             gradient_accumulation_plugin=plugin,
             log_with=recipe.run.trackers or None,
             project_dir=recipe.run.out,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
         raise InputError(f"accelerate refuses the launch with train.precision={train.precision}: {error}") from None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import sys
 import uuid
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 
 from sit_atconv import config
 from sit_atconv.config import Recipe
+from sit_atconv.errors import InputError
 from sit_atconv.files import write_atomic
 
 TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
@@ -32,7 +34,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = next((peaks for key, peaks in PEAK_TFLOPS.items() if key in name), None)
+    found = next((peaks for key, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
     return found and 1e12 * found[{"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]]
 
 
@@ -88,9 +90,13 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomic(path, "".join(kept))
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        steps = [_step(line) for line in lines]
+        write_atomic(
+            path, "".join(line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step)
+        )
+        if broken := steps[:-1].count(None):  # the last may be one that a kill cut
+            print(f"warning: {path}: {broken} lines that are no reports are left out", file=sys.stderr)
         self.path, self.pending, self.warned = path, "", False
         self.size = path.stat().st_size
 
@@ -113,11 +119,41 @@ class Log:
         self.pending, self.warned = "", False
 
 
-def start_trackers(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
-    """Start the recipe's trackers, each on the run that it had before: its id lies in the run's folder.
+def _step(line: str) -> int | None:
+    """The step of a line of a log; None where it is cut, or no report."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
-    tensorboard drops what it was told past `step`; wandb passes over steps that it has.
+
+class Trackers:
+    """The recipe's trackers, started at `step`, each on the run that it had before: its id lies in the run's folder.
+
+    tensorboard drops what it was told past `step`; wandb passes over steps that it has. Every process makes one.
+    Raises InputError where a tracker does not start. One that fails later costs a warning, and no step.
     """
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, step: int):
+        self.accelerator, self.warned = accelerator, False
+        try:
+            _start(accelerator, recipe, step)
+        except Exception as error:  # other people's programs, which may raise anything
+            said = f"{type(error).__name__}: {error}"
+            raise InputError(f"run.trackers={recipe.run.trackers}: {said}; mend it, or leave the tracker out") from None
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """Pass on the numbers of a row."""
+        try:
+            self.accelerator.log(for_trackers(row), step=step)
+        except Exception as error:
+            if not self.warned:
+                print(f"warning: a tracker failed at step {step}: {type(error).__name__}: {error}", file=sys.stderr)
+            self.warned = True
+
+
+def _start(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
     run = Path(recipe.run.out)
     options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
     if accelerator.is_main_process and "wandb" in recipe.run.trackers:

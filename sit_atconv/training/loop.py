@@ -33,9 +33,9 @@ from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.plan import build_model, check_stated, measured_facts, preview_sampling, time_sampling
 from sit_atconv.training.faults import StopSignals, agree
-from sit_atconv.training.folder import check_run_folder
+from sit_atconv.training.folder import check_run_folder, lock
 from sit_atconv.training.launch import make_accelerator
-from sit_atconv.training.log import Log, Means, for_trackers, peak_flops, peak_memory, start_trackers
+from sit_atconv.training.log import Log, Means, Trackers, peak_flops, peak_memory
 from sit_atconv.training.optimizer import learning_rate, make_optimizer, step_and_weight_squares
 
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
@@ -50,8 +50,8 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
     SIGTERM and SIGINT end it early, after the step and a checkpoint, which is then what it returns.
     must_resume: refuse to begin anew. scorer: what `score.every` asks for; called on the main process.
 
-    Raises InputError for whatever the user can mend. What is wrong from the start, bad images before the first
-    checkpoint included, leaves nothing behind.
+    Raises InputError for whatever the user can mend. What is wrong from the start, images of the first step included,
+    leaves nothing behind; data that go bad later leave a checkpoint of the steps before.
     """
     with StopSignals() as signals:
         accelerator = make_accelerator(recipe)
@@ -73,8 +73,10 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
         }
         run = Path(recipe.run.out)
         start = [None, None, None]  # what the main process found: checkpoint, whether the folder is new, error
+        held = None
         if accelerator.is_main_process:
             try:
+                held = lock(run) if run.is_dir() else None  # before looking, for another may be at work there
                 encoded = dataset.index["data"] if dataset.moments else None
                 start = [check_run_folder(run, recipe, described, encoded), not run.exists(), None]
             except InputError as error:
@@ -97,7 +99,9 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
             sampling=recipe.data.sampling,
             with_image=encoder is not None,
         )
-        trainer = _Trainer(accelerator, recipe, described, samples, codec, model, aligned, encoder, preview, found, new)
+        trainer = _Trainer(
+            accelerator, recipe, described, samples, codec, model, aligned, encoder, preview, found, new, held
+        )
         return trainer.run_to_the_end(signals, scorer)
 
 
@@ -112,7 +116,10 @@ def build_alignment(recipe: Recipe, model: SiTTransformer2DModel) -> tuple[nn.Mo
 
 
 class _Trainer:
-    def __init__(self, accelerator, recipe, described, samples, codec, model, aligned, encoder, preview, found, new):
+    def __init__(
+        self, accelerator, recipe, described, samples, codec, model, aligned, encoder, preview, found, new, held
+    ):
+        self.lock = held
         self.accelerator, self.recipe, self.codec, self.preview = accelerator, recipe, codec, preview
         self.described, self.encoder, self.new = described, encoder, new
         self.run = Path(recipe.run.out)
@@ -172,13 +179,7 @@ class _Trainer:
     def run_to_the_end(self, signals: StopSignals, scorer: Scorer | None) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
         total, main = recipe.train.max_steps, accelerator.is_main_process
-        if main:
-            write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
-            self.log = Log(self.run / "log.jsonl", self.step)
-            self.scores = Log(self.run / "scores.jsonl", self.step) if recipe.score.every else None
-            checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
-        start_trackers(accelerator, recipe, self.step)
-        accelerator.wait_for_everyone()  # a process that meets a bad image finds the folder complete, and removes it
+        self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
         # Nothing is shown before the first step, so that an error at the first image is the only line.
         with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
@@ -209,6 +210,32 @@ class _Trainer:
         accelerator.end_training()
         return self.last
 
+    def _begin(self) -> None:
+        """Make the run's folder, or take it over, and start the trackers; what goes wrong leaves no new folder behind.
+
+        A process that meets a bad image after this finds the folder complete, and removes it.
+        """
+        recipe, error = self.recipe, None
+        try:
+            if self.accelerator.is_main_process:
+                self.lock = self.lock or lock(self.run)
+                if self.last is None and checkpoint.step_folders(self.run):
+                    self.new = False
+                    raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
+                write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
+                self.log = Log(self.run / "log.jsonl", self.step)
+                self.scores = Log(self.run / "scores.jsonl", self.step) if recipe.score.every else None
+                checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+            self.trackers = Trackers(self.accelerator, recipe, self.step)
+        except OSError as fault:
+            reason = fault.strerror or fault
+            error = InputError(f"run.out={str(self.run)!r} cannot be written: {reason}; choose another place")
+        except InputError as fault:
+            error = fault
+        if error is not None and self.new and self.lock is not None:
+            shutil.rmtree(self.run, ignore_errors=True)
+        sharding.raise_together(error)
+
     def _fetch(self, signals: StopSignals) -> list[dict[str, torch.Tensor]] | None:
         """The micro-batches of a step, or None where a signal asks to stop. Raises in every process where one must."""
         batches, fault = [], None
@@ -223,8 +250,13 @@ class _Trainer:
             fault = self._count_bad(found) or fault
             faults += fault is not None
         if faults:
-            # Before the first checkpoint a restart repeats those steps, so nothing is lost.
-            if self.accelerator.is_main_process and self.new and not checkpoint.step_folders(self.run):
+            if self.step and self.last != checkpoint.folder_of(self.run, self.step):
+                try:
+                    self._save()  # what was trained until here is good
+                except InputError as error:
+                    if self.accelerator.is_main_process:
+                        tqdm.write(f"warning: {error}", file=sys.stderr)
+            elif self.new and not self.step and self.accelerator.is_main_process:
                 shutil.rmtree(self.run, ignore_errors=True)
             raise fault or SystemExit(2)  # another process says why
         return None if stop else batches
@@ -263,10 +295,9 @@ class _Trainer:
         loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
         (failed,) = agree(accelerator, not (math.isfinite(loss) and math.isfinite(grad_norm)))
         self.skipped, self.skipped_in_a_row = self.skipped + (failed > 0), (self.skipped_in_a_row + 1) * (failed > 0)
-        # A gradient scaler takes a step itself where a gradient is not finite: it leaves the weights and adapts.
-        if not failed or (accelerator.scaler is not None and not math.isfinite(grad_norm)):
+        if not failed:
             self.optimizer.step()
-        elif accelerator.scaler is not None:
+        elif accelerator.scaler is not None:  # which knows of infinities since the clipping, and adapts
             accelerator.scaler.update()
         ratio = 0.0 if failed else self._update_ratio() if reports else None
         self.optimizer.zero_grad()
@@ -334,7 +365,7 @@ class _Trainer:
         self.means.reset()
         if accelerator.is_main_process:
             self.log.write(row)
-        accelerator.log(for_trackers(row), step=self.step)
+        self.trackers.log(row, self.step)
         return row
 
     def _sample(self, count: int, block: int) -> tuple[torch.Tensor, list[int]]:
@@ -380,7 +411,7 @@ class _Trainer:
             self.scores.write(
                 {"step": self.step, **values, "num": len(images), "sampling": self.preview.describe(self.bare)}
             )
-            self.accelerator.log({f"score/{name}": value for name, value in values.items()}, step=self.step)
+            self.trackers.log({f"score/{name}": value for name, value in values.items()}, self.step)
 
     def _keep(self, write: Callable[[], None]) -> None:
         """Write what the run keeps; by option, a full disk is a warning."""
@@ -424,7 +455,11 @@ class _Trainer:
         )
         if self.accelerator.is_main_process:
             keep = self.recipe.checkpoint
-            checkpoint.prune(self.run, self.step, keep.keep_last, keep.keep_every)
+            try:
+                checkpoint.prune(self.run, self.step, keep.keep_last, keep.keep_every)
+            except OSError as error:
+                reason = error.strerror or error
+                tqdm.write(f"warning: older checkpoints stay, they cannot be removed: {reason}", file=sys.stderr)
         self.accelerator.wait_for_everyone()
 
     def _load_trainer_state(self, folder: Path, samples: TrainingSamples) -> None:

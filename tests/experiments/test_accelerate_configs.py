@@ -88,12 +88,30 @@ if [ "$1" = show ]; then printf 'node1\\nnode2\\n'; else echo "$@" saved* > told
 """
 
 
+# As slurm's: told to end, it kills its task.
+SRUN = """#!/bin/bash
+shift
+SLURM_NODEID=1 "$@" &
+task=$!
+echo $task > task
+trap 'kill -KILL $task' TERM HUP
+wait $task
+status=$?
+while kill -0 $task 2>/dev/null; do
+    wait $task
+    status=$?
+done
+exit $status
+"""
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """Starts slurm.sh in a folder with stand-ins for slurm's commands and Accelerate's."""
     tools = {
         "scontrol": SCONTROL,
-        "srun": '#!/bin/sh\nshift; SLURM_NODEID=1 exec "$@"\n',
+        "srun": SRUN,
+        "scancel": '#!/bin/sh\n[ "$*" = "--signal=TERM 120034.0" ] && kill -TERM "$(cat task)"\n',
         "accelerate": LAUNCHER,
     }
     for name, text in tools.items():

@@ -90,6 +90,17 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_run_goes_on(recipe_file
     assert [row["step"] for row in log_rows(tmp_path / "run")] == list(range(1, 101))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_took_the_terminal_with_it_saves_too(recipe_file, tmp_path, number):
+    path = recipe_file(train={"max_steps": 3000}, checkpoint={"every": 3000})
+    process = subprocess.Popen([sys.executable, "train_sit.py", str(path)], stderr=subprocess.PIPE)
+    wait_for_step(process, 5)
+    process.stderr.close()  # as `tee` ends by the same Ctrl-C
+    process.send_signal(number)
+    assert process.wait(timeout=100) == 0
+    assert len(checkpoint.step_folders(tmp_path / "run")) == 1
+
+
 def test_a_signal_before_the_first_step_of_a_start_writes_nothing_twice(recipe_file, monkeypatch):
     last = run_recipe(recipe_file(), "train.max_steps=4")
     monkeypatch.setattr(StopSignals, "__enter__", lambda self: setattr(self, "received", "SIGTERM") or self)
@@ -182,7 +193,7 @@ def test_too_many_bad_images_stop_the_run_and_keep_its_checkpoint(image_recipe, 
     at_step(monkeypatch, 5, lambda: [file.unlink() for file in files[:3]])
     with pytest.raises(InputError, match=r"3 of 12"):
         run_recipe(write(data={**data, "max_bad_share": 0.2}, train={"max_steps": 20}))
-    assert checkpoint.newest_valid(tmp_path / "run")[0].name == "step-0000004"
+    assert checkpoint.newest_valid(tmp_path / "run")[0].name == "step-0000007"  # where it stopped
 
 
 def test_too_many_bad_images_from_the_start_leave_nothing_behind(image_recipe, tmp_path):

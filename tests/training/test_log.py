@@ -39,6 +39,14 @@ def test_a_restart_drops_the_lines_past_its_step_and_the_cut_one(tmp_path):
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
 
 
+def test_lines_that_are_no_reports_are_left_out_with_a_warning(tmp_path, capsys):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1}\n\0\0\0\ngarbage \xff\n[1]\n{"loss": 2}\n{"step": "x"}\n{"step": 2}\n')
+    Log(file, 9)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert "5 lines that are no reports are left out" in capsys.readouterr().err
+
+
 def test_lines_that_the_disk_did_not_take_are_written_later(tmp_path, monkeypatch, capsys):
     file = tmp_path / "log.jsonl"
     lines = Log(file, 0)
@@ -89,7 +97,8 @@ def test_memory_is_what_the_process_holds():
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989), ("NVIDIA H100 PCIe", "tf32", 378), ("NVIDIA A10G", "bf16", 70),
         ("NVIDIA A100-SXM4-80GB", "fp32", 19.5), ("NVIDIA L40S", "bf16", 362), ("NVIDIA L40", "bf16", 181),
-        ("NVIDIA H200", "tf32", 494), ("Some other card", "bf16", None),
+        ("NVIDIA H200", "tf32", 494), ("NVIDIA GH200 480GB", "bf16", 989), ("NVIDIA RTX A1000", "bf16", None),
+        ("Some other card", "bf16", None),
     ],
 )  # fmt: skip
 def test_peaks_are_those_of_the_card(monkeypatch, name, precision, tflops):

@@ -16,6 +16,7 @@ from PIL import Image
 from sit_atconv import SiTTransformer2DModel, checkpoint, draws
 from sit_atconv.config import Train, load_recipe
 from sit_atconv.draws import Stream
+from sit_atconv.ema import read_snapshots
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.generation import Sampling
@@ -23,6 +24,7 @@ from sit_atconv.models.cost import count_macs
 from sit_atconv.plan import Facts, build_model
 from sit_atconv.training import loop as training
 from sit_atconv.training.loop import make_optimizer, train
+from sit_atconv.training.optimizer import learning_rate
 
 
 def test_two_steps_equal_a_loop_written_out(recipe_file):
@@ -243,6 +245,117 @@ def test_a_checkpoint_before_the_first_good_step_can_be_gone_on_from(recipe_file
     run_recipe(recipe_file(), "train.max_steps=1")
     monkeypatch.undo()
     assert_same_bits(run_recipe(recipe_file()), whole)
+
+
+def test_the_run_of_skipped_steps_goes_on_over_a_restart(recipe_file, monkeypatch):
+    poison_steps(monkeypatch, set(range(2, 99)))
+    run_recipe(recipe_file(), "train.max_steps=4", "train.max_skipped=4")
+    poison_steps(monkeypatch, set(range(99)))
+    with pytest.raises(InputError, match="for 4 steps, up to step 6"):
+        run_recipe(recipe_file(), "train.max_steps=20", "train.max_skipped=4")
+
+
+def power_recipe(recipe_file):
+    path = recipe_file(ema={"kind": "power"})
+    path.write_text(path.read_text().replace("decay: 0.9", "decay: null"))
+    return path
+
+
+def test_a_power_average_counts_the_updates_and_not_the_skipped_steps(recipe_file, monkeypatch):
+    poison_steps(monkeypatch, {0})
+    last = run_recipe(power_recipe(recipe_file), "train.max_steps=2", "ema.snapshot_every=2")
+    assert {snapshot.updates for snapshot in read_snapshots(last.parent)} == {1}
+    assert all(torch.equal(value, weights(last)[name]) for name, value in weights(last, "model").items())
+
+
+def test_every_average_goes_on_from_its_own(recipe_file, tmp_path):
+    path = power_recipe(recipe_file)
+    whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
+    run_recipe(path, "train.max_steps=5")
+    parts = run_recipe(path)
+    for name in ("ema", "ema-0.100"):
+        expected = weights(whole, name)
+        assert all(torch.equal(value, expected[key]) for key, value in weights(parts, name).items())
+    assert any(not torch.equal(value, weights(whole)[key]) for key, value in weights(whole, "ema-0.100").items())
+
+
+def test_means_go_on_over_a_restart(recipe_file, tmp_path, monkeypatch):
+    path = recipe_file(run={"log_every": 8}, checkpoint={"every": 3})
+    whole = log_rows(run_recipe(path, f"run.out={tmp_path / 'whole'}").parent)
+    optimize = training._Trainer._optimize
+
+    def stop(self, *arguments):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return optimize(self, *arguments)
+
+    monkeypatch.setattr(training._Trainer, "_optimize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(path)
+    monkeypatch.undo()
+    parts = log_rows(run_recipe(path).parent)
+    assert [row["step"] for row in parts] == [8]
+    assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
+    assert parts[0]["loss_by_time"] == pytest.approx(whole[0]["loss_by_time"], rel=1e-6)
+
+
+def test_checkpoints_of_keep_every_stay(recipe_file):
+    last = run_recipe(recipe_file(checkpoint={"every": 2, "keep_last": 1, "keep_every": 4}), "train.max_steps=10")
+    assert [checkpoint.step_of(folder) for folder in checkpoint.step_folders(last.parent)] == [4, 8, 10]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from sit_atconv.training.folder import lock
+held = lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_folder_that_another_process_has_is_left_alone(recipe_file, tmp_path, begun):
+    run = tmp_path / "run"
+    if begun:
+        run_recipe(recipe_file(), "train.max_steps=4")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(InputError, match="is in use by another process; end that one"):
+        run_recipe(recipe_file())
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    holder.kill()
+    holder.communicate()
+    assert run_recipe(recipe_file()).name == "step-0000008"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(recipe_file, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"run.out='.*file/run' cannot be written: Not a directory"):
+        run_recipe(recipe_file(), f"run.out={tmp_path / 'file' / 'run'}")
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1\n", b"\xff\xfe", b"a: ["])
+def test_a_damaged_recipe_in_the_folder_is_named(recipe_file, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"its recipe\.yaml is damaged"):
+        run_recipe(recipe_file())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_decaying_learning_rate_ends_where_it_was_to_end(recipe_file, schedule):
+    path = recipe_file(train={"lr_schedule": schedule})
+    last = run_recipe(path)
+    rates = [learning_rate(step, load_recipe(path).train) for step in range(8)]
+    assert [row["lr"] for row in log_rows(last.parent)] == pytest.approx(rates)
+    assert rates[-1] < rates[0] / 5
+    with pytest.raises(InputError, match=r"another recipe \(train\.max_steps: 8 -> 9\)"):
+        run_recipe(path, "train.max_steps=9")
+    assert run_recipe(path) == last
 
 
 def test_training_stops_after_a_run_of_them_and_keeps_the_last_good_checkpoint(recipe_file, tmp_path, monkeypatch):

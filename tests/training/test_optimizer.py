@@ -37,3 +37,10 @@ def test_the_size_of_a_step_is_that_of_the_change_in_the_weights(decay):
         change = sum((new - old).square().sum() for new, old in zip(model.parameters(), before, strict=True))
         weights = sum(old.square().sum() for old in before)
         torch.testing.assert_close(step_and_weight_squares(optimizer), torch.stack([change, weights]).detach())
+
+
+def test_adamw_has_the_recipes_settings():
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), Train(lr=0.5, betas=[0.8, 0.95], weight_decay=0.1))
+    assert [(group["lr"], group["betas"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.5, (0.8, 0.95), 0.1), (0.5, (0.8, 0.95), 0.0),
+    ]  # fmt: skip

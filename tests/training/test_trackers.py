@@ -3,8 +3,11 @@
 import json
 
 import pytest
-from conftest import log_rows, run_recipe
+from accelerate import Accelerator
+from conftest import assert_same_bits, log_rows, run_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sit_atconv.errors import InputError
 
 
 def scalars(run, tag: str) -> dict[int, float]:
@@ -38,3 +41,35 @@ def test_wandb_goes_on_with_its_run(recipe_file, tmp_path, monkeypatch):
     assert all(folder.name.endswith(f"-{run_id}") for folder in folders)
     for folder in folders:
         assert (folder / f"run-{run_id}.wandb").stat().st_size > 0
+
+
+def test_a_tracker_that_does_not_start_is_one_line_and_leaves_nothing(recipe_file, tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("no key")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(InputError, match=r"run.trackers=\['tensorboard'\]: RuntimeError: no key; mend it"):
+        run_recipe(recipe_file(), "run.trackers=[tensorboard]")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    last = run_recipe(recipe_file(), "train.max_steps=4")
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(InputError, match="no key"):
+        run_recipe(recipe_file(), "run.trackers=[tensorboard]")
+    assert last.is_dir()
+
+
+def test_a_tracker_that_fails_later_costs_one_warning(recipe_file, tmp_path, monkeypatch, capsys):
+    whole = run_recipe(recipe_file(), f"run.out={tmp_path / 'whole'}")
+    log = Accelerator.log
+
+    def fail(self, values, step, **options):
+        if step >= 3:
+            raise OSError("lost")
+        log(self, values, step, **options)
+
+    monkeypatch.setattr(Accelerator, "log", fail)
+    last = run_recipe(recipe_file(), "run.trackers=[tensorboard]")
+    assert capsys.readouterr().err.count("warning: a tracker failed at step 3: OSError: lost") == 1
+    assert_same_bits(whole, last)
+    assert set(scalars(last.parent, "loss")) == {1, 2}
