@@ -1,14 +1,18 @@
-"""python -m eval score SAMPLES --ref REFERENCE."""
+"""python -m eval extract | build-ref | score | verify | table | report: from images to features, scores and pages."""
 
-from eval import score
+from eval import extract, refs, report, score, table, verify
 from sit_atconv.errors import ArgumentParser, command
+
+COMMANDS = {"extract": extract, "score": score, "build-ref": refs, "verify": verify, "table": table, "report": report}
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m eval", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="score")
-    score.add_arguments(commands.add_parser("score", description=score.__doc__, help=score.__doc__))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.partition("\n\n")[0]
+        module.add_arguments(commands.add_parser(name, description=module.__doc__, help=summary))
     args = parser.parse_args(argv)
     args.run(args)
 

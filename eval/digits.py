@@ -9,7 +9,7 @@ from torch import nn
 from sit_atconv.data.digits import Digits
 from sit_atconv.images import to_uint8
 
-PROTOCOL = "digits-classifier-1"
+PROTOCOL = "digits-classifier-2"
 EPOCHS, BATCH, LR = 30, 64, 2e-3
 
 

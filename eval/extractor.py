@@ -1,16 +1,168 @@
-"""Inception features as ADM's protocol takes them, through torch-fidelity."""
+"""From uint8 images to features: one call for Inception, DINOv2, the digits' classifier, or a module of one's own."""
 
+import hashlib
+import importlib
+import inspect
 import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import timm
 import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg, split_model_name_tag
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from tqdm import tqdm
 
-from sit_atconv.errors import InputError
+from eval import digits
+from sit_atconv.devices import resolve_device
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.files import sha256
 
-PROTOCOL = "inception-2015-12-05-pool3"
+INCEPTION_PROTOCOL = "adm-inception-1"
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+DINOV2_SIZE = 224
+LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
+Streams = dict[str, torch.Tensor]
+
+
+class Extractor:
+    """Features of images, as streams of vectors: {"pool": (B, D), ...}.
+
+    name: short, also of its folder. protocol: what two scores must share to be compared. streams: the dimension of
+    each stream by its name; of a module of one's own they are known after its first images. image_shape: (C, H, W)
+    where only images of that shape are taken. module: uint8 (B, C, H, W) -> the streams, or the pool alone. about: what
+    else `describe` records.
+
+    Runs in eval mode and fp32, without autocast or TF32 (cuDNN's, and that of matrix products), whatever was set, which
+    is as it was afterwards; cuDNN takes deterministic algorithms. So equal batches give equal bits on one machine.
+    The size of a batch changes features by float rounding alone: about 1e-6 of their scale.
+    """
+
+    def __init__(
+        self, name: str, protocol: str, module: nn.Module, streams: dict[str, int], device: torch.device,
+        image_shape: tuple[int, int, int] | None = None, **about: Any,
+    ):  # fmt: skip
+        self.name, self.protocol, self.streams, self.device = name, protocol, streams, device
+        self.image_shape = image_shape
+        self._module = module.eval().requires_grad_(False).to(device)
+        self._about = about
+
+    def describe(self) -> dict[str, Any]:
+        """What features depend on: name, protocol, digest of the weights, dtype, TF32, what becomes of the pixels."""
+        return {"name": self.name, "protocol": self.protocol, "dtype": "float32", "tf32": False, **self._about}
+
+    def check_images(self, name: str, image_shape: tuple[int, int, int]) -> None:
+        """Raise InputError where images of `image_shape` (C, H, W) are not for this extractor. name: of the images."""
+        if self.image_shape not in (None, tuple(image_shape)):
+            raise InputError(
+                f"{name} are {tuple(image_shape)}, {self.name} takes {self.image_shape}; choose another extractor"
+            )
+
+    def __call__(self, pixels: torch.Tensor) -> Streams:
+        """fp32 streams (B, D), on the CPU, of uint8 images (B, C, H, W). Raises InputError for features not finite."""
+        return self.fetch(self.launch(pixels))
+
+    def launch(self, pixels: torch.Tensor) -> Streams:
+        """As a call, but on the device, where the work may go on after the return; `fetch` ends it."""
+        with torch.no_grad(), _true_fp32(self.device):
+            out = self._module(pixels.to(self.device, non_blocking=True))
+        return out if isinstance(out, dict) else {"pool": out}
+
+    def fetch(self, streams: Streams) -> Streams:
+        """The streams on the CPU, checked."""
+        fetched = {name: self._check(name, values) for name, values in streams.items()}
+        dimensions = {name: values.shape[1] for name, values in fetched.items()}
+        if self.streams and self.streams != dimensions:
+            raise InputError(f"extractor {self.name} gave {dimensions}, after {self.streams}; one of both")
+        self.streams = dimensions
+        return fetched
+
+    def _check(self, name: str, values) -> torch.Tensor:
+        if not (isinstance(values, torch.Tensor) and values.is_floating_point() and values.ndim == 2):
+            found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values)
+            raise InputError(f"extractor {self.name}: stream {name!r} is {found}; a float tensor (B, D) is needed")
+        values = values.float().cpu()
+        if not values.isfinite().all():
+            raise InputError(
+                f"extractor {self.name}: features {name!r} are not finite; check its weights", every_rank=True
+            )
+        return values
+
+
+@contextmanager
+def _true_fp32(device: torch.device) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def load_extractor(spec: str, weights: str | None = None, device: str | torch.device | None = None) -> Extractor:
+    """The extractor that `spec` names.
+
+    spec: "inception"; "digits"; "dinov2", or "dinov2:NAME" with a ViT of timm by name or "local-dir:FOLDER", as timm's
+    `save_for_hf` writes it; or "package.module:callable", which gives an nn.Module of one's own for uint8 (B, C, H, W)
+    -> (B, D) or a dict of such. That code is run as it is.
+    weights: the file of Inception's (default: torch's hub cache). device: default CUDA where there is one (the one of
+    this process's local rank), but the CPU for the digits.
+    Raises InputError for what is not there or does not fit.
+    """
+    kind, _, rest = spec.partition(":")
+    known = ("inception", "digits", "dinov2")
+    if weights is not None and spec != "inception":
+        raise InputError(f"--weights belongs to Inception, and the extractor is {spec!r}; leave it out")
+    if kind in known or not ("." in kind or rest):
+        check_choice('extractor (or "package.module:callable")', kind, known)
+        if rest and kind != "dinov2":
+            raise InputError(f"extractor={spec!r}: {kind} takes no {rest!r}; leave it out")
+    where = device if isinstance(device, torch.device) else resolve_device(device or default_device(spec))
+    if kind == "inception":
+        return _inception(inception_weights(weights), where)
+    if kind == "digits":
+        return _digits(where)
+    return _dinov2(rest or DINOV2, where) if kind == "dinov2" else _own(spec, where)
+
+
+def default_device(spec: str) -> str:
+    """Where an extractor runs unless told: CUDA where there is one, the digits' small classifier on the CPU."""
+    if spec == "digits" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+class _Inception(nn.Module):
+    """torch-fidelity's Inception; pool, logits without bias and the map behind sFID in one pass.
+
+    ADM's sFID takes `mixed_6/conv:0` of the TensorFlow graph: the 1x1 branch of Mixed_6d after its ReLU, channels 0 to
+    6 at 17 x 17, flattened as TensorFlow keeps it, NHWC.
+    """
+
+    def __init__(self, model: FeatureExtractorInceptionV3):
+        super().__init__()
+        self.model, self._spatial = model, None
+        model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs, output: torch.Tensor) -> None:
+        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, pixels: torch.Tensor) -> Streams:
+        pool, logits = self.model(pixels.expand(-1, 3, -1, -1))
+        return {"pool": pool, "logits": logits, "spatial": self._spatial}
 
 
 def inception_weights(path: str | None) -> Path:
@@ -19,32 +171,165 @@ def inception_weights(path: str | None) -> Path:
     weights = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     if not weights.is_file():
         raise InputError(
-            f"Inception weights {str(weights)!r} are not there; download {URL_INCEPTION_V3} and give it with --weights"
+            f"Inception weights {str(weights)!r} are not there; download {URL_INCEPTION_V3} to that place, or give the "
+            "file with --weights"
         )
     return weights
 
 
-def load_inception(weights: Path, device: torch.device) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's Inception with these weights, fp32. Raises InputError for a file that is not its state dict."""
+def load_inception(weights: Path) -> FeatureExtractorInceptionV3:
+    """torch-fidelity's Inception with these weights. Raises InputError for a file that is not its state dict."""
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
         # torch-fidelity would unpickle the file without restraint; it gets tensors that were read safely instead.
         safe = io.BytesIO()
-        torch.save(state, safe)
+        torch.save(torch.load(weights, map_location="cpu", weights_only=True), safe)
         safe.seek(0)
-        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
-    except Exception as error:
+        with torch.random.fork_rng(devices=[]):
+            return FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
+            )
+    except Exception as error:  # bytes of any kind: the restricted unpickler fails in every way there is
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"Inception weights {str(weights)!r} cannot be read: {reason}") from None
-    return model.to(device)
 
 
-@torch.no_grad()
-def extract(model: FeatureExtractorInceptionV3, pixels: torch.Tensor, batch_size: int = 64) -> np.ndarray:
-    """Pool features (N, 2048) of uint8 images (N, C, H, W), in true fp32; grey ones are repeated to three channels."""
-    device = next(model.buffers()).device
-    features = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for part in tqdm(pixels.split(batch_size), desc="features", unit="batch"):
-            features.append(model(part.expand(-1, 3, -1, -1).to(device))[0].cpu().numpy())
-    return np.concatenate(features)
+def _inception(weights: Path, device: torch.device) -> Extractor:
+    streams = {"pool": 2048, "logits": 1008, "spatial": 2023}
+    return Extractor(
+        "inception", INCEPTION_PROTOCOL, _Inception(load_inception(weights)), streams, device,
+        weights_sha256=sha256(weights),
+        input="grey repeated to RGB; bilinear to 299 px as TensorFlow 1 does it; (x - 128) / 128",
+    )  # fmt: skip
+
+
+class _Digits(nn.Module):
+    def __init__(self, classifier: digits.DigitsClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pixels: torch.Tensor) -> Streams:
+        pool, logits = self.classifier(pixels)
+        return {"pool": pool, "logits": logits}
+
+
+def _digits(device: torch.device) -> Extractor:
+    classifier, accuracy = digits.train_classifier()
+    return Extractor(
+        "digits", digits.PROTOCOL, _Digits(classifier), {"pool": 64, "logits": 10}, device, (1, 8, 8),
+        weights_sha256=state_digest(classifier), input="x / 255", heldout_accuracy=accuracy,
+    )  # fmt: skip
+
+
+class _ClassToken(nn.Module):
+    """A ViT's class token after the final norm. Pixels are resized (bicubic, antialiased), clamped, standardised."""
+
+    def __init__(self, vit: VisionTransformer):
+        super().__init__()
+        self.vit = vit
+        self.register_buffer("mean", 255 * torch.tensor(vit.pretrained_cfg["mean"]).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(vit.pretrained_cfg["std"]).view(3, 1, 1))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        size = (DINOV2_SIZE, DINOV2_SIZE)
+        images = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
+        return self.vit.forward_features((images.expand(-1, 3, -1, -1) - self.mean) / self.std)[:, 0]
+
+
+def _dinov2(name: str, device: torch.device) -> Extractor:
+    vit, file = _load_vit(name)
+    made = vit.pretrained_cfg
+    full = ".".join(part for part in (made["architecture"], made.get("tag")) if part)
+    mean, std = (", ".join(f"{value:g}" for value in made[key]) for key in ("mean", "std"))
+    return Extractor(
+        f"dinov2-{full}", f"dinov2-{full}-1", _ClassToken(vit), {"pool": vit.embed_dim}, device,
+        weights_sha256=sha256(file),
+        input=f"bicubic, antialiased, to {DINOV2_SIZE} px, clamped; grey repeated to RGB; mean {mean}; std {std}",
+    )  # fmt: skip
+
+
+def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
+    """A ViT of timm, and the safetensors file of its weights, the only kind that is read."""
+    where, options = f"extractor 'dinov2:{name}'", {}
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL))
+        for part in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
+            if not (folder / part).is_file():
+                raise InputError(
+                    f"{where}: {str(folder)!r} holds no {part}; give a folder with the {CONFIG} and {WEIGHTS} of a "
+                    "timm model"
+                )
+        file = folder / WEIGHTS
+    else:
+        file = _fetch(where, name)
+        options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
+    try:
+        # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
+        with torch.random.fork_rng(devices=[]):
+            vit = timm.create_model(name, pretrained=True, dynamic_img_size=True, **options)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise InputError(f"{where} cannot be loaded as a ViT of timm: {_first_line(error)}") from None
+    whole = isinstance(vit, VisionTransformer) and vit.patch_embed.proj.weight.shape[1] == 3
+    if not whole or not vit.has_class_token or isinstance(vit.norm, nn.Identity):
+        raise InputError(f"{where} is no ViT of RGB images with a normed class token; choose such as {DINOV2}")
+    if any(DINOV2_SIZE % side for side in vit.patch_embed.patch_size):
+        raise InputError(f"{where}: its patches of {vit.patch_embed.patch_size} do not tile {DINOV2_SIZE} px")
+    vit.reset_classifier(0)
+    return vit, file
+
+
+def _fetch(where: str, name: str) -> Path:
+    """The safetensors file of a model that timm knows by name, from the Hugging Face cache or the hub."""
+    architecture, _ = split_model_name_tag(name)
+    check_choice(f"extractor dinov2 (or dinov2:{LOCAL}FOLDER)", architecture, timm.list_models())
+    try:
+        source = get_pretrained_cfg(name).hf_hub_id
+    except RuntimeError as error:
+        raise InputError(f"{where}: {error}") from None
+    if not source:
+        raise InputError(f"{where}: timm has no weights of it on the Hugging Face hub; choose another")
+    try:
+        return Path(hf_hub_download(source, WEIGHTS))
+    except (OSError, EntryNotFoundError) as error:
+        raise InputError(
+            f"{where}: {WEIGHTS} of it is not in the Hugging Face cache and cannot be had ({type(error).__name__}); "
+            f"download {CONFIG} and {WEIGHTS} from https://huggingface.co/{source} into a folder, and give "
+            f"dinov2:{LOCAL}FOLDER"
+        ) from None
+
+
+def _own(spec: str, device: torch.device) -> Extractor:
+    """A module of the user's own."""
+    where = f"extractor={spec!r}"
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", spec):
+        raise InputError(f"{where}: give package.module:callable")
+    name, _, attribute = spec.partition(":")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{where} cannot be imported: {_first_line(error)}; is its folder on PYTHONPATH?") from None
+    make: Callable[[], nn.Module] | None = getattr(module, attribute, None)
+    if not callable(make):
+        raise InputError(f"{where}: {name} has no callable {attribute!r}")
+    network = make()
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{where} gave a {type(network).__name__}; an nn.Module is needed")
+    file = inspect.getsourcefile(module)
+    source = sha256(Path(file)) if file else None
+    return Extractor(
+        spec.replace(":", "-"), f"module-{spec}", network, {}, device,
+        weights_sha256=state_digest(network), source_sha256=source, input="uint8, as the module takes it",
+        dtype=", ".join(sorted({str(t.dtype)[6:] for t in network.state_dict().values() if t.is_floating_point()})),
+    )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,36 +1,45 @@
 """The Fréchet distance between two Gaussians."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
-import scipy.linalg
+
+from eval.moments import Moments, moments
+
+__all__ = ["Moments", "frechet_distance", "frechet_distances", "moments"]
 
 
-class Moments(NamedTuple):
-    """Mean (D,) and unbiased covariance (D, D) of features, float64."""
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), of means (D,) and covariances (D, D) (Dowson and Landau 1982).
 
-    mu: np.ndarray
-    sigma: np.ndarray
+    The trace of the root is taken from the eigenvalues of the symmetric A S1 A with A = S2^(1/2), clipped at zero, in
+    float64: no complex numbers and no epsilon, also for singular covariances.
 
-
-def moments(features: np.ndarray) -> Moments:
-    """Moments of features (N, D). Raises ValueError for fewer than two rows or non-finite numbers."""
-    features = np.asarray(features, dtype=np.float64)
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} images have no covariance; give at least two")
-    if not np.isfinite(features).all():
-        raise ValueError("features are not finite; check the images and the extractor's weights")
-    return Moments(features.mean(0), np.cov(features, rowvar=False, ddof=1))
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
-
-    The trace of the root is taken from the eigenvalues of the symmetric A S_b A with A = S_a^(1/2), clipped at zero:
-    no complex numbers and no epsilon, also for singular covariances.
+    Raises ValueError for shapes that do not go together and for numbers that are not finite.
     """
-    values, vectors = scipy.linalg.eigh(a.sigma)
+    return frechet_distances([Moments(mu1, sigma1)], Moments(mu2, sigma2))[0]
+
+
+def frechet_distances(samples: Iterable[Moments], reference: Moments) -> list[float]:
+    """`frechet_distance` of each of several to one reference, whose root is taken once."""
+    reference = _checked(reference, len(reference.mu))
+    values, vectors = np.linalg.eigh(reference.sigma)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    product = scipy.linalg.eigvalsh(root @ b.sigma @ root)
-    difference = a.mu - b.mu
-    return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * np.sqrt(product.clip(0)).sum())
+    result = []
+    for given in samples:
+        mu, sigma = _checked(given, len(reference.mu))
+        product = root @ sigma @ root
+        # Rounding leaves the product unsymmetric by an ulp, and LAPACK reads one triangle.
+        trace = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+        difference = mu - reference.mu
+        result.append(float(difference @ difference + np.trace(sigma) + np.trace(reference.sigma) - 2 * trace))
+    return result
+
+
+def _checked(given: Moments, dim: int) -> Moments:
+    mu, sigma = (np.asarray(part, np.float64) for part in given)
+    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} do not go with {dim} features")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("mu or sigma is not finite; take the statistics again")
+    return Moments(mu, sigma)

@@ -1,20 +1,324 @@
-"""References to score against."""
+"""References to score against: statistics of others, our own, and images; `build-ref` makes our own of images."""
 
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from eval.frechet import Moments
-from eval.sources import UNREADABLE
-from sit_atconv.errors import InputError
+from eval.extract import BATCH, add_extractor_arguments, default_folder, features_of, leave
+from eval.extractor import Extractor, load_extractor
+from eval.features import INDEX, Features, is_features
+from eval.moments import GroupSums, Moments
+from eval.sources import UNREADABLE, from_arrays, open_source
+from sit_atconv.data.digits import Digits
+from sit_atconv.errors import InputError, speaks
+from sit_atconv.files import check_new, library_versions, new_path, sha256, shown
+from sit_atconv.images import to_uint8
+
+FORMAT_VERSION = 1
+ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of a stream, as ADM's evaluator names them
+KEPT = 10_000  # images whose features are kept for precision, recall and KID: as many as ADM's reference has
+SYMMETRY = 1e-5  # of the largest covariance: what fp32 statistics may be off by
 
 
-def read_moments(path: Path) -> Moments | None:
-    """`mu` and `sigma` of an npz file such as ADM's, or None when it holds images instead. Raises InputError."""
+@dataclass
+class Reference:
+    """What samples are compared with.
+
+    n: images behind the moments, None where the file does not say. sha256: of the file; of images, that of their
+    pixels; of a features folder, that of features.json. image_shape: (C, H, W), or None. moments: of pool and spatial,
+    of all n images. features: pool (M, D) fp32 of up to 10,000 images evenly over the indices (of an ADM file, of its
+    arr_0), or None. labels: of the n images, or None. extractor: what the features came from, None where the file does
+    not say.
+    """
+
+    name: str
+    n: int | None
+    sha256: str
+    image_shape: tuple[int, int, int] | None
+    moments: dict[str, Moments]
+    features: dict[str, np.ndarray] | None
+    labels: np.ndarray | None
+    extractor: dict[str, Any] | None
+
+    def check_samples(self, image_shape: Sequence[int]) -> None:
+        """Raise InputError for samples of another resolution; image_shape is (C, H, W)."""
+        if self.image_shape is not None:
+            _check_shape(self.name, self.image_shape, image_shape)
+
+    def need(self, stream: str, metric: str) -> Moments:
+        """Moments of a stream. Raises InputError where they are not there; metric: what wants them."""
+        if stream not in self.moments:
+            names = " and ".join(ARRAYS.get(stream, (stream,)))
+            raise InputError(f"{metric}: reference {self.name!r} has no {names}; leave {metric} out, or give another")
+        return self.moments[stream]
+
+    def need_features(self, stream: str, metric: str) -> np.ndarray:
+        """Features (M, D) of a stream. Raises InputError where they are not there; metric: what wants them."""
+        if self.features is None or stream not in self.features:
+            raise InputError(
+                f"{metric}: reference {self.name!r} has neither images nor their features; leave {metric} out, or give "
+                "another"
+            )
+        return self.features[stream]
+
+    def describe(self) -> dict[str, Any]:
+        """What a result records."""
+        return {
+            "name": self.name,
+            "n": self.n,
+            "sha256": self.sha256,
+            "image_shape": self.image_shape and list(self.image_shape),
+            "kept": None if self.features is None else len(next(iter(self.features.values()))),
+            "extractor": self.extractor,
+        }
+
+
+def read_reference(
+    spec: str, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False, samples: Sequence[int] | None = None
+) -> Reference:
+    """The reference that `spec` names, in an extractor's features.
+
+    spec: "digits" (the train split); an npz with mu and sigma, perhaps mu_s and sigma_s, and perhaps images arr_0, as
+    ADM's, or of `build-ref`; an npz or folder of images; a folder of features. Images that are not in memory are
+    extracted to the folder of `features_of`. samples: (C, H, W) of what is to be compared, checked before that.
+    Raises InputError for what is not there, is damaged, or does not go with the extractor or the samples.
+    """
+    path = Path(spec)
+    if spec == "digits":
+        return _digits(extractor, batch)
+    if not path.exists():
+        raise InputError(f'reference {spec!r}: no such file or folder; give one, or "digits"')
+    name = shown(path)
+    if is_features(path):
+        return _of_features(name, Features(path), extractor, sha256(path / INDEX), samples)
+    statistics = _read_statistics(path) if path.is_file() else None
+    if statistics is not None:
+        return _of_statistics(path, statistics, extractor, batch, samples)
+    source = open_source(path, allow_lossy)
+    _check_shape(name, source.image_shape, samples)
+    features = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name))
+    return _of_features(name, features, extractor, source.digest(), samples)
+
+
+def _digits(extractor: Extractor, batch: int) -> Reference:
+    digits = Digits("train")
+    source = from_arrays(to_uint8(digits.images), digits.labels, "reference 'digits'")
+    extractor.check_images(source.name, source.image_shape)
+    parts = [extractor(pixels) for pixels in source.batches(size=batch)]
+    features = {name: np.concatenate([part[name].numpy() for part in parts]) for name in extractor.streams}
+    moments = {name: _sums(len(rows[0]), [rows]).moments() for name, rows in features.items() if name in ARRAYS}
+    kept = {name: rows[spread(source.n)] for name, rows in features.items() if name == "pool"}
+    return Reference(
+        "digits train split", source.n, source.digest(), source.image_shape, moments, kept, source.labels,
+        extractor.describe(),
+    )  # fmt: skip
+
+
+def _of_features(
+    name: str, features: Features, extractor: Extractor, digest: str, samples: Sequence[int] | None
+) -> Reference:
+    _check_extractor(name, features.info["extractor"], extractor)
+    _check_shape(name, features.image_shape, samples)
+    rows = spread(features.n)
+    return Reference(
+        name, features.n, digest, features.image_shape,
+        {stream: stream_moments(features, stream) for stream in features.streams if stream in ARRAYS},
+        {stream: features.load(stream, rows) for stream in features.streams if stream == "pool"},
+        features.labels, features.info["extractor"],
+    )  # fmt: skip
+
+
+def stream_moments(features: Features, stream: str) -> Moments:
+    """Moments of one stream of all images."""
+    return _sums(features.streams[stream], (rows for _, rows in features.batches(stream))).moments()
+
+
+def _sums(dim: int, parts) -> GroupSums:
+    sums = GroupSums(dim, 1)
+    for rows in parts:
+        sums.update(rows, np.zeros(len(rows), np.int64))
+    return sums
+
+
+def spread(n: int, kept: int = KEPT) -> np.ndarray:
+    """Indices of up to `kept` of n images, evenly over all: floor(i n / kept)."""
+    kept = min(n, kept)
+    return np.arange(kept) * n // kept
+
+
+def _read_statistics(path: Path) -> dict[str, np.ndarray | None] | None:
+    """The arrays of an npz with mu, of which arr_0 is not read (None); None for an npz without mu."""
+    wanted = ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if "mu" not in arrays:
                 return None
-            return Moments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+            found = {key: arrays[key] for key in wanted if key in arrays}
+            if "arr_0" in arrays:
+                found["arr_0"] = None
     except UNREADABLE as error:
-        raise InputError(f"reference {str(path)!r} cannot be read: {error}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"reference {str(path)!r} cannot be read: {reason}; give an npz that is whole") from None
+    for keys in ARRAYS.values():
+        there = [key for key in keys if key in found]
+        if len(there) == 1:
+            raise InputError(f"reference {str(path)!r} has {there[0]} alone of {keys}; take the statistics again")
+    return found
+
+
+def _of_statistics(
+    path: Path, arrays: dict[str, np.ndarray], extractor: Extractor, batch: int, samples: Sequence[int] | None
+) -> Reference:
+    """Of an npz with mu and sigma: ADM's, whose arr_0 are images, or ours, whose features are there."""
+    name = shown(path)
+    meta = _read_meta(name, arrays["meta"]) if "meta" in arrays else {}
+    if meta:
+        _check_extractor(name, meta["extractor"], extractor)
+    moments = _moments(name, arrays, extractor)
+    shape, features = (tuple(meta["image_shape"]) if meta else None), None
+    if meta:
+        _check_shape(name, shape, samples)
+        if "pool" in arrays:
+            features = {"pool": _check_kept(name, arrays["pool"], len(moments["pool"].mu))}
+    elif "arr_0" in arrays:
+        source = open_source(path)
+        shape = source.image_shape
+        _check_shape(name, shape, samples)
+        extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name))
+        features = {"pool": extracted.load("pool", spread(extracted.n))}
+    return Reference(name, meta.get("n"), sha256(path), shape, moments, features, None, meta.get("extractor"))
+
+
+def _moments(name: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Moments]:
+    """Of the streams that the extractor gives too; of a module of one's own they may not be known yet."""
+    return {
+        stream: _check_moments(name, keys, arrays, extractor, stream)
+        for stream, keys in ARRAYS.items()
+        if keys[0] in arrays and stream in (extractor.streams or ARRAYS)
+    }
+
+
+def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extractor, stream: str) -> Moments:
+    mu, sigma = (arrays[key] for key in keys)
+    dim = extractor.streams.get(stream, mu.size)
+    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise InputError(
+            f"reference {name!r} has {keys[0]} {mu.shape} and {keys[1]} {sigma.shape}; {extractor.name}'s {stream} has "
+            f"{dim} features"
+        )
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        raise InputError(f"reference {name!r}: {keys[0]} is {mu.dtype}, {keys[1]} {sigma.dtype}; floats are needed")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"reference {name!r}: {keys[0]} or {keys[1]} is not finite; take the statistics again")
+    if np.abs(sigma - sigma.T).max() > SYMMETRY * np.abs(sigma).max() or sigma.diagonal().min() < 0:
+        raise InputError(
+            f"reference {name!r}: {keys[1]} is not symmetric, or a variance in it is negative: no covariance"
+        )
+    return Moments(mu, sigma)
+
+
+def _check_kept(name: str, pool: np.ndarray, dim: int) -> np.ndarray:
+    if pool.dtype != np.float32 or pool.ndim != 2 or pool.shape[1] != dim or not np.isfinite(pool).all():
+        raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
+    return pool
+
+
+def _read_meta(name: str, meta: np.ndarray) -> dict[str, Any]:
+    try:
+        read = json.loads(str(meta))
+        version, kinds = read["format_version"], [type(read[key]) for key in ("extractor", "n", "image_shape")]
+        if kinds != [dict, int, list] or len(read["image_shape"]) != 3:
+            raise TypeError
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"reference {name!r}: its meta is damaged; build it anew with build-ref") from None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"reference {name!r} is of format {version!r}, this version reads {FORMAT_VERSION}; build it anew"
+        )
+    return read
+
+
+def _check_extractor(name: str, stated: dict[str, Any], extractor: Extractor) -> None:
+    own = extractor.describe()
+    for key in own:
+        if stated.get(key) != own[key]:
+            raise InputError(
+                f"reference {name!r} is of features with {key} {stated.get(key)!r}, the extractor has {own[key]!r}; "
+                "build it anew, or choose its extractor"
+            )
+
+
+def _check_shape(name: str, image_shape: tuple[int, int, int], samples: Sequence[int] | None) -> None:
+    if samples is not None and image_shape[1:] != tuple(samples[1:]):
+        raise InputError(
+            f"reference {name!r} is of {_pixels(image_shape)} px images, the samples {_pixels(samples)}; compare what "
+            "has one resolution"
+        )
+
+
+def _pixels(image_shape: Sequence[int]) -> str:
+    height, width = image_shape[1:]
+    return str(height) if height == width else f"{width} x {height}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGES", help="folder or npz of images, or a folder of their features")
+    parser.add_argument("--out", required=True, metavar="REF", help="new npz file")
+    add_extractor_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the reference. Raises InputError for what `build_reference` finds."""
+    extractor = load_extractor(args.extractor, args.weights, args.device)
+    meta = build_reference(args.images, Path(args.out), extractor, args.batch, args.allow_lossy)
+    leave()
+    if speaks():
+        print(f"{args.out}: statistics of {meta['n']:,} images in {extractor.name}'s features, {meta['kept']:,} kept")
+
+
+def build_reference(
+    images: str, out: Path, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False
+) -> dict[str, Any]:
+    """Write the statistics of all images, and the pool of up to 10,000, as an npz; returns its meta.
+
+    Arrays: mu, sigma (and mu_s, sigma_s) float64, unbiased, under the names that ADM's evaluator reads; pool (M, D)
+    fp32 of images floor(i n / M); meta, a JSON string. images: a folder or npz of images, or a folder of features.
+    Every process of a distributed launch calls this; the first writes. Raises InputError.
+    """
+    check_new(out)
+    path = Path(images)
+    if is_features(path):
+        features = Features(path, verify=True)
+        _check_extractor(str(path), features.info["extractor"], extractor)
+    else:
+        features = features_of(path, extractor, batch=batch, allow_lossy=allow_lossy)
+    if "pool" not in features.streams:
+        raise InputError(f"extractor {extractor.name} gives {sorted(features.streams)}; a reference needs 'pool'")
+    rows = spread(features.n)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "n": features.n,
+        "kept": len(rows),
+        **{key: features.info[key] for key in ("image_shape", "class_histogram", "extractor", "source")},
+        "versions": library_versions("timm", "torch-fidelity"),
+    }
+    if speaks():
+        arrays = {"pool": features.load("pool", rows), "meta": np.array(json.dumps(meta))}
+        for stream in ARRAYS.keys() & features.streams.keys():
+            arrays |= zip(ARRAYS[stream], stream_moments(features, stream), strict=True)
+        with new_path(out) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, **arrays)
+    return meta
+
+
+def read_moments(path: Path) -> Moments | None:
+    """mu and sigma of an npz as they stand there, unchecked, or None where it has none. Raises InputError."""
+    found = _read_statistics(path)
+    return found and Moments(found["mu"], found["sigma"])

@@ -1,157 +1,372 @@
-"""Score a folder or npz of samples against a reference."""
+"""Score samples against a reference: numbers with error bars, and all that is needed to repeat them, as JSON."""
 
 import argparse
-import hashlib
 import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
 
-from eval import digits, extractor
-from eval.frechet import frechet_distance, moments
-from eval.refs import read_moments
-from eval.sources import Images, read_images
-from sit_atconv.data.digits import Digits
+from eval.extract import BATCH, add_extractor_arguments, default_folder, features_of, leave
+from eval.extractor import INCEPTION_PROTOCOL, Extractor, default_device, load_extractor
+from eval.features import Features, is_features
+from eval.frechet import frechet_distances
+from eval.inception_score import inception_scores
+from eval.jackknife import Estimate, jackknife
+from eval.kernel import kernel_distance
+from eval.manifold import NEAREST, manifold_scores
+from eval.moments import GROUPS, GroupSums, Moments, stratified_groups
+from eval.refs import Reference, read_moments, read_reference
+from eval.sources import Source, from_arrays, open_source
 from sit_atconv.devices import resolve_device
-from sit_atconv.errors import InputError
-from sit_atconv.files import library_versions, sha256, write_atomic
-from sit_atconv.images import to_uint8
+from sit_atconv.errors import InputError, check_choice, speaks
+from sit_atconv.files import library_versions, shown, write_atomic
+
+# What can be asked for, the stream of features that it takes, and what each kind of extractor offers.
+STREAMS = {
+    "fid": "pool", "sfid": "spatial", "fdd": "pool", "frechet_distance": "pool",
+    "is": "logits", "pr": "pool", "kid": "pool", "recognised": "logits",
+}  # fmt: skip
+FRECHET = ("fid", "sfid", "fdd", "frechet_distance")
+OFFERED = {
+    "inception": ["fid", "sfid", "is", "pr", "kid"],
+    "dinov2": ["fdd", "pr", "kid"],
+    "digits": ["frechet_distance", "is", "pr", "kid", "recognised"],
+    "module": ["frechet_distance", "is", "pr", "kid"],
+}
+# What comes of it, in the order of a result.
+NAMES = (*FRECHET, "is", *NEAREST, "kid", "recognised", "classifier_heldout_accuracy")
+FEWEST = 2 * GROUPS  # images that an error bar is told from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("samples", help="folder of images (with its manifest.json), or npz with arr_0 and arr_1")
+    parser.add_argument("samples", metavar="SRC", help="folder of samples, npz with arr_0, or folder of their features")
     parser.add_argument(
         "--ref", required=True,
-        help='npz with mu and sigma, npz or folder of images, or "digits" for the embedded digits',
+        help="npz with mu and sigma (ADM's, or of build-ref), npz or folder of images, folder of features, or digits "
+        "for the real ones in their own classifier's features",
     )  # fmt: skip
-    parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
-    parser.add_argument("--device", help="for Inception; default: cuda where there is one")
-    parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the folder, or NAME.metrics.json")
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--metrics", metavar="LIST",
+        help=f"of {', '.join(STREAMS)}, parted by commas; default: all that extractor and reference allow, but fdd",
+    )  # fmt: skip
+    add_extractor_arguments(parser)
+    parser.add_argument("--dinov2", metavar="NAME", help="the ViT for fdd beside fid, as --extractor dinov2:NAME")
+    parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the folder, or STEM.metrics.json")
+    parser.set_defaults(run=run, extractor=None)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score, write the JSON, print the scores. Raises InputError for what cannot be scored."""
-    samples = read_images(args.samples)
-    if len(samples.pixels) < 2:
-        raise InputError(
-            f"samples {args.samples!r}: {len(samples.pixels)} image is not a distribution; give at least 2"
-        )
-    if args.ref == "digits":
-        if args.weights or args.device:
-            raise InputError("--weights and --device belong to Inception; --ref digits has a classifier of its own")
-        result = score_digits(samples)
-    else:
-        result = score_inception(samples, args.ref, args.weights, args.device)
+    """Score, write the JSON, print the scores. Raises InputError for what cannot be scored; then nothing is written."""
     path = Path(args.samples)
-    manifest = path / "manifest.json"
-    result |= {
-        "n": len(samples.pixels),
-        "samples": str(path.absolute()),
-        "samples_manifest": {key: value for key, value in (samples.manifest or {}).items() if key != "labels"},
-        "samples_manifest_sha256": sha256(manifest) if manifest.is_file() else None,
-        "versions": library_versions("torch-fidelity", "scipy"),
-    }
     default = path / "metrics.json" if path.is_dir() else path.with_suffix(".metrics.json")
     out = Path(args.out) if args.out else default
-    write_atomic(out, json.dumps(result, indent=1))
-    for name, value in result["metrics"].items():
-        print(f"{name:<28} {value:.4f}")
+    if out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a folder; give a file")
+    scored = score(
+        args.samples, args.ref, args.metrics, args.extractor, args.weights, args.dinov2, args.device, args.batch,
+        args.allow_lossy,
+    )  # fmt: skip
+    if scored is None:
+        return
+    result, left_out = scored
+    try:
+        write_atomic(out, json.dumps(result, indent=1, allow_nan=False))
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
+    print(table(result["metrics"]))
+    for reason in left_out:
+        print(f"left out: {reason.partition(';')[0]}")
+    if result["groups"] is None:
+        print(f"no error bars: they take at least {FEWEST} images, and there are {result['n']}")
     print(f"written to {out}")
 
 
-class DigitsScore:
-    """Fréchet distance in the classifier's features to the real train split, and the share of classes recognised."""
-
-    def __init__(self):
-        self.classifier, self.accuracy = digits.train_classifier()
-        self.reference = to_uint8(Digits("train").images)
-        self.moments = moments(digits.extract(self.classifier, self.reference)[0])
-
-    def __call__(self, pixels: torch.Tensor, labels: list[int]) -> dict[str, float]:
-        """Of uint8 digits (N, 1, 8, 8) of these classes."""
-        features, logits = digits.extract(self.classifier, pixels)
-        return {
-            "frechet_distance": frechet_distance(moments(features), self.moments),
-            "recognised": float((logits.argmax(1) == np.array(labels)).mean()),
-        }
+def table(metrics: dict[str, dict[str, float | None]]) -> str:
+    """The metrics of a result as lines: value, standard error, and where there is a 1/N bias the value without it."""
+    lines = []
+    for name, each in metrics.items():
+        error = "" if each["se"] is None else f" ± {each['se']:.2g}"
+        corrected = "" if each["corrected"] is None else f", corrected {each['corrected']:.5g}"
+        lines.append(f"{name:<28} {each['value']:.5g}{error}{corrected}")
+    return "\n".join(lines)
 
 
-def score_digits(samples: Images) -> dict:
-    """The scores of `DigitsScore`, how good its classifier is, and what they were taken against."""
-    if samples.pixels.shape[1:] != (1, 8, 8):
-        raise InputError(f"samples are {tuple(samples.pixels.shape[1:])}, the embedded digits (1, 8, 8)")
-    if samples.labels is None:
-        raise InputError("samples without labels: --ref digits needs a manifest.json with labels, or arr_1 in the npz")
-    score = DigitsScore()
+@dataclass
+class _Pass:
+    """What one extractor gives: features of the samples, the reference in its features, and the metrics from both."""
+
+    extractor: Extractor
+    features: Features
+    reference: Reference
+    metrics: list[str]
+    groups: np.ndarray  # of each sample; one and the same where there are too few for an error bar
+
+
+def score(
+    samples: str, ref: str, metrics: str | None = None, extractor: str | None = None, weights: str | None = None,
+    dinov2: str | None = None, device: str | None = None, batch: int = BATCH, allow_lossy: bool = False,
+) -> tuple[dict[str, Any], list[str]] | None:  # fmt: skip
+    """The result of scoring, as metrics.json holds it, and why metrics that nobody asked for are not in it.
+
+    The arguments are those of the command. Every process of a distributed launch calls this; the first has the result,
+    the others None. Raises InputError for what cannot be scored.
+    """
+    asked = list(dict.fromkeys(metrics.split(","))) if metrics is not None else []
+    for each in asked:
+        check_choice("--metrics", each, STREAMS)
+    source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
+    vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
+    if extractor is None and asked == ["fdd"] and isinstance(source, Source):
+        extractor = vit
+    wanted = [(_main_extractor(source, ref, extractor, weights, device), asked)]
+    if "fdd" in asked and _kind(wanted[0][0]) == "inception":
+        if isinstance(source, Features):
+            raise InputError(f"fdd: {samples!r} are features of Inception; score the images, or features of DINOv2")
+        others = [each for each in asked if each != "fdd"]
+        wanted = [*([(wanted[0][0], others)] if others else []), (load_extractor(vit, None, device), ["fdd"])]
+    elif dinov2 and extractor != vit:
+        raise InputError(f"--dinov2 {dinov2}: nothing asks for it; add fdd to --metrics, or leave it out")
+    passes, left_out = [], []
+    for by, chosen in wanted:
+        one, reasons = _prepare(samples, source, ref, by, chosen, batch, allow_lossy)
+        passes.append(one)
+        left_out += reasons
+
+    estimates: dict[str, Estimate] = {}
+    for one in passes:
+        for metric in one.metrics:
+            if metric in FRECHET:
+                sums = _sums(one.features, STREAMS[metric], one.groups, shared=True).all_reduce()
+                if speaks():
+                    estimates[metric] = _frechet(sums, one.reference.moments[STREAMS[metric]])
+    leave()
+    if not speaks():
+        return None
+    for one in passes:
+        estimates |= _others(one.metrics, one.features, one.reference, one.groups, one.extractor.device)
+    main = passes[0]
+    if "recognised" in estimates:
+        accuracy = main.extractor.describe()["heldout_accuracy"]
+        estimates["classifier_heldout_accuracy"] = Estimate(accuracy, None, None)
+    about = main.features.info["source"]
     return {
-        "protocol": digits.PROTOCOL,
-        "metrics": score(samples.pixels, samples.labels.tolist()) | {"classifier_heldout_accuracy": score.accuracy},
-        "reference": {"name": "digits train split", "n": len(score.reference), "sha256": _digest(score.reference)},
-    }
+        "protocol": main.extractor.protocol,
+        "n": main.features.n,
+        "metrics": {name: estimates[name]._asdict() for name in NAMES if name in estimates},
+        "class_histogram": main.features.info["class_histogram"],
+        "reference": main.reference.describe(),
+        "extractors": [one.extractor.describe() for one in passes],
+        "samples": shown(Path(samples)),
+        "samples_manifest": about["manifest"] or {},
+        "samples_manifest_sha256": about["manifest_sha256"],
+        "pixels_sha256": about["pixels_sha256"],
+        "image_shape": list(main.features.image_shape),
+        "groups": GROUPS if main.features.n >= FEWEST else None,
+        "versions": library_versions("timm", "torch-fidelity", "scipy"),
+    }, left_out
 
 
-class InceptionScore:
-    """FID against mu and sigma, or against images that are put through the same network.
+class _Stated(Extractor):
+    """The extractor of a folder of features, as the folder states it: to compare with, without a network."""
 
-    ref: an npz with mu and sigma, or an npz or folder of images. Raises InputError for what cannot be compared with.
+    def __init__(self, features: Features, device: torch.device):
+        about = dict(features.info["extractor"])
+        super().__init__(about.pop("name"), about.pop("protocol"), nn.Identity(), features.streams, device, **about)
+        self._path = features.path
+
+    def launch(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise InputError(
+            f"the reference has images whose features are not there, and {str(self._path)!r} is of features: state "
+            f"their extractor again, with --extractor (for Inception also --weights), to extract the reference"
+        )
+
+
+def _main_extractor(source, ref: str, spec: str | None, weights: str | None, device: str | None) -> Extractor:
+    """The extractor that was asked for, else the one that samples or reference imply, else Inception."""
+    if spec is None and ref == "digits":
+        spec = "digits"
+    if isinstance(source, Features) and spec is None and weights is None:
+        return _Stated(source, resolve_device(device or default_device("inception")))
+    extractor = load_extractor(spec or "inception", weights, device)
+    if isinstance(source, Features):
+        own, theirs = extractor.describe(), source.info["extractor"]
+        for key in own:
+            if own[key] != theirs.get(key):
+                raise InputError(
+                    f"features {str(source.path)!r} have {key} {theirs.get(key)!r}, the extractor {own[key]!r}; state "
+                    "the one that made them"
+                )
+    else:
+        extractor.check_images(source.name, source.image_shape)
+    return extractor
+
+
+def _kind(extractor: Extractor) -> str:
+    if extractor.protocol == INCEPTION_PROTOCOL:
+        return "inception"
+    return next((kind for kind in ("digits", "dinov2") if extractor.protocol.startswith(f"{kind}-")), "module")
+
+
+def _prepare(
+    samples: str, source: Source | Features, ref: str, extractor: Extractor, asked: list[str], batch: int,
+    allow_lossy: bool,
+) -> tuple[_Pass, list[str]]:  # fmt: skip
+    """A pass, and why what was not asked for by name is left out. The reference is read first: it may not do."""
+    offered = OFFERED[_kind(extractor)]
+    for metric in asked:
+        if metric not in offered:
+            raise InputError(f"metric {metric!r} is none of extractor {extractor.name}; choose from {offered}")
+    reference = read_reference(ref, extractor, batch, allow_lossy, source.image_shape)
+    reference.check_samples(source.image_shape)
+    metrics, left_out = [], []
+    for metric in asked or offered:
+        try:
+            _check(metric, source, extractor, reference)
+            metrics.append(metric)
+        except InputError as error:
+            if asked:
+                raise
+            left_out.append(str(error))
+    if not metrics:
+        raise InputError(f"{samples!r} cannot be scored: {left_out[0]}")
+    features = source
+    if isinstance(source, Source):
+        features = features_of(source, extractor, batch=batch, out=default_folder(Path(samples), extractor.name))
+    groups = stratified_groups(features.labels, features.n, GROUPS if features.n >= FEWEST else 1)
+    return _Pass(extractor, features, reference, metrics, groups), left_out
+
+
+def _check(metric: str, samples: Source | Features, extractor: Extractor, reference: Reference) -> None:
+    """Raise InputError where a metric cannot be computed."""
+    stream = STREAMS[metric]
+    if extractor.streams and stream not in extractor.streams:  # of a module of one's own they may not be known yet
+        raise InputError(f"{metric}: extractor {extractor.name} gives no {stream!r}; leave {metric} out")
+    if metric in FRECHET:
+        reference.need(stream, metric)
+    if metric == "recognised" and samples.labels is None:
+        raise InputError(f"{metric}: samples without labels; give them in manifest.json, or as arr_1 of the npz")
+    if metric in ("pr", "kid"):
+        found = min(samples.n, len(reference.need_features(stream, metric)))
+        fewest = max(NEAREST.values()) + 1 if metric == "pr" else 2
+        if found < fewest:
+            raise InputError(f"{metric}: {found} images, and it takes {fewest}; leave {metric} out, or give more")
+
+
+def _sums(features, stream: str, groups: np.ndarray, shared: bool = False) -> GroupSums:
+    """Sums of one stream; shared: of this process's part of the shards, where there are several processes."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shared and dist.is_initialized() else (0, 1)
+    sums = GroupSums(features.streams[stream], int(groups.max()) + 1)
+    shards = range(rank, len(features), world)
+    label = f"sums of {stream}"
+    for first, rows in tqdm(features.batches(stream, shards), label, len(shards), delay=1, disable=not speaks()):
+        sums.update(rows, groups[first : first + len(rows)])
+    return sums
+
+
+def _frechet(sums: GroupSums, reference: Moments) -> Estimate:
+    value, *deleted = frechet_distances(sums.all_moments(), reference)
+    return jackknife(value, deleted)
+
+
+def _others(metrics, features, reference: Reference, groups, device) -> dict[str, Estimate]:
+    """Estimates of what is no Fréchet distance. Their biases are not 1/N, so none is corrected."""
+    values = {}
+    if "is" in metrics:
+        values["is"] = inception_scores(features.batches("logits"), groups)
+    if {"pr", "kid"} & set(metrics):
+        sets = reference.features["pool"], features.load("pool")
+        where = "cpu" if device.type == "mps" else device  # which has no float64
+        if "pr" in metrics:
+            values |= manifold_scores(*sets, groups, where, progress=True)
+        if "kid" in metrics:
+            kid = kernel_distance(*sets, groups, where, progress=True)
+            values["kid"] = kid.full, kid.deleted
+    if "recognised" in metrics:
+        values["recognised"] = _recognised(features, groups)
+    estimates = {name: jackknife(*each)._replace(corrected=None) for name, each in values.items()}
+    if "kid" in metrics:
+        # The error of the estimate from all pairs, and on top of it that of drawing the subsets.
+        se = estimates["kid"].se
+        estimates["kid"] = Estimate(kid.value, None if se is None else math.hypot(se, kid.subset_se), None)
+    return estimates
+
+
+def _recognised(features, groups: np.ndarray) -> tuple[float, list[float]]:
+    """Share of samples that the classifier gives their class: of all, and without each group."""
+    batches = features.batches("logits")
+    hits = np.concatenate([rows.argmax(1) == features.labels[first : first + len(rows)] for first, rows in batches])
+    number = int(groups.max()) + 1
+    return hits.mean(), [hits[groups != group].mean() for group in range(number)] if number > 1 else []
+
+
+class _Held:
+    """Features in memory, with the face of a folder of them."""
+
+    def __init__(self, source: Source, extractor: Extractor):
+        batches = tqdm(source.batches(size=BATCH), "features", -(-source.n // BATCH), unit="batch", leave=False)
+        parts = [extractor(pixels) for pixels in batches]
+        self.n, self.labels, self.streams = source.n, source.labels, extractor.streams
+        self._arrays = {name: torch.cat([part[name] for part in parts]).numpy() for name in self.streams}
+
+    def __len__(self) -> int:
+        return 1
+
+    def batches(self, stream: str, shards: Sequence[int] = (0,)) -> Iterator[tuple[int, np.ndarray]]:
+        return ((0, self._arrays[stream]) for _ in shards)
+
+
+class TrainingScorer:
+    """What scores images while a model trains, in memory: the Fréchet distance; of digits also the share recognised.
+
+    It is of one process and asks nothing of the others. Raises InputError for a reference that cannot be compared with.
     """
 
-    def __init__(self, ref: str, weights: str | None, device: torch.device):
-        path = Path(ref)
-        if not path.exists():
-            raise InputError(f"reference {ref!r}: no such file or folder")
-        self.path, self.weights = path, extractor.inception_weights(weights)
-        self.moments = read_moments(path) if path.is_file() else None
-        self.images = read_images(path).pixels if self.moments is None else None
-        if self.images is not None and len(self.images) < 2:
-            raise InputError(f"reference {ref!r}: one image is not a distribution; give at least 2")
-        if self.moments is not None and (self.moments.mu.shape, self.moments.sigma.shape) != ((2048,), (2048, 2048)):
-            shapes = f"mu {self.moments.mu.shape} and sigma {self.moments.sigma.shape}"
-            raise InputError(f"reference {ref!r} has {shapes}; Inception's pool has 2048 features")
-        if self.moments is not None and not all(np.isfinite(part).all() for part in self.moments):
+    def __init__(self, ref: str, weights: str | None):
+        spec = "digits" if ref == "digits" else "inception"
+        # A device of torch, not its name: TF32 is not switched off for the trainer.
+        self._extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
+        self._name, self._moments = ("frechet_distance" if spec == "digits" else "fid"), self._read(ref)
+
+    def _read(self, ref: str) -> Moments:
+        path, dim = Path(ref), self._extractor.streams["pool"]
+        if ref == "digits" or is_features(path):
+            return read_reference(ref, self._extractor).moments["pool"]
+        found = read_moments(path) if path.is_file() else None
+        if found is None:
+            held = _Held(open_source(path), self._extractor)
+            return next(_sums(held, "pool", np.zeros(held.n, np.int64)).all_moments())
+        if found.mu.shape != (dim,) or found.sigma.shape != (dim, dim):
+            shapes = f"mu {found.mu.shape} and sigma {found.sigma.shape}"
+            raise InputError(f"reference {ref!r} has {shapes}; {self._extractor.name}'s pool has {dim} features")
+        if not all(np.isfinite(part).all() for part in found):
             raise InputError(f"reference {ref!r}: mu or sigma is not finite; take the statistics again")
-        self.model = extractor.load_inception(self.weights, device)
-        if self.images is not None:
-            self.moments = moments(extractor.extract(self.model, self.images))
+        return Moments(*(part.astype(np.float64) for part in found))
 
-    def __call__(self, pixels: torch.Tensor, labels: list[int] | None = None) -> dict[str, float]:
-        """Of uint8 images (N, C, H, W); the labels do not matter."""
-        return {"fid": frechet_distance(moments(extractor.extract(self.model, pixels)), self.moments)}
-
-
-def score_inception(samples: Images, ref: str, weights: str | None, device: str | None) -> dict:
-    """The score of `InceptionScore`, and what it was taken against."""
-    score = InceptionScore(ref, weights, resolve_device(device or _best_device()))
-    return {
-        "protocol": extractor.PROTOCOL,
-        "metrics": score(samples.pixels),
-        "reference": {
-            "name": str(score.path.absolute()),
-            "n": None if score.images is None else len(score.images),
-            "sha256": _digest(score.images) if score.images is not None else sha256(score.path),
-        },
-        "weights_sha256": sha256(score.weights),
-    }
+    def __call__(self, pixels: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
+        """Scores by name, of uint8 images (N, C, H, W) of these classes; only digits look at the classes."""
+        source = from_arrays(pixels, labels, "samples")
+        self._extractor.check_images(source.name, source.image_shape)
+        held = _Held(source, self._extractor)
+        one = np.zeros(held.n, np.int64)  # nobody asks for an error bar
+        values = {self._name: _frechet(_sums(held, "pool", one), self._moments).value}
+        if self._name == "frechet_distance":
+            values["recognised"] = float(_recognised(held, one)[0])
+        return values
 
 
-def training_scorer(ref: str, weights: str | None) -> DigitsScore | InceptionScore:
+def training_scorer(ref: str, weights: str | None) -> TrainingScorer:
     """What scores images while a model trains: called with uint8 images (N, C, H, W) and labels, gives numbers by name.
 
     ref, weights: as the command takes them. Raises InputError for what cannot be compared with.
     """
-    if ref == "digits":
-        if weights:
-            raise InputError("score.weights belongs to Inception; score.ref=digits has a classifier of its own")
-        return DigitsScore()
-    # As the trainer's own device, without TF32 being switched off for it.
-    return InceptionScore(ref, weights, torch.device(_best_device()))
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _digest(pixels: torch.Tensor) -> str:
-    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+    if ref == "digits" and weights:
+        raise InputError("score.weights belongs to Inception; score.ref=digits has a classifier of its own")
+    return TrainingScorer(ref, weights)

@@ -1,85 +1,376 @@
-"""Images to be scored: a folder of PNGs with its manifest, or an npz file."""
+"""Images to be scored, from wherever they lie, never all in memory: npz files, folders, arrays."""
 
+import hashlib
 import json
+import os
+import re
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from sit_atconv.data.archive import LOCAL_HEADER
+from sit_atconv.data.images import DAMAGED
 from sit_atconv.errors import InputError
+from sit_atconv.files import sha256
 
-# What numpy raises for a file that is no npz, or a broken one.
-UNREADABLE = (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-@dataclass
-class Images:
-    """uint8 images (N, C, H, W), their labels if known (N,), and the manifest that came with them."""
-
-    pixels: torch.Tensor
-    labels: torch.Tensor | None
-    manifest: dict | None
+# What numpy and zipfile raise for a file that is no npz, or a broken one.
+UNREADABLE = (
+    OSError, EOFError, TypeError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+LOSSLESS, LOSSY = ("PNG", "BMP"), ("JPEG", "WEBP")
+SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp")
+MANIFEST, SAMPLES = "manifest.json", "samples.npz"
+CHUNK = 1 << 22  # bytes that are hashed at once
+WANTED = "give an npz with arr_0, uint8 (N, H, W, C) with 1 or 3 channels"
 
 
-def read_images(path: str | Path) -> Images:
-    """Read a folder of images, subfolders too, in the order of their names, or an npz.
+class Source:
+    """n images of one size, uint8, by index, with what is known of them.
 
-    The npz holds `arr_0`, uint8 (N, H, W, C), and perhaps labels `arr_1` (N,).
+    n: at least 2. image_shape: (C, H, W), C 1 or 3. labels: class ids, int64 (n,), or None. manifest: of the samples
+    command, or None. lossy: whether images that lost something (JPEG, WebP) were let in.
+    A subclass has `_read`. One thread at a time may read.
+    """
 
-    Raises InputError for a missing path, a folder without images, images of different sizes, or one that does not
-    decode.
+    lossy = False
+
+    def __init__(self, name: str, n: int, image_shape: Sequence[int], labels=None, manifest: Path | None = None):
+        self.name, self.n, self.image_shape = name, n, tuple(image_shape)
+        self.manifest = None if manifest is None else _read_manifest(manifest)
+        self.manifest_sha256 = None if manifest is None else sha256(manifest)
+        if n < 2:
+            raise InputError(f"{name}: {n} image{'s' * (n != 1)} make no distribution; give at least 2")
+        if self.manifest is not None:
+            labels = self._agree_with_manifest(labels)
+        self.labels = None if labels is None else _check_labels(name, labels, n)
+
+    def _agree_with_manifest(self, labels):
+        """The labels, after the manifest's number of images, their shape and their labels are found to be these."""
+        num, stated = self.manifest["num"], self.manifest["labels"]
+        if self.n != num:
+            raise InputError(f"{self.name}: {self.n} images, but its manifest says {num}; make the missing ones again")
+        shape = tuple(self.manifest.get("image_shape") or self.image_shape)
+        if shape != self.image_shape:
+            raise InputError(f"{self.name}: images of shape {self.image_shape}, but its manifest says {shape}")
+        if labels is None or stated is None:
+            return stated if labels is None else labels
+        if not np.array_equal(labels, np.asarray(stated)):
+            raise InputError(f"{self.name}: arr_1 and the manifest's labels differ; make the samples again")
+        return labels
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Images start to stop - 1, (stop - start, H, W, C), in memory that is the caller's."""
+        raise NotImplementedError
+
+    def _content(self) -> Iterator[bytes | np.ndarray]:
+        """All pixels in index order, NHWC."""
+        step = max(1, CHUNK // int(np.prod(self.image_shape)))
+        return (self._read(first, min(first + step, self.n)) for first in range(0, self.n, step))
+
+    def batches(self, start: int = 0, stop: int | None = None, size: int = 64) -> Iterator[torch.Tensor]:
+        """Images start to stop - 1 (default: all) as uint8 (B, C, H, W), B = size but for the last; memory is NHWC.
+
+        Raises InputError for an image that cannot be read, or is not like the others.
+        """
+        stop = self.n if stop is None else stop
+        for first in range(start, stop, size):
+            yield torch.from_numpy(self._read(first, min(first + size, stop))).permute(0, 3, 1, 2)
+
+    def digest(self) -> str:
+        """SHA-256 of all pixels in index order, each image (H, W, C): that of arr_0's bytes, wherever the images lie.
+
+        Reads all images once. Raises InputError for one that cannot be read, or is not like the others.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for part in self._content():
+            digest.update(part)
+        return digest.hexdigest()
+
+    def class_histogram(self) -> dict[str, int] | None:
+        """Number of images of each class that there is; None without labels."""
+        return class_histogram(self.labels)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result records: name, digest of the pixels, labels' digest, and the manifest but for its labels."""
+        manifest = self.manifest and {key: value for key, value in self.manifest.items() if key != "labels"}
+        return {
+            "path": self.name,
+            "pixels_sha256": self.digest(),
+            "labels_sha256": None if self.labels is None else hashlib.sha256(self.labels.tobytes()).hexdigest(),
+            "lossy": self.lossy,
+            "manifest": manifest,
+            "manifest_sha256": self.manifest_sha256,
+        }
+
+
+def class_histogram(labels: np.ndarray | None) -> dict[str, int] | None:
+    """Number of images of each class that there is, by class id; None without labels."""
+    if labels is None:
+        return None
+    return {str(label): int(count) for label, count in zip(*np.unique(labels, return_counts=True), strict=True)}
+
+
+def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
+    """The images at `path`: an npz, or a folder.
+
+    npz: `arr_0`, uint8 (N, H, W, C), stored or compressed, and perhaps labels `arr_1`, integers (N,).
+    Folder with manifest.json: its samples.npz, or one image file per index, which is the number in the file's name.
+    Any other folder: its image files, subfolders too, in the order of their paths.
+    allow_lossy: let JPEG and WebP in.
+    Raises InputError for anything else, and for images that break a rule of `Source`.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
+    if path.is_file():
+        beside = path.with_name(MANIFEST)
+        return _Npz(path, beside if path.name == SAMPLES and beside.is_file() else None)
+    if not path.is_dir():
         raise InputError(f"images {str(path)!r}: no such file or folder")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pixels, labels = arrays["arr_0"], arrays.get("arr_1")
-    except UNREADABLE as error:
-        raise InputError(f"images {str(path)!r} cannot be read: {error}; give an npz with arr_0 (N, H, W, C)") from None
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
-        found = f"{pixels.dtype} {pixels.shape}"
-        raise InputError(f"images {str(path)!r}: arr_0 is {found}; give uint8 (N, H, W, C) with 1 or 3 channels")
-    return _images(path, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, None)
+    manifest = path / MANIFEST if (path / MANIFEST).is_file() else None
+    if (path / SAMPLES).is_file():
+        if manifest is None:
+            raise InputError(f"images {str(path)!r}: {SAMPLES} without {MANIFEST} is unfinished; finish it, or give it")
+        return _Npz(path / SAMPLES, manifest)
+    return _Folder(path, manifest, allow_lossy)
 
 
-def _images(path: Path, pixels: torch.Tensor, labels, manifest: dict | None) -> Images:
-    try:
-        labels = None if labels is None else torch.as_tensor(labels)
-    except (TypeError, ValueError):
-        raise InputError(f"images {str(path)!r}: labels must be integers") from None
-    if labels is not None and labels.shape != pixels.shape[:1]:
-        raise InputError(f"images {str(path)!r}: {len(pixels)} images but labels of shape {tuple(labels.shape)}")
-    return Images(pixels, labels, manifest)
+def from_arrays(pixels: torch.Tensor | Sequence[torch.Tensor], labels=None, name: str = "images") -> Source:
+    """Images that are in memory: uint8 (N, C, H, W), or batches of that form. labels: integers (N,).
+
+    Raises InputError for what breaks a rule of `Source`.
+    """
+    return _Arrays(name, [pixels] if isinstance(pixels, torch.Tensor) else list(pixels), labels)
 
 
-def _read_folder(path: Path) -> Images:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    try:
-        manifest = json.loads((path / "manifest.json").read_text()) if (path / "manifest.json").is_file() else None
-        num, labels = (manifest["num"], manifest["labels"]) if manifest else (len(files), None)
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{str(path / 'manifest.json')!r} is not the manifest of samples") from None
-    if not files:
-        raise InputError(f"images {str(path)!r}: the folder holds no images ({', '.join(SUFFIXES)})")
-    arrays = []
-    for file in files:
+class _Arrays(Source):
+    def __init__(self, name: str, parts: list[torch.Tensor], labels):
+        for part in parts:
+            if part.dtype != torch.uint8 or part.ndim != 4 or part.shape[1] not in (1, 3):
+                found = f"{part.dtype} {tuple(part.shape)}".removeprefix("torch.")
+                raise InputError(f"{name}: {found}; give uint8 (N, C, H, W) with 1 or 3 channels")
+            if part.shape[1:] != parts[0].shape[1:]:
+                raise InputError(f"{name}: of shapes {tuple(parts[0].shape[1:])} and {tuple(part.shape[1:])}; give one")
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        super().__init__(name, int(self._starts[-1]), parts[0].shape[1:] if parts else (), labels)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        parts = zip(self._parts, self._starts.tolist(), strict=False)
+        chosen = [part[max(0, start - first) : max(0, stop - first)] for part, first in parts]
+        return np.ascontiguousarray(torch.cat(chosen).permute(0, 2, 3, 1).cpu().numpy())
+
+
+class _Npz(Source):
+    """arr_0 of an npz: what is stored is read at its place in the file, what is compressed is streamed."""
+
+    def __init__(self, path: Path, manifest: Path | None):
+        name = f"images {str(path)!r}"
+        self._path = path
         try:
-            with Image.open(file) as image:
-                arrays.append(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"image {str(file)!r} does not decode ({error}); repair or remove it") from None
-        if arrays[-1].shape != arrays[0].shape:
-            raise InputError(f"image {str(file)!r} is {arrays[-1].shape}, {files[0].name} is {arrays[0].shape}")
-    pixels = torch.from_numpy(np.stack(arrays))
-    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    if len(files) != num:
-        raise InputError(f"images {str(path)!r}: {len(files)} images, but its manifest says {num}")
-    return _images(path, pixels, labels, manifest)
+            with zipfile.ZipFile(path) as archive:
+                self._member = archive.getinfo("arr_0.npy")
+                self._stored = self._member.compress_type == zipfile.ZIP_STORED
+                with archive.open(self._member) as file:
+                    shape, fortran, dtype = _read_header(file)
+                    self._header = file.tell()
+                archive.fp.seek(self._member.header_offset)
+                lengths = LOCAL_HEADER.unpack(archive.fp.read(LOCAL_HEADER.size))[1:]
+            self._offset = self._member.header_offset + LOCAL_HEADER.size + sum(lengths) + self._header
+            with np.load(path, allow_pickle=False) as arrays:
+                labels = arrays.get("arr_1")
+        except UNREADABLE as error:
+            raise InputError(f"{name} cannot be read: {_said(error)}; {WANTED}") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
+            raise InputError(f"{name}: arr_0 is {dtype} {shape}{', in Fortran order' * fortran}; {WANTED}")
+        self._row, n = int(np.prod(shape[1:])), shape[0]
+        if self._member.file_size != self._header + n * self._row:
+            raise InputError(f"{name} is truncated: arr_0 holds fewer bytes than {shape} needs; make it again")
+        self._stream, self._next = None, 0  # of compressed pixels, and the image that it stands at
+        super().__init__(name, n, (shape[3], *shape[1:3]), labels, manifest)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        channels, *size = self.image_shape
+        images = np.empty((stop - start, *size, channels), np.uint8)
+        try:
+            if self._stored:  # read, not mapped: a file that shrinks is an error then, not a fatal signal
+                with open(self._path, "rb", buffering=0) as file:
+                    file.seek(self._offset + start * self._row)
+                    _fill(file, images)
+            else:
+                if self._stream is None or self._next > start:
+                    self._open()
+                self._stream.seek((start - self._next) * self._row, os.SEEK_CUR)  # reads what it passes over
+                _fill(self._stream, images)
+                self._next = stop
+        except UNREADABLE as error:
+            raise self._damaged(error) from None
+        return images
+
+    def _open(self) -> None:
+        self.close()
+        archive = zipfile.ZipFile(self._path)  # stays open as long as the member does
+        self._stream, self._next = archive.open(self._member), 0
+        archive.close()
+        _read_header(self._stream)
+
+    def close(self) -> None:
+        """Close the file, which the next read opens again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _content(self) -> Iterator[bytes]:
+        """As zipfile reads it, which compares the member's CRC."""
+        try:
+            with zipfile.ZipFile(self._path) as archive, archive.open(self._member) as file:
+                file.read(self._header)
+                while chunk := file.read(CHUNK):
+                    yield chunk
+        except UNREADABLE as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(f"{self.name} is truncated or damaged: {_said(error)}; make it again", every_rank=True)
+
+
+def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of a .npy, which `file` then stands behind."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f".npy of version {version}")
+
+
+def _fill(file, array: np.ndarray) -> None:
+    view = memoryview(array).cast("B")
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise EOFError("the file ends early")
+        view = view[count:]
+
+
+def _said(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+class _Folder(Source):
+    """Image files, decoded by threads a batch at a time."""
+
+    def __init__(self, path: Path, manifest: Path | None, allow_lossy: bool):
+        name = f"images {str(path)!r}"
+        found = path.iterdir() if manifest else path.rglob("*")
+        files = sorted(file for file in found if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise InputError(f"{name}: the folder holds no images ({', '.join(SUFFIXES)})")
+        self._formats, self._allow_lossy = (*LOSSLESS, *LOSSY), allow_lossy
+        self._files = _by_index(name, files, _read_manifest(manifest)["num"]) if manifest else files
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "images")
+        height, width, *channels = _decode(self._files[0], self._allow_lossy)[0].shape
+        super().__init__(name, len(files), (*channels, height, width), None, manifest)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        channels, height, width = self.image_shape
+        images = np.empty((stop - start, height, width, channels), np.uint8)
+        decoded = self._pool.map(lambda file: _decode(file, self._allow_lossy), self._files[start:stop])
+        for file, row, (image, lossy) in zip(self._files[start:stop], images, decoded, strict=True):
+            if image.shape != row.shape:
+                raise InputError(
+                    f"image {str(file)!r} is {_size(image)}, {self._files[0].name} is {_size(row)}; "
+                    "give images of one size and mode",
+                    every_rank=True,
+                )
+            row[:] = image
+            self.lossy |= lossy
+        return images
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]} x {image.shape[0]} {'RGB' if image.shape[2] == 3 else 'grey'}"
+
+
+def _by_index(name: str, files: list[Path], num: int) -> list[Path]:
+    """The files of images 0 to num - 1, from the numbers that are their names."""
+    by_index: dict[int, Path] = {}
+    for file in files:
+        if not re.fullmatch(r"\d+", file.stem, re.ASCII):
+            raise InputError(f"{name}: {file.name!r} is no index, as the manifest's images have; take it away")
+        other = by_index.setdefault(int(file.stem), file)
+        if other is not file:
+            raise InputError(f"{name}: index {int(file.stem)} is there twice, {other.name} and {file.name}; remove one")
+    missing = [index for index in range(num) if index not in by_index]
+    if missing or len(by_index) != num:
+        which = f"index {missing[0]} is missing" if missing else f"index {max(by_index)} is beyond"
+        raise InputError(
+            f"{name}: {len(by_index)} images, but its manifest says {num}: {which}; make the samples again"
+        )
+    return [by_index[index] for index in range(num)]
+
+
+def _decode(file: Path, allow_lossy: bool) -> tuple[np.ndarray, bool]:
+    """Pixels (H, W, 1 or 3) of an 8-bit grey or RGB image, and whether its format loses something."""
+    wanted = "give 8-bit grey or RGB images without alpha"
+    try:
+        with Image.open(file, formats=(*LOSSLESS, *LOSSY)) as image:
+            lossy, mode = image.format in LOSSY, image.mode
+            deep = image.format == "PNG" and _png_depth(file) == 16  # of which Pillow drops half for RGB, and says 8
+            clear = "transparency" in image.info
+            if mode in ("L", "RGB") and not deep and not clear and (allow_lossy or not lossy):
+                pixels = np.asarray(image)
+                return (pixels[:, :, None] if mode == "L" else pixels), lossy
+    except DAMAGED as error:
+        raise InputError(
+            f"image {str(file)!r} does not decode ({_said(error)}); repair or remove it", every_rank=True
+        ) from None
+    if lossy and not allow_lossy:
+        raise InputError(
+            f"image {str(file)!r} is {image.format}, which moves the scores; give PNGs, or --allow-lossy",
+            every_rank=True,
+        )
+    what = "16-bit" if deep or mode.startswith("I") else "transparent" if clear else f"of mode {mode}"
+    raise InputError(f"image {str(file)!r} is {what}; {wanted}", every_rank=True)
+
+
+def _png_depth(file: Path) -> int:
+    """Bits per sample, of the IHDR chunk, which is the first."""
+    with open(file, "rb") as png:
+        return png.read(25)[24]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+        num, labels = manifest["num"], manifest["labels"]
+        if type(num) is not int or not isinstance(labels, list | None):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{str(path)!r} is not the manifest of samples; take it away, or make them again") from None
+    return manifest
+
+
+def _check_labels(name: str, labels, n: int) -> np.ndarray:
+    """int64 (n,), not negative."""
+    try:
+        array = np.asarray(labels)
+    except ValueError:
+        array = np.empty(0, object)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{name}: labels must be integers, not {array.dtype}; give one class id per image")
+    if array.shape != (n,):
+        raise InputError(f"{name}: {n} images but labels of shape {array.shape}; give one class id per image")
+    if array.min() < 0:
+        raise InputError(f"{name}: label {array.min()} is below 0; give class ids")
+    return np.ascontiguousarray(array, dtype=np.int64)

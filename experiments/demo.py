@@ -26,7 +26,8 @@ def main() -> None:
     call(f"-m sampling generate --ckpt {run} --num 1000 --steps 20 --out {samples}")
     call(f"-m eval score {samples} --ref digits")
     call(f"-m sampling speed --models SiT-ATConv-S/2 --sizes 256 --baselines attention --dtype fp32 --out {speed}")
-    scores = json.loads((samples / "metrics.json").read_text())["metrics"]
+    metrics = json.loads((samples / "metrics.json").read_text())["metrics"]
+    scores = {name: metric["value"] for name, metric in metrics.items()}
     rows = json.loads(speed.with_suffix(".json").read_text())["rows"]
     table = [
         ("result", "value", "file"),

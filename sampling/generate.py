@@ -1,107 +1,195 @@
-"""Write samples by index, with a manifest that says how they were made."""
+"""Write samples by index, with a manifest that says how they were made; goes on where it was stopped."""
 
 import argparse
-import json
 import math
-import shutil
+import signal
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from sampling.labels import labels_rule, sample_labels
 from sampling.options import Setup, add_sampling_options, setup
+from sampling.processes import Interrupted, Processes
+from sampling.samples import FORMATS, PLACES, Samples, difference
 from sit_atconv.errors import InputError
-from sit_atconv.files import library_versions
-from sit_atconv.generation import generate, random_label
-from sit_atconv.images import UINT8_RULE, to_pil
+from sit_atconv.files import library_versions, shown
+from sit_atconv.generation import generate
+from sit_atconv.images import UINT8_RULE
+from sit_atconv.models.cost import count_parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser)
     parser.add_argument("--num", type=int, required=True, help="number of images")
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the images")
     parser.add_argument(
-        "--labels", choices=("balanced", "random"), default="balanced",
-        help="image i has class i mod classes, or one drawn from (seed, i) (default: balanced)",
+        "--out", required=True, metavar="DIR", help="new folder for the images, or one that the same command began"
+    )
+    parser.add_argument(
+        "--labels", default="balanced", metavar="balanced|random|FILE",
+        help="image i has class i mod classes, one drawn from (seed, i), or that of line i + 1 of a file "
+        "(default: balanced)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=FORMATS, default="png",
+        help="a PNG per image, or one samples.npz as ADM's evaluator reads it (default: png)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write `--out`/000000.png ... and manifest.json; the folder appears whole or not at all.
+    """Make the samples of `--out`, or what is missing of them; every process of a launch runs this.
 
-    Raises InputError for a folder that exists, and whatever `setup` finds.
+    Raises InputError for a folder of something else or with other settings, samples that are not finite, a disk that
+    does not take them, and whatever `setup` finds; the blocks made so far stay.
     """
-    out = Path(args.out)
     if args.num < 1:
         raise InputError(f"--num {args.num}: must be at least 1")
-    if out.exists():
-        raise InputError(f"--out {args.out}: exists already; choose a new folder")
-    ready = setup(args)
-    sampling, trained = ready.sampling, ready.trained
-    classes = trained.model.config.num_classes
-    block = min(args.batch, args.num)
-    indices = range(math.ceil(args.num / block) * block)
-    if args.labels == "balanced":
-        labels = [index % classes for index in indices]
-    else:
-        labels = [random_label(sampling.seed, index, classes) for index in indices]
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        nfe = write_images(ready, labels, args.num, block, unfinished)
-        write_manifest(unfinished, args, ready, labels[: args.num], block, nfe)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
-    print(f"{args.num} images in {out}, NFE {nfe:g}")
+    torch.backends.cudnn.deterministic = True  # of two convolutions that differ in rounding it always takes the same
+    with Processes() as processes:
+        work = _Work(args, processes)
+        try:
+            work.run()
+        except Interrupted as stop:
+            if processes.is_main:
+                name, there = signal.Signals(stop.number).name, f"{work.done:,} of {args.num:,} images are there"
+                print(f"{name}: stopped; {there}, and the same command goes on from them", file=sys.stderr)
+            sys.exit(128 + stop.number)
 
 
-def write_images(ready: Setup, labels: list[int], num: int, block: int, folder: Path) -> float:
-    """Write image i < num, of class labels[i], as `folder`/00000i.png; returns the mean NFE per image.
+class _Work:
+    """What one process does, in step with the others: a round is a block of each."""
 
-    `labels` fills whole blocks: every network call has one, and what is beyond `num` is dropped, so that for
-    one block size an image has the same bits however many follow it.
+    def __init__(self, args: argparse.Namespace, processes: Processes):
+        self.args, self.processes, self.done = args, processes, 0
+
+    def run(self) -> None:
+        args, processes = self.args, self.processes
+        self._check_equal(processes.each(self._prepare))
+        missing = processes.main(self.samples.claim)
+        if missing is None:
+            self._say(f"{args.num} images in {args.out}: complete already, with these settings")
+            return
+        self.done = args.num - sum(len(self.samples.indices(number)) for number in missing)
+        with tqdm(
+            total=args.num, initial=self.done, desc="generate", unit="image", disable=not processes.is_main
+        ) as bar:
+            for start in range(0, len(missing), processes.count):
+                mine = missing[start + processes.rank :][:1]
+                made = sum(processes.each(lambda mine=mine: sum(map(self._make, mine))))
+                self.done += made
+                bar.update(made)
+        facts = {"processes": processes.count}
+        manifest = processes.main(lambda: self.samples.finish(facts))
+        self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}")
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text)
+
+    def _prepare(self) -> dict[str, Any]:
+        """Load what the options name; the settings of the samples."""
+        args = self.args
+        self.ready = setup(args, self.processes)
+        config = self.ready.trained.model.config
+        block = min(args.batch, args.num)
+        total = math.ceil(args.num / block) * block
+        self.labels = sample_labels(args.labels, args.num, total, self.ready.sampling.seed, config.num_classes)
+        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num], block))
+        return self.samples.settings
+
+    def _check_equal(self, settings: list[dict[str, Any]]) -> None:
+        """Raise InputError where the processes have loaded different things, such as a run that is being trained."""
+        for other in settings[1:]:
+            if found := difference(settings[0], other, PLACES):
+                raise InputError(f"the processes do not sample the same: {found}; name a checkpoint that stays")
+
+    def _make(self, number: int) -> int:
+        """Make a block, as many images as all others: for one block size an image has the same bits however many
+        follow it. Returns how many of them are kept."""
+        first, block, kept = number * self.samples.block, self.samples.block, self.samples.indices(number)
+        labels = self.labels[first : first + block]
+        ready, start = self.ready, time.perf_counter()
+        checked = _FiniteCodec(ready.codec, kept)
+        try:
+            images, nfe = generate(ready.trained.model, checked, range(first, first + block), labels, ready.sampling)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"--batch {self.args.batch}: {ready.trained.model.device} has not the memory; give a smaller one and a "
+                "new folder"
+            ) from None
+        self.samples.write(number, images[: len(kept)], nfe=nfe, seconds=time.perf_counter() - start)
+        return len(kept)
+
+
+class _FiniteCodec:
+    """A codec that decodes only what is finite: rounding to uint8 would make an image of anything.
+
+    indices: of the first images of the batch, which are the ones looked at.
     """
-    nfe = 0
-    with tqdm(total=num, desc="generate", unit="image") as bar:
-        for first in range(0, num, block):
-            indices, wanted = range(first, first + block), labels[first : first + block]
-            images, evaluations = generate(ready.trained.model, ready.codec, indices, wanted, ready.sampling)
-            kept = min(block, num - first)
-            for index, image in zip(indices[:kept], images[:kept], strict=True):
-                to_pil(image).save(folder / f"{index:06d}.png")
-            nfe += evaluations * kept
-            bar.update(kept)
-    return nfe / num
+
+    def __init__(self, codec: torch.nn.Module, indices: range):
+        self.codec, self.indices = codec, indices
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See the codec. Raises InputError that names the first image that is not finite."""
+        self._check(latents, "the sampler")
+        images = self.codec.decode(latents)
+        self._check(images, "the autoencoder")
+        return images
+
+    def _check(self, values: torch.Tensor, source: str) -> None:
+        finite = values[: len(self.indices)].flatten(1).isfinite().all(1).tolist()
+        for index, good in zip(self.indices, finite, strict=True):
+            if not good:
+                raise InputError(
+                    f"image {index} is not finite as it comes from {source}: no image made of it; try --dtype fp32, "
+                    "more --steps or a lower --cfg, in a new folder"
+                )
 
 
-def write_manifest(
-    folder: Path, args: argparse.Namespace, ready: Setup, labels: list[int], block: int, nfe: float
-) -> None:
-    """Write manifest.json: all that decides the images, and what they came from."""
+def describe(args: argparse.Namespace, ready: Setup, labels: list[int], block: int) -> dict[str, Any]:
+    """All that decides the images, and what they came from."""
     trained = ready.trained
-    manifest = {
+    return {
         "num": args.num,
+        "format": args.format,
+        "labels_rule": labels_rule(args.labels),
         "labels": labels,
         **ready.sampling.describe(trained.model),
         "path": trained.model.config.path,
         "prediction": trained.model.config.prediction,
         "time_interval": ready.sampling.interval(trained.model),
-        "nfe": nfe,
         "block": block,
         "dtype": args.dtype,
-        "device": args.device,
+        "device": trained.model.device.type,
         "codec": ready.codec.describe(),
         "uint8_rule": UINT8_RULE,
-        "checkpoint": str(trained.folder),
+        "checkpoint": shown(trained.folder),
         "weights": trained.which,
-        "checkpoint_sha256": trained.files,
         "step": trained.manifest["step"],
+        "checkpoint_sha256": trained.files,
+        "training": describe_training(ready),
         "versions": library_versions(),
     }
-    lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
-    (folder / "manifest.json").write_text(f"{{\n {lines}\n}}\n")
+
+
+def describe_training(ready: Setup) -> dict[str, Any]:
+    """What the checkpoint says of how its model was trained; None where nobody says, as of a converted model.
+
+    name: the model's preset. run: the folder of the run.
+    """
+    trained = ready.trained
+    recipe = trained.manifest.get("recipe")
+    return {
+        "name": recipe and recipe["model"]["name"],
+        "token_mixer": trained.model.config.token_mixer,
+        "seed": recipe and recipe["run"]["seed"],
+        "run": recipe and shown(trained.folder.parent),
+        "images_seen": trained.manifest.get("images_seen"),
+        "precision": recipe and recipe["train"]["precision"],
+        "params": count_parameters(trained.model),
+    }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sampling.processes import Processes
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
@@ -78,7 +79,7 @@ def sampling_of(args: argparse.Namespace, **others) -> Sampling:
 def check_one_process() -> None:
     """Raise InputError where a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("sampling runs in one process; start it without a launcher")
+        raise InputError("this command runs in one process; start it without a launcher")
 
 
 @dataclass
@@ -90,8 +91,12 @@ class Setup:
     sampling: Sampling
 
 
-def setup(args: argparse.Namespace) -> Setup:
-    """Load what the options name. Raises InputError for a bad checkpoint, option, device or missing autoencoder."""
+def setup(args: argparse.Namespace, processes: Processes | None = None) -> Setup:
+    """Load what the options name, on the device of this process.
+
+    processes: those of a launch; without it there may be one only.
+    Raises InputError for a bad checkpoint, option, device or missing autoencoder.
+    """
     sampling = sampling_of(
         args,
         guidance_channels=args.cfg_channels,
@@ -99,10 +104,11 @@ def setup(args: argparse.Namespace) -> Setup:
         epsilon=args.epsilon,
         seed=args.seed,
     )
-    check_one_process()
+    if processes is None:
+        check_one_process()
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be at least 1")
-    device = resolve_device(args.device)
+    device = resolve_device(args.device if processes is None else processes.own_device(args.device))
     trained = load_trained(args.ckpt, DTYPES[args.dtype])
     sampling.check_model(trained.model)
     codec = reopen_codec(trained.manifest["codec"], args.vae, VAE_BATCH).to(device)

@@ -89,6 +89,13 @@ def disk_full(error: Exception) -> bool:
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def shown(path: Path) -> str:
+    """A path as a record has it: relative to the working directory where it lies below, so that it means something
+    on another machine; else absolute."""
+    path, here = path.absolute(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def sync(path: Path) -> None:
     """Force a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -76,7 +76,7 @@ def test_flow_needs_torch_and_torchdiffeq_alone(path):
     assert outside <= {"torch", "torchdiffeq", "collections", "functools", "itertools", "math", "dataclasses", "typing"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "eval").rglob("*.py")), ids=lambda path: path.name)
 def test_eval_never_sees_a_model(path):
     assert not {name for name in imports(path) if name.startswith(SEES_MODELS)}
 

@@ -1,201 +1,502 @@
-"""Scoring: digits through their classifier, anything else through Inception with weights that the test makes."""
+"""The score command: its numbers against computations from all features at once, and what it refuses."""
 
+import hashlib
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import ROOT
 from PIL import Image
+from torch import nn
 
-from eval import digits, extractor
+import eval.score as scoring
+from eval import digits, extract
 from eval.__main__ import main as evaluate
-from eval.frechet import frechet_distance, moments
-from eval.sources import read_images
+from eval.extractor import INCEPTION_PROTOCOL, Extractor, load_extractor
+from eval.features import Features
+from eval.frechet import frechet_distance
+from eval.inception_score import inception_scores
+from eval.jackknife import jackknife
+from eval.kernel import kernel_distance
+from eval.manifold import manifold_scores
+from eval.moments import moments, stratified_groups
+from eval.score import training_scorer
 from sit_atconv.data.digits import Digits
+from sit_atconv.errors import InputError
 from sit_atconv.images import to_uint8
 
+N, M = 63, 50
+OWN = """
+import torch
+from torch import nn
 
-def write_folder(path, pixels, labels):
-    path.mkdir()
-    for index, image in enumerate(pixels):
-        array = image.permute(1, 2, 0).numpy()
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path / f"{index:06d}.png")
-    (path / "manifest.json").write_text(json.dumps({"num": len(pixels), "labels": labels}))
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(48, 7, generator=torch.Generator().manual_seed(0)) / 255)
+
+    def forward(self, pixels):
+        x = pixels.float().flatten(1)
+        return {"pool": (x @ self.weight).relu(), "logits": x @ self.weight[:, 2:], "spatial": x[:, 1:6].sqrt()}
+
+class Pool(Own):
+    def forward(self, pixels):
+        return super().forward(pixels)["pool"]
+"""
+NAMES = {}
+exec(OWN, NAMES)
+
+
+@pytest.fixture(autouse=True)
+def few_subsets(monkeypatch):
+    monkeypatch.setattr("eval.kernel.SUBSETS", 3)
+
+
+def small(name, protocol, **about):
+    """An extractor of a few features that answers to another's name."""
+    streams = {"pool": 7, "logits": 5, "spatial": 5}
+    return Extractor(name, protocol, NAMES["Own"](), streams, torch.device("cpu"), weights_sha256="0", **about)
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    """A small network in Inception's place, and another in DINOv2's; says what was loaded."""
+    loaded = []
+
+    def load(spec, weights=None, device=None):
+        loaded.append((spec, weights))
+        if spec == "inception":
+            return small("inception", INCEPTION_PROTOCOL)
+        assert spec.partition(":")[0] == "dinov2"
+        return Extractor("dinov2-small", "dinov2-small-1", NAMES["Pool"](), {"pool": 7}, torch.device("cpu"))
+
+    monkeypatch.setattr(scoring, "load_extractor", load)
+    return loaded
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def made(n, seed, shape=(4, 4, 3)):
+    return np.random.default_rng(seed).integers(0, 200 + 55 * (seed % 2), (n, *shape), dtype=np.uint8)
+
+
+@pytest.fixture
+def samples(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=made(N, 1), arr_1=np.arange(N) % 4)
+    return tmp_path / "samples.npz"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Real images."""
+    np.savez(tmp_path / "real.npz", arr_0=made(M, 2))
+    return tmp_path / "real.npz"
+
+
+def streams_of(array):
+    streams = small("x", "x")(torch.from_numpy(array).permute(0, 3, 1, 2))
+    return {name: rows.numpy() for name, rows in streams.items()}
 
 
 def score(*arguments) -> None:
     evaluate(["score", *map(str, arguments)])
 
 
-@pytest.fixture(scope="module")
-def held_out():
-    test = Digits("test")
-    return to_uint8(test.images), test.labels.tolist()
+def read(path):
+    return json.loads(path.read_text())
+
+
+def values(result):
+    return {name: metric["value"] for name, metric in result["metrics"].items()}
+
+
+def by_hand(fake, real, groups):
+    """Fréchet distance of features, with error and correction, from scratch."""
+    reference = moments(real)
+    deleted = [frechet_distance(*moments(fake[groups != group]), *reference) for group in range(10)]
+    return jackknife(frechet_distance(*moments(fake), *reference), deleted)
+
+
+def test_every_number_is_that_of_all_features_at_once(inception, samples, images):
+    score(samples, "--ref", images, "--batch", 13)
+    result = read(samples.with_suffix(".metrics.json"))
+    fake, real, groups = streams_of(made(N, 1)), streams_of(made(M, 2)), stratified_groups(np.arange(N) % 4, N)
+    found = {name: tuple(metric.values()) for name, metric in result["metrics"].items()}
+    assert list(found) == ["fid", "sfid", "is", "precision", "recall", "density", "coverage", "kid"]
+    for name, stream in (("fid", "pool"), ("sfid", "spatial")):
+        assert found[name] == pytest.approx(by_hand(fake[stream], real[stream], groups), rel=1e-4)
+    value, deleted = inception_scores([(0, fake["logits"])], groups)
+    assert found["is"][:2] == pytest.approx((value, jackknife(value, deleted).se), rel=1e-4)
+    for name, (value, deleted) in manifold_scores(real["pool"], fake["pool"], groups).items():
+        assert found[name][:2] == pytest.approx((value, jackknife(value, deleted).se), rel=1e-4)
+    kid = kernel_distance(real["pool"], fake["pool"], groups)
+    error = np.hypot(jackknife(kid.full, kid.deleted).se, kid.subset_se)
+    assert error > kid.subset_se > 0
+    assert found["kid"][:2] == pytest.approx((kid.value, error), rel=1e-4)
+    assert {name for name in found if found[name][2] is not None} == {"fid", "sfid"}
+    assert inception == [("inception", None)]
+
+
+def test_a_result_says_all_that_repeats_it(inception, samples, images, tmp_path):
+    manifest = {"num": N, "labels": [0] * N, "sampler": "euler", "nfe": 20}
+    (tmp_path / "folder").mkdir()
+    for index, array in enumerate(made(N, 1)):
+        Image.fromarray(array).save(tmp_path / f"folder/{index:06d}.png")
+    (tmp_path / "folder/manifest.json").write_text(json.dumps(manifest))
+    score(tmp_path / "folder", "--ref", images)
+    result = read(tmp_path / "folder/metrics.json")
+    assert result["protocol"] == "adm-inception-1"
+    assert (result["n"], result["groups"], result["image_shape"]) == (N, 10, [3, 4, 4])
+    assert result["class_histogram"] == {"0": N}
+    assert result["reference"]["n"] == M
+    assert result["reference"]["sha256"] == hashlib.sha256(made(M, 2).tobytes()).hexdigest()
+    assert result["extractors"] == [small("inception", INCEPTION_PROTOCOL).describe()]
+    assert result["samples"] == str(tmp_path / "folder")
+    assert result["samples_manifest"] == {"num": N, "sampler": "euler", "nfe": 20}
+    assert result["samples_manifest_sha256"] == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    assert result["pixels_sha256"] == hashlib.sha256(made(N, 1).tobytes()).hexdigest()
+    assert {"torch", "torch-fidelity", "timm", "sit_atconv"} <= result["versions"].keys()
+    # An npz of the same images: other groups, for it has other labels, but the same values.
+    score(samples, "--ref", images, "--out", tmp_path / "deep/other.json")
+    other = read(tmp_path / "deep/other.json")
+    assert values(other) == pytest.approx(values(result), rel=1e-5)
+    assert other["metrics"]["fid"]["se"] != pytest.approx(result["metrics"]["fid"]["se"], rel=1e-3)
+    assert (other["class_histogram"]["3"], other["samples_manifest"]) == (15, {})
+    assert other["samples_manifest_sha256"] is None
+
+
+def test_features_score_like_their_images_without_the_network(
+    inception, samples, images, tmp_path, monkeypatch, capsys
+):
+    score(samples, "--ref", images, "--out", tmp_path / "a.json")
+    monkeypatch.setattr(scoring, "load_extractor", lambda *args: pytest.fail("loaded"))
+    features = tmp_path / "samples.features/inception"
+    score(features, "--ref", images)
+    assert read(features / "metrics.json")["metrics"] == read(tmp_path / "a.json")["metrics"]
+    assert read(features / "metrics.json")["pixels_sha256"] == read(tmp_path / "a.json")["pixels_sha256"]
+    score(features, "--ref", features, "--metrics", "fid", "--out", tmp_path / "self.json")
+    assert values(read(tmp_path / "self.json"))["fid"] == pytest.approx(0, abs=1e-6)
+    np.savez(tmp_path / "new.npz", arr_0=made(30, 4))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        score(features, "--ref", tmp_path / "new.npz")
+    assert "state their extractor again" in capsys.readouterr().err
+
+
+def test_features_of_another_extractor_are_refused(inception, samples, images, tmp_path, monkeypatch, fails, capsys):
+    score(samples, "--ref", images, "--out", tmp_path / "a.json")
+    capsys.readouterr()
+    features = tmp_path / "samples.features/inception"
+    other = small("inception", INCEPTION_PROTOCOL, input="other")
+    monkeypatch.setattr(scoring, "load_extractor", lambda *args: other)
+    message = fails(evaluate, "score", features, "--ref", images, "--extractor", "inception")
+    assert "have input None, the extractor 'other'" in message
+
+
+def test_what_the_reference_does_not_allow_is_left_out_and_said(inception, samples, tmp_path, capsys, fails):
+    real = streams_of(made(M, 2))
+    mu, sigma = moments(real["pool"])
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
+    score(samples, "--ref", tmp_path / "ref.npz")
+    out = capsys.readouterr().out
+    result = read(samples.with_suffix(".metrics.json"))
+    assert list(result["metrics"]) == ["fid", "is"]
+    assert result["reference"]["n"] is None
+    assert [line.split(":")[1].strip() for line in out.splitlines() if line.startswith("left out")] == [
+        "sfid",
+        "pr",
+        "kid",
+    ]
+    assert "has no mu_s and sigma_s" in out
+    assert (
+        f"fid {result['metrics']['fid']['value']:.5g} ± {result['metrics']['fid']['se']:.2g}, corrected "
+        in " ".join(out.split())
+    )
+    samples.with_suffix(".metrics.json").unlink()
+    capsys.readouterr()
+    for metric, says in (
+        ("sfid", "no mu_s and sigma_s"),
+        ("pr", "neither images nor"),
+        ("fid,kid", "neither images nor"),
+    ):
+        assert says in fails(evaluate, "score", samples, "--ref", tmp_path / "ref.npz", "--metrics", metric)
+    assert not samples.with_suffix(".metrics.json").exists()
+    # What is asked for and there does not mind what is not.
+    score(samples, "--ref", tmp_path / "ref.npz", "--metrics", "is,fid,is")
+    assert list(read(samples.with_suffix(".metrics.json"))["metrics"]) == ["fid", "is"]
+
+
+def test_fid_and_fdd_are_of_two_extractors_in_one_result(inception, samples, images, tmp_path):
+    score(samples, "--ref", images, "--metrics", "fid,fdd", "--dinov2", "a_vit", "--out", tmp_path / "both.json")
+    both = read(tmp_path / "both.json")
+    assert inception == [("inception", None), ("dinov2:a_vit", None)]
+    assert list(both["metrics"]) == ["fid", "fdd"]
+    assert both["protocol"] == "adm-inception-1"
+    assert [each["protocol"] for each in both["extractors"]] == ["adm-inception-1", "dinov2-small-1"]
+    assert both["metrics"]["fid"] == pytest.approx(both["metrics"]["fdd"], rel=1e-6)  # the same small network
+    inception.clear()
+    score(samples, "--ref", images, "--metrics", "fdd", "--out", tmp_path / "one.json")
+    one = read(tmp_path / "one.json")
+    assert inception == [("dinov2", None)]
+    assert (one["protocol"], list(one["metrics"]), len(one["extractors"])) == ("dinov2-small-1", ["fdd"], 1)
+    assert one["metrics"]["fdd"] == pytest.approx(both["metrics"]["fdd"], rel=1e-6)
+    score(samples, "--ref", images, "--extractor", "dinov2", "--out", tmp_path / "all.json")
+    assert list(read(tmp_path / "all.json")["metrics"]) == ["fdd", "precision", "recall", "density", "coverage", "kid"]
+    score(samples, "--ref", images, "--extractor", "inception", "--metrics", "fdd", "--out", tmp_path / "again.json")
+    assert list(read(tmp_path / "again.json")["metrics"]) == ["fdd"]
+
+
+def test_a_module_of_ones_own(own, samples, images, capsys):
+    score(samples, "--ref", images, "--extractor", f"{own}:Own")
+    result = read(samples.with_suffix(".metrics.json"))
+    assert result["protocol"] == f"module-{own}:Own"
+    fake, real = streams_of(made(N, 1))["pool"], streams_of(made(M, 2))["pool"]
+    expected = by_hand(fake, real, stratified_groups(np.arange(N) % 4, N))
+    assert tuple(result["metrics"]["frechet_distance"].values()) == pytest.approx(expected, rel=1e-4)
+    assert {"is", "precision", "kid"} <= result["metrics"].keys()
+    capsys.readouterr()
+    score(samples, "--ref", images, "--extractor", f"{own}:Pool")
+    assert "is" not in read(samples.with_suffix(".metrics.json"))["metrics"]
+    assert "left out: is: " in capsys.readouterr().out
+
+
+def test_how_features_are_split_into_files_changes_nothing(own, samples, images, tmp_path):
+    extractor = ("--extractor", f"{own}:Own")
+    score(samples, "--ref", images, *extractor)
+    whole = read(samples.with_suffix(".metrics.json"))
+    for shard in (1, 10, 62):
+        folder = str(tmp_path / f"by_{shard}")
+        evaluate(["extract", str(samples), "--out", folder, "--shard", str(shard), *extractor])
+        score(folder, "--ref", images)
+        split = read(tmp_path / f"by_{shard}/metrics.json")
+        for name, metric in whole["metrics"].items():
+            found = split["metrics"][name]
+            assert (found["value"], found["se"]) == pytest.approx((metric["value"], metric["se"]), rel=1e-5), name
+
+
+def test_a_few_images_have_no_error_bar(inception, images, tmp_path, capsys):
+    for n, groups in ((4, None), (19, None), (20, 10)):
+        np.savez(tmp_path / f"{n}.npz", arr_0=made(n, 1))
+        score(tmp_path / f"{n}.npz", "--ref", images)
+        result = read(tmp_path / f"{n}.metrics.json")
+        assert result["groups"] == groups
+        assert {metric["se"] is None for metric in result["metrics"].values()} == {groups is None}
+        out = capsys.readouterr().out
+        assert ("no error bars" in out) == (groups is None)
+        assert ("precision" in result["metrics"]) == (n > 5)
+        assert ("left out: pr: 4 images" in out) == (n == 4)
+
+
+def test_what_cannot_be_scored_is_refused_and_nothing_is_written(inception, own, samples, images, tmp_path, fails):
+    np.savez(tmp_path / "large.npz", arr_0=made(30, 1, (8, 8, 3)))
+    np.savez(tmp_path / "one.npz", arr_0=made(1, 1))
+    np.savez(tmp_path / "float.npz", arr_0=made(30, 1) / 255)
+    there = sorted(tmp_path.rglob("*"))
+    for arguments, says in (
+        ((samples, "--ref", images, "--metrics", "fdi"), "--metrics='fdi': did you mean 'fid'?"),
+        ((samples, "--ref", images, "--metrics", ""), "--metrics=''"),
+        ((samples, "--ref", images, "--metrics", "recognised"), "'recognised' is none of extractor inception"),
+        ((samples, "--ref", images, "--extractor", "dinov2", "--metrics", "fid"), "choose from ['fdd', 'pr', 'kid']"),
+        ((samples, "--ref", images, "--dinov2", "a_vit"), "--dinov2 a_vit: nothing asks for it"),
+        ((samples, "--ref", tmp_path / "nowhere"), "no such file"),
+        ((tmp_path / "nowhere", "--ref", images), "no such file"),
+        ((samples, "--ref", tmp_path / "large.npz"), "8 px images, the samples 4"),
+        ((tmp_path / "one.npz", "--ref", images), "at least 2"),
+        ((samples, "--ref", tmp_path / "one.npz"), "at least 2"),
+        ((tmp_path / "float.npz", "--ref", images), "float64"),
+        ((samples, "--ref", images, "--out", tmp_path), "is a folder"),
+    ):
+        assert says in fails(evaluate, "score", *arguments), arguments
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    return digits.train_classifier()
+    """Trained once, and handed to all that train it."""
+    made = digits.train_classifier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "train_classifier", lambda: made)
+        yield made
 
 
-def test_the_classifier_is_deterministic_and_good(classifier):
-    torch.manual_seed(123)
-    again, accuracy = digits.train_classifier()
-    assert accuracy == classifier[1] >= 0.97
-    state = classifier[0].state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+@pytest.fixture(scope="module")
+def held_out():
+    test = Digits("test")
+    return to_uint8(test.images), np.array(test.labels)
 
 
-def test_real_digits_score_well_and_mislabelled_or_noisy_ones_do_not(held_out, tmp_path, monkeypatch, classifier):
-    monkeypatch.setattr(digits, "train_classifier", lambda: classifier)
+def write_npz(path, pixels, labels):
+    np.savez(path, arr_0=pixels.permute(0, 2, 3, 1).numpy(), arr_1=labels)
+    return path
+
+
+def test_real_digits_score_well_and_mislabelled_or_noisy_ones_do_not(held_out, tmp_path, classifier):
     pixels, labels = held_out
     noise = torch.randint(0, 256, pixels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     results = {}
     for name, images, stated in (
         ("real", pixels, labels),
-        ("shifted", pixels, [(label + 1) % 10 for label in labels]),
+        ("shifted", pixels, (labels + 1) % 10),
         ("noise", noise, labels),
     ):
-        write_folder(tmp_path / name, images, stated)
-        score(tmp_path / name, "--ref", "digits")
-        results[name] = json.loads((tmp_path / name / "metrics.json").read_text())
-    assert results["real"]["metrics"]["recognised"] == results["real"]["metrics"]["classifier_heldout_accuracy"]
-    assert results["shifted"]["metrics"]["recognised"] < 0.05
-    assert results["noise"]["metrics"]["recognised"] < 0.3
-    assert results["shifted"]["metrics"]["frechet_distance"] == results["real"]["metrics"]["frechet_distance"]
-    assert results["noise"]["metrics"]["frechet_distance"] > 20 * results["real"]["metrics"]["frechet_distance"]
-    assert results["real"]["n"] == 360
-    assert results["real"]["reference"]["n"] == 1437
+        score(write_npz(tmp_path / f"{name}.npz", images, stated), "--ref", "digits")
+        results[name] = read(tmp_path / f"{name}.metrics.json")
+    found = {name: values(result) for name, result in results.items()}
+    assert found["real"]["recognised"] == found["real"]["classifier_heldout_accuracy"] == classifier[1]
+    assert found["shifted"]["recognised"] < 0.05
+    assert found["noise"]["recognised"] < 0.3
+    assert found["shifted"]["frechet_distance"] == pytest.approx(found["real"]["frechet_distance"], rel=1e-5)
+    assert found["noise"]["frechet_distance"] > 20 * found["real"]["frechet_distance"]
+    assert found["real"]["precision"] > 0.8 > 0.2 > found["noise"]["precision"]
+    assert found["real"]["is"] > 8
+    real = results["real"]
+    assert (real["n"], real["reference"]["n"], real["protocol"]) == (360, 1437, "digits-classifier-2")
+    # The error of a share of independent hits is the binomial one.
+    share = found["noise"]["recognised"]
+    assert results["noise"]["metrics"]["recognised"]["se"] == pytest.approx(np.sqrt(share * (1 - share) / 360), rel=0.5)
+    assert real["metrics"]["classifier_heldout_accuracy"]["se"] is None
+    assert real["metrics"]["recognised"]["corrected"] is None
+    # The train split against itself is at zero, so the reference is that.
+    train = Digits("train")
+    score(write_npz(tmp_path / "train.npz", to_uint8(train.images), train.labels), "--ref", "digits")
+    assert values(read(tmp_path / "train.metrics.json"))["frechet_distance"] == pytest.approx(0, abs=1e-4)
 
 
-def test_the_frechet_reference_is_the_train_split(classifier, held_out):
-    train = to_uint8(Digits("train").images)
-    real = moments(digits.extract(classifier[0], train)[0])
-    assert frechet_distance(real, moments(digits.extract(classifier[0], train)[0])) == pytest.approx(0, abs=1e-4)
-
-
-def test_npz_samples_score_like_their_folder(held_out, tmp_path, monkeypatch, classifier):
-    monkeypatch.setattr(digits, "train_classifier", lambda: classifier)
-    pixels, labels = held_out
-    write_folder(tmp_path / "folder", pixels, labels)
-    np.savez(tmp_path / "samples.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), arr_1=np.array(labels))
-    score(tmp_path / "folder", "--ref", "digits")
-    score(tmp_path / "samples.npz", "--ref", "digits")
-    a, b = (
-        json.loads(path.read_text()) for path in (tmp_path / "folder/metrics.json", tmp_path / "samples.metrics.json")
-    )
-    assert a["metrics"] == pytest.approx(b["metrics"], rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    """Random weights in the published file's layout."""
-    from unittest.mock import patch
-
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    torch.manual_seed(0)
-    with (
-        patch("torch.load", return_value={}),
-        patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None),
-    ):
-        model = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path="unused")
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(model.state_dict(), path)
-    return path
+def test_digits_without_labels_have_no_class_to_recognise(held_out, tmp_path, classifier, capsys, fails):
+    np.savez(tmp_path / "bare.npz", arr_0=held_out[0].permute(0, 2, 3, 1).numpy())
+    score(tmp_path / "bare.npz", "--ref", "digits")
+    assert not {"recognised", "classifier_heldout_accuracy"} & read(tmp_path / "bare.metrics.json")["metrics"].keys()
+    assert "left out: recognised: samples without labels" in capsys.readouterr().out
+    message = fails(evaluate, "score", tmp_path / "bare.npz", "--ref", "digits", "--metrics", "recognised")
+    assert "give them in manifest.json" in message
+    message = fails(evaluate, "score", tmp_path / "bare.npz", "--ref", "digits", "--weights", "x")
+    assert "--weights belongs to Inception" in message
+    np.savez(tmp_path / "rgb.npz", arr_0=made(30, 1))
+    message = fails(evaluate, "score", tmp_path / "rgb.npz", "--ref", "digits")
+    assert "(3, 4, 4), digits takes (1, 8, 8)" in message
 
 
 @pytest.fixture
-def rgb_folders(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for name, low in (("a", 0), ("b", 120)):
-        pixels = torch.randint(low, 256, (4, 3, 24, 24), generator=generator, dtype=torch.uint8)
-        write_folder(tmp_path / name, pixels, None)
-    return tmp_path / "a", tmp_path / "b"
+def alone(monkeypatch):
+    """One process of two that are under way: whatever asks the other for something would wait for ever."""
+
+    def never(*args, **kwargs):
+        pytest.fail("asked the other process")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    for name in ("all_reduce", "broadcast_object_list", "all_gather_object", "barrier"):
+        monkeypatch.setattr(dist, name, never)
+    monkeypatch.setattr(extract, "PartialState", never)
 
 
-def test_inception_scores_against_images_and_against_statistics(rgb_folders, inception_weights, tmp_path):
-    a, b = rgb_folders
-    score(a, "--ref", b, "--weights", inception_weights)
-    against_images = json.loads((a / "metrics.json").read_text())
-    model = extractor.load_inception(inception_weights, torch.device("cpu"))
-    features = {path: extractor.extract(model, read_images(path).pixels, batch_size=3) for path in (a, b)}
-    assert features[a].shape == (4, 2048)
-    expected = frechet_distance(moments(features[a]), moments(features[b]))
-    assert against_images["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
-    statistics = moments(features[b])
-    np.savez(tmp_path / "ref.npz", mu=statistics.mu, sigma=statistics.sigma)
-    score(a, "--ref", tmp_path / "ref.npz", "--weights", inception_weights)
-    against_statistics = json.loads((a / "metrics.json").read_text())
-    assert against_statistics["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
-    assert against_images["weights_sha256"] == against_statistics["weights_sha256"]
-    assert against_images["protocol"] == "inception-2015-12-05-pool3"
+def test_training_scores_digits_as_the_command_does(held_out, tmp_path, classifier, request):
+    pixels, labels = held_out
+    score(write_npz(tmp_path / "real.npz", pixels, labels), "--ref", "digits")
+    expected = values(read(tmp_path / "real.metrics.json"))
+    there = sorted(tmp_path.rglob("*"))
+    request.getfixturevalue("alone")
+    found = training_scorer("digits", None)(pixels, labels.tolist())
+    assert found == pytest.approx({name: expected[name] for name in ("frechet_distance", "recognised")}, rel=1e-6)
+    assert {type(value) for value in found.values()} == {float}
+    assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_grey_images_enter_inception_as_three_equal_channels(inception_weights):
-    model = extractor.load_inception(inception_weights, torch.device("cpu"))
-    grey = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    features = extractor.extract(model, grey)
-    np.testing.assert_array_equal(features, extractor.extract(model, grey.repeat(1, 3, 1, 1)))
-
-
-class Boom:
-    def __reduce__(self):
-        return sys.exit, (99,)
-
-
-def test_weights_that_want_to_run_code_are_refused(fails, rgb_folders, tmp_path):
-    torch.save({"fc.weight": Boom()}, tmp_path / "evil.pth")
-    a, b = rgb_folders
-    assert "cannot be read" in fails(evaluate, "score", a, "--ref", b, "--weights", tmp_path / "evil.pth")
-
-
-def test_missing_weights_name_the_file_and_where_it_comes_from(fails, rgb_folders, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    a, b = rgb_folders
-    message = fails(evaluate, "score", a, "--ref", b)
-    assert "weights-inception-2015-12-05-6726825d.pth" in message
-    assert "download https://" in message
-    assert not (a / "metrics.json").exists()
-
-
-def test_what_cannot_be_scored_is_refused(fails, rgb_folders, inception_weights, tmp_path, held_out):
-    a, b = rgb_folders
-    assert "(3, 24, 24), the embedded digits (1, 8, 8)" in fails(evaluate, "score", a, "--ref", "digits")
-    message = fails(evaluate, "score", a, "--ref", "digits", "--weights", inception_weights)
-    assert "--weights and --device belong to Inception" in message
-    assert "--device tpu9" in fails(
-        evaluate, "score", a, "--ref", b, "--weights", inception_weights, "--device", "tpu9"
-    )
-    pixels = np.zeros((3, 8, 8, 1), np.uint8)
-    for name, arrays, says in (
-        ("float", {"arr_0": pixels / 255, "arr_1": np.zeros(3)}, "float64"),
-        ("flat", {"arr_0": pixels[..., 0]}, "(3, 8, 8)"),
-        ("labels", {"arr_0": pixels, "arr_1": np.zeros(2, np.int64)}, "3 images but labels of shape (2,)"),
+def test_training_scores_in_inceptions_features_in_memory(inception, images, tmp_path, alone):
+    pixels = torch.from_numpy(made(N, 1)).permute(0, 3, 1, 2)
+    fake, real = streams_of(made(N, 1))["pool"], streams_of(made(M, 2))["pool"]
+    expected = {"fid": pytest.approx(frechet_distance(*moments(fake), *moments(real)), rel=1e-5)}
+    mu, sigma = moments(real)
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma, arr_0=made(9, 5))
+    there = sorted(tmp_path.rglob("*"))
+    for ref in (images, tmp_path / "ref.npz"):
+        assert training_scorer(str(ref), None)(pixels, [0] * N) == expected
+    assert sorted(tmp_path.rglob("*")) == there
+    np.savez(tmp_path / "nan.npz", mu=mu * np.nan, sigma=sigma)
+    np.savez(tmp_path / "flat.npz", mu=mu, sigma=mu)
+    for ref, says in (
+        ("nan.npz", "not finite"),
+        ("flat.npz", r"sigma \(7,\); inception's pool has 7"),
+        ("no", "no such"),
     ):
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-        assert says in fails(evaluate, "score", tmp_path / f"{name}.npz", "--ref", "digits")
-    np.save(tmp_path / "array.npy", pixels)
-    (tmp_path / "empty.npz").touch()
-    np.savez(tmp_path / "words.npz", arr_0=pixels, arr_1=np.array(["a", "b", "c"]))
-    for name, says in (("array.npy", "give an npz"), ("empty.npz", "give an npz"), ("words.npz", "must be integers")):
-        assert says in fails(evaluate, "score", tmp_path / name, "--ref", "digits")
-    np.savez(tmp_path / "nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
-    assert "not finite" in fails(evaluate, "score", a, "--ref", tmp_path / "nan.npz", "--weights", inception_weights)
-    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
-    assert "sigma (2048,)" in fails(evaluate, "score", a, "--ref", tmp_path / "ref.npz", "--weights", inception_weights)
-    write_folder(tmp_path / "lone", torch.zeros(1, 3, 24, 24, dtype=torch.uint8), None)
-    assert "give at least 2" in fails(evaluate, "score", a, "--ref", tmp_path / "lone", "--weights", inception_weights)
-    assert "no such file" in fails(evaluate, "score", a, "--ref", tmp_path / "nowhere")
-    (a / "000002.png").unlink()
-    assert "3 images, but its manifest says 4" in fails(evaluate, "score", a, "--ref", b)
-    (b / "000001.png").write_bytes(b"no image")
-    assert "000001.png' does not decode" in fails(evaluate, "score", b, "--ref", a)
-    write_folder(tmp_path / "bare", held_out[0][:2], None)
-    assert "without labels" in fails(evaluate, "score", tmp_path / "bare", "--ref", "digits")
-    write_folder(tmp_path / "single", held_out[0][:1], [0])
-    assert "at least 2" in fails(evaluate, "score", tmp_path / "single", "--ref", "digits")
-    write_folder(tmp_path / "mixed", held_out[0][:2], [0, 1])
-    Image.new("L", (9, 8)).save(tmp_path / "mixed/000001.png")
-    assert "000001.png" in fails(evaluate, "score", tmp_path / "mixed", "--ref", "digits")
+        with pytest.raises(InputError, match=says):
+            training_scorer(str(tmp_path / ref), None)
+    with pytest.raises(InputError, match=r"score\.weights belongs to Inception"):
+        training_scorer("digits", "weights.pth")
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(own, samples, images, tmp_path):
+    arguments = ["score", samples, "--ref", images, "--extractor", f"{own}:Own", "--batch", 7, "--out"]
+    score(*arguments[1:], tmp_path / "one.json")
+    for folder in ("samples.features", "real.features"):
+        (tmp_path / folder).rename(tmp_path / f"old_{folder}")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval",
+         *map(str, arguments), str(tmp_path / "two.json")],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
+    for name, metric in one["metrics"].items():
+        assert two["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-9), name
+        assert two["metrics"][name]["se"] == pytest.approx(metric["se"], rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_inception_scores_equal_torch_fidelitys_on_the_same_images(tmp_path):
+    """With random weights, from PNGs on both sides, everything between included."""
+    from torch_fidelity import calculate_metrics
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(torch, "load", lambda *args, **kwargs: {})
+        model = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path="unused")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            nn.init.kaiming_normal_(parameter)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    for name, n, seed in (("fake", 24, 1), ("real", 20, 2)):
+        (tmp_path / name).mkdir()
+        for index, array in enumerate(made(n, seed, (32, 32, 3))):
+            Image.fromarray(array).save(tmp_path / name / f"{index:06d}.png")
+    score(tmp_path / "fake", "--ref", tmp_path / "real", "--weights", tmp_path / "weights.pth")
+    found = values(read(tmp_path / "fake/metrics.json"))
+    theirs = calculate_metrics(
+        input1=str(tmp_path / "fake"), input2=str(tmp_path / "real"), fid=True, isc=True, kid=True, prc=True,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(tmp_path / "weights.pth"),
+        isc_splits=1, samples_shuffle=False, kid_subsets=3, kid_subset_size=20, cuda=False, cache=False,
+        verbose=False, batch_size=8,
+    )  # fmt: skip
+    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert found["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    # Theirs takes float32 differences of large kernels; in float64 on the same features it is the same.
+    assert found["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=0.02)
+    fake, real = (
+        torch.from_numpy(Features(tmp_path / name / "features/inception").load("pool")).double()
+        for name in ("fake", "real")
+    )
+    exact = kid_features_to_metric(fake, real, kid_subsets=3, kid_subset_size=20, verbose=False)
+    assert found["kid"] == pytest.approx(exact["kernel_inception_distance_mean"], rel=1e-9)
+    assert found["precision"] == pytest.approx(theirs["precision"], abs=1e-7)
+    assert found["recall"] == pytest.approx(theirs["recall"], abs=1e-7)
+    assert load_extractor("inception", str(tmp_path / "weights.pth")).describe()["weights_sha256"] == (
+        hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    )

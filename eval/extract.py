@@ -1,0 +1,356 @@
+"""Write the features of images to a folder: shards dealt out to processes, each there whole or not at all.
+
+The folder says from its first file on what it is going to be (settings.json), and refuses to become something else; a
+kill costs the shards that were under way. A batch never reaches over the end of a shard.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from safetensors import SafetensorError
+from safetensors.torch import save
+from tqdm import tqdm
+
+from eval.extractor import Extractor, load_extractor
+from eval.features import INDEX, SETTINGS, Features, read_head, shard_name
+from eval.sources import Source, open_source
+from sit_atconv.errors import InputError, speaks
+from sit_atconv.files import library_versions, sha256, sync, write_atomic
+
+T = TypeVar("T")
+SHARD, BATCH = 1000, 64
+AHEAD = 3  # batches that are read before they are wanted
+PATIENCE = timedelta(days=7)  # how long a process waits for the others
+# Of the settings: what moves no feature beyond rounding, and where the images lay.
+NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of images (with its manifest.json), or npz with arr_0")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
+    parser.add_argument("--shard", type=int, default=SHARD, metavar="N", help=f"images per file (default: {SHARD})")
+    add_extractor_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of all commands that extract."""
+    parser.add_argument(
+        "--extractor", default="inception", metavar="SPEC",
+        help='inception (default), digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", or '
+        '"package.module:callable" for a module of your own',
+    )  # fmt: skip
+    parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--allow-lossy", action="store_true", help="let JPEG and WebP in")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Extract, and say what is there. Raises InputError for what cannot be extracted."""
+    extractor = load_extractor(args.extractor, args.weights, args.device)
+    features = features_of(args.source, extractor, args.shard, args.batch, args.out, args.allow_lossy)
+    leave()
+    if speaks():
+        dimensions = ", ".join(f"{name} {dimension}" for name, dimension in features.streams.items())
+        print(f"{args.out}: {features.n:,} images, {dimensions}, by {extractor.name}")
+
+
+def leave() -> None:
+    """End the process group that a launch on several processes has, once nothing more is shared."""
+    PartialState().destroy_process_group()
+
+
+def features_of(
+    path: str | Path | Source, extractor: Extractor, shard: int = SHARD, batch: int = BATCH,
+    out: str | Path | None = None, allow_lossy: bool = False,
+) -> Features:  # fmt: skip
+    """The features of the images at `path`, extracted unless they are there, whole and of these images.
+
+    path: as `open_source` takes it, or a Source. shard: images per file. batch: images at once; it moves features by
+    float rounding alone. out: the folder; default SRC/features/NAME for a folder, STEM.features/NAME for an npz.
+    Every process of a distributed launch calls this, and makes its part of the missing shards.
+    Raises InputError for images that cannot be read, a folder with something else in it, and a full disk.
+    """
+    for name, value in (("--shard", shard), ("--batch", batch)):
+        if value < 1:
+            raise InputError(f"{name} {value}: must be at least 1")
+    source = path if isinstance(path, Source) else open_source(path, allow_lossy)
+    out = Path(out) if out is not None else default_folder(Path(path), extractor.name)
+    extractor.check_images(source.name, source.image_shape)
+    # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
+    if state.is_main_process:
+        try:
+            settings = claim(out, describe(source, extractor, shard, batch))
+            start = [settings, missing_shards(out, settings), None]
+        except InputError as error:
+            start[2] = InputError(str(error))  # every process is about to know it
+    settings, missing, error = broadcast_object_list(start)
+    if error is not None:
+        raise error
+    error = None
+    try:
+        _make_shards(
+            source, extractor, settings, batch, out, missing[state.process_index :: state.num_processes], state
+        )
+    except InputError as fault:
+        error = fault
+    if missing:
+        _trim()
+    faults = gather_object([error is not None])  # the others end their shards before they hear of it
+    if any(faults):
+        raise error or SystemExit(2)  # another process says why
+    end = [None]
+    if state.is_main_process:
+        try:
+            finish(out, settings)
+        except InputError as fault:
+            end = [InputError(str(fault))]
+    (error,) = broadcast_object_list(end)
+    if error is not None:
+        raise error
+    features = Features(out)
+    extractor.streams = extractor.streams or features.streams  # of a module of one's own that had nothing to do
+    return features
+
+
+def default_folder(path: Path, name: str) -> Path:
+    """Where the features of images at `path` go unless told."""
+    parent = path / "features" if path.is_dir() else path.with_suffix(".features")
+    return parent / name
+
+
+def describe(source: Source, extractor: Extractor, shard: int, batch: int) -> dict[str, Any]:
+    """settings.json; reads all images once, so that one that cannot be read is found before anything is written."""
+    return {
+        "source": source.describe(),
+        "n": source.n,
+        "image_shape": list(source.image_shape),
+        "class_histogram": source.class_histogram(),
+        "extractor": extractor.describe(),
+        "shard": shard,
+        "batch": batch,
+        "device": extractor.device.type,
+        "versions": library_versions("timm", "torch-fidelity"),
+    }
+
+
+def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Make a folder of features, or take over the one that is there with the settings it was begun with.
+
+    Raises InputError for a folder of something else, or of other features: in one line, what differs.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a file; give a new folder, or one to go on with")
+    try:
+        stored = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).exists() else None
+        if not isinstance(stored, dict | None):
+            raise ValueError("no object")
+    except (OSError, ValueError):
+        raise InputError(
+            f"--out {str(out)!r}: its {SETTINGS} is damaged; delete the folder, or choose another"
+        ) from None
+    if stored is None:
+        with _disk(out):
+            out.mkdir(parents=True, exist_ok=True)
+            if strays := sorted(path.name for path in out.iterdir() if path.suffix != ".tmp"):
+                raise InputError(f"--out {str(out)!r} holds {strays[0]!r} and no features; choose another folder")
+            write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
+        return settings
+    old, new = dict(_flat(stored)), dict(_flat(settings))
+    changed = [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"{str(out)!r} holds features with other settings ({'; '.join(changed)}); state them as they were, delete "
+            "the folder, or choose another with `extract --out`"
+        )
+    return stored
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is compared of settings: {"section": {"key": value}} as ("section.key", value)."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif not f"{prefix}{key}".startswith(NOT_COMPARED):
+            yield prefix + key, value
+
+
+def _spans(settings: dict[str, Any]) -> list[tuple[int, int]]:
+    """(first, stop) of every shard."""
+    n, shard = settings["n"], settings["shard"]
+    return [(first, min(first + shard, n)) for first in range(0, n, shard)]
+
+
+def missing_shards(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """(number, first, stop) of every shard that is not there, or not whole. Clears what killed processes were writing.
+
+    Where features.json is, a shard that is not the one it names is made anew, and the file goes until all are there.
+    """
+    digests = _digests(out / INDEX)
+    with _disk(out):
+        for leftover in out.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+    spans = [(number, *span) for number, span in enumerate(_spans(settings))]
+    with ThreadPoolExecutor() as pool:
+        whole = list(pool.map(lambda span: _is_whole(out, span, digests), spans))
+    missing = [span for span, there in zip(spans, whole, strict=True) if not there]
+    if missing:
+        with _disk(out):
+            (out / INDEX).unlink(missing_ok=True)
+    return missing
+
+
+def _digests(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["shards"] if index.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _is_whole(out: Path, span: tuple[int, int, int], digests: dict[str, str]) -> bool:
+    number, first, stop = span
+    path = out / shard_name(number)
+    try:
+        index = read_head(path)[0]
+        return index.tolist() == list(range(first, stop)) and digests.get(path.name) in (None, sha256(path))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _make_shards(
+    source: Source, extractor: Extractor, settings: dict[str, Any], batch: int, out: Path,
+    spans: list[tuple[int, int, int]], state: PartialState,
+) -> None:  # fmt: skip
+    """One thread reads ahead, another writes, and the device has its next batch before the last is fetched."""
+    pinned = extractor.device.type == "cuda"
+
+    def read() -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
+        for span in spans:
+            for pixels in source.batches(*span[1:], batch):
+                yield span, pixels.pin_memory() if pinned else pixels
+
+    total = sum(stop - first for _, first, stop in spans)
+    label = "features" if state.num_processes == 1 else f"features (1 of {state.num_processes} processes)"
+    parts, writing = [], None
+    with (
+        tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not state.is_main_process) as bar,
+        ThreadPoolExecutor(1, "shards") as writer,
+        closing(ahead(read())) as batches,
+    ):
+        for span, streams in _pipelined(extractor, batches):
+            parts.append(streams)
+            done = sum(len(next(iter(part.values()))) for part in parts)
+            bar.update(len(next(iter(streams.values()))))
+            if done == span[2] - span[1]:
+                if writing is not None:
+                    writing.result()
+                tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                writing = writer.submit(_write_shard, out, span, tensors, source.labels)
+                parts = []
+        if writing is not None:
+            writing.result()
+
+
+def _trim() -> None:
+    """Hand freed memory back: of what the network took, glibc keeps 400 MB that a score would come on top of."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _pipelined(extractor: Extractor, batches: Iterable[tuple[T, torch.Tensor]]) -> Iterator[tuple[T, dict]]:
+    """Features of batches, each fetched after the next one was launched: a GPU does not wait for the copy."""
+    waiting = None
+    for key, pixels in batches:
+        launched = key, extractor.launch(pixels)
+        if waiting is not None:
+            yield waiting[0], extractor.fetch(waiting[1])
+        waiting = launched
+    if waiting is not None:
+        yield waiting[0], extractor.fetch(waiting[1])
+
+
+def ahead(items: Iterable[T], depth: int = AHEAD) -> Iterator[T]:
+    """The items, each made by a thread up to `depth` before it is wanted."""
+    items, end = iter(items), object()
+    reader = ThreadPoolExecutor(1, "ahead")
+    try:
+        waiting = deque(reader.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(reader.submit(next, items, end))
+            yield item
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
+def _write_shard(out: Path, span: tuple[int, int, int], tensors: dict[str, torch.Tensor], labels) -> None:
+    """Write a shard whole or not at all, even where two processes do. Raises InputError where the disk is full."""
+    number, first, stop = span
+    tensors = {**tensors, "index": torch.arange(first, stop)}
+    if labels is not None:
+        tensors["labels"] = torch.from_numpy(labels[first:stop].copy())
+    path = out / shard_name(number)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    with _disk(out):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(save(tensors))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            sync(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def finish(out: Path, settings: dict[str, Any]) -> None:
+    """Write features.json of a folder with all of its shards, unless it is there."""
+    if (out / INDEX).is_file():
+        return
+    names = [shard_name(number) for number in range(len(_spans(settings)))]
+    with _disk(out), ThreadPoolExecutor() as pool:
+        digests = pool.map(sha256, [out / name for name in names])
+        info = {
+            "n": settings["n"],
+            "shards": dict(zip(names, digests, strict=True)),
+            "streams": read_head(out / names[0])[2],
+            "class_histogram": settings["class_histogram"],
+            "labels": settings["class_histogram"] is not None,
+            **{key: settings[key] for key in ("source", "extractor", "image_shape", "batch", "device", "versions")},
+        }
+        write_atomic(out / INDEX, json.dumps(info, indent=1))
+        sync(out)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """An error of the file system under `out` as an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--out {str(out)!r} cannot be written: {error.strerror or error}; the shards that are there are whole: "
+            "mend it and run again, or extract to another folder with `extract --out`",
+            every_rank=True,
+        ) from None

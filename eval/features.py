@@ -1,0 +1,140 @@
+"""A folder of features: shards of consecutive images, and features.json, which is written last."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from eval.sources import class_histogram
+from sit_atconv.errors import InputError
+from sit_atconv.files import sha256
+
+SETTINGS, INDEX = "settings.json", "features.json"
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
+
+
+def is_features(path: str | Path) -> bool:
+    """Whether `path` is a folder of features, whole or not."""
+    return (Path(path) / INDEX).is_file() or (Path(path) / SETTINGS).is_file()
+
+
+class Features:
+    """The features that `extract` wrote to a folder.
+
+    n: images. info: features.json. labels: int64 (n,) in the order of the images, or None. streams: dimension of each
+    stream by name. image_shape: (C, H, W) of the images.
+    verify: compare the SHA-256 of every shard, which reads all of them; else sizes, shapes and indices alone.
+    Raises InputError for a folder that is not whole: one line names the shard.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = False):
+        self.path = Path(path)
+        self.info = _read_index(self.path)
+        self.n, self.streams = self.info["n"], self.info["streams"]
+        self.image_shape = tuple(self.info["image_shape"])
+        self._shards = list(self.info["shards"])
+        self._starts, labels = [], []
+        first = 0
+        for file, digest in self.info["shards"].items():
+            index, ids = self._head(file, first)
+            self._starts.append(first)
+            labels.append(ids)
+            first += len(index)
+            if verify and sha256(self.path / file) != digest:
+                raise self._broken(file, "its SHA-256 is not that of features.json")
+        if first != self.n:
+            raise self._broken(INDEX, f"its shards hold {first} images, and it says {self.n}")
+        self.labels = np.concatenate(labels) if self.info["labels"] else None
+        if class_histogram(self.labels) != self.info["class_histogram"]:
+            raise self._broken(INDEX, "its class histogram is not that of the labels")
+
+    def _head(self, file: str, first: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Indices and labels of a shard that begins with image `first`."""
+        try:
+            index, labels, streams = read_head(self.path / file)
+        except (OSError, SafetensorError) as error:
+            raise self._broken(file, str(error)) from None
+        if streams != self.streams or not np.array_equal(index, np.arange(first, first + len(index))):
+            raise self._broken(file, "it holds other images or streams")
+        if self.info["labels"] != (labels is not None):
+            raise self._broken(file, "labels" + " are missing" * (labels is None))
+        return index, labels
+
+    def _broken(self, file: str, reason: str) -> InputError:
+        return InputError(f"features {str(self.path)!r}: {file} is damaged ({reason}); delete the folder, extract anew")
+
+    def batches(self, stream: str, shards: Iterable[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of the first image, its features and the next ones' (n, D) fp32) of each shard.
+
+        shards: numbers of those wanted, 0 to len(features) - 1 (default: all, in order). Raises InputError for a stream
+        that is not there.
+        """
+        if stream not in self.streams:
+            raise InputError(f"features {str(self.path)!r} have no {stream!r}, but {sorted(self.streams)}")
+        for number in range(len(self)) if shards is None else shards:
+            try:
+                with safe_open(self.path / self._shards[number], framework="np") as file:
+                    yield self._starts[number], file.get_tensor(stream)
+            except (OSError, SafetensorError) as error:
+                raise self._broken(self._shards[number], str(error)) from None
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return len(self._shards)
+
+    def load(self, stream: str, indices: np.ndarray | None = None) -> np.ndarray:
+        """All features of a stream, (n, D) fp32; or of some images, by ascending indices (M,): (M, D)."""
+        indices = np.arange(self.n) if indices is None else indices
+        cuts = np.searchsorted(indices, [*self._starts, self.n])
+        if stream in self.streams:  # else `batches` says so
+            out = np.empty((len(indices), self.streams[stream]), np.float32)
+        wanted = [number for number in range(len(self)) if cuts[number] < cuts[number + 1]]
+        for number, (first, part) in zip(wanted, self.batches(stream, wanted), strict=True):
+            rows = slice(cuts[number], cuts[number + 1])
+            out[rows] = part[indices[rows] - first]
+        return out
+
+
+def read_head(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:
+    """Indices, labels if there are any, and the dimension of each stream of a shard.
+
+    Raises OSError or SafetensorError for a file that is not whole.
+    """
+    with safe_open(path, framework="np") as file:
+        names = set(file.keys())
+        if "index" not in names:
+            raise SafetensorError("no index in it")
+        index, labels = file.get_tensor("index"), file.get_tensor("labels") if "labels" in names else None
+        shapes = {name: file.get_slice(name).get_shape() for name in sorted(names - {"index", "labels"})}
+    if any(len(shape) != 2 or shape[0] != len(index) for shape in shapes.values()):
+        raise SafetensorError("streams of other lengths")
+    return index, labels, {name: shape[1] for name, shape in shapes.items()}
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not (path / INDEX).is_file():
+        raise InputError(
+            f"features {str(path)!r}: no {INDEX}, so they are not whole; run `extract` again, which goes on"
+        )
+    try:
+        info = json.loads((path / INDEX).read_text())
+        whole = {"n", "shards", "streams", "labels", "class_histogram", "image_shape", "extractor", "source"} <= set(
+            info
+        )
+        whole = whole and isinstance(info["shards"], dict) and all(map(_plain, info["shards"]))
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"features {str(path)!r}: {INDEX} is damaged; delete the folder, extract anew")
+    return info
+
+
+def _plain(name: str) -> bool:
+    """Whether it is a file's name, and no way to another folder."""
+    return Path(name).name == name

@@ -1,0 +1,31 @@
+"""One self-contained HTML page of a run, or of several side by side: samples, curves, metrics, speed, settings.
+
+RUN is the folder of a training run, with its samples in RUN/samples/NAME, or a folder of samples alone.
+"""
+
+import argparse
+from pathlib import Path
+
+from eval.report.page import render
+from eval.report.runs import read_runs
+from sit_atconv.errors import InputError
+from sit_atconv.files import new_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run, or of samples")
+    parser.add_argument("--out", required=True, metavar="HTML", help="the page to write")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page. Raises InputError, and writes none, for a RUN with nothing to report or with a broken file."""
+    out = Path(args.out)
+    if out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out {args.out!r}: must end in .html")
+    if out.is_dir():
+        raise InputError(f"--out {args.out!r} is a folder; give a file")
+    page = render(read_runs(args.runs))
+    with new_path(out) as path:
+        path.write_text(page, encoding="ascii")
+    print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")

@@ -1,0 +1,33 @@
+"""HTML and SVG as text, where every string that is not markup already is escaped."""
+
+import html
+from collections.abc import Iterable
+
+
+class Markup(str):
+    """Text that is markup, and stands in a page as it is."""
+
+
+Content = str | int | float | None | Iterable["Content"]
+
+
+def markup(content: Content) -> Markup:
+    """Content as markup: strings and numbers escaped, None as nothing, the parts of an iterable one after another."""
+    if content is None:
+        return Markup()
+    if isinstance(content, Markup):
+        return content
+    if isinstance(content, str | int | float):
+        return Markup(html.escape(str(content)))
+    return Markup("".join(map(markup, content)))
+
+
+def tag(name: str, /, *content: Content, **attributes: str | int | float | bool | None) -> Markup:
+    """An element. Attributes: a trailing _ is dropped, another one is a hyphen; None or False leaves one out."""
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{"" if value is True else html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None and value is not False
+    )
+    inner = markup(content)
+    return Markup(f"<{name}{given}>" if name in ("img", "meta") else f"<{name}{given}>{inner}</{name}>")

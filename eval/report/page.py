@@ -1,0 +1,671 @@
+"""The page of a report: what was read, in the order that a reader asks for it."""
+
+import base64
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.report.curves import Interval, Series, chart, intervals, swatch
+from eval.report.markup import Content, Markup, markup, tag
+from eval.report.pictures import CLASSES, PER_CLASS, Picture, grid, preview
+from eval.report.runs import Run, SampleSet, at, flat, number
+from eval.score import FRECHET
+from eval.table import SAMPLED
+
+STYLE = Path(__file__).with_name("style.css")
+UNMEASURED = tag("span", "not measured", class_="none")
+UNRECORDED = tag("span", "not recorded", class_="none")
+# What a metric is called, and which way it gets better.
+METRICS = {
+    "fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "fdd": ("FD-DINOv2", "lower"),
+    "frechet_distance": ("Fréchet distance", "lower"), "is": ("Inception score", "higher"),
+    "precision": ("Precision", "higher"), "recall": ("Recall", "higher"), "density": ("Density", "higher"),
+    "coverage": ("Coverage", "higher"), "kid": ("KID", "lower"), "recognised": ("Recognised", "higher"),
+    "classifier_heldout_accuracy": ("Classifier on held-out images", None),
+}  # fmt: skip
+CURVES = {
+    "loss": "Training loss", "repa_loss": "REPA loss", "grad_norm": "Gradient norm", "lr": "Learning rate",
+    "update_ratio": "Update ratio |Δw| / |w|", "images_per_second": "Training images per second",
+}  # fmt: skip
+OPTIONAL_CURVES = ("repa_loss",)  # of runs that train with it
+# Of a result, what two of them must share to be compared, beside how the samples were drawn.
+SCORED = ("protocol", "n", "image_shape")
+
+
+@dataclass
+class Column:
+    """A place for samples beside others: the run and its number, and the samples, None where the run has none there.
+
+    name: in the whole page; title: in its own section.
+    """
+
+    number: int
+    run: Run
+    samples: SampleSet | None
+    name: str
+    title: str
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.samples.manifest if self.samples else {}
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.samples.metrics if self.samples else {}
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page, as ASCII. Raises InputError for pictures that cannot be read."""
+    sections = _sample_sections(runs)
+    columns = [column for _, group in sections for column in group]
+    pictures = _pictures(columns)
+    body: list[Content] = []
+    links: list[tuple[str, str]] = []
+
+    def section(name: str, title: str, *content: Content) -> None:
+        links.append((name, title))
+        body.append(tag("section", tag("h2", title), content, id=name))
+
+    for index, (title, group) in enumerate(sections):
+        section(f"samples-{index}", title, _samples(group, pictures))
+    section("training", "Training", _training(runs))
+    section("speed", "Speed", _speed(runs, columns))
+    section("settings", "Settings", _settings(runs, columns))
+    section("hashes", "Hashes", _hashes(runs, columns))
+    section("versions", "Versions", _versions(runs, columns))
+
+    names = [run.name for run in runs]
+    title = f"{names[0]}: report" if len(runs) == 1 else f"{' | '.join(names)}: side by side"
+    style = STYLE.read_text(encoding="ascii")
+    allowed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Markup(style)),
+    )
+    contents = tag("nav", tag("ul", [tag("li", tag("a", text, href=f"#{name}")) for name, text in links]))
+    page = tag("html", head, tag("body", tag("header", _header(runs), contents), tag("main", body)), lang="en")
+    return ("<!doctype html>\n" + page + "\n").encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _sample_sections(runs: Sequence[Run]) -> list[tuple[str, list[Column]]]:
+    """Title and columns of each section of samples: one for the only ones of every run, else one per name."""
+    if all(len(run.sets) <= 1 for run in runs):
+        columns = []
+        for index, run in enumerate(runs):
+            samples = run.sets[0] if run.sets else None
+            other = samples and run.trained and samples.name
+            name = f"{run.name}: {other}" if other else run.name
+            columns.append(Column(index, run, samples, name, name))
+        title = f"Samples: {runs[0].sets[0].name}" if len(runs) == 1 and runs[0].sets else "Samples"
+        return [(title, columns)]
+    names = list(dict.fromkeys(samples.name for run in runs for samples in run.sets))
+    sections = []
+    for name in names:
+        columns = []
+        for index, run in enumerate(runs):
+            samples = next((each for each in run.sets if each.name == name), None)
+            columns.append(Column(index, run, samples, f"{run.name}: {name}" if len(runs) > 1 else name, run.name))
+        sections.append((f"Samples: {name}", columns))
+    return sections
+
+
+# --- pieces
+
+
+def _table(
+    caption: str, head: Sequence[Content], rows: Sequence[tuple[Content, Sequence[Content]]], class_=""
+) -> Markup:
+    """A table with a heading per column and row, which scrolls within its box."""
+    lines = [tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells]) for name, cells in rows]
+    table = tag(
+        "table",
+        tag("caption", tag("span", caption)),
+        tag("thead", tag("tr", [tag("th", each, scope="col") for each in head])),
+        tag("tbody", lines),
+        class_=class_ or None,
+    )
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
+
+
+def _chip(index: int, name: str, runs: int) -> Markup:
+    """A run's name, behind a piece of its curve where there are several."""
+    return markup([swatch(index) if runs > 1 else None, name])
+
+
+def _heads(columns: Sequence[Column]) -> list[Markup]:
+    several = len({column.number for column in columns})
+    return [_chip(column.number, column.name, several) for column in columns]
+
+
+def _quantity(value: Any, digits: int = 4, unit: str = "") -> Markup | str:
+    found = number(value)
+    if found is None:
+        return UNMEASURED
+    text = f"{found:,}" if isinstance(found, int) else f"{found:,.{digits}g}"
+    if "e+" in text:
+        text = f"{found:,.0f}"
+    return f"{text}{unit}"
+
+
+def _fact(value: Any) -> Markup | str:
+    """A setting as it was stated."""
+    if value is None:
+        return UNRECORDED
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _hash(value: Any) -> Markup:
+    return UNRECORDED if value is None else tag("code", value if isinstance(value, str) else _fact(value))
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _with_error(value: float, se: float | None) -> tuple[str, str | None]:
+    """The value with as many digits as its error has a use for, and the error."""
+    if not se:
+        return f"{value:.4g}", None if se is None else "0"
+    digits = min(8, max(0, 1 - math.floor(math.log10(se))))
+    return f"{value:,.{digits}f}", f"{se:,.{digits}f}"
+
+
+# --- header
+
+
+def _header(runs: Sequence[Run]) -> list[Content]:
+    title = tag(
+        "h1",
+        [runs[0].name] if len(runs) == 1 else [[" vs " if index else "", run.name] for index, run in enumerate(runs)],
+    )
+    facts = [_key_facts(run) for run in runs]
+    if len(runs) == 1:
+        cards = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts[0].items()]
+        return [
+            title,
+            tag("p", "Report of ", "a training run" if runs[0].trained else "samples", class_="soft"),
+            tag("dl", cards, class_="facts"),
+        ]
+    head = ["", *(_chip(index, run.name, len(runs)) for index, run in enumerate(runs))]
+    rows = [(name, [each[name] for each in facts]) for name in facts[0]]
+    return [title, tag("p", f"{len(runs)} runs side by side", class_="soft"), _table("Key facts", head, rows)]
+
+
+def _key_facts(run: Run) -> dict[str, Content]:
+    manifests = [samples.manifest for samples in run.sets]
+    stated = [at(manifest, "training") for manifest in manifests]
+
+    def training(key: str) -> Any:
+        return _first(*(at(each, key) for each in stated))
+
+    last = run.log[-1] if run.log else {}
+    step = _first(last.get("step"), run.checkpoint.get("step"), *(manifest.get("step") for manifest in manifests))
+    goal = run.recipe.get("train.max_steps")
+    images = at(run.checkpoint, "data", "num_images")
+    data = run.recipe.get("data.kind")
+    trained = _quantity(step)
+    if number(step) is not None and number(goal) is not None and goal != step:
+        trained = f"{trained} of {_quantity(goal)}"
+    losses = [row["loss"] for row in run.log if number(row.get("loss")) is not None]
+    return {
+        "Model": _fact(
+            _first(run.recipe.get("model.name"), training("name"), "SiT of own sizes" if run.recipe else None)
+        ),
+        "Token mixer": _fact(_first(run.recipe.get("model.token_mixer"), training("token_mixer"))),
+        "Parameters": _quantity(training("params")),
+        "Data": _fact(f"{data}, {images:,} images" if number(images) is not None and data else data),
+        "Steps": trained,
+        "Images seen": _quantity(
+            _first(last.get("images_seen"), run.checkpoint.get("images_seen"), training("images_seen"))
+        ),
+        "Batch size": _quantity(run.recipe.get("train.batch_size")),
+        "Precision": _fact(_first(run.recipe.get("train.precision"), training("precision"))),
+        "Seed": _fact(_first(run.recipe.get("run.seed"), training("seed"))),
+        "Latest loss": _quantity(losses[-1] if losses else None),
+        "Sample sets": _quantity(len(run.sets)),
+    }
+
+
+# --- samples
+
+
+def _pictures(columns: Sequence[Column]) -> dict[int, Any]:
+    """By id of a column: the rows of its grid, a preview's picture, or None; they share the page's budget."""
+    share = 1 / max(1, len(columns))
+    found = {}
+    for column in columns:
+        rows = grid(column.samples, share) if column.samples else []
+        if not rows and not column.samples and column.run.preview:
+            found[id(column)] = preview(column.run.preview[0], share)
+        else:
+            found[id(column)] = rows or None
+    return found
+
+
+def _samples(columns: Sequence[Column], pictures: dict[int, Any]) -> list[Content]:
+    grids = [
+        tag(
+            "div",
+            tag("h3", _chip(column.number, column.title, len(columns))) if len(columns) > 1 else None,
+            _grid(column, pictures[id(column)]),
+        )
+        for column in columns
+    ]
+    metrics = _metrics(columns)
+    warnings = [tag("p", text, class_="warn") for text in _warnings(columns)]
+    if len(columns) == 1:
+        return [warnings, tag("div", grids, tag("div", metrics), class_="beside with-metrics")]
+    return [tag("div", grids, class_="beside"), warnings, metrics]
+
+
+def _grid(column: Column, shown: list | Picture | None) -> Markup:
+    if isinstance(shown, Picture):
+        step = column.run.preview[1]
+        text = (
+            f"Not measured: no samples of this run. Instead its newest preview, drawn while it was trained, at step "
+            f"{step:,}: samples of the EMA, of the classes in turn, row by row."
+        )
+        image = tag(
+            "img", src=shown.uri, width=shown.width, height=shown.height, class_="preview",
+            alt=f"Preview of {column.run.name} at step {step}: a grid of samples of the classes in turn",
+        )  # fmt: skip
+        return tag("figure", image, tag("figcaption", text))
+    if column.samples is None:
+        return tag("p", "Sample grid: ", UNMEASURED, "; no samples in the run, and no preview.")
+    if not column.samples.finished:
+        return tag("p", "Sample grid: ", UNMEASURED, "; these samples are not finished.")
+    if shown is None:
+        return tag("p", "Sample grid: ", UNMEASURED, "; the folder holds no images. ", _drawn(column.manifest))
+    cells = []
+    for label, row in shown:
+        name = _class_name(column.run, label)
+        what = f"{len(row)} sample{'s' * (len(row) != 1)}" + ("" if label is None else f" of class {name}")
+        images = [
+            tag("img", src=picture.uri, width=picture.width, height=picture.height, alt="", title=f"sample {index}",
+                class_="sharp" if picture.sharp else None)
+            for index, picture in row
+        ]  # fmt: skip
+        cells += [tag("span", name), tag("div", images, class_="row", role="img", aria_label=what)]
+    classes = None if shown[0][0] is None else len(set(column.samples.source.labels.tolist()))
+    if classes is None:
+        text = "The first samples by index, none chosen; they have no labels."
+    else:
+        which = f"each of {CLASSES} of the {classes:,} classes" if classes > CLASSES else "each class"
+        text = f"The first samples of {which}, {PER_CLASS} at most, by index: none chosen."
+    return tag("figure", tag("div", cells, class_="samples"), tag("figcaption", text, " ", _drawn(column.manifest)))
+
+
+def _class_name(run: Run, label: int | None) -> str:
+    if label is None:
+        return ""
+    names = run.class_names
+    return names[label] if label < len(names) else str(label)
+
+
+def _drawn(manifest: dict[str, Any]) -> str:
+    """How samples were made, in a line."""
+    if not manifest:
+        return "How they were made is not recorded."
+    guidance = manifest.get("guidance_scale")
+    parts = [
+        f"{_quantity(manifest.get('num'))} samples" if number(manifest.get("num")) is not None else "Samples",
+        manifest.get("sampler"),
+        f"{manifest['steps']} steps" if number(manifest.get("steps")) is not None else None,
+        None if guidance is None else "no guidance" if guidance == 1 else f"guidance {guidance}",
+        f"{_weights_name(manifest['weights'])} weights" if manifest.get("weights") else None,
+        f"training step {_quantity(manifest['step'])}" if number(manifest.get("step")) is not None else None,
+    ]
+    return ", ".join(str(part) for part in parts if part) + "."
+
+
+def _weights_name(which: Any) -> str:
+    return "EMA" if which == "ema" else str(which)
+
+
+def _warnings(columns: Sequence[Column]) -> list[str]:
+    """What keeps metrics from being believed, or compared."""
+    found = [
+        f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); score "
+        "them again."
+        for column in columns
+        if column.samples and column.samples.scored_others
+    ]
+    scored = [column for column in columns if column.metrics]
+    facts = [
+        {key: column.metrics.get(key) for key in SCORED}
+        | {"reference": at(column.metrics, "reference", "sha256")}
+        | {key: column.manifest.get(key) for key in SAMPLED}
+        for column in scored
+    ]
+    differing = [key for key in (facts[0] if facts else {}) if any(each[key] != facts[0][key] for each in facts)]
+    if differing:
+        told = "; ".join(
+            f"{key.replace('_', ' ')} {' | '.join(str(_short(each[key])) for each in facts)}" for key in differing
+        )
+        found.append(f"These metrics were not measured in the same way and cannot be compared: {told}.")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "not recorded" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:12]}..." if len(text) >= 40 else text
+
+
+def _metrics(columns: Sequence[Column]) -> list[Content]:
+    names = [name for column in columns for name in column.metrics.get("metrics", {})]
+    names = [
+        *(name for name in METRICS if name in names),
+        *dict.fromkeys(name for name in names if name not in METRICS),
+    ]
+    if not names:
+        return [tag("p", "Metrics: ", UNMEASURED, "; `eval score` writes metrics.json beside the samples.")]
+    rows = []
+    for name in names:
+        each = [_estimate(column, name) for column in columns]
+        label, better = METRICS.get(name, (name, None))
+        shown = [label, tag("small", f"{'↓' if better == 'lower' else '↑'} {better} is better") if better else None]
+        told = "; ".join(f"{column.name} {_spoken(one)}" for column, one in zip(columns, each, strict=True))
+        drawn = [one for one in each if one.value is not None]
+        picture = intervals(each, f"{label}: {told}") if drawn else UNMEASURED
+        rows.append((shown, [*(_cell(name, one) for one in each), picture]))
+    one = len(columns) == 1
+    named = [_chip(column.number, column.title, len(columns)) for column in columns]
+    head = ["Metric", *(["Value ± standard error"] if one else named), "Interval"]
+    scored = next(column for column in columns if column.metrics)
+    groups = [column.metrics.get("groups") for column in columns if column.metrics]
+    errors = f"jackknife standard error over {groups[0]} groups of samples" if groups[0] else "standard error"
+    reference = at(scored.metrics, "reference", "name")
+    text = (
+        f"Value ± {errors}. Drawn: dot at the value, bar to one and line to two standard errors. Corrected (diamond), "
+        "where the bias is known: without its part that falls as 1/N. The reference's own sampling error is in neither."
+    )
+    caption = f"Metrics against {reference or 'a reference that is not recorded'}" + (
+        f", {_short(scored.metrics.get('n'))} samples, protocol {scored.metrics.get('protocol') or 'not recorded'}"
+        if one
+        else ""
+    )
+    return [_table(caption, head, rows, "measured"), tag("p", text, class_="soft")]
+
+
+def _estimate(column: Column, name: str) -> Interval:
+    each = at(column.metrics, "metrics", name)
+    return Interval(column.number, *(number(at(each, key)) for key in ("value", "se", "corrected")))
+
+
+def _spoken(one: Interval) -> str:
+    if one.value is None:
+        return "not measured"
+    value, error = _with_error(one.value, one.se)
+    return f"{value}, error {'not measured' if error is None else error}"
+
+
+def _cell(name: str, one: Interval) -> Content:
+    if one.value is None:
+        return UNMEASURED
+    value, error = _with_error(one.value, one.se)
+    cells: list[Content] = [value, " ± ", UNMEASURED if error is None else error]
+    if name in FRECHET:
+        corrected = UNMEASURED if one.corrected is None else _with_error(one.corrected, one.se)[0]
+        cells.append(tag("small", "corrected ", corrected))
+    elif one.corrected is not None:
+        cells.append(tag("small", "corrected ", _with_error(one.corrected, one.se)[0]))
+    return cells
+
+
+# --- training
+
+
+def _training(runs: Sequence[Run]) -> list[Content]:
+    trained = [(index, run) for index, run in enumerate(runs) if run.trained]
+    if not trained:
+        return [tag("p", "Curves: ", UNMEASURED, "; these are samples alone, without their training run.")]
+    charts = []
+    for key, title in CURVES.items():
+        if key not in OPTIONAL_CURVES or any(key in row for _, run in trained for row in run.log):
+            charts.append(_curve(title, [_series(index, run, run.log, key) for index, run in trained]))
+    by_time = [Series(run.name, index, _by_time(run)) for index, run in trained]
+    charts.insert(1, _curve("Loss by time, at the latest report", by_time, "t (0 noise, 1 data)"))
+    names = dict.fromkeys(
+        key for _, run in trained for row in run.scores for key, value in row.items()
+        if key not in ("step", "num") and (value is None or type(value) in (int, float))
+    )  # fmt: skip
+    scores = []
+    for key in names:
+        title = METRICS.get(key, (key, None))[0]
+        scores.append(_curve(title, [_series(index, run, run.scores, key) for index, run in trained]))
+    return [
+        tag("h3", "Curves from log.jsonl"),
+        tag("div", charts, class_="charts"),
+        tag("h3", "Scores while training"),
+        tag("p", _scoring(trained), class_="soft") if names else tag("p", "Scores while training: ", UNMEASURED, "."),
+        tag("div", scores, class_="charts") if scores else None,
+    ]
+
+
+def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
+    ways = [
+        (run.name, _drawn({"num": run.scores[-1].get("num"), **(at(run.scores[-1], "sampling") or {})}))
+        for _, run in trained
+        if run.scores
+    ]
+    same = len({way for _, way in ways}) == 1
+    told = ways[0][1] if same else " ".join(f"{name}: {way}" for name, way in ways)
+    return f"Of the EMA, as it was then. {told}"
+
+
+def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str) -> Series:
+    return Series(run.name, index, [(row["step"], number(row.get(key))) for row in rows])
+
+
+def _by_time(run: Run) -> list[tuple[float, float | None]]:
+    """The latest report's loss over the bins of t, at their middles."""
+    bins = run.log[-1].get("loss_by_time") if run.log else None
+    if not isinstance(bins, list):
+        return []
+    return [((index + 0.5) / len(bins), number(value)) for index, value in enumerate(bins)]
+
+
+def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
+    """A figure of the series that have values; a legend says the last value of each."""
+    measured = [each for each in series if each.values]
+    legend = []
+    for each in series:
+        told: Content = UNMEASURED
+        if each.values:
+            x, value = next((x, y) for x, y in reversed(each.points) if y is not None)
+            lost = len(each.points) - len(each.values)
+            told = [
+                f"{value:.4g} at {x_label.split()[0]} {x:,.4g}" if x_label != "step" else f"{value:.4g} at step {x:,}",
+                f"; {lost} of {len(each.points)} points not measured" if lost else None,
+            ]
+        legend.append(
+            tag("li", _chip(each.number, each.name, len(series)) if len(series) > 1 else "Latest", ": ", told)
+        )
+    if not measured:
+        return tag("figure", tag("h4", title), tag("p", UNMEASURED))
+    alt = f"{title} over {x_label}: " + "; ".join(
+        f"{each.name} from {each.values[0]:.4g} to {each.values[-1]:.4g}, least {min(each.values):.4g}, greatest "
+        f"{max(each.values):.4g}"
+        for each in measured
+    )
+    drawing, log = chart(measured, x_label, alt)
+    scale = tag("small", " (log scale)", class_="soft") if log else None
+    return tag("figure", tag("h4", title, scale), drawing, tag("figcaption", tag("ul", legend, class_="legend")))
+
+
+# --- speed, settings, hashes, versions
+
+
+def _speed(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    def median(run: Run, key: str, scale: float = 1.0) -> float | None:
+        values = [number(row.get(key)) for row in run.log]
+        values = [value for value in values if value is not None]
+        return scale * statistics.median(values) if values else None
+
+    def most(run: Run, key: str) -> float | None:
+        return max((value for row in run.log if (value := number(row.get(key))) is not None), default=None)
+
+    training: dict[str, Callable[[Run], Content]] = {
+        "Images per second": lambda run: _quantity(median(run, "images_per_second")),
+        "TFLOP per second": lambda run: _quantity(median(run, "flops_per_second", 1e-12)),
+        "Share of the device's peak": lambda run: _quantity(median(run, "peak_share", 100), 3, " %"),
+        "Share spent waiting for data": lambda run: _quantity(median(run, "data_wait", 100), 3, " %"),
+        "Most memory": lambda run: _quantity((most(run, "memory_bytes") or math.nan) / 2**30, 3, " GiB"),
+        "Processes": lambda run: _quantity(run.checkpoint.get("processes")),
+    }
+    sampling = {
+        "Seconds per image": "seconds_per_image", "NFE": "nfe", "Processes": "processes", "Block of images": "block",
+    }  # fmt: skip
+    sampled = [column for column in columns if column.samples]
+    tables: list[Content] = [
+        _table(
+            "Training: medians over the reports in log.jsonl",
+            ["Training", *(_chip(index, run.name, len(runs)) for index, run in enumerate(runs))],
+            [(name, [of(run) for run in runs]) for name, of in training.items()],
+        )
+    ]
+    if not sampled:
+        return [*tables, tag("p", "Speed of sampling: ", UNMEASURED, "; there are no samples.")]
+    rows = [(name, [_quantity(column.manifest.get(key)) for column in sampled]) for name, key in sampling.items()]
+    rows += [
+        (name, [_fact(column.manifest.get(key)) for column in sampled])
+        for name, key in (("Dtype", "dtype"), ("Device", "device"))
+    ]
+    return [
+        tables,
+        _table("Sampling: as the samples' manifest states it", ["Sampling", *_heads(sampled)], rows),
+        tag("p", "NFE: evaluations of the network per image, guidance's included.", class_="soft"),
+    ]
+
+
+def _settings(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    heads = [_chip(index, run.name, len(runs)) for index, run in enumerate(runs)]
+    keys = list(dict.fromkeys(key for run in runs for key in run.recipe))
+    differ = [key for key in keys if any(_stated(run, key) != _stated(runs[0], key) for run in runs)]
+    found: list[Content] = []
+    if not keys:
+        found.append(tag("p", "Recipe: ", UNRECORDED, "; there is no recipe.yaml."))
+    elif len(runs) > 1:
+        if differ:
+            rows = [(tag("code", key), [_setting(run, key) for run in runs]) for key in differ]
+            found.append(_table("Where the recipes differ", ["Key", *heads], rows))
+        else:
+            found.append(tag("p", "The recipes are the same."))
+    if keys:
+        # The keys that they share have one value, which one column says.
+        shared = [key for key in keys if key not in differ]
+        rows = [(tag("code", key), [_setting(runs[0], key)]) for key in shared]
+        title = "The whole recipe" if len(runs) == 1 else f"What the recipes share, {len(shared)} keys"
+        found.append(_details(title, _table(title, ["Key", "Value"], rows)))
+    for column in columns:
+        if column.samples:
+            # What has a place of its own: hashes, versions, and what the training was.
+            own = ("versions", "training", "checkpoint_sha256", "labels")
+            stated = {key: value for key, value in column.manifest.items() if key not in own}
+            rows = [(tag("code", key), [_plain(value)]) for key, value in flat(stated).items()]
+            title = f"Settings of the samples {column.name}"
+            if rows:
+                found.append(_details(title, _table(title, ["Key", "Value"], rows)))
+            else:
+                found.append(tag("p", f"{title}: ", UNRECORDED, "."))
+    return found
+
+
+def _details(title: str, content: Content) -> Markup:
+    return tag("details", tag("summary", title), content)
+
+
+def _stated(run: Run, key: str) -> str:
+    """The value as text, in which 1 and True differ; one that is missing is none of them."""
+    return repr(run.recipe[key]) if key in run.recipe else ""
+
+
+def _setting(run: Run, key: str) -> Markup | str:
+    return _plain(run.recipe[key]) if key in run.recipe else UNRECORDED
+
+
+def _plain(value: Any) -> Markup | str:
+    """A setting whose null was stated, and is not missing."""
+    return tag("code", "null") if value is None else _fact(value)
+
+
+def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    found: list[Content] = []
+    sampled = [column for column in columns if column.samples]
+    if sampled:
+        weights = [_weights(column.manifest.get("checkpoint_sha256")) for column in sampled]
+        extractors = [_extractors(column.metrics) for column in sampled]
+        rows: list[tuple[Content, list[Content]]] = [
+            ("Manifest of the samples", [_hash(column.samples.manifest_sha256) for column in sampled]),
+            ("Manifest that was scored", [_hash(column.metrics.get("samples_manifest_sha256")) for column in sampled]),
+            ("Pixels", [_hash(column.metrics.get("pixels_sha256")) for column in sampled]),
+            ("Reference", [_hash(at(column.metrics, "reference", "sha256")) for column in sampled]),
+        ]
+        for what, each in (("Extractor", extractors), ("Checkpoint", weights)):
+            for name in dict.fromkeys(name for one in each for name in one) or [""]:
+                shown = [tag("small", name)] if name else []
+                rows.append(([what, *shown], [_hash(one.get(name)) for one in each]))
+        found.append(_table("SHA-256 of what the scores stand on", ["Samples", *_heads(sampled)], rows))
+    files = [flat({"files": run.checkpoint.get("files")}) for run in runs]
+    names = [name for name in dict.fromkeys(name for each in files for name in each) if name != "files"]
+    heads = [_chip(index, run.name, len(runs)) for index, run in enumerate(runs)]
+    if names:
+        about = [run.checkpoint_folder.name if run.checkpoint_folder else UNRECORDED for run in runs]
+        rows = [("Checkpoint", about)]
+        rows += [
+            (tag("code", name.removeprefix("files.")), [_hash(each.get(name)) for each in files]) for name in names
+        ]
+        title = "SHA-256 of the newest checkpoint's files"
+        found.append(_details(title, _table(title, ["File", *heads], rows)))
+    else:
+        found.append(tag("p", "Checkpoint: ", UNRECORDED, "."))
+    return found
+
+
+def _weights(stated: Any) -> dict[str, Any]:
+    """SHA-256 by file; a single one has no name."""
+    return stated if isinstance(stated, dict) else {} if stated is None else {"": stated}
+
+
+def _extractors(metrics: dict[str, Any]) -> dict[str, Any]:
+    """SHA-256 of the weights by the extractor's name."""
+    stated = metrics.get("extractors")
+    listed = stated if isinstance(stated, list) else []
+    return {str(at(each, "name")): at(each, "weights_sha256") for each in listed}
+
+
+def _versions(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    several = len(runs) > 1
+    stages: list[tuple[Content, dict[str, Any]]] = []
+    for index, run in enumerate(runs):
+        if run.trained:
+            stages.append(
+                ([_chip(index, run.name, len(runs)) if several else None, tag("small", "training")], run.checkpoint)
+            )
+    for column in columns:
+        if column.samples:
+            name = _chip(column.number, column.name, len(runs))
+            stages.append(([name, tag("small", "sampling")], column.manifest))
+            stages.append(([name, tag("small", "scoring")], column.metrics))
+    versions = [each if isinstance(each := stated.get("versions"), dict) else {} for _, stated in stages]
+    names = dict.fromkeys(name for each in versions for name in each)
+    if not names:
+        return [tag("p", "Versions: ", UNRECORDED, ".")]
+    rows = [(name, [_fact(each.get(name)) for each in versions]) for name in names]
+    return [
+        _table(
+            "Versions of the libraries, as each stage wrote them down", ["Library", *(head for head, _ in stages)], rows
+        )
+    ]

@@ -1,0 +1,219 @@
+"""What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
+from sit_atconv.errors import InputError
+from sit_atconv.files import sha256
+
+METRICS, RECIPE = "metrics.json", "recipe.yaml"
+LOOKED_FOR = (
+    "log.jsonl, scores.jsonl, recipe.yaml, previews/step-*.png, step-*/manifest.json and samples/*/manifest.json of a "
+    "run, or manifest.json and metrics.json of samples"
+)
+Row = dict[str, Any]
+
+
+@dataclass
+class SampleSet:
+    """Samples of a run. manifest: without its labels, {} where none says how they were made. metrics: the result of
+    `eval score`, {} where there is none. finished: whether all samples are there."""
+
+    name: str
+    path: Path
+    manifest: dict[str, Any]
+    manifest_sha256: str | None
+    metrics: dict[str, Any]
+    finished: bool = True
+
+    @cached_property
+    def source(self) -> Source | None:
+        """The images; None where the folder holds none. Raises InputError for those that cannot be read."""
+        there = self.finished and any(
+            path.name == SAMPLES or path.suffix.lower() in SUFFIXES for path in self.path.iterdir()
+        )
+        return open_source(self.path, allow_lossy=True) if there else None
+
+    @property
+    def scored_others(self) -> bool:
+        """Whether the metrics say that they are of other samples than those that lie here now."""
+        scored = self.metrics.get("samples_manifest_sha256")
+        return None not in (scored, self.manifest_sha256) and scored != self.manifest_sha256
+
+
+@dataclass
+class Run:
+    """A run. recipe: by dotted key. checkpoint: the manifest of its newest checkpoint, {} without one. preview: the
+    newest one's file, and step."""
+
+    name: str
+    path: Path
+    recipe: dict[str, Any]
+    log: list[Row]
+    scores: list[Row]
+    checkpoint: dict[str, Any]
+    checkpoint_folder: Path | None
+    preview: tuple[Path, int] | None
+    sets: list[SampleSet]
+    trained: bool = True  # False: a folder of samples alone
+
+    @property
+    def class_names(self) -> list[str]:
+        """The data set's, [] where the run does not say."""
+        names = at(self.checkpoint, "data", "classes")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def at(tree: Any, *keys: str) -> Any:
+    """tree[key][key]..., None where one is missing or there is nothing to look into."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict) and value
+        found |= flat(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
+    return found
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs at `paths`, each with a name that no other has.
+
+    Raises InputError for one that is given twice, has nothing to report, or holds a broken file.
+    """
+    folders = [Path(path) for path in paths]
+    resolved = [folder.resolve() for folder in folders]
+    for index, folder in enumerate(resolved):
+        if folder in resolved[:index]:
+            raise InputError(f"RUN {paths[index]!r} is given twice; give it once")
+    try:
+        return [_read(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+    except OSError as error:
+        raise InputError(f"{error.filename!r} cannot be read: {error.strerror or error}; make it readable") from None
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above as tell them apart."""
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise InputError(f"RUN {str(folder)!r} is no folder; give that of a training run, or of samples")
+    if (folder / MANIFEST).is_file() or (folder / METRICS).is_file():
+        return Run(name, folder, {}, [], [], {}, None, None, [_read_set(folder)], trained=False)
+    recipe = _read_recipe(folder / RECIPE)
+    checkpoints = [path for path in _by_step(folder.glob("step-*")) if (path / MANIFEST).is_file()]
+    previews = _by_step((folder / "previews").glob("step-*.png"))
+    sets = [
+        _read_set(path)
+        for path in sorted((folder / "samples").glob("*/"))
+        if any((path / file).is_file() for file in (MANIFEST, METRICS, "settings.json"))
+    ]
+    log, scores = _read_rows(folder / "log.jsonl"), _read_rows(folder / "scores.jsonl")
+    if not (recipe or checkpoints or previews or sets or log or scores):
+        raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
+    checkpoint = _read_json(checkpoints[-1] / MANIFEST) if checkpoints else {}
+    return Run(
+        name,
+        folder,
+        recipe,
+        log,
+        scores,
+        checkpoint,
+        checkpoints[-1] if checkpoints else None,
+        (previews[-1], _step(previews[-1])) if previews else None,
+        sets,
+    )
+
+
+def _by_step(paths) -> list[Path]:
+    """Those named step-NUMBER, in order."""
+    return sorted((path for path in paths if _step(path) is not None), key=_step)
+
+
+def _step(path: Path) -> int | None:
+    found = re.fullmatch(r"step-(\d+)", path.stem if path.suffix == ".png" else path.name, re.ASCII)
+    return found and int(found[1])
+
+
+def _read_set(folder: Path) -> SampleSet:
+    manifest, metrics = folder / MANIFEST, folder / METRICS
+    stated = _read_json(manifest) if manifest.is_file() else {}
+    stated.pop("labels", None)
+    result = _read_json(metrics) if metrics.is_file() else {}
+    values = result.get("metrics", {})
+    if not isinstance(values, dict) or not all(isinstance(each, dict) for each in values.values()):
+        raise InputError(
+            f"{str(metrics)!r} is no result of `eval score`: its metrics are none; score the samples again"
+        )
+    if not stated:  # as the result kept it, of an npz or a folder that has moved
+        stated = result.get("samples_manifest") or {}
+    digest = sha256(manifest) if manifest.is_file() else None
+    finished = manifest.is_file() or metrics.is_file()
+    return SampleSet(folder.resolve().name, folder, stated, digest, result, finished)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not JSON ({error}); make it again, or take it away") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{str(path)!r} is JSON, but no object; make it again, or take it away")
+    return value
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe by dotted key, {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} is not YAML ({error}); mend it, or take it away") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{str(path)!r} is no recipe: it holds no sections; mend it, or take it away")
+    return flat(recipe)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The lines of a log in the order of their steps, but for a last one that was cut short as it was written."""
+    if not path.is_file():
+        return []
+    rows: list[Row] = []
+    for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if not line.endswith(b"\n"):  # which only the last can lack
+                break
+            raise InputError(
+                f"{str(path)!r}, line {index + 1} is not JSON ({error}); mend that line, or take it away"
+            ) from None
+        if number(at(row, "step")) is None:
+            raise InputError(f"{str(path)!r}, line {index + 1} has no step; mend that line, or take it away")
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["step"])

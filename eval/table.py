@@ -1,0 +1,332 @@
+"""Results of several runs as one table: mean and spread over training seeds, beside what others published."""
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sit_atconv.errors import InputError
+from sit_atconv.files import sha256, write_atomic
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+PUBLISHED_METRICS = ("fid", "sfid", "is", "precision", "recall")
+# Facts of the samples without which two results cannot be told apart: how they were drawn, decoded and rounded.
+SAMPLED = (
+    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "diffusion", "diffusion_norm",
+    "last_step", "last_step_size", "epsilon", "rtol", "atol", "labels_rule", "weights", "dtype", "uint8_rule",
+)  # fmt: skip
+NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
+METHOD = ("name", "token_mixer", "params", "precision")  # of the training; with step and images seen, what a row is of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "results", nargs="+", metavar="[NAME=]JSON",
+        help="metrics.json files, one per trained model; NAME: what it is called, where its training does not say it",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="MD", help="Markdown file; a JSON of the same name beside it")
+    parser.add_argument(
+        "--mix", action="store_true",
+        help="tabulate results that cannot be compared (protocol, reference, count, sampler, ...); the table says so",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the table, and print it. Raises InputError for results that cannot stand in one table."""
+    out = Path(args.out)
+    if out.suffix != ".md":
+        raise InputError(f"--out {args.out}: must end in .md")
+    table = tabulate(args.results, args.mix)
+    text = markdown(table)
+    try:
+        write_atomic(out.with_suffix(".json"), json.dumps(table, indent=1, allow_nan=False) + "\n")
+        write_atomic(out, text)
+    except OSError as error:
+        raise InputError(f"--out {args.out} cannot be written: {error.strerror or error}") from None
+    print(text, end="")
+
+
+def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
+    """The table as its JSON has it: `common` facts, what `differs`, `rows`, and what is `published` and `claimed`.
+
+    files: each a path, or NAME=PATH. A row is one method after one number of steps, over its training seeds; `std` is
+    the sample standard deviation over them, None of one, and `se` the mean of the jackknife errors. Raises InputError
+    for a file that is no result, the same file, samples, model or training seed twice, and, unless `mix`, for results
+    that differ in what decides a score besides the model.
+    """
+    results = [_read(str(file)) for file in files]
+    for key, what in (
+        ("file", "are the same file"),
+        ("samples", "are of the same samples"),
+        ("weights", "are of the same weights"),
+    ):
+        _refuse_twice(results, key, what)
+    facts = [result["facts"] for result in results]
+    differs = [key for key in facts[0] if any(each[key] != facts[0][key] for each in facts)]
+    if differs and not mix:
+        other = next(result for result in results if result["facts"] != facts[0])
+        theirs = [key for key in differs if other["facts"][key] != facts[0][key]]
+        stated = [", ".join(f"{key} {_text(each[key])}" for key in theirs) for each in (facts[0], other["facts"])]
+        raise InputError(
+            f"{str(results[0]['path'])!r} has {stated[0]}, {str(other['path'])!r} {stated[1]}: such scores cannot be "
+            "compared; leave one out, or give --mix"
+        )
+    rows: dict[str, list[dict]] = {}
+    for result in results:
+        own = {key: result["facts"][key] for key in differs}
+        rows.setdefault(_text([result["method"], own]), []).append(result)
+    figures, claims = _published(results)
+    return {
+        "reference": results[0]["reference_name"],
+        "common": {key: value for key, value in facts[0].items() if key not in differs},
+        "differs": differs,
+        "rows": [_row(group, differs) for group in rows.values()],
+        "published": figures,
+        "claimed": claims,
+    }
+
+
+def _read(file: str) -> dict[str, Any]:
+    """What the table needs of a metrics.json, given as PATH or NAME=PATH. Raises InputError where it is none."""
+    name, _, file = ("", "", file) if Path(file).is_file() else file.rpartition("=")
+    path = Path(file)
+    try:
+        stored = json.loads(path.read_text())
+        manifest = stored["samples_manifest"]
+        training = manifest.get("training") or {}
+        extractors = {each["name"]: {k: v for k, v in each.items() if k != "name"} for each in stored["extractors"]}
+        metrics = {
+            metric: {
+                "value": _number(metric, each["value"]),
+                **{key: each[key] and _number(metric, each[key]) for key in ("se", "corrected")},
+            }
+            for metric, each in stored["metrics"].items()
+            if metric != "classifier_heldout_accuracy"  # which is of the extractor
+        }
+        method = {key: training.get(key) for key in METHOD}
+        facts = {
+            "protocol": stored["protocol"],
+            "n": stored["n"],
+            "image_shape": stored["image_shape"],
+            "reference": stored["reference"]["sha256"],
+            "extractors": extractors,
+            "groups": stored["groups"],
+            **{key: manifest.get(key) for key in SAMPLED},
+            "codec": {key: (manifest.get("codec") or {}).get(key) for key in ("codec", "sha256", "scale", "shift")},
+            # What is known of labels from a file; others follow from rule and count.
+            "classes": stored["class_histogram"] if manifest.get("labels_rule") == "file" else None,
+        }
+        return {
+            "path": path,
+            "facts": facts,
+            "metrics": metrics,
+            "method": {
+                "method": name or method["name"] or _mixer(method["token_mixer"]) or "unnamed",
+                **method,
+                "step": manifest.get("step"),
+                "images_seen": training.get("images_seen"),
+            },
+            "seed": training.get("seed"),
+            "nfe": manifest.get("nfe") and _number("nfe", manifest["nfe"]),
+            "reference_name": stored["reference"]["name"],
+            "file": str(path.resolve()),
+            "samples": stored["samples_manifest_sha256"] or stored["pixels_sha256"],
+            "weights": manifest.get("checkpoint_sha256"),
+        }
+    except OSError as error:
+        raise InputError(f"{str(path)!r}: {error.strerror or error}; give files that `eval score` wrote") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{str(path)!r} is no result of `eval score` ({type(error).__name__}: {error}); score the samples again"
+        ) from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, no finite number")
+    return value
+
+
+def _mixer(mixer: str | list[str] | None) -> str | None:
+    """A token mixer as a name: that of all blocks, or how many have each."""
+    if isinstance(mixer, list):
+        return " + ".join(f"{count} {name}" for name, count in Counter(mixer).items())
+    return mixer
+
+
+def _refuse_twice(results: list[dict], key: str, what: str) -> None:
+    """Raise InputError where two results share `key`, unless they were sampled or scored in different ways."""
+    seen: dict[str, dict] = {}
+    for result in results:
+        if result[key] is None:
+            continue
+        mark = _text([result[key], result["facts"]])
+        if mark in seen:
+            raise InputError(f"{str(seen[mark]['path'])!r} and {str(result['path'])!r} {what}; give one of them")
+        seen[mark] = result
+
+
+def _row(group: list[dict], differs: list[str]) -> dict[str, Any]:
+    """One row: means over the results of a method."""
+    method, seeds = group[0]["method"], [result["seed"] for result in group]
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            first, second, *_ = (str(result["path"]) for result in group if result["seed"] == seed)
+            known = f"are both of training seed {seed}" if seed is not None else "state no training seed"
+            raise InputError(
+                f"{first!r} and {second!r} {known} of {method['method']}; give one, or tell them apart: NAME=FILE"
+            )
+    metrics = {}
+    for name in dict.fromkeys(name for result in group for name in result["metrics"]):
+        each = [result["metrics"].get(name) for result in group]
+        if None in each:
+            raise InputError(
+                f"{str(group[each.index(None)]['path'])!r} lacks {name}, which others of {method['method']} have; "
+                "score it with the same --metrics"
+            )
+        metrics[name] = {
+            "mean": _mean([one["value"] for one in each]),
+            "std": _std([one["value"] for one in each]),
+            "se": _mean([one["se"] for one in each]),
+            "corrected": _mean([one["corrected"] for one in each]),
+            "corrected_std": _std([one["corrected"] for one in each]),
+            "values": [one["value"] for one in each],
+        }
+    return {
+        **method,
+        **{key: group[0]["facts"][key] for key in differs},
+        "nfe": _mean([result["nfe"] for result in group]),
+        "seeds": seeds,
+        "metrics": metrics,
+        "results": [{"file": str(result["path"]), "sha256": sha256(result["path"])} for result in group],
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else math.fsum(values) / len(values)
+
+
+def _std(values: list[float | None]) -> float | None:
+    """The sample standard deviation, None of a single value."""
+    if None in values or len(values) < 2:
+        return None
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Published figures of the results' methods and of the attention models that those stand against, and claims."""
+    stated = yaml.safe_load(PUBLISHED.read_text())
+    names = {
+        result["method"]["method"]
+        for result in results
+        if all(result["facts"][key] == stated[key] for key in ("protocol", "image_shape"))
+    }
+    names |= {name.replace("-ATConv", "").replace("-Hybrid", "") for name in names}
+    figures = [figure for figure in stated["figures"] if figure["model"] in names]
+    return figures, [claim["text"] for claim in stated["claims"] if claim["model"] in names]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _cell(metric: dict[str, Any] | None, mean: str = "mean", std: str = "std", se: str | None = "se") -> str:
+    if metric is None or metric[mean] is None:
+        return ""
+    # As many digits as the error has a use for.
+    scale = min((metric[key] for key in (std, "se") if metric[key]), default=None)
+    digits = 4 if not scale else min(6, max(0, 1 - math.floor(math.log10(scale))))
+    text = f"{metric[mean]:.{digits}f}"
+    if metric[std] is not None:
+        text += f" ± {metric[std]:.{digits}f}"
+    if se and metric[se] is not None:
+        text += f" [{metric[se]:.{digits}f}]"
+    return text
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table for a reader."""
+    common, rows, differs = table["common"], table["rows"], table["differs"]
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    corrected = [n for n in names if any((row["metrics"].get(n) or {}).get("corrected") is not None for row in rows)]
+    shown = {name: name.replace("_", " ") for name in names}
+    head = ["model", *differs, "params (M)", "step", "NFE", "seeds", *shown.values()]
+    head += [f"{shown[name]}, corrected" for name in corrected]
+    lines = []
+    if differs:
+        lines += [
+            f"**These rows cannot be compared with each other: they differ in {', '.join(differs)}.**",
+            "",
+        ]
+    lines += _lines(head, [_cells(row, differs, names, corrected) for row in rows], 1 + len(differs))
+    lines += [
+        "",
+        "Mean ± standard deviation over training seeds [mean jackknife standard error of one sampling]; without ±, one "
+        "seed. Corrected: without the part of the bias that is proportional to 1/N; the reference's own sampling error "
+        "is in neither.",
+        "",
+        f"Common to all rows: scored against {Path(table['reference']).name}; "
+        + "; ".join(f"{key} {_fact(value)}" for key, value in common.items() if value is not None)
+        + ".",
+    ]
+    unknown = [key for key in NEVER_NONE if common.get(key, "") is None]
+    if unknown:
+        lines += ["", f"Not recorded, so not known to be equal: {', '.join(unknown)}."]
+    if table["published"]:
+        figures = [
+            [
+                entry["model"],
+                entry["conditions"],
+                *(_plain(entry.get(name)) for name in PUBLISHED_METRICS),
+                entry["source"],
+            ]
+            for entry in table["published"]
+        ]
+        lines += ["", "Published by others, not measured here:", ""]
+        lines += _lines(["model", "conditions", *PUBLISHED_METRICS, "source"], figures, 2)
+    for claim in table["claimed"]:
+        lines += ["", claim]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict, differs: list[str], names: list[str], corrected: list[str]) -> list[str]:
+    params = "" if row["params"] is None else f"{row['params'] / 1e6:.4g}"
+    seeds = ", ".join("?" if seed is None else str(seed) for seed in row["seeds"])
+    metrics = row["metrics"]
+    return [
+        row["method"],
+        *(_fact(row[key]) for key in differs),
+        params,
+        _plain(row["step"]),
+        "" if row["nfe"] is None else f"{row['nfe']:g}",
+        seeds,
+        *(_cell(metrics.get(name)) for name in names),
+        *(_cell(metrics.get(name), "corrected", "corrected_std", None) for name in corrected),
+    ]
+
+
+def _fact(value: Any) -> str:
+    """A fact as a few words: hashes by their beginning."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_fact(inner)}" for key, inner in value.items() if inner is not None)
+    if isinstance(value, list):
+        return " x ".join(map(_fact, value))
+    text = str(value)
+    return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+def _plain(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _lines(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
+    """A Markdown table; the first `texts` columns are text."""
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, rule, *rows)]

@@ -1,0 +1,403 @@
+"""python -m experiments.table FILE: train, sample, score and tabulate what a table lists, except what is there already.
+
+FILE is a YAML file, see experiments/tables. Each of its runs lies in RUNS/ENTRY-seedS, its samples in
+samples/SAMPLER within, with their metrics.json. OUT gets a table per sampler, as Markdown and JSON, and in OUT/raw
+every metrics.json, with paths as seen from here. Run again after any interruption: every command goes on from what it
+left.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from eval.digits import PROTOCOL as DIGITS_PROTOCOL
+from eval.extractor import INCEPTION_PROTOCOL, inception_weights
+from eval.features import INDEX, is_features
+from eval.manifold import NEAREST
+from eval.score import OFFERED
+from eval.sources import from_arrays, open_source
+from sampling.labels import RULES
+from sampling.options import DTYPES
+from sampling.samples import FORMATS
+from sit_atconv import checkpoint, config
+from sit_atconv.data.digits import Digits
+from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
+from sit_atconv.files import sha256, write_atomic
+from sit_atconv.generation import Sampling
+from sit_atconv.images import to_uint8
+
+NAME = re.compile(r"\w[\w.+-]*")  # of files
+SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
+SAMPLING = {"cfg": "guidance_scale", "cfg_channels": "guidance_channels", "cfg_interval": "guidance_interval"}
+# What a metric of `score --metrics` puts in a result, where that is not the metric itself.
+GIVES = {"pr": [*NEAREST], "recognised": ["recognised", "classifier_heldout_accuracy"]}
+
+
+@dataclass
+class Entry:
+    """A method: a recipe and its training seeds, or checkpoints that were trained elsewhere."""
+
+    name: str = MISSING
+    recipe: str | None = None
+    seeds: list[int] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)  # of the recipe, key=value
+    ckpts: list[str] = field(default_factory=list)  # as --ckpt takes them, each trained from a seed of its own
+    method: str | None = None  # what its row is called; left out, what its training says
+
+    def __post_init__(self):
+        if not NAME.fullmatch(self.name):
+            raise InputError(f"entry name {self.name!r}: letters, digits and . _ + - alone, no . first")
+        if (self.recipe is None) == (not self.ckpts):
+            raise InputError(f"entry {self.name!r}: give either recipe and seeds, or ckpts")
+        if (self.recipe is None) != (not self.seeds) or (self.overrides and self.recipe is None):
+            raise InputError(f"entry {self.name!r}: seeds and overrides go with a recipe, which needs seeds")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"entry {self.name!r}: seeds={self.seeds}: the same one twice")
+        for override in self.overrides:
+            if (key := override.partition("=")[0]) in SETTLED:
+                raise InputError(f"entry {self.name!r}: the table decides {key}; leave {override!r} out")
+        if self.method is not None and not self.method:
+            raise InputError(f"entry {self.name!r}: method='': give a name, or leave it out")
+
+
+@dataclass
+class Sampler:
+    """Options of `python -m sampling generate`, under their names there; what is left out has its default there."""
+
+    name: str = MISSING
+    sampler: str = MISSING
+    steps: int | None = None
+    cfg: float = MISSING
+    cfg_channels: str | None = None
+    cfg_interval: list[float] | None = None
+    epsilon: float | None = None
+    diffusion: str | None = None
+    diffusion_norm: float | None = None
+    last_step: str | None = None
+    last_step_size: float | None = None
+    labels: str = "balanced"
+    seed: int = 0
+    batch: int | None = None
+    dtype: str | None = None
+    vae: str | None = None
+
+    def __post_init__(self):
+        if not NAME.fullmatch(self.name):
+            raise InputError(f"sampler name {self.name!r}: letters, digits and . _ + - alone, no . first")
+        given = {
+            SAMPLING.get(key, key): tuple(value) if isinstance(value, list) else value
+            for key, value in dataclasses.asdict(self).items()
+            if value is not None and key not in ("name", "labels", "batch", "dtype", "vae")
+        }
+        try:
+            if self.cfg_interval is not None and len(self.cfg_interval) != 2:
+                raise InputError(f"cfg_interval={self.cfg_interval}: give two numbers, low and high")
+            Sampling(**given)
+            if self.dtype is not None:
+                check_choice("dtype", self.dtype, DTYPES)
+            if self.batch is not None and self.batch < 1:
+                raise InputError(f"batch={self.batch}: must be at least 1")
+            if self.labels not in RULES and not Path(self.labels).is_file():
+                raise InputError(f"labels={self.labels!r}: no such file; choose from {list(RULES)} or give a file")
+        except InputError as error:
+            raise InputError(f"sampler {self.name!r}: {error}") from None
+
+    def options(self) -> list[str]:
+        words = []
+        for key, value in dataclasses.asdict(self).items():
+            if key != "name" and value is not None:
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{key.replace('_', '-')}", *map(str, values)]
+        return words
+
+
+@dataclass
+class Table:
+    """What a table is made of."""
+
+    out: str = MISSING  # folder of the results
+    runs: str = MISSING  # folder of the runs
+    num: int = MISSING  # samples of each
+    ref: str = MISSING  # as `python -m eval score --ref` takes it
+    metrics: list[str] = MISSING  # as `score --metrics` takes them
+    ref_url: str | None = None  # where the reference can be had
+    weights: str | None = None  # of Inception; left out, torch's hub cache
+    format: str = "png"
+    entries: list[Entry] = MISSING
+    samplers: list[Sampler] = MISSING
+
+    def __post_init__(self):
+        if self.num < 2:
+            raise InputError(f"num={self.num}: one sample is no distribution; give at least 2")
+        check_choice("format", self.format, FORMATS)
+        if not self.metrics:
+            raise InputError("metrics=[]: give at least one")
+        for metric in self.metrics:
+            check_choice(
+                "metrics", metric, OFFERED["digits"] if self.ref == "digits" else [*OFFERED["inception"], "fdd"]
+            )
+        for what in ("entries", "samplers"):
+            names = [each.name for each in getattr(self, what)]
+            if not names or len(set(names)) < len(names):
+                raise InputError(f"{what} {names}: give at least one, and each a name of its own")
+
+
+def load_table(path: Path) -> Table:
+    """Read and check a table's file. Raises InputError in one line."""
+    try:
+        stated = OmegaConf.create(path.read_text())
+        _check_keys(OmegaConf.to_container(stated), Table)
+        table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Table), stated))
+    except OSError as error:
+        raise InputError(f"table {str(path)!r}: {error.strerror}; see experiments/tables") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, AttributeError, TypeError) as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise InputError(f"table {str(path)!r}: {key}{str(error).splitlines()[0]}") from None
+    return table
+
+
+def _check_keys(stated: Any, schema: type) -> None:
+    if not isinstance(stated, dict):
+        raise InputError(f"table: {stated!r} is to be a mapping")
+    fields = {entry.name for entry in dataclasses.fields(schema)}
+    for key, value in stated.items():
+        check_choice("table key", key, fields)
+        if part := {"entries": Entry, "samplers": Sampler}.get(key) if schema is Table else None:
+            if not isinstance(value, list):
+                raise InputError(f"table: {key}={value!r} is to be a list")
+            for each in value:
+                _check_keys(each, part)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One trained model of a table."""
+
+    label: str  # of its files
+    method: str | None  # of its row, None for what its training says
+    ckpt: Path
+    train: list[str] | None  # the words that train it, or None where it was trained elsewhere
+    recipe: config.Recipe | None
+
+
+def models(table: Table) -> list[Model]:
+    """The models of a table, in its order. Raises InputError for a recipe that is not valid."""
+    found = []
+    for entry in table.entries:
+        for seed in entry.seeds:
+            run = Path(table.runs) / f"{entry.name}-seed{seed}"
+            words = [entry.recipe, *entry.overrides, f"run.seed={seed}", f"run.out={run}"]
+            found.append(Model(run.name, entry.method, run, words, config.load_recipe(words[0], words[1:])))
+        for number, ckpt in enumerate(entry.ckpts):
+            found.append(Model(f"{entry.name}-{number}", entry.method, Path(ckpt), None, None))
+    return found
+
+
+def is_trained(model: Model) -> bool:
+    """Whether the last checkpoint of the model's recipe is there, whole."""
+    if model.recipe is None:
+        return True
+    found = checkpoint.newest_valid(model.ckpt) if model.ckpt.is_dir() else None
+    return (
+        found is not None
+        and found[1]["step"] == model.recipe.train.max_steps
+        and not config.differences(found[1]["recipe"], config.to_dict(model.recipe))
+    )
+
+
+def is_scored(samples: Path, table: Table) -> bool:
+    """Whether metrics.json is of these samples, this reference, these weights and these metrics."""
+    try:
+        result = json.loads((samples / "metrics.json").read_text())
+        digits = table.ref == "digits"
+        return (
+            result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
+            and result["protocol"] == (DIGITS_PROTOCOL if digits else INCEPTION_PROTOCOL)
+            and set(result["metrics"]) == {name for metric in table.metrics for name in GIVES.get(metric, [metric])}
+            and result["reference"]["sha256"] == reference_digest(table.ref)
+            and (digits or result["extractors"][0]["weights_sha256"] == sha256(inception_weights(table.weights)))
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+
+
+@cache
+def reference_digest(ref: str) -> str:
+    """The SHA-256 that a result states of a reference, see eval.refs.Reference; of one file, it is read once."""
+    path = Path(ref)
+    if ref == "digits":
+        digits = Digits("train")
+        return from_arrays(to_uint8(digits.images), digits.labels, ref).digest()
+    if is_features(path):
+        return sha256(path / INDEX)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            if "mu" in arrays:
+                return sha256(path)
+    return open_source(path).digest()
+
+
+def missing(table: Table, wanted: list[Model]) -> list[str]:
+    """What the table needs and is not there, a sentence each; training makes what is missing of a recipe.
+
+    Raises InputError for weights that nothing takes.
+    """
+    found = []
+    if table.ref == "digits":
+        if table.weights:
+            raise InputError("weights belong to Inception, and ref=digits has a classifier of its own; leave them out")
+    else:
+        if not Path(table.ref).exists():
+            source = f"download {table.ref_url} to that place" if table.ref_url else "put it there"
+            found.append(f"reference {table.ref!r} is not there; {source}, or name another as ref")
+        try:
+            inception_weights(table.weights)
+        except InputError as error:
+            found.append(str(error).replace("--weights", "weights"))
+    return found + [
+        f"checkpoint {str(model.ckpt)!r} is not there; train or convert it to that place, or name another in ckpts"
+        for model in wanted
+        if model.recipe is None and not model.ckpt.is_dir()
+    ]
+
+
+class Runner:
+    """Runs Python command lines one after the other, each shown; a dry one only shows them.
+
+    processes: of each command that can share its work.
+    """
+
+    def __init__(self, processes: int, dry: bool):
+        self.processes, self.dry = processes, dry
+
+    def __call__(self, words: list[str], shared: bool = False) -> None:
+        """Raises InputError where the command fails."""
+        launcher = [sys.executable]
+        if shared and self.processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes)]
+            words = ["-m", "--", *words[1:]] if words[0] == "-m" else words  # or it would take options for its own
+        print(f"$ {shlex.join(['python', *launcher[1:], *words])}", flush=True)
+        if self.dry:
+            return
+        status, received = call([*launcher, *words])
+        if received:
+            print(f"{received.name}: stopped; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + received)
+        if status:
+            raise InputError(f"`python {shlex.join(words)}` ended with exit status {status}; mend it, and run again")
+
+
+def call(words: list[str]) -> tuple[int, signal.Signals | None]:
+    """Run a command; its exit status, and the first signal that came meanwhile, or None.
+
+    SIGINT and SIGTERM are passed on, and the command is waited for: training saves a checkpoint then. It has a session
+    of its own, so that a terminal's Ctrl-C does not reach it twice, which would end it at once.
+    """
+    received = []
+    process = subprocess.Popen(words, start_new_session=True)
+
+    def pass_on(number: int, frame) -> None:
+        received.append(signal.Signals(number))
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait(), next(iter(received), None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m experiments.table", description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="YAML file of a table, see experiments/tables")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes per command (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
+    args = parser.parse_args(argv)
+    if args.processes < 1:
+        raise InputError(f"--processes {args.processes}: must be at least 1")
+    table = load_table(Path(args.file))
+    wanted = models(table)
+    lacking = missing(table, wanted)
+    if lacking and not args.dry_run:
+        raise InputError(lacking[0])
+    make(table, wanted, Runner(args.processes, args.dry_run))
+    for sentence in lacking:
+        print(f"# {sentence}")
+
+
+def make(table: Table, wanted: list[Model], run: Runner) -> None:
+    """Make what is missing of a table. Raises InputError where a command fails; what was made stays."""
+    if run.processes > 1 and "ACCELERATE_USE_CPU" not in os.environ and not _has_accelerator():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    for model in wanted:
+        if not is_trained(model):
+            run(["train_sit.py", *model.train], shared=True)
+            if not run.dry and not is_trained(model):
+                raise InputError(f"{str(model.ckpt)!r} is not trained to its end; run again, which goes on with it")
+    raw = Path(table.out) / "raw"
+    results: dict[str, list[str]] = {}
+    for sampler in table.samplers:
+        for model in wanted:
+            samples = _samples(table, model, sampler)
+            generate = ["-m", "sampling", "generate", "--ckpt", str(model.ckpt), "--num", str(table.num)]
+            run([*generate, "--format", table.format, *sampler.options(), "--out", str(samples)], shared=True)
+            if not is_scored(samples, table):
+                score = ["-m", "eval", "score", str(samples), "--ref", table.ref, "--metrics", ",".join(table.metrics)]
+                run([*score, *(["--weights", table.weights] if table.weights else [])], shared=True)
+            target = raw / f"{model.label}-{sampler.name}.json"
+            print(f"# {samples / 'metrics.json'} is copied to {target}", flush=True)
+            if not run.dry:
+                copy_result(samples / "metrics.json", target)
+            results.setdefault(sampler.name, []).append(f"{model.method}={target}" if model.method else str(target))
+    for name, files in results.items():
+        run(["-m", "eval", "table", *files, "--out", str(Path(table.out) / f"{name}.md")])
+
+
+def copy_result(source: Path, target: Path) -> None:
+    """Copy a metrics.json, with the paths in it as seen from the current folder where they lie in it."""
+    here = f"{Path.cwd()}/"
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: seen(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [seen(inner) for inner in value]
+        return value.removeprefix(here) if isinstance(value, str) else value
+
+    try:
+        write_atomic(target, json.dumps(seen(json.loads(source.read_text())), indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{str(target)!r} cannot be written: {error.strerror or error}") from None
+
+
+def _samples(table: Table, model: Model, sampler: Sampler) -> Path:
+    """Where the samples of a model lie: in its run, or for one that was trained elsewhere beside the runs."""
+    if model.recipe is not None:
+        return model.ckpt / "samples" / sampler.name
+    return Path(table.runs) / model.label / "samples" / sampler.name
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+if __name__ == "__main__":
+    main()

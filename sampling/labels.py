@@ -1,0 +1,59 @@
+"""The classes of samples by index: evenly over the classes, at random, or from a file."""
+
+import json
+import re
+from pathlib import Path
+
+from sit_atconv.errors import InputError
+from sit_atconv.generation import random_label
+
+RULES = ("balanced", "random")
+
+
+def labels_rule(option: str) -> str:
+    """What a manifest says of --labels: "balanced", "random" or "file"."""
+    return option if option in RULES else "file"
+
+
+def sample_labels(option: str, num: int, total: int, seed: int, num_classes: int) -> list[int]:
+    """The classes of images 0 to total - 1, of which num are kept; the rest fills the last block.
+
+    option: "balanced" (image i has class i mod classes), "random" (one drawn from (seed, i)), or the name of a file:
+    one class id a line, or a JSON list of them, for the num images; the rest is balanced then.
+    Raises InputError for a file that does not hold num class ids of the model, naming the line.
+    """
+    if option == "random":
+        return [random_label(seed, index, num_classes) for index in range(total)]
+    balanced = [index % num_classes for index in range(total)]
+    return balanced if option == "balanced" else [*_read(option, num, num_classes), *balanced[num:]]
+
+
+def _read(name: str, num: int, num_classes: int) -> list[int]:
+    try:
+        text = Path(name).read_text()
+    except UnicodeDecodeError:
+        raise InputError(f"--labels {name}: no text; give one class id a line, or a JSON list") from None
+    except OSError as error:
+        raise InputError(f"--labels {name}: {error.strerror}; choose from {list(RULES)} or give a file") from None
+    if text.lstrip().startswith("["):
+        try:
+            entries, unit = json.loads(text), "entry"
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--labels {name} is not a JSON list: {error}") from None
+        entries = [json.dumps(entry) for entry in entries]
+    else:
+        entries, unit = text.rstrip().splitlines(), "line"
+    labels = []
+    for number, entry in enumerate(entries, 1):
+        where = f"--labels {name}, {unit} {number}"
+        if number > num:
+            raise InputError(f"{where}: there are {len(entries)} class ids for --num {num}; make them equal")
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", entry.strip()):
+            raise InputError(f"{where}: {entry.strip()[:40]!r} is no class id; give an integer")
+        label = int(entry)
+        if not 0 <= label < num_classes:
+            raise InputError(f"{where}: class id {label} is out of range; this model has 0 to {num_classes - 1}")
+        labels.append(label)
+    if len(labels) < num:
+        raise InputError(f"--labels {name} ends with {unit} {len(labels)}: --num {num} needs as many; make them equal")
+    return labels

@@ -1,0 +1,286 @@
+"""A folder of samples: it says first what it is going to be, grows by whole blocks, and its manifest comes last.
+
+    settings.json    first: all that decides the images; a command with others is refused
+    000000.png ...   the images, where the format is png
+    blocks/          a record of each block that is there (JSON), and its images where the format is npz
+    samples.npz      the images, where the format is npz: arr_0 uint8 (N, H, W, C), arr_1 int64 labels (N,)
+    manifest.json    last: with it the samples are complete, and settings.json and blocks/ go
+
+A block counts when its record is there and has the digest of its images.
+"""
+
+import hashlib
+import io
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sit_atconv.errors import InputError
+from sit_atconv.files import check_new, new_path, sync, write_atomic
+from sit_atconv.images import to_pil
+
+FORMATS = ("png", "npz")
+SETTINGS, MANIFEST, BLOCKS, NPZ = "settings.json", "manifest.json", "blocks", "samples.npz"
+# Of the settings: where things lie, which does not decide the images.
+PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
+
+
+class Samples:
+    """The samples at `path`, made in blocks; nothing is touched before `claim`.
+
+    settings: what decides the images, as the manifest will have it: num, block, format and labels among them.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+        self.num, self.block = settings["num"], settings["block"]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return math.ceil(self.num / self.block)
+
+    def indices(self, number: int) -> range:
+        """The images that block `number` keeps."""
+        return range(number * self.block, min((number + 1) * self.block, self.num))
+
+    def claim(self) -> list[int] | None:
+        """Begin the folder, or take it over where the same settings began it; the blocks that are missing.
+
+        None: the samples are complete. Raises InputError for a folder of something else or with other settings.
+        """
+        try:
+            if self.path.is_dir() and (self.path / MANIFEST).exists():
+                self._check_same(MANIFEST, versions=False)
+                self._check_complete()
+                self._clear()
+                return None
+            if not (self.path / SETTINGS).is_file():
+                check_new(self.path)
+                with new_path(self.path) as folder:
+                    (folder / BLOCKS).mkdir(parents=True)
+                    write_atomic(folder / SETTINGS, json.dumps(self.settings, indent=1))
+                return list(range(self.blocks))
+            self._check_same(SETTINGS, versions=True)
+            (self.path / BLOCKS).mkdir(exist_ok=True)
+            for folder in (self.path, self.path / BLOCKS):
+                for leftover in folder.glob("*.tmp"):
+                    leftover.unlink()
+        except OSError as error:
+            raise self._unwritten(error) from None
+        with ThreadPoolExecutor() as pool:
+            records = list(pool.map(self._record, range(self.blocks)))
+        return [number for number, record in enumerate(records) if record is None]
+
+    def write(self, number: int, images: torch.Tensor, **measured: Any) -> None:
+        """Put a block's images, uint8 (B, C, H, W), in their place, and then its record with what was measured.
+
+        Raises InputError where the disk does not take them.
+        """
+        if self.settings["format"] == "png":
+            contents = [_png(image) for image in images]
+        else:
+            contents = [_npy(images.permute(0, 2, 3, 1).numpy())]
+        digest = hashlib.sha256()
+        with self._disk():
+            for path, content in zip(self._files(number), contents, strict=True):
+                _write(path, content)
+                digest.update(content)
+            record = {"image_shape": list(images.shape[1:]), "sha256": digest.hexdigest(), **measured}
+            _write(self._record_path(number), json.dumps(record).encode())
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Complete the samples: the npz, where asked for, then manifest.json; returns the manifest.
+
+        facts: what the manifest says beside the settings and the blocks' measurements.
+        Raises InputError where the disk does not take it, or a block is not to be seen.
+        """
+        with self._disk():
+            records = [self._read_record(number) for number in range(self.blocks)]
+            if None in records:
+                raise InputError(
+                    f"--out {str(self.path)!r}: block {records.index(None)} is not there; all machines must share the "
+                    "file system: run the same command again on one that does"
+                )
+            if self.settings["format"] == "npz":
+                self._write_npz(records[0]["image_shape"])
+            else:
+                for number in range(self.blocks):
+                    for path in self._files(number):
+                        sync(path)
+            nfe = sum(record["nfe"] * len(self.indices(number)) for number, record in enumerate(records))
+            seconds = sum(record["seconds"] for record in records)
+            manifest = {
+                **self.settings,
+                "nfe": nfe / self.num,
+                "seconds_per_image": seconds / (self.blocks * self.block),
+                "image_shape": records[0]["image_shape"],
+                **facts,
+            }
+            lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
+            write_atomic(self.path / MANIFEST, f"{{\n {lines}\n}}\n")
+            sync(self.path)
+            self._clear()
+        return manifest
+
+    def _clear(self) -> None:
+        """Remove what only unfinished samples need."""
+        shutil.rmtree(self.path / BLOCKS, ignore_errors=True)
+        (self.path / SETTINGS).unlink(missing_ok=True)
+        for leftover in self.path.glob("*.tmp"):
+            leftover.unlink()
+
+    def _check_same(self, name: str, versions: bool) -> None:
+        try:
+            stored = json.loads((self.path / name).read_text())
+            if not isinstance(stored, dict):
+                raise ValueError("no object")
+        except ValueError:
+            raise InputError(f"--out {str(self.path)!r}: its {name} is damaged; choose another folder") from None
+        # What is complete stays as good when a library is renewed; half of it by another version would not be one set.
+        passed_over = PLACES if versions else PLACES | {("versions",)}
+        stored = {key: stored.get(key) for key in self.settings}
+        changed = difference(stored, self.settings, passed_over)
+        if changed:
+            raise InputError(
+                f"--out {str(self.path)!r} holds samples with other settings, {changed}; state it as it was, or choose "
+                "another folder"
+            )
+
+    def _check_complete(self) -> None:
+        if self.settings["format"] == "npz":
+            wanted = [NPZ]
+        else:
+            wanted = [path.name for number in range(self.blocks) for path in self._files(number)]
+        present = {path.name for path in self.path.iterdir()}
+        lost = next((name for name in wanted if name not in present), None)
+        if lost is not None:
+            raise InputError(
+                f"--out {str(self.path)!r}: {MANIFEST} says it is complete, and {lost} is missing; remove the folder "
+                "and run again"
+            )
+
+    def _files(self, number: int) -> list[Path]:
+        """Where the images of a block lie."""
+        if self.settings["format"] == "npz":
+            return [self._record_path(number).with_suffix(".npy")]
+        return [self.path / f"{index:06d}.png" for index in self.indices(number)]
+
+    def _record_path(self, number: int) -> Path:
+        return self.path / BLOCKS / f"{number:06d}.json"
+
+    def _read_record(self, number: int) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self._record_path(number).read_text())
+            return record if record.keys() >= {"image_shape", "sha256", "nfe", "seconds"} else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _record(self, number: int) -> dict[str, Any] | None:
+        """The record of a block whose files are what it says, else None."""
+        record, digest = self._read_record(number), hashlib.sha256()
+        if record is None:
+            return None
+        try:
+            for path in self._files(number):
+                digest.update(path.read_bytes())
+        except OSError:
+            return None
+        return record if digest.hexdigest() == record["sha256"] else None
+
+    def _write_npz(self, image_shape: list[int]) -> None:
+        """One pass over the blocks, of which one is in memory at a time; stored, as numpy's own savez does it."""
+        channels, height, width = image_shape
+        temporary = self.path / f"{NPZ}.tmp"
+        labels = np.array(self.settings["labels"], np.int64)
+        try:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                    _write_header(member, np.dtype(np.uint8), (self.num, height, width, channels))
+                    for number in tqdm(range(self.blocks), desc=NPZ, unit="block", delay=1):
+                        block = np.load(self._files(number)[0], allow_pickle=False)
+                        if block.shape != (len(self.indices(number)), height, width, channels):
+                            raise InputError(f"{str(self._files(number)[0])!r} is {block.shape}; remove it, run again")
+                        member.write(block.tobytes())
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
+                    _write_header(member, labels.dtype, labels.shape)
+                    member.write(labels.tobytes())
+            sync(temporary)
+            temporary.rename(self.path / NPZ)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._unwritten(error) from None
+
+    def _unwritten(self, error: OSError) -> InputError:
+        return InputError(
+            f"--out {str(self.path)!r} cannot be written: {error.strerror or error}; the blocks that are there are "
+            "whole: mend it, and the same command goes on from them"
+        )
+
+
+def difference(
+    old: Any, new: Any, passed_over: set[tuple[str, ...]] = frozenset(), at: tuple[str, ...] = ()
+) -> str | None:
+    """The first difference of two JSON values, as "sampler: "euler" -> "heun"", or None.
+
+    passed_over: places that are not compared, each a path of keys.
+    """
+    if at in passed_over or old == new:
+        return None
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        found = (difference(old.get(key), new.get(key), passed_over, (*at, key)) for key in keys)
+        return next((one for one in found if one), None)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        index = next(index for index, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+        return difference(old[index], new[index], passed_over, (*at, str(index)))
+    return f"{'.'.join(at)}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _png(image: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _write_header(file, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all; what a crash of the machine cuts, its digest tells."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)

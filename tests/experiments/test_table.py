@@ -1,0 +1,305 @@
+"""The one command of a table: what it runs in which order, what it skips, and what it refuses before it begins."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, reset_accelerate
+
+import train_sit
+from eval import digits
+from eval.__main__ import main as evaluate
+from eval.sources import from_arrays
+from experiments import table
+from experiments.table import is_scored, is_trained, load_table, main, models, reference_digest
+from sampling.__main__ import main as sampling
+from sit_atconv import config
+from sit_atconv.data.digits import Digits
+from sit_atconv.errors import InputError
+from sit_atconv.files import sha256
+from sit_atconv.images import to_uint8
+
+TABLES = sorted((ROOT / "experiments/tables").glob("*.yaml"))
+COMMANDS = {"train_sit.py": train_sit.main, "sampling": sampling, "eval": evaluate}
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+def test_shipped_tables_start_with_their_command_and_can_be_planned(path, capsys):
+    assert path.read_text().startswith(f"# python -m experiments.table experiments/tables/{path.name}\n")
+    main([str(path), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line for line in lines if not line.startswith("# ")]
+    assert all(line.startswith("$ python ") for line in commands)
+    plan, found = load_table(path), models(load_table(path))
+    assert sum("eval table" in line for line in lines) == len(plan.samplers)
+    assert sum("generate" in line for line in lines) == len(plan.samplers) * len(found)
+
+
+def test_the_imagenet_table_names_what_it_lacks_and_where_to_get_it(capsys):
+    main([str(ROOT / "experiments/tables/imagenet256.yaml"), "--dry-run"])
+    lacks = [line for line in capsys.readouterr().out.splitlines() if "is not there" in line or "are not there" in line]
+    for file in ("references/VIRTUAL_imagenet256_labeled.npz", "references/weights-inception-2015-12-05-6726825d.pth"):
+        if not (ROOT / file).exists():
+            assert any(file in line and "download https://" in line for line in lacks)
+
+
+def test_the_digits_recipes_differ_in_the_mixer_alone():
+    recipes = [config.to_dict(model.recipe) for model in models(load_table(ROOT / "experiments/tables/digits.yaml"))]
+    assert [(recipe["model"].pop("token_mixer"), recipe["run"]["seed"]) for recipe in recipes] == [
+        (mixer, seed) for mixer in ("attention", "atconv", "hybrid") for seed in (0, 1, 2)
+    ]
+    for recipe in recipes:
+        recipe.pop("run")
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert recipes[0]["model"]["pos_embed"] is True
+
+
+@pytest.fixture
+def small(recipe_file, tmp_path, monkeypatch):
+    """A table of two mixers with two and one seeds, whose commands run in this process; also the lines that ran."""
+    recipe = recipe_file(train={"max_steps": 2}, checkpoint={"every": 2})
+    path, lines = tmp_path / "table.yaml", []
+    path.write_text(
+        f"out: {tmp_path / 'results'}\nruns: {tmp_path / 'runs'}\nnum: 20\nref: digits\n"
+        "metrics: [frechet_distance, recognised]\nentries:\n"
+        f"  - {{name: a, recipe: {recipe}, seeds: [0, 1]}}\n"
+        f"  - {{name: b, recipe: {recipe}, overrides: [model.token_mixer=attention], seeds: [5]}}\n"
+        "samplers:\n  - {name: quick, sampler: euler, steps: 1, cfg: 1.0}\n"
+    )
+
+    def call(words):
+        words = words[1:] if words[1] != "-m" else words[2:]
+        lines.append(words)
+        COMMANDS[words[0]](words[1:])
+        reset_accelerate()
+        return 0, None
+
+    monkeypatch.setattr(table, "call", call)
+    torch.manual_seed(0)
+    classifier = digits.DigitsClassifier().eval()  # untrained: what it thinks of the samples does not matter here
+    monkeypatch.setattr(digits, "train_classifier", lambda: (classifier, 0.1))
+    return path, lines
+
+
+def test_a_table_is_made_and_only_what_is_missing_is_made_again(small, tmp_path):
+    path, lines = small
+    main([str(path)])
+    assert [words[0] for words in lines] == ["train_sit.py"] * 3 + ["sampling", "eval"] * 3 + ["eval"]
+    result = json.loads((tmp_path / "results/quick.json").read_text())
+    assert [(row["method"], row["seeds"]) for row in result["rows"]] == [("hybrid", [0, 1]), ("attention", [5])]
+    assert set(result["rows"][0]["metrics"]) == {"frechet_distance", "recognised"}
+    raw = sorted((tmp_path / "results/raw").iterdir())
+    assert [file.name for file in raw] == ["a-seed0-quick.json", "a-seed1-quick.json", "b-seed5-quick.json"]
+    original = (tmp_path / "runs/a-seed0/samples/quick/metrics.json").read_text()
+    assert json.loads(raw[0].read_text()) == json.loads(original)
+    assert "20" in (tmp_path / "results/quick.md").read_text()
+    before = (tmp_path / "results/quick.json").read_bytes()
+
+    lines.clear()
+    shutil.rmtree(tmp_path / "results")
+    (tmp_path / "runs/a-seed1/samples/quick/metrics.json").write_text("{")
+    shutil.rmtree(tmp_path / "runs/b-seed5/samples")
+    main([str(path)])
+    assert [words[:2] for words in lines] == [
+        ["sampling", "generate"], ["sampling", "generate"], ["eval", "score"], ["sampling", "generate"],
+        ["eval", "score"], ["eval", "table"],
+    ]  # fmt: skip
+    assert (
+        json.loads((tmp_path / "results/quick.json").read_bytes())["rows"][0]["metrics"]
+        == json.loads(before)["rows"][0]["metrics"]
+    )
+
+    run = tmp_path / "runs/a-seed0"
+    assert is_trained(models(load_table(path))[0])
+    (run / "step-0000002/ema/config.json").write_text("{}")
+    assert not is_trained(models(load_table(path))[0])
+
+
+def test_what_is_scored_is_scored_of_these_samples_against_this_reference(small, tmp_path):
+    path, _ = small
+    plan, samples = load_table(path), tmp_path / "samples"
+    samples.mkdir()
+    (samples / "manifest.json").write_text("{}")
+    train = Digits("train")
+    names = ["frechet_distance", "recognised", "classifier_heldout_accuracy"]
+    good = {
+        "samples_manifest_sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",  # of "{}"
+        "protocol": "digits-classifier-2",
+        "metrics": dict.fromkeys(names),
+        "reference": {"sha256": from_arrays(to_uint8(train.images), train.labels, "x").digest()},
+    }
+    for changes, is_it in (
+        ({}, True),
+        ({"metrics": dict.fromkeys(names[:1])}, False),
+        ({"metrics": dict.fromkeys([*names, "kid"])}, False),
+        ({"samples_manifest_sha256": "other"}, False),
+        ({"protocol": "adm-inception-1"}, False),
+        ({"reference": {"sha256": "other"}}, False),
+        ({"reference": None}, False),
+    ):
+        (samples / "metrics.json").write_text(json.dumps(good | changes))
+        assert is_scored(samples, plan) == is_it, changes
+    assert not is_scored(tmp_path / "nowhere", plan)
+
+
+def test_references_are_told_by_what_results_state_of_them(tmp_path, image_folder):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert reference_digest(str(tmp_path / "statistics.npz")) == sha256(tmp_path / "statistics.npz")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=pixels)
+    images = from_arrays(torch.from_numpy(pixels).permute(0, 3, 1, 2), None, "x")
+    assert reference_digest(str(tmp_path / "images.npz")) == images.digest()
+
+
+def test_results_are_copied_without_the_places_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = Path.cwd() / "runs" / "a"
+    (tmp_path / "m.json").write_text(json.dumps({"samples": str(there), "x": [{"ref": "/else/where"}, 0.1 + 0.2]}))
+    table.copy_result(tmp_path / "m.json", tmp_path / "new/raw.json")
+    assert json.loads((tmp_path / "new/raw.json").read_text()) == {
+        "samples": "runs/a", "x": [{"ref": "/else/where"}, 0.1 + 0.2],
+    }  # fmt: skip
+
+
+def test_a_run_that_ends_early_is_not_sampled(small, monkeypatch, capsys):
+    lines = []
+    monkeypatch.setattr(table, "call", lambda words: (lines.append(words), (0, None))[1])
+    with pytest.raises(SystemExit):
+        main([str(small[0])])
+    assert len(lines) == 1
+    assert "is not trained to its end; run again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_the_command_waited_for(tmp_path, number):
+    script = (
+        "import pathlib, signal\n"
+        "signal.alarm(20)\n"
+        f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+        f"signal.sigwait([{int(number)}])\n"
+        f"pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
+    )
+
+    def send():
+        while not (tmp_path / "ready").exists():
+            pass
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    status, received = table.call([sys.executable, "-c", script])
+    thread.join()
+    assert (status, received) == (0, number)
+    assert (tmp_path / "ended").exists()
+
+
+def test_models_trained_elsewhere_are_not_trained(tmp_path, capsys, fails):
+    (tmp_path / "t.yaml").write_text(
+        "out: o\nruns: r\nnum: 20\nref: digits\nmetrics: [kid]\nentries:\n  - {name: a, ckpts: [x, y], method: A/2}\n"
+        "samplers:\n  - {name: s, sampler: euler, cfg: 1.5}\n"
+    )
+    plan = load_table(tmp_path / "t.yaml")
+    found = models(plan)
+    assert [(str(model.ckpt), model.train) for model in found] == [("x", None), ("y", None)]
+    assert all(map(is_trained, found))
+    assert table._samples(plan, found[1], plan.samplers[0]).as_posix() == "r/a-1/samples/s"
+    assert [model.method for model in found] == ["A/2", "A/2"]
+    main([str(tmp_path / "t.yaml"), "--dry-run"])
+    out = capsys.readouterr().out
+    assert "eval table A/2=o/raw/a-0-s.json A/2=o/raw/a-1-s.json --out o/s.md" in out
+    assert "train_sit.py" not in out
+    assert "# checkpoint 'x' is not there" in out
+    assert "checkpoint 'x' is not there" in fails(main, tmp_path / "t.yaml")
+    assert plan.samplers[0].options() == ["--sampler", "euler", "--cfg", "1.5", "--labels", "balanced", "--seed", "0"]
+
+
+def test_several_processes_share_each_command_that_can(monkeypatch):
+    lines = []
+    monkeypatch.setattr(table, "call", lambda words: (lines.append(words[1:]) or 0, None))
+    run = table.Runner(2, dry=False)
+    for words in (["train_sit.py", "R"], ["-m", "sampling", "generate", "--num", "3"]):
+        run(words, shared=True)
+    run(["-m", "eval", "table"])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert lines == [
+        [*launcher, "train_sit.py", "R"], [*launcher, "-m", "--", "sampling", "generate", "--num", "3"],
+        ["-m", "eval", "table"],
+    ]  # fmt: skip
+
+
+def test_the_first_command_that_fails_ends_it(small, monkeypatch, capsys):
+    monkeypatch.setattr(table, "call", lambda words: (7, None))
+    with pytest.raises(SystemExit) as stop:
+        main([str(small[0])])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "train_sit.py" in message
+    assert "ended with exit status 7; mend it, and run again" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nam: 3", "did you mean 'num'"),
+        ("num: 1", "num=1: one sample is no distribution"),
+        ("entries: [{name: a, ckpt: [x]}]", "did you mean 'ckpts'"),
+        ("entries: [{name: a, recipe: x, ckpts: [y]}]", "give either recipe and seeds, or ckpts"),
+        ("entries: [{name: a}]", "give either recipe and seeds, or ckpts"),
+        ("entries: [{name: a, recipe: x}]", "seeds and overrides go with a recipe"),
+        ("entries: [{name: a, recipe: x, seeds: [1, 1]}]", "the same one twice"),
+        ("entries: [{name: ../a, ckpts: [x]}]", "entry name '../a'"),
+        ("entries: [{name: a, ckpts: [x]}, {name: a, ckpts: [y]}]", "each a name of its own"),
+        ("samplers: []", "samplers []: give at least one"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1, stepz: 3}]", "did you mean 'steps'"),
+        ("samplers: [{name: s}]", "missing mandatory value: sampler"),
+        ("samplers: 3", "samplers=3 is to be a list"),
+        ("num: many", "num"),
+        ("ref: nowhere.npz\nref_url: https://x", "reference 'nowhere.npz' is not there; download https://x to that"),
+        ("metrics: []", "metrics=[]: give at least one"),
+        ("metrics: [fid]", "metrics='fid'"),
+        ("format: jpg", "format='jpg'"),
+        ("entries: [{name: a, recipe: x, seeds: [1], overrides: [run.seed=3]}]", "the table decides run.seed"),
+        ("samplers: [{name: s, sampler: heunn, cfg: 1}]", "sampler 's': sampler='heunn': did you mean 'heun'"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1, last_step: mean}]", "last_step='mean' would do nothing"),
+        ("samplers: [{name: s, sampler: euler, cfg: 2, cfg_interval: [0.1]}]", "give two numbers, low and high"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1, labels: blanced}]", "labels='blanced': no such file"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1, dtype: fp8}]", "dtype='fp8'"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1, batch: 0}]", "batch=0: must be at least 1"),
+        ("weights: x", "weights belong to Inception"),
+        ("- 1", "is to be a mapping"),
+    ],
+)
+def test_wrong_tables_are_refused_in_one_line_before_anything_runs(tmp_path, fails, text, says):
+    lines = {
+        "out": "out: o", "runs": "runs: r", "num": "num: 20", "ref": "ref: digits",
+        "metrics": "metrics: [is]",
+        "entries": "entries: [{name: a, ckpts: [x]}]", "samplers": "samplers: [{name: s, sampler: euler, cfg: 1.5}]",
+    }  # fmt: skip
+    key = text.partition(":")[0]
+    path = tmp_path / "t.yaml"
+    path.write_text(text if text.startswith("-") else "\n".join({**lines, key: text}.values()))
+    assert says in fails(main, path)
+
+
+def test_missing_inception_weights_are_named_before_anything_runs(tmp_path, fails):
+    (tmp_path / "ref.npz").touch()
+    (tmp_path / "t.yaml").write_text(
+        f"out: o\nruns: r\nnum: 20\nref: {tmp_path / 'ref.npz'}\nweights: {tmp_path / 'w.pth'}\nmetrics: [fid]\n"
+        "entries: [{name: a, ckpts: [x]}]\nsamplers: [{name: s, sampler: euler, cfg: 1.5}]\n"
+    )
+    message = fails(main, tmp_path / "t.yaml")
+    assert "w.pth" in message
+    assert "https://" in message
+
+
+def test_a_table_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="see experiments/tables"):
+        load_table(ROOT / "nowhere.yaml")

@@ -1,0 +1,80 @@
+"""Runs `python -m sampling` in processes that fail when they are told to.
+
+    python tests/sampling/generate_process.py
+
+A line of JSON on stdin is a list of processes, which start together: {"arguments": [...], "environment": {...},
+"stderr": PATH, "at": ["rename", 2, "KILL"], "largest_file": BYTES, "spared": true}. "at": the signal that the process
+sends itself in place of the second call of Path.rename ("replace" likewise, "evaluate": a network evaluation, which
+then goes on). One that is killed takes the others with it, as a launcher would, but for those that are spared. The
+answer is the list of exit codes. All are forked from here, so that the libraries are imported once.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from sampling.__main__ import main
+from sit_atconv.models.sit import SiTTransformer2DModel
+
+CALLS = {"rename": (Path, "rename"), "replace": (Path, "replace"), "evaluate": (SiTTransformer2DModel, "forward")}
+
+
+def signal_at(call: str, number: int, name: str) -> None:
+    owner, method = CALLS[call]
+    original, calls = getattr(owner, method), iter(range(1, number))
+    sent = []
+
+    def counted(*arguments, **options):
+        if next(calls, None) is None and not sent:
+            sent.append(name)
+            os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
+        return original(*arguments, **options)
+
+    setattr(owner, method, counted)
+
+
+def run(process: dict) -> None:
+    os.environ.update(process["environment"])
+    for stream, name in ((sys.stdout, os.devnull), (sys.stderr, process["stderr"])):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    if process.get("at"):
+        signal_at(*process["at"])
+    if process.get("largest_file"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (process["largest_file"],) * 2)
+    main(process["arguments"])
+
+
+def start(process: dict) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        run(process)
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+for line in sys.stdin:
+    jobs = json.loads(line)
+    pids = [start(process) for process in jobs]
+    codes, running = {}, set(pids)
+    spared = {pid for pid, process in zip(pids, jobs, strict=True) if process.get("spared")}
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] < 0:
+            for other in running - spared:
+                os.kill(other, signal.SIGKILL)
+    print(json.dumps([codes[pid] for pid in pids]), flush=True)
