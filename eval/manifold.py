@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 NEAREST = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
-TILE = 4096  # images of a side whose distances are there at once (128 MiB)
+TILE = 2048  # images of a side whose distances are there at once (32 MiB)
 
 Values = dict[str, tuple[float, list[float]]]
 
@@ -29,7 +29,7 @@ def manifold_scores(
 
     Distances are Euclidean, from |a|^2 + |b|^2 - 2 ab in float64: no TF32 touches them, and a squared distance differs
     from that of the differences by at most 1e-14 (|a|^2 + |b|^2), however near the images are. (ADM's evaluator takes
-    them in fp16 unless one overflows.) Tiles bound the memory: 128 MiB of distances, one copy of the samples.
+    them in fp16 unless one overflows.) Tiles bound the memory: 32 MiB of distances, one copy of the samples.
 
     Raises ValueError where images are too few, shapes differ or a number is not finite.
     """
