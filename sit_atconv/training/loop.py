@@ -76,7 +76,8 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
         held = None
         if accelerator.is_main_process:
             try:
-                held = lock(run) if (run / "recipe.yaml").exists() else None  # before looking, for another may be at work there
+                # Before looking: another process may be at work there.
+                held = lock(run) if (run / "recipe.yaml").exists() else None
                 encoded = dataset.index["data"] if dataset.moments else None
                 start = [check_run_folder(run, recipe, described, encoded), not run.exists(), None]
             except InputError as error:
