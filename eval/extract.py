@@ -7,12 +7,10 @@ kill costs the shards that were under way. A batch never reaches over the end of
 import argparse
 import ctypes
 import json
-import os
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +23,9 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from eval.extractor import Extractor, load_extractor
-from eval.features import INDEX, SETTINGS, Features, read_head, shard_name
+from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, open_source
+from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import library_versions, sha256, sync, write_atomic
 
@@ -97,7 +96,7 @@ def features_of(
     start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
     if state.is_main_process:
         try:
-            settings = claim(out, describe(source, extractor, shard, batch))
+            settings = claim(out, describe(source, extractor, shard, batch), NOT_COMPARED, "features")
             start = [settings, missing_shards(out, settings), None]
         except InputError as error:
             start[2] = InputError(str(error))  # every process is about to know it
@@ -151,51 +150,6 @@ def describe(source: Source, extractor: Extractor, shard: int, batch: int) -> di
     }
 
 
-def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Make a folder of features, or take over the one that is there with the settings it was begun with.
-
-    Raises InputError for a folder of something else, or of other features: in one line, what differs.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a file; give a new folder, or one to go on with")
-    try:
-        stored = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).exists() else None
-        if not isinstance(stored, dict | None):
-            raise ValueError("no object")
-    except (OSError, ValueError):
-        raise InputError(
-            f"--out {str(out)!r}: its {SETTINGS} is damaged; delete the folder, or choose another"
-        ) from None
-    if stored is None:
-        with _disk(out):
-            out.mkdir(parents=True, exist_ok=True)
-            if strays := sorted(path.name for path in out.iterdir() if path.suffix != ".tmp"):
-                raise InputError(f"--out {str(out)!r} holds {strays[0]!r} and no features; choose another folder")
-            write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
-        return settings
-    old, new = dict(_flat(stored)), dict(_flat(settings))
-    changed = [
-        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    ]
-    if changed:
-        raise InputError(
-            f"{str(out)!r} holds features with other settings ({'; '.join(changed)}); state them as they were, delete "
-            "the folder, or choose another with `extract --out`"
-        )
-    return stored
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What is compared of settings: {"section": {"key": value}} as ("section.key", value)."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif not f"{prefix}{key}".startswith(NOT_COMPARED):
-            yield prefix + key, value
-
-
 def _spans(settings: dict[str, Any]) -> list[tuple[int, int]]:
     """(first, stop) of every shard."""
     n, shard = settings["n"], settings["shard"]
@@ -208,15 +162,13 @@ def missing_shards(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, 
     Where features.json is, a shard that is not the one it names is made anew, and the file goes until all are there.
     """
     digests = _digests(out / INDEX)
-    with _disk(out):
-        for leftover in out.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+    clear_leftovers(out)
     spans = [(number, *span) for number, span in enumerate(_spans(settings))]
     with ThreadPoolExecutor() as pool:
         whole = list(pool.map(lambda span: _is_whole(out, span, digests), spans))
     missing = [span for span, there in zip(spans, whole, strict=True) if not there]
     if missing:
-        with _disk(out):
+        with writing(out):
             (out / INDEX).unlink(missing_ok=True)
     return missing
 
@@ -252,7 +204,7 @@ def _make_shards(
 
     total = sum(stop - first for _, first, stop in spans)
     label = "features" if state.num_processes == 1 else f"features (1 of {state.num_processes} processes)"
-    parts, writing = [], None
+    parts, pending = [], None
     with (
         tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not state.is_main_process) as bar,
         ThreadPoolExecutor(1, "shards") as writer,
@@ -263,13 +215,13 @@ def _make_shards(
             done = sum(len(next(iter(part.values()))) for part in parts)
             bar.update(len(next(iter(streams.values()))))
             if done == span[2] - span[1]:
-                if writing is not None:
-                    writing.result()
+                if pending is not None:
+                    pending.result()
                 tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                writing = writer.submit(_write_shard, out, span, tensors, source.labels)
+                pending = writer.submit(_write_shard, out, span, tensors, source.labels)
                 parts = []
-        if writing is not None:
-            writing.result()
+        if pending is not None:
+            pending.result()
 
 
 def _trim() -> None:
@@ -310,18 +262,7 @@ def _write_shard(out: Path, span: tuple[int, int, int], tensors: dict[str, torch
     tensors = {**tensors, "index": torch.arange(first, stop)}
     if labels is not None:
         tensors["labels"] = torch.from_numpy(labels[first:stop].copy())
-    path = out / shard_name(number)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    with _disk(out):
-        try:
-            with open(temporary, "xb") as file:
-                file.write(save(tensors))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-            sync(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_whole(out / shard_name(number), save(tensors))
 
 
 def finish(out: Path, settings: dict[str, Any]) -> None:
@@ -329,7 +270,7 @@ def finish(out: Path, settings: dict[str, Any]) -> None:
     if (out / INDEX).is_file():
         return
     names = [shard_name(number) for number in range(len(_spans(settings)))]
-    with _disk(out), ThreadPoolExecutor() as pool:
+    with writing(out), ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, [out / name for name in names])
         info = {
             "n": settings["n"],
@@ -341,16 +282,3 @@ def finish(out: Path, settings: dict[str, Any]) -> None:
         }
         write_atomic(out / INDEX, json.dumps(info, indent=1))
         sync(out)
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """An error of the file system under `out` as an InputError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"--out {str(out)!r} cannot be written: {error.strerror or error}; the shards that are there are whole: "
-            "mend it and run again, or extract to another folder with `extract --out`",
-            every_rank=True,
-        ) from None

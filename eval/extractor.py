@@ -11,13 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg, split_model_name_tag
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -26,11 +21,11 @@ from eval import digits
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import sha256
+from sit_atconv.vit import load_vit
 
 INCEPTION_PROTOCOL = "adm-inception-1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
-LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
 Streams = dict[str, torch.Tensor]
 
 
@@ -248,26 +243,9 @@ def _dinov2(name: str, device: torch.device) -> Extractor:
 
 
 def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
-    """A ViT of timm, and the safetensors file of its weights, the only kind that is read."""
-    where, options = f"extractor 'dinov2:{name}'", {}
-    if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        for part in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
-            if not (folder / part).is_file():
-                raise InputError(
-                    f"{where}: {str(folder)!r} holds no {part}; give a folder with the {CONFIG} and {WEIGHTS} of a "
-                    "timm model"
-                )
-        file = folder / WEIGHTS
-    else:
-        file = _fetch(where, name)
-        options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
-    try:
-        # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
-        with torch.random.fork_rng(devices=[]):
-            vit = timm.create_model(name, pretrained=True, dynamic_img_size=True, **options)
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where} cannot be loaded as a ViT of timm: {_first_line(error)}") from None
+    """A ViT of timm, and the safetensors file of its weights."""
+    where = f"extractor 'dinov2:{name}'"
+    vit, file = load_vit(name, where, "dinov2:")
     whole = isinstance(vit, VisionTransformer) and vit.patch_embed.proj.weight.shape[1] == 3
     if not whole or not vit.has_class_token or isinstance(vit.norm, nn.Identity):
         raise InputError(f"{where} is no ViT of RGB images with a normed class token; choose such as {DINOV2}")
@@ -275,26 +253,6 @@ def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
         raise InputError(f"{where}: its patches of {vit.patch_embed.patch_size} do not tile {DINOV2_SIZE} px")
     vit.reset_classifier(0)
     return vit, file
-
-
-def _fetch(where: str, name: str) -> Path:
-    """The safetensors file of a model that timm knows by name, from the Hugging Face cache or the hub."""
-    architecture, _ = split_model_name_tag(name)
-    check_choice(f"extractor dinov2 (or dinov2:{LOCAL}FOLDER)", architecture, timm.list_models())
-    try:
-        source = get_pretrained_cfg(name).hf_hub_id
-    except RuntimeError as error:
-        raise InputError(f"{where}: {error}") from None
-    if not source:
-        raise InputError(f"{where}: timm has no weights of it on the Hugging Face hub; choose another")
-    try:
-        return Path(hf_hub_download(source, WEIGHTS))
-    except (OSError, EntryNotFoundError) as error:
-        raise InputError(
-            f"{where}: {WEIGHTS} of it is not in the Hugging Face cache and cannot be had ({type(error).__name__}); "
-            f"download {CONFIG} and {WEIGHTS} from https://huggingface.co/{source} into a folder, and give "
-            f"dinov2:{LOCAL}FOLDER"
-        ) from None
 
 
 def _own(spec: str, device: torch.device) -> Extractor:

@@ -9,10 +9,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from eval.sources import class_histogram
+from sit_atconv.claims import SETTINGS
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 
-SETTINGS, INDEX = "settings.json", "features.json"
+INDEX = "features.json"
 
 
 def shard_name(number: int) -> str:

@@ -318,7 +318,15 @@ def build_reference(
     return meta
 
 
-def read_moments(path: Path) -> Moments | None:
-    """mu and sigma of an npz as they stand there, unchecked, or None where it has none. Raises InputError."""
-    found = _read_statistics(path)
-    return found and Moments(found["mu"], found["sigma"])
+def read_moments(path: Path, extractor: Extractor) -> Moments | None:
+    """The pool's moments of an npz, checked as `read_reference` does, without a look at images; None where it has none.
+
+    It works in one process alone, as a trainer needs it. Raises InputError.
+    """
+    arrays = _read_statistics(path)
+    if arrays is None:
+        return None
+    name = shown(path)
+    if "meta" in arrays:
+        _check_extractor(name, _read_meta(name, arrays["meta"])["extractor"], extractor)
+    return _moments(name, arrays, extractor)["pool"]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sit_atconv.claims import SETTINGS
 from sit_atconv.data.archive import LOCAL_HEADER
 from sit_atconv.data.images import DAMAGED
 from sit_atconv.errors import InputError
@@ -138,6 +139,8 @@ def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
     if not path.is_dir():
         raise InputError(f"images {str(path)!r}: no such file or folder")
     manifest = path / MANIFEST if (path / MANIFEST).is_file() else None
+    if manifest is None and (path / SETTINGS).is_file():
+        raise InputError(f"{str(path)!r} holds unfinished samples; run the command that began them again, it goes on")
     if (path / SAMPLES).is_file():
         if manifest is None:
             raise InputError(f"images {str(path)!r}: {SAMPLES} without {MANIFEST} is unfinished; finish it, or give it")

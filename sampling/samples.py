@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sit_atconv.claims import SETTINGS, short
 from sit_atconv.errors import InputError
 from sit_atconv.files import check_new, new_path, sync, write_atomic
 from sit_atconv.images import to_pil
 
 FORMATS = ("png", "npz")
-SETTINGS, MANIFEST, BLOCKS, NPZ = "settings.json", "manifest.json", "blocks", "samples.npz"
+MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
 
@@ -251,12 +252,7 @@ def difference(
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         index = next(index for index, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
         return difference(old[index], new[index], passed_over, (*at, str(index)))
-    return f"{'.'.join(at)}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
+    return f"{'.'.join(at)}: {short(old)} -> {short(new)}"
 
 
 def _png(image: torch.Tensor) -> bytes:

@@ -4,26 +4,19 @@
 """
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg, split_model_name_tag
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sit_atconv import config
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors
-
-LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
+from sit_atconv.vit import load_vit
 
 
 class ImageEncoder(nn.Module):
@@ -68,49 +61,12 @@ class ImageEncoder(nn.Module):
 
 
 def _load(name: str) -> VisionTransformer | Eva:
-    options = {}
-    if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        for file in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
-            if not (folder / file).is_file():
-                raise InputError(
-                    f"repa.encoder={name!r}: {str(folder)!r} holds no {file}; give a folder with the {CONFIG} and "
-                    f"{WEIGHTS} of a timm model"
-                )
-    else:
-        options["pretrained_cfg_overlay"] = {"file": _fetch(name), "custom_load": False}
-    try:
-        # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
-        vit = timm.create_model(name, pretrained=True, dynamic_img_size=True, **options)
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"repa.encoder={name!r} cannot be loaded as a ViT of timm: {said}") from None
+    where = f"repa.encoder={name!r}"
+    vit, _ = load_vit(name, where, "repa.encoder=")
     if not isinstance(vit, VisionTransformer | Eva) or vit.patch_embed.proj.weight.shape[1] != 3:
-        raise InputError(
-            f"repa.encoder={name!r} is no ViT of RGB images; choose such as vit_base_patch14_dinov2.lvd142m"
-        )
+        raise InputError(f"{where} is no ViT of RGB images; choose such as vit_base_patch14_dinov2.lvd142m")
     vit.reset_classifier(0)
     return vit
-
-
-def _fetch(name: str) -> str:
-    """The safetensors file of a model that timm knows by name, from the Hugging Face cache or the hub."""
-    architecture, _ = split_model_name_tag(name)
-    check_choice(f"repa.encoder (or {LOCAL}FOLDER)", architecture, timm.list_models())
-    try:
-        source = get_pretrained_cfg(name).hf_hub_id
-    except RuntimeError as error:
-        raise InputError(f"repa.encoder={name!r}: {error}") from None
-    if not source:
-        raise InputError(f"repa.encoder={name!r}: timm has no weights of it on the Hugging Face hub; choose another")
-    try:
-        return hf_hub_download(source, WEIGHTS)
-    except (OSError, EntryNotFoundError) as error:
-        raise InputError(
-            f"repa.encoder={name!r}: {WEIGHTS} of it is not in the Hugging Face cache and cannot be had "
-            f"({type(error).__name__}); download {CONFIG} and {WEIGHTS} from https://huggingface.co/{source} into a "
-            f"folder, and give repa.encoder={LOCAL}FOLDER"
-        ) from None
 
 
 def _digest(state: dict[str, torch.Tensor]) -> str:

@@ -1,5 +1,9 @@
 import json
+import os
+import socket
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +55,41 @@ def fresh_accelerate_state():
 @pytest.fixture(autouse=True)
 def project_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@contextmanager
+def process_server(module: str):
+    """Gives run(folder, arguments, *faults) -> (exit codes, what they said on stderr) of processes of a command.
+
+    module: has the command's `main`. faults: one for each rank, more of what process_server is told; none, one process.
+    """
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "process_server.py"), module],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def run(folder: Path, arguments: list[str], *faults: dict) -> tuple[list[int], list[str]]:
+        faults = faults or ({},)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        jobs = []
+        for rank, fault in enumerate(faults):
+            world = {"WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": len(faults), "RANK": rank, "LOCAL_RANK": rank}
+            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {key: str(value) for key, value in world.items()} if len(faults) > 1 else {}
+            job = {"arguments": arguments, "stderr": str(folder / f"said-{rank}"), **fault}
+            jobs.append({**job, "environment": environment | fault.get("environment", {})})
+        server.stdin.write(json.dumps(jobs) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        return codes, [Path(job["stderr"]).read_text() for job in jobs]
+
+    try:
+        yield run
+    finally:
+        server.communicate("")
 
 
 @pytest.fixture

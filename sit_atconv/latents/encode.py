@@ -7,10 +7,7 @@ clock or process number goes into a file.
 
 import hashlib
 import json
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -25,6 +22,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
+from sit_atconv.claims import claim, clear_leftovers, flat, write_whole, writing
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
@@ -34,7 +32,6 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import library_versions, sha256, sync, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
 
-SETTINGS = "settings.json"
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
 IMAGE_KEYS = (
     "kind",
@@ -78,7 +75,7 @@ def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4
     start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
     if state.is_main_process:
         try:
-            settings = claim(out, settings)
+            settings = claim(out, settings, NOT_COMPARED, "latents")
             start = [settings, missing_shards(out, settings), None]
         except InputError as error:
             start[2] = InputError(str(error))  # every process is about to know it
@@ -133,61 +130,12 @@ def _identity(dataset: Dataset, root: str | None) -> str:
     return digest.hexdigest()
 
 
-def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Make the folder of a cache, or take over the one that is there with the settings it was begun with.
-
-    Raises InputError for a folder of something else, or of a cache with other settings: in one line, what differs.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a file; give a new folder, or that of a cache to go on with")
-    try:
-        stored = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).exists() else None
-        if not isinstance(stored, dict | None):
-            raise ValueError("no object")
-    except (OSError, ValueError):
-        raise InputError(f"--out {str(out)!r}: its {SETTINGS} is damaged; choose another folder") from None
-    if stored is None:
-        with _disk(out):
-            out.mkdir(parents=True, exist_ok=True)
-            if strays := sorted(path.name for path in out.iterdir() if path.suffix != ".tmp"):
-                raise InputError(f"--out {str(out)!r} holds {strays[0]!r} and is no cache of latents; choose another")
-            write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
-        return settings
-    old, new = _flat(stored), _flat(settings)
-    changed = [
-        f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    ]
-    if changed:
-        raise InputError(
-            f"--out {str(out)!r} holds a cache with other settings ({'; '.join(changed)}); state them as they were, or "
-            "choose another folder"
-        )
-    return stored
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of settings: {"section": {"key": value}} as {"section.key": value}."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
-    return {key: value for key, value in flat.items() if not key.startswith(NOT_COMPARED)}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
-
-
 def missing_shards(out: Path, settings: dict[str, Any]) -> list[tuple[int, int]]:
     """(first, count) of every shard that is not there, or not whole: its seal does not fit what it holds.
 
     Clears away what killed processes were writing.
     """
-    with _disk(out):
-        for leftover in out.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+    clear_leftovers(out)
     ranges = shard_ranges(settings["num_images"], settings["shard_images"])
     with ThreadPoolExecutor() as pool:
         whole = list(pool.map(lambda span: _is_whole(out / shard_name(*span), settings), ranges))
@@ -205,7 +153,7 @@ def _is_whole(path: Path, settings: dict[str, Any]) -> bool:
 
 def seal(name: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over a shard's name, the settings that made it, and its tensors."""
-    digest = hashlib.sha256(json.dumps([name, _flat(settings)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([name, flat(settings, NOT_COMPARED)], sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -291,17 +239,7 @@ def write_shard(path: Path, settings: dict[str, Any], moments: torch.Tensor, lab
     content = save(
         tensors, metadata={"seal": seal(path.name, settings, tensors)}
     )  # one key: of more the order is random
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    with _disk(path.parent):
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                sync(temporary)
-            temporary.rename(path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -312,22 +250,9 @@ def finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         size, digest = path.stat().st_size, sha256(path)
         return {"file": path.name, "first": span[0], "count": span[1], "bytes": size, "sha256": digest}
 
-    with _disk(out), ThreadPoolExecutor() as pool:
+    with writing(out), ThreadPoolExecutor() as pool:
         ranges = shard_ranges(settings["num_images"], settings["shard_images"])
         index = {**settings, "shards": list(pool.map(entry, ranges))}
         write_atomic(out / INDEX, json.dumps(index, indent=1))
         sync(out)
     return index
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """An error of the file system under `out` as an InputError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"--out {str(out)!r} cannot be written: {error.strerror or error}; the shards that are there are whole: "
-            "mend it and run again",
-            every_rank=True,
-        ) from None

@@ -1,16 +1,12 @@
 """Folders of features: complete or nothing, the same from any number of processes and after a kill."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import process_server
 from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main as evaluate
@@ -42,12 +38,9 @@ class Picky(Own):
 
 
 @pytest.fixture(autouse=True)
-def own(tmp_path, monkeypatch):
+def own(own_module):
     """A small extractor, by its specification."""
-    name = f"own_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    return f"{name}:Own"
+    return f"{own_module(OWN)}:Own"
 
 
 @pytest.fixture
@@ -190,8 +183,8 @@ def test_folders_of_something_else_are_refused(samples, own, tmp_path, fails):
     (tmp_path / "damaged/settings.json").write_text("{")
     (tmp_path / "file").touch()
     for name, says in (
-        ("full", "holds 'notes.txt' and no features"), ("damaged", "settings.json is damaged"), ("file", "is a file"),
-        ("file/f", "cannot be written"),
+        ("full", "holds 'notes.txt' and is no folder of features"), ("damaged", "settings.json is damaged"),
+        ("file", "is a file"), ("file/f", "cannot be written"),
     ):  # fmt: skip
         assert says in fails(evaluate, "extract", samples, "--out", tmp_path / name, "--extractor", own)
     for option in ("--batch", "--shard"):
@@ -307,131 +300,63 @@ def test_no_more_than_a_few_batches_are_in_memory(extractor, tmp_path):
     assert most <= 8
 
 
-# Processes are forked from one that has imported everything. A line of JSON: [[arguments, environment, kill], ...],
-# which run at once; kill: SIGKILL on itself in place of that call of Path.rename. One that is killed takes the others
-# along.
-FORKS = """
-import json, os, signal, sys
-from pathlib import Path
-from eval.__main__ import main
-
-def run(arguments, environment, kill):
-    os.environ.update(environment)
-    sys.path.insert(0, environment["OWN"])
-    if kill:
-        rename, calls = Path.rename, iter(range(1, kill))
-        def counted(*paths):
-            if next(calls, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(*paths)
-        Path.rename = counted
-    os.dup2(2, 1)
-    main(arguments)
-
-def start(job):
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        run(*job)
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    finally:
-        os._exit(status)
-
-for line in sys.stdin:
-    pids = [start(job) for job in json.loads(line)]
-    codes = {}
-    while len(codes) < len(pids):
-        pid, status = os.wait()
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] < 0:
-            for other in set(pids) - set(codes):
-                os.kill(other, signal.SIGKILL)
-    print(json.dumps([codes[pid] for pid in pids]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    log = tmp_path_factory.mktemp("forks") / "stderr"
-    with open(log, "w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-c", FORKS], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def run(*jobs):
-        process.stdin.write(json.dumps(jobs) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline()), log.read_text()
-
-    yield run
-    process.stdin.close()
-    process.wait()
+def processes():
+    with process_server("eval.__main__") as run:
+        yield run
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
+@pytest.fixture
+def run(processes, tmp_path):
+    """Runs `extract` in one process per number: SIGKILL on itself in place of that call of Path.rename, 0 for none."""
+
+    def runs(samples, out, spec, *kills):
+        arguments = ["extract", str(samples), "--out", str(out), "--extractor", spec, "--shard", "10", "--batch", "4"]
+        environment = {"environment": {"ACCELERATE_USE_CPU": "true", "OWN": str(tmp_path)}}
+        at = [{"at": ["rename", kill, "KILL"]} if kill else {} for kill in kills]
+        codes, said = processes(tmp_path, arguments, *(environment | each for each in at))
+        return codes, "".join(said)
+
+    return runs
 
 
-def job(samples, out, spec, rank=0, world=1, port="", kill=0):
-    arguments = ["extract", str(samples), "--out", str(out), "--extractor", spec, "--shard", "10", "--batch", "4"]
-    environment = {"ACCELERATE_USE_CPU": "true", "OWN": str(samples.parent)}
-    if world > 1:
-        environment |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-    return arguments, environment, kill
-
-
-def two(samples, out, spec, kills=(0, 0)):
-    port = free_port()
-    return [job(samples, out, spec, rank, 2, port, kill) for rank, kill in enumerate(kills)]
-
-
-def test_two_processes_and_a_kill_between_give_the_same_bits(forks, own, samples, tmp_path):
+def test_two_processes_and_a_kill_between_give_the_same_bits(run, own, samples, tmp_path):
     extract(samples, tmp_path / "one", own)
     # One process, killed before its third shard is in place, then gone on with.
     killed = tmp_path / "killed"
-    codes, log = forks(job(samples, killed, own, kill=3))
+    codes, log = run(samples, killed, own, 3)
     assert codes == [-signal.SIGKILL], log
     times = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.safetensors")}
     assert len(times) == 2
     assert len(list(killed.glob("*.tmp"))) == 1
     with pytest.raises(InputError, match="not whole"):
         Features(killed)
-    assert forks(job(samples, killed, own))[0] == [0]
+    assert run(samples, killed, own, 0)[0] == [0]
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert not list(killed.glob("*.tmp"))
     same_bits(tmp_path / "one", killed)
     # Two processes; and two, of which one is killed, gone on with by two.
-    codes, log = forks(*two(samples, tmp_path / "two", own))
+    codes, log = run(samples, tmp_path / "two", own, 0, 0)
     assert codes == [0, 0], log
     assert "features (1 of 2 processes): 100%" in log
     assert "| 23/23 [" in log  # of the first process: shards 0, 2 and 4
     same_bits(tmp_path / "one", tmp_path / "two")
-    assert -signal.SIGKILL in forks(*two(samples, tmp_path / "both", own, (0, 2)))[0]
+    assert -signal.SIGKILL in run(samples, tmp_path / "both", own, 0, 2)[0]
     assert not (tmp_path / "both/features.json").exists()
-    assert forks(*two(samples, tmp_path / "both", own))[0] == [0, 0]
+    assert run(samples, tmp_path / "both", own, 0, 0)[0] == [0, 0]
     same_bits(tmp_path / "one", tmp_path / "both")
 
 
-def test_a_fault_of_one_process_ends_both_with_one_line(forks, own, samples, tmp_path, pixels):
+def test_a_fault_of_one_process_ends_both_with_one_line(run, own, samples, tmp_path, pixels):
     """Image 10 is white, in the second process's first shard; other settings are found by the first process."""
     pixels[10] = 255
     np.savez(tmp_path / "white.npz", arr_0=pixels)
-    codes, log = forks(*two(tmp_path / "white.npz", tmp_path / "f", own.replace("Own", "Picky")))
+    codes, log = run(tmp_path / "white.npz", tmp_path / "f", own.replace("Own", "Picky"), 0, 0)
     assert codes == [2, 2], log
     assert log.count("'pool' are not finite") == 1
     assert (tmp_path / "f/shard-000004.safetensors").is_file()
     assert not (tmp_path / "f/features.json").exists()
-    codes, log = forks(*two(samples, tmp_path / "f", own.replace("Own", "Picky")))
+    codes, log = run(samples, tmp_path / "f", own.replace("Own", "Picky"), 0, 0)
     assert codes == [2, 2], log
     assert log.count("other settings") == 1
     assert "Traceback" not in log

@@ -20,25 +20,8 @@ from sit_atconv.images import to_uint8
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Random weights in the published file's layout, scaled so that features do not fade with depth."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr(torch, "load", lambda *args, **kwargs: {})
-        model = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path="unused")
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            nn.init.kaiming_normal_(parameter)
-    nn.init.normal_(model.fc.bias)
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(model.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def inception(weights):
-    return load_extractor("inception", str(weights))
+def inception(inception_weights):
+    return load_extractor("inception", str(inception_weights))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +37,9 @@ def features(inception, images):
 class Taps(dict):
     """Outputs of branch1x1 of two blocks, at one more pass of torch-fidelity's own class."""
 
-    def __init__(self, weights, images):
+    def __init__(self, inception_weights, images):
         self.model = FeatureExtractorInceptionV3(
-            "x", ["2048", "logits_unbiased", "logits"], feature_extractor_weights_path=weights
+            "x", ["2048", "logits_unbiased", "logits"], feature_extractor_weights_path=inception_weights
         )
         for name in ("Mixed_6d", "Mixed_6e"):
             branch = getattr(self.model, name).branch1x1
@@ -68,8 +51,8 @@ class Taps(dict):
 
 
 @pytest.fixture(scope="module")
-def taps(weights, images):
-    return Taps(weights, images)
+def taps(inception_weights, images):
+    return Taps(inception_weights, images)
 
 
 def test_inception_equals_torch_fidelitys_own_in_one_pass(inception, images, features, taps):
@@ -163,18 +146,18 @@ def test_true_fp32_inside_and_what_was_set_afterwards(precision):
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before[1:]
 
 
-def test_descriptions_say_what_features_depend_on(inception, weights):
+def test_descriptions_say_what_features_depend_on(inception, inception_weights):
     about = inception.describe()
-    assert about["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert about["weights_sha256"] == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
     assert {key: about[key] for key in ("name", "protocol", "dtype", "tf32")} == {
         "name": "inception", "protocol": "adm-inception-1", "dtype": "float32", "tf32": False,
     }  # fmt: skip
 
 
-def test_loading_leaves_the_random_numbers_alone(weights, encoder_folder):
+def test_loading_leaves_the_random_numbers_alone(inception_weights, encoder_folder):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    for spec, file in (("inception", str(weights)), (f"dinov2:local-dir:{encoder_folder}", None)):
+    for spec, file in (("inception", str(inception_weights)), (f"dinov2:local-dir:{encoder_folder}", None)):
         load_extractor(spec, file)
         assert torch.equal(torch.get_rng_state(), state), spec
 
@@ -194,9 +177,9 @@ class Boom:
         return sys.exit, (99,)
 
 
-def test_weights_that_are_none_are_refused(tmp_path, weights):
+def test_weights_that_are_none_are_refused(tmp_path, inception_weights):
     torch.save({"fc.weight": Boom()}, tmp_path / "evil.pth")
-    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:10_000])
+    (tmp_path / "cut.pth").write_bytes(inception_weights.read_bytes()[:10_000])
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     torch.save([1], tmp_path / "list.pth")
     for name in ("evil", "cut", "other", "list"):
@@ -204,8 +187,8 @@ def test_weights_that_are_none_are_refused(tmp_path, weights):
             load_extractor("inception", str(tmp_path / f"{name}.pth"))
 
 
-def test_features_that_are_not_finite_are_refused(weights, tmp_path, images):
-    state = torch.load(weights, weights_only=True)
+def test_features_that_are_not_finite_are_refused(inception_weights, tmp_path, images):
+    state = torch.load(inception_weights, weights_only=True)
     state["fc.weight"][3, 5] = torch.nan
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(InputError, match="'logits' are not finite"):
@@ -277,7 +260,7 @@ def test_dinov2_that_cannot_be_had(tmp_path, encoder_folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("eval.extractor.hf_hub_download", offline)
+    monkeypatch.setattr("sit_atconv.vit.hf_hub_download", offline)
     mean = save_vit(tmp_path / "mean", args={"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 1,
         "num_heads": 2, "class_token": False, "global_pool": "avg"})  # fmt: skip
     odd = save_vit(tmp_path / "odd", args={"img_size": 15, "patch_size": 5, "embed_dim": 12, "depth": 1,
@@ -286,7 +269,7 @@ def test_dinov2_that_cannot_be_had(tmp_path, encoder_folder, monkeypatch):
     for name, says in (
         ("", "https://huggingface.co/timm/vit_large_patch14_dinov2.lvd142m into a folder"),
         (f":local-dir:{tmp_path / 'empty'}", "holds no config.json"),
-        (":vit_huge_patch3", "extractor dinov2"),
+        (":vit_huge_patch3", r"dinov2:NAME \(or dinov2:local-dir:FOLDER\)"),
         (f":{mean}", "no ViT of RGB images with a normed class token"),
         (f":{odd}", "do not tile 224 px"),
     ):
@@ -330,12 +313,9 @@ number, text = 3, lambda: "x"
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def own(own_module):
     """A module of the user's own, on the path; its name."""
-    name = f"own_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    return name
+    return own_module(OWN)
 
 
 def test_a_module_of_ones_own(own, tmp_path, images):

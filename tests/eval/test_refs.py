@@ -44,11 +44,8 @@ class Pool(Own):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    name = f"own_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    return name
+def own(own_module):
+    return own_module(OWN)
 
 
 @pytest.fixture

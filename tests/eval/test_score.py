@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from PIL import Image
-from torch import nn
 
 import eval.score as scoring
 from eval import digits, extract
@@ -80,11 +79,8 @@ def inception(monkeypatch):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    name = f"own_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    return name
+def own(own_module):
+    return own_module(OWN)
 
 
 def made(n, seed, shape=(4, 4, 3)):
@@ -426,9 +422,13 @@ def test_training_scores_in_inceptions_features_in_memory(inception, images, tmp
     assert sorted(tmp_path.rglob("*")) == there
     np.savez(tmp_path / "nan.npz", mu=mu * np.nan, sigma=sigma)
     np.savez(tmp_path / "flat.npz", mu=mu, sigma=mu)
+    np.savez(tmp_path / "half.npz", mu=mu)
+    np.savez(tmp_path / "skew.npz", mu=mu, sigma=sigma + np.triu(sigma, 1))
     for ref, says in (
         ("nan.npz", "not finite"),
         ("flat.npz", r"sigma \(7,\); inception's pool has 7"),
+        ("half.npz", "has mu alone"),
+        ("skew.npz", "not symmetric"),
         ("no", "no such"),
     ):
         with pytest.raises(InputError, match=says):
@@ -459,30 +459,20 @@ def test_two_processes_score_as_one(own, samples, images, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_inception_scores_equal_torch_fidelitys_on_the_same_images(tmp_path):
+def test_inception_scores_equal_torch_fidelitys_on_the_same_images(tmp_path, inception_weights):
     """With random weights, from PNGs on both sides, everything between included."""
     from torch_fidelity import calculate_metrics
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr(torch, "load", lambda *args, **kwargs: {})
-        model = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path="unused")
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            nn.init.kaiming_normal_(parameter)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
     for name, n, seed in (("fake", 12, 1), ("real", 10, 2)):
         (tmp_path / name).mkdir()
         for index, array in enumerate(made(n, seed, (32, 32, 3))):
             Image.fromarray(array).save(tmp_path / name / f"{index:06d}.png")
-    score(tmp_path / "fake", "--ref", tmp_path / "real", "--weights", tmp_path / "weights.pth")
+    score(tmp_path / "fake", "--ref", tmp_path / "real", "--weights", inception_weights)
     found = values(read(tmp_path / "fake/metrics.json"))
     theirs = calculate_metrics(
         input1=str(tmp_path / "fake"), input2=str(tmp_path / "real"), fid=True, isc=True, kid=True, prc=True,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(tmp_path / "weights.pth"),
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_weights),
         isc_splits=1, samples_shuffle=False, kid_subsets=3, kid_subset_size=10, cuda=False, cache=False,
         verbose=False, batch_size=8,
     )  # fmt: skip
@@ -498,6 +488,6 @@ def test_inception_scores_equal_torch_fidelitys_on_the_same_images(tmp_path):
     assert found["kid"] == pytest.approx(exact["kernel_inception_distance_mean"], rel=1e-9)
     assert found["precision"] == pytest.approx(theirs["precision"], abs=1e-7)
     assert found["recall"] == pytest.approx(theirs["recall"], abs=1e-7)
-    assert load_extractor("inception", str(tmp_path / "weights.pth")).describe()["weights_sha256"] == (
-        hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    assert load_extractor("inception", str(inception_weights)).describe()["weights_sha256"] == (
+        hashlib.sha256((inception_weights).read_bytes()).hexdigest()
     )

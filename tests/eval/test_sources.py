@@ -190,6 +190,14 @@ def test_arrays_of_other_things():
             from_arrays(parts)
 
 
+def test_samples_that_are_unfinished_are_none(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    for index in range(3):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{index:06d}.png")
+    with pytest.raises(InputError, match="holds unfinished samples; run the command that began them again"):
+        open_source(tmp_path)
+
+
 def test_folders_that_do_not_fit_their_manifest(tmp_path, pixels, labels):
     folder = write_folder(tmp_path / "a", pixels, labels)
     (folder / "000007.png").rename(folder / "000099.png")

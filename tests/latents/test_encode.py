@@ -4,13 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import process_server
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 
@@ -30,29 +28,8 @@ def content(folder) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def processes():
-    """Runs processes of the command, see encode_process: one per rank; returns exit codes, and what they said."""
-    command = [sys.executable, str(ROOT / "tests" / "encode_process.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-    def run(folder, arguments, kills=(None,), **more) -> tuple[list[int], list[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        jobs = []
-        for rank, kill in enumerate(kills):
-            world = {"WORLD_SIZE": len(kills), "LOCAL_WORLD_SIZE": len(kills), "RANK": rank, "LOCAL_RANK": rank}
-            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in world.items()} if len(kills) > 1 else {}
-            said = str(folder / f"said-{rank}")
-            jobs.append({"arguments": arguments, "environment": environment, "kill": kill, "stderr": said, **more})
-        server.stdin.write(json.dumps(jobs) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return codes, [(folder / f"said-{rank}").read_text() for rank in range(len(kills))]
-
-    yield run
-    server.communicate("")
+    with process_server("sit_atconv.latents.__main__") as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +86,12 @@ def test_the_number_of_loader_processes_changes_nothing(recipe, tmp_path):
 
 
 # Where processes die: in place of which call. Files get their names by rename (shards) and replace (settings, index).
-ONE = [[["replace", 1]], [["rename", 2]], [["rename", 1]], [["replace", 1]]]
-TWO = [[["replace", 1], None], [None, ["rename", 1]], [["rename", 2], None], [["replace", 1], None]]
+def kill(call: str, number: int) -> dict:
+    return {"at": [call, number, "KILL"]}
+
+
+ONE = [[kill("replace", 1)], [kill("rename", 2)], [kill("rename", 1)], [kill("replace", 1)]]
+TWO = [[kill("replace", 1), {}], [{}, kill("rename", 1)], [kill("rename", 2), {}], [kill("replace", 1), {}]]
 
 
 @pytest.mark.parametrize("kills", [ONE, TWO], ids=["one-process", "two-processes"])
@@ -120,7 +101,7 @@ def test_a_killed_cache_ends_as_an_uninterrupted_one(recipe, recipe_path, proces
     arguments = ["encode", str(recipe_path), "--out", str(out), "--shard-images", "2"]
     left = []
     for ranks in kills:
-        codes, said = processes(tmp_path, arguments, ranks)
+        codes, said = processes(tmp_path, arguments, *ranks)
         assert -9 in codes, said
         names = [path.name for path in out.iterdir()]
         left.append((sum(name.endswith(".safetensors") for name in names), any(n.endswith(".tmp") for n in names)))
@@ -128,7 +109,7 @@ def test_a_killed_cache_ends_as_an_uninterrupted_one(recipe, recipe_path, proces
     assert left[0] == (0, True)
     assert left[-1] == (6, True)  # the index was about to get its name
     assert any(0 < shards < 6 and unfinished for shards, unfinished in left)
-    codes, said = processes(tmp_path, arguments, [None] * len(kills[0]))
+    codes, said = processes(tmp_path, arguments, *[{}] * len(kills[0]))
     assert codes == [0] * len(codes), said
     assert content(out) == content(tmp_path / "whole")
 
@@ -136,7 +117,7 @@ def test_a_killed_cache_ends_as_an_uninterrupted_one(recipe, recipe_path, proces
 def test_two_processes_share_the_work_and_one_shows_it(recipe, recipe_path, processes, tmp_path):
     encode(recipe, tmp_path / "whole", shard_images=2)
     arguments = ["encode", str(recipe_path), "--out", str(tmp_path / "shared"), "--shard-images", "2"]
-    codes, (first, second) = processes(tmp_path, arguments, [None, None])
+    codes, (first, second) = processes(tmp_path, arguments, {}, {})
     assert codes == [0, 0]
     assert content(tmp_path / "shared") == content(tmp_path / "whole")
     assert "encode (1 of 2 processes)" in first
@@ -230,7 +211,7 @@ def test_another_autoencoder_or_other_images_are_refused_and_moved_ones_are_not(
 
 def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path):
     (tmp_path / "photo.png").touch()
-    with pytest.raises(InputError, match=r"'photo.png' and is no cache"):
+    with pytest.raises(InputError, match=r"'photo.png' and is no folder of latents"):
         encode(recipe, tmp_path)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "settings.json").write_text("{")
@@ -266,7 +247,7 @@ def test_an_error_in_one_process_of_two_is_one_line_and_ends_both(recipe_path, p
     out = tmp_path / "cache"
     try:
         arguments = ["encode", str(recipe_path), "--out", str(out), "--shard-images", str(SHARD)]
-        codes, said = processes(tmp_path, arguments, (None, None))
+        codes, said = processes(tmp_path, arguments, {}, {})
     finally:
         broken.write_bytes(good)
     assert codes == [2, 2]
@@ -281,7 +262,7 @@ def test_a_full_disk_leaves_nothing_half_written(recipe, recipe_path, processes,
     encode(recipe, tmp_path / "whole", shard_images=SHARD)
     before = content(tmp_path / "whole")
     arguments = ["encode", str(recipe_path), "--out", str(out), "--shard-images", str(SHARD)]
-    codes, (said,) = processes(tmp_path, arguments, largest_file=2000)
+    codes, (said,) = processes(tmp_path, arguments, {"largest_file": 2000})
     assert codes == [2]
     assert said.splitlines()[-1].startswith("error: ")
     assert "cannot be written: File too large" in said

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, process_server
 
 from sampling.__main__ import main as sampling
 from sampling.processes import Processes
@@ -40,37 +39,8 @@ def command(model, out, *more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def processes():
-    """Runs processes of the command, see generate_process: one per rank; returns exit codes, and what they said.
-
-    faults: per rank, more of what generate_process is told.
-    """
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "sampling" / "generate_process.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(folder, arguments, *faults) -> tuple[list[int], list[str]]:
-        faults = faults or ({},)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        jobs = []
-        for rank, fault in enumerate(faults):
-            world = {"WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": len(faults), "RANK": rank, "LOCAL_RANK": rank}
-            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in world.items()} if len(faults) > 1 else {}
-            said = str(folder / f"said-{rank}")
-            jobs.append({"arguments": arguments, "environment": environment, "stderr": said, **fault})
-        server.stdin.write(json.dumps(jobs) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return codes, [(folder / f"said-{rank}").read_text() for rank in range(len(faults))]
-
-    yield run
-    server.communicate("")
+    with process_server("sampling.__main__") as run:
+        yield run
 
 
 MEASURED = ("processes", "seconds_per_image")

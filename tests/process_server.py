@@ -1,14 +1,15 @@
-"""Runs `python -m sampling` in processes that fail when they are told to.
+"""Runs a command in processes that fail when they are told to.
 
-    python tests/sampling/generate_process.py
+    python tests/process_server.py MODULE
 
-A line of JSON on stdin is a list of processes, which start together: {"arguments": [...], "environment": {...},
-"stderr": PATH, "at": ["rename", 2, "KILL"], "largest_file": BYTES, "spared": true}. "at": the signal that the process
-sends itself in place of the second call of Path.rename ("replace" likewise, "evaluate": a network evaluation, which
-then goes on). One that is killed takes the others with it, as a launcher would, but for those that are spared. The
-answer is the list of exit codes. All are forked from here, so that the libraries are imported once.
+MODULE has the command's `main`. A line of JSON on stdin is a list of processes, which start together: {"arguments":
+[...], "environment": {...}, "stderr": PATH, "at": ["rename", 2, "KILL"], "largest_file": BYTES, "spared": true}. "at":
+the signal that the process sends itself in place of the second call of Path.rename ("replace" likewise, "evaluate": a
+network evaluation, which then goes on). One that is killed takes the others with it, as a launcher would, but for those
+that are spared. The answer is the list of exit codes. All are forked from here, so that libraries are imported once.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -17,14 +18,16 @@ import sys
 import traceback
 from pathlib import Path
 
-from sampling.__main__ import main
-from sit_atconv.models.sit import SiTTransformer2DModel
-
-CALLS = {"rename": (Path, "rename"), "replace": (Path, "replace"), "evaluate": (SiTTransformer2DModel, "forward")}
+main = importlib.import_module(sys.argv[1]).main
 
 
 def signal_at(call: str, number: int, name: str) -> None:
-    owner, method = CALLS[call]
+    if call == "evaluate":
+        from sit_atconv.models.sit import SiTTransformer2DModel
+
+        owner, method = SiTTransformer2DModel, "forward"
+    else:
+        owner, method = Path, call
     original, calls = getattr(owner, method), iter(range(1, number))
     sent = []
 
@@ -39,6 +42,7 @@ def signal_at(call: str, number: int, name: str) -> None:
 
 def run(process: dict) -> None:
     os.environ.update(process["environment"])
+    sys.path[:0] = filter(None, [process["environment"].get("OWN")])
     for stream, name in ((sys.stdout, os.devnull), (sys.stderr, process["stderr"])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     if process.get("at"):
