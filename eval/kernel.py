@@ -47,7 +47,7 @@ def kernel_distance(
     full, deleted = _full(real, fake, group_ids, device, progress)
     subsets = kid_features_to_metric(
         fake.double(), real.double(),
-        kid_subsets=SUBSETS, kid_subset_size=min(SUBSET_SIZE, len(real), len(fake)), rng_seed=SEED, verbose=progress,
+        kid_subsets=SUBSETS, kid_subset_size=min(SUBSET_SIZE, len(real), len(fake)), rng_seed=SEED, verbose=False,
     )  # fmt: skip
     return KernelDistance(
         subsets[KEY_METRIC_KID_MEAN], subsets[KEY_METRIC_KID_STD] / np.sqrt(SUBSETS).item(), full, deleted

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ class Reference:
 
     n: images behind the moments, None where the file does not say. sha256: of the file; of images, that of their
     pixels; of a features folder, that of features.json. image_shape: (C, H, W), or None. moments: of pool and spatial,
-    of all n images. features: pool (M, D) fp32 of up to 10,000 images evenly over the indices (of an ADM file, of its
-    arr_0), or None. labels: of the n images, or None. extractor: what the features came from, None where the file does
-    not say.
+    of all n images. features: pool (M, D) fp32 of up to 10,000 images evenly over the indices, or None. labels: of the
+    n images, or None. extractor: what the features came from, None where the file does not say. extract: gives the
+    features of the arr_0 of an ADM file, once a metric needs them; every process of a launch takes part.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Reference:
     features: dict[str, np.ndarray] | None
     labels: np.ndarray | None
     extractor: dict[str, Any] | None
+    extract: Callable[[], dict[str, np.ndarray]] | None = None
 
     def check_samples(self, image_shape: Sequence[int]) -> None:
         """Raise InputError for samples of another resolution; image_shape is (C, H, W)."""
@@ -59,6 +60,8 @@ class Reference:
 
     def need_features(self, stream: str, metric: str) -> np.ndarray:
         """Features (M, D) of a stream. Raises InputError where they are not there; metric: what wants them."""
+        if self.features is None and self.extract is not None:
+            self.features = self.extract()
         if self.features is None or stream not in self.features:
             raise InputError(
                 f"{metric}: reference {self.name!r} has neither images nor their features; leave {metric} out, or give "
@@ -180,7 +183,7 @@ def _of_statistics(
     if meta:
         _check_extractor(name, meta["extractor"], extractor)
     moments = _moments(name, arrays, extractor)
-    shape, features = (tuple(meta["image_shape"]) if meta else None), None
+    shape, features, extract = (tuple(meta["image_shape"]) if meta else None), None, None
     if meta:
         _check_shape(name, shape, samples)
         if "pool" in arrays:
@@ -189,9 +192,12 @@ def _of_statistics(
         source = open_source(path)
         shape = source.image_shape
         _check_shape(name, shape, samples)
-        extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name))
-        features = {"pool": extracted.load("pool", spread(extracted.n))}
-    return Reference(name, meta.get("n"), sha256(path), shape, moments, features, None, meta.get("extractor"))
+
+        def extract() -> dict[str, np.ndarray]:
+            extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name))
+            return {"pool": extracted.load("pool", spread(extracted.n))}
+
+    return Reference(name, meta.get("n"), sha256(path), shape, moments, features, None, meta.get("extractor"), extract)
 
 
 def _moments(name: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Moments]:

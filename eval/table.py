@@ -21,7 +21,9 @@ SAMPLED = (
     "last_step", "last_step_size", "epsilon", "rtol", "atol", "labels_rule", "weights", "dtype", "uint8_rule",
 )  # fmt: skip
 NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
-METHOD = ("name", "token_mixer", "params", "precision")  # of the training; with step and images seen, what a row is of
+METHOD = ("name", "token_mixer", "params", "precision", "repa")  # of the training; with step and images seen, what a row is of
+
+REPA = " + REPA"  # on the name of a method that was trained with it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +112,7 @@ def _read(file: str) -> dict[str, Any]:
             if metric != "classifier_heldout_accuracy"  # which is of the extractor
         }
         method = {key: training.get(key) for key in METHOD}
+        repa = REPA if method["repa"] else ""
         facts = {
             "protocol": stored["protocol"],
             "n": stored["n"],
@@ -127,7 +130,7 @@ def _read(file: str) -> dict[str, Any]:
             "facts": facts,
             "metrics": metrics,
             "method": {
-                "method": name or method["name"] or _mixer(method["token_mixer"]) or "unnamed",
+                "method": name or (method["name"] or _mixer(method["token_mixer"]) or "unnamed") + repa,
                 **method,
                 "step": manifest.get("step"),
                 "images_seen": training.get("images_seen"),
@@ -224,7 +227,7 @@ def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
     """Published figures of the results' methods and of the attention models that those stand against, and claims."""
     stated = yaml.safe_load(PUBLISHED.read_text())
     names = {
-        result["method"]["method"]
+        result["method"]["method"].removesuffix(REPA)
         for result in results
         if all(result["facts"][key] == stated[key] for key in ("protocol", "image_shape"))
     }

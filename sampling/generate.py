@@ -180,10 +180,11 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int], block: i
 def describe_training(ready: Setup) -> dict[str, Any]:
     """What the checkpoint says of how its model was trained; None where nobody says, as of a converted model.
 
-    name: the model's preset. run: the folder of the run.
+    name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
     """
     trained = ready.trained
     recipe = trained.manifest.get("recipe")
+    repa = recipe and recipe.get("repa")
     return {
         "name": recipe and recipe["model"]["name"],
         "token_mixer": trained.model.config.token_mixer,
@@ -191,5 +192,6 @@ def describe_training(ready: Setup) -> dict[str, Any]:
         "run": recipe and shown(trained.folder.parent),
         "images_seen": trained.manifest.get("images_seen"),
         "precision": recipe and recipe["train"]["precision"],
+        "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa and repa["encoder"] else None,
         "params": count_parameters(trained.model),
     }

@@ -444,6 +444,13 @@ def test_ticks_are_round_and_within(low, high):
     assert len({f"{value:.4g}" for value in found}) == len(found)
 
 
+@pytest.mark.parametrize("about", [3, 5])
+def test_an_axis_has_two_ticks_at_least(about):
+    for span in range(100, 1000):
+        found = [ticks(low, low + span, about) for low in (0, -span / 3, 1.01 * span)]
+        assert all(2 <= len(each) <= 2 * about for each in found), (span, found)
+
+
 def test_ticks_of_a_logarithmic_axis():
     assert log_ticks(0.015, 3) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
     assert log_ticks(2, 30) == pytest.approx([2, 5, 10, 20])

@@ -64,6 +64,15 @@ def cells(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_a_model_trained_with_repa_is_a_method_of_its_own(result, tmp_path):
+    repa = {"encoder": "dinov2_vitb14", "depth": 8, "weight": 0.5}
+    files = [result({"fid": 17.0}, 0), result({"fid": 8.0}, 0, samples_manifest__training__repa=repa)]
+    table = tabulate(files)
+    name = json.loads(files[0].read_text())["samples_manifest"]["training"]["name"]
+    assert [row["method"] for row in table["rows"]] == [name, f"{name} + REPA"]
+    assert {figure["model"] for figure in tabulate(files[1:])["published"]} == {name}
+
+
 def test_a_row_is_mean_and_spread_over_training_seeds(result, tmp_path, capsys):
     fids = [17.0, 17.5, 18.3]
     files = [result({"fid": fid, "is": 100.0 + fid}, seed) for seed, fid in enumerate(fids)]

@@ -377,8 +377,15 @@ def test_the_manifest_says_how_the_model_was_trained(run_folder, tmp_path):
     model = SiTTransformer2DModel.from_pretrained(run_folder / "step-0000002/ema", use_safetensors=True)
     assert training == {
         "name": None, "token_mixer": "atconv", "seed": 3, "run": str(run_folder), "images_seen": 8,
-        "precision": "fp32", "params": sum(tensor.numel() for tensor in model.state_dict().values()),
+        "precision": "fp32", "params": sum(tensor.numel() for tensor in model.state_dict().values()), "repa": None,
     }  # fmt: skip
+    manifest = run_folder / "step-0000002" / "manifest.json"
+    stated = json.loads(manifest.read_text())
+    stated["recipe"]["repa"] |= {"encoder": "dinov2_vitb14", "depth": 1, "weight": 0.25}
+    manifest.write_text(json.dumps(stated))
+    sampling(["generate", "--ckpt", str(run_folder), "--num", "1", "--steps", "1", "--out", str(tmp_path / "repa")])
+    training = json.loads((tmp_path / "repa" / "manifest.json").read_text())["training"]
+    assert training["repa"] == {"encoder": "dinov2_vitb14", "depth": 1, "weight": 0.25}
     lively_model().save_pretrained(tmp_path / "model")
     command = ["generate", "--ckpt", str(tmp_path / "model"), "--num", "1", "--steps", "1"]
     sampling([*command, "--out", str(tmp_path / "b")])
