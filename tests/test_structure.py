@@ -36,7 +36,8 @@ ALLOWED = {
     | {"models", "layers", "data", "latents", "ema", "repa", "sharding", "checkpoint", "generation", "files", "plan"},
     "convert": CORE | {"models", "layers", "checkpoint", "files"},
     "pipelines": BASE | {"flow", "models", "images", "checkpoint", "files", "latents", "config", "ema"},
-    "__init__": {"layers", "models", "pipelines", "version"},
+    "swap": CORE | {"ops", "layers", "models", "files", "claims"},
+    "__init__": {"layers", "models", "pipelines", "swap", "version"},
 }
 LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))
 

@@ -14,29 +14,27 @@ ROUTINGS = ("adaptive", "static")
 INHIBITIONS = ("learned", "full", "none")
 
 
-class ATConv(nn.Module):
-    """3x3 Attentive Convolution, called `layer(x, grid=(H, W))` with x (B, N, C) -> (B, N, C).
+class KernelGenerator(nn.Module):
+    """The kernels of ATConv from its tokens, for the layers that convolve with them.
 
-    N = H * W tokens in raster order, C = dim channels, k = kernel_size, K = k * k taps:
+    x (B, N, dim) of N = H * W tokens in raster order -> (B, K, channels), K = kernel_size ** 2 taps:
 
-        K1 = kernel_gen(act(kernel_proj(pool(x))))       (B, K, C): adaptive routing, a kernel per sample and channel
+        K1 = kernel_gen(act(kernel_proj(pool(x))))       adaptive routing, a kernel per sample and channel
         K2 = K1 - sigmoid(difference_control) * mean(K1)  lateral inhibition, mean over the K taps
-        out = proj(K2 * x_proj(x))                        depthwise convolution, zero padding
 
     The paper pools after `kernel_proj`; both are linear and the weights of a mean sum to one, so pooling first is the
     same function on K rows instead of N. `kernel_gen` mixes the taps and is shared by all channels.
 
     activation: gelu_tanh (SiT), silu (REPA), gelu (AttNet). pool: raster (public checkpoints) or grid (k x k cells).
-    routing "static": the kernels are a parameter (K, C) and do not depend on x.
+    routing "static": the kernels are a parameter (K, channels) and do not depend on x.
     inhibition "full": the whole mean is subtracted; "none": nothing is.
-    Linears start xavier-uniform with bias 0, `difference_control` at 0 (half of the mean is subtracted).
-    1x1 convolution weights (C, C, 1, 1), as in the REPA and AttNet checkpoints, load as they are.
-    Raises ValueError for an even kernel size, an unknown choice, or a grid that does not hold N tokens.
+    Raises ValueError for an even kernel size or an unknown choice.
     """
 
     def __init__(
         self,
         dim: int,
+        channels: int,
         kernel_size: int = 3,
         activation: str = "gelu_tanh",
         bias: bool = True,
@@ -55,20 +53,16 @@ class ATConv(nn.Module):
         self.activation = ACTIVATIONS[activation]
         taps = kernel_size**2
         if routing == "adaptive":
-            self.kernel_proj = nn.Linear(dim, dim, bias=bias)
+            self.kernel_proj = nn.Linear(dim, channels, bias=bias)
             self.kernel_gen = nn.Linear(taps, taps, bias=bias)
         else:
-            self.static_kernel = nn.Parameter(torch.empty(taps, dim))
+            self.static_kernel = nn.Parameter(torch.empty(taps, channels))
         if inhibition == "learned":
-            self.difference_control = nn.Parameter(torch.empty(dim))
-        self.x_proj = nn.Linear(dim, dim, bias=bias)
-        self.proj = nn.Linear(dim, dim, bias=bias)
-        self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_flatten_pointwise_weights)
+            self.difference_control = nn.Parameter(torch.empty(channels))
 
     def reset_parameters(self) -> None:
         """Draw the starting weights: xavier-uniform linears; static kernels as torch starts a depthwise convolution."""
-        for linear in self.children():
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -89,12 +83,40 @@ class ATConv(nn.Module):
             return kernels
         return inhibit(kernels, self.difference_control.sigmoid() if self.inhibition == "learned" else 1.0)
 
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, pool={self.pool}, routing={self.routing}, inhibition={self.inhibition}"
+
+
+class ATConv(KernelGenerator):
+    """3x3 Attentive Convolution, called `layer(x, grid=(H, W))` with x (B, N, C) -> (B, N, C).
+
+        out = proj(K2 * x_proj(x))                        depthwise convolution, zero padding
+
+    with the kernels K2 and the options of `KernelGenerator`, N = H * W tokens in raster order, C = dim channels.
+    Linears start xavier-uniform with bias 0, `difference_control` at 0 (half of the mean is subtracted).
+    1x1 convolution weights (C, C, 1, 1), as in the REPA and AttNet checkpoints, load as they are.
+    Raises ValueError for an even kernel size, an unknown choice, or a grid that does not hold N tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        pool: str = "raster",
+        routing: str = "adaptive",
+        inhibition: str = "learned",
+    ):
+        super().__init__(dim, dim, kernel_size, activation, bias, pool, routing, inhibition)
+        self.x_proj = nn.Linear(dim, dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_flatten_pointwise_weights)
+
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         v = self.x_proj(x)
         return self.proj(dynamic_depthwise_conv(v, self.kernels(x, grid).to(v.dtype), grid))
-
-    def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}, pool={self.pool}, routing={self.routing}, inhibition={self.inhibition}"
 
 
 def _flatten_pointwise_weights(module: ATConv, state_dict: dict, prefix: str, *_) -> None:

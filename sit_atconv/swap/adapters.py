@@ -1,0 +1,163 @@
+"""Which attention of which model is swapped: a registry by model class, open to models of one's own."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+from sit_atconv.errors import InputError
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.swap.grafts import Graft, SelfAttentionGraft, SiTAttentionGraft
+from sit_atconv.swap.grid import Reader, latent_grid
+from sit_atconv.swap.marking import mark_nothing, mark_sit, mark_thin
+
+Example = Callable[[nn.Module, torch.Generator], dict]
+
+
+@dataclass(frozen=True)
+class SwapAdapter:
+    """How the attention of a class of models is found and replaced.
+
+    model: the class, subclasses included. sites: Graft by pattern, which the whole name of an attention matches.
+    grid: reads the grid (H, W) from the arguments of `owner`: the class of the nearest module above the attention that
+        sees it, or the name of such a module; None where the attention is called with its grid.
+    example: keyword arguments of one forward pass on random inputs of the model's own size, for calibration where none
+        is given; None if there is no telling.
+    mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
+    """
+
+    model: type[nn.Module]
+    sites: Mapping[str, Graft]
+    owner: type[nn.Module] | str | None = None
+    grid: Reader | None = None
+    example: Example | None = None
+    mark: Callable[[nn.Module], None] = mark_nothing
+
+    def find(self, model: nn.Module) -> dict[str, Graft]:
+        """Name -> Graft of all attentions that the patterns match, in the model's order."""
+        found = {}
+        for name, _ in model.named_modules():
+            graft = next((graft for pattern, graft in self.sites.items() if re.fullmatch(pattern, name)), None)
+            if graft is not None:
+                found[name] = graft
+        return found
+
+    def owner_of(self, model: nn.Module, name: str) -> nn.Module | None:
+        """The module whose input tells the grid of the attention `name`. Raises InputError where there is none."""
+        if self.owner is None:
+            return None
+        if isinstance(self.owner, str):
+            return model.get_submodule(self.owner)
+        parts = name.split(".")
+        for end in range(len(parts) - 1, -1, -1):
+            above = model.get_submodule(".".join(parts[:end]))
+            if isinstance(above, self.owner):
+                return above
+        raise InputError(f"{name} has no {self.owner.__name__} above it, which would tell its grid")
+
+
+_ADAPTERS: list[SwapAdapter] = []
+
+
+def register_adapter(adapter: SwapAdapter) -> None:
+    """Make `swap_attention` know a class of models; the adapter registered last for a class is the one used."""
+    _ADAPTERS.insert(0, adapter)
+
+
+def adapter_of(model: nn.Module) -> SwapAdapter:
+    """The adapter of the model's class, or of the nearest class it derives from. Raises InputError for an unknown."""
+    for cls in type(model).__mro__:
+        for adapter in _ADAPTERS:
+            if adapter.model is cls:
+                return adapter
+    known = ", ".join(sorted({adapter.model.__name__ for adapter in _ADAPTERS}))
+    raise InputError(
+        f"no adapter for {type(model).__name__}; known are {known}; for another class call "
+        "sit_atconv.swap.register_adapter(SwapAdapter(...))"
+    )
+
+
+def _latents(model: nn.Module, generator: torch.Generator, batch: int = 2) -> torch.Tensor:
+    size = model.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, model.config.in_channels, height, width, generator=generator)
+
+
+def _sit_example(model: SiTTransformer2DModel, generator: torch.Generator) -> dict:
+    return {
+        "hidden_states": _latents(model, generator),
+        "timestep": torch.rand(2, generator=generator),
+        "class_labels": torch.randint(model.config.num_classes, (2,), generator=generator),
+    }
+
+
+def _dit_example(model: DiTTransformer2DModel, generator: torch.Generator) -> dict:
+    return {
+        "hidden_states": _latents(model, generator),
+        "timestep": torch.randint(1000, (2,), generator=generator),
+        "class_labels": torch.randint(model.config.num_embeds_ada_norm, (2,), generator=generator),
+    }
+
+
+def _pixart_example(model: PixArtTransformer2DModel, generator: torch.Generator) -> dict:
+    config, extra = model.config, {"resolution": None, "aspect_ratio": None}
+    if model.use_additional_conditions:
+        extra = {"resolution": torch.full((2, 2), 8.0 * config.sample_size), "aspect_ratio": torch.ones(2, 1)}
+    return {
+        "hidden_states": _latents(model, generator),
+        "encoder_hidden_states": torch.randn(2, 120, config.caption_channels, generator=generator),
+        "timestep": torch.randint(1000, (2,), generator=generator),
+        "added_cond_kwargs": extra,
+    }
+
+
+def _unet_example(model: UNet2DConditionModel, generator: torch.Generator) -> dict | None:
+    config = model.config
+    if config.addition_embed_type or config.class_embed_type or not isinstance(config.cross_attention_dim, int):
+        return None  # conditions of the model's own making
+    return {
+        "sample": _latents(model, generator),
+        "timestep": torch.randint(1000, (2,), generator=generator),
+        "encoder_hidden_states": torch.randn(2, 77, config.cross_attention_dim, generator=generator),
+    }
+
+
+register_adapter(
+    SwapAdapter(SiTTransformer2DModel, {r"blocks\.\d+\.attn": SiTAttentionGraft()}, example=_sit_example, mark=mark_sit)
+)
+register_adapter(
+    SwapAdapter(
+        DiTTransformer2DModel,
+        {r"transformer_blocks\.\d+\.attn1": SelfAttentionGraft()},
+        DiTTransformer2DModel,
+        latent_grid,
+        _dit_example,
+        mark_thin,
+    )
+)
+register_adapter(
+    SwapAdapter(
+        PixArtTransformer2DModel,
+        {r"transformer_blocks\.\d+\.attn1": SelfAttentionGraft()},
+        PixArtTransformer2DModel,
+        latent_grid,
+        _pixart_example,
+        mark_thin,
+    )
+)
+register_adapter(
+    SwapAdapter(
+        UNet2DConditionModel,
+        {r"(.+\.)?attentions\.\d+\.transformer_blocks\.\d+\.attn1": SelfAttentionGraft()},
+        Transformer2DModel,
+        latent_grid,
+        _unet_example,
+        mark_thin,
+    )
+)

@@ -1,0 +1,59 @@
+"""Which of a model's attentions are swapped."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from sit_atconv.errors import InputError, check_choice
+
+Select = str | float | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequence[str] = ()) -> list[str]:
+    """The names that `select` takes and `exclude` does not, in the model's order.
+
+    select: "all" ("auto" too, which chooses among all later), "odd" (0-based, as in a SiT hybrid), a share in (0, 1]
+        spread evenly, a regular expression found in the name, a list of names, or a callable (name, module) -> bool.
+    exclude: names or regular expressions found in them.
+    Raises InputError for a name that is not there, an expression that does not compile, a share out of range, and
+    where nothing is left.
+    """
+    everything = list(names)
+    if callable(select):
+        chosen = [name for name in everything if select(name, names[name])]
+    elif isinstance(select, bool):
+        raise InputError(f"select={select!r}: give 'all', a share in (0, 1], a regular expression, names or a callable")
+    elif isinstance(select, int | float):
+        if not 0 < select <= 1:
+            raise InputError(f"select={select!r}: a share must lie in (0, 1]")
+        chosen = [
+            name
+            for index, name in enumerate(everything)
+            if math.floor((index + 1) * select + 1e-9) > math.floor(index * select + 1e-9)
+        ]
+    elif isinstance(select, str):
+        if select in ("all", "auto"):
+            chosen = everything
+        elif select == "odd":
+            chosen = everything[1::2]
+        else:
+            chosen = [name for name in everything if _compiled("select", select).search(name)]
+    else:
+        for name in select:
+            check_choice("select", name, everything)
+        chosen = [name for name in everything if name in set(select)]
+    patterns = [_compiled("exclude", each) for each in ([exclude] if isinstance(exclude, str) else exclude)]
+    left = [name for name in chosen if not any(pattern.search(name) for pattern in patterns)]
+    if not left:
+        some = ", ".join(everything[:3]) + (f", ... ({len(everything)} in all)" if len(everything) > 3 else "")
+        raise InputError(f"select={select!r}, exclude={exclude!r} leave nothing to swap; to be had are {some}")
+    return left
+
+
+def _compiled(what: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{what}={pattern!r} is no regular expression: {error}") from error

@@ -1,0 +1,192 @@
+"""How one kind of attention is replaced by one kind of layer: built, started, and compared on its inputs."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import nn
+
+import sit_atconv.layers.attention as sit_attention
+from sit_atconv.layers.atconv import ATConv, KernelGenerator
+from sit_atconv.swap.grid import GridReference
+from sit_atconv.swap.layers import SelfATConv
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What all swapped layers of a model share. kernel_size, pool: of `ATConv`. prefix: of the ViT's layer."""
+
+    kernel_size: int = 3
+    pool: str = "raster"
+    prefix: str = "attend"
+
+
+class Graft:
+    """What `swap_attention` needs to know of an attention class; subclass it to swap one of your own."""
+
+    joint = False  # whether text and image tokens attend together: swapped under joint="split" only
+
+    def refusal(self, attention: nn.Module) -> str | None:
+        """Why this attention cannot be swapped, in words that complete "NAME ..."; None where it can."""
+        raise NotImplementedError
+
+    def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> KernelGenerator:
+        """A layer of the attention's sizes that takes its place, freshly started."""
+        raise NotImplementedError
+
+    def heads(self, attention: nn.Module) -> int:
+        """How many groups of channels get taps of their own."""
+        return attention.heads
+
+    def copy(self, attention: nn.Module, layer: KernelGenerator) -> None:
+        """Give the layer the attention's value and output maps, and whatever else it keeps of it."""
+        raise NotImplementedError
+
+    def observe(
+        self, attention: nn.Module, layer: KernelGenerator, args: tuple, kwargs: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For a call of the attention: values (B, N, channels), and what their convolution should come to.
+
+        Called after `copy`, without gradients; both are image tokens on the layer's grid, before the output map.
+        """
+        raise NotImplementedError
+
+    def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
+        """The grid of a call of the attention."""
+        return layer.reference.get()
+
+
+def linear_refusal(attention: nn.Module, *names: str) -> str | None:
+    """Why the maps of that name cannot be taken over: an adapter, a quantisation, or a sharded weight is on them."""
+    for name in names:
+        linear = attention.get_submodule(name)
+        if type(linear) is not nn.Linear:
+            return (
+                f"has {name} of type {type(linear).__name__}, not nn.Linear; swap before adapters and quantisation "
+                "(fuse or unload a LoRA first)"
+            )
+        if type(linear.weight) is not nn.Parameter:
+            return f"has {name} with weights of type {type(linear.weight).__name__}; swap before sharding or quantising"
+    return None
+
+
+def take_over(attention_value: nn.Linear, attention_out: nn.Linear, value: nn.Linear, out: nn.Linear) -> None:
+    """Copy value and output maps, the value's bias folded into the output's: exact, since softmax rows sum to one."""
+    value.weight.data.copy_(attention_value.weight)
+    out.weight.data.copy_(attention_out.weight)
+    bias = torch.zeros_like(attention_out.weight[:, 0])
+    if attention_out.bias is not None:
+        bias = bias + attention_out.bias.data
+    if attention_value.bias is not None:
+        bias = bias + attention_out.weight.data @ attention_value.bias.data
+        value.bias.data.zero_()
+    if out.bias is not None:
+        out.bias.data.copy_(bias)
+
+
+def input_of(module: nn.Module, call) -> torch.Tensor:
+    """What `module` is given while `call()` runs."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    try:
+        call()
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def without_bias(linear: nn.Linear, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensors if linear.bias is None else tuple(tensor - linear.bias.to(tensor.dtype) for tensor in tensors)
+
+
+class SelfAttentionGraft(Graft):
+    """diffusers' `Attention` over image tokens alone: DiT, PixArt and U-Nets (attn1), SD3's second attention."""
+
+    processors = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+
+    def refusal(self, attention: Attention) -> str | None:
+        if type(attention) is not Attention:
+            return f"is a {type(attention).__name__}, not diffusers' Attention; register a Graft for it"
+        if type(attention.processor) not in self.processors:
+            return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
+        for trait, present in {
+            "attends to a context": attention.is_cross_attention,
+            "attends jointly with text": attention.added_kv_proj_dim is not None,
+            "normalises by group": attention.group_norm is not None,
+            "normalises in space": attention.spatial_norm is not None,
+            "has a residual connection of its own": attention.residual_connection,
+            "rescales its output": attention.rescale_output_factor != 1,
+            "is causal": attention.is_causal,
+            "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
+            "has fused projections (call unfuse_qkv_projections)": attention.fused_projections,
+        }.items():
+            if present:
+                return f"{trait}: ATConv does not stand for that"
+        return linear_refusal(attention, "to_v", "to_out.0")
+
+    def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
+        value, out = attention.to_v, attention.to_out[0]
+        return SelfATConv(
+            value.in_features,
+            value.out_features,
+            out.out_features,
+            reference,
+            value_bias=value.bias is not None,
+            out_bias=out.bias is not None or value.bias is not None,
+            dropout=attention.to_out[1].p,
+            kernel_size=options.kernel_size,
+            pool=options.pool,
+        ).to(value.weight.device, value.weight.dtype)
+
+    def copy(self, attention: Attention, layer: SelfATConv) -> None:
+        take_over(attention.to_v, attention.to_out[0], layer.to_v, layer.to_out[0])
+
+    def observe(self, attention, layer, args, kwargs):
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        mixed = input_of(attention.to_out[0], lambda: attention(*args, **kwargs))
+        return without_bias(attention.to_v, attention.to_v(x), mixed)
+
+
+class SiTAttentionGraft(Graft):
+    """The attention of our own SiT, for our own ATConv: a model with both is a hybrid like any other."""
+
+    def refusal(self, attention: nn.Module) -> str | None:
+        if type(attention) is not sit_attention.Attention:
+            return f"is a {type(attention).__name__}, not SiT's Attention"
+        if type(attention.processor) is not sit_attention.SiTAttnProcessor:
+            return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
+        return linear_refusal(attention, "qkv", "proj")
+
+    def build(self, attention, reference: GridReference, options: LayerOptions) -> ATConv:
+        layer = ATConv(attention.proj.in_features, options.kernel_size, pool=options.pool)
+        return layer.to(attention.proj.weight.device, attention.proj.weight.dtype)
+
+    def heads(self, attention) -> int:
+        return attention.num_heads
+
+    def copy(self, attention, layer: ATConv) -> None:
+        take_over(_value_of(attention.qkv), attention.proj, layer.x_proj, layer.proj)
+
+    def observe(self, attention, layer, args, kwargs):
+        x = kwargs["x"] if "x" in kwargs else args[0]
+        value = _value_of(attention.qkv)
+        return without_bias(value, value(x), input_of(attention.proj, lambda: attention(*args, **kwargs)))
+
+    def grid(self, layer, args, kwargs) -> tuple[int, int]:
+        return tuple(kwargs["grid"] if "grid" in kwargs else args[1])
+
+
+def _value_of(qkv: nn.Linear) -> nn.Linear:
+    """The value map within one linear for queries, keys and values."""
+    value = nn.Linear(qkv.in_features, qkv.out_features // 3, bias=qkv.bias is not None, device="meta")
+    value.weight = nn.Parameter(qkv.weight.data.chunk(3)[2])
+    if qkv.bias is not None:
+        value.bias = nn.Parameter(qkv.bias.data.chunk(3)[2])
+    return value

@@ -1,0 +1,50 @@
+"""ATConv in the place of self-attention, with the argument and parameter names of diffusers' attention."""
+
+import torch
+from torch import nn
+
+from sit_atconv.errors import InputError
+from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.swap.grid import GridReference
+
+
+class SelfATConv(KernelGenerator):
+    """to_out(K2 * to_v(x)), called as diffusers calls an attention: hidden_states (B, N, dim) -> (B, N, out_dim).
+
+    K2 (B, K, inner_dim) as `KernelGenerator` makes it from x; `*` is the depthwise convolution on the grid that
+    `reference` tells. Raises InputError for a context or an attention mask, which ATConv has no use for.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        inner_dim: int,
+        out_dim: int,
+        reference: GridReference,
+        value_bias: bool = False,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        kernel_size: int = 3,
+        pool: str = "raster",
+    ):
+        super().__init__(dim, inner_dim, kernel_size, pool=pool)
+        self.to_v = nn.Linear(dim, inner_dim, bias=value_bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, out_dim, bias=out_bias), nn.Dropout(dropout)])
+        self.reference = reference
+        self.reset_parameters()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **_,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            what = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
+            raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
+        grid = self.reference.get()
+        v = self.to_v(hidden_states)
+        mixed = dynamic_depthwise_conv(v, self.kernels(hidden_states, grid).to(v.dtype), grid)
+        return self.to_out[1](self.to_out[0](mixed))

@@ -1,0 +1,67 @@
+"""Class and configuration of a swapped model, so that it is saved as what it is."""
+
+import copy
+
+from torch import nn
+
+from sit_atconv.errors import InputError
+from sit_atconv.layers.atconv import ATConv
+from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
+
+THIN: dict[type[nn.Module], type[nn.Module]] = {}  # model class -> its ATConv subclass
+
+
+class SwapRecord:
+    """On a swapped model: what it was, and `config`, what has been swapped (see `swap_attention`)."""
+
+    def __init__(self, model: nn.Module, config: dict):
+        self.model_class, self.config_before = type(model), getattr(model, "_internal_dict", None)
+        self.config = copy.deepcopy(config)
+
+
+def mark_nothing(model: nn.Module) -> None:
+    """For a model whose class and configuration say nothing of its attention."""
+    if not model._swap_record.config["layers"]:
+        del model._swap_record
+
+
+def mark_thin(model: nn.Module) -> None:
+    """A diffusers model becomes its ATConv subclass, with the entry `atconv`; without swapped layers, what it was."""
+    record = model._swap_record
+    if record.config["layers"]:
+        model.__class__ = THIN[record.model_class]
+        model.register_to_config(atconv=copy.deepcopy(record.config))
+    else:
+        model.__class__, model._internal_dict = record.model_class, record.config_before
+        del model._swap_record
+
+
+def mark_sit(model: nn.Module) -> None:
+    """A SiT has `token_mixer` name the mixer of every block, and blocks of the class that goes with it."""
+    record = model._swap_record
+    mixers = ["atconv" if isinstance(block.attn, ATConv) else "attention" for block in model.blocks]
+    for block, mixer in zip(model.blocks, mixers, strict=True):
+        block.__class__ = SiTATConvBlock if mixer == "atconv" else SiTBlock
+    if record.config["layers"]:
+        model.register_to_config(
+            token_mixer=mixers,
+            pos_embed=model.pos_embed is not None,
+            qk_norm=record.config_before["qk_norm"] and "attention" in mixers,
+            pool=record.config["pool"],
+            kernel_size=record.config["kernel_size"],
+        )
+    else:
+        model._internal_dict = record.config_before
+        del model._swap_record
+
+
+def check_sit(model: nn.Module, config: dict) -> None:
+    """A SiT has one setting for all its ATConv blocks. Raises InputError where those that are there have another."""
+    if "atconv" in [("atconv" if isinstance(block.attn, ATConv) else "attention") for block in model.blocks]:
+        ours = {"routing": "adaptive", "inhibition": "learned", "activation": "gelu_tanh"}
+        for name, value in (ours | {name: config[name] for name in ("pool", "kernel_size")}).items():
+            if model.config[name] != value:
+                raise InputError(
+                    f"{name}: this SiT has ATConv blocks with {model.config[name]!r}, and swapped ones would have "
+                    f"{value!r}; a SiT has one setting for all"
+                )

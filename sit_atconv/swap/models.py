@@ -1,0 +1,150 @@
+"""diffusers' models with ATConv in place of attention: what `swap_attention` makes, and `from_pretrained` reads.
+
+Each is the original class with one more configuration entry, `atconv` (see `swap_attention`), by which its constructor
+swaps the layers before weights are loaded.
+"""
+
+import inspect
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils import logging
+from einops import rearrange
+from torch import nn
+
+from sit_atconv.errors import InputError
+from sit_atconv.swap.marking import THIN
+from sit_atconv.swap.swapping import install
+
+__all__ = [
+    "ATConvDiTTransformer2DModel",
+    "ATConvFluxTransformer2DModel",
+    "ATConvPixArtTransformer2DModel",
+    "ATConvSD3Transformer2DModel",
+    "ATConvUNet2DConditionModel",
+    "ModelMixin",  # diffusers looks for it beside the classes that it loads
+]
+
+logger = logging.get_logger(__name__)
+
+
+class _Swapped:
+    """What the subclasses add to a model of diffusers, found as the next class in their bases."""
+
+    _cp_plan = None  # neither context nor tensor parallelism knows the swapped layers
+    _tp_plan = None
+    _keys_to_ignore_on_load = ("pos_embed.pos_embed",)  # buffers that a constructor makes anew
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        base = next(each for each in cls.__bases__ if issubclass(each, nn.Module))
+
+        def __init__(self, *args, atconv: dict | None = None, **kwargs):
+            base.__init__(self, *args, **kwargs)
+            if atconv is None:
+                raise InputError(
+                    f"{cls.__name__} needs atconv, which names its swapped layers; make one of a {base.__name__} by "
+                    "sit_atconv.swap_attention(model)"
+                )
+            self.register_to_config(atconv=atconv)
+            install(self, base, atconv)
+
+        signature = inspect.signature(base.__init__)
+        entry = inspect.Parameter("atconv", inspect.Parameter.KEYWORD_ONLY, default=None)
+        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), entry])
+        cls.__init__ = __init__
+        THIN[base] = cls
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' `from_pretrained`, and strict. Raises InputError for missing, surplus or misshapen weights."""
+        wanted = kwargs.pop("output_loading_info", False)
+        if not kwargs.pop("use_safetensors", True):
+            raise InputError("use_safetensors=False: weights that are unpickled can run code; give safetensors files")
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, use_safetensors=True, **kwargs
+        )
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            keys = [key for key in info.get(what) or () if key not in cls._keys_to_ignore_on_load]
+            if keys:
+                raise InputError(
+                    f"{pretrained_model_name_or_path}: {what.replace('_', ' ')} {keys[:3]} ({len(keys)} in all); these "
+                    f"are not the weights of this {cls.__name__}, or not all of them"
+                )
+        return (model, info) if wanted else model
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix="transformer", **kwargs):
+        """As diffusers' own, for a LoRA of the unswapped model: says which maps are no more, and leaves them out."""
+        state = pretrained_model_name_or_path_or_dict
+        if isinstance(state, dict):
+            state, gone = self._without_gone(state, prefix)
+            if gone:
+                logger.warning(
+                    f"left out {len(gone)} tensors of the LoRA, for maps that swapped layers do not have: "
+                    f"{', '.join(sorted({key.rsplit('.lora', 1)[0] for key in gone})[:4])}, ..."
+                )
+        return super().load_lora_adapter(state, prefix=prefix, **kwargs)
+
+    def _without_gone(self, state: dict, prefix: str | None) -> tuple[dict, list[str]]:
+        swapped = tuple(f"{name}." for name in self.config["atconv"]["layers"])
+        modules = dict(self.named_modules())
+        gone = []
+        for key in state:
+            name = key.removeprefix(f"{prefix}.") if prefix else key
+            name = name.split(".lora")[0].removesuffix(".alpha")
+            if name.startswith(swapped) and name not in modules:
+                gone.append(key)
+        return {key: value for key, value in state.items() if key not in gone}, gone
+
+    def enable_parallelism(self, *args, **kwargs):
+        raise InputError(f"{type(self).__name__} has no context or tensor parallelism: swapped layers need all tokens")
+
+
+class ATConvDiTTransformer2DModel(_Swapped, DiTTransformer2DModel):
+    """DiT with ATConv; takes latents that are not square too, which the original unpatchifies as squares."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """hidden_states (B, in_channels, H, W), timestep and class_labels (B,) -> sample (B, out_channels, H, W)."""
+        height, width = (side // self.patch_size for side in hidden_states.shape[-2:])
+        x = self.pos_embed(hidden_states)
+        for block in self.transformer_blocks:
+            arguments = (x, None, None, None, timestep, cross_attention_kwargs, class_labels)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                x = block(*arguments)
+        conditioning = self.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        shift, scale = self.proj_out_1(nn.functional.silu(conditioning))[:, None].chunk(2, dim=-1)
+        patches = self.proj_out_2(self.norm_out(x) * (1 + scale) + shift)
+        p = self.patch_size
+        sample = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class ATConvPixArtTransformer2DModel(_Swapped, PixArtTransformer2DModel):
+    """PixArt with ATConv in place of the self-attention."""
+
+
+class ATConvSD3Transformer2DModel(_Swapped, SD3Transformer2DModel):
+    """SD3 with ATConv in place of the second attention of its dual blocks, or of all image queries ("split")."""
+
+
+class ATConvFluxTransformer2DModel(_Swapped, FluxTransformer2DModel):
+    """Flux with ATConv for its image queries."""
+
+
+class ATConvUNet2DConditionModel(_Swapped, UNet2DConditionModel):
+    """Stable Diffusion's U-Net with ATConv in place of the self-attention of its transformers."""
