@@ -1,16 +1,18 @@
 """accelerate launch train_sit.py RECIPE [key=value ...] [--dry-run | --resume]: train a SiT, or go on with a run."""
 
+from collections.abc import Callable
+
 from eval.score import training_scorer
 from sit_atconv.checkpoint import step_of
-from sit_atconv.config import load_recipe
+from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.errors import ArgumentParser, command, speaks
 from sit_atconv.plan import dry_run
 from sit_atconv.training import train
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="train_sit.py", description=__doc__)
+def run(prog: str, about: str, argv: list[str] | None, check: Callable[[Recipe], None] = lambda recipe: None) -> None:
+    """The command line `prog` of training; check: raises InputError for a recipe that is not for it."""
+    parser = ArgumentParser(prog=prog, description=about)
     parser.add_argument("recipe", help="YAML file, see experiments/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
     mode = parser.add_mutually_exclusive_group()
@@ -18,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
     args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
+    check(recipe)
     if args.dry_run:
         report = dry_run(recipe)
     else:
@@ -29,6 +32,11 @@ def main(argv: list[str] | None = None) -> None:
             report = f"stopped at step {step_of(last):,}, saved as {last}; the same command goes on from there"
     if speaks():
         print(report)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    run("train_sit.py", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +142,18 @@ def _unwritten(error: OSError | SafetensorError, run: Path, step: int, needed: i
     )
 
 
-def load_optimizer(folder: Path, trained: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(
+    folder: Path,
+    trained: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    untrained: Collection[torch.nn.Parameter] = (),
+) -> None:
     """Give the optimiser of `trained`, sharded or not, its state in the checkpoint `folder`. Collective.
 
+    untrained: parameters of which there may be no state, since no step has changed them yet.
     Nothing happens if no step had been taken. Raises KeyError when the parameters are not the same.
     """
-    sharding.load_optimizer(folder, trained, optimizer)
+    sharding.load_optimizer(folder, trained, optimizer, untrained)
 
 
 def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None) -> None:

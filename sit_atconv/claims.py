@@ -11,43 +11,47 @@ from pathlib import Path
 from typing import Any
 
 from sit_atconv.errors import InputError
-from sit_atconv.files import sync, write_atomic
+from sit_atconv.files import LOCK, sync, write_atomic
 
 SETTINGS = "settings.json"
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Tell an error of the file system under `out` as an InputError, of this process alone."""
+def writing(out: Path, name: str = "--out") -> Iterator[None]:
+    """Tell an error of the file system under `out` as an InputError, of this process alone; name: what `out` is."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"--out {str(out)!r} cannot be written: {error.strerror or error}; the shards that are there are whole: "
-            "mend it and run again",
+            f"{name} {str(out)!r} cannot be written: {error.strerror or error}; whatever is there is whole: mend it "
+            "and run again",
             every_rank=True,
         ) from None
 
 
-def claim(out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str) -> dict[str, Any]:
+def claim(
+    out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str = "--out",
+    remedy: str = "choose another folder",
+) -> dict[str, Any]:  # fmt: skip
     """Make the folder of these settings, or take over the one that is there; the settings that it was begun with.
 
     not_compared: beginnings of the flat keys that may be otherwise, see `flat`. what: the folder holds, "features".
+    name: what `out` is; remedy: where it is something else.
     Raises InputError for a file, a folder of something else, or one with other settings: in one line, what differs.
     """
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a file; give a new folder, or one to go on with")
+        raise InputError(f"{name} {str(out)!r} is a file; give a new folder, or one to go on with")
     try:
         stored = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).exists() else None
         if not isinstance(stored, dict | None):
             raise ValueError("no object")
     except (OSError, ValueError):
-        raise InputError(f"--out {str(out)!r}: its {SETTINGS} is damaged; choose another folder") from None
+        raise InputError(f"{name} {str(out)!r}: its {SETTINGS} is damaged; {remedy}") from None
     if stored is None:
-        with writing(out):
+        with writing(out, name):
             out.mkdir(parents=True, exist_ok=True)
-            if strays := sorted(path.name for path in out.iterdir() if path.suffix != ".tmp"):
-                raise InputError(f"--out {str(out)!r} holds {strays[0]!r} and is no folder of {what}; choose another")
+            if strays := sorted(path.name for path in out.iterdir() if path.suffix != ".tmp" and path.name != LOCK):
+                raise InputError(f"{name} {str(out)!r} holds {strays[0]!r} and is no folder of {what}; {remedy}")
             write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
         return settings
     old, new = flat(stored, not_compared), flat(settings, not_compared)
@@ -58,8 +62,8 @@ def claim(out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], wh
     ]
     if changed:
         raise InputError(
-            f"--out {str(out)!r} holds {what} with other settings ({'; '.join(changed)}); state them as they were, or "
-            "choose another folder"
+            f"{name} {str(out)!r} holds {what} with other settings ({'; '.join(changed)}); state them as they were, or "
+            f"{remedy}"
         )
     return stored
 
@@ -81,20 +85,20 @@ def short(value: Any) -> str:
     return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
 
 
-def clear_leftovers(out: Path) -> None:
+def clear_leftovers(out: Path, name: str = "--out") -> None:
     """Remove what killed processes were writing. Call it while no other process writes."""
-    with writing(out):
+    with writing(out, name):
         for leftover in out.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, name: str = "--out") -> None:
     """Write a file so that it is there whole or not at all, even where two processes write the same.
 
     Raises InputError where the disk does not take it.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    with writing(path.parent):
+    with writing(path.parent, name):
         try:
             with open(temporary, "xb") as file:
                 file.write(content)

@@ -187,6 +187,7 @@ class Flow:
     time_sampling: str = "uniform"  # or logit-normal
     time_mean: float | None = None  # logit-normal: of logit(t), t = 1 is data; left out, 0
     time_std: float | None = None  # logit-normal: left out, 1
+    time_stratified: bool = False  # one t from every equal part of a batch's distribution, for less noise in the loss
     time_shift: float = 1.0  # s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise
 
     def __post_init__(self):
@@ -291,6 +292,48 @@ class Repa:
 
 
 @dataclass
+class Distill:
+    """A teacher whose attention is distilled into ATConv; see sit_atconv.distill. The model is then a copy of it."""
+
+    teacher: str | None = None  # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
+    select: Any = "all"  # of the teacher's attentions: all, odd, a share, a regular expression or a list of names
+    exclude: list[str] = field(default_factory=list)
+    init: str = "closed_form"  # or copy_vo, random: see swap_attention
+    control: bool = False  # attention in the place of ATConv, fresh: what the recipe itself costs
+    pool: str = "raster"
+    kernel_size: int = 3
+    calib: int = 256  # training samples that a closed-form start is fitted to
+    blockwise_steps: int = 1000  # at the beginning: the swapped layers alone, on the teacher's inputs
+    blockwise_lr: float | None = None  # of those steps; left out, the schedule of train.lr
+    output_weight: float = 0.5  # of the loss against the teacher's output, in later steps
+    feature_weight: float = 0.5  # of the loss against its hidden states
+    shares: list[float] = field(default_factory=lambda: [0.5, 1.0])  # of the swapped layers that take part, in turn
+    share_steps: int = 500  # steps of every share but the last
+
+    def __post_init__(self):
+        _expand_home(self, "teacher")
+        check_choice("distill.init", self.init, ("closed_form", "copy_vo", "random"))
+        _at_least(
+            "distill",
+            calib=(self.calib, 1),
+            blockwise_steps=(self.blockwise_steps, 0),
+            share_steps=(self.share_steps, 1),
+            output_weight=(self.output_weight, 0),
+            feature_weight=(self.feature_weight, 0),
+        )
+        if self.blockwise_lr is not None and not self.blockwise_lr > 0:
+            raise InputError(f"distill.blockwise_lr={self.blockwise_lr}: must be greater than 0")
+        if self.select == "auto" or isinstance(self.select, bool):
+            raise InputError(f"distill.select={self.select!r}: a run does not depend on a clock; name the layers")
+        if self.control and self.init != "random":
+            raise InputError(f"distill.init={self.init} with distill.control: fresh attention starts at random; say so")
+        if not self.shares or sorted(self.shares) != self.shares or not all(0 < share <= 1 for share in self.shares):
+            raise InputError(f"distill.shares={self.shares}: give rising shares in (0, 1]")
+        if self.shares[-1] != 1:
+            raise InputError(f"distill.shares={self.shares}: the last must be 1, or layers stay that were not trained")
+
+
+@dataclass
 class Checkpoint:
     """How often the run is saved, and how much of it is kept."""
 
@@ -352,6 +395,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     ema: Ema = field(default_factory=Ema)
     repa: Repa = field(default_factory=Repa)
+    distill: Distill = field(default_factory=Distill)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     preview: Preview = field(default_factory=Preview)
     score: Score = field(default_factory=Score)
@@ -363,8 +407,26 @@ class Recipe:
                 f"data.source={self.data.source!r}: only a loss that looks at images needs them; leave it out, or name "
                 "repa.encoder"
             )
+        if self.distill.teacher is not None:
+            self._check_distill()
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
+
+    def _check_distill(self) -> None:
+        decided = ("sample_size", "in_channels", "num_classes")  # by data and codec, and checked against the teacher
+        stated = [name for name in ("name", *self.model.options()) if getattr(self.model, name) is not None]
+        stated = [name for name in stated if name not in decided]
+        if stated:
+            raise InputError(f"model.{stated[0]}: with distill.teacher the model is the teacher's copy; leave it out")
+        if self.repa.encoder is not None:
+            raise InputError("repa.encoder with distill.teacher: one teacher at a time; leave one out")
+        if self.train.compile:
+            raise InputError("train.compile with distill.teacher: its layers change places; leave it out")
+        if self.distill.blockwise_steps >= self.train.max_steps:
+            raise InputError(
+                f"distill.blockwise_steps={self.distill.blockwise_steps}: must be less than train.max_steps="
+                f"{self.train.max_steps}, whose other steps train the whole model"
+            )
 
     def _check_codec(self) -> None:
         codec, vae = self.latents.codec, self.latents.vae
@@ -444,10 +506,12 @@ def make_recipe(stated: Any) -> Recipe:
     """A validated Recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values."""
     keys = OmegaConf.to_container(OmegaConf.create(stated))
     _check_keys(keys, Recipe)
-    if keys.get("repa") and "encoder" not in keys["repa"]:
-        raise InputError(
-            f"repa.{next(iter(keys['repa']))} does nothing without repa.encoder: name it, or null for none"
-        )
+    for section, switch in (("repa", "encoder"), ("distill", "teacher")):
+        if keys.get(section) and switch not in keys[section]:
+            raise InputError(
+                f"{section}.{next(iter(keys[section]))} does nothing without {section}.{switch}: name it, or null for "
+                "none"
+            )
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), stated))
     except OmegaConfBaseException as error:
@@ -473,7 +537,7 @@ MUTABLE = (
     "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped",
     # where things lie and how the work is cut up: what is computed stays the same, to float rounding
     "data.root", "data.source", "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share",
-    "latents.vae", "latents.batch_size", "repa.encoder", "train.gradient_accumulation_steps",
+    "latents.vae", "latents.batch_size", "repa.encoder", "distill.teacher", "train.gradient_accumulation_steps",
     "train.gradient_checkpointing", "train.compile", "ema.snapshot_every",
     # what follows from the data, and is checked against them at every start
     "data.num_images", "model.sample_size", "model.in_channels", "model.num_classes",

@@ -1,29 +1,58 @@
 """Files that are there whole or not at all, and what identifies them."""
 
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from sit_atconv.errors import InputError
 from sit_atconv.version import __version__
 
+LOCK = ".lock"
+
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all; makes the folders above it."""
+    """Write a text file so that it is there whole or not at all, even where two processes do; makes the folders above.
+
+    What a killed process leaves is named NAME.SOMETHING.tmp; after an error nothing is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lock(folder: Path, name: str) -> TextIO:
+    """Take a folder for this process, as long as the file that this returns is open; makes the folder.
+
+    name: of the folder, for the InputError that is raised where another process has it. A process that is killed lets
+    go of it, and so does one that ends; its children do not have it. File systems without locks are passed over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / LOCK, "a+")  # noqa: SIM115 (stays open)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise InputError(f"{name} is in use by another process; end that one, or choose another folder") from None
+    return file
 
 
 def check_new(out: Path) -> None:
@@ -36,6 +65,15 @@ def check_new(out: Path) -> None:
         raise InputError(f"--out {str(out)!r}: exists already; choose a new name")
     if not above.is_dir():
         raise InputError(f"--out {str(out)!r}: {str(above)!r} is no folder; choose another place")
+
+
+def check_writable(out: Path) -> None:
+    """Raise InputError where no file can be made at `out`: one is made in the nearest folder there is, and goes."""
+    try:
+        above = next(path for path in out.absolute().parents if path.exists())
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 
 from sit_atconv.config import Flow, Recipe
 from sit_atconv.data import open_dataset
+from sit_atconv.distill import load_teacher, student_of
 from sit_atconv.ema import SAMPLED, describe, resolved
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import PATHS
@@ -64,11 +65,14 @@ def check_stated(recipe: Recipe, facts: Facts) -> None:
 
 
 def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
-    """The recipe's model for these facts, with the weights that `run.seed` draws.
+    """The recipe's model for these facts, with the weights that `run.seed` draws; to distil, a student not yet started.
 
     Raises InputError for options that do not make a model, and where it lacks the block that REPA looks at.
     """
     channels, height, width = facts.latent_shape
+    if recipe.distill.teacher is not None:
+        teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
+        return student_of(teacher, recipe.distill, recipe.run.seed)
     size = height if height == width else (height, width)
     options = recipe.model.options() | {
         "sample_size": size,

@@ -5,7 +5,7 @@ one process, which is the main one.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +167,12 @@ def save_optimizer(folder: Path, module: nn.Module, optimizer: torch.optim.Optim
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER_FILE)
 
 
-def load_optimizer(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, untrained: Collection[nn.Parameter] = ()
+) -> None:
     """Put back what `save_optimizer` wrote, whatever the number of processes then and now. Collective.
 
+    untrained: parameters of which there may be no state, since no step has changed them yet.
     Nothing happens if no step had been taken. Raises KeyError when the parameters are not the same.
     """
     shards = folder / OPTIMIZER_SHARDS
@@ -187,13 +190,14 @@ def load_optimizer(folder: Path, module: nn.Module, optimizer: torch.optim.Optim
         dtype = found.properties.dtype
         tensors[key] = torch.zeros_like(parameter, dtype=dtype) if found.size else torch.zeros((), dtype=dtype)
         states.setdefault(name, {})[field] = tensors[key]
-    if missing := parameters.keys() - states.keys():
+    may_lack = {id(parameter) for parameter in untrained}
+    if missing := {name for name in parameters.keys() - states.keys() if id(parameters[name]) not in may_lack}:
         raise KeyError(f"optimiser state of other parameters: none of {sorted(missing)[:3]}")
     _checkpointed(dcp.load, tensors, storage_reader=reader)
     # Through load_state_dict, so that the optimiser places every tensor as it wants it.
     names = {parameter: name for name, parameter in parameters.items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: states[name] for index, name in enumerate(order)}
+    state = {index: states[name] for index, name in enumerate(order) if name in states}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -20,7 +20,8 @@ MINIMAL = {"run": {"out": "x"}}
 def test_shipped_recipes_load_and_start_with_their_launch_command(path):
     recipe = load_recipe(path)
     assert recipe.run.out == f"runs/{path.stem}"
-    assert path.read_text().startswith(f"# accelerate launch train_sit.py experiments/recipes/{path.name}")
+    script = "experiments/distill_swap.py" if "distill" in path.stem else "train_sit.py"
+    assert path.read_text().startswith(f"# accelerate launch {script} experiments/recipes/{path.name}")
 
 
 def test_the_promised_recipes_ship():
@@ -32,7 +33,7 @@ def test_the_promised_recipes_ship():
         for mixer in mixers
     }
     assert {path.stem for path in RECIPES} == published | {
-        "digits_sit", "digits_sit_atconv", "digits_sit_hybrid", "imagefolder_small",
+        "digits_sit", "digits_sit_atconv", "digits_sit_hybrid", "digits_distill", "imagefolder_small",
     }  # fmt: skip
 
 
@@ -198,8 +199,8 @@ def test_every_key_that_is_not_said_to_may_not_change():
     may = {
         "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped", "data.root", "data.source",
         "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share", "latents.vae", "latents.batch_size",
-        "repa.encoder", "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.compile",
-        "ema.snapshot_every", "data.num_images", "model.sample_size", "model.in_channels", "model.num_classes",
+        "repa.encoder", "distill.teacher", "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+        "train.compile", "ema.snapshot_every", "data.num_images", "model.sample_size", "model.in_channels", "model.num_classes",
     }  # fmt: skip
     for section, keys in stated.items():
         for key in keys:

@@ -1,4 +1,4 @@
-"""Snippets and commands of docs/interop.md run as they stand, in a folder with small files of the names they use."""
+"""Snippets and commands of the docs run as they stand, in a folder with small files of the names they use."""
 
 import copy
 import re
@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, reset_accelerate
 
 import train_sit
+from experiments import distill_swap
 from sample import main as sample
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.convert import forms
@@ -16,13 +17,21 @@ from sit_atconv.convert.__main__ import main as convert
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.pipelines.export import main as export
 
-TEXT = (ROOT / "docs" / "interop.md").read_text()
-STEP = re.compile(r"```python\n(?P<code>.*?)```|^    (?P<line>python [^\n]*)$", re.DOTALL | re.MULTILINE)
+STEP = re.compile(r"```python\n(?P<code>.*?)```|^    (?P<line>(?:python|accelerate) [^\n]*)$", re.DOTALL | re.MULTILINE)
 MAINS = {"-m sit_atconv.convert": convert, "-m sit_atconv.pipelines.export": export, "sample.py": sample}
+# Of docs/interop.md: what its steps leave behind.
+MADE = ("grid.png", "digits-ema.pt", "digits.safetensors", "sit-pipeline-for-all/README.md")
+DISTIL = "accelerate launch experiments/distill_swap.py "
 
 
 def run(line: str) -> None:
     """A command line of the docs, in this process."""
+    if line.startswith(DISTIL):
+        reset_accelerate()
+        recipe, *overrides = shlex.split(line.removeprefix(DISTIL))
+        short = ("train.max_steps=3", "distill.blockwise_steps=1", "preview.every=0", "run.out=distilled")
+        distill_swap.main([str(ROOT / recipe), *overrides, *short])
+        return
     name = next(name for name in MAINS if line.startswith(f"python {name} "))
     few = ["--steps", "2"] if name == "sample.py" else []
     MAINS[name](shlex.split(line.removeprefix(f"python {name} ")) + few)
@@ -48,24 +57,29 @@ def folder(tmp_path_factory, vae_folder):
     dit.transformer_blocks[1].norm1.emb.load_state_dict(dit.transformer_blocks[0].norm1.emb.state_dict())
     dit.save_pretrained(folder / "DiT-XL-2-256")
     AutoencoderKL.from_pretrained(vae_folder).save_pretrained(folder / "sd-vae-ft-ema")
-    recipe = ROOT / "experiments/recipes/digits_sit_atconv.yaml"
     short = ("train.max_steps=2", "train.warmup_steps=0", "train.lr_schedule=constant", "preview.every=0")
-    train_sit.main([str(recipe), f"run.out={folder / 'runs' / 'digits'}", *short])
-    reset_accelerate()
+    for name, of in (("digits", "digits_sit_atconv"), ("digits_sit", "digits_sit")):
+        recipe = ROOT / f"experiments/recipes/{of}.yaml"
+        train_sit.main([str(recipe), f"run.out={folder / 'runs' / name}", *short])
+        reset_accelerate()
     return folder
 
 
-def test_snippets_and_commands_run_in_their_order(folder, monkeypatch, tmp_path_factory):
+@pytest.mark.parametrize("name", ["interop", "swap"])
+def test_snippets_and_commands_run_in_their_order(name, folder, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     monkeypatch.chdir(folder)
-    for section in TEXT.split("\n## ")[1:]:
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    ran = 0
+    for section in text.split("\n## ")[1:]:
         title, steps = section.splitlines()[0], list(STEP.finditer(section))
         assert steps, f"{title} shows nothing"
         for step in steps:
             if step["line"]:
                 run(step["line"])
+                ran += 1
             else:
-                exec(compile(step["code"], f"docs/interop.md, {title}", "exec"), {})
-    for made in ("grid.png", "digits-ema.pt", "digits.safetensors", "sit-pipeline-for-all/README.md"):
+                exec(compile(step["code"], f"docs/{name}.md, {title}", "exec"), {})
+    for made in MADE if name == "interop" else ("DiT-XL-2-256-atconv/config.json", "atconv-delta.safetensors"):
         assert (folder / made).is_file()
-    assert TEXT.count("python -m") + TEXT.count("python sample.py") == sum(bool(s["line"]) for s in STEP.finditer(TEXT))
+    assert text.count("python -m") + text.count("python sample.py") + text.count("accelerate launch") == ran

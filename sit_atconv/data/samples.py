@@ -27,6 +27,7 @@ class TrainingSamples(Dataset):
     latent_shape: (C, H, W) of the noise. drop: share of labels replaced by `null_label`.
     posterior: whether the codec draws from a posterior and wants noise for it. time: the distribution of t.
     sampling: "natural", every image once an epoch, or "balanced", every class equally often; see data.order.
+    stratified: sample j of a batch of B takes its t from the j-th of B equal parts of the distribution.
     with_image: the image is needed besides the moments that a dataset gives in its place.
     Items: image (C, H, W), label, t, noise, if wanted posterior (both of the latent's shape), and pixels (C, H, W)
     where the image is something else.
@@ -48,10 +49,11 @@ class TrainingSamples(Dataset):
         time: TimeSampling = UNIFORM,
         sampling: str = "natural",
         with_image: bool = False,
+        stratified: bool = False,
     ):
         self.dataset, self.latent_shape, self.batch_size, self.seed = dataset, latent_shape, batch_size, seed
         self.flip, self.drop, self.null_label, self.posterior = flip, drop, null_label, posterior
-        self.time = time
+        self.time, self.stratified = time, stratified
         self.pixels = with_image and dataset.moments
         if getattr(dataset, "in_order", False):
             self.dataset, self.order = dataset.shuffled(seed), InOrder()
@@ -83,7 +85,7 @@ class TrainingSamples(Dataset):
         batch = {
             "image": torch.stack(images),
             "label": torch.from_numpy(labels),
-            "t": self._times(draws.uniform_batch(self.seed, Stream.TIME, indices)),
+            "t": self._times(self._uniform(indices)),
             "noise": draws.normal_batch(self.latent_shape, self.seed, Stream.NOISE, indices),
         }
         if self.posterior:
@@ -117,6 +119,13 @@ class TrainingSamples(Dataset):
             except Unreadable as error:
                 now[index] = str(error)
         return now
+
+    def _uniform(self, indices: np.ndarray) -> np.ndarray:
+        uniform = draws.uniform_batch(self.seed, Stream.TIME, indices)
+        if not self.stratified:
+            return uniform
+        within = (indices[:, 1] + uniform.astype(np.float64)) / self.batch_size
+        return np.minimum(within.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
 
     def _times(self, uniform: np.ndarray) -> torch.Tensor:
         padded = np.zeros(-(-len(uniform) // TIMES_AT_ONCE) * TIMES_AT_ONCE, np.float32)

@@ -2,7 +2,20 @@
 
 from sit_atconv.swap import models  # noqa: F401  (makes the subclasses known)
 from sit_atconv.swap.adapters import SwapAdapter, register_adapter
-from sit_atconv.swap.grafts import Graft, LayerOptions
+from sit_atconv.swap.delta import load_delta, save_delta
+from sit_atconv.swap.grafts import Graft, LayerOptions, SelfAttentionGraft
+from sit_atconv.swap.regression import regress
 from sit_atconv.swap.swapping import AttentionSwap, swap_attention
 
-__all__ = ["AttentionSwap", "Graft", "LayerOptions", "SwapAdapter", "register_adapter", "swap_attention"]
+__all__ = [
+    "AttentionSwap",
+    "Graft",
+    "LayerOptions",
+    "SelfAttentionGraft",
+    "SwapAdapter",
+    "load_delta",
+    "register_adapter",
+    "regress",
+    "save_delta",
+    "swap_attention",
+]

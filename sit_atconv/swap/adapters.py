@@ -8,14 +8,19 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft, SiTAttentionGraft
-from sit_atconv.swap.grid import Reader, latent_grid
-from sit_atconv.swap.marking import mark_nothing, mark_sit, mark_thin
+from sit_atconv.swap.grid import Reader, latent_grid, raster_of_ids
+from sit_atconv.swap.joint import FluxDoubleGraft, FluxSingleGraft, SD3JointGraft
+from sit_atconv.swap.marking import check_nothing, check_sit, mark_nothing, mark_sit, mark_thin
+from sit_atconv.swap.prefix import PrefixGraft, check_vit, patch_grid
 
 Example = Callable[[nn.Module, torch.Generator], dict]
 
@@ -30,6 +35,8 @@ class SwapAdapter:
     example: keyword arguments of one forward pass on random inputs of the model's own size, for calibration where none
         is given; None if there is no telling.
     mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
+    checkpointed: pattern of the blocks that the model checkpoints by means of its own; None for diffusers' means.
+    check: given the model and the settings of a swap to come, raises InputError where they do not go together.
     """
 
     model: type[nn.Module]
@@ -38,6 +45,8 @@ class SwapAdapter:
     grid: Reader | None = None
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
+    checkpointed: str | None = None
+    check: Callable[[nn.Module, dict], None] = check_nothing
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""
@@ -128,8 +137,43 @@ def _unet_example(model: UNet2DConditionModel, generator: torch.Generator) -> di
     }
 
 
+def _sd3_example(model: SD3Transformer2DModel, generator: torch.Generator) -> dict:
+    config = model.config
+    return {
+        "hidden_states": _latents(model, generator),
+        "encoder_hidden_states": torch.randn(2, 154, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.randint(1000, (2,), generator=generator),
+    }
+
+
+def _flux_example(model: FluxTransformer2DModel, generator: torch.Generator) -> dict:
+    config, side, length = model.config, 64, 512  # an image of 1024 pixels, and the longest prompt
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return {
+        "hidden_states": torch.randn(1, side**2, config.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(1, length, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.rand(1, generator=generator),
+        "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1),
+        "txt_ids": torch.zeros(length, 3, dtype=torch.long),
+        "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
+    }
+
+
+def _vit_example(model: VisionTransformer, generator: torch.Generator) -> dict | None:
+    size = model.patch_embed.img_size
+    return None if size is None else {"x": torch.randn(2, model.in_chans, *size, generator=generator)}
+
+
 register_adapter(
-    SwapAdapter(SiTTransformer2DModel, {r"blocks\.\d+\.attn": SiTAttentionGraft()}, example=_sit_example, mark=mark_sit)
+    SwapAdapter(
+        SiTTransformer2DModel,
+        {r"blocks\.\d+\.attn": SiTAttentionGraft()},
+        example=_sit_example,
+        mark=mark_sit,
+        check=check_sit,
+    )
 )
 register_adapter(
     SwapAdapter(
@@ -159,5 +203,39 @@ register_adapter(
         latent_grid,
         _unet_example,
         mark_thin,
+    )
+)
+register_adapter(
+    SwapAdapter(
+        SD3Transformer2DModel,
+        {r"transformer_blocks\.\d+\.attn": SD3JointGraft(), r"transformer_blocks\.\d+\.attn2": SelfAttentionGraft()},
+        SD3Transformer2DModel,
+        latent_grid,
+        _sd3_example,
+        mark_thin,
+    )
+)
+register_adapter(
+    SwapAdapter(
+        FluxTransformer2DModel,
+        {
+            r"transformer_blocks\.\d+\.attn": FluxDoubleGraft(),
+            r"single_transformer_blocks\.\d+\.attn": FluxSingleGraft(),
+        },
+        FluxTransformer2DModel,
+        raster_of_ids,
+        _flux_example,
+        mark_thin,
+    )
+)
+register_adapter(
+    SwapAdapter(
+        VisionTransformer,
+        {r"blocks\.\d+\.(attns\.\d+\.)?attn": PrefixGraft()},
+        "patch_embed",
+        patch_grid,
+        _vit_example,
+        checkpointed=r"blocks\.\d+",
+        check=check_vit,
     )
 )

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
@@ -67,6 +67,7 @@ class Site:
     layer: KernelGenerator
     fit: TapFit
     reference: GridReference | None
+    shares: list[torch.Tensor] = field(default_factory=list)  # of the text, a tensor (heads,) per call
     call: tuple | None = None  # the first call seen, its tensors without storage
     grid: tuple[int, int] | None = None
     squares: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the error, of the attention's output
@@ -101,12 +102,16 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
         site.layer.eval()
     try:
         for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not speaks()):
-            _call(model, each)
+            call_model(model, each)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
+
+
+def read_share(site: Site, args: tuple, kwargs: dict, _) -> None:
+    site.shares.append(site.graft.text_share(site.attention, site.layer, args, kwargs))
 
 
 def fit_site(site: Site, args: tuple, kwargs: dict, _) -> None:
@@ -118,10 +123,11 @@ def compare_site(site: Site, args: tuple, kwargs: dict, output) -> None:
     if site.call is None:
         site.call = tree_map(lambda each: each.to("meta") if isinstance(each, torch.Tensor) else each, (args, kwargs))
         site.grid = site.graft.grid(site.layer, args, kwargs)
-    pairs = zip(tree_leaves(site.layer(*args, **kwargs)), tree_leaves(output), strict=True)
-    for ours, theirs in pairs:
-        site.squares[0] += (ours.double() - theirs.double()).square().sum().item()
-        site.squares[1] += theirs.double().square().sum().item()
+    ours, theirs = (
+        site.graft.approximated(site.layer, each).double() for each in (site.layer(*args, **kwargs), output)
+    )
+    site.squares[0] += (ours - theirs).square().sum().item()
+    site.squares[1] += theirs.square().sum().item()
 
 
 def ranked(
@@ -133,7 +139,7 @@ def ranked(
     """
     saved = {site.name: before - after for site in sites for before, after in [latency_of(site)]}
     order = sorted((site for site in sites if saved[site.name] > 0), key=lambda site: site.error / saved[site.name])
-    whole = _milliseconds([lambda: _call(model, inputs[0])])[0] if speedup is not None else 0.0
+    whole = _milliseconds([lambda: call_model(model, inputs[0])])[0] if speedup is not None else 0.0
     taken, left = set(), whole
     for site in order:
         if speedup is not None and whole >= speedup * left:
@@ -154,7 +160,8 @@ def ranked(
     return [site for site in sites if site.name in taken]
 
 
-def _call(model: nn.Module, each) -> None:
+def call_model(model: nn.Module, each) -> None:
+    """A forward pass on an input: a dict of keyword arguments, or a tuple of arguments."""
     model(**each) if isinstance(each, dict) else model(*each)
 
 
@@ -180,7 +187,14 @@ def _materialised(site: Site) -> tuple[tuple, dict]:
 @torch.no_grad()
 def macs_of(module: nn.Module, site: Site) -> int:
     args, kwargs = _materialised(site)
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+
+    def count_flash(*args, out_val=None, **kwargs) -> int:  # torch has the formula, and does not know it for CPUs
+        return flop_registry[aten._scaled_dot_product_flash_attention](*args, out_val=out_val, **kwargs)
+
+    count_flash._get_raw = True
+    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: count_flash}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         module(*args, **kwargs)
     return counter.get_total_flops() // 2
 

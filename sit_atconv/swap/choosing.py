@@ -17,8 +17,8 @@ def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequen
     select: "all" ("auto" too, which chooses among all later), "odd" (0-based, as in a SiT hybrid), a share in (0, 1]
         spread evenly, a regular expression found in the name, a list of names, or a callable (name, module) -> bool.
     exclude: names or regular expressions found in them.
-    Raises InputError for a name that is not there, an expression that does not compile, a share out of range, and
-    where nothing is left.
+    Raises InputError for a name that is not there, an expression that does not compile or that excludes nothing, a
+    share out of range, and where nothing is left.
     """
     everything = list(names)
     if callable(select):
@@ -28,11 +28,7 @@ def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequen
     elif isinstance(select, int | float):
         if not 0 < select <= 1:
             raise InputError(f"select={select!r}: a share must lie in (0, 1]")
-        chosen = [
-            name
-            for index, name in enumerate(everything)
-            if math.floor((index + 1) * select + 1e-9) > math.floor(index * select + 1e-9)
-        ]
+        chosen = evenly(everything, select)
     elif isinstance(select, str):
         if select in ("all", "auto"):
             chosen = everything
@@ -45,11 +41,23 @@ def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequen
             check_choice("select", name, everything)
         chosen = [name for name in everything if name in set(select)]
     patterns = [_compiled("exclude", each) for each in ([exclude] if isinstance(exclude, str) else exclude)]
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in everything):
+            check_choice("exclude", pattern.pattern, everything)
     left = [name for name in chosen if not any(pattern.search(name) for pattern in patterns)]
     if not left:
         some = ", ".join(everything[:3]) + (f", ... ({len(everything)} in all)" if len(everything) > 3 else "")
         raise InputError(f"select={select!r}, exclude={exclude!r} leave nothing to swap; to be had are {some}")
     return left
+
+
+def evenly(names: Sequence[str], share: float) -> list[str]:
+    """floor(share * number) of the names, spread evenly; of a half, every second one."""
+    return [
+        name
+        for index, name in enumerate(names)
+        if math.floor((index + 1) * share + 1e-9) > math.floor(index * share + 1e-9)
+    ]
 
 
 def _compiled(what: str, pattern: str) -> re.Pattern:

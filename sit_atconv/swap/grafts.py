@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 import sit_atconv.layers.attention as sit_attention
+from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv, KernelGenerator
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.layers import SelfATConv
@@ -21,11 +22,15 @@ from sit_atconv.swap.layers import SelfATConv
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What all swapped layers of a model share. kernel_size, pool: of `ATConv`. prefix: of the ViT's layer."""
+    """What all swapped layers of a model share. kernel_size, pool: of `ATConv`. prefix_tokens: before the patches."""
 
     kernel_size: int = 3
     pool: str = "raster"
-    prefix: str = "attend"
+    prefix_tokens: int = 0
+
+    def __post_init__(self):
+        if type(self.kernel_size) is not int:
+            raise InputError(f"kernel_size={self.kernel_size!r}: choose an odd whole number, such as 3")
 
 
 class Graft:
@@ -54,9 +59,22 @@ class Graft:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For a call of the attention: values (B, N, channels), and what their convolution should come to.
 
-        Called after `copy`, without gradients; both are image tokens on the layer's grid, before the output map.
+        Called after `copy` (and `settle`), without gradients; both are image tokens on the layer's grid, before the
+        output map.
         """
         raise NotImplementedError
+
+    def text_share(self, attention: nn.Module, layer: KernelGenerator, args: tuple, kwargs: dict) -> torch.Tensor:
+        """For a call of a joint attention: the mean softmax mass of image queries on text keys, (heads,)."""
+        raise NotImplementedError
+
+    def settle(self, layer: KernelGenerator, share: torch.Tensor) -> None:
+        """Start a joint layer from the mean of `text_share` over the calibration inputs."""
+        raise NotImplementedError
+
+    def approximated(self, layer: KernelGenerator, output) -> torch.Tensor:
+        """What ATConv has a part in of an output of the attention or the layer: the error is measured on it."""
+        return output
 
     def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
         """The grid of a call of the attention."""
@@ -129,7 +147,7 @@ class SelfAttentionGraft(Graft):
         }.items():
             if present:
                 return f"{trait}: ATConv does not stand for that"
-        return linear_refusal(attention, "to_v", "to_out.0")
+        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
 
     def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
         value, out = attention.to_v, attention.to_out[0]
@@ -172,18 +190,18 @@ class SiTAttentionGraft(Graft):
         return attention.num_heads
 
     def copy(self, attention, layer: ATConv) -> None:
-        take_over(_value_of(attention.qkv), attention.proj, layer.x_proj, layer.proj)
+        take_over(value_of(attention.qkv), attention.proj, layer.x_proj, layer.proj)
 
     def observe(self, attention, layer, args, kwargs):
         x = kwargs["x"] if "x" in kwargs else args[0]
-        value = _value_of(attention.qkv)
+        value = value_of(attention.qkv)
         return without_bias(value, value(x), input_of(attention.proj, lambda: attention(*args, **kwargs)))
 
     def grid(self, layer, args, kwargs) -> tuple[int, int]:
         return tuple(kwargs["grid"] if "grid" in kwargs else args[1])
 
 
-def _value_of(qkv: nn.Linear) -> nn.Linear:
+def value_of(qkv: nn.Linear) -> nn.Linear:
     """The value map within one linear for queries, keys and values."""
     value = nn.Linear(qkv.in_features, qkv.out_features // 3, bias=qkv.bias is not None, device="meta")
     value.weight = nn.Parameter(qkv.weight.data.chunk(3)[2])

@@ -5,6 +5,8 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from sit_atconv.errors import InputError
 
@@ -18,17 +20,19 @@ class GridReference:
     compile anew for every resolution. The layers of a model share one, in deep copies and pickles too.
     """
 
-    def __init__(self):
+    def __init__(self, beside: "GridReference | None" = None):
+        """beside: another one of the same model, at another resolution."""
         self.shape: torch.Tensor | None = None
-        self.first: tuple[int, int] | None = None
+        self.first: list[tuple[int, int]] = [] if beside is None else beside.first  # the first grid of the model
 
     def set(self, grid: tuple[int, int], device: torch.device) -> None:
         self.shape = torch.empty((*grid, 0), device=device)
         if torch.compiler.is_compiling():
             return
-        # Compiled blocks: one graph for the first grid, and one for all the others.
-        self.first = self.first or tuple(grid)
-        if tuple(grid) != self.first:
+        # Compiled blocks: one graph for the first grid, and one for all the others, of whatever resolution.
+        if not self.first:
+            self.first.append(tuple(grid))
+        if tuple(grid) != self.first[0]:
             torch._dynamo.maybe_mark_dynamic(self.shape, (0, 1))
 
     def get(self) -> tuple[int, int]:
@@ -69,6 +73,34 @@ class GridHook:
             module._gradient_checkpointing_func = function.checkpoint
 
 
+# torch.compile(model) calls the model's hooks outside of its graph, and would make graphs of this one by itself, for
+# every resolution. Where the hook is traced as part of a graph (of a U-Net, say) this changes nothing.
+set_code_exec_strategy(GridHook.__call__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+
+
+class GridKeeper:
+    """A forward hook of a block that its model checkpoints by itself: the backward pass begins on the forward's grid.
+
+    The gradient reaches a block's output before anything of the block is computed anew, whatever other resolutions
+    have passed through the model in between.
+    """
+
+    def __init__(self, reference: GridReference):
+        self.reference = reference
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad and not torch.compiler.is_compiling():
+            output.register_hook(partial(self._tell, self.reference.shape))
+
+    def _tell(self, shape: torch.Tensor, _) -> None:
+        self.reference.shape = shape
+
+    def remove_from(self, module: nn.Module) -> None:
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is self:
+                del module._forward_hooks[key]
+
+
 class _CheckpointOnGrid:
     """checkpoint(function, *args), with the function run on the grid of now whenever it is run."""
 
@@ -86,9 +118,9 @@ class _CheckpointOnGrid:
             self.reference.shape = before
 
 
-def argument(name: str, args: tuple, kwargs: dict):
-    """The argument `name` of a call, which comes first where it is not named."""
-    return kwargs[name] if name in kwargs else args[0]
+def argument(name: str, args: tuple, kwargs: dict, position: int = 0):
+    """The argument `name` of a call, or the one at its position; None where it is not there."""
+    return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
 
 
 def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -96,3 +128,36 @@ def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]
     height, width = argument("hidden_states", args, kwargs).shape[-2:]
     patch = getattr(module.config, "patch_size", None) or 1
     return height // patch, width // patch
+
+
+@torch.compiler.disable(
+    reason="a swapped Flux reads its grid from the values of img_ids, which a traced function cannot; compile the "
+    "model itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
+)
+def raster_of_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+    """Of Flux, whose tokens come packed: from `img_ids` (N, 3) or (1, N, 3), columns image, row and column.
+
+    Raises InputError where they are no full raster of one image. The one value that is read, so it runs uncompiled.
+    """
+    ids = argument("img_ids", args, kwargs, 4)
+    if ids is None:
+        raise InputError("img_ids: none were given, and they tell the grid of the image tokens")
+    found = f"img_ids of shape {tuple(ids.shape)}"
+    ids = (ids[0] if ids.ndim == 3 else ids).detach().double().cpu()
+    images, rows, columns = ids.unbind(1)
+    if (images != images[0]).any():
+        raise InputError(
+            f"{found} number {images.unique().numel()} images (column 0), which make no single grid; a swapped model "
+            "takes one image at a time"
+        )
+    width = int((rows == rows[0]).sum())
+    height = len(ids) // width
+    table = ids[: height * width, 1:].unflatten(0, (height, width))
+    raster = torch.stack([rows[::width, None].expand(-1, width)[:height], columns[:width].expand(height, -1)], -1)
+    rising = (rows[::width].diff() > 0).all() and (columns[:width].diff() > 0).all()
+    if len(ids) != height * width or not rising or not torch.equal(table, raster):
+        raise InputError(
+            f"{found} have rows {rows.min():g} to {rows.max():g} and columns {columns.min():g} to {columns.max():g}, "
+            "but are no full raster, row by row; a swapped model needs every token of a rectangle"
+        )
+    return height, width

@@ -19,6 +19,10 @@ class SwapRecord:
         self.config = copy.deepcopy(config)
 
 
+def check_nothing(model: nn.Module, config: dict) -> None:
+    """For a model that takes layers of any setting."""
+
+
 def mark_nothing(model: nn.Module) -> None:
     """For a model whose class and configuration say nothing of its attention."""
     if not model._swap_record.config["layers"]:
@@ -39,7 +43,7 @@ def mark_thin(model: nn.Module) -> None:
 def mark_sit(model: nn.Module) -> None:
     """A SiT has `token_mixer` name the mixer of every block, and blocks of the class that goes with it."""
     record = model._swap_record
-    mixers = ["atconv" if isinstance(block.attn, ATConv) else "attention" for block in model.blocks]
+    mixers = _mixers(model)
     for block, mixer in zip(model.blocks, mixers, strict=True):
         block.__class__ = SiTATConvBlock if mixer == "atconv" else SiTBlock
     if record.config["layers"]:
@@ -57,7 +61,7 @@ def mark_sit(model: nn.Module) -> None:
 
 def check_sit(model: nn.Module, config: dict) -> None:
     """A SiT has one setting for all its ATConv blocks. Raises InputError where those that are there have another."""
-    if "atconv" in [("atconv" if isinstance(block.attn, ATConv) else "attention") for block in model.blocks]:
+    if "atconv" in _mixers(model):
         ours = {"routing": "adaptive", "inhibition": "learned", "activation": "gelu_tanh"}
         for name, value in (ours | {name: config[name] for name in ("pool", "kernel_size")}).items():
             if model.config[name] != value:
@@ -65,3 +69,7 @@ def check_sit(model: nn.Module, config: dict) -> None:
                     f"{name}: this SiT has ATConv blocks with {model.config[name]!r}, and swapped ones would have "
                     f"{value!r}; a SiT has one setting for all"
                 )
+
+
+def _mixers(model: nn.Module) -> list[str]:
+    return ["atconv" if isinstance(block.attn, ATConv) else "attention" for block in model.blocks]

@@ -5,16 +5,17 @@ swaps the layers before weights are loaded.
 """
 
 import inspect
+import re
 
 import torch
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.utils import logging
+from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from einops import rearrange
 from torch import nn
 
@@ -28,7 +29,6 @@ __all__ = [
     "ATConvPixArtTransformer2DModel",
     "ATConvSD3Transformer2DModel",
     "ATConvUNet2DConditionModel",
-    "ModelMixin",  # diffusers looks for it beside the classes that it loads
 ]
 
 logger = logging.get_logger(__name__)
@@ -46,12 +46,12 @@ class _Swapped:
         base = next(each for each in cls.__bases__ if issubclass(each, nn.Module))
 
         def __init__(self, *args, atconv: dict | None = None, **kwargs):
-            base.__init__(self, *args, **kwargs)
             if atconv is None:
                 raise InputError(
                     f"{cls.__name__} needs atconv, which names its swapped layers; make one of a {base.__name__} by "
                     "sit_atconv.swap_attention(model)"
                 )
+            base.__init__(self, *args, **kwargs)
             self.register_to_config(atconv=atconv)
             install(self, base, atconv)
 
@@ -59,13 +59,14 @@ class _Swapped:
         entry = inspect.Parameter("atconv", inspect.Parameter.KEYWORD_ONLY, default=None)
         __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), entry])
         cls.__init__ = __init__
+        cls.__module__ = "sit_atconv"  # a pipeline's model_index.json names it, and `import sit_atconv` is all it takes
         THIN[base] = cls
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As diffusers' `from_pretrained`, and strict. Raises InputError for missing, surplus or misshapen weights."""
         wanted = kwargs.pop("output_loading_info", False)
-        if not kwargs.pop("use_safetensors", True):
+        if kwargs.pop("use_safetensors", None) is False:
             raise InputError("use_safetensors=False: weights that are unpickled can run code; give safetensors files")
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, use_safetensors=True, **kwargs
@@ -79,28 +80,45 @@ class _Swapped:
                 )
         return (model, info) if wanted else model
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix="transformer", **kwargs):
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix="transformer", metadata=None, **kwargs):
         """As diffusers' own, for a LoRA of the unswapped model: says which maps are no more, and leaves them out."""
-        state = pretrained_model_name_or_path_or_dict
-        if isinstance(state, dict):
-            state, gone = self._without_gone(state, prefix)
-            if gone:
-                logger.warning(
-                    f"left out {len(gone)} tensors of the LoRA, for maps that swapped layers do not have: "
-                    f"{', '.join(sorted({key.rsplit('.lora', 1)[0] for key in gone})[:4])}, ..."
-                )
-        return super().load_lora_adapter(state, prefix=prefix, **kwargs)
+        where = (
+            "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
+            "revision", "subfolder",
+        )  # fmt: skip
+        kwargs.setdefault("use_safetensors", True)
+        state, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict,
+            **{name: kwargs.pop(name, None) for name in where},
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+            metadata=metadata,
+        )
+        if not any("lora_A" in key or "lokr_" in key for key in state):
+            state = convert_unet_state_dict_to_peft(state)  # as diffusers would, for the names of older LoRAs
+        gone = {key: name for key in state if (name := self._gone_map(key, prefix)) is not None}
+        if gone:
+            maps = sorted(set(gone.values()))
+            more = f", ... ({len(maps)} in all)" if len(maps) > 4 else ""
+            logger.warning(
+                f"left out {len(gone)} tensors of the LoRA, for maps that swapped layers do not have: "
+                f"{', '.join(maps[:4])}{more}"
+            )
+        state = {key: tensor for key, tensor in state.items() if key not in gone}
+        return super().load_lora_adapter(state, prefix=prefix, metadata=metadata, **kwargs)
 
-    def _without_gone(self, state: dict, prefix: str | None) -> tuple[dict, list[str]]:
-        swapped = tuple(f"{name}." for name in self.config["atconv"]["layers"])
-        modules = dict(self.named_modules())
-        gone = []
-        for key in state:
-            name = key.removeprefix(f"{prefix}.") if prefix else key
-            name = name.split(".lora")[0].removesuffix(".alpha")
-            if name.startswith(swapped) and name not in modules:
-                gone.append(key)
-        return {key: value for key, value in state.items() if key not in gone}, gone
+    def _gone_map(self, key: str, prefix: str | None) -> str | None:
+        """The map that a tensor of a LoRA is for, if that is one that a swapped layer does not have."""
+        if prefix is not None and not key.startswith(f"{prefix}."):
+            return None
+        name = key.removeprefix(f"{prefix}.") if prefix is not None else key
+        layer = next((each for each in self.config["atconv"]["layers"] if name.startswith(f"{each}.")), None)
+        if layer is None:
+            return None
+        for known, module in self.get_submodule(layer).named_modules(prefix=layer):
+            if known != layer and not isinstance(module, nn.ModuleList) and name.startswith(f"{known}."):
+                return None
+        return re.split(r"\.(?:lora|lokr)_", name)[0]
 
     def enable_parallelism(self, *args, **kwargs):
         raise InputError(f"{type(self).__name__} has no context or tensor parallelism: swapped layers need all tokens")

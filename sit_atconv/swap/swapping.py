@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,11 +23,12 @@ from sit_atconv.swap.calibration import (
     macs_of,
     parameters_of,
     ranked,
+    read_share,
     run_over,
 )
 from sit_atconv.swap.choosing import Select, choose
 from sit_atconv.swap.grafts import Graft, LayerOptions
-from sit_atconv.swap.grid import GridHook, GridReference, Reader
+from sit_atconv.swap.grid import GridHook, GridKeeper, GridReference
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.start import TapFit, set_kernels
 
@@ -45,19 +47,19 @@ class AttentionSwap:
     drop it to free their memory. config: what `save_pretrained` and `save_delta` write, see `swap_attention`.
     """
 
-    def __init__(self, model: nn.Module, adapter: SwapAdapter, sites: list[Site], config: dict):
-        self.model, self.adapter, self.config, self._sites = model, adapter, config, sites
+    def __init__(self, model: nn.Module, adapter: SwapAdapter, sites: list[Site], config: dict, pipeline=None):
+        self.model, self.adapter, self.config, self.sites, self._pipeline = model, adapter, config, sites, pipeline
         self.active = False
 
     @property
     def attentions(self) -> dict[str, nn.Module]:
         """The replaced attentions, by name."""
-        return {site.name: site.attention for site in self._sites}
+        return {site.name: site.attention for site in self.sites}
 
     @property
     def layers(self) -> dict[str, KernelGenerator]:
         """The layers in their place, by name."""
-        return {site.name: site.layer for site in self._sites}
+        return {site.name: site.layer for site in self.sites}
 
     def report(self, measure: bool = True) -> SwapReport:
         """Parameters, MACs, latency and calibration error of every layer, before and after.
@@ -66,7 +68,7 @@ class AttentionSwap:
         after alternate, and the median of rounds counts. Left out where there was no calibration.
         """
         rows = []
-        for site in self._sites:
+        for site in self.sites:
             row = LayerReport(site.name, parameters_of(site.attention), parameters_of(site.layer), error=site.error)
             if measure and site.call is not None:
                 row.macs_before, row.macs_after = (macs_of(module, site) for module in (site.attention, site.layer))
@@ -78,7 +80,7 @@ class AttentionSwap:
         """Put the attentions back, where the layers are now (device and dtype). Raises InputError if that was done."""
         if not self.active:
             raise InputError("there is nothing to revert: this swap was reverted already, or was a dry run")
-        for site in self._sites:
+        for site in self.sites:
             weight = next(site.layer.parameters())
             site.attention.to(weight.device, weight.dtype).train(site.layer.training)
             self.model.set_submodule(site.name, site.attention)
@@ -87,6 +89,7 @@ class AttentionSwap:
         names = set(self.layers)
         record.config["layers"] = [name for name in record.config["layers"] if name not in names]
         self.adapter.mark(self.model)
+        _register(self._pipeline, self.model)
         self.active = False
 
 
@@ -132,10 +135,9 @@ def swap_attention(
             raise InputError(f"{name}={value}: a target needs select='auto', and select={select!r}; leave one out")
         if value is not None and not value > (1 if name == "speedup" else 0):
             raise InputError(f"{name}={value}: must be greater than {1 if name == 'speedup' else 0}")
-    pipeline, model = _model_of(model_or_pipeline)
-    adapter = adapter_of(model)
-    options = LayerOptions(kernel_size, pool, prefix)
+    pipeline, model = model_of(model_or_pipeline)
     _check_unsharded(model)
+    adapter = adapter_of(model)
     record = getattr(model, "_swap_record", None)
     config = {
         "schema": SCHEMA,
@@ -158,23 +160,21 @@ def swap_attention(
         reason = grafts[name].refusal(model.get_submodule(name))
         if reason is not None:
             raise InputError(f"{name} {reason}; or leave it out by exclude={name!r}")
+    adapter.check(model, config)
 
-    inputs = _inputs(model, adapter, calib, needed=init == "closed_form" or select == "auto")
+    inputs = calibration_inputs(model, adapter, calib, needed=init == "closed_form" or select == "auto")
     try:
-        sites = _build(model, adapter, {name: grafts[name] for name in names}, options)
+        sites = _build(model, adapter, {name: grafts[name] for name in names}, config)
         _start(model, sites, init, inputs)
         if select == "auto":
             default = MAX_ERROR if max_error is None and speedup is None else None
             sites = ranked(model, sites, inputs, max_error or default, speedup)
         config["layers"] = [site.name for site in sites]
-        swap = AttentionSwap(model, adapter, sites, config)
+        swap = AttentionSwap(model, adapter, sites, config, pipeline)
         if not dry_run:
             _put_in(swap, record)
     finally:
         _sweep(model)
-    if pipeline is not None and not dry_run:
-        component = next(name for name, module in pipeline.components.items() if module is model)
-        pipeline.register_modules(**{component: model})
     return swap
 
 
@@ -184,6 +184,11 @@ def _start(model: nn.Module, sites: list[Site], init: str, inputs: list) -> None
         for site in sites:
             site.graft.copy(site.attention, site.layer)
             set_kernels(site.layer, torch.full_like(site.fit.cross, 1 / site.fit.cross.shape[1]))
+        joint = [site for site in sites if site.graft.joint]
+        if joint and inputs:
+            run_over(model, joint, inputs, read_share, "reading text shares")
+            for site in joint:
+                site.graft.settle(site.layer, torch.stack(site.shares).mean(0))
     if init == "closed_form":
         run_over(model, sites, inputs, fit_site, "fitting kernels")
         for site in sites:
@@ -194,7 +199,7 @@ def _start(model: nn.Module, sites: list[Site], init: str, inputs: list) -> None
 
 def _put_in(swap: AttentionSwap, record: SwapRecord | None) -> None:
     model, layers = swap.model, swap.layers
-    for site in swap._sites:
+    for site in swap.sites:
         site.layer.train(site.attention.training)
     order = list(swap.adapter.find(model))
     if record is None:
@@ -204,53 +209,108 @@ def _put_in(swap: AttentionSwap, record: SwapRecord | None) -> None:
         model.set_submodule(name, layer)
     swap.config, swap.active = copy.deepcopy(record.config), True
     swap.adapter.mark(model)
+    _register(swap._pipeline, model)
 
 
-def install(model: nn.Module, model_class: type[nn.Module], config: dict) -> dict[str, KernelGenerator]:
-    """Put freshly started layers where `config` says, for weights to be loaded into; name -> layer.
+def install(model: nn.Module, model_class: type[nn.Module], config: dict) -> None:
+    """Put freshly started layers where `config` says, for weights to be loaded into; for constructors.
 
-    For constructors (model_class: the class that the model derives from) and deltas. Raises InputError for a schema of
-    another version, or layers that the model does not have.
+    model_class: the class that the model derives from. Raises InputError for a schema of another version, or layers
+    that the model does not have.
     """
+    for site in _build_as_stored(model, adapter_of(model), config):
+        model.set_submodule(site.name, site.layer)
+    model._swap_record = SwapRecord(model, config)
+    model._swap_record.model_class = model_class
+
+
+def swap_as_stored(
+    model_or_pipeline, config: dict, state: Mapping[str, torch.Tensor], check: Callable[[dict], None]
+) -> AttentionSwap:
+    """Swap the layers that `config` names in an unswapped model, and give them the weights `state`.
+
+    check: is given what identifies the model (`teacher_of`), and raises where it is another than wanted.
+    Raises InputError, the model untouched, for a schema of another version, layers that the model does not have or that
+    cannot be swapped, and tensors that are missing, surplus or misshapen.
+    """
+    pipeline, model = model_of(model_or_pipeline)
+    _check_unsharded(model)
+    if hasattr(model, "_swap_record"):
+        raise InputError(f"{type(model).__name__} has swapped layers already; revert them, or take the original model")
+    adapter = adapter_of(model)
+    _check_stored(config)
+    check(teacher_of(model))
+    adapter.check(model, config)
+    try:
+        sites = _build_as_stored(model, adapter, config)
+        wanted = {f"{site.name}.{name}": each for site in sites for name, each in site.layer.state_dict().items()}
+        wrong = [name for name in (*wanted, *state) if name not in state or name not in wanted]
+        wrong += [name for name in wanted if not wrong and state[name].shape != wanted[name].shape]
+        if wrong:
+            raise InputError(f"{wrong[0]} is missing, surplus or misshapen in the weights ({len(wrong)} such in all)")
+        for site in sites:
+            reason = site.graft.refusal(site.attention)
+            if reason is not None:
+                raise InputError(f"{site.name} {reason}")
+            site.layer.load_state_dict({name: state[f"{site.name}.{name}"] for name in site.layer.state_dict()})
+        swap = AttentionSwap(model, adapter, sites, config, pipeline)
+        _put_in(swap, None)
+    finally:
+        _sweep(model)
+    return swap
+
+
+def _check_stored(config: dict) -> None:
     if config.get("schema") != SCHEMA:
         raise InputError(
             f"atconv schema {config.get('schema')!r}: this version reads {SCHEMA}; use the one that wrote it"
         )
-    adapter = adapter_of(model)
+    missing = [name for name in ("layers", "kernel_size", "pool", "prefix", "teacher") if name not in config]
+    if missing:
+        raise InputError(f"atconv has no {', '.join(missing)}; it is not as swap_attention wrote it")
+
+
+def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> list[Site]:
+    _check_stored(config)
     grafts = adapter.find(model)
     for name in config["layers"]:
         check_choice("atconv layer", name, grafts)
-    options = LayerOptions(config["kernel_size"], config["pool"], config["prefix"])
-    sites = _build(model, adapter, {name: grafts[name] for name in config["layers"]}, options)
-    for site in sites:
-        model.set_submodule(site.name, site.layer)
-    model._swap_record = SwapRecord(model, config)
-    model._swap_record.model_class = model_class
-    return {site.name: site.layer for site in sites}
+    return _build(model, adapter, {name: grafts[name] for name in config["layers"]}, config)
 
 
 def teacher_of(model: nn.Module) -> dict:
-    """What identifies an unswapped model: class, name or path, revision, and a fingerprint of its weights.
-
-    The fingerprint is a SHA-256 over name, shape and some 4,096 evenly spaced values of every tensor, as bf16: it
-    tells revisions apart in little time, and is the same for fp32 and bf16 copies of the same weights.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(some.numpy().tobytes())
+    """What identifies an unswapped model: class, name or path, revision, and a fingerprint of its weights."""
     config = getattr(model, "config", None) or getattr(model, "pretrained_cfg", None) or {}
     return {
         "class": type(model).__name__,
         "name": str(config.get("_name_or_path") or config.get("hf_hub_id") or "") or None,
-        "revision": getattr(model, "_commit_hash", None) or config.get("_commit_hash"),
-        "fingerprint": digest.hexdigest(),
+        "revision": config.get("_commit_hash") or getattr(model, "_commit_hash", None),
+        "fingerprint": fingerprint(model.state_dict()),
     }
 
 
-def _model_of(model_or_pipeline) -> tuple:
+def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over name, shape and some 4,096 evenly spaced values of every tensor, as bf16.
+
+    It tells revisions apart in little time, and is the same for fp32 and bf16 copies of the same weights.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _register(pipeline, model: nn.Module) -> None:
+    """Have the pipeline's configuration name the class that the model has now."""
+    if pipeline is not None:
+        component = next(name for name, module in pipeline.components.items() if module is model)
+        pipeline.register_modules(**{component: model})
+
+
+def model_of(model_or_pipeline) -> tuple:
     """(pipeline or None, model)."""
     if isinstance(model_or_pipeline, nn.Module):
         return None, model_or_pipeline
@@ -262,8 +322,10 @@ def _model_of(model_or_pipeline) -> tuple:
 
 
 def _check_unsharded(model: nn.Module) -> None:
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise InputError("the model is compiled; swap first and compile after")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    ):
+        raise InputError("the model is compiled, or blocks of it; swap first and compile after")
     if getattr(model, "_parallel_config", None) is not None:
         raise InputError("the model runs under context or tensor parallelism, which swapped layers do not; swap before")
     for name, parameter in model.named_parameters():
@@ -283,7 +345,7 @@ def _candidates(model, adapter: SwapAdapter, joint: str, record, select) -> dict
                 raise InputError(
                     f"select: {name} is joint attention over text and image; give joint='split' to swap it"
                 )
-    free = {name: graft for name, graft in grafts.items() if name not in swapped}
+    free = {name: each for name, each in grafts.items() if not isinstance(model.get_submodule(name), KernelGenerator)}
     kept = {name: graft for name, graft in free.items() if joint == "split" or not graft.joint}
     if not kept:
         if free:
@@ -297,25 +359,31 @@ def _candidates(model, adapter: SwapAdapter, joint: str, record, select) -> dict
     return kept
 
 
-def _build(model, adapter: SwapAdapter, grafts: dict[str, Graft], options: LayerOptions) -> list[Site]:
+def _build(model, adapter: SwapAdapter, grafts: dict[str, Graft], config: dict) -> list[Site]:
     """Layers for the attentions, not yet in their place, and the hooks that tell them their grids, in place."""
+    options = LayerOptions(config["kernel_size"], config["pool"], getattr(model, "num_prefix_tokens", 0))
     sites = []
     for name, graft in grafts.items():
         attention, owner = model.get_submodule(name), adapter.owner_of(model, name)
-        reference = None if owner is None else _reference_on(owner, adapter.grid)
+        reference = None if owner is None else _reference_on(owner, model, adapter)
         layer = graft.build(attention, reference, options)
         fit = TapFit(graft.heads(attention), options.kernel_size)
         sites.append(Site(name, attention, graft, layer, fit, reference))
     return sites
 
 
-def _reference_on(owner: nn.Module, read: Reader) -> GridReference:
-    """The reference that a hook on `owner` sets; the hook is registered if it is the first."""
+def _reference_on(owner: nn.Module, model: nn.Module, adapter: SwapAdapter) -> GridReference:
+    """The reference that a hook on `owner` sets; the hook, and the keepers, are registered if it is the first."""
     for hook in owner._forward_pre_hooks.values():
         if isinstance(hook, GridHook):
             return hook.reference
-    hook = GridHook(GridReference(), read)
+    others = (each for module in model.modules() for each in module._forward_pre_hooks.values())
+    beside = next((each.reference for each in others if isinstance(each, GridHook)), None)
+    hook = GridHook(GridReference(beside), adapter.grid)
     owner.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    for name, block in model.named_modules() if adapter.checkpointed is not None else ():
+        if re.fullmatch(adapter.checkpointed, name):
+            block.register_forward_hook(GridKeeper(hook.reference))
     return hook.reference
 
 
@@ -323,13 +391,15 @@ def _sweep(model: nn.Module) -> None:
     """Remove the hooks that tell a grid to nobody."""
     used = {id(module.reference) for module in model.modules() if hasattr(module, "reference")}
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, GridHook) and id(hook.reference) not in used:
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            if isinstance(hook, GridHook | GridKeeper) and id(hook.reference) not in used:
                 hook.remove_from(module)
 
 
-def _inputs(model: nn.Module, adapter: SwapAdapter, calib: Iterable | None, needed: bool) -> list:
-    """Calibration inputs: those given, else synthetic ones, else none if they are not needed."""
+def calibration_inputs(
+    model: nn.Module, adapter: SwapAdapter, calib: Iterable | None, needed: bool, seed: int = 0
+) -> list:
+    """Calibration inputs: those given, else synthetic ones of a seed, else none if they are not needed."""
     if calib is not None:
         if isinstance(calib, dict | torch.Tensor):
             raise InputError("calib: give a list of inputs, each a dict of keyword arguments or a tuple of arguments")
@@ -337,7 +407,7 @@ def _inputs(model: nn.Module, adapter: SwapAdapter, calib: Iterable | None, need
         if not inputs:
             raise InputError("calib is empty; give at least one input, or leave it out for synthetic ones")
         return inputs
-    generator, weight = torch.Generator().manual_seed(0), next(model.parameters())
+    generator, weight = torch.Generator().manual_seed(seed), next(model.parameters())
     examples = []
     if adapter.example is not None and weight.device.type != "meta":
         examples = [adapter.example(model, generator) for _ in range(EXAMPLES if needed else 1)]

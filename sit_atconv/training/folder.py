@@ -1,38 +1,23 @@
 """Whose a run's folder is, and what it holds to go on from."""
 
-import errno
-import fcntl
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
-from sit_atconv import checkpoint, config
+from sit_atconv import checkpoint, config, files
 from sit_atconv.config import Recipe
 from sit_atconv.errors import InputError
+from sit_atconv.files import LOCK
 from sit_atconv.latents.codecs import check_same_codec
 
-LOCK = ".lock"
 # What a cache of latents stands for: these keys of the recipe that it was encoded by.
 ENCODED = ("kind", "image_size", "split", "subset", "revision", "image_key", "label_key")
 
 
 def lock(run: Path) -> TextIO:
-    """Take a run's folder for this process, as long as the file that this returns is open; makes the folder.
-
-    Raises InputError where another process has it. A process that is killed lets go of it, and so does one that ends;
-    its children do not have it. File systems without locks are passed over.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / LOCK, "a+")  # noqa: SIM115 (stays open)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(
-                f"run.out={str(run)!r} is in use by another process; end that one, or choose another folder"
-            ) from None
-    return file
+    """Take a run's folder for this process, see `files.lock`. Raises InputError where another process has it."""
+    return files.lock(run, f"run.out={str(run)!r}")
 
 
 def check_run_folder(
@@ -54,8 +39,8 @@ def check_run_folder(
     try:
         stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
     except OSError:
-        if run.is_dir() and all(path.name in (LOCK, "recipe.yaml.tmp") for path in run.iterdir()):  # killed at once
-            return None
+        if run.is_dir() and all(path.name == LOCK or path.match("recipe.yaml*.tmp") for path in run.iterdir()):
+            return None  # killed at once
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         stored = None
@@ -82,8 +67,10 @@ def check_run_folder(
             raise InputError(
                 f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images"
             )
-        if manifest.get("encoder") != described["encoder"]:
-            raise InputError(
-                f"repa.encoder={recipe.repa.encoder!r} is not the one of run.out={str(run)!r}: other weights"
-            )
+        for part, name, stated in (
+            ("encoder", "repa.encoder", recipe.repa.encoder),
+            ("teacher", "distill.teacher", recipe.distill.teacher),
+        ):
+            if manifest.get(part) != described[part]:
+                raise InputError(f"{name}={stated!r} is not the one of run.out={str(run)!r}: other weights")
     return found

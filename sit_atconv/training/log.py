@@ -56,14 +56,17 @@ class Means:
         self.names = names
         self.sums = torch.zeros(2, len(names) + TIME_BINS, device=device)  # of values, of counts
 
-    def add(self, t: torch.Tensor, *losses: torch.Tensor) -> None:
-        """Losses (B,) in the order of the names, at times t (B,)."""
-        values = torch.stack([loss.detach().float() for loss in losses])
+    def add(self, t: torch.Tensor, *losses: torch.Tensor | None) -> None:
+        """Losses (B,) in the order of the names, None of those that this step has not, at times t (B,)."""
+        there = [index for index, loss in enumerate(losses) if loss is not None]
+        values = torch.stack([losses[index].detach().float() for index in there])
         finite = values.isfinite().all(0)  # a step with another one is skipped
         values, ones = torch.where(finite, values, 0), finite.float()
         count = len(self.names)
-        self.sums[0, :count] += values.sum(1)
-        self.sums[1, :count] += ones.sum()
+        self.sums[0, there] += values.sum(1)
+        self.sums[1, there] += ones.sum()
+        if there[0] != 0:
+            return
         bins = count + (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
         self.sums[0].index_add_(0, bins, values[0])
         self.sums[1].index_add_(0, bins, ones)

@@ -21,8 +21,9 @@ from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, TrainingSamples
+from sit_atconv.distill import Distillation, load_teacher, start_student
 from sit_atconv.ema import Averages
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import DiskFull, write_atomic
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
@@ -63,12 +64,17 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
         model = build_model(recipe, facts)
         aligned, encoder = build_alignment(recipe, model)
+        distillation = None
+        if recipe.distill.teacher is not None:
+            teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
+            distillation = Distillation(model, teacher, recipe.distill)
         preview = preview_sampling(recipe, model)
         described = {
             "recipe": config.to_dict(recipe),
             "data": {"num_images": facts.num_images, "classes": list(dataset.class_names)},
             "codec": codec.describe(),
             "encoder": encoder.describe() if encoder else None,
+            "teacher": distillation.describe() if distillation else None,
             "processes": accelerator.num_processes,
         }
         run = Path(recipe.run.out)
@@ -99,10 +105,14 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
             time=time_sampling(recipe.flow),
             sampling=recipe.data.sampling,
             with_image=encoder is not None,
+            stratified=recipe.flow.time_stratified,
         )
+        if distillation is not None and not found:
+            _start(distillation, recipe, samples, codec)
         trainer = _Trainer(
-            accelerator, recipe, described, samples, codec, model, aligned, encoder, preview, found, new, held
-        )
+            accelerator, recipe, described, samples, codec, model, aligned or distillation, encoder, preview, found,
+            new, held,
+        )  # fmt: skip
         return trainer.run_to_the_end(signals, scorer)
 
 
@@ -116,19 +126,38 @@ def build_alignment(recipe: Recipe, model: SiTTransformer2DModel) -> tuple[nn.Mo
     return align(model, encoder, recipe.repa, recipe.run.seed), encoder
 
 
+def _start(distillation: Distillation, recipe: Recipe, samples: TrainingSamples, codec) -> None:
+    """Warm-start the student on the first training samples, the same in every process."""
+    path, size = PATHS[recipe.flow.path](), recipe.train.batch_size
+    inputs = []
+    for first in range(0, recipe.distill.calib, size):
+        batch, _ = samples.fetch(range(first, min(first + size, recipe.distill.calib)))
+        if isinstance(batch, InputError):
+            raise batch
+        latents = codec.encode(batch["image"], batch.get("posterior"))
+        inputs.append((path.interpolate(latents, batch["noise"], batch["t"]), batch["t"], batch["label"]))
+    errors = start_student(distillation.model, distillation.teacher, recipe.distill, inputs)
+    if errors and speaks():
+        mean = sum(errors.values()) / len(errors)
+        tqdm.write(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}", file=sys.stderr)
+
+
 class _Trainer:
     def __init__(
-        self, accelerator, recipe, described, samples, codec, model, aligned, encoder, preview, found, new, held
+        self, accelerator, recipe, described, samples, codec, model, wrapped, encoder, preview, found, new, held
     ):
         self.lock = held
         self.accelerator, self.recipe, self.codec, self.preview = accelerator, recipe, codec, preview
         self.described, self.encoder, self.new = described, encoder, new
         self.run = Path(recipe.run.out)
         self.path = PATHS[recipe.flow.path]()
-        self.bare, self.projectors = model, aligned and aligned.projectors
-        self.trained = aligned or model  # what has the parameters: the model, or the model and REPA's projectors
+        self.bare, self.projectors = model, getattr(wrapped, "projectors", None)
+        # What has the parameters: the model, with REPA's projectors, or beside its teacher.
+        self.trained = wrapped or model
+        self.distillation = wrapped if isinstance(wrapped, Distillation) else None
         self.num_images = described["data"]["num_images"]
-        self.flops_per_image = 3 * 2 * count_macs(model)  # forward, and twice that backward
+        # Forward, and twice that backward; a step of distillation is not of one cost.
+        self.flops_per_image = None if self.distillation else 3 * 2 * count_macs(model)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.bad: dict[int, str] = {}  # images that could not be read, by any process
         self.images_here = 0  # seen by this process since this start
@@ -151,7 +180,10 @@ class _Trainer:
             model.enable_gradient_checkpointing()
         if recipe.train.compile:
             model.compile_repeated_blocks()
-        for module in (codec, encoder, *self.averages.models.values()):
+        teacher = self.distillation and self.distillation.teacher
+        if teacher is not None and accelerator.is_fsdp2:
+            raise InputError("distill.teacher is not for FSDP: its layers are called apart from their blocks; use DDP")
+        for module in (codec, encoder, teacher, *self.averages.models.values()):
             if module is not None:
                 module.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.trained, optimizer)
@@ -163,7 +195,14 @@ class _Trainer:
             and recipe.preview.every + recipe.score.every
         ):
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
-        self.means = Means(["loss"] if encoder is None else ["loss", "repa_loss"], accelerator.device)
+        self.weights = {"loss": 1.0}  # of the losses, by name
+        if encoder is not None:
+            self.weights["repa_loss"] = recipe.repa.weight
+        if self.distillation is not None:
+            settings = recipe.distill
+            self.weights |= {"output_loss": settings.output_weight, "feature_loss": settings.feature_weight}
+            self.weights["layer_loss"] = 1.0
+        self.means = Means([*self.weights], accelerator.device)
         if found:
             self._load_trainer_state(found[0], samples)
         positions = RankPositions(
@@ -280,6 +319,8 @@ class _Trainer:
         """One optimisation step; its gradient norm, learning rate and, where it `reports`, update_ratio."""
         recipe, accelerator = self.recipe, self.accelerator
         lr = learning_rate(self.step, recipe.train)
+        if self.distillation is not None and self.distillation.blockwise(self.step):
+            lr = recipe.distill.blockwise_lr or lr
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = []
@@ -288,7 +329,8 @@ class _Trainer:
             self.images_here += len(batch["label"])
             with accelerator.accumulate(self.model):
                 losses = self._losses(batch)
-                loss = losses[0].mean() + sum(recipe.repa.weight * other.mean() for other in losses[1:])
+                weighed = zip(self.weights.values(), losses, strict=True)
+                loss = sum(weight * each.mean() for weight, each in weighed if each is not None)
                 accelerator.backward(loss)
             self.means.add(batch["t"], *losses)
             sums.append(loss.detach())
@@ -296,6 +338,9 @@ class _Trainer:
         loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
         (failed,) = agree(accelerator, not (math.isfinite(loss) and math.isfinite(grad_norm)))
         self.skipped, self.skipped_in_a_row = self.skipped + (failed > 0), (self.skipped_in_a_row + 1) * (failed > 0)
+        if self.distillation is not None:
+            for parameter in self.distillation.idle(self.step):
+                parameter.grad = None  # AdamW would go on with what it gathered of them before
         if not failed:
             self.optimizer.step()
         elif accelerator.scaler is not None:  # which knows of infinities since the clipping, and adapts
@@ -312,9 +357,11 @@ class _Trainer:
             self.averages.update(self.bare, self.step - self.skipped)
         return {"grad_norm": grad_norm, "lr": lr, "update_ratio": ratio}
 
-    def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The flow loss of every sample (B,), and with an encoder REPA's."""
+    def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
+        """Of every sample (B,), in the order of `weights`: the flow loss, REPA's with an encoder, a teacher's."""
         latents = self.codec.encode(batch["image"], batch.get("posterior"))
+        if self.distillation is not None:
+            return self._distilled(latents, batch)
         hidden: list[torch.Tensor] = []
 
         def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -334,6 +381,17 @@ class _Trainer:
             features = self.encoder.features(batch.get("pixels", batch["image"]), grid)
         return [loss, repa_loss(hidden[0], features)]
 
+    def _distilled(self, latents: torch.Tensor, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
+        x, flow = self.path.interpolate(latents, batch["noise"], batch["t"]), self.recipe.flow
+        with self.accelerator.autocast():
+            output, *losses = self.model(x, batch["t"], batch["label"], self.step)
+        if output is None:
+            return [None, *losses]
+        own = flow_loss(
+            lambda _, __: output, self.path, latents, batch["noise"], batch["t"], flow.prediction, flow.loss_weight
+        )
+        return [own, *losses]
+
     def _update_ratio(self) -> float:
         """|w' - w| / |w| of the step just taken, over all weights."""
         squares = step_and_weight_squares(self.optimizer.optimizer)
@@ -347,7 +405,7 @@ class _Trainer:
         accelerator, train = self.accelerator, self.recipe.train
         here = torch.tensor(self.images_here, device=accelerator.device)
         images_per_second = steps * train.batch_size / seconds
-        flops = images_per_second * self.flops_per_image
+        flops = self.flops_per_image and images_per_second * self.flops_per_image
         peak = peak_flops(accelerator.device, train.precision)
         row = {
             "step": self.step,
@@ -359,7 +417,7 @@ class _Trainer:
             "images_per_second": images_per_second,
             "data_wait": waited / seconds,
             "flops_per_second": flops,
-            "peak_share": flops / (peak * accelerator.num_processes) if peak else None,
+            "peak_share": flops / (peak * accelerator.num_processes) if peak and flops else None,
             "eta_seconds": (train.max_steps - self.step) * seconds / steps,
             "memory_bytes": peak_memory(accelerator.device),
         }
@@ -464,7 +522,8 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _load_trainer_state(self, folder: Path, samples: TrainingSamples) -> None:
-        checkpoint.load_optimizer(folder, self.trained, self.optimizer.optimizer)
+        untrained = self.distillation.idle(0) if self.distillation is not None else ()
+        checkpoint.load_optimizer(folder, self.trained, self.optimizer.optimizer, untrained)
         trainer = json.loads((folder / "trainer.json").read_text())
         self.skipped, self.skipped_in_a_row = trainer["skipped"], trainer["skipped_in_a_row"]
         bad = {int(index): what for index, what in trainer["bad"].items()}

@@ -32,6 +32,8 @@ def make_optimizer(model: torch.nn.Module, train: Train) -> torch.optim.AdamW:
 def step_and_weight_squares(optimizer: torch.optim.AdamW) -> torch.Tensor:
     """Sums of squares (2,) of AdamW's last step w' - w and of the weights w before it, of this process's shards.
 
+    Of the weights that have a gradient: the others had no step.
+
     The step is computed again from the moments that it left behind, a tensor at a time; nothing is copied beforehand:
     w' = (1 - lr wd) w - u with u = lr m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps).
     """
@@ -39,7 +41,7 @@ def step_and_weight_squares(optimizer: torch.optim.AdamW) -> torch.Tensor:
     for group in optimizer.param_groups:
         (b1, b2), lr, decay = group["betas"], group["lr"], group["lr"] * group["weight_decay"]
         for parameter in group["params"]:
-            if not (state := optimizer.state.get(parameter)):
+            if parameter.grad is None or not (state := optimizer.state.get(parameter)):
                 continue
             m, v, new = (local(tensor) for tensor in (state["exp_avg"], state["exp_avg_sq"], parameter))
             steps = float(state["step"])

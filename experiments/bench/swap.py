@@ -1,0 +1,118 @@
+"""python -m experiments.bench.swap: time swapped layers against the attention (SDPA) that they take the place of.
+
+Layers of the shapes of DiT-XL/2 and of a Flux block, with random weights, at three token counts; before and after take
+turns, and the median of rounds counts. The layer's whole work is timed: maps, norms, mixing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+
+from sampling.timing import device_name
+from sit_atconv.devices import resolve_device
+from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.swap import swap_attention
+
+TEXT = 512  # tokens of Flux's text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=1, help="default: 1")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="runs/swap", metavar="STEM", help="writes STEM.json and .md")
+
+
+def dit(side: int, batch: int) -> tuple[torch.nn.Module, dict]:
+    """DiT-XL/2 of one layer and side x side tokens, and a call of it."""
+    model = DiTTransformer2DModel(num_layers=1, num_attention_heads=16, attention_head_dim=72, sample_size=2 * side)
+    call = {
+        "hidden_states": torch.randn(batch, 4, 2 * side, 2 * side),
+        "timestep": torch.zeros(batch, dtype=torch.long),
+        "class_labels": torch.zeros(batch, dtype=torch.long),
+    }
+    return model, call
+
+
+def flux(side: int, batch: int) -> tuple[torch.nn.Module, dict]:
+    """Flux of one double and one single block, side x side image tokens, and a call of it."""
+    model = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    call = {
+        "hidden_states": torch.randn(batch, side * side, 64),
+        "encoder_hidden_states": torch.randn(batch, TEXT, 4096),
+        "pooled_projections": torch.randn(batch, 768),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float(),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+    return model, call
+
+
+def rows_of(name: str, make, side: int, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    torch.manual_seed(0)
+    model, call = make(side, args.batch)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model.to(device, dtype).eval()
+    call = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in call.items()}
+    swap = swap_attention(model, "all", init="copy_vo", calib=[call], joint="split")
+    return [
+        {
+            "model": name,
+            "layer": row.name,
+            "tokens": side * side,
+            "attention_ms": row.ms_before,
+            "atconv_ms": row.ms_after,
+            "ratio": row.ms_before / row.ms_after,
+            "attention_gmacs": row.macs_before / 1e9,
+            "atconv_gmacs": row.macs_after / 1e9,
+        }
+        for row in swap.report().layers
+    ]
+
+
+def markdown(result: dict) -> str:
+    lines = [
+        f"{result['device']}, {result['dtype']}, batch {result['batch']}, {result['threads']} threads; attention is "
+        f"SDPA, Flux has {TEXT} tokens of text. Medians of rounds that take turns.",
+        "",
+        "| model | layer | image tokens | attention (ms) | swapped (ms) | ratio | GMACs |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        macs = f"{row['attention_gmacs']:.2f} -> {row['atconv_gmacs']:.2f}"
+        lines.append(
+            f"| {row['model']} | `{row['layer']}` | {row['tokens']:,} | {row['attention_ms']:.1f} | "
+            f"{row['atconv_ms']:.1f} | {row['ratio']:.2f}x | {macs} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m experiments.bench.swap", description=__doc__.partition(": ")[2])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    device = resolve_device(args.device)
+    rows = []
+    for name, make, sides in (("DiT-XL/2", dit, (16, 32, 64)), ("Flux", flux, (16, 32, 64))):
+        for side in sides:
+            rows += rows_of(name, make, side, args, device)
+            print("\n".join(f"{row['model']} {row['layer']} {row['tokens']}: {row['ratio']:.2f}x" for row in rows[-2:]))
+    result = {
+        "device": device_name(device), "dtype": args.dtype, "batch": args.batch, "threads": torch.get_num_threads(),
+        "rows": rows, "versions": library_versions(),
+    }  # fmt: skip
+    stem = Path(args.out)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_atomic(stem.with_suffix(".md"), markdown(result))
+    print(markdown(result), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""A SiT's attention distilled into ATConv: its layers on the teacher's inputs, then the model beside the teacher."""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from sit_atconv import config
+from sit_atconv.checkpoint import load_trained
+from sit_atconv.errors import InputError
+from sit_atconv.layers.attention import Attention
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.swap.choosing import choose, evenly
+from sit_atconv.swap.swapping import swap_attention, teacher_of
+
+
+def load_teacher(recipe: config.Recipe, latent_shape: tuple[int, int, int], num_classes: int) -> SiTTransformer2DModel:
+    """The model that `distill.teacher` names, frozen. Raises InputError where it does not fit data and flow."""
+    with torch.device("cpu"):
+        teacher = load_trained(recipe.distill.teacher).model.requires_grad_(False)
+    channels, height, width = latent_shape
+    for what, own, wanted in (
+        ("in_channels", teacher.config.in_channels, channels),
+        ("sample_size", teacher.latent_size, (height, width)),
+        ("num_classes", teacher.config.num_classes, num_classes),
+        ("path", teacher.config.path, recipe.flow.path),
+        ("prediction", teacher.config.prediction, recipe.flow.prediction),
+    ):
+        if own != wanted:
+            raise InputError(
+                f"distill.teacher={recipe.distill.teacher!r} has {what} {own!r}, data, codec and flow say {wanted!r}; "
+                "give a teacher that was trained on them"
+            )
+    return teacher
+
+
+def student_of(teacher: SiTTransformer2DModel, settings: config.Distill, seed: int) -> SiTTransformer2DModel:
+    """A copy of the teacher with fresh layers where attention is to go: ATConv, or attention again for a control.
+
+    Raises InputError where `distill.select` leaves nothing to swap.
+    """
+    student = copy.deepcopy(teacher).requires_grad_(True).train()
+    names = swapped_names(teacher, settings)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        if settings.control:
+            for name in names:
+                student.set_submodule(name, _fresh(student.get_submodule(name)))
+        else:
+            swap_attention(student, names, init="random", pool=settings.pool, kernel_size=settings.kernel_size)
+    return student
+
+
+def swapped_names(teacher: SiTTransformer2DModel, settings: config.Distill) -> list[str]:
+    """Names of the attentions that go."""
+    attentions = {name: module for name, module in teacher.named_modules() if isinstance(module, Attention)}
+    return choose(attentions, settings.select, settings.exclude)
+
+
+def start_student(
+    student: SiTTransformer2DModel, teacher: SiTTransformer2DModel, settings: config.Distill, calib: Iterable
+) -> dict[str, float]:
+    """Warm-start the student's layers from the teacher's attention on calibration inputs; relative error by layer."""
+    if settings.control:
+        return {}
+    started = copy.deepcopy(teacher)
+    names = swapped_names(teacher, settings)
+    swap = swap_attention(
+        started, names, init=settings.init, calib=calib, pool=settings.pool, kernel_size=settings.kernel_size
+    )
+    student.load_state_dict(started.state_dict())
+    return {row.name: row.error for row in swap.report(measure=False).layers}
+
+
+class Distillation(nn.Module):
+    """A student beside its frozen teacher, in one module as DDP wants it; the teacher is in no state dict.
+
+    Steps up to `blockwise_steps` train the swapped layers alone, all in one pass: each gets the input that its
+    attention has in the teacher, and is to give the same output. Later steps train the whole student by its own loss,
+    by the teacher's output and by its hidden states; the share of the swapped layers that the student runs with steps
+    up through `shares`, `share_steps` steps each but the last, and in the place of the others is the teacher's
+    attention.
+    """
+
+    def __init__(self, student: SiTTransformer2DModel, teacher: SiTTransformer2DModel, settings: config.Distill):
+        super().__init__()
+        self.model, self.settings, self.names = student, settings, swapped_names(teacher, settings)
+        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._active = [set(evenly(self.names, share)) for share in settings.shares]
+
+    @property
+    def teacher(self) -> SiTTransformer2DModel:
+        return self._teacher[0]
+
+    def describe(self) -> dict:
+        """What a run is resumed against: the teacher's fingerprint, wherever it lies."""
+        return {"fingerprint": teacher_of(self.teacher)["fingerprint"]}
+
+    def blockwise(self, step: int) -> bool:
+        return step < self.settings.blockwise_steps
+
+    def idle(self, step: int) -> list[nn.Parameter]:
+        """The parameters that a step does not train."""
+        swapped = {name: [*self.model.get_submodule(name).parameters()] for name in self.names}
+        if self.blockwise(step):
+            trained = {id(p) for layer in swapped.values() for p in layer}
+            return [p for p in self.model.parameters() if id(p) not in trained]
+        active = self._active_at(step)
+        return [p for name, layer in swapped.items() if name not in active for p in layer]
+
+    def _active_at(self, step: int) -> set[str]:
+        """The swapped layers that the student runs with."""
+        late = (step - self.settings.blockwise_steps) // self.settings.share_steps
+        return self._active[min(late, len(self._active) - 1)]
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor | None, ...]:
+        """(output, output loss (B,), feature loss (B,), layer loss (B,)) at x_t (B, C, H, W); None is not of this step.
+
+        Losses are squared errors relative to what the teacher has: of the output, of the hidden states after every
+        block (their mean), of the swapped layers' outputs (their mean).
+        """
+        if self.blockwise(step):
+            return None, None, None, self._layer_loss(x, t, labels)
+        active = self._active_at(step)
+        for name in self.names:
+            layer = self.model.get_submodule(name)
+            layer.__dict__.pop("forward", None)
+            if name not in active:  # until the next step: a checkpointed block runs again in the backward pass
+                layer.forward = self.teacher.get_submodule(name).forward
+        with torch.no_grad():
+            theirs, wanted = _with_hidden(self.teacher, x, t, labels)
+        ours, hidden = _with_hidden(self.model, x, t, labels)
+        features = [relative_error(own, their) for own, their in zip(hidden, wanted, strict=True)]
+        return ours + _nothing_of(self.idle(step)), relative_error(ours, theirs), torch.stack(features).mean(0), None
+
+    def _layer_loss(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen: dict[str, tuple] = {}
+        handles = [
+            self.teacher.get_submodule(name).register_forward_hook(
+                lambda _, args, kwargs, output, name=name: seen.update({name: (args, kwargs, output)}),
+                with_kwargs=True,
+            )
+            for name in self.names
+        ]
+        try:
+            with torch.no_grad():
+                self.teacher(x, t, labels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        errors = [
+            relative_error(self.model.get_submodule(name)(*args, **kwargs), output)
+            for name, (args, kwargs, output) in seen.items()
+        ]
+        return torch.stack(errors).mean(0) + _nothing_of(self.idle(0))
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """(B,): |ours - theirs|^2 / |theirs|^2 of every sample (B, ...), in fp32."""
+    ours, theirs = ours.float().flatten(1), theirs.float().flatten(1)
+    return (ours - theirs).square().sum(1) / theirs.square().sum(1).clamp_min(1e-12)
+
+
+def _nothing_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor | float:
+    """Zero, with a gradient of zero for what this step does not train: DDP waits for all of them."""
+    return sum(parameter.sum() * 0.0 for parameter in parameters)
+
+
+def _with_hidden(
+    model: SiTTransformer2DModel, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The output, and the hidden states after every block."""
+    hidden: list[torch.Tensor] = []
+    handles = [block.register_forward_hook(lambda _, __, output: hidden.append(output)) for block in model.blocks]
+    try:
+        (output,) = model(x, t, labels, return_dict=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, hidden
+
+
+def _fresh(attention: Attention) -> Attention:
+    """Attention of the same sizes, with SiT's starting weights."""
+    qk_norm = isinstance(attention.q_norm, nn.LayerNorm)
+    fresh = Attention(attention.proj.in_features, attention.num_heads, qk_norm)
+    for linear in (fresh.qkv, fresh.proj):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return fresh

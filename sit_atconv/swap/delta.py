@@ -1,0 +1,95 @@
+"""Swapped layers in a file of their own, a delta to the model that they were swapped into."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from sit_atconv.errors import InputError
+from sit_atconv.files import new_path
+from sit_atconv.swap.swapping import AttentionSwap, fingerprint, model_of, swap_as_stored
+
+KEY = "sit_atconv_delta"
+
+
+def save_delta(model_or_pipeline, path: str | Path) -> None:
+    """Write the weights of the swapped layers to `path`, a safetensors file, for `load_delta`.
+
+    Its metadata hold the settings of the swap, what identifies the original model, and a fingerprint of the weights
+    outside of the layers: those are not in the file. A file that is there is replaced.
+    Raises InputError where no layer is swapped or one carries an adapter, and where the disk does not take the file.
+    """
+    _, model = model_of(model_or_pipeline)
+    record = getattr(model, "_swap_record", None)
+    if record is None:
+        raise InputError(f"{type(model).__name__} has no swapped layers to save; swap_attention(model) first")
+    layers = record.config["layers"]
+    tensors = {name: each.contiguous() for name, each in model.state_dict().items() if _is_in(name, layers)}
+    wrapped = next((name for name in tensors if ".base_layer." in name), None)
+    if wrapped is not None:
+        raise InputError(f"{wrapped}: an adapter is on a swapped layer; fuse or unload it first")
+    stored = {**record.config, "rest": fingerprint(_rest(model, layers))}
+    path = Path(path)
+    with new_path(path) as unfinished:
+        # A single key: safetensors writes several in an order that changes from process to process.
+        save_file(tensors, unfinished, metadata={KEY: json.dumps(stored)})
+
+
+def load_delta(model_or_pipeline, path: str | Path) -> AttentionSwap:
+    """Swap the layers that a delta names in the original model, in place, and give them the delta's weights.
+
+    What comes back is as of `swap_attention`, nothing having been calibrated: its report tells parameters alone.
+    Raises InputError, the model untouched, for a file that is damaged, no delta, or of another version, and for a model
+    other than the delta's: in class, in weights, or with swapped layers already.
+    """
+    stored, tensors = _read(Path(path))
+    rest = stored.pop("rest", None)
+    _, model = model_of(model_or_pipeline)
+
+    def check(teacher: dict) -> None:
+        wanted = stored["teacher"]
+        if any(teacher[name] != wanted[name] for name in ("class", "fingerprint")):
+            raise InputError(
+                f"{str(path)!r} is for {_named(wanted)}, and this model is {_named(teacher)}: load it onto the weights "
+                "that it was made from (in fp32 or bf16, before any training, adapter or conversion)"
+            )
+        if fingerprint(_rest(model, stored["layers"])) != rest:
+            raise InputError(
+                f"{str(path)!r} was saved from a model trained outside of its swapped layers too, which a delta does "
+                "not hold; store such a model whole, by save_pretrained"
+            )
+
+    return swap_as_stored(model_or_pipeline, stored, tensors, check)
+
+
+def _is_in(tensor: str, layers: list[str]) -> bool:
+    return tensor.startswith(tuple(f"{name}." for name in layers))
+
+
+def _rest(model: nn.Module, layers: list[str]) -> dict:
+    return {name: tensor for name, tensor in model.state_dict().items() if not _is_in(name, layers)}
+
+
+def _named(teacher: dict) -> str:
+    return (
+        f"{teacher['class']} {teacher['name'] or 'without a name'} (revision {teacher['revision'] or 'unknown'}, "
+        f"weights {teacher['fingerprint'][:12]})"
+    )
+
+
+def _read(path: Path) -> tuple[dict, dict]:
+    """(what the metadata hold, tensors). Raises InputError where the file is no whole delta."""
+    if not path.is_file():
+        raise InputError(f"delta {str(path)!r}: no such file; give one that save_delta wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        stored = json.loads(metadata[KEY]) if KEY in metadata else None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"delta {str(path)!r} is cut or damaged: {error}; write it again by save_delta") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"delta {str(path)!r} was not written by save_delta; give one that was")
+    return stored, tensors

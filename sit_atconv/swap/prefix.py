@@ -1,0 +1,124 @@
+"""ViTs of timm: class and register tokens attend to all tokens as before, patches get ATConv."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, PatchDropout
+from torch import nn
+
+from sit_atconv.errors import InputError
+from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.swap.grafts import Graft, LayerOptions, input_of, linear_refusal, take_over, value_of, without_bias
+from sit_atconv.swap.grid import GridReference
+
+
+class PrefixATConv(KernelGenerator):
+    """proj([softmax(q_P k) v, K2 * v_I]) for x (B, P + N, dim): P prefix tokens, N patches -> (B, P + N, out_dim).
+
+    q_P = q_norm(q_proj(x_P)), k = k_norm(k_proj(x)), v = v_proj(x); K2 as `KernelGenerator` makes it from the patches,
+    convolved on the grid that `reference` tells. Without prefix tokens there are no q and k.
+    Raises InputError for a mask, which ATConv has no use for.
+    """
+
+    def __init__(self, attention: Attention, reference: GridReference, options: LayerOptions):
+        out, biased = attention.proj, attention.qkv.bias is not None
+        super().__init__(attention.qkv.in_features, out.in_features, options.kernel_size, pool=options.pool)
+        self.heads, self.prefix, self.reference = attention.num_heads, options.prefix_tokens, reference
+        for name in ("q_proj", "k_proj", "v_proj") if self.prefix else ("v_proj",):
+            setattr(self, name, nn.Linear(attention.qkv.in_features, out.in_features, bias=biased))
+        self.proj = nn.Linear(out.in_features, out.out_features, bias=biased or out.bias is not None)
+        self.to(out.weight.device, out.weight.dtype)
+        if self.prefix:
+            self.q_norm, self.k_norm = (
+                copy.deepcopy(norm).requires_grad_() for norm in (attention.q_norm, attention.k_norm)
+            )
+        self.attn_drop, self.proj_drop = nn.Dropout(attention.attn_drop.p), nn.Dropout(attention.proj_drop.p)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for norm in (self.q_norm, self.k_norm) if self.prefix else ():
+            for name, parameter in norm.named_parameters():
+                parameter.fill_(0 if name.endswith("bias") else 1)
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        if attn_mask is not None or is_causal:
+            what = "is_causal" if attn_mask is None else "attn_mask"
+            raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
+        grid, v, patches = self.reference.get(), self.v_proj(x), x[:, self.prefix :]
+        mixed = dynamic_depthwise_conv(v[:, self.prefix :], self.kernels(patches, grid).to(v.dtype), grid)
+        if self.prefix:
+            mixed = torch.cat([self._attend(x, v), mixed], 1)
+        return self.proj_drop(self.proj(mixed))
+
+    def _attend(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What the prefix tokens read from all tokens: (B, P, channels)."""
+        q, k, v = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for each in (self.q_proj(x[:, : self.prefix]), self.k_proj(x), v)
+        )
+        dropout = self.attn_drop.p if self.training else 0.0
+        read = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=dropout)
+        return read.transpose(1, 2).flatten(2)
+
+
+class PrefixGraft(Graft):
+    """timm's `Attention` in a `VisionTransformer`."""
+
+    def refusal(self, attention: nn.Module) -> str | None:
+        if type(attention) is not Attention:
+            return (
+                f"is a {type(attention).__module__}.{type(attention).__name__}, not timm's Attention; register a Graft"
+            )
+        if attention.gate is not None:
+            return "gates what it has mixed: ATConv does not stand for that"
+        if not isinstance(attention.norm, nn.Identity):
+            return "normalises what it has mixed (scale_norm): ATConv does not stand for that"
+        return linear_refusal(attention, "qkv", "proj")
+
+    def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> PrefixATConv:
+        return PrefixATConv(attention, reference, options)
+
+    def heads(self, attention: Attention) -> int:
+        return attention.num_heads
+
+    def copy(self, attention: Attention, layer: PrefixATConv) -> None:
+        take_over(value_of(attention.qkv), attention.proj, layer.v_proj, layer.proj)
+        if not layer.prefix:
+            return
+        for name, part in zip(("weight", "bias"), (attention.qkv.weight, attention.qkv.bias), strict=True):
+            for index, linear in enumerate((layer.q_proj, layer.k_proj)) if part is not None else ():
+                getattr(linear, name).data.copy_(part.data.chunk(3)[index])
+        layer.q_norm.load_state_dict(attention.q_norm.state_dict())
+        layer.k_norm.load_state_dict(attention.k_norm.state_dict())
+
+    def observe(self, attention, layer, args, kwargs):
+        value = value_of(attention.qkv)
+        x = kwargs["x"] if "x" in kwargs else args[0]
+        seen = without_bias(value, value(x), input_of(attention.proj, lambda: attention(*args, **kwargs)))
+        return tuple(each[:, layer.prefix :] for each in seen)
+
+    def approximated(self, layer, output):
+        return output[:, layer.prefix :]
+
+
+def patch_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+    """Of timm's patch embedding, called with images (B, C, H, W)."""
+    return module.dynamic_feat_size(args[0].shape[-2:])
+
+
+def check_vit(model: nn.Module, config: dict) -> None:
+    """Raises InputError where patches are dropped, and for prefix tokens under prefix="error"."""
+    if isinstance(model.patch_drop, PatchDropout):
+        raise InputError(
+            f"patch_drop_rate={model.patch_drop.prob}: a grid with patches missing is none; "
+            "set model.patch_drop = torch.nn.Identity()"
+        )
+    if config["prefix"] == "error" and model.num_prefix_tokens:
+        raise InputError(
+            f"prefix='error': this {type(model).__name__} has {model.num_prefix_tokens} class or register tokens; give "
+            "prefix='attend', which has them attend to all tokens as before"
+        )

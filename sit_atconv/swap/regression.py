@@ -1,0 +1,77 @@
+"""Blockwise regression: swapped layers learn, on the inputs of the attentions they replace, to give their outputs."""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from sit_atconv.errors import InputError, speaks
+from sit_atconv.swap.calibration import Site, call_model
+from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs
+
+
+def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 500, lr: float = 1e-3) -> list[float]:
+    """Train the layers of a swap, all in one pass of the unswapped model a step; the mean relative squared error of
+    every step.
+
+    inputs: one a step, each a dict of keyword arguments or a tuple of arguments of the model, gone through again where
+    there are fewer than steps; None: synthetic ones, new for every step. They should cover the times of the diffusion
+    evenly. The rest of the model is not trained. AdamW at `lr`, falling to 0 by a cosine.
+    Raises InputError for a swap that was reverted, and where the model has no synthetic inputs.
+    """
+    if not swap.active:
+        raise InputError("this swap was reverted, or was a dry run; swap first")
+    if steps < 1 or not lr > 0:
+        raise InputError(f"steps={steps}, lr={lr}: both must be greater than 0")
+    model, layers, attentions = swap.model, swap.layers, swap.attentions
+    parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    source = itertools.cycle(inputs) if inputs is not None else _synthetic(swap)
+    history = []
+    seen: dict[str, tuple] = {}
+    handles = [
+        attention.register_forward_hook(
+            lambda _, args, kwargs, output, name=name: seen.update({name: (args, kwargs, output)}), with_kwargs=True
+        )
+        for name, attention in attentions.items()
+    ]
+    training = {module: module.training for module in model.modules()}
+    try:
+        for _ in tqdm(range(steps), "regression", disable=not speaks()):
+            _put(model, attentions)
+            model.eval()
+            with torch.no_grad():
+                call_model(model, next(source))
+            _put(model, layers)
+            loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            history.append(loss.item())
+    finally:
+        for handle in handles:
+            handle.remove()
+        _put(model, layers)
+        for module, mode in training.items():
+            module.training = mode
+        optimizer.zero_grad()
+    return history
+
+
+def _synthetic(swap: AttentionSwap):
+    for seed in itertools.count():
+        yield from calibration_inputs(swap.model, swap.adapter, None, needed=True, seed=seed)
+
+
+def _put(model, modules: dict) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+
+
+def _error(site: Site, args: tuple, kwargs: dict, output) -> torch.Tensor:
+    """Squared error of a layer relative to the attention's output, where ATConv has a part in it."""
+    ours, theirs = (site.graft.approximated(site.layer, each) for each in (site.layer(*args, **kwargs), output))
+    return (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum().clamp_min(1e-12)

@@ -1,0 +1,195 @@
+"""Warm starts: taps fitted to attention, in the form that ATConv can express, and what regression makes of them."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from sit_atconv.errors import InputError
+from sit_atconv.layers.atconv import ATConv
+from sit_atconv.ops.atconv.reference import dynamic_depthwise_conv as reference_conv
+from sit_atconv.swap import SwapAdapter, register_adapter, swap_attention
+from sit_atconv.swap.adapters import _ADAPTERS
+from sit_atconv.swap.grafts import SelfAttentionGraft
+from sit_atconv.swap.regression import regress
+from sit_atconv.swap.start import TapFit, set_kernels, shifted
+
+GRID, HEADS, CHANNELS = (12, 10), 4, 32
+FREQUENCIES = torch.arange(1, 5) * 0.35
+
+
+def test_shifted_is_what_the_taps_of_a_depthwise_convolution_see():
+    values = torch.randn(2, 7 * 5, 6, dtype=torch.float64)
+    kernels = torch.randn(2, 9, 6, dtype=torch.float64)
+    mixed = torch.einsum("kbnc,bkc->bnc", shifted(values, (7, 5), 3), kernels)
+    torch.testing.assert_close(mixed, reference_conv(values, kernels, (7, 5)))
+
+
+def test_taps_that_are_there_are_found():
+    generator = torch.Generator().manual_seed(0)
+    taps = torch.randn(HEADS, 9, generator=generator, dtype=torch.float64)
+    fit = TapFit(HEADS, 3)
+    for _ in range(2):
+        values = torch.randn(2, 120, CHANNELS, generator=generator, dtype=torch.float64)
+        kernels = taps.repeat_interleave(CHANNELS // HEADS, 0).T.expand(2, -1, -1)
+        fit.add(values, reference_conv(values, kernels, GRID), GRID)
+    torch.testing.assert_close(fit.taps(), taps)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_taps_of_the_form_that_atconv_expresses_are_kept(heads):
+    generator = torch.Generator().manual_seed(1)
+    u, w, g = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (9, 9, heads))
+    taps = g[:, None] * u + w
+    fit = TapFit(heads, 3)
+    values = torch.randn(2, 120, CHANNELS, generator=generator, dtype=torch.float64)
+    fit.add(
+        values, reference_conv(values, taps.repeat_interleave(CHANNELS // heads, 0).T.expand(2, -1, -1), GRID), GRID
+    )
+    torch.testing.assert_close(fit.expressible(), taps)
+
+
+def test_other_taps_are_met_better_than_by_mean_and_singular_vector():
+    generator = torch.Generator().manual_seed(2)
+    fit = TapFit(8, 3)
+    scales = torch.logspace(-1, 1, 8, dtype=torch.float64).repeat_interleave(4)
+    values = torch.randn(4, 120, 32, generator=generator, dtype=torch.float64) * scales
+    values[:, 1:] += 0.9 * values[:, :-1]  # correlated: the metric of the fit is not the plain one
+    targets = torch.randn(4, 120, 32, generator=generator, dtype=torch.float64) + shifted(values, GRID, 3)[3]
+    fit.add(values, targets, GRID)
+
+    def loss(taps):
+        return (torch.einsum("hk,hkl,hl->", taps, fit.gram, taps) - 2 * (taps * fit.cross).sum()).item()
+
+    taps = fit.taps()
+    mean = taps.mean(0)
+    left, singular, right = torch.linalg.svd(taps - mean, full_matrices=False)
+    plain = mean + left[:, :1] * singular[0] * right[:1]
+    found = fit.expressible()
+    assert loss(taps) < loss(found) < loss(plain)
+    assert torch.linalg.matrix_rank(found - found[:1], rtol=1e-8) <= 1
+
+
+@pytest.mark.parametrize("inhibition", [0.0, 1.5])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "gelu"])
+def test_the_layer_starts_with_the_taps_whatever_it_is_given(activation, inhibition):
+    generator = torch.Generator().manual_seed(3)
+    layer = ATConv(CHANNELS, activation=activation).double()
+    nn.init.constant_(layer.difference_control, inhibition)
+    u, w, g = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (9, 9, HEADS))
+    taps = 40 * g[:, None] * u + w
+    set_kernels(layer, taps)
+    x = torch.randn(3, 120, CHANNELS, generator=generator, dtype=torch.float64)
+    wanted = taps.repeat_interleave(CHANNELS // HEADS, 0).T.expand(3, -1, -1)
+    torch.testing.assert_close(layer.kernels(x, GRID), wanted, rtol=1e-9, atol=1e-9)
+    layer.kernels(x, GRID).square().sum().backward()  # from where it starts it can learn to look at its input
+    assert layer.kernel_proj.weight.grad.abs().max() > 1e-3
+
+
+class Grid(nn.Module):
+    """One attention over the tokens of a feature map, as a model that knows its grid."""
+
+    def __init__(self, attention: Attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.attention(hidden_states.flatten(2).transpose(1, 2))
+
+
+@pytest.fixture
+def adapter():
+    adapter = SwapAdapter(
+        Grid, {"attention": SelfAttentionGraft()}, Grid, lambda module, args, kwargs: tuple(args[0].shape[-2:])
+    )
+    register_adapter(adapter)
+    yield adapter
+    _ADAPTERS.remove(adapter)
+
+
+def positional(reach: list[float]) -> Grid:
+    """Attention by position alone: head h looks about reach[h] cells far. Its inputs bring sines of their position."""
+    generator = torch.Generator().manual_seed(4)
+    places = 4 * len(FREQUENCIES)
+    attention = Attention(CHANNELS + places, heads=HEADS, dim_head=places, bias=True, out_dim=HEADS * places)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        for head, cells in enumerate(reach):
+            gain = torch.zeros(places, CHANNELS + places)
+            # q.k / sqrt(d) = c sum_f cos(f dx) / f^2 + ... is -c |d|^2 / 2 * const nearby: a bump of that reach
+            strength = (places**0.5 / (cells**2 * len(FREQUENCIES))) ** 0.5
+            gain[:, CHANNELS:] = torch.diag(strength / FREQUENCIES.repeat_interleave(4))
+            rows = slice(head * places, (head + 1) * places)
+            attention.to_q.weight[rows], attention.to_k.weight[rows] = gain, gain
+        attention.to_q.bias.zero_(), attention.to_k.bias.zero_()
+    return Grid(attention).eval()
+
+
+def inputs(number: int, seed: int) -> list[tuple[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(*(torch.arange(side).float() for side in GRID), indexing="ij")
+    angles = [f * axis for f in FREQUENCIES for axis in (rows, columns)]
+    places = torch.stack([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)])
+    found = []
+    for _ in range(number):
+        content = torch.randn(2, CHANNELS, *GRID, generator=generator)
+        found.append((torch.cat([content, places.expand(2, -1, -1, -1)], 1),))
+    return found
+
+
+def held_out(model: Grid, teacher: Grid) -> float:
+    with torch.no_grad():
+        pairs = [(model(*each), teacher(*each)) for each in inputs(3, seed=99)]
+    square = sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+    return square.sqrt().item()
+
+
+SMOOTH, LOCAL, MIXED = [4.0] * 4, [0.55] * 4, [0.4, 0.6, 1.0, 4.0]
+
+
+@pytest.mark.parametrize("reach", [SMOOTH, LOCAL, MIXED], ids=["smooth", "local", "mixed"])
+def test_the_closed_form_beats_box_kernels_and_regression_goes_on(adapter, reach):
+    errors = {}
+    teacher = positional(reach)
+    for init in ("closed_form", "copy_vo", "random"):
+        torch.manual_seed(5)
+        model = positional(reach)
+        swap = swap_attention(model, "all", init=init, calib=inputs(4, seed=0))
+        errors[init] = held_out(model, teacher)
+        if init == "closed_form":
+            assert swap.report(measure=False).layers[0].error == pytest.approx(errors[init], rel=0.1)
+            regress(swap, inputs(200, seed=1), steps=200, lr=1e-2)
+            errors["regressed"] = held_out(model, teacher)
+    assert errors["closed_form"] < errors["copy_vo"] < errors["random"]
+    if reach == LOCAL:  # what is left lies outside of 3 x 3 cells
+        assert errors["closed_form"] < 0.2
+        assert errors["regressed"] < 0.95 * errors["closed_form"]
+    else:  # the squared error, which regression minimises
+        assert errors["regressed"] ** 2 < errors["closed_form"] ** 2 / 2
+
+
+def test_regression_trains_the_layers_alone_and_leaves_the_model_as_it_was(adapter):
+    model = nn.Sequential(nn.Conv2d(3, CHANNELS + 16, 1), positional(MIXED)).eval()
+    whole = SwapAdapter(nn.Sequential, {"1.attention": SelfAttentionGraft()}, Grid, adapter.grid)
+    register_adapter(whole)
+    try:
+        swap = swap_attention(model, "all", calib=[(torch.randn(2, 3, *GRID),)])
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        attention = {name: tensor.clone() for name, tensor in swap.attentions["1.attention"].state_dict().items()}
+        history = regress(swap, [(torch.randn(2, 3, *GRID),)], steps=3)
+        assert len(history) == 3
+        after = model.state_dict()
+        assert [name for name in before if not name.startswith("1.attention")] == ["0.weight", "0.bias"]
+        assert all(torch.equal(after[name], before[name]) != name.startswith("1.attention") for name in before), (
+            "every tensor of the layer and no other"
+        )
+        for name, tensor in swap.attentions["1.attention"].state_dict().items():
+            assert torch.equal(tensor, attention[name])
+        assert not model.training
+        assert all(parameter.grad is None for parameter in model.parameters())
+        swap.revert()
+        with pytest.raises(InputError, match="was reverted"):
+            regress(swap, [(torch.randn(2, 3, *GRID),)])
+    finally:
+        _ADAPTERS.remove(whole)
