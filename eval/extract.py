@@ -6,16 +6,18 @@ kill costs the shards that were under way. A batch never reaches over the end of
 
 import argparse
 import ctypes
+import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from safetensors import SafetensorError
@@ -27,7 +29,7 @@ from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, open_source
 from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
 from sit_atconv.errors import InputError, speaks
-from sit_atconv.files import library_versions, sha256, sync, write_atomic
+from sit_atconv.files import library_versions, lock, sha256, sync, write_atomic
 
 T = TypeVar("T")
 SHARD, BATCH = 1000, 64
@@ -35,12 +37,14 @@ AHEAD = 3  # batches that are read before they are wanted
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
 # Of the settings: what moves no feature beyond rounding, and where the images lay.
 NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest.")
+FOLDER = "features folder"  # as messages call it
+REMEDY = "delete it, or choose another (--out of extract, --features of the other commands)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of images (with its manifest.json), or npz with arr_0")
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
-    parser.add_argument("--shard", type=int, default=SHARD, metavar="N", help=f"images per file (default: {SHARD})")
+    parser.add_argument("--shard", type=int, metavar="N", help=f"images per file (default: the folder's, or {SHARD})")
     add_extractor_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -56,6 +60,13 @@ def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--allow-lossy", action="store_true", help="let JPEG and WebP in")
+
+
+def add_features_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that leave features behind."""
+    parser.add_argument(
+        "--features", metavar="DIR", help="folder to put features into, and to find them in (default: by the images)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,16 +85,19 @@ def leave() -> None:
 
 
 def features_of(
-    path: str | Path | Source, extractor: Extractor, shard: int = SHARD, batch: int = BATCH,
+    path: str | Path | Source, extractor: Extractor, shard: int | None = None, batch: int = BATCH,
     out: str | Path | None = None, allow_lossy: bool = False,
 ) -> Features:  # fmt: skip
     """The features of the images at `path`, extracted unless they are there, whole and of these images.
 
-    path: as `open_source` takes it, or a Source. shard: images per file. batch: images at once; it moves features by
-    float rounding alone. out: the folder; default SRC/features/NAME for a folder, STEM.features/NAME for an npz.
+    path: as `open_source` takes it, or a Source. shard: images per file; default: as a folder that is there has them,
+    or 1,000. batch: images at once; it moves features by float rounding alone. out: the folder; default
+    SRC/features/NAME for a folder, STEM.features/NAME for an npz.
     Every process of a distributed launch calls this, and makes its part of the missing shards.
-    Raises InputError for images that cannot be read, a folder with something else in it, and a full disk.
+    Raises InputError for images that cannot be read, a folder with something else in it, or that another run writes to,
+    and a full disk; in every process, whichever found it.
     """
+    stated, shard = shard is not None, SHARD if shard is None else shard
     for name, value in (("--shard", shard), ("--batch", batch)):
         if value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
@@ -93,44 +107,65 @@ def features_of(
     # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
-    if state.is_main_process:
-        try:
-            settings = claim(out, describe(source, extractor, shard, batch), NOT_COMPARED, "features")
-            start = [settings, missing_shards(out, settings), None]
-        except InputError as error:
-            start[2] = InputError(str(error))  # every process is about to know it
-    settings, missing, error = broadcast_object_list(start)
-    if error is not None:
-        raise error
-    error = None
-    try:
-        _make_shards(
-            source, extractor, settings, batch, out, missing[state.process_index :: state.num_processes], state
-        )
-    except InputError as fault:
-        error = fault
-    if missing:
-        _trim()
-    faults = gather_object([error is not None])  # the others end their shards before they hear of it
-    if any(faults):
-        raise error or SystemExit(2)  # another process says why
-    end = [None]
-    if state.is_main_process:
-        try:
-            finish(out, settings)
-        except InputError as fault:
-            end = [InputError(str(fault))]
-    (error,) = broadcast_object_list(end)
-    if error is not None:
-        raise error
+    with ExitStack() as held:
+
+        def begin() -> tuple[dict[str, Any], list[tuple[int, int, int]]]:
+            settings = _claim(out, describe(source, extractor, shard, batch), stated)
+            if (out / INDEX).is_file() and not missing_shards(out, settings):
+                return settings, []  # nothing to write: others may read at the same time, and the disk be read-only
+            with writing(out, FOLDER):
+                held.enter_context(lock(out, f"{FOLDER} {str(out)!r}"))
+            clear_leftovers(out, FOLDER)
+            return settings, _take_back(out, settings)
+
+        settings, missing = _first(state, begin)
+        own = missing[state.process_index :: state.num_processes]
+        together(lambda: _make_shards(source, extractor, settings, batch, out, own, state))
+        if missing:
+            _trim()
+        _first(state, lambda: finish(out, settings))
     features = Features(out)
     extractor.streams = extractor.streams or features.streams  # of a module of one's own that had nothing to do
     return features
 
 
-def default_folder(path: Path, name: str) -> Path:
-    """Where the features of images at `path` go unless told."""
+def together(task: Callable[[], T]) -> T:
+    """What the task returned, once all processes of a launch have done theirs: the others end it before they hear of
+    a fault. Raises in every process the InputError of the first that has one."""
+    result, fault = None, None
+    try:
+        result = task()
+    except InputError as error:
+        fault = InputError(str(error))  # every process is about to know it
+    for error in gather_object([fault]) if dist.is_initialized() else [fault]:
+        if error is not None:
+            raise error
+    return result
+
+
+def _first(state: PartialState, task: Callable[[], T]) -> T:
+    """What the task returned in the first process, the only one that does it. Raises its InputError in all."""
+    answer = [together(task if state.is_main_process else lambda: None)]
+    return broadcast_object_list(answer)[0]
+
+
+def _claim(out: Path, settings: dict[str, Any], stated: bool) -> dict[str, Any]:
+    """The settings of the folder, this one's or those that it was begun with; stated: whether its images per file are
+    asked for, and not just to be as they are there."""
+    not_compared = NOT_COMPARED if stated else (*NOT_COMPARED, "shard")
+    settings = claim(out, settings, not_compared, "features", FOLDER, REMEDY)
+    shard = settings.get("shard")
+    if type(shard) is not int or shard < 1:
+        raise InputError(f"{FOLDER} {str(out)!r}: its settings.json has {shard!r} images per file; {REMEDY}")
+    return settings
+
+
+def default_folder(path: Path, name: str, root: str | None = None) -> Path:
+    """Where the features of images at `path`, by the extractor `name`, go unless told: by the images, or below `root`,
+    to a folder that is of this path alone."""
+    if root is not None:
+        place = path.resolve()
+        return Path(root) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}" / name
     parent = path / "features" if path.is_dir() else path.with_suffix(".features")
     return parent / name
 
@@ -157,18 +192,19 @@ def _spans(settings: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def missing_shards(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """(number, first, stop) of every shard that is not there, or not whole. Clears what killed processes were writing.
-
-    Where features.json is, a shard that is not the one it names is made anew, and the file goes until all are there.
-    """
+    """(number, first, stop) of every shard that is not there, or not whole; or not the one that features.json names."""
     digests = _digests(out / INDEX)
-    clear_leftovers(out)
     spans = [(number, *span) for number, span in enumerate(_spans(settings))]
     with ThreadPoolExecutor() as pool:
         whole = list(pool.map(lambda span: _is_whole(out, span, digests), spans))
-    missing = [span for span, there in zip(spans, whole, strict=True) if not there]
+    return [span for span, there in zip(spans, whole, strict=True) if not there]
+
+
+def _take_back(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """The missing shards, of a folder that does not call itself whole until they are there."""
+    missing = missing_shards(out, settings)
     if missing:
-        with writing(out):
+        with writing(out, FOLDER):
             (out / INDEX).unlink(missing_ok=True)
     return missing
 
@@ -206,7 +242,7 @@ def _make_shards(
     label = "features" if state.num_processes == 1 else f"features (1 of {state.num_processes} processes)"
     parts, pending = [], None
     with (
-        tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not state.is_main_process) as bar,
+        tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not (spans and state.is_main_process)) as bar,
         ThreadPoolExecutor(1, "shards") as writer,
         closing(ahead(read())) as batches,
     ):
@@ -262,7 +298,7 @@ def _write_shard(out: Path, span: tuple[int, int, int], tensors: dict[str, torch
     tensors = {**tensors, "index": torch.arange(first, stop)}
     if labels is not None:
         tensors["labels"] = torch.from_numpy(labels[first:stop].copy())
-    write_whole(out / shard_name(number), save(tensors))
+    write_whole(out / shard_name(number), save(tensors), FOLDER)
 
 
 def finish(out: Path, settings: dict[str, Any]) -> None:
@@ -270,7 +306,7 @@ def finish(out: Path, settings: dict[str, Any]) -> None:
     if (out / INDEX).is_file():
         return
     names = [shard_name(number) for number in range(len(_spans(settings)))]
-    with writing(out), ThreadPoolExecutor() as pool:
+    with writing(out, FOLDER), ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, [out / name for name in names])
         info = {
             "n": settings["n"],

@@ -27,6 +27,11 @@ INCEPTION_PROTOCOL = "adm-inception-1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
 Streams = dict[str, torch.Tensor]
+# Of torch's newer switches, those that operations ask: a network may enter any of them.
+FP32_SWITCHES = (
+    torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn,
+)  # fmt: skip
 
 
 class Extractor:
@@ -62,49 +67,100 @@ class Extractor:
                 f"{name} are {tuple(image_shape)}, {self.name} takes {self.image_shape}; choose another extractor"
             )
 
+    def check_same(self, name: str, stated: dict[str, Any]) -> None:
+        """Raise InputError where features were made by another extractor. name: of what states it; stated: what
+        `describe` gave then."""
+        own = self.describe()
+        for key in own | stated:
+            if own.get(key) != stated.get(key):
+                raise InputError(
+                    f"{name} is of features with {key} {stated.get(key)!r}, the extractor has {own.get(key)!r}; state "
+                    "the one that made them, or make them anew"
+                )
+
     def __call__(self, pixels: torch.Tensor) -> Streams:
-        """fp32 streams (B, D), on the CPU, of uint8 images (B, C, H, W). Raises InputError for features not finite."""
+        """fp32 streams (B, D), on the CPU, of uint8 images (B, C, H, W).
+
+        Raises InputError for streams of another form, features that are not finite, and where memory does not do.
+        """
         return self.fetch(self.launch(pixels))
 
     def launch(self, pixels: torch.Tensor) -> Streams:
         """As a call, but on the device, where the work may go on after the return; `fetch` ends it."""
-        with torch.no_grad(), _true_fp32(self.device):
-            out = self._module(pixels.to(self.device, non_blocking=True))
-        return out if isinstance(out, dict) else {"pool": out}
+        try:
+            with torch.no_grad(), _true_fp32(self.device):
+                out = self._module(pixels.to(self.device, non_blocking=True))
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"extractor {self.name}: {len(pixels)} images at once are too many for the memory of {self.device} "
+                f"({_first_line(error)}); give a smaller --batch",
+                every_rank=True,
+            ) from None
+        streams = out if isinstance(out, dict) else {"pool": out}
+        for name, values in streams.items():
+            self._check_form(name, values, len(pixels))
+        dimensions = {name: values.shape[1] for name, values in streams.items()}
+        if not dimensions or dimensions != (self.streams or dimensions):
+            raise InputError(
+                f"extractor {self.name} gave {dimensions}{f', after {self.streams}' if self.streams else ''}; give "
+                "the same streams for all images",
+                every_rank=True,
+            )
+        self.streams = dimensions
+        return streams
+
+    def _check_form(self, name: str, values, images: int) -> None:
+        tensor = isinstance(values, torch.Tensor) and values.is_floating_point()
+        if not (tensor and values.ndim == 2 and len(values) == images and values.numel()):
+            found = getattr(values, "dtype", type(values).__name__), tuple(getattr(values, "shape", ()))
+            raise InputError(
+                f"extractor {self.name}: of {images} images, stream {name!r} is {found[0]} {found[1]}; a float tensor "
+                f"({images}, D) is needed",
+                every_rank=True,
+            )
 
     def fetch(self, streams: Streams) -> Streams:
-        """The streams on the CPU, checked."""
-        fetched = {name: self._check(name, values) for name, values in streams.items()}
-        dimensions = {name: values.shape[1] for name, values in fetched.items()}
-        if self.streams and self.streams != dimensions:
-            raise InputError(f"extractor {self.name} gave {dimensions}, after {self.streams}; one of both")
-        self.streams = dimensions
+        """The streams on the CPU, in fp32, once they are found to be finite."""
+        fetched = {name: values.float().cpu() for name, values in streams.items()}
+        for name, values in fetched.items():
+            if not values.isfinite().all():
+                raise InputError(
+                    f"extractor {self.name}: features {name!r} are not finite; check its weights", every_rank=True
+                )
         return fetched
-
-    def _check(self, name: str, values) -> torch.Tensor:
-        if not (isinstance(values, torch.Tensor) and values.is_floating_point() and values.ndim == 2):
-            found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values)
-            raise InputError(f"extractor {self.name}: stream {name!r} is {found}; a float tensor (B, D) is needed")
-        values = values.float().cpu()
-        if not values.isfinite().all():
-            raise InputError(
-                f"extractor {self.name}: features {name!r} are not finite; check its weights", every_rank=True
-            )
-        return values
 
 
 @contextmanager
 def _true_fp32(device: torch.device) -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Both of torch's sets of switches: operations ask either, and some refuse to run where they contradict."""
+    cudnn = torch.backends.cudnn
+    switches = [switch.fp32_precision for switch in FP32_SWITCHES]
+    precision = _unless_contradicted(torch.get_float32_matmul_precision, "highest")
+    allowed = _unless_contradicted(lambda: cudnn.allow_tf32, True)
+    flags = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+
+    def put(precision: str, allowed: bool, switches: list[str], flags: dict[str, bool]) -> None:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32 = allowed
+        for switch, value in zip(FP32_SWITCHES, switches, strict=True):
+            switch.fp32_precision = value
+        for name, value in flags.items():
+            setattr(cudnn, name, value)
+
     try:
-        with (
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-            torch.autocast(device.type, enabled=False),
-        ):
+        put("highest", False, ["ieee"] * len(switches), {"enabled": True, "benchmark": False, "deterministic": True})
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        put(precision, allowed, switches, flags)
+
+
+def _unless_contradicted(read: Callable[[], Any], default: Any) -> Any:
+    """What an old switch says; its default where the newer ones were set otherwise, when torch refuses to say."""
+    try:
+        return read()
+    except RuntimeError:
+        return default
 
 
 def load_extractor(spec: str, weights: str | None = None, device: str | torch.device | None = None) -> Extractor:
@@ -268,7 +324,13 @@ def _own(spec: str, device: torch.device) -> Extractor:
     make: Callable[[], nn.Module] | None = getattr(module, attribute, None)
     if not callable(make):
         raise InputError(f"{where}: {name} has no callable {attribute!r}")
-    network = make()
+    try:
+        network = make()
+    except Exception as error:  # it is anybody's code
+        raise InputError(
+            f"{where}: {attribute}() raised {type(error).__name__}: {_first_line(error)}; it must give an nn.Module, "
+            "called without arguments"
+        ) from error
     if not isinstance(network, nn.Module):
         raise InputError(f"{where} gave a {type(network).__name__}; an nn.Module is needed")
     file = inspect.getsourcefile(module)

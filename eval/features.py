@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from eval.sources import class_histogram
-from sit_atconv.claims import SETTINGS
+from eval.sources import begun_as, class_histogram, is_shape
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 
@@ -22,7 +21,7 @@ def shard_name(number: int) -> str:
 
 def is_features(path: str | Path) -> bool:
     """Whether `path` is a folder of features, whole or not."""
-    return (Path(path) / INDEX).is_file() or (Path(path) / SETTINGS).is_file()
+    return (Path(path) / INDEX).is_file() or "extractor" in begun_as(Path(path))
 
 
 class Features:
@@ -68,7 +67,10 @@ class Features:
         return index, labels
 
     def _broken(self, file: str, reason: str) -> InputError:
-        return InputError(f"features {str(self.path)!r}: {file} is damaged ({reason}); delete the folder, extract anew")
+        return InputError(
+            f"features {str(self.path)!r}: {file} is damaged ({reason}); delete the folder, extract anew",
+            every_rank=True,
+        )
 
     def batches(self, stream: str, shards: Iterable[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """(index of the first image, its features and the next ones' (n, D) fp32) of each shard.
@@ -125,11 +127,18 @@ def _read_index(path: Path) -> dict[str, Any]:
         )
     try:
         info = json.loads((path / INDEX).read_text())
-        whole = {"n", "shards", "streams", "labels", "class_histogram", "image_shape", "extractor", "source"} <= set(
-            info
+        whole = (
+            type(info["n"]) is int
+            and isinstance(info["labels"], bool)
+            and isinstance(info["class_histogram"], dict | None)
+            and all(map(_plain, info["shards"].keys()))
+            and all(type(dimension) is int for dimension in info["streams"].values())
+            and is_shape(info["image_shape"])
+            and {"device", "batch"} <= info.keys()
+            and {"name", "protocol"} <= info["extractor"].keys()
+            and {"pixels_sha256", "labels_sha256", "lossy", "manifest", "manifest_sha256"} <= info["source"].keys()
         )
-        whole = whole and isinstance(info["shards"], dict) and all(map(_plain, info["shards"]))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise InputError(f"features {str(path)!r}: {INDEX} is damaged; delete the folder, extract anew")

@@ -37,7 +37,7 @@ def stratified_groups(labels: np.ndarray | None, n: int, groups: int = GROUPS) -
 class GroupSums:
     """Number, sum and sum of outer products of each group's features, float64: n (G,), sum (G, D), outer (G, D, D).
 
-    Sums of disjoint sets of images add to those of the union (`+`, `all_reduce`), in any split and order to rounding.
+    Sums of disjoint sets of images add to those of the union (`all_reduce`), in any split and order to rounding.
     """
 
     def __init__(self, dim: int, groups: int = GROUPS):
@@ -61,19 +61,6 @@ class GroupSums:
             self.sum[group] += rows.sum(0)
             self.outer[group].addmm_(rows.T, rows)
         return self
-
-    def __iadd__(self, other: "GroupSums") -> "GroupSums":
-        for own, more in zip(self._tensors(), other._tensors(), strict=True):
-            if own.shape != more.shape:
-                raise ValueError(f"sums of shapes {tuple(own.shape)} and {tuple(more.shape)} do not add")
-            own += more
-        return self
-
-    def __add__(self, other: "GroupSums") -> "GroupSums":
-        result = GroupSums(self.sum.shape[1], len(self.n))
-        result += self
-        result += other
-        return result
 
     def all_reduce(self) -> "GroupSums":
         """Add up the sums of all processes, where there are several; every process must call it."""

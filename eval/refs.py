@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from eval.extract import BATCH, add_extractor_arguments, default_folder, features_of, leave
+from eval.extract import (
+    BATCH,
+    add_extractor_arguments,
+    add_features_argument,
+    default_folder,
+    features_of,
+    leave,
+)
 from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, is_features
 from eval.moments import GroupSums, Moments
-from eval.sources import UNREADABLE, from_arrays, open_source
+from eval.sources import UNREADABLE, from_arrays, is_shape, open_source
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import check_new, library_versions, new_path, sha256, shown
@@ -23,6 +30,7 @@ FORMAT_VERSION = 1
 ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of a stream, as ADM's evaluator names them
 KEPT = 10_000  # images whose features are kept for precision, recall and KID: as many as ADM's reference has
 SYMMETRY = 1e-5  # of the largest covariance: what fp32 statistics may be off by
+NEGATIVE = 1e-3  # of the largest eigenvalue: likewise
 
 
 @dataclass
@@ -31,9 +39,10 @@ class Reference:
 
     n: images behind the moments, None where the file does not say. sha256: of the file; of images, that of their
     pixels; of a features folder, that of features.json. image_shape: (C, H, W), or None. moments: of pool and spatial,
-    of all n images. features: pool (M, D) fp32 of up to 10,000 images evenly over the indices, or None. labels: of the
-    n images, or None. extractor: what the features came from, None where the file does not say. extract: gives the
-    features of the arr_0 of an ADM file, once a metric needs them; every process of a launch takes part.
+    of all n images. features: pool (M, D) fp32 of up to 10,000 images evenly over the indices, or None. extractor: what
+    the features came from, None where the file does not say. source: the images behind the moments, as
+    `Source.describe` says it, None where the file does not say. extract: gives the features of the arr_0 of an ADM
+    file, once a metric needs them; every process of a launch takes part.
     """
 
     name: str
@@ -42,14 +51,9 @@ class Reference:
     image_shape: tuple[int, int, int] | None
     moments: dict[str, Moments]
     features: dict[str, np.ndarray] | None
-    labels: np.ndarray | None
     extractor: dict[str, Any] | None
+    source: dict[str, Any] | None
     extract: Callable[[], dict[str, np.ndarray]] | None = None
-
-    def check_samples(self, image_shape: Sequence[int]) -> None:
-        """Raise InputError for samples of another resolution; image_shape is (C, H, W)."""
-        if self.image_shape is not None:
-            _check_shape(self.name, self.image_shape, image_shape)
 
     def need(self, stream: str, metric: str) -> Moments:
         """Moments of a stream. Raises InputError where they are not there; metric: what wants them."""
@@ -78,61 +82,69 @@ class Reference:
             "image_shape": self.image_shape and list(self.image_shape),
             "kept": None if self.features is None else len(next(iter(self.features.values()))),
             "extractor": self.extractor,
+            "lossy": self.source and self.source["lossy"],
         }
+
+    def is_of(self, pixels_sha256: str) -> bool:
+        """Whether it is known to be of images with this digest of their pixels."""
+        return self.source is not None and self.source["pixels_sha256"] == pixels_sha256
 
 
 def read_reference(
-    spec: str, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False, samples: Sequence[int] | None = None
-) -> Reference:
+    spec: str, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False,
+    samples: Sequence[int] | None = None, root: str | None = None,
+) -> Reference:  # fmt: skip
     """The reference that `spec` names, in an extractor's features.
 
     spec: "digits" (the train split); an npz with mu and sigma, perhaps mu_s and sigma_s, and perhaps images arr_0, as
     ADM's, or of `build-ref`; an npz or folder of images; a folder of features. Images that are not in memory are
-    extracted to the folder of `features_of`. samples: (C, H, W) of what is to be compared, checked before that.
+    extracted to the folder that `default_folder` names, below `root` where that is given. samples: (C, H, W) of what
+    is to be compared, checked before that.
     Raises InputError for what is not there, is damaged, or does not go with the extractor or the samples.
     """
     path = Path(spec)
     if spec == "digits":
-        return _digits(extractor, batch)
+        return _digits(extractor, batch, samples)
     if not path.exists():
         raise InputError(f'reference {spec!r}: no such file or folder; give one, or "digits"')
     name = shown(path)
     if is_features(path):
-        return _of_features(name, Features(path), extractor, sha256(path / INDEX), samples)
+        return _of_features(name, Features(path, verify=True), extractor, sha256(path / INDEX), samples)
     statistics = _read_statistics(path) if path.is_file() else None
     if statistics is not None:
-        return _of_statistics(path, statistics, extractor, batch, samples)
+        return _of_statistics(path, statistics, extractor, batch, samples, root)
     source = open_source(path, allow_lossy)
     _check_shape(name, source.image_shape, samples)
-    features = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name))
-    return _of_features(name, features, extractor, source.digest(), samples)
+    features = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name, root))
+    return _of_features(name, features, extractor, features.info["source"]["pixels_sha256"], samples)
 
 
-def _digits(extractor: Extractor, batch: int) -> Reference:
+def _digits(extractor: Extractor, batch: int, samples: Sequence[int] | None) -> Reference:
     digits = Digits("train")
     source = from_arrays(to_uint8(digits.images), digits.labels, "reference 'digits'")
     extractor.check_images(source.name, source.image_shape)
+    _check_shape("digits", source.image_shape, samples)
     parts = [extractor(pixels) for pixels in source.batches(size=batch)]
     features = {name: np.concatenate([part[name].numpy() for part in parts]) for name in extractor.streams}
     moments = {name: _sums(len(rows[0]), [rows]).moments() for name, rows in features.items() if name in ARRAYS}
     kept = {name: rows[spread(source.n)] for name, rows in features.items() if name == "pool"}
     return Reference(
-        "digits train split", source.n, source.digest(), source.image_shape, moments, kept, source.labels,
-        extractor.describe(),
+        "digits train split", source.n, source.digest(), source.image_shape, moments, kept, extractor.describe(),
+        source.describe(),
     )  # fmt: skip
 
 
 def _of_features(
     name: str, features: Features, extractor: Extractor, digest: str, samples: Sequence[int] | None
 ) -> Reference:
-    _check_extractor(name, features.info["extractor"], extractor)
+    extractor.check_same(f"reference {name!r}", features.info["extractor"])
     _check_shape(name, features.image_shape, samples)
     rows = spread(features.n)
     return Reference(
         name, features.n, digest, features.image_shape,
         {stream: stream_moments(features, stream) for stream in features.streams if stream in ARRAYS},
         {stream: features.load(stream, rows) for stream in features.streams if stream == "pool"},
-        features.labels, features.info["extractor"],
+        features.info["extractor"], features.info["source"],
     )  # fmt: skip
 
 
@@ -175,13 +187,12 @@ def _read_statistics(path: Path) -> dict[str, np.ndarray | None] | None:
 
 
 def _of_statistics(
-    path: Path, arrays: dict[str, np.ndarray], extractor: Extractor, batch: int, samples: Sequence[int] | None
-) -> Reference:
+    path: Path, arrays: dict[str, np.ndarray], extractor: Extractor, batch: int, samples: Sequence[int] | None,
+    root: str | None,
+) -> Reference:  # fmt: skip
     """Of an npz with mu and sigma: ADM's, whose arr_0 are images, or ours, whose features are there."""
     name = shown(path)
-    meta = _read_meta(name, arrays["meta"]) if "meta" in arrays else {}
-    if meta:
-        _check_extractor(name, meta["extractor"], extractor)
+    meta = _checked_meta(name, arrays, extractor)
     moments = _moments(name, arrays, extractor)
     shape, features, extract = (tuple(meta["image_shape"]) if meta else None), None, None
     if meta:
@@ -194,10 +205,12 @@ def _of_statistics(
         _check_shape(name, shape, samples)
 
         def extract() -> dict[str, np.ndarray]:
-            extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name))
+            extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name, root))
             return {"pool": extracted.load("pool", spread(extracted.n))}
 
-    return Reference(name, meta.get("n"), sha256(path), shape, moments, features, None, meta.get("extractor"), extract)
+    return Reference(
+        name, meta.get("n"), sha256(path), shape, moments, features, meta.get("extractor"), meta.get("source"), extract
+    )  # fmt: skip
 
 
 def _moments(name: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Moments]:
@@ -226,6 +239,12 @@ def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extracto
         raise InputError(
             f"reference {name!r}: {keys[1]} is not symmetric, or a variance in it is negative: no covariance"
         )
+    values = np.linalg.eigvalsh(sigma)
+    if values.min() < -NEGATIVE * values.max():
+        raise InputError(
+            f"reference {name!r}: {keys[1]} has the eigenvalues {values.min():.3g} to {values.max():.3g}, so it is no "
+            "covariance; take the statistics again"
+        )
     return Moments(mu, sigma)
 
 
@@ -235,29 +254,33 @@ def _check_kept(name: str, pool: np.ndarray, dim: int) -> np.ndarray:
     return pool
 
 
+def _checked_meta(name: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Any]:
+    """What a file of ours says of itself, {} of another's. Raises InputError for that of another extractor."""
+    if "meta" not in arrays:
+        return {}
+    meta = _read_meta(name, arrays["meta"])
+    extractor.check_same(f"reference {name!r}", meta["extractor"])
+    return meta
+
+
 def _read_meta(name: str, meta: np.ndarray) -> dict[str, Any]:
     try:
         read = json.loads(str(meta))
-        version, kinds = read["format_version"], [type(read[key]) for key in ("extractor", "n", "image_shape")]
-        if kinds != [dict, int, list] or len(read["image_shape"]) != 3:
-            raise TypeError
+        version = read["format_version"]
+        whole = version != FORMAT_VERSION or (
+            [type(read[key]) for key in ("extractor", "n", "source")] == [dict, int, dict]
+            and is_shape(read["image_shape"])
+            and {"pixels_sha256", "lossy"} <= read["source"].keys()
+        )
     except (ValueError, TypeError, KeyError):
-        raise InputError(f"reference {name!r}: its meta is damaged; build it anew with build-ref") from None
+        whole = False
+    if not whole:
+        raise InputError(f"reference {name!r}: its meta is damaged; build it anew with build-ref")
     if version != FORMAT_VERSION:
         raise InputError(
             f"reference {name!r} is of format {version!r}, this version reads {FORMAT_VERSION}; build it anew"
         )
     return read
-
-
-def _check_extractor(name: str, stated: dict[str, Any], extractor: Extractor) -> None:
-    own = extractor.describe()
-    for key in own:
-        if stated.get(key) != own[key]:
-            raise InputError(
-                f"reference {name!r} is of features with {key} {stated.get(key)!r}, the extractor has {own[key]!r}; "
-                "build it anew, or choose its extractor"
-            )
 
 
 def _check_shape(name: str, image_shape: tuple[int, int, int], samples: Sequence[int] | None) -> None:
@@ -277,34 +300,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="folder or npz of images, or a folder of their features")
     parser.add_argument("--out", required=True, metavar="REF", help="new npz file")
     add_extractor_arguments(parser)
+    add_features_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
     extractor = load_extractor(args.extractor, args.weights, args.device)
-    meta = build_reference(args.images, Path(args.out), extractor, args.batch, args.allow_lossy)
+    meta = build_reference(args.images, Path(args.out), extractor, args.batch, args.allow_lossy, args.features)
     leave()
     if speaks():
         print(f"{args.out}: statistics of {meta['n']:,} images in {extractor.name}'s features, {meta['kept']:,} kept")
 
 
 def build_reference(
-    images: str, out: Path, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False
-) -> dict[str, Any]:
+    images: str, out: Path, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False,
+    root: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the statistics of all images, and the pool of up to 10,000, as an npz; returns its meta.
 
     Arrays: mu, sigma (and mu_s, sigma_s) float64, unbiased, under the names that ADM's evaluator reads; pool (M, D)
     fp32 of images floor(i n / M); meta, a JSON string. images: a folder or npz of images, or a folder of features.
+    root: the folder that features go below, see `default_folder`.
     Every process of a distributed launch calls this; the first writes. Raises InputError.
     """
     check_new(out)
     path = Path(images)
     if is_features(path):
         features = Features(path, verify=True)
-        _check_extractor(str(path), features.info["extractor"], extractor)
+        extractor.check_same(str(path), features.info["extractor"])
     else:
-        features = features_of(path, extractor, batch=batch, allow_lossy=allow_lossy)
+        folder = default_folder(path, extractor.name, root)
+        features = features_of(path, extractor, batch=batch, out=folder, allow_lossy=allow_lossy)
     if "pool" not in features.streams:
         raise InputError(f"extractor {extractor.name} gives {sorted(features.streams)}; a reference needs 'pool'")
     rows = spread(features.n)
@@ -333,6 +360,5 @@ def read_moments(path: Path, extractor: Extractor) -> Moments | None:
     if arrays is None:
         return None
     name = shown(path)
-    if "meta" in arrays:
-        _check_extractor(name, _read_meta(name, arrays["meta"])["extractor"], extractor)
+    _checked_meta(name, arrays, extractor)
     return _moments(name, arrays, extractor)["pool"]

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from eval.extract import BATCH, add_extractor_arguments, default_folder, features_of, leave
+from eval.extract import (
+    BATCH,
+    add_extractor_arguments,
+    add_features_argument,
+    default_folder,
+    features_of,
+    leave,
+    together,
+)
 from eval.extractor import INCEPTION_PROTOCOL, Extractor, default_device, load_extractor
 from eval.features import Features, is_features
 from eval.frechet import frechet_distances
@@ -27,7 +36,7 @@ from eval.refs import Reference, read_moments, read_reference
 from eval.sources import Source, from_arrays, open_source
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError, check_choice, speaks
-from sit_atconv.files import library_versions, shown, write_atomic
+from sit_atconv.files import check_writable, library_versions, shown, write_atomic
 
 # What can be asked for, the stream of features that it takes, and what each kind of extractor offers.
 STREAMS = {
@@ -41,6 +50,8 @@ OFFERED = {
     "digits": ["frechet_distance", "is", "pr", "kid", "recognised"],
     "module": ["frechet_distance", "is", "pr", "kid"],
 }
+# What is asked for under another name: a part for the whole, and the Fréchet distance where it is not Inception's.
+PARTS = dict.fromkeys(NEAREST, "pr")
 # What comes of it, in the order of a result.
 NAMES = (*FRECHET, "is", *NEAREST, "kid", "recognised", "classifier_heldout_accuracy")
 FEWEST = 2 * GROUPS  # images that an error bar is told from
@@ -58,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(STREAMS)}, parted by commas; default: all that extractor and reference allow, but fdd",
     )  # fmt: skip
     add_extractor_arguments(parser)
+    add_features_argument(parser)
     parser.add_argument("--dinov2", metavar="NAME", help="the ViT for fdd beside fid, as --extractor dinov2:NAME")
     parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the folder, or STEM.metrics.json")
     parser.set_defaults(run=run, extractor=None)
@@ -68,25 +80,38 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.samples)
     default = path / "metrics.json" if path.is_dir() else path.with_suffix(".metrics.json")
     out = Path(args.out) if args.out else default
-    if out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a folder; give a file")
+    _check_out(out)
     scored = score(
         args.samples, args.ref, args.metrics, args.extractor, args.weights, args.dinov2, args.device, args.batch,
-        args.allow_lossy,
+        args.allow_lossy, args.features,
     )  # fmt: skip
     if scored is None:
         return
-    result, left_out = scored
+    result, notes = scored
     try:
         write_atomic(out, json.dumps(result, indent=1, allow_nan=False))
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
     print(table(result["metrics"]))
-    for reason in left_out:
-        print(f"left out: {reason.partition(';')[0]}")
+    for note in notes:
+        print(note)
     if result["groups"] is None:
         print(f"no error bars: they take at least {FEWEST} images, and there are {result['n']}")
     print(f"written to {out}")
+
+
+def _check_out(out: Path) -> None:
+    """Raise InputError where no result can be written, before anything is scored; only a result is overwritten."""
+    if out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a folder; give a file")
+    check_writable(out)
+    if out.exists():
+        try:
+            is_result = {"protocol", "metrics"} <= json.loads(out.read_text()).keys()
+        except (OSError, ValueError, AttributeError):
+            is_result = False
+        if not is_result:
+            raise InputError(f"--out {str(out)!r} is there, and no result of this command; choose another name")
 
 
 def table(metrics: dict[str, dict[str, float | None]]) -> str:
@@ -113,13 +138,16 @@ class _Pass:
 def score(
     samples: str, ref: str, metrics: str | None = None, extractor: str | None = None, weights: str | None = None,
     dinov2: str | None = None, device: str | None = None, batch: int = BATCH, allow_lossy: bool = False,
+    root: str | None = None,
 ) -> tuple[dict[str, Any], list[str]] | None:  # fmt: skip
-    """The result of scoring, as metrics.json holds it, and why metrics that nobody asked for are not in it.
+    """The result of scoring, as metrics.json holds it, and what else is to be said: why metrics that nobody asked for
+    are not in it, and whether samples and reference are the same.
 
-    The arguments are those of the command. Every process of a distributed launch calls this; the first has the result,
-    the others None. Raises InputError for what cannot be scored.
+    The arguments are those of the command; root: --features. Every process of a distributed launch calls this; the
+    first has the result, the others None. Raises InputError for what cannot be scored.
     """
-    asked = list(dict.fromkeys(metrics.split(","))) if metrics is not None else []
+    names = [each.strip() for each in metrics.split(",")] if metrics is not None else []
+    asked = list(dict.fromkeys(PARTS.get(each, each) for each in names))
     for each in asked:
         check_choice("--metrics", each, STREAMS)
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
@@ -134,17 +162,17 @@ def score(
         wanted = [*([(wanted[0][0], others)] if others else []), (load_extractor(vit, None, device), ["fdd"])]
     elif dinov2 and extractor != vit:
         raise InputError(f"--dinov2 {dinov2}: nothing asks for it; add fdd to --metrics, or leave it out")
-    passes, left_out = [], []
+    passes, notes = [], []
     for by, chosen in wanted:
-        one, reasons = _prepare(samples, source, ref, by, chosen, batch, allow_lossy)
+        one, left_out = _prepare(samples, source, ref, by, chosen, batch, allow_lossy, root)
         passes.append(one)
-        left_out += reasons
+        notes += [f"left out: {reason.partition(';')[0]}" for reason in left_out]
 
     estimates: dict[str, Estimate] = {}
     for one in passes:
         for metric in one.metrics:
             if metric in FRECHET:
-                sums = _sums(one.features, STREAMS[metric], one.groups, shared=True).all_reduce()
+                sums = together(partial(_sums, one.features, STREAMS[metric], one.groups, shared=True)).all_reduce()
                 if speaks():
                     estimates[metric] = _frechet(sums, one.reference.moments[STREAMS[metric]])
     leave()
@@ -156,22 +184,28 @@ def score(
     if "recognised" in estimates:
         accuracy = main.extractor.describe()["heldout_accuracy"]
         estimates["classifier_heldout_accuracy"] = Estimate(accuracy, None, None)
-    about = main.features.info["source"]
+    info, about = main.features.info, main.features.info["source"]
+    if main.reference.is_of(about["pixels_sha256"]):
+        notes.append("warning: samples and reference are the same images; such scores say nothing of a model")
     return {
         "protocol": main.extractor.protocol,
         "n": main.features.n,
         "metrics": {name: estimates[name]._asdict() for name in NAMES if name in estimates},
-        "class_histogram": main.features.info["class_histogram"],
+        "class_histogram": info["class_histogram"],
         "reference": main.reference.describe(),
         "extractors": [one.extractor.describe() for one in passes],
         "samples": shown(Path(samples)),
         "samples_manifest": about["manifest"] or {},
         "samples_manifest_sha256": about["manifest_sha256"],
+        "samples_lossy": about["lossy"],
         "pixels_sha256": about["pixels_sha256"],
+        "labels_sha256": about["labels_sha256"],
         "image_shape": list(main.features.image_shape),
         "groups": GROUPS if main.features.n >= FEWEST else None,
+        "device": info["device"],
+        "batch": info["batch"],
         "versions": library_versions("timm", "torch-fidelity", "scipy"),
-    }, left_out
+    }, notes
 
 
 class _Stated(Extractor):
@@ -197,13 +231,7 @@ def _main_extractor(source, ref: str, spec: str | None, weights: str | None, dev
         return _Stated(source, resolve_device(device or default_device("inception")))
     extractor = load_extractor(spec or "inception", weights, device)
     if isinstance(source, Features):
-        own, theirs = extractor.describe(), source.info["extractor"]
-        for key in own:
-            if own[key] != theirs.get(key):
-                raise InputError(
-                    f"features {str(source.path)!r} have {key} {theirs.get(key)!r}, the extractor {own[key]!r}; state "
-                    "the one that made them"
-                )
+        extractor.check_same(str(source.path), source.info["extractor"])
     else:
         extractor.check_images(source.name, source.image_shape)
     return extractor
@@ -217,15 +245,16 @@ def _kind(extractor: Extractor) -> str:
 
 def _prepare(
     samples: str, source: Source | Features, ref: str, extractor: Extractor, asked: list[str], batch: int,
-    allow_lossy: bool,
+    allow_lossy: bool, root: str | None,
 ) -> tuple[_Pass, list[str]]:  # fmt: skip
     """A pass, and why what was not asked for by name is left out. The reference is read first: it may not do."""
     offered = OFFERED[_kind(extractor)]
     for metric in asked:
         if metric not in offered:
-            raise InputError(f"metric {metric!r} is none of extractor {extractor.name}; choose from {offered}")
-    reference = read_reference(ref, extractor, batch, allow_lossy, source.image_shape)
-    reference.check_samples(source.image_shape)
+            same = next(each for each in offered if each in FRECHET)
+            hint = f"; its Fréchet distance is {same}" * (metric in FRECHET)
+            raise InputError(f"metric {metric!r} is none of extractor {extractor.name}{hint}; choose from {offered}")
+    reference = read_reference(ref, extractor, batch, allow_lossy, source.image_shape, root)
     metrics, left_out = [], []
     for metric in asked or offered:
         try:
@@ -237,9 +266,14 @@ def _prepare(
             left_out.append(str(error))
     if not metrics:
         raise InputError(f"{samples!r} cannot be scored: {left_out[0]}")
+    if "recognised" in metrics and (last := int(source.labels.max())) >= extractor.streams["logits"]:
+        raise InputError(
+            f"recognised: {samples!r} has the label {last}, and extractor {extractor.name} knows "
+            f"{extractor.streams['logits']} classes; give labels from 0 on"
+        )
     features = source
     if isinstance(source, Source):
-        features = features_of(source, extractor, batch=batch, out=default_folder(Path(samples), extractor.name))
+        features = features_of(source, extractor, batch=batch, out=default_folder(Path(samples), extractor.name, root))
     groups = stratified_groups(features.labels, features.n, GROUPS if features.n >= FEWEST else 1)
     return _Pass(extractor, features, reference, metrics, groups), left_out
 

@@ -137,15 +137,27 @@ def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
         beside = path.with_name(MANIFEST)
         return _Npz(path, beside if path.name == SAMPLES and beside.is_file() else None)
     if not path.is_dir():
-        raise InputError(f"images {str(path)!r}: no such file or folder")
+        embedded = "; the embedded digits are what `score --ref digits` compares with" * (str(path) == "digits")
+        raise InputError(f"images {str(path)!r}: no such file or folder{embedded}")
     manifest = path / MANIFEST if (path / MANIFEST).is_file() else None
     if manifest is None and (path / SETTINGS).is_file():
+        if "extractor" in begun_as(path):
+            raise InputError(f"{str(path)!r} holds features; give the images that they are of")
         raise InputError(f"{str(path)!r} holds unfinished samples; run the command that began them again, it goes on")
     if (path / SAMPLES).is_file():
         if manifest is None:
             raise InputError(f"images {str(path)!r}: {SAMPLES} without {MANIFEST} is unfinished; finish it, or give it")
         return _Npz(path / SAMPLES, manifest)
     return _Folder(path, manifest, allow_lossy)
+
+
+def begun_as(path: Path) -> dict[str, Any]:
+    """The settings.json of a folder, which says what it is going to be; {} where there is none that can be read."""
+    try:
+        settings = json.loads((path / SETTINGS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def from_arrays(pixels: torch.Tensor | Sequence[torch.Tensor], labels=None, name: str = "images") -> Source:
@@ -276,7 +288,7 @@ class _Folder(Source):
     def __init__(self, path: Path, manifest: Path | None, allow_lossy: bool):
         name = f"images {str(path)!r}"
         found = path.iterdir() if manifest else path.rglob("*")
-        files = sorted(file for file in found if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in found if file.suffix.lower() in SUFFIXES and not _hidden(file, path))
         if not files:
             raise InputError(f"{name}: the folder holds no images ({', '.join(SUFFIXES)})")
         self._formats, self._allow_lossy = (*LOSSLESS, *LOSSY), allow_lossy
@@ -299,6 +311,10 @@ class _Folder(Source):
             row[:] = image
             self.lossy |= lossy
         return images
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _size(image: np.ndarray) -> str:
@@ -356,12 +372,17 @@ def _png_depth(file: Path) -> int:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
-        num, labels = manifest["num"], manifest["labels"]
-        if type(num) is not int or not isinstance(labels, list | None):
+        num, labels, shape = manifest["num"], manifest["labels"], manifest.get("image_shape")
+        if type(num) is not int or not isinstance(labels, list | None) or not (shape is None or is_shape(shape)):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{str(path)!r} is not the manifest of samples; take it away, or make them again") from None
     return manifest
+
+
+def is_shape(value: Any) -> bool:
+    """Whether it is [C, H, W], as JSON has it."""
+    return isinstance(value, list) and len(value) == 3 and all(type(side) is int and side > 0 for side in value)
 
 
 def _check_labels(name: str, labels, n: int) -> np.ndarray:
@@ -376,4 +397,6 @@ def _check_labels(name: str, labels, n: int) -> np.ndarray:
         raise InputError(f"{name}: {n} images but labels of shape {array.shape}; give one class id per image")
     if array.min() < 0:
         raise InputError(f"{name}: label {array.min()} is below 0; give class ids")
+    if array.max() > np.iinfo(np.int64).max:
+        raise InputError(f"{name}: label {array.max()} is beyond int64; give class ids")
     return np.ascontiguousarray(array, dtype=np.int64)

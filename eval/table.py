@@ -20,9 +20,13 @@ SAMPLED = (
     "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "diffusion", "diffusion_norm",
     "last_step", "last_step_size", "epsilon", "rtol", "atol", "labels_rule", "weights", "dtype", "uint8_rule",
 )  # fmt: skip
+# Of a result, what every one states.
+SCORED = ("protocol", "n", "image_shape", "reference", "extractors", "groups", "class_histogram")
 NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
-METHOD = ("name", "token_mixer", "params", "precision", "repa")  # of the training; with step and images seen, what a row is of
+# Of the training; with step and images seen, what a row is of.
+METHOD = ("name", "token_mixer", "params", "precision", "repa")
 
+TEXTS = ("model", "seeds", "conditions", "source")  # columns
 REPA = " + REPA"  # on the name of a method that was trained with it
 
 
@@ -102,29 +106,31 @@ def _read(file: str) -> dict[str, Any]:
         stored = json.loads(path.read_text())
         manifest = stored["samples_manifest"]
         training = manifest.get("training") or {}
-        extractors = {each["name"]: {k: v for k, v in each.items() if k != "name"} for each in stored["extractors"]}
         metrics = {
             metric: {
                 "value": _number(metric, each["value"]),
-                **{key: each[key] and _number(metric, each[key]) for key in ("se", "corrected")},
+                **{key: _optional(f"{key} of {metric}", each[key]) for key in ("se", "corrected")},
             }
             for metric, each in stored["metrics"].items()
             if metric != "classifier_heldout_accuracy"  # which is of the extractor
         }
         method = {key: training.get(key) for key in METHOD}
         repa = REPA if method["repa"] else ""
-        facts = {
-            "protocol": stored["protocol"],
-            "n": stored["n"],
-            "image_shape": stored["image_shape"],
-            "reference": stored["reference"]["sha256"],
-            "extractors": extractors,
-            "groups": stored["groups"],
-            **{key: manifest.get(key) for key in SAMPLED},
-            "codec": {key: (manifest.get("codec") or {}).get(key) for key in ("codec", "sha256", "scale", "shift")},
-            # What is known of labels from a file; others follow from rule and count.
-            "classes": stored["class_histogram"] if manifest.get("labels_rule") == "file" else None,
-        }
+        if not isinstance(method["name"], str | None):
+            raise ValueError(f"name is {method['name']!r}")
+        if lost := [key for key in SCORED if key not in stored]:
+            raise KeyError(lost[0])
+        for key in ("name", "sha256"):
+            if not isinstance(stored["reference"][key], str):
+                raise ValueError(f"{key} of the reference is {stored['reference'][key]!r}")
+        numbers = {
+            "params": method["params"], "seed": training.get("seed"), "images_seen": training.get("images_seen"),
+            "step": manifest.get("step"), "nfe": manifest.get("nfe"),
+        }  # fmt: skip
+        for key, value in numbers.items():
+            _optional(key, value)
+        facts = comparable(stored, manifest)
+        _text([facts, method])  # raises where a number in them is not finite
         return {
             "path": path,
             "facts": facts,
@@ -136,7 +142,7 @@ def _read(file: str) -> dict[str, Any]:
                 "images_seen": training.get("images_seen"),
             },
             "seed": training.get("seed"),
-            "nfe": manifest.get("nfe") and _number("nfe", manifest["nfe"]),
+            "nfe": manifest.get("nfe"),
             "reference_name": stored["reference"]["name"],
             "file": str(path.resolve()),
             "samples": stored["samples_manifest_sha256"] or stored["pixels_sha256"],
@@ -144,16 +150,39 @@ def _read(file: str) -> dict[str, Any]:
         }
     except OSError as error:
         raise InputError(f"{str(path)!r}: {error.strerror or error}; give files that `eval score` wrote") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{str(path)!r} is no result of `eval score` ({type(error).__name__}: {error}); score the samples again"
         ) from None
+
+
+def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """What two results must share besides the model for their scores to be compared; None where it is not recorded.
+
+    result: a metrics.json; manifest: of its samples. Raises ValueError, KeyError, TypeError or AttributeError where
+    they are none.
+    """
+    listed, codec = result.get("extractors") or [], manifest.get("codec") or {}
+    return {
+        **{key: result.get(key) for key in ("protocol", "n", "image_shape")},
+        "reference": (result.get("reference") or {}).get("sha256"),
+        "extractors": {each["name"]: {k: v for k, v in each.items() if k != "name"} for each in listed},
+        "groups": result.get("groups"),
+        **{key: manifest.get(key) for key in SAMPLED},
+        "codec": {key: codec.get(key) for key in ("codec", "sha256", "scale", "shift")},
+        # What is known of labels from a file; others follow from rule and count.
+        "classes": result.get("class_histogram") if manifest.get("labels_rule") == "file" else None,
+    }
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, no finite number")
     return value
+
+
+def _optional(name: str, value: Any) -> float | None:
+    return None if value is None else _number(name, value)
 
 
 def _mixer(mixer: str | list[str] | None) -> str | None:
@@ -223,13 +252,17 @@ def _std(values: list[float | None]) -> float | None:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
+def _stated() -> dict[str, Any]:
+    return yaml.safe_load(PUBLISHED.read_text())
+
+
 def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
     """Published figures of the results' methods and of the attention models that those stand against, and claims."""
-    stated = yaml.safe_load(PUBLISHED.read_text())
+    stated = _stated()
     names = {
         result["method"]["method"].removesuffix(REPA)
         for result in results
-        if all(result["facts"][key] == stated[key] for key in ("protocol", "image_shape"))
+        if all(result["facts"][key] == stated[key] for key in ("protocol", "image_shape", "n"))
     }
     names |= {name.replace("-ATConv", "").replace("-Hybrid", "") for name in names}
     figures = [figure for figure in stated["figures"] if figure["model"] in names]
@@ -237,7 +270,7 @@ def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def _cell(metric: dict[str, Any] | None, mean: str = "mean", std: str = "std", se: str | None = "se") -> str:
@@ -268,7 +301,7 @@ def markdown(table: dict[str, Any]) -> str:
             f"**These rows cannot be compared with each other: they differ in {', '.join(differs)}.**",
             "",
         ]
-    lines += _lines(head, [_cells(row, differs, names, corrected) for row in rows], 1 + len(differs))
+    lines += _lines(head, [_cells(row, differs, names, corrected) for row in rows], differs)
     lines += [
         "",
         "Mean ± standard deviation over training seeds [mean jackknife standard error of one sampling]; without ±, one "
@@ -292,8 +325,8 @@ def markdown(table: dict[str, Any]) -> str:
             ]
             for entry in table["published"]
         ]
-        lines += ["", "Published by others, not measured here:", ""]
-        lines += _lines(["model", "conditions", *PUBLISHED_METRICS, "source"], figures, 2)
+        lines += ["", f"Published by others, not measured here, of {_stated()['of']}:", ""]
+        lines += _lines(["model", "conditions", *PUBLISHED_METRICS, "source"], figures)
     for claim in table["claimed"]:
         lines += ["", claim]
     return "\n".join(lines) + "\n"
@@ -329,7 +362,7 @@ def _plain(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _lines(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
-    """A Markdown table; the first `texts` columns are text."""
-    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+def _lines(head: list[str], rows: list[list[str]], texts: Sequence[str] = ()) -> list[str]:
+    """A Markdown table; the columns of TEXTS and `texts` are text, the others numbers."""
+    rule = ["---" if name in (*TEXTS, *texts) else "---:" for name in head]
     return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, rule, *rows)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-from eval.extract import BATCH
+from eval.extract import BATCH, add_features_argument
 from eval.extractor import load_extractor
 from eval.score import score, table
 from sit_atconv.errors import InputError, speaks
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adm", metavar="FOLDER", help=f"with {SAMPLES} and {REFERENCE}: score them too")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})")
+    add_features_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         return
     scored = score(
         str(folder / SAMPLES), str(folder / REFERENCE), "fid,sfid,is,pr", weights=args.weights, device=args.device,
-        batch=args.batch,
+        batch=args.batch, root=args.features,
     )  # fmt: skip
     if scored is not None:
         metrics = scored[0]["metrics"]

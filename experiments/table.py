@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,15 +26,17 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.digits import PROTOCOL as DIGITS_PROTOCOL
-from eval.extractor import INCEPTION_PROTOCOL, inception_weights
+from eval.extractor import INCEPTION_PROTOCOL, inception_weights, load_extractor
 from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
 from eval.score import OFFERED
 from eval.sources import from_arrays, open_source
-from sampling.labels import RULES
+from sampling import generate
+from sampling.labels import RULES, sample_labels
 from sampling.options import DTYPES
-from sampling.samples import FORMATS
+from sampling.samples import FORMATS, MANIFEST, MOST, difference
 from sit_atconv import checkpoint, config
+from sit_atconv.claims import SETTINGS
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import sha256, write_atomic
@@ -54,7 +57,7 @@ class Entry:
     name: str = MISSING
     recipe: str | None = None
     seeds: list[int] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)  # of the recipe, key=value
+    overrides: list[str] = field(default_factory=list)  # of the recipe, key=value; {seed} stands for the seed
     ckpts: list[str] = field(default_factory=list)  # as --ckpt takes them, each trained from a seed of its own
     method: str | None = None  # what its row is called; left out, what its training says
 
@@ -141,8 +144,8 @@ class Table:
     samplers: list[Sampler] = MISSING
 
     def __post_init__(self):
-        if self.num < 2:
-            raise InputError(f"num={self.num}: one sample is no distribution; give at least 2")
+        if not 2 <= self.num <= MOST:
+            raise InputError(f"num={self.num}: one sample is no distribution; give at least 2 and at most {MOST:,}")
         check_choice("format", self.format, FORMATS)
         if not self.metrics:
             raise InputError("metrics=[]: give at least one")
@@ -200,7 +203,8 @@ def models(table: Table) -> list[Model]:
     for entry in table.entries:
         for seed in entry.seeds:
             run = Path(table.runs) / f"{entry.name}-seed{seed}"
-            words = [entry.recipe, *entry.overrides, f"run.seed={seed}", f"run.out={run}"]
+            overrides = [override.replace("{seed}", str(seed)) for override in entry.overrides]
+            words = [entry.recipe, *overrides, f"run.seed={seed}", f"run.out={run}"]
             found.append(Model(run.name, entry.method, run, words, config.load_recipe(words[0], words[1:])))
         for number, ckpt in enumerate(entry.ckpts):
             found.append(Model(f"{entry.name}-{number}", entry.method, Path(ckpt), None, None))
@@ -223,16 +227,39 @@ def is_scored(samples: Path, table: Table) -> bool:
     """Whether metrics.json is of these samples, this reference, these weights and these metrics."""
     try:
         result = json.loads((samples / "metrics.json").read_text())
-        digits = table.ref == "digits"
         return (
             result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
-            and result["protocol"] == (DIGITS_PROTOCOL if digits else INCEPTION_PROTOCOL)
+            and _extractors(result, table) == wanted_extractors(table)
             and set(result["metrics"]) == {name for metric in table.metrics for name in GIVES.get(metric, [metric])}
             and result["reference"]["sha256"] == reference_digest(table.ref)
-            and (digits or result["extractors"][0]["weights_sha256"] == sha256(inception_weights(table.weights)))
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def wanted_extractors(table: Table) -> list[tuple[str, str | None]]:
+    """Protocol and SHA-256 of the weights of the extractors that the metrics take, in their order in a result; the
+    digits' classifier is trained on the spot."""
+    if table.ref == "digits":
+        return [(DIGITS_PROTOCOL, None)]
+    found = []
+    if table.metrics != ["fdd"]:
+        found.append((INCEPTION_PROTOCOL, sha256(inception_weights(table.weights))))
+    if "fdd" in table.metrics:
+        found.append(_dinov2())
+    return found
+
+
+def _extractors(result: dict[str, Any], table: Table) -> list[tuple[str, str | None]]:
+    if table.ref == "digits":
+        return [(result["protocol"], None)]
+    return [(each["protocol"], each["weights_sha256"]) for each in result["extractors"]]
+
+
+@cache
+def _dinov2() -> tuple[str, str]:
+    stated = load_extractor("dinov2", device="cpu").describe()
+    return stated["protocol"], stated["weights_sha256"]
 
 
 @cache
@@ -305,17 +332,25 @@ def call(words: list[str]) -> tuple[int, signal.Signals | None]:
     """Run a command; its exit status, and the first signal that came meanwhile, or None.
 
     SIGINT and SIGTERM are passed on, and the command is waited for: training saves a checkpoint then. It has a session
-    of its own, so that a terminal's Ctrl-C does not reach it twice, which would end it at once.
+    of its own, so that a terminal's Ctrl-C does not reach it twice, which would end it at once. One that comes before
+    the command is there is passed on as soon as it is.
     """
-    received = []
-    process = subprocess.Popen(words, start_new_session=True)
+    received, pending, process = [], [], None
+
+    def send() -> None:
+        with suppress(IndexError):  # no more of them; a signal that comes meanwhile may have sent them, each once
+            while process is not None:
+                process.send_signal(pending.pop())
 
     def pass_on(number: int, frame) -> None:
         received.append(signal.Signals(number))
-        process.send_signal(number)
+        pending.append(number)
+        send()
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        process = subprocess.Popen(words, start_new_session=True)
+        send()
         return process.wait(), next(iter(received), None)
     finally:
         for number, handler in before.items():
@@ -336,6 +371,9 @@ def main(argv: list[str] | None = None) -> None:
     lacking = missing(table, wanted)
     if lacking and not args.dry_run:
         raise InputError(lacking[0])
+    for sampler in table.samplers:
+        for model in wanted:
+            check_samples(table, model, sampler)
     make(table, wanted, Runner(args.processes, args.dry_run))
     for sentence in lacking:
         print(f"# {sentence}")
@@ -355,8 +393,8 @@ def make(table: Table, wanted: list[Model], run: Runner) -> None:
     for sampler in table.samplers:
         for model in wanted:
             samples = _samples(table, model, sampler)
-            generate = ["-m", "sampling", "generate", "--ckpt", str(model.ckpt), "--num", str(table.num)]
-            run([*generate, "--format", table.format, *sampler.options(), "--out", str(samples)], shared=True)
+            if not is_sampled(table, model, sampler):
+                run(["-m", "sampling", "generate", *generate_words(table, model, sampler)], shared=True)
             if not is_scored(samples, table):
                 score = ["-m", "eval", "score", str(samples), "--ref", table.ref, "--metrics", ",".join(table.metrics)]
                 run([*score, *(["--weights", table.weights] if table.weights else [])], shared=True)
@@ -367,6 +405,17 @@ def make(table: Table, wanted: list[Model], run: Runner) -> None:
             results.setdefault(sampler.name, []).append(f"{model.method}={target}" if model.method else str(target))
     for name, files in results.items():
         run(["-m", "eval", "table", *files, "--out", str(Path(table.out) / f"{name}.md")])
+    for path in leftovers(table, wanted):
+        print(f"# {str(path)!r} is of nothing in this table; remove it unless another needs it")
+
+
+def leftovers(table: Table, wanted: list[Model]) -> list[Path]:
+    """Files among the results that this table does not write, as of an entry or a sampler that it had before."""
+    out, samplers = Path(table.out), [sampler.name for sampler in table.samplers]
+    written = {out / f"{name}{suffix}" for name in samplers for suffix in (".md", ".json")}
+    written |= {out / "raw" / f"{model.label}-{name}.json" for name in samplers for model in wanted}
+    there = [*out.glob("*.md"), *out.glob("*.json"), *(out / "raw").glob("*.json")]
+    return sorted(path for path in there if path not in written)
 
 
 def copy_result(source: Path, target: Path) -> None:
@@ -384,6 +433,62 @@ def copy_result(source: Path, target: Path) -> None:
         write_atomic(target, json.dumps(seen(json.loads(source.read_text())), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"{str(target)!r} cannot be written: {error.strerror or error}") from None
+
+
+def generate_words(table: Table, model: Model, sampler: Sampler) -> list[str]:
+    """Options of `python -m sampling generate`."""
+    words = ["--ckpt", str(model.ckpt), "--num", str(table.num), "--format", table.format]
+    return [*words, *sampler.options(), "--out", str(_samples(table, model, sampler))]
+
+
+def stored_settings(samples: Path) -> tuple[dict[str, Any], bool] | None:
+    """What a folder of samples says of its settings, and whether it is complete; None where nothing is begun.
+
+    Raises InputError for a damaged file.
+    """
+    for name in (MANIFEST, SETTINGS):
+        try:
+            if (samples / name).is_file():
+                return dict(json.loads((samples / name).read_text())), name == MANIFEST
+        except (OSError, ValueError, TypeError):
+            raise InputError(f"{str(samples / name)!r} is damaged; remove {str(samples)!r}") from None
+    return None
+
+
+def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
+    """Raise InputError where samples are there that were begun with settings other than the table's."""
+    samples = _samples(table, model, sampler)
+    if (stored := stored_settings(samples)) is None:
+        return
+    parser = ArgumentParser()
+    generate.add_arguments(parser)
+    args = parser.parse_args(generate_words(table, model, sampler))
+    known = generate.stated(args)
+    if known["labels_rule"] == "file":
+        known["labels"] = sample_labels(args.labels, args.num, args.num, args.seed, sys.maxsize)
+    if known["epsilon"] is None:  # the model decides it
+        del known["epsilon"]
+    if model.recipe is not None:
+        known["step"] = model.recipe.train.max_steps
+    if changed := difference({key: stored[0].get(key) for key in known}, json.loads(json.dumps(known))):
+        raise InputError(
+            f"{str(samples)!r} has samples with other settings than the table's, {changed}; give sampler "
+            f"{sampler.name!r} another name, or remove {str(samples)!r}"
+        )
+
+
+def is_sampled(table: Table, model: Model, sampler: Sampler) -> bool:
+    """Whether the samples, which have passed `check_samples`, are complete and of the checkpoint that is there now."""
+    stored = stored_settings(_samples(table, model, sampler))
+    if stored is None or not stored[1]:
+        return False
+    manifest = stored[0]
+    if sampler.vae is not None and (manifest.get("codec") or {}).get("vae") != sampler.vae:
+        return False
+    try:
+        return manifest.get("checkpoint_sha256") == checkpoint.load_trained(model.ckpt).files
+    except InputError:  # which sampling tells
+        return False
 
 
 def _samples(table: Table, model: Model, sampler: Sampler) -> Path:

@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from sampling.labels import labels_rule, sample_labels
-from sampling.options import Setup, add_sampling_options, setup
+from sampling.options import Setup, add_sampling_options, sampling_asked, setup
 from sampling.processes import Interrupted, Processes
-from sampling.samples import FORMATS, PLACES, Samples, difference
+from sampling.samples import FORMATS, MOST, PLACES, Samples, difference
 from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions, shown
 from sit_atconv.generation import generate
@@ -46,8 +47,10 @@ def run(args: argparse.Namespace) -> None:
     Raises InputError for a folder of something else or with other settings, samples that are not finite, a disk that
     does not take them, and whatever `setup` finds; the blocks made so far stay.
     """
-    if args.num < 1:
-        raise InputError(f"--num {args.num}: must be at least 1")
+    if not 1 <= args.num <= MOST:
+        raise InputError(f"--num {args.num}: must be at least 1 and at most {MOST:,}")
+    if not args.out:
+        raise InputError("--out '': give the name of a new folder, or of one that the same command began")
     torch.backends.cudnn.deterministic = True  # of two convolutions that differ in rounding it always takes the same
     with Processes() as processes:
         work = _Work(args, processes)
@@ -67,8 +70,12 @@ class _Work:
         self.args, self.processes, self.done = args, processes, 0
 
     def run(self) -> None:
+        self._check_equal(self.processes.each(self._prepare))
+        with closing(self.samples):
+            self._make_missing()
+
+    def _make_missing(self) -> None:
         args, processes = self.args, self.processes
-        self._check_equal(processes.each(self._prepare))
         missing = processes.main(self.samples.claim)
         if missing is None:
             self._say(f"{args.num} images in {args.out}: complete already, with these settings")
@@ -94,11 +101,10 @@ class _Work:
         """Load what the options name; the settings of the samples."""
         args = self.args
         self.ready = setup(args, self.processes)
-        config = self.ready.trained.model.config
-        block = min(args.batch, args.num)
+        config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         self.labels = sample_labels(args.labels, args.num, total, self.ready.sampling.seed, config.num_classes)
-        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num], block))
+        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]))
         return self.samples.settings
 
     def _check_equal(self, settings: list[dict[str, Any]]) -> None:
@@ -151,20 +157,28 @@ class _FiniteCodec:
                 )
 
 
-def describe(args: argparse.Namespace, ready: Setup, labels: list[int], block: int) -> dict[str, Any]:
-    """All that decides the images, and what they came from."""
-    trained = ready.trained
+def stated(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line alone says of the settings, under their names there; the model may move the epsilon."""
     return {
         "num": args.num,
         "format": args.format,
         "labels_rule": labels_rule(args.labels),
+        "block": min(args.batch, args.num),
+        "dtype": args.dtype,
+        **sampling_asked(args).describe(),
+    }
+
+
+def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[str, Any]:
+    """All that decides the images, and what they came from."""
+    trained = ready.trained
+    return {
+        **stated(args),
         "labels": labels,
         **ready.sampling.describe(trained.model),
         "path": trained.model.config.path,
         "prediction": trained.model.config.prediction,
         "time_interval": ready.sampling.interval(trained.model),
-        "block": block,
-        "dtype": args.dtype,
         "device": trained.model.device.type,
         "codec": ready.codec.describe(),
         "uint8_rule": UINT8_RULE,

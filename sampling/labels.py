@@ -29,8 +29,10 @@ def sample_labels(option: str, num: int, total: int, seed: int, num_classes: int
 
 
 def _read(name: str, num: int, num_classes: int) -> list[int]:
+    if not name:
+        raise InputError(f"--labels '': choose from {list(RULES)} or give a file")
     try:
-        text = Path(name).read_text()
+        text = Path(name).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"--labels {name}: no text; give one class id a line, or a JSON list") from None
     except OSError as error:

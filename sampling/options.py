@@ -76,6 +76,17 @@ def sampling_of(args: argparse.Namespace, **others) -> Sampling:
     return Sampling(args.sampler, args.steps, args.cfg, **sde, **others)
 
 
+def sampling_asked(args: argparse.Namespace) -> Sampling:
+    """The sampling that `add_sampling_options` read. Raises InputError for a value that cannot be, or does nothing."""
+    return sampling_of(
+        args,
+        guidance_channels=args.cfg_channels,
+        guidance_interval=tuple(args.cfg_interval),
+        epsilon=args.epsilon,
+        seed=args.seed,
+    )
+
+
 def check_one_process() -> None:
     """Raise InputError where a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -97,13 +108,7 @@ def setup(args: argparse.Namespace, processes: Processes | None = None) -> Setup
     processes: those of a launch; without it there may be one only.
     Raises InputError for a bad checkpoint, option, device or missing autoencoder.
     """
-    sampling = sampling_of(
-        args,
-        guidance_channels=args.cfg_channels,
-        guidance_interval=tuple(args.cfg_interval),
-        epsilon=args.epsilon,
-        seed=args.seed,
-    )
+    sampling = sampling_asked(args)
     if processes is None:
         check_one_process()
     if args.batch < 1:

@@ -4,7 +4,8 @@
     000000.png ...   the images, where the format is png
     blocks/          a record of each block that is there (JSON), and its images where the format is npz
     samples.npz      the images, where the format is npz: arr_0 uint8 (N, H, W, C), arr_1 int64 labels (N,)
-    manifest.json    last: with it the samples are complete, and settings.json and blocks/ go
+    manifest.json    last: with it the samples are complete, and settings.json, blocks/ and .lock go
+    .lock            of the command that is at work there
 
 A block counts when its record is there and has the digest of its images.
 """
@@ -27,11 +28,12 @@ from tqdm import tqdm
 
 from sit_atconv.claims import SETTINGS, short
 from sit_atconv.errors import InputError
-from sit_atconv.files import check_new, new_path, sync, write_atomic
+from sit_atconv.files import LOCK, check_new, lock, sync, write_atomic
 from sit_atconv.images import to_pil
 
 FORMATS = ("png", "npz")
 MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
+MOST = 10_000_000  # images; their labels are in memory, and in the manifest
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
 
@@ -46,6 +48,7 @@ class Samples:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
         self.num, self.block = settings["num"], settings["block"]
+        self._lock = None
 
     @property
     def blocks(self) -> int:
@@ -59,30 +62,51 @@ class Samples:
     def claim(self) -> list[int] | None:
         """Begin the folder, or take it over where the same settings began it; the blocks that are missing.
 
-        None: the samples are complete. Raises InputError for a folder of something else or with other settings.
+        None: the samples are complete. Raises InputError for a folder of something else or with other settings, and
+        where another command is at work; this one has the folder until `close`.
         """
         try:
-            if self.path.is_dir() and (self.path / MANIFEST).exists():
-                self._check_same(MANIFEST, versions=False)
-                self._check_complete()
-                self._clear()
+            if self._is_complete():
                 return None
-            if not (self.path / SETTINGS).is_file():
+            if not self._is_mine():
                 check_new(self.path)
-                with new_path(self.path) as folder:
-                    (folder / BLOCKS).mkdir(parents=True)
-                    write_atomic(folder / SETTINGS, json.dumps(self.settings, indent=1))
-                return list(range(self.blocks))
-            self._check_same(SETTINGS, versions=True)
+            self._lock = lock(self.path, f"--out {str(self.path)!r}")
+            if self._is_complete():  # meanwhile
+                return None
+            if (self.path / SETTINGS).is_file():
+                self._check_same(SETTINGS, versions=True)
+            else:
+                write_atomic(self.path / SETTINGS, json.dumps(self.settings, indent=1))
             (self.path / BLOCKS).mkdir(exist_ok=True)
             for folder in (self.path, self.path / BLOCKS):
                 for leftover in folder.glob("*.tmp"):
                     leftover.unlink()
         except OSError as error:
-            raise self._unwritten(error) from None
+            raise self._unwritten(error, "mend it, or choose another place") from None
         with ThreadPoolExecutor() as pool:
             records = list(pool.map(self._record, range(self.blocks)))
         return [number for number, record in enumerate(records) if record is None]
+
+    def _is_complete(self) -> bool:
+        """Whether these samples are complete. Raises InputError where others are, or some of these are lost."""
+        if not (self.path.is_dir() and (self.path / MANIFEST).exists()):
+            return False
+        self._check_same(MANIFEST, versions=False)
+        self._check_complete()
+        self._clear()
+        return True
+
+    def _is_mine(self) -> bool:
+        """Whether a command of this kind began the folder; one that was killed at once has left nothing in it."""
+        return self.path.is_dir() and (
+            (self.path / SETTINGS).is_file()
+            or all(path.name == LOCK or path.suffix == ".tmp" for path in self.path.iterdir())
+        )
+
+    def close(self) -> None:
+        """Let other commands have the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def write(self, number: int, images: torch.Tensor, **measured: Any) -> None:
         """Put a block's images, uint8 (B, C, H, W), in their place, and then its record with what was measured.
@@ -136,11 +160,10 @@ class Samples:
         return manifest
 
     def _clear(self) -> None:
-        """Remove what only unfinished samples need."""
+        """Remove what only unfinished samples need; another command may be doing the same."""
         shutil.rmtree(self.path / BLOCKS, ignore_errors=True)
-        (self.path / SETTINGS).unlink(missing_ok=True)
-        for leftover in self.path.glob("*.tmp"):
-            leftover.unlink()
+        for leftover in (self.path / SETTINGS, *self.path.glob("*.tmp"), self.path / LOCK):
+            leftover.unlink(missing_ok=True)
 
     def _check_same(self, name: str, versions: bool) -> None:
         try:
@@ -227,13 +250,11 @@ class Samples:
         try:
             yield
         except OSError as error:
-            raise self._unwritten(error) from None
+            going_on = "the blocks that are there are whole: mend it, and the same command goes on from them"
+            raise self._unwritten(error, going_on) from None
 
-    def _unwritten(self, error: OSError) -> InputError:
-        return InputError(
-            f"--out {str(self.path)!r} cannot be written: {error.strerror or error}; the blocks that are there are "
-            "whole: mend it, and the same command goes on from them"
-        )
+    def _unwritten(self, error: OSError, remedy: str) -> InputError:
+        return InputError(f"--out {str(self.path)!r} cannot be written: {error.strerror or error}; {remedy}")
 
 
 def difference(

@@ -1,6 +1,7 @@
 """One self-contained HTML page of a run, or of several side by side: samples, curves, metrics, speed, settings.
 
-RUN is the folder of a training run, with its samples in RUN/samples/NAME, or a folder of samples alone.
+RUN is the folder of a training run, with its samples in RUN/samples/NAME, or a folder of samples alone: images, with
+or without the files that say how they were made and how they score.
 """
 
 import argparse
@@ -23,8 +24,14 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix not in (".html", ".htm"):
         raise InputError(f"--out {args.out!r}: must end in .html")
-    if out.is_dir():
-        raise InputError(f"--out {args.out!r} is a folder; give a file")
+    try:
+        if out.is_dir():
+            raise InputError(f"--out {args.out!r} is a folder; give a file")
+        above = next(path for path in out.absolute().parents if path.exists())
+    except OSError as error:
+        raise InputError(f"--out {args.out!r}: {error.strerror}; choose another place") from None
+    if not above.is_dir():
+        raise InputError(f"--out {args.out!r}: {str(above)!r} is no folder; choose another place")
     page = render(read_runs(args.runs))
     with new_path(out) as path:
         path.write_text(page, encoding="ascii")

@@ -15,7 +15,6 @@ from eval.report.markup import Content, Markup, markup, tag
 from eval.report.pictures import CLASSES, PER_CLASS, Picture, grid, preview
 from eval.report.runs import Run, SampleSet, at, flat, number
 from eval.score import FRECHET
-from eval.table import SAMPLED
 
 STYLE = Path(__file__).with_name("style.css")
 UNMEASURED = tag("span", "not measured", class_="none")
@@ -33,8 +32,7 @@ CURVES = {
     "update_ratio": "Update ratio |Δw| / |w|", "images_per_second": "Training images per second",
 }  # fmt: skip
 OPTIONAL_CURVES = ("repa_loss",)  # of runs that train with it
-# Of a result, what two of them must share to be compared, beside how the samples were drawn.
-SCORED = ("protocol", "n", "image_shape")
+TOLD = 12  # differences at most that a warning tells
 
 
 @dataclass
@@ -168,6 +166,10 @@ def _fact(value: Any) -> Markup | str:
 
 def _hash(value: Any) -> Markup:
     return UNRECORDED if value is None else tag("code", value if isinstance(value, str) else _fact(value))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _first(*values: Any) -> Any:
@@ -343,17 +345,16 @@ def _warnings(columns: Sequence[Column]) -> list[str]:
         if column.samples and column.samples.scored_others
     ]
     scored = [column for column in columns if column.metrics]
-    facts = [
-        {key: column.metrics.get(key) for key in SCORED}
-        | {"reference": at(column.metrics, "reference", "sha256")}
-        | {key: column.manifest.get(key) for key in SAMPLED}
-        for column in scored
-    ]
-    differing = [key for key in (facts[0] if facts else {}) if any(each[key] != facts[0][key] for each in facts)]
+    facts = [flat(column.samples.facts) for column in scored]
+    names = dict.fromkeys(name for each in facts for name in each)
+    differing = [name for name in names if any(each.get(name) != facts[0].get(name) for each in facts)]
     if differing:
         told = "; ".join(
-            f"{key.replace('_', ' ')} {' | '.join(str(_short(each[key])) for each in facts)}" for key in differing
+            f"{name.replace('_', ' ')} {' | '.join(str(_short(each.get(name))) for each in facts)}"
+            for name in differing[:TOLD]
         )
+        if len(differing) > TOLD:
+            told += f"; and {len(differing) - TOLD} more"
         found.append(f"These metrics were not measured in the same way and cannot be compared: {told}.")
     return found
 
@@ -456,7 +457,7 @@ def _training(runs: Sequence[Run]) -> list[Content]:
 
 def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
     ways = [
-        (run.name, _drawn({"num": run.scores[-1].get("num"), **(at(run.scores[-1], "sampling") or {})}))
+        (run.name, _drawn({"num": run.scores[-1].get("num"), **_mapping(run.scores[-1].get("sampling"))}))
         for _, run in trained
         if run.scores
     ]
@@ -659,7 +660,7 @@ def _versions(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
             name = _chip(column.number, column.name, len(runs))
             stages.append(([name, tag("small", "sampling")], column.manifest))
             stages.append(([name, tag("small", "scoring")], column.metrics))
-    versions = [each if isinstance(each := stated.get("versions"), dict) else {} for _, stated in stages]
+    versions = [_mapping(stated.get("versions")) for _, stated in stages]
     names = dict.fromkeys(name for each in versions for name in each)
     if not names:
         return [tag("p", "Versions: ", UNRECORDED, ".")]

@@ -12,13 +12,15 @@ from typing import Any
 import yaml
 
 from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
+from eval.table import comparable
+from sit_atconv.claims import SETTINGS
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
     "log.jsonl, scores.jsonl, recipe.yaml, previews/step-*.png, step-*/manifest.json and samples/*/manifest.json of a "
-    "run, or manifest.json and metrics.json of samples"
+    "run, or manifest.json, metrics.json and images of samples"
 )
 Row = dict[str, Any]
 
@@ -26,21 +28,21 @@ Row = dict[str, Any]
 @dataclass
 class SampleSet:
     """Samples of a run. manifest: without its labels, {} where none says how they were made. metrics: the result of
-    `eval score`, {} where there is none. finished: whether all samples are there."""
+    `eval score`, {} where there is none. facts: what others must share for their metrics to be compared, see
+    `eval.table`, {} without metrics. finished: whether all samples are there."""
 
     name: str
     path: Path
     manifest: dict[str, Any]
     manifest_sha256: str | None
     metrics: dict[str, Any]
+    facts: dict[str, Any]
     finished: bool = True
 
     @cached_property
     def source(self) -> Source | None:
         """The images; None where the folder holds none. Raises InputError for those that cannot be read."""
-        there = self.finished and any(
-            path.name == SAMPLES or path.suffix.lower() in SUFFIXES for path in self.path.iterdir()
-        )
+        there = self.finished and _holds_images(self.path)
         return open_source(self.path, allow_lossy=True) if there else None
 
     @property
@@ -94,6 +96,10 @@ def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
+def _holds_images(folder: Path) -> bool:
+    return any(path.name == SAMPLES or path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+
+
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """The runs at `paths`, each with a name that no other has.
 
@@ -130,11 +136,13 @@ def _read(folder: Path, name: str) -> Run:
     sets = [
         _read_set(path)
         for path in sorted((folder / "samples").glob("*/"))
-        if any((path / file).is_file() for file in (MANIFEST, METRICS, "settings.json"))
+        if any((path / file).is_file() for file in (MANIFEST, METRICS, SETTINGS))
     ]
     log, scores = _read_rows(folder / "log.jsonl"), _read_rows(folder / "scores.jsonl")
     if not (recipe or checkpoints or previews or sets or log or scores):
-        raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
+        if not _holds_images(folder):
+            raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
+        return Run(name, folder, {}, [], [], {}, None, None, [_read_set(folder)], trained=False)
     checkpoint = _read_json(checkpoints[-1] / MANIFEST) if checkpoints else {}
     return Run(
         name,
@@ -164,16 +172,21 @@ def _read_set(folder: Path) -> SampleSet:
     stated = _read_json(manifest) if manifest.is_file() else {}
     stated.pop("labels", None)
     result = _read_json(metrics) if metrics.is_file() else {}
-    values = result.get("metrics", {})
-    if not isinstance(values, dict) or not all(isinstance(each, dict) for each in values.values()):
+    try:
+        if not isinstance(result.get("samples_manifest") or {}, dict):
+            raise ValueError("its samples_manifest is none")
+        if not all(isinstance(each, dict) for each in result.get("metrics", {}).values()):
+            raise ValueError("its metrics are none")
+        scored = result.get("samples_manifest") or stated
+        facts = comparable(result, scored) if result else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{str(metrics)!r} is no result of `eval score`: its metrics are none; score the samples again"
-        )
-    if not stated:  # as the result kept it, of an npz or a folder that has moved
-        stated = result.get("samples_manifest") or {}
+            f"{str(metrics)!r} is no result of `eval score` ({type(error).__name__}: {error}); score the samples again"
+        ) from None
+    # Where there is no manifest, as the result kept it, of an npz or a folder that has moved.
     digest = sha256(manifest) if manifest.is_file() else None
-    finished = manifest.is_file() or metrics.is_file()
-    return SampleSet(folder.resolve().name, folder, stated, digest, result, finished)
+    begun = (folder / SETTINGS).is_file() and digest is None and not result
+    return SampleSet(folder.resolve().name, folder, stated or scored, digest, result, facts, finished=not begun)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

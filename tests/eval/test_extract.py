@@ -1,6 +1,7 @@
 """Folders of features: complete or nothing, the same from any number of processes and after a kill."""
 
 import json
+import os
 import signal
 
 import numpy as np
@@ -15,6 +16,7 @@ from eval.extractor import Extractor, load_extractor
 from eval.features import Features
 from eval.sources import from_arrays, open_source
 from sit_atconv.errors import InputError
+from sit_atconv.files import lock
 
 N = 43
 OWN = """
@@ -34,6 +36,15 @@ class Own(nn.Module):
 class Picky(Own):
     def forward(self, pixels):
         return 1 / (255 * 48 - pixels.float().flatten(1).sum(1, keepdim=True))
+
+class Odd(Own):
+    def forward(self, pixels):
+        white = bool((pixels == 255).flatten(1).all(1).any())
+        return super().forward(pixels)["pool"][:, white:]
+
+class Stopped(Own):
+    def forward(self, pixels):
+        raise KeyboardInterrupt
 """
 
 
@@ -98,7 +109,7 @@ def test_a_folder_of_features(samples, own, extractor, pixels, tmp_path, capsys)
     assert info["source"]["pixels_sha256"] == open_source(samples).digest()
     assert info["extractor"] == extractor.describe()
     assert sorted(path.name for path in (tmp_path / "f").iterdir()) == [
-        "features.json", "settings.json", *(f"shard-{i:06d}.safetensors" for i in range(5)),
+        ".lock", "features.json", "settings.json", *(f"shard-{i:06d}.safetensors" for i in range(5)),
     ]  # fmt: skip
     with pytest.raises(InputError, match="have no 'spatial'"):
         features.load("spatial")
@@ -219,7 +230,83 @@ def test_features_that_are_not_finite_end_the_extraction(samples, extractor, tmp
     extractor._module.weight.data[3, 2] = torch.inf
     with pytest.raises(InputError, match="'pool' are not finite"):
         features_of(samples, extractor, shard=10, out=tmp_path / "f")
-    assert [path.name for path in (tmp_path / "f").iterdir()] == ["settings.json"]
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == [".lock", "settings.json"]
+
+
+def fail(samples, extractor, folder):
+    """Begin to extract to a folder, and end with a fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor._module, "forward", lambda pixels: torch.full((len(pixels), 7), torch.nan))
+        extractor.streams = {}
+        with pytest.raises(InputError, match="not finite"):
+            features_of(samples, extractor, shard=10, batch=4, out=folder)
+    extractor.streams = {}
+
+
+def test_a_folder_that_lost_a_shard_is_not_whole_until_it_is_there_again(samples, extractor, tmp_path):
+    folder = features_of(samples, extractor, shard=10, out=tmp_path / "f").path
+    (folder / "shard-000001.safetensors").unlink()
+    fail(samples, extractor, folder)
+    assert not (folder / "features.json").exists()
+    features_of(samples, extractor, shard=10, out=folder)
+    # Another shard in its place is not it, also where nothing says its digest.
+    want = (folder / "shard-000001.safetensors").read_bytes()
+    (folder / "shard-000001.safetensors").write_bytes((folder / "shard-000002.safetensors").read_bytes())
+    (folder / "features.json").unlink()
+    features_of(samples, extractor, shard=10, out=folder)
+    assert (folder / "shard-000001.safetensors").read_bytes() == want
+
+
+def test_images_per_file_are_those_of_the_folder_unless_stated(samples, extractor, tmp_path, capsys):
+    folder = features_of(samples, extractor, shard=10, out=tmp_path / "f").path
+    capsys.readouterr()
+    assert len(features_of(samples, extractor, out=folder)) == 5
+    assert capsys.readouterr().err == ""  # and no bar of nothing
+    assert len(features_of(samples, extractor, out=tmp_path / "new")) == 1
+    with pytest.raises(InputError, match="shard: 10 -> 1000"):
+        features_of(samples, extractor, shard=1000, out=folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    for shard in (0, "10", None):
+        (folder / "settings.json").write_text(json.dumps({**settings, "shard": shard}))
+        with pytest.raises(InputError, match="images per file; delete it, or choose another"):
+            features_of(samples, extractor, out=folder)
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(samples, extractor, tmp_path):
+    folder = tmp_path / "f"
+    fail(samples, extractor, folder)
+    (folder / "shard-000000.safetensors.1.tmp").write_bytes(b"the other's")
+    held, end = os.pipe(), os.pipe()
+    if not (pid := os.fork()):
+        file = lock(folder, "it")
+        os.write(held[1], b"x")
+        os.read(end[0], 1)
+        file.close()
+        os._exit(0)
+    os.read(held[0], 1)
+    with pytest.raises(InputError, match=r"features folder '.*f' is in use by another process; end that one"):
+        features_of(samples, extractor, shard=10, out=folder)
+    assert (folder / "shard-000000.safetensors.1.tmp").exists()
+    os.write(end[1], b"x")
+    os.waitpid(pid, 0)
+    features_of(samples, extractor, shard=10, out=folder)
+    assert not (folder / "shard-000000.safetensors.1.tmp").exists()
+    # What is whole is there for any number of readers, on a disk that takes nothing.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.extract.lock", lambda *_: pytest.fail("took the lock"))
+        features_of(samples, extractor, shard=10, out=folder)
+
+
+def test_an_interrupt_is_no_traceback(samples, own, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        extract(samples, tmp_path / "f", own.replace("Own", "Stopped"))
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; ")
+
+
+def test_the_digits_are_not_extracted_by_their_name(own, tmp_path, fails):
+    message = fails(evaluate, "extract", "digits", "--out", tmp_path / "f", "--extractor", own)
+    assert "the embedded digits are what `score --ref digits` compares with" in message
 
 
 def test_a_damaged_folder_is_not_read(samples, extractor, tmp_path):
@@ -254,6 +341,13 @@ def test_a_damaged_folder_is_not_read(samples, extractor, tmp_path):
     info = json.loads(whole[index])
     index.write_text(json.dumps({**info, "shards": {f"../f/{name}": sha for name, sha in info["shards"].items()}}))
     assert "features.json is damaged" in refusal()
+    for changed in (
+        {"n": "43"}, {"streams": []}, {"streams": {"pool": None}}, {"image_shape": None}, {"image_shape": [3, "4", 4]},
+        {"extractor": None}, {"extractor": {}}, {"source": None}, {"source": {}}, {"class_histogram": []},
+        {"labels": None}, {"shards": []},
+    ):  # fmt: skip
+        index.write_text(json.dumps({**info, **changed}))
+        assert "features.json is damaged" in refusal(), changed
     index.write_text(json.dumps({**info, "n": 44}))
     assert "hold 43 images, and it says 44" in refusal()
     index.unlink()
@@ -356,6 +450,12 @@ def test_a_fault_of_one_process_ends_both_with_one_line(run, own, samples, tmp_p
     assert log.count("'pool' are not finite") == 1
     assert (tmp_path / "f/shard-000004.safetensors").is_file()
     assert not (tmp_path / "f/features.json").exists()
+    codes, log = run(tmp_path / "white.npz", tmp_path / "odd", own.replace("Own", "Odd"), 0, 0)
+    assert codes == [2, 2], log
+    assert [line for line in log.splitlines() if line.startswith("error: ")] == [
+        f"error: extractor {own.replace(':Own', '-Odd')} gave {{'pool': 7}}, after {{'pool': 6}}; give the same "
+        "streams for all images"
+    ]
     codes, log = run(samples, tmp_path / "f", own.replace("Own", "Picky"), 0, 0)
     assert codes == [2, 2], log
     assert log.count("other settings") == 1

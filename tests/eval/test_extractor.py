@@ -1,19 +1,21 @@
 """Extractors: Inception with random weights against torch-fidelity's own, a tiny ViT, modules of one's own."""
 
 import hashlib
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 from tiny_vit import MEAN, STD, WIDTH, save_vit
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from eval import digits
-from eval.extractor import DINOV2_SIZE, Extractor, load_extractor
+from eval.extractor import DINOV2_SIZE, Extractor, default_device, load_extractor
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError
 from sit_atconv.images import to_uint8
@@ -146,12 +148,50 @@ def test_true_fp32_inside_and_what_was_set_afterwards(precision):
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before[1:]
 
 
+SWITCHES = """
+import torch
+from torch import nn
+from eval.extractor import FP32_SWITCHES, Extractor
+
+class Witness(nn.Module):
+    def forward(self, pixels):
+        self.seen = {switch.fp32_precision for switch in FP32_SWITCHES}
+        self.old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32  # torch's own code asks these
+        return pixels.float().mean((2, 3))
+
+backends = torch.backends
+for switch in (backends, backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.conv):
+    for value in ("tf32", "ieee"):
+        switch.fp32_precision = value
+        before = [each.fp32_precision for each in FP32_SWITCHES]
+        extractor = Extractor("x", "x-1", witness := Witness(), {"pool": 3}, torch.device("cpu"))
+        extractor(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+        assert witness.seen == {"ieee"}, witness.seen
+        assert witness.old == ("highest", False), witness.old
+        assert [each.fp32_precision for each in FP32_SWITCHES] == before
+"""
+
+
+def test_true_fp32_whatever_torchs_newer_switches_say():
+    """In a process of its own: torch does not forget that they and the old ones contradicted each other."""
+    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_descriptions_say_what_features_depend_on(inception, inception_weights):
     about = inception.describe()
     assert about["weights_sha256"] == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
     assert {key: about[key] for key in ("name", "protocol", "dtype", "tf32")} == {
         "name": "inception", "protocol": "adm-inception-1", "dtype": "float32", "tf32": False,
     }  # fmt: skip
+
+
+def test_each_process_of_a_machine_has_its_own_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [default_device(spec) for spec in ("inception", "dinov2", "digits")] == ["cuda:3", "cuda:3", "cpu"]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert default_device("inception") == "cuda:0"
 
 
 def test_loading_leaves_the_random_numbers_alone(inception_weights, encoder_folder):
@@ -215,6 +255,8 @@ def test_digits_features_are_the_classifiers(classifier):
     streams = extractor(pixels)
     np.testing.assert_array_equal(streams["pool"].numpy(), pool)
     np.testing.assert_array_equal(streams["logits"].numpy(), logits)
+    with torch.no_grad():
+        np.testing.assert_array_equal(pool, classifier.features(pixels.float() / 255).numpy())
     assert extractor.streams == {"pool": 64, "logits": 10}
     about = extractor.describe()
     assert about["protocol"] == "digits-classifier-2"
@@ -227,6 +269,7 @@ def test_digits_features_are_the_classifiers(classifier):
 def test_dinov2_is_the_class_token_after_the_norm(encoder_folder):
     extractor = load_extractor(f"dinov2:local-dir:{encoder_folder}")
     assert extractor.streams == {"pool": WIDTH}
+    assert DINOV2_SIZE == 224  # DINOv2's evaluation, as FD-DINOv2 is published with
     assert extractor.describe()["protocol"] == "dinov2-vit_tiny_patch16_224.made_up-1"
     assert extractor.describe()["weights_sha256"] == (
         hashlib.sha256((encoder_folder / "model.safetensors").read_bytes()).hexdigest()
@@ -307,6 +350,40 @@ class Late(Means):
     def forward(self, pixels):
         return pixels.float().flatten(1)
 
+class Twice(Means):
+    def forward(self, pixels):
+        return pixels.float().mean((2, 3)).repeat(2, 1)
+
+class Few(Means):
+    def forward(self, pixels):
+        return pixels.float().mean((2, 3))[:1]
+
+class Narrow(Means):
+    def forward(self, pixels):
+        return pixels.float().mean((2, 3))[:, :0]
+
+class Whole(Means):
+    def forward(self, pixels):
+        return pixels[:, 0, :, 0]
+
+class Text(Means):
+    def forward(self, pixels):
+        return {"pool": "x"}
+
+class Empty(Means):
+    def forward(self, pixels):
+        return {}
+
+class Large(Means):
+    def forward(self, pixels):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+def broken():
+    raise OSError("no weights\\nhere")
+
+def needs(width):
+    return Means()
+
 half = lambda: Means().half()
 number, text = 3, lambda: "x"
 """
@@ -331,8 +408,16 @@ def test_a_module_of_ones_own(own, tmp_path, images):
     assert load_extractor(f"{own}:half").describe()["dtype"] == "float16"
     assert load_extractor(f"{own}:half").describe()["weights_sha256"] != about["weights_sha256"]
     assert load_extractor(f"{own}:Plain")(images).keys() == {"pool"}
-    with pytest.raises(InputError, match=r"a float tensor \(B, D\) is needed"):
-        load_extractor(f"{own}:Flat")(images)
+    for name, found in (
+        ("Flat", r"'pool' is torch.float32 \(\)"), ("Twice", r"torch.float32 \(6, 3\)"), ("Few", r"\(1, 3\)"),
+        ("Narrow", r"\(3, 0\)"), ("Whole", r"torch.uint8 \(3, 20\)"), ("Text", r"str \(\)"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=rf"{found}; a float tensor \(3, D\) is needed"):
+            load_extractor(f"{own}:{name}").launch(images)
+    with pytest.raises(InputError, match=r"gave \{\}; give the same streams"):
+        load_extractor(f"{own}:Empty")(images)
+    with pytest.raises(InputError, match=r"3 images at once are too many .*Tried to allocate.*give a smaller --batch"):
+        load_extractor(f"{own}:Large")(images)
     late = load_extractor(f"{own}:Late")
     late(images)
     with pytest.raises(InputError, match=r"gave \{'pool': 192\}, after \{'pool': 1440\}"):
@@ -348,6 +433,8 @@ def test_specs_that_name_nothing(own):
         (f"{own}:Nothing", "has no callable 'Nothing'"),
         (f"{own}:number", "has no callable 'number'"),
         (f"{own}:text", "gave a str"),
+        (f"{own}:broken", r"broken\(\) raised OSError: no weights; it must give an nn.Module"),
+        (f"{own}:needs", r"needs\(\) raised TypeError: .*called without arguments"),
         ("a.b", "give package.module:callable"),
     ):
         with pytest.raises(InputError, match=says):

@@ -98,11 +98,17 @@ def test_what_has_no_distance_is_refused():
                 frechet_distance(*pair[0], *pair[1])
 
 
-@pytest.mark.slow
-def test_2048_dimensions_take_seconds():
-    a, b = (
-        moments(np.random.default_rng(seed).normal(size=(3000, 2048)) * np.linspace(1, 0.01, 2048)) for seed in (0, 1)
+def test_it_takes_less_than_a_matrix_square_root():
+    """Calibrated: 0.6 of what scipy's takes, by itself, of the product."""
+    a, b = (moments(np.random.default_rng(seed).normal(size=(900, 600)) * np.linspace(1, 0.01, 600)) for seed in (0, 1))
+
+    def seconds(task):
+        started = time.process_time()  # what others on the machine take is not in it
+        task()
+        return time.process_time() - started
+
+    own, theirs = (
+        min(seconds(task) for _ in range(2))
+        for task in (lambda: frechet_distance(*a, *b), lambda: scipy.linalg.sqrtm(a.sigma @ b.sigma))
     )
-    started = time.perf_counter()
-    frechet_distance(*a, *b)
-    assert time.perf_counter() - started < 20  # 2 s on two threads; a square root of the product takes 30 and more
+    assert own < theirs

@@ -64,6 +64,10 @@ def test_without_a_group_are_the_others_in_their_splits():
     for group, found in enumerate(deleted):
         kept = [x[first : first + 100][ids[first : first + 100] != group] for first in (0, 100, 200)]
         assert found == pytest.approx(by_definition(kept), rel=1e-12)
+    # Of the last split's two images, one stays: a split of one image scores 1, and counts.
+    ids = stratified_groups(None, 102)
+    kept = [x[:100][ids[:100] != 0], x[101:102]]
+    assert scores(x[:102], ids, 100)[1][0] == pytest.approx(by_definition(kept), rel=1e-12)
     # The last split has one image, of group 0.
     ids = stratified_groups(None, 101)
     assert scores(x[:101], ids, 100)[1][0] == pytest.approx(by_definition([x[:100][ids[:100] != 0]]), rel=1e-12)

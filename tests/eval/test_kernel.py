@@ -43,12 +43,12 @@ def test_the_value_is_torch_fidelitys(monkeypatch, m, n, size):
     monkeypatch.setattr(kernel, "SUBSETS", 5)
     real, fake = sets(m, n)
     theirs = kid_features_to_metric(
-        torch.from_numpy(fake), torch.from_numpy(real),
+        torch.from_numpy(fake).double(), torch.from_numpy(real).double(),  # of float32, it errs by 1e-3
         kid_subsets=5, kid_subset_size=size, rng_seed=2020, verbose=False,
     )  # fmt: skip
     found = kernel_distance(real, fake, stratified_groups(None, n))
-    assert found.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)  # theirs is in float32
-    assert found.subset_se == pytest.approx(theirs["kernel_inception_distance_std"] / np.sqrt(5), rel=1e-3, abs=1e-6)
+    assert found.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
+    assert found.subset_se == pytest.approx(theirs["kernel_inception_distance_std"] / np.sqrt(5), rel=1e-10, abs=1e-12)
 
 
 def test_settings_are_torch_fidelitys_own():

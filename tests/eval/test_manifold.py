@@ -109,6 +109,13 @@ def test_the_ball_of_three_is_closed_and_that_of_five_open():
     assert found["coverage"][0] == pytest.approx(1 / 12)
 
 
+def test_the_balls_of_samples_are_closed_too():
+    # The third neighbour of 0 is at 3 exactly, and the real ones at -3 lie on its edge.
+    fake = np.array([[0], [1], [2], [3], [100], [101], [102], [103]], np.float32)
+    real = np.array([[-3]] * 4 + [[-30]] * 4, np.float32)
+    assert manifold_scores(real, fake, np.zeros(8, np.int64))["recall"] == (0.5, [])
+
+
 def test_what_has_no_neighbours_is_refused():
     real, fake = sets(20, 20)
     ids = stratified_groups(None, 20)

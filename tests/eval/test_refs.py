@@ -6,13 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from eval import digits
 from eval.__main__ import main as evaluate
 from eval.extract import features_of
 from eval.extractor import Extractor, load_extractor
-from eval.refs import build_reference, read_reference, spread
+from eval.refs import build_reference, read_moments, read_reference, spread
+from eval.sources import Source, open_source
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
@@ -92,12 +94,63 @@ def test_images_and_their_features_are_one_reference(images, extractor, wanted, 
     for reference in (of_images, of_features):
         check_moments(reference, wanted, ("pool", "spatial"))
         assert (reference.n, reference.image_shape) == (N, (3, 4, 4))
-        np.testing.assert_array_equal(reference.labels, np.arange(N) % 4)
+        assert reference.source["labels_sha256"] == hashlib.sha256((np.arange(N) % 4).tobytes()).hexdigest()
+        assert reference.is_of(hashlib.sha256(pixels.tobytes()).hexdigest())
+        assert not reference.is_of("0" * 64)
         np.testing.assert_allclose(reference.features["pool"], wanted["pool"], rtol=1e-5, atol=1e-6)
         assert reference.extractor == extractor.describe()
     assert of_features.sha256 == sha256(folder / "features.json")
     assert of_images.sha256 == hashlib.sha256(pixels.tobytes()).hexdigest()
     assert of_images.name == str(images)
+    assert of_images.describe() == {
+        "name": str(images), "n": N, "sha256": of_images.sha256, "image_shape": [3, 4, 4], "kept": N,
+        "extractor": extractor.describe(), "lossy": False,
+    }  # fmt: skip
+
+
+def test_the_images_are_read_once_where_their_features_are_there(images, extractor, tmp_path, monkeypatch):
+    """By the first process of many; the others take its word."""
+    read_reference(str(images), extractor)
+    calls, original = [], Source.digest
+    monkeypatch.setattr(Source, "digest", lambda self: calls.append(1) or original(self))
+    reference = read_reference(str(images), extractor)
+    assert (len(calls), reference.sha256) == (1, original(open_source(images)))
+
+
+def test_features_that_are_damaged_are_no_reference(images, extractor, tmp_path):
+    folder = features_of(images, extractor, shard=10, out=tmp_path / "f").path
+    content = bytearray((folder / "shard-000001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "shard-000001.safetensors").write_bytes(content)
+    assert "its SHA-256 is not that of features.json" in refusal(folder, extractor)
+    with pytest.raises(InputError, match=r"its SHA-256 is not that of features\.json"):
+        build_reference(str(folder), tmp_path / "ref.npz", extractor)
+
+
+def test_lossy_images_are_let_in_where_asked_and_said(tmp_path, extractor, pixels, own):
+    (tmp_path / "jpg").mkdir()
+    for index, image in enumerate(pixels[:5]):
+        Image.fromarray(image).save(tmp_path / f"jpg/{index}.jpg")
+    assert "is JPEG, which moves the scores" in refusal(tmp_path / "jpg", extractor)
+    with pytest.raises(InputError, match="is JPEG"):
+        build_reference(str(tmp_path / "jpg"), tmp_path / "ref.npz", extractor)
+    assert read_reference(str(tmp_path / "jpg"), extractor, allow_lossy=True).describe()["lossy"] is True
+    arguments = ["build-ref", str(tmp_path / "jpg"), "--out", str(tmp_path / "ref.npz"), "--extractor", f"{own}:Own"]
+    evaluate([*arguments, "--allow-lossy"])
+    assert read_reference(str(tmp_path / "ref.npz"), extractor).describe()["lossy"] is True
+
+
+def test_features_go_where_they_are_told_to(images, extractor, own, tmp_path, pixels):
+    """Two files of one name do not meet there."""
+    root = tmp_path / "features"
+    (tmp_path / "b").mkdir()
+    np.savez(tmp_path / "b/images.npz", arr_0=pixels[::-1])
+    for path in (images, tmp_path / "b/images.npz"):
+        read_reference(str(path), extractor, root=str(root))
+    build = ["build-ref", str(images), "--out", str(tmp_path / "ref.npz"), "--extractor", f"{own}:Own"]
+    evaluate([*build, "--features", str(root)])
+    assert len(list(root.glob(f"images.npz-*/{extractor.name}/features.json"))) == 2
+    assert not list(tmp_path.rglob("images.features"))
 
 
 def test_our_own_file_holds_the_same(images, own, extractor, wanted, tmp_path, monkeypatch, capsys):
@@ -139,13 +192,15 @@ def test_adms_statistics_are_of_all_and_its_images_are_for_the_rest(extractor, w
     check_moments(reference, rows, ("pool", "spatial"))
     assert reference.features is None  # until a metric needs them
     np.testing.assert_allclose(reference.need_features("pool", "kid"), wanted["pool"], rtol=1e-5, atol=1e-6)
-    assert (reference.n, reference.image_shape, reference.labels) == (None, (3, 4, 4), None)
+    assert (reference.n, reference.image_shape, reference.source) == (None, (3, 4, 4), None)
+    assert (reference.describe()["kept"], reference.describe()["lossy"]) == (N, None)
     assert reference.sha256 == sha256(tmp_path / "adm.npz")
     # mu and sigma alone are a reference too, of what they are.
     np.savez(tmp_path / "bare.npz", mu=arrays["mu"], sigma=arrays["sigma"])
     bare = read_reference(str(tmp_path / "bare.npz"), extractor)
     assert (bare.image_shape, bare.features, list(bare.moments)) == (None, None, ["pool"])
-    bare.check_samples((3, 64, 64))
+    assert bare.describe()["kept"] is None
+    read_reference(str(tmp_path / "bare.npz"), extractor, samples=(3, 64, 64))
     assert bare.need("pool", "fid") is bare.moments["pool"]
     with pytest.raises(InputError, match=r"sfid: reference '.*bare\.npz' has no mu_s and sigma_s"):
         bare.need("spatial", "sfid")
@@ -162,7 +217,11 @@ def test_the_digits_are_their_train_split(monkeypatch):
     wanted = {name: rows.numpy() for name, rows in extractor(to_uint8(train.images)).items()}
     check_moments(reference, wanted, ("pool",))
     assert (reference.n, reference.image_shape) == (1437, (1, 8, 8))
-    np.testing.assert_array_equal(reference.labels, train.labels)
+    pixels = to_uint8(train.images).permute(0, 2, 3, 1).contiguous().numpy()
+    assert reference.sha256 == hashlib.sha256(pixels.tobytes()).hexdigest()
+    assert reference.is_of(reference.sha256)
+    with pytest.raises(InputError, match="'digits' is of 8 px images, the samples 4"):
+        read_reference("digits", extractor, samples=(1, 4, 4))
     assert reference.features["pool"].shape == (1437, 64)
 
 
@@ -174,11 +233,13 @@ def test_another_resolution_is_refused_before_anything_is_extracted(images, own,
     folder = tmp_path / "images.features" / extractor.name
     for path in (tmp_path / "ref.npz", folder):
         assert says in refusal(path, extractor, samples=(3, 32, 32))
-        reference = read_reference(str(path), extractor, samples=(1, 4, 4))
-        with pytest.raises(InputError, match=says):
-            reference.check_samples((3, 32, 32))
-        with pytest.raises(InputError, match="the samples 8 x 4"):
-            reference.check_samples((3, 4, 8))
+        read_reference(str(path), extractor, samples=(1, 4, 4))
+        assert "the samples 8 x 4" in refusal(path, extractor, samples=(3, 4, 8))
+    # Of ADM's files, the images say it.
+    with np.load(tmp_path / "ref.npz") as ours, np.load(images) as theirs:
+        np.savez(tmp_path / "adm.npz", mu=ours["mu"], sigma=ours["sigma"], arr_0=theirs["arr_0"])
+    assert says in refusal(tmp_path / "adm.npz", extractor, samples=(3, 32, 32))
+    read_reference(str(tmp_path / "adm.npz"), extractor, samples=(3, 4, 4))
 
 
 def test_another_extractors_are_refused(images, own, extractor, tmp_path, fails, capsys):
@@ -192,6 +253,9 @@ def test_another_extractors_are_refused(images, own, extractor, tmp_path, fails,
     assert other.describe()["weights_sha256"] != extractor.describe()["weights_sha256"]
     for path in (tmp_path / "ref.npz", folder):
         assert "is of features with weights_sha256" in refusal(path, other)
+    with pytest.raises(InputError, match="is of features with weights_sha256"):
+        read_moments(tmp_path / "ref.npz", other)
+    assert read_moments(tmp_path / "ref.npz", extractor).mu.shape == (7,)
     capsys.readouterr()
     message = fails(evaluate, "build-ref", folder, "--out", tmp_path / "x.npz", "--extractor", f"{own}:Other")
     assert "is of features with name" in message
@@ -203,6 +267,7 @@ def test_statistics_that_are_none(tmp_path):
     mu, sigma, mu_s, sigma_s = np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)
     whole = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
     crooked, holed, negative = np.eye(3), np.eye(3), np.eye(3)
+    indefinite = 2 * np.eye(3) - 1  # variances of 1, and an eigenvalue of -1
     crooked[0, 1], holed[0, 0], negative[2, 2] = 0.1, np.nan, -1
     for changed, says in (
         ({"mu": np.zeros(4), "sigma": np.eye(4)}, "mu (4,) and sigma (4, 4); tiny's pool has 3 features"),
@@ -214,6 +279,8 @@ def test_statistics_that_are_none(tmp_path):
         ({"sigma_s": np.full((2, 2), np.inf)}, "mu_s or sigma_s is not finite"),
         ({"sigma": crooked}, "sigma is not symmetric"),
         ({"sigma": negative}, "a variance in it is negative"),
+        ({"sigma": indefinite}, "sigma has the eigenvalues -1 to 2, so it is no covariance"),
+        ({"sigma_s": np.array([[1, 1.01], [1.01, 1]])}, "sigma_s has the eigenvalues -0.01 to 2.01"),
         ({"mu": mu.astype(int)}, "mu is int64"),
         ({"mu_s": None}, "has sigma_s alone"),
         ({"sigma": None}, "has mu alone"),
@@ -229,7 +296,7 @@ def test_statistics_that_are_none(tmp_path):
     # What rounds in fp32 is a covariance.
     rough = np.cov(np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32), rowvar=False).astype(np.float32)
     rough[0, 1] *= 1 + 1e-7
-    np.savez(tmp_path / "ref.npz", **{**whole, "sigma": rough})
+    np.savez(tmp_path / "ref.npz", **{**whole, "sigma": rough, "sigma_s": np.zeros((2, 2))})
     assert read_reference(str(tmp_path / "ref.npz"), extractor).moments["pool"].sigma.dtype == np.float64
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import io
 import json
 import re
@@ -85,11 +86,11 @@ def rows(file, lines):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def samples(folder, labels=(0, 1, 2) * 4, size=8, metrics=True, **changes):
-    """Samples whose grey is 10 times their index, with their result."""
+def samples(folder, labels=(0, 1, 2) * 4, size=8, metrics=True, grey=10, result=(), **changes):
+    """Samples whose grey is so many times their index, with their result, over which `result` is laid."""
     folder.mkdir(parents=True)
     for index in range(len(labels)):
-        Image.new("L", (size, size), 10 * index).save(folder / f"{index:06d}.png")
+        Image.new("L", (size, size), grey * index).save(folder / f"{index:06d}.png")
     manifest = {
         "num": len(labels), "labels": list(labels), "sampler": "euler", "steps": 20, "guidance_scale": 1.5, "nfe": 40.0,
         "seconds_per_image": 0.125, "weights": "ema", "step": 60, "checkpoint_sha256": {"ema/config.json": "ab" * 32},
@@ -107,7 +108,7 @@ def samples(folder, labels=(0, 1, 2) * 4, size=8, metrics=True, **changes):
         "extractors": [{"name": "digits", "weights_sha256": "ef" * 32}], "pixels_sha256": "12" * 32,
         "samples_manifest": {}, "samples_manifest_sha256": digest(folder / "manifest.json"),
         "versions": {"torch": "9.8.6"},
-    }  # fmt: skip
+    } | dict(result)  # fmt: skip
     if metrics:
         (folder / "metrics.json").write_text(json.dumps(result))
     return folder
@@ -117,18 +118,21 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def training(folder, lr=0.002, mixer="atconv", losses=(1.5, 1.25, 1.0)):
+def training(
+    folder, lr=0.002, mixer="atconv", losses=(1.5, 1.25, 1.0), rates=(10.0, 500.0, 40.0), by_time=(1.0, None, 0.5),
+    score=227.5,
+):  # fmt: skip
     folder.mkdir(parents=True)
     recipe = {"run": {"seed": 3}, "model": {"name": None, "token_mixer": mixer}, "train": {"lr": lr, "max_steps": 90}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     log = [
-        {"step": 10 * (index + 1), "images_seen": 320, "loss": loss, "loss_by_time": [1.0, None, 0.5], "grad_norm": 2.0,
+        {"step": 10 * (index + 1), "images_seen": 320, "loss": loss, "loss_by_time": by_time, "grad_norm": 2.0,
          "lr": lr, "update_ratio": 0.01, "images_per_second": rate, "flops_per_second": 2e12, "peak_share": None,
          "data_wait": 0.25, "memory_bytes": 2**31}
-        for index, (loss, rate) in enumerate(zip(losses, (10.0, 500.0, 40.0), strict=False))
+        for index, (loss, rate) in enumerate(zip(losses, rates, strict=False))
     ]  # fmt: skip
     rows(folder / "log.jsonl", log)
-    rows(folder / "scores.jsonl", [{"step": 30, "frechet_distance": 227.5, "num": 1000, "sampling": {"steps": 20}}])
+    rows(folder / "scores.jsonl", [{"step": 30, "frechet_distance": score, "num": 1000, "sampling": {"steps": 20}}])
     step = folder / "step-0000030"
     step.mkdir()
     manifest = {
@@ -307,6 +311,127 @@ def test_runs_side_by_side(make, tmp_path):
     assert {"line s0", "line s1"} <= {each.get("class") for each in page.all("polyline")}
 
 
+def drawn(page, label):
+    """The elements of the only drawing whose label begins so."""
+    label = html.escape(label).encode("ascii", "xmlcharrefreplace").decode()
+    (svg,) = re.findall(rf'<svg[^>]* aria-label="{re.escape(label)}[^"]*"[^>]*>.*?</svg>', page.source)
+    return list(ElementTree.fromstring(svg).iter())
+
+
+def line(elements, number):
+    """The points of the only line of a series."""
+    (found,) = [each for each in elements if each.tag == "polyline" and each.get("class") == f"line s{number}"]
+    return np.array([tuple(map(float, pair.split(","))) for pair in found.get("points").split()])
+
+
+def test_of_two_runs_that_differ_in_everything_each_has_what_is_its_own(make, tmp_path):
+    other = {"losses": (9.0, 8.0, 7.0), "rates": (100.0, 5000.0, 400.0), "by_time": (4.0, 3.0, 2.0), "score": 99.5}
+    first = training(tmp_path / "first", by_time=(1.0, 0.9, 0.5))
+    second = training(tmp_path / "second", 0.001, "attention", **other)
+    samples(first / "samples" / "x")
+    metrics = {"frechet_distance": {"value": 130.0, "se": 5.0, "corrected": 120.0}}
+    samples(second / "samples" / "x", grey=7, result={"metrics": metrics}, seconds_per_image=0.5, nfe=80.0)
+    page = make(first, second)
+
+    section = page.source.partition('id="samples-0"')[2].partition("</section>")[0]
+    grids = section.split("<h3>")[1:]
+    assert len(grids) == 2
+    for part, run, grey, kind in zip(grids, ("first", "second"), (10, 7), ("s0", "s1"), strict=True):
+        assert f"{run}: x</h3>" in part
+        assert f'class="line {kind}"' in part.partition("</h3>")[0]
+        shown = re.findall(r'<img src="([^"]*)"[^>]* title="sample (\d+)"', part)
+        assert len(shown) == 12
+        assert all(picture({"src": source}).getpixel((0, 0)) == grey * int(index) for source, index in shown)
+
+    labels = [each.get("aria-label", "") for each in page.all("svg")]
+    for told in (
+        "Training loss over step: first from 1.5 to 1, least 1, greatest 1.5; second from 9 to 7, least 7, greatest 9",
+        "Training images per second over step: first from 10 to 40, least 10, greatest 500; second from 100 to 400, "
+        "least 100, greatest 5000",
+        "Loss by time, at the latest report over t (0 noise, 1 data): first from 1 to 0.5, least 0.5, greatest 1; "
+        "second from 4 to 2, least 2, greatest 4",
+        "Fréchet distance over step: first from 227.5 to 227.5, least 227.5, greatest 227.5; second from 99.5 to 99.5, "
+        "least 99.5, greatest 99.5",
+    ):
+        assert told in labels
+    for label in ("Training loss", "Loss by time"):
+        elements = drawn(page, label)
+        lower, upper = line(elements, 0), line(elements, 1)
+        assert upper[:, 1].max() < lower[:, 1].min()  # up is less
+        for points in (lower, upper):
+            assert (np.diff(points, axis=0) > 0).all()  # the losses fall from left to right
+    middles = line(drawn(page, "Loss by time"), 1)[:, 0]
+    assert middles[1] - middles[0] == pytest.approx(middles[2] - middles[1], abs=0.2)
+
+    assert page.row("Images per second") == ["40", "400"]
+    assert page.row("Seconds per image") == ["0.125", "0.5"]
+    assert page.row("NFE") == ["40", "80"]
+    assert page.row("Latest loss") == ["1", "7"]
+    assert page.row("Token mixer") == ["atconv", "attention"]
+    assert page.row("Fréchet distance")[:2] == ["242 ± 15corrected 227", "130.0 ± 5.0corrected 120.0"]
+    strip = drawn(page, "Fréchet distance: ")
+    kinds = [each.get("class") for each in strip]
+    for number in (0, 1):
+        assert [kinds.count(f"{what} s{number}") for what in ("error", "corrected", "dot")] == [2, 1, 1]
+    (at_first,), (at_second,) = (
+        [float(each.get("cx")) for each in strip if each.get("class") == f"dot s{number}"] for number in (0, 1)
+    )
+    assert at_second < at_first  # 130 is left of 242
+
+
+def test_which_way_a_metric_gets_better_is_said(make, tmp_path):
+    lower = {"fid": "FID", "sfid": "sFID", "fdd": "FD-DINOv2", "frechet_distance": "Fréchet distance", "kid": "KID"}
+    higher = {"is": "Inception score", "precision": "Precision", "recall": "Recall", "density": "Density",
+              "coverage": "Coverage", "recognised": "Recognised"}  # fmt: skip
+    metrics = {name: {"value": 1.0, "se": 0.1, "corrected": None} for name in [*lower, *higher]}
+    page = make(samples(tmp_path / "a", result={"metrics": metrics}))
+    heads = {row[0] for row in page.rows}
+    assert {f"{name}↓ lower is better" for name in lower.values()} <= heads
+    assert {f"{name}↑ higher is better" for name in higher.values()} <= heads
+
+
+@pytest.mark.parametrize(
+    ("result", "manifest", "told"),
+    [
+        ({"n": 13}, {}, "n 12 | 13."),
+        ({"protocol": "other-1"}, {}, "protocol digits-classifier-2 | other-1."),
+        ({"reference": {"name": "x", "sha256": "other"}}, {}, "reference cdcdcdcdcdcd... | other."),
+        ({"groups": None}, {}, "groups 10 | not recorded."),
+        ({"image_shape": [3, 8, 8]}, {}, "image shape [1, 8, 8] | [3, 8, 8]."),
+        ({"extractors": [{"name": "digits", "weights_sha256": "other"}]}, {},
+         "extractors.digits.weights sha256 efefefefefef... | other."),
+        ({}, {"codec": {"codec": "vae", "shift": 0.5}},
+         "codec.codec not recorded | vae; codec.shift not recorded | 0.5."),
+        ({}, {"guidance_scale": 2.0}, "guidance scale 1.5 | 2.0."),
+        ({"samples_manifest": {"sampler": "heun", "steps": 20, "guidance_scale": 1.5, "weights": "ema"}}, {},
+         "sampler euler | heun."),
+        ({}, {"last_step": "mean", "atol": 0.1}, "last step not recorded | mean; atol not recorded | 0.1."),
+    ],
+)  # fmt: skip
+def test_all_that_keeps_metrics_from_being_compared_is_said(make, tmp_path, result, manifest, told):
+    page = make(samples(tmp_path / "a"), samples(tmp_path / "b", result=result, **manifest))
+    assert f"These metrics were not measured in the same way and cannot be compared: {told}" in page.text
+
+
+def test_of_many_differences_some_are_told(make, tmp_path):
+    rule = {"labels_rule": "file"}
+    many = [{"class_histogram": {str(index): shift + index for index in range(40)}} for shift in (0, 1)]
+    page = make(samples(tmp_path / "a", result=many[0], **rule), samples(tmp_path / "b", result=many[1], **rule))
+    assert "classes.0 0 | 1; classes.1 1 | 2;" in page.text
+    assert "classes.11 11 | 12; and 28 more." in page.text
+
+
+def test_a_folder_of_images_alone_is_shown(make, tmp_path):
+    folder = samples(tmp_path / "a", metrics=False)
+    (folder / "manifest.json").unlink()
+    page = make(folder)
+    assert [picture(image).getpixel((0, 0)) for image in page.all("img")] == [10 * index for index in range(12)]
+    for text in ("they have no labels", "How they were made is not recorded", "Metrics: not measured"):
+        assert text in page.text
+    (folder / "settings.json").write_text("{}")
+    assert "these samples are not finished" in make(folder).text
+
+
 def test_samples_that_were_not_made_alike_are_not_compared_in_silence(make, tmp_path):
     page = make(samples(tmp_path / "a"), samples(tmp_path / "b", steps=50))
     assert "cannot be compared: steps 20 | 50." in page.text
@@ -360,6 +485,24 @@ def damaged_line(run):
         (lambda run: (run / "samples/x/metrics.json").write_text("{"), "metrics.json' is not JSON"),
         (lambda run: (run / "samples/x/metrics.json").write_text('{"metrics": [1]}'), "no result of `eval score`"),
         (lambda run: (run / "samples/x/manifest.json").write_text("[]"), "no object"),
+        *(
+            (
+                lambda run, text=text: (run / "samples/x/metrics.json").write_text(text),
+                r"metrics.json' is no result of `eval score` \(.*\); score the samples again",
+            )
+            for text in (
+                '{"samples_manifest": "text"}',
+                '{"samples_manifest": 3}',
+                '{"samples_manifest": [1]}',
+                '{"extractors": 5}',
+                '{"extractors": [5]}',
+                '{"extractors": [{}]}',
+                '{"reference": "x"}',
+                '{"samples_manifest": {"codec": "vae"}}',
+                '{"metrics": {"fid": 3}}',
+                '{"metrics": null}',
+            )
+        ),
         (lambda run: (run / "step-0000030/manifest.json").write_text("x"), "is not JSON"),
         (lambda run: (run / "recipe.yaml").write_text("a: [b"), "is not YAML"),
         (lambda run: (run / "recipe.yaml").write_text("- a"), "is no recipe"),
@@ -389,9 +532,19 @@ def test_a_folder_with_nothing_to_report_is_an_error_that_says_what_was_looked_f
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("out", "message"), [("x.pdf", "must end in .html"), ("x.html", "is a folder")])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("x.pdf", "must end in .html"),
+        ("x.html", "is a folder"),
+        ("file/x.html", r"file' is no folder; choose another place"),
+        ("file/y/x.html", r"file' is no folder; choose another place"),
+        ("x" * 300 + ".html", "File name too long; choose another place"),
+    ],
+)
 def test_out_must_be_a_page(tmp_path, out, message):
     (tmp_path / "x.html").mkdir()
+    (tmp_path / "file").touch()
     parser = ArgumentParser()
     report.add_arguments(parser)
     args = parser.parse_args([str(tmp_path), "--out", str(tmp_path / out)])
@@ -492,4 +645,10 @@ def test_the_report_never_sees_a_model():
     text = "\n".join(path.read_text() for path in (ROOT / "eval" / "report").glob("*.py"))
     imported = re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE)
     own = {name for name in imported if name.startswith(("sit_atconv", "sampling", "experiments"))}
-    assert own == {"sit_atconv.errors", "sit_atconv.files", "sit_atconv.images", "sit_atconv.data.images"}
+    assert own == {
+        "sit_atconv.claims",
+        "sit_atconv.errors",
+        "sit_atconv.files",
+        "sit_atconv.images",
+        "sit_atconv.data.images",
+    }

@@ -162,6 +162,8 @@ def test_a_result_says_all_that_repeats_it(inception, samples, images, tmp_path)
     assert result["samples_manifest"] == {"num": N, "sampler": "euler", "nfe": 20}
     assert result["samples_manifest_sha256"] == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     assert result["pixels_sha256"] == hashlib.sha256(made(N, 1).tobytes()).hexdigest()
+    assert result["labels_sha256"] == hashlib.sha256(np.zeros(N, np.int64).tobytes()).hexdigest()
+    assert (result["device"], result["batch"], result["samples_lossy"]) == ("cpu", 64, False)
     assert {"torch", "torch-fidelity", "timm", "sit_atconv"} <= result["versions"].keys()
     # An npz of the same images: other groups, for it has other labels, but the same values.
     score(samples, "--ref", images, "--out", tmp_path / "deep/other.json")
@@ -197,7 +199,90 @@ def test_features_of_another_extractor_are_refused(inception, samples, images, t
     other = small("inception", INCEPTION_PROTOCOL, input="other")
     monkeypatch.setattr(scoring, "load_extractor", lambda *args: other)
     message = fails(evaluate, "score", features, "--ref", images, "--extractor", "inception")
-    assert "have input None, the extractor 'other'" in message
+    assert "is of features with input None, the extractor has 'other'" in message
+
+
+def test_only_a_result_is_overwritten_and_the_place_is_tried_first(inception, samples, images, tmp_path, fails, capsys):
+    (tmp_path / "own.json").write_text('{"some": "thing"}')
+    (tmp_path / "list.json").write_text("[]")
+    there = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for out, says in (
+        (samples, "no result of this command"), (images, "no result of this command"),
+        (tmp_path / "own.json", "no result"), (tmp_path / "list.json", "no result"),
+        (samples / "a.json", "cannot be written"), ("/proc/a.json", "cannot be written"),
+    ):  # fmt: skip
+        assert says in fails(evaluate, "score", samples, "--ref", images, "--out", out)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == there
+    score(samples, "--ref", images, "--metrics", "is", "--out", tmp_path / "a.json")
+    score(samples, "--ref", images, "--metrics", "fid", "--out", tmp_path / "a.json")
+    assert list(read(tmp_path / "a.json")["metrics"]) == ["fid"]
+
+
+def test_lossy_images_leave_a_trace(inception, samples, images, tmp_path):
+    (tmp_path / "jpg").mkdir()
+    for index, array in enumerate(made(30, 1)):
+        Image.fromarray(array).save(tmp_path / f"jpg/{index}.jpg")
+    for name, arguments, lossy in (
+        ("none", (samples, "--ref", images), (False, False)),
+        ("samples", (tmp_path / "jpg", "--ref", images), (True, False)),
+        ("ref", (samples, "--ref", tmp_path / "jpg"), (False, True)),
+    ):
+        score(*arguments, "--allow-lossy", "--metrics", "fid", "--out", tmp_path / f"{name}.json")
+        result = read(tmp_path / f"{name}.json")
+        assert (result["samples_lossy"], result["reference"]["lossy"]) == lossy
+
+
+def test_features_of_both_go_where_they_are_told_to(inception, samples, images, tmp_path):
+    root = tmp_path / "features"
+    score(samples, "--ref", images, "--features", root, "--metrics", "fid,fdd")
+    for name in ("samples", "real"):
+        assert not (tmp_path / f"{name}.features").exists()
+        for extractor in ("inception", "dinov2-small"):
+            assert len(list(root.glob(f"{name}.npz-*/{extractor}/features.json"))) == 1
+    before = read(samples.with_suffix(".metrics.json"))
+    np.savez(samples, arr_0=made(N, 3))
+    with pytest.raises(SystemExit):
+        score(samples, "--ref", images, "--features", root)
+    assert read(samples.with_suffix(".metrics.json")) == before
+
+
+def test_samples_made_anew_say_whose_features_are_in_the_way(inception, samples, images, tmp_path, fails, capsys):
+    score(samples, "--ref", images)
+    np.savez(samples, arr_0=made(N, 3))
+    capsys.readouterr()
+    message = fails(evaluate, "score", samples, "--ref", images)
+    assert message.startswith(f"error: features folder '{tmp_path}/samples.features/inception' holds features with ")
+    assert "delete it, or choose another (--out of extract, --features of the other commands)" in message
+
+
+def test_damaged_features_are_not_scored(inception, samples, images, tmp_path, fails, capsys):
+    score(samples, "--ref", images)
+    shard = tmp_path / "samples.features/inception/shard-000000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    capsys.readouterr()
+    assert "its SHA-256 is not that of features.json" in fails(evaluate, "score", shard.parent, "--ref", images)
+
+
+def test_unfinished_samples_are_called_that(inception, samples, images, tmp_path, fails):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/settings.json").write_text('{"num": 5}')
+    for arguments in ((tmp_path / "s", "--ref", images), (samples, "--ref", tmp_path / "s")):
+        assert "holds unfinished samples" in fails(evaluate, "score", *arguments)
+
+
+def test_metrics_by_their_parts_and_with_blanks(inception, samples, images, tmp_path):
+    score(samples, "--ref", images, "--metrics", "is, recall,precision", "--out", tmp_path / "a.json")
+    assert list(read(tmp_path / "a.json")["metrics"]) == ["is", "precision", "recall", "density", "coverage"]
+
+
+def test_a_score_against_itself_is_warned_of(inception, samples, images, tmp_path, capsys):
+    warning = "warning: samples and reference are the same images"
+    score(samples, "--ref", images, "--metrics", "fid")
+    assert warning not in capsys.readouterr().out
+    score(samples, "--ref", samples, "--metrics", "fid")
+    assert warning in capsys.readouterr().out
 
 
 def test_what_the_reference_does_not_allow_is_left_out_and_said(inception, samples, tmp_path, capsys, fails):
@@ -303,7 +388,10 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(inception, own,
         ((samples, "--ref", images, "--metrics", "fdi"), "--metrics='fdi': did you mean 'fid'?"),
         ((samples, "--ref", images, "--metrics", ""), "--metrics=''"),
         ((samples, "--ref", images, "--metrics", "recognised"), "'recognised' is none of extractor inception"),
-        ((samples, "--ref", images, "--extractor", "dinov2", "--metrics", "fid"), "choose from ['fdd', 'pr', 'kid']"),
+        (
+            (samples, "--ref", images, "--extractor", "dinov2", "--metrics", "fid"),
+            "; its Fréchet distance is fdd; choose from ['fdd', 'pr', 'kid']",
+        ),
         ((samples, "--ref", images, "--dinov2", "a_vit"), "--dinov2 a_vit: nothing asks for it"),
         ((samples, "--ref", tmp_path / "nowhere"), "no such file"),
         ((tmp_path / "nowhere", "--ref", images), "no such file"),
@@ -378,6 +466,9 @@ def test_digits_without_labels_have_no_class_to_recognise(held_out, tmp_path, cl
     assert "give them in manifest.json" in message
     message = fails(evaluate, "score", tmp_path / "bare.npz", "--ref", "digits", "--weights", "x")
     assert "--weights belongs to Inception" in message
+    beyond = write_npz(tmp_path / "beyond.npz", held_out[0], np.arange(360) % 11)
+    message = fails(evaluate, "score", beyond, "--ref", "digits")
+    assert "has the label 10, and extractor digits knows 10 classes" in message
     np.savez(tmp_path / "rgb.npz", arr_0=made(30, 1))
     message = fails(evaluate, "score", tmp_path / "rgb.npz", "--ref", "digits")
     assert "(3, 4, 4), digits takes (1, 8, 8)" in message

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.features import is_features
 from eval.sources import from_arrays, open_source
 from sit_atconv.errors import InputError
 
@@ -305,3 +306,44 @@ def test_large_archives_have_zip64_headers(tmp_path, pixels):
     source = open_source(tmp_path / "a.npz")
     assert torch.equal(read(source), torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert source.labels[-1] == N - 1
+
+
+def test_indices_are_numbers_however_they_are_written(tmp_path, pixels):
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    (tmp_path / "manifest.json").write_text(json.dumps({"num": N, "labels": None}))
+    assert torch.equal(read(open_source(tmp_path)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def test_hidden_files_are_no_images(tmp_path, pixels):
+    folder = write_folder(tmp_path / "a", pixels)
+    (folder / ".000003.png").write_bytes(b"of the system's own")
+    assert open_source(folder).n == N
+    (folder / "manifest.json").unlink()
+    (folder / ".trash").mkdir()
+    (folder / "000003.png").rename(folder / ".trash/000003.png")
+    assert open_source(folder).n == N - 1
+    # A folder above that is hidden hides nothing.
+    folder.rename(tmp_path / ".a")
+    assert open_source(tmp_path / ".a").n == N - 1
+
+
+def test_manifests_and_labels_of_odd_values(tmp_path, pixels):
+    folder = write_folder(tmp_path / "a", pixels)
+    for shape in (5, "abc", [3, 6], [3, "6", 5], {}):
+        (folder / "manifest.json").write_text(json.dumps({"num": N, "labels": None, "image_shape": shape}))
+        assert "is not the manifest of samples" in refusal(folder)
+    np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=np.full(N, 2**63, np.uint64))
+    assert "label 9223372036854775808 is beyond int64" in refusal(tmp_path / "a.npz")
+
+
+def test_a_folder_that_was_begun_is_called_what_it_is(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"num": 5}))
+    assert "holds unfinished samples" in refusal(tmp_path)
+    assert not is_features(tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"extractor": {}}))
+    assert "holds features; give the images" in refusal(tmp_path)
+    assert is_features(tmp_path)
+    for text in ("[]", "{"):
+        (tmp_path / "settings.json").write_text(text)
+        assert not is_features(tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import statistics
 
 import pytest
@@ -75,7 +76,11 @@ def test_a_model_trained_with_repa_is_a_method_of_its_own(result, tmp_path):
 
 def test_a_row_is_mean_and_spread_over_training_seeds(result, tmp_path, capsys):
     fids = [17.0, 17.5, 18.3]
-    files = [result({"fid": fid, "is": 100.0 + fid}, seed) for seed, fid in enumerate(fids)]
+    errors, corrected = [0.1, 0.2, 0.6], [16.0, 17.3, 17.4]
+    files = [
+        result({"fid": fid, "is": 100.0 + fid}, seed, metrics__fid__se=se, metrics__fid__corrected=without)
+        for seed, (fid, se, without) in enumerate(zip(fids, errors, corrected, strict=True))
+    ]
     other = {"samples_manifest__training__name": "SiT-ATConv-XL/2", "samples_manifest__training__params": 637_700_000}
     files.append(result({"fid": 16.9, "is": 120.0}, **other))
     evaluate(["table", *map(str, files), "--out", str(tmp_path / "table.md")])
@@ -85,14 +90,14 @@ def test_a_row_is_mean_and_spread_over_training_seeds(result, tmp_path, capsys):
     assert (first["seeds"], second["seeds"]) == ([0, 1, 2], [0])
     assert first["metrics"]["fid"] == {
         "mean": pytest.approx(statistics.mean(fids)), "std": pytest.approx(statistics.stdev(fids)),
-        "se": pytest.approx(0.1), "corrected": pytest.approx(statistics.mean(fids) - 0.5),
-        "corrected_std": pytest.approx(statistics.stdev(fids)), "values": fids,
+        "se": pytest.approx(0.3), "corrected": pytest.approx(statistics.mean(corrected)),
+        "corrected_std": pytest.approx(statistics.stdev(corrected)), "values": fids,
     }  # fmt: skip
     assert second["metrics"]["fid"]["std"] is None
     assert second["metrics"]["is"]["corrected"] is None
     assert cells(text, "model")[1:5] == ["params (M)", "step", "NFE", "seeds"]
     assert cells(text, "SiT-XL/2") == [
-        "SiT-XL/2", "675.1", "400,000", "250", "0, 1, 2", "17.60 ± 0.66 [0.10]", "117.60 ± 0.66 [0.10]", "17.10 ± 0.66",
+        "SiT-XL/2", "675.1", "400,000", "250", "0, 1, 2", "17.60 ± 0.66 [0.30]", "117.60 ± 0.66 [0.10]", "16.90 ± 0.78",
     ]  # fmt: skip
     assert cells(text, "SiT-ATConv-XL/2")[5:] == ["16.90 [0.10]", "120.00 [0.10]", "16.40"]
     assert "scored against ref.npz" in text
@@ -111,7 +116,9 @@ def test_published_figures_stand_beside_with_conditions_and_sources(result, tmp_
     assert not tabulate([result(protocol="digits-classifier-2")])["published"]
     evaluate(["table", str(result()), "--out", str(tmp_path / "t.md")])
     text = (tmp_path / "t.md").read_text()
-    assert "Published by others, not measured here" in text
+    assert "Published by others, not measured here, of ImageNet 256 px, 50,000 samples, ADM's reference:" in text
+    assert "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |" in text  # the sources are text
+    assert text.splitlines()[1] == "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"  # and so are the seeds
     assert (
         "| SiT-XL/2 | 7M steps, SDE 250, no guidance | 8.3 | 6.32 | 131.7 | 0.68 | 0.67 | SiT repository, issue 31 |"
         in text
@@ -133,20 +140,25 @@ MIXED = {
     "samples_manifest__diffusion": "linear",
     "samples_manifest__last_step_size": 0.1,
     "samples_manifest__diffusion_norm": 2.0,
+    "samples_manifest__last_step": "tweedie",
     "samples_manifest__epsilon": 0.001,
+    "samples_manifest__atol": 1e-3,
     "samples_manifest__rtol": 1e-3,
     "samples_manifest__labels_rule": "balanced",
     "samples_manifest__uint8_rule": "round",
     "samples_manifest__dtype": "bf16",
     "samples_manifest__weights": "model",
-    "samples_manifest__codec": {"codec": "vae", "sha256": "00" * 32, "scale": 0.18215},
+    "samples_manifest__codec__codec": "identity",
+    "samples_manifest__codec__sha256": "00" * 32,
+    "samples_manifest__codec__scale": 0.13025,
+    "samples_manifest__codec__shift": 0.1,
 }
 
 
 @pytest.mark.parametrize("key", MIXED)
 def test_what_cannot_be_compared_is_refused_or_said(result, key, tmp_path, fails):
     files = [result(seed=0), result(seed=1), result(seed=2, **{key: MIXED[key]})]
-    name = "reference" if key.startswith("reference") else key.rpartition("__")[2]
+    name = key.removeprefix("samples_manifest__").partition("__")[0]
     out = tmp_path / "table.md"
     message = fails(evaluate, "table", *files, "--out", out)
     assert f"{str(files[0])!r} has {name} " in message
@@ -234,8 +246,9 @@ def test_published_figures_and_claims_are_of_their_protocol_and_size(result):
     assert {figure["model"] for figure in own["published"]} == {"SiT-XL/2"}
     assert len(own["claimed"]) == 1
     assert own["claimed"][0] in to_markdown(own)
-    other = tabulate([result(image_shape=[3, 512, 512], **name)])
-    assert (other["published"], other["claimed"]) == ([], [])
+    for change in ({"image_shape": [3, 512, 512]}, {"n": 10_000}, {"protocol": "digits-classifier-2"}):
+        other = tabulate([result(**change, **name)])
+        assert (other["published"], other["claimed"]) == ([], []), change
     assert not tabulate([result()])["claimed"]
 
 
@@ -262,6 +275,39 @@ def test_values_that_are_no_numbers_are_refused(result, value, tmp_path, fails):
     stored["metrics"]["fid"]["value"] = value
     file.write_text(json.dumps(stored))
     assert "fid is" in fails(evaluate, "table", file, "--out", tmp_path / "t.md")
+    assert not (tmp_path / "t.md").exists()
+
+
+ODD = [
+    *((f"metrics__fid__{key}", value) for key in ("se", "corrected") for value in ([], {}, False, "", "1", math.inf)),
+    *(("reference__name", value) for value in (None, 3, ["a"])),
+    *(("reference__sha256", value) for value in (None, 3)),
+    *(("samples_manifest__training__params", value) for value in ("many", [1], True, math.nan, 10**400)),
+    *(("samples_manifest__training__images_seen", value) for value in ("", [], math.inf)),
+    *(("samples_manifest__step", value) for value in ("9", [9], {}, math.nan)),
+    *(("samples_manifest__nfe", value) for value in ("", [], False)),
+    *(("samples_manifest__training__name", value) for value in (7, ["SiT"])),
+    ("samples_manifest__training__seed", [0]),
+    ("samples_manifest__training__token_mixer", {"a": [math.nan]}),
+    ("samples_manifest__training", "text"),
+    ("samples_manifest__codec", "vae"),
+    ("samples_manifest__codec__scale", math.nan),
+    ("samples_manifest__guidance_interval", [0.0, math.inf]),
+    ("samples_manifest", 5),
+    ("extractors", 5),
+    ("extractors", [{"name": "a", "x": math.inf}]),
+    ("image_shape", [3, math.nan]),
+    ("metrics", [1]),
+    ("metrics__fid", 1.0),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ODD)
+def test_results_with_odd_values_are_refused_in_one_line(result, key, value, tmp_path, fails):
+    file = result(**{key: value})
+    for given in (file, f"A={file}"):
+        message = fails(evaluate, "table", given, "--out", tmp_path / "t.md")
+        assert message.startswith(f"error: {str(file)!r} is no result of `eval score` (")
     assert not (tmp_path / "t.md").exists()
 
 

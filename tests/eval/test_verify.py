@@ -97,6 +97,18 @@ def test_adms_files_are_scored_and_compared(weights, adm, capsys, monkeypatch):
     assert "all as published" in capsys.readouterr().out
 
 
+def test_options_reach_what_they_are_for(weights, adm, monkeypatch, tmp_path):
+    loaded, scored = [], []
+    monkeypatch.setattr(verify, "load_extractor", lambda *args: loaded.append(args) or load(*args))
+    monkeypatch.setattr(verify, "score", lambda *args, **options: scored.append((args, options)))
+    options = ["--device", "cpu", "--batch", "9", "--features", str(tmp_path / "f")]
+    evaluate(["verify", "--weights", str(weights), "--adm", str(adm), *options])
+    assert loaded == [("inception", str(weights), "cpu")]
+    ((args, given),) = scored
+    assert args == (str(adm / SAMPLES), str(adm / REFERENCE), "fid,sfid,is,pr")
+    assert given == {"weights": str(weights), "device": "cpu", "batch": 9, "root": str(tmp_path / "f")}
+
+
 def test_what_is_missing_is_named_before_anything_runs(weights, adm, fails):
     (adm / REFERENCE).unlink()
     message = fails(evaluate, "verify", "--weights", weights, "--adm", adm)

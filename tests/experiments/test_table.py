@@ -1,11 +1,11 @@
 """The one command of a table: what it runs in which order, what it skips, and what it refuses before it begins."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,12 @@ from eval import digits
 from eval.__main__ import main as evaluate
 from eval.sources import from_arrays
 from experiments import table
-from experiments.table import is_scored, is_trained, load_table, main, models, reference_digest
+from experiments.table import is_sampled, is_scored, is_trained, load_table, main, models, reference_digest
+from sampling import generate
 from sampling.__main__ import main as sampling
 from sit_atconv import config
 from sit_atconv.data.digits import Digits
-from sit_atconv.errors import InputError
+from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import sha256
 from sit_atconv.images import to_uint8
 
@@ -31,7 +32,8 @@ COMMANDS = {"train_sit.py": train_sit.main, "sampling": sampling, "eval": evalua
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
-def test_shipped_tables_start_with_their_command_and_can_be_planned(path, capsys):
+def test_shipped_tables_start_with_their_command_and_can_be_planned(path, capsys, monkeypatch):
+    monkeypatch.setattr(table, "stored_settings", lambda samples: None)  # whatever was made here
     assert path.read_text().startswith(f"# python -m experiments.table experiments/tables/{path.name}\n")
     main([str(path), "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
@@ -88,7 +90,7 @@ def small(recipe_file, tmp_path, monkeypatch):
     return path, lines
 
 
-def test_a_table_is_made_and_only_what_is_missing_is_made_again(small, tmp_path):
+def test_a_table_is_made_and_only_what_is_missing_is_made_again(small, tmp_path, capsys):
     path, lines = small
     main([str(path)])
     assert [words[0] for words in lines] == ["train_sit.py"] * 3 + ["sampling", "eval"] * 3 + ["eval"]
@@ -104,22 +106,179 @@ def test_a_table_is_made_and_only_what_is_missing_is_made_again(small, tmp_path)
 
     lines.clear()
     shutil.rmtree(tmp_path / "results")
-    (tmp_path / "runs/a-seed1/samples/quick/metrics.json").write_text("{")
+    scored = tmp_path / "runs/a-seed1/samples/quick/metrics.json"
+    scored.write_text(json.dumps(json.loads(scored.read_text()) | {"samples_manifest_sha256": "other"}))
     shutil.rmtree(tmp_path / "runs/b-seed5/samples")
     main([str(path)])
     assert [words[:2] for words in lines] == [
-        ["sampling", "generate"], ["sampling", "generate"], ["eval", "score"], ["sampling", "generate"],
-        ["eval", "score"], ["eval", "table"],
+        ["eval", "score"], ["sampling", "generate"], ["eval", "score"], ["eval", "table"],
     ]  # fmt: skip
     assert (
         json.loads((tmp_path / "results/quick.json").read_bytes())["rows"][0]["metrics"]
         == json.loads(before)["rows"][0]["metrics"]
     )
 
+    capsys.readouterr()
+    main([str(path), "--dry-run"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$")]
+    assert len(shown) == 1  # of what is complete, the table alone
+    assert "eval table" in shown[0]
+
+    plan = load_table(path)
+    plan.entries[0].overrides = ["train.lr=0.00{seed}1"]
+    assert [model.recipe.train.lr for model in models(plan)[:2]] == [0.0001, 0.0011]
     run = tmp_path / "runs/a-seed0"
-    assert is_trained(models(load_table(path))[0])
+    plan = load_table(path)
+    assert is_trained(models(plan)[0])
+    plan.entries[0].overrides = ["train.lr=0.5"]
+    assert not is_trained(models(plan)[0])
+    model, sampler = models(load_table(path))[0], plan.samplers[0]
+    assert is_sampled(plan, model, sampler)
+    manifest = run / "samples/quick/manifest.json"
+    for change in ({"checkpoint_sha256": {}}, {"checkpoint_sha256": None}):
+        content = manifest.read_text()
+        manifest.write_text(json.dumps(json.loads(content) | change))
+        assert not is_sampled(plan, model, sampler)
+        manifest.write_text(content)
+    assert not is_sampled(plan, dataclasses.replace(model, ckpt=tmp_path / "runs/nowhere", recipe=None), sampler)
+    sampler.vae = "elsewhere"
+    assert not is_sampled(plan, model, sampler)
+    manifest.rename(run / "samples/quick/settings.json")  # begun, and not complete
+    assert not is_sampled(load_table(path), model, load_table(path).samplers[0])
     (run / "step-0000002/ema/config.json").write_text("{}")
     assert not is_trained(models(load_table(path))[0])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("num: 20", "num: 21", "num: 20 -> 21"),
+        ("num: 20", "num: 20\nformat: npz", 'format: "png" -> "npz"'),
+        ("steps: 1", "steps: 2", "steps: 1 -> 2"),
+        ("cfg: 1.0", "cfg: 1.5", "guidance_scale: 1.0 -> 1.5"),
+        ("cfg: 1.0", "cfg: 1.0, seed: 4", "seed: 0 -> 4"),
+        ("cfg: 1.0", "cfg: 1.0, dtype: bf16", 'dtype: "fp32" -> "bf16"'),
+        ("cfg: 1.0", "cfg: 1.0, batch: 8", "block: 20 -> 8"),
+        ("cfg: 1.0", "cfg: 1.0, epsilon: 0.1", "epsilon: null -> 0.1"),
+        ("cfg: 1.0", "cfg: 1.0, labels: random", 'labels_rule: "balanced" -> "random"'),
+        ("overrides: [", "overrides: [train.max_steps=3, ", "step: 2 -> 3"),
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_samples_of_other_settings_are_told_before_anything_runs(small, tmp_path, fails, old, new, says, complete):
+    path, lines = small
+    samples = tmp_path / "runs/b-seed5/samples/quick"
+    samples.mkdir(parents=True)
+    plan = load_table(path)
+    parser = ArgumentParser()
+    generate.add_arguments(parser)
+    args = parser.parse_args(table.generate_words(plan, models(plan)[2], plan.samplers[0]))
+    settings = {**generate.stated(args), "labels": [0] * 20, "step": 2}
+    (samples / ("manifest.json" if complete else "settings.json")).write_text(json.dumps(settings))
+    table.check_samples(plan, models(plan)[2], plan.samplers[0])
+    path.write_text(path.read_text().replace(old, new))
+    message = fails(main, path)
+    assert f"{str(samples)!r} has samples with other settings than the table's, {says}; " in message
+    assert f"give sampler 'quick' another name, or remove {str(samples)!r}" in message
+    assert lines == []
+
+
+def test_a_file_of_labels_is_compared_with_those_of_the_samples(small, tmp_path, fails):
+    path, _ = small
+    file = tmp_path / "labels"
+    file.write_text("1\n" * 20)
+    path.write_text(path.read_text().replace("cfg: 1.0", f"cfg: 1.0, labels: {file}"))
+    samples = tmp_path / "runs/a-seed0/samples/quick"
+    samples.mkdir(parents=True)
+    plan = load_table(path)
+    parser = ArgumentParser()
+    generate.add_arguments(parser)
+    args = parser.parse_args(table.generate_words(plan, models(plan)[0], plan.samplers[0]))
+    (samples / "manifest.json").write_text(json.dumps({**generate.stated(args), "labels": [1] * 20, "step": 2}))
+    table.check_samples(plan, models(plan)[0], plan.samplers[0])
+    file.write_text("1\n" * 19 + "2\n")
+    assert "labels.19: 1 -> 2; give sampler 'quick'" in fails(main, path)
+    (samples / "manifest.json").write_text("{")
+    assert f"manifest.json' is damaged; remove {str(samples)!r}" in fails(main, path)
+
+
+def test_what_a_table_no_longer_has_is_named_and_left(small, tmp_path, capsys):
+    path, _ = small
+    path.write_text(path.read_text().replace("  - {name: a", "  #").replace("b, ", "b, "))
+    out = tmp_path / "results"
+    (out / "raw").mkdir(parents=True)
+    for name in ("raw/a-seed0-quick.json", "raw/b-seed5-quick.json", "slow.md", "slow.json", "quick.md", "notes.txt"):
+        (out / name).write_text("{}")
+    main([str(path), "--dry-run"])
+    named = [line for line in capsys.readouterr().out.splitlines() if "is of nothing in this table" in line]
+    assert [line.split("'")[1] for line in named] == [
+        str(out / name) for name in ("raw/a-seed0-quick.json", "slow.json", "slow.md")
+    ]
+    assert (out / "slow.md").exists()
+
+
+def test_every_option_of_a_table_reaches_its_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.yaml").write_text(
+        "out: o\nruns: r\nnum: 21\nformat: npz\nref: ref.npz\nweights: w.pth\nmetrics: [fid, pr]\n"
+        "entries: [{name: a, ckpts: [x]}]\nsamplers:\n"
+        "  - {name: s, sampler: sde-heun, steps: 9, cfg: 2.0, cfg_channels: first3, cfg_interval: [0.1, 0.5], "
+        "epsilon: 0.01, diffusion: sbdm, diffusion_norm: 2.0, last_step: mean, last_step_size: 0.1, labels: random, "
+        "seed: 3, batch: 7, dtype: bf16, vae: v}\n"
+    )
+    main(["t.yaml", "--dry-run"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$")]
+    assert shown == [
+        "$ python -m sampling generate --ckpt x --num 21 --format npz --sampler sde-heun --steps 9 --cfg 2.0 "
+        "--cfg-channels first3 --cfg-interval 0.1 0.5 --epsilon 0.01 --diffusion sbdm --diffusion-norm 2.0 "
+        "--last-step mean --last-step-size 0.1 --labels random --seed 3 --batch 7 --dtype bf16 --vae v "
+        "--out r/a-0/samples/s",
+        "$ python -m eval score r/a-0/samples/s --ref ref.npz --metrics fid,pr --weights w.pth",
+        "$ python -m eval table o/raw/a-0-s.json --out o/s.md",
+    ]
+
+
+@pytest.mark.parametrize(("there", "processes", "says"), [(True, 2, None), (False, 2, "true"), (False, 1, None)])
+def test_processes_without_an_accelerator_are_told_of_the_cpu(small, monkeypatch, there, processes, says):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    main([str(small[0]), "--dry-run", "--processes", str(processes)])
+    assert os.environ.get("ACCELERATE_USE_CPU") == says
+
+
+def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch):
+    samples, weights = tmp_path / "samples", tmp_path / "w.pth"
+    samples.mkdir()
+    (samples / "manifest.json").write_text("{}")
+    weights.write_bytes(b"weights")
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
+    monkeypatch.setattr(table, "_dinov2", lambda: ("dinov2-x-1", "vit"))
+    file = tmp_path / "t.yaml"
+    own = {"protocol": "adm-inception-1", "weights_sha256": sha256(weights)}
+    vit = {"protocol": "dinov2-x-1", "weights_sha256": "vit"}
+    for metrics, listed, is_it in (
+        ("fid, fdd", [own, vit], True),
+        ("fid", [own], True),
+        ("fdd", [vit], True),
+        ("fid", [own | {"weights_sha256": "other"}], False),
+        ("fid", [own | {"protocol": "adm-inception-0"}], False),
+        ("fid, fdd", [own, vit | {"weights_sha256": "other"}], False),
+        ("fid, fdd", [own | {"weights_sha256": "other"}, vit], False),
+        ("fid, fdd", [own], False),
+        ("fdd", [vit | {"weights_sha256": "other"}], False),
+    ):
+        file.write_text(
+            f"out: o\nruns: r\nnum: 20\nref: {tmp_path / 'ref.npz'}\nweights: {weights}\nmetrics: [{metrics}]\n"
+            "entries: [{name: a, ckpts: [x]}]\nsamplers: [{name: s, sampler: euler, cfg: 1.5}]\n"
+        )
+        result = {
+            "samples_manifest_sha256": sha256(samples / "manifest.json"), "extractors": listed,
+            "protocol": listed[0]["protocol"], "metrics": dict.fromkeys(metrics.split(", ")),
+            "reference": {"sha256": sha256(tmp_path / "ref.npz")},
+        }  # fmt: skip
+        (samples / "metrics.json").write_text(json.dumps(result))
+        assert is_scored(samples, load_table(file)) == is_it, (metrics, listed)
 
 
 def test_what_is_scored_is_scored_of_these_samples_against_this_reference(small, tmp_path):
@@ -180,25 +339,40 @@ def test_a_run_that_ends_early_is_not_sampled(small, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_passed_on_and_the_command_waited_for(tmp_path, number):
     script = (
-        "import pathlib, signal\n"
+        "import os, pathlib, signal\n"
         "signal.alarm(20)\n"
         f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])\n"
-        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+        f"os.kill(os.getppid(), {int(number)})\n"
         f"signal.sigwait([{int(number)}])\n"
         f"pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
     )
-
-    def send():
-        while not (tmp_path / "ready").exists():
-            pass
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    status, received = table.call([sys.executable, "-c", script])
-    thread.join()
-    assert (status, received) == (0, number)
+    assert table.call([sys.executable, "-c", script]) == (0, number)
     assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_before_the_command_is_there_is_passed_on_once(monkeypatch, number):
+    sent, lost = [], []
+
+    class Process:
+        def __init__(self, *words, **options):
+            signal.raise_signal(number)
+
+        def send_signal(self, number):
+            sent.append(number)
+
+        def wait(self):
+            return 7
+
+    monkeypatch.setattr(table.subprocess, "Popen", Process)
+    before = signal.signal(number, lambda *_: lost.append(number))
+    try:
+        assert table.call(["x"]) == (7, number)
+        assert (sent, lost) == ([number], [])
+        signal.raise_signal(number)
+        assert lost == [number]  # afterwards they go where they went before
+    finally:
+        signal.signal(number, before)
 
 
 def test_models_trained_elsewhere_are_not_trained(tmp_path, capsys, fails):
@@ -250,6 +424,7 @@ def test_the_first_command_that_fails_ends_it(small, monkeypatch, capsys):
     [
         ("nam: 3", "did you mean 'num'"),
         ("num: 1", "num=1: one sample is no distribution"),
+        ("num: 10_000_001", "num=10000001: one sample is no distribution; give at least 2 and at most 10,000,000"),
         ("entries: [{name: a, ckpt: [x]}]", "did you mean 'ckpts'"),
         ("entries: [{name: a, recipe: x, ckpts: [y]}]", "give either recipe and seeds, or ckpts"),
         ("entries: [{name: a}]", "give either recipe and seeds, or ckpts"),

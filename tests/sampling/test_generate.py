@@ -5,9 +5,12 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +20,15 @@ from PIL import Image
 
 import sample
 from sampling import generate as generate_command
-from sampling import samples
+from sampling import options, samples
 from sampling.__main__ import main as sampling
+from sampling.processes import Processes
 from sit_atconv import SiTTransformer2DModel, create_model
-from sit_atconv.errors import InputError
+from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import library_versions
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import Sampling, flow, generate, random_label, save_grid
-from sit_atconv.latents.codecs import IdentityCodec
+from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 
 
 def lively_model(**options):
@@ -502,7 +506,7 @@ def test_a_full_disk_leaves_what_the_same_command_goes_on_with(generates, stoppe
     out = tmp_path / "out"
     files = {path.relative_to(out).as_posix() for path in out.rglob("*")}
     images = {f"{index:06d}.png" for index in range(3)} if kind == "png" else {"blocks/000000.npy"}
-    assert files == {"settings.json", "blocks", "blocks/000000.json", *images}
+    assert files == {".lock", "settings.json", "blocks", "blocks/000000.json", *images}
     made = count_blocks(monkeypatch)
     generates("--format", kind)
     assert made == [3, 6]
@@ -647,6 +651,129 @@ def test_complete_samples_are_said_to_be_and_left_alone(generates, run_folder, m
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_folder_in_which_another_command_writes_is_left_alone(generates, stopped, tmp_path, fails, capsys, begun):
+    whole, out = generates(name="whole"), tmp_path / "out"
+    if begun:
+        stopped()
+    out.mkdir(exist_ok=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(out / ".lock")], **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        capsys.readouterr()
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        with pytest.raises(SystemExit):
+            generates()
+        assert f"--out {str(out)!r} is in use by another process; end that one" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+        holder.kill()
+    generates()  # what is killed lets go
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_samples_that_another_command_completes_meanwhile_are_complete(generates, tmp_path, monkeypatch, capsys):
+    whole, original = generates(name="whole"), samples.lock
+
+    def late(folder, name):
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        return original(folder, name)
+
+    monkeypatch.setattr(samples, "lock", late)
+    made = count_blocks(monkeypatch)
+    capsys.readouterr()
+    out = generates()
+    assert made == []
+    assert "complete already" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--num", 99999999999, "--num 99999999999: must be at least 1 and at most 10,000,000"),
+        ("--num", 10_000_001, "--num 10000001: must be at least 1 and at most 10,000,000"),
+        ("--num", 0, "--num 0: must be at least 1"),
+        ("--out", "", "--out '': give the name of a new folder"),
+        ("--labels", "", "--labels '': choose from ['balanced', 'random'] or give a file"),
+        ("--out", "x" * 300, "x' cannot be written: File name too long; mend it, or choose another place"),
+    ],
+)
+def test_options_that_cannot_be_are_told(fails, run_folder, tmp_path, monkeypatch, option, value, says):
+    monkeypatch.chdir(tmp_path)
+    base = ["generate", "--ckpt", run_folder, "--num", 7, "--steps", 1, "--out", tmp_path / "out"]
+    message = fails(sampling, *base, option, value)
+    assert says in message
+    assert "goes on" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_moved_is_the_same_and_another_autoencoder_is_not(
+    generates, run_folder, tmp_path, vae_folder, fails, capsys
+):  # fmt: skip
+    out = generates()
+    shutil.copytree(run_folder, tmp_path / "moved")
+    generates("--ckpt", tmp_path / "moved")  # its training names another folder
+    assert json.loads((out / "manifest.json").read_text())["training"]["run"] == str(run_folder)
+
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(tmp_path / "vae")
+    lively_model(in_channels=4).save_pretrained(tmp_path / "model")
+    base = ["generate", "--ckpt", tmp_path / "model", "--num", 2, "--steps", 1, "--out", tmp_path / "drawn", "--vae"]
+    sampling([*map(str, base), str(vae_folder)])
+    manifest = json.loads((tmp_path / "drawn/manifest.json").read_text())
+    assert manifest["codec"] == VaeCodec(str(vae_folder), 1).describe()
+    capsys.readouterr()
+    assert "holds samples with other settings, codec.sha256: " in fails(sampling, *base, tmp_path / "vae")
+
+
+def test_images_are_decoded_in_fp32_and_cut_off_to_levels(tmp_path, vae_folder):
+    from diffusers import AutoencoderKL
+
+    lively_model(in_channels=4).save_pretrained(tmp_path / "model")
+    base = ["--ckpt", tmp_path / "model", "--num", 3, "--steps", 2, "--dtype", "bf16", "--vae", vae_folder]
+    sampling(["generate", *map(str, base), "--out", str(tmp_path / "out"), "--format", "npz"])
+    drawn = np.load(tmp_path / "out/samples.npz", allow_pickle=False)["arr_0"].astype(int)
+    model = lively_model(in_channels=4).to(torch.bfloat16)
+    latents, _ = flow(model, range(3), torch.tensor([0, 1, 2]), Sampling(steps=2))
+    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).double()
+    with torch.no_grad():
+        images = vae.decode(latents.double() / 0.5 + 0.1).sample
+    levels = np.floor((127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).numpy())
+    assert np.abs(drawn - levels).mean() < 0.02  # rounded, or decoded in bf16, a half of them and more would differ
+    assert levels.std() > 5
+
+
+def test_the_seconds_of_an_image_are_those_of_its_block_shared(generates, monkeypatch):
+    clock = iter(range(0, 1000))  # a block takes one second, and of three there are nine images
+    monkeypatch.setattr(generate_command, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    manifest = json.loads((generates() / "manifest.json").read_text())
+    assert manifest["seconds_per_image"] == pytest.approx(3 / 9)
+
+
+def test_a_block_is_no_larger_than_what_is_asked_for(generates, monkeypatch):
+    drawn, original = [], generate_command.generate
+    monkeypatch.setattr(
+        generate_command, "generate", lambda model, codec, indices, *rest: (
+            drawn.append(len(indices)), original(model, codec, indices, *rest)
+        )[1],
+    )  # fmt: skip
+    manifest = json.loads((generates("--batch", 64) / "manifest.json").read_text())
+    assert (drawn, manifest["block"]) == ([7], 7)
+
+
 def test_half_of_the_samples_by_another_library_are_refused(stopped, fails, run_folder, tmp_path, monkeypatch):
     stopped()
     monkeypatch.setattr(generate_command, "library_versions", lambda: library_versions() | {"torch": "99"})
@@ -681,8 +808,9 @@ def test_a_folder_of_something_else_is_left_alone(generates, fails, run_folder, 
 
 @pytest.mark.parametrize(
     "text",
-    ["3\n1\n4\n1\n5\n9\n2\n", "3\n1\n4\n1\n5\n9\n2\n\n", " 3\r\n1\r\n4\r\n1\r\n5\r\n9\r\n2", "[3, 1, 4,\n1, 5, 9, 2]"],
-)
+    ["3\n1\n4\n1\n5\n9\n2\n", "3\n1\n4\n1\n5\n9\n2\n\n", " 3\r\n1\r\n4\r\n1\r\n5\r\n9\r\n2", "[3, 1, 4,\n1, 5, 9, 2]",
+     "\ufeff3\n1\n4\n1\n5\n9\n2", "\ufeff[3, 1, 4, 1, 5, 9, 2]"],
+)  # fmt: skip
 def test_labels_from_a_file(generates, run_folder, tmp_path, text):
     file = tmp_path / "labels"
     file.write_bytes(text.encode())
@@ -791,6 +919,20 @@ def test_memory_that_is_not_there_is_one_line(generates, monkeypatch, capsys):
     assert "--batch 3: cpu has not the memory; give a smaller one" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_process_of_several_has_its_own_device(run_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(options, "resolve_device", lambda name: (asked.append(name), torch.device("cpu"))[1])
+    parser = ArgumentParser()
+    options.add_sampling_options(parser)
+    args = parser.parse_args(["--ckpt", str(run_folder), "--device", "cuda"])
+    with Processes() as processes:
+        processes.count, processes.local_rank = 2, 1
+        options.setup(args, processes)
+        processes.count = 1
+    options.setup(args)
+    assert asked == ["cuda:1", "cuda"]
+
+
 def test_dtype_and_autoencoder_options_reach_the_model(run_folder):
     from sampling.options import add_sampling_options, setup
     from sit_atconv.errors import ArgumentParser
@@ -811,6 +953,9 @@ def test_random_labels_follow_their_index(run_folder, tmp_path):
         sampling([*base, "--num", num, "--out", str(tmp_path / num)])
     short, long = (json.loads((tmp_path / num / "manifest.json").read_text())["labels"] for num in ("3", "6"))
     assert long[:3] == short
+    sampling([*base, "--num", "6", "--seed", "5", "--out", str(tmp_path / "seed")])
+    other = json.loads((tmp_path / "seed" / "manifest.json").read_text())["labels"]
+    assert (long, other) == tuple([random_label(seed, index, 10) for index in range(6)] for seed in (0, 5))
 
 
 def test_a_grid_shows_the_pixels_enlarged_and_large_images_as_they_are(tmp_path):

@@ -1,0 +1,69 @@
+"""Files that are there whole or not at all, and folders that are one process's."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sit_atconv import files
+from sit_atconv.errors import InputError
+from sit_atconv.files import check_writable, lock, write_atomic
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "deep/a.json", "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(tmp_path / "deep/a.json", "new")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.json"]
+    assert (tmp_path / "deep/a.json").read_text() == "old"
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """The second begins and ends while the first is between its content and the file's name."""
+    original = os.fsync
+
+    def between(descriptor):
+        monkeypatch.setattr(files.os, "fsync", original)
+        write_atomic(tmp_path / "a.json", "second")
+        original(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", between)
+    write_atomic(tmp_path / "a.json", "first")
+    assert (tmp_path / "a.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from sit_atconv.files import lock
+held = lock(Path(sys.argv[1]), "it")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_one_processs_until_it_ends(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "f")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=r"^'f' is in use by another process; end that one"):
+        lock(tmp_path / "f", "'f'")
+    holder.communicate("")
+    lock(tmp_path / "f", "'f'").close()
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "new/folder/a.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file/a.json", "/proc/a.json", tmp_path / ("x" * 300) / "a.json"):
+        with pytest.raises(InputError, match="cannot be written"):
+            check_writable(type(tmp_path)(out))
