@@ -168,6 +168,7 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
         "reference": (result.get("reference") or {}).get("sha256"),
         "extractors": {each["name"]: {k: v for k, v in each.items() if k != "name"} for each in listed},
         "groups": result.get("groups"),
+        "samples_lossy": result.get("samples_lossy") or None,  # of a reference, its digest tells
         **{key: manifest.get(key) for key in SAMPLED},
         "codec": {key: codec.get(key) for key in ("codec", "sha256", "scale", "shift")},
         # What is known of labels from a file; others follow from rule and count.

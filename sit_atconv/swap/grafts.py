@@ -86,9 +86,10 @@ def linear_refusal(attention: nn.Module, *names: str) -> str | None:
     for name in names:
         linear = attention.get_submodule(name)
         if type(linear) is not nn.Linear:
+            kind = f"{type(linear).__module__}.{type(linear).__name__}"
             return (
-                f"has {name} of type {type(linear).__name__}, not nn.Linear; swap before adapters and quantisation "
-                "(fuse or unload a LoRA first)"
+                f"has {name} of type {kind}, not torch's Linear; swap before adapters and quantisation (fuse or "
+                "unload a LoRA first)"
             )
         if type(linear.weight) is not nn.Parameter:
             return f"has {name} with weights of type {type(linear.weight).__name__}; swap before sharding or quantising"

@@ -130,6 +130,7 @@ MIXED = {
     "n": 10_000,
     "image_shape": [3, 512, 512],
     "groups": None,
+    "samples_lossy": True,
     "reference__sha256": "00" * 32,
     "extractors": [{"name": "inception", "protocol": "adm-inception-1", "weights_sha256": "00" * 32}],
     "samples_manifest__sampler": "dopri5",
