@@ -323,6 +323,8 @@ class Distill:
         )
         if self.blockwise_lr is not None and not self.blockwise_lr > 0:
             raise InputError(f"distill.blockwise_lr={self.blockwise_lr}: must be greater than 0")
+        if self.select is None or isinstance(self.select, dict):
+            raise InputError(f"distill.select={self.select!r}: give all, odd, a share, a regular expression or names")
         if self.select == "auto" or isinstance(self.select, bool):
             raise InputError(f"distill.select={self.select!r}: a run does not depend on a clock; name the layers")
         if self.control and self.init != "random":
@@ -426,6 +428,13 @@ class Recipe:
             raise InputError(
                 f"distill.blockwise_steps={self.distill.blockwise_steps}: must be less than train.max_steps="
                 f"{self.train.max_steps}, whose other steps train the whole model"
+            )
+
+        last = self.distill.blockwise_steps + self.distill.share_steps * (len(self.distill.shares) - 1)
+        if last >= self.train.max_steps:
+            raise InputError(
+                f"distill.share_steps={self.distill.share_steps}: all layers would take part from step {last} on, and "
+                f"train.max_steps={self.train.max_steps}; lower it, or train longer"
             )
 
     def _check_codec(self) -> None:

@@ -11,7 +11,7 @@ from sit_atconv.checkpoint import load_trained
 from sit_atconv.errors import InputError
 from sit_atconv.layers.attention import Attention
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.swap.choosing import choose, evenly
+from sit_atconv.swap.choosing import choose
 from sit_atconv.swap.swapping import swap_attention, teacher_of
 
 
@@ -55,6 +55,8 @@ def student_of(teacher: SiTTransformer2DModel, settings: config.Distill, seed: i
 def swapped_names(teacher: SiTTransformer2DModel, settings: config.Distill) -> list[str]:
     """Names of the attentions that go."""
     attentions = {name: module for name, module in teacher.named_modules() if isinstance(module, Attention)}
+    if not attentions:
+        raise InputError(f"distill.teacher={settings.teacher!r} has no attention to distil; give one that has")
     return choose(attentions, settings.select, settings.exclude)
 
 
@@ -87,7 +89,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.model, self.settings, self.names = student, settings, swapped_names(teacher, settings)
         self._teacher = (teacher.eval().requires_grad_(False),)
-        self._active = [set(evenly(self.names, share)) for share in settings.shares]
+        self._active = rising(self.names, settings.shares)
 
     @property
     def teacher(self) -> SiTTransformer2DModel:
@@ -156,6 +158,15 @@ class Distillation(nn.Module):
             for name, (args, kwargs, output) in seen.items()
         ]
         return torch.stack(errors).mean(0) + _nothing_of(self.idle(0))
+
+
+def rising(names: Sequence[str], shares: Sequence[float]) -> list[set[str]]:
+    """For every share, that many of the names and one at least; each set holds the one before.
+
+    They come by the reversed bits of their number, so every beginning is spread over all; of a half, the odd ones.
+    """
+    order = sorted(range(len(names)), key=lambda index: f"{index:b}"[::-1].ljust(32, "0"), reverse=True)
+    return [{names[index] for index in order[: max(1, int(share * len(names) + 1e-9))]} for share in shares]
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -77,8 +77,8 @@ def rows_of(name: str, make, side: int, args: argparse.Namespace, device: torch.
 
 def markdown(result: dict) -> str:
     lines = [
-        f"{result['device']}, {result['dtype']}, batch {result['batch']}, {result['threads']} threads; attention is "
-        f"SDPA, Flux has {TEXT} tokens of text. Medians of rounds that take turns.",
+        f"{result['device']}, {result['dtype']}, batch {result['batch']}; attention is SDPA, "
+        f" Flux has {TEXT} tokens of text. Medians of rounds that take turns.",
         "",
         "| model | layer | image tokens | attention (ms) | swapped (ms) | ratio | GMACs |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -101,11 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name, make, sides in (("DiT-XL/2", dit, (16, 32, 64)), ("Flux", flux, (16, 32, 64))):
         for side in sides:
-            rows += rows_of(name, make, side, args, device)
-            print("\n".join(f"{row['model']} {row['layer']} {row['tokens']}: {row['ratio']:.2f}x" for row in rows[-2:]))
+            for row in rows_of(name, make, side, args, device):
+                print(f"{row['model']} {row['layer']} {row['tokens']}: {row['ratio']:.2f}x", flush=True)
+                rows.append(row)
     result = {
-        "device": device_name(device), "dtype": args.dtype, "batch": args.batch, "threads": torch.get_num_threads(),
-        "rows": rows, "versions": library_versions(),
+        "device": device_name(device), "dtype": args.dtype, "batch": args.batch, "rows": rows,
+        "versions": library_versions(),
     }  # fmt: skip
     stem = Path(args.out)
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -147,15 +147,19 @@ def ranked(
         if max_error is None or site.error <= max_error:
             taken.add(site.name)
             left -= saved[site.name]
+    if not order:
+        raise InputError(
+            f"select='auto': at this size attention is the faster one in all {len(sites)} layers; calibrate on larger "
+            "inputs, or name the layers by select"
+        )
     if not taken or (speedup is not None and whole < speedup * left):
         best = min(sites, key=lambda site: site.error)
+        remedy = "raise max_error" if speedup is None else "lower speedup"
         within = "" if max_error is None else f" with an error of at most {max_error:g}"
-        wanted = (
-            "no layer saves time" if speedup is None else f"the layers that save time do not make {speedup:g} times"
-        )
+        wanted = "no layer saves time" if speedup is None else f"all that save time do not give {speedup:g}x"
         raise InputError(
             f"select='auto': {wanted}{within} (least error: {best.error:.3f}, {best.name}; {len(order)} of "
-            f"{len(sites)} save time); raise max_error, lower speedup, or name the layers by select"
+            f"{len(sites)} save time); {remedy}, or name the layers by select"
         )
     return [site for site in sites if site.name in taken]
 
@@ -170,14 +174,16 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def _materialised(site: Site) -> tuple[tuple, dict]:
-    """Random arguments like those of the call seen in calibration."""
-    device = next(site.attention.parameters()).device
+    """Random arguments like those of the call seen in calibration, in the dtype that the model has now."""
+    weight = next(site.attention.parameters())
+    device = weight.device
 
     def random(value):
         if not isinstance(value, torch.Tensor):
             return value
-        made = torch.randn if value.is_floating_point() else torch.zeros
-        return made(value.shape, dtype=value.dtype, device=device)
+        if not value.is_floating_point():
+            return torch.zeros(value.shape, dtype=value.dtype, device=device)
+        return torch.randn(value.shape, dtype=weight.dtype, device=device)
 
     if site.reference is not None:
         site.reference.set(site.grid, device)

@@ -21,10 +21,11 @@ def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequen
     share out of range, and where nothing is left.
     """
     everything = list(names)
+    wrong = f"select={select!r}: give 'all', a share in (0, 1], a regular expression, names or a callable"
     if callable(select):
         chosen = [name for name in everything if select(name, names[name])]
     elif isinstance(select, bool):
-        raise InputError(f"select={select!r}: give 'all', a share in (0, 1], a regular expression, names or a callable")
+        raise InputError(wrong)
     elif isinstance(select, int | float):
         if not 0 < select <= 1:
             raise InputError(f"select={select!r}: a share must lie in (0, 1]")
@@ -36,11 +37,16 @@ def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequen
             chosen = everything[1::2]
         else:
             chosen = [name for name in everything if _compiled("select", select).search(name)]
+    elif not isinstance(select, Sequence | set):
+        raise InputError(wrong)
     else:
         for name in select:
             check_choice("select", name, everything)
         chosen = [name for name in everything if name in set(select)]
-    patterns = [_compiled("exclude", each) for each in ([exclude] if isinstance(exclude, str) else exclude)]
+    excluded = [exclude] if isinstance(exclude, str) else exclude
+    if not isinstance(excluded, Sequence | set) or not all(isinstance(each, str) for each in excluded):
+        raise InputError(f"exclude={exclude!r}: give names or regular expressions")
+    patterns = [_compiled("exclude", each) for each in excluded]
     for pattern in patterns:
         if not any(pattern.search(name) for name in everything):
             check_choice("exclude", pattern.pattern, everything)

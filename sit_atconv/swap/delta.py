@@ -26,6 +26,8 @@ def save_delta(model_or_pipeline, path: str | Path) -> None:
     if record is None:
         raise InputError(f"{type(model).__name__} has no swapped layers to save; swap_attention(model) first")
     layers = record.config["layers"]
+    if gone := [name for name in layers if name not in dict(model.named_modules())]:
+        raise InputError(f"{gone[0]} was cut off since the swap, and a delta is for the whole model; save before that")
     tensors = {name: each.contiguous() for name, each in model.state_dict().items() if _is_in(name, layers)}
     wrapped = next((name for name in tensors if ".base_layer." in name), None)
     if wrapped is not None:

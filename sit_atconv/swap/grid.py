@@ -56,7 +56,9 @@ class GridHook:
         self.reference, self.read = reference, read
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tensor = next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+        tensor = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+        if tensor is None:
+            raise InputError(f"{type(module).__name__} was called without a tensor, and with none it has no grid")
         self.reference.set(self.read(module, args, kwargs), tensor.device)
         if getattr(module, "gradient_checkpointing", False):
             function = module._gradient_checkpointing_func

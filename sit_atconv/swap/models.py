@@ -9,6 +9,7 @@ import re
 
 import torch
 from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
@@ -119,6 +120,21 @@ class _Swapped:
             if known != layer and not isinstance(module, nn.ModuleList) and name.startswith(f"{known}."):
                 return None
         return re.split(r"\.(?:lora|lokr)_", name)[0]
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers' own, for the text's part of joint layers too."""
+        super().set_attention_backend(backend)
+        self._tell_backend(AttentionBackendName(backend.lower()))
+
+    def reset_attention_backend(self) -> None:
+        """As diffusers' own, for the text's part of joint layers too."""
+        super().reset_attention_backend()
+        self._tell_backend(None)
+
+    def _tell_backend(self, backend: AttentionBackendName | None) -> None:
+        for name in self.config["atconv"]["layers"]:
+            if hasattr(layer := self.get_submodule(name), "backend"):
+                layer.backend = backend
 
     def enable_parallelism(self, *args, **kwargs):
         raise InputError(f"{type(self).__name__} has no context or tensor parallelism: swapped layers need all tokens")

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.swap.calibration import Site, call_model
-from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs
+from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, checked_inputs
 
 
 def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 500, lr: float = 1e-3) -> list[float]:
@@ -18,17 +18,21 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
     inputs: one a step, each a dict of keyword arguments or a tuple of arguments of the model, gone through again where
     there are fewer than steps; None: synthetic ones, new for every step. They should cover the times of the diffusion
     evenly. The rest of the model is not trained. AdamW at `lr`, falling to 0 by a cosine.
-    Raises InputError for a swap that was reverted, and where the model has no synthetic inputs.
+    Raises InputError for a swap that was reverted, inputs that are none, frozen layers, and where the model has no
+    synthetic inputs.
     """
     if not swap.active:
         raise InputError("this swap was reverted, or was a dry run; swap first")
     if steps < 1 or not lr > 0:
         raise InputError(f"steps={steps}, lr={lr}: both must be greater than 0")
+    source = itertools.cycle(checked_inputs("inputs", inputs)) if inputs is not None else _synthetic(swap)
+    swap.follow()
     model, layers, attentions = swap.model, swap.layers, swap.attentions
-    parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
+    parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
+    if not parameters:
+        raise InputError("the swapped layers are frozen: for layer in swap.layers.values(): layer.requires_grad_()")
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    source = itertools.cycle(inputs) if inputs is not None else _synthetic(swap)
     history = []
     seen: dict[str, tuple] = {}
     handles = [
@@ -45,7 +49,8 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
             with torch.no_grad():
                 call_model(model, next(source))
             _put(model, layers)
-            loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
+            with torch.enable_grad():
+                loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.atconv import KernelGenerator
@@ -67,6 +67,7 @@ class AttentionSwap:
         MACs and latency are measured now (`measure`), on random inputs of the shapes seen in calibration; before and
         after alternate, and the median of rounds counts. Left out where there was no calibration.
         """
+        self.follow()
         rows = []
         for site in self.sites:
             row = LayerReport(site.name, parameters_of(site.attention), parameters_of(site.layer), error=site.error)
@@ -76,18 +77,27 @@ class AttentionSwap:
             rows.append(row)
         return SwapReport(rows)
 
+    def follow(self) -> None:
+        """Move and cast the attentions, which the model does not hold, to where it went; layers too, of a dry run."""
+        for site in self.sites:
+            weight = next((site.layer if self.active else self.model).parameters())
+            for module in (site.attention, site.layer):
+                module.to(weight.device, weight.dtype)
+
     def revert(self) -> None:
         """Put the attentions back, where the layers are now (device and dtype). Raises InputError if that was done."""
         if not self.active:
             raise InputError("there is nothing to revert: this swap was reverted already, or was a dry run")
+        self.follow()
+        here = {name: module for name, module in self.model.named_modules() if name in self.layers}
         for site in self.sites:
-            weight = next(site.layer.parameters())
-            site.attention.to(weight.device, weight.dtype).train(site.layer.training)
-            self.model.set_submodule(site.name, site.attention)
+            if site.name in here:  # of a model that was cut short since
+                site.attention.train(site.layer.training)
+                self.model.set_submodule(site.name, site.attention)
         _sweep(self.model)
         record = self.model._swap_record
-        names = set(self.layers)
-        record.config["layers"] = [name for name in record.config["layers"] if name not in names]
+        left = self.adapter.find(self.model).keys() - self.layers.keys()
+        record.config["layers"] = [name for name in record.config["layers"] if name in left]
         self.adapter.mark(self.model)
         _register(self._pipeline, self.model)
         self.active = False
@@ -122,7 +132,8 @@ def swap_attention(
     pool, kernel_size: of `ATConv`. dry_run: build, calibrate and measure, and leave the model as it is.
 
     The model is changed in place, and a diffusers model's class becomes its ATConv subclass, so `save_pretrained`
-    writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more.
+    writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
+    layers can be trained, those of a frozen model too.
     Raises InputError, the model untouched, for a class without adapter, nothing to swap, an attention that ATConv does
     not stand for, adapters or parallelism on it, or an unknown option.
     """
@@ -131,6 +142,8 @@ def swap_attention(
     check_choice("prefix", prefix, PREFIXES)
     check_choice("pool", pool, POOLS)
     for name, value in (("max_error", max_error), ("speedup", speedup)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{name}={value!r}: give a number")
         if value is not None and select != "auto":
             raise InputError(f"{name}={value}: a target needs select='auto', and select={select!r}; leave one out")
         if value is not None and not value > (1 if name == "speedup" else 0):
@@ -329,6 +342,8 @@ def _check_unsharded(model: nn.Module) -> None:
     if getattr(model, "_parallel_config", None) is not None:
         raise InputError("the model runs under context or tensor parallelism, which swapped layers do not; swap before")
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(f"{name} has no data here (offloaded, or a meta tensor); swap first and offload after")
         if type(parameter).__name__ == "DTensor":
             raise InputError(f"{name} is sharded over devices; swap before sharding")
 
@@ -336,7 +351,7 @@ def _check_unsharded(model: nn.Module) -> None:
 def _candidates(model, adapter: SwapAdapter, joint: str, record, select) -> dict[str, Graft]:
     """The attentions that may be swapped. Raises InputError where there are none, saying why."""
     grafts = adapter.find(model)
-    swapped = set(record.config["layers"]) if record is not None else set()
+    swapped = set(record.config["layers"]) & grafts.keys() if record is not None else set()
     if isinstance(select, list | tuple):
         for name in select:
             if name in swapped:
@@ -396,20 +411,31 @@ def _sweep(model: nn.Module) -> None:
                 hook.remove_from(module)
 
 
+def checked_inputs(what: str, inputs: Iterable) -> list:
+    """The inputs of a model as a list. Raises InputError for what is no list of calls."""
+    if isinstance(inputs, dict | str | torch.Tensor) or not isinstance(inputs, Iterable):
+        raise InputError(f"{what}: give a list of inputs, each a dict of keyword arguments or a tuple of arguments")
+    found = list(inputs)
+    if not found:
+        raise InputError(f"{what} is empty; give at least one input, or leave it out for synthetic ones")
+    for index, each in enumerate(found):
+        if not isinstance(each, dict | tuple | list) or not any(isinstance(x, torch.Tensor) for x in tree_leaves(each)):
+            raise InputError(
+                f"{what}[{index}] is {type(each).__name__}; each input is a dict of keyword arguments or a tuple of "
+                "arguments of the model, tensors among them"
+            )
+    return found
+
+
 def calibration_inputs(
     model: nn.Module, adapter: SwapAdapter, calib: Iterable | None, needed: bool, seed: int = 0
 ) -> list:
     """Calibration inputs: those given, else synthetic ones of a seed, else none if they are not needed."""
     if calib is not None:
-        if isinstance(calib, dict | torch.Tensor):
-            raise InputError("calib: give a list of inputs, each a dict of keyword arguments or a tuple of arguments")
-        inputs = list(calib)
-        if not inputs:
-            raise InputError("calib is empty; give at least one input, or leave it out for synthetic ones")
-        return inputs
+        return checked_inputs("calib", calib)
     generator, weight = torch.Generator().manual_seed(seed), next(model.parameters())
     examples = []
-    if adapter.example is not None and weight.device.type != "meta":
+    if adapter.example is not None:
         examples = [adapter.example(model, generator) for _ in range(EXAMPLES if needed else 1)]
         examples = [each for each in examples if each is not None]
     if needed and not examples:

@@ -1,5 +1,6 @@
 import json
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import sit_atconv
 from sit_atconv.errors import InputError
-from sit_atconv.swap import register_adapter, swap_attention
+from sit_atconv.swap import calibration, register_adapter, regress, swap_attention
 from sit_atconv.swap.adapters import _ADAPTERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -56,10 +57,54 @@ def test_a_class_without_adapter(tiny):
         ({"select": "auto", "max_error": float("nan")}, "max_error=nan"),
         ({"calib": []}, "calib is empty"),
         ({"calib": {"hidden_states": torch.zeros(1)}}, "calib: give a list of inputs"),
+        ({"calib": 5}, "calib: give a list of inputs"),
+        ({"calib": "x"}, "calib: give a list of inputs"),
+        ({"calib": [torch.zeros(2, 4, 8, 8)]}, r"calib\[0\] is Tensor; each input is a dict"),
+        ({"calib": [None]}, r"calib\[0\] is NoneType"),
+        ({"calib": [{}]}, r"calib\[0\] is dict; .*tensors among them"),
+        ({"calib": [{"x": 1}]}, r"calib\[0\] is dict; .*tensors among them"),
+        ({"select": None}, "select=None: give 'all'"),
+        ({"select": 3 + 1j}, r"select=\(3\+1j\): give 'all'"),
+        ({"exclude": None}, "exclude=None: give names"),
+        ({"exclude": [5]}, r"exclude=\[5\]: give names"),
+        ({"select": "auto", "max_error": "x"}, "max_error='x': give a number"),
+        ({"select": "auto", "speedup": "2x"}, "speedup='2x': give a number"),
     ],
 )
 def test_options_that_cannot_be(tiny, options, says):
     refused(tiny, tiny.model("dit"), says, **options)
+
+
+@pytest.mark.parametrize("init", ["closed_form", "copy_vo"])
+def test_a_model_without_its_weights(tiny, init):
+    with torch.device("meta"):
+        model = tiny.model("dit")
+    with pytest.raises(InputError, match=r"has no data here .*; swap first and offload after"):
+        swap_attention(model, "all", init=init)
+    model = tiny.model("dit")
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"has no data here .*; swap first and offload after"):
+        swap_attention(model, "all", init=init)
+
+
+def test_layers_that_save_no_time(tiny, monkeypatch):
+    monkeypatch.setattr(calibration, "_milliseconds", lambda functions, rounds=5: [1.0] * len(functions))
+    refused(tiny, tiny.model("dit"), "attention is the faster one in all 3 layers", select="auto", max_error=1e9)
+
+
+def test_regression_without_inputs_or_with_frozen_layers(tiny):
+    model = tiny.model("dit")
+    swap = swap_attention(model, "all", init="copy_vo")
+    for inputs, says in (([], "inputs is empty"), ({"x": 1}, "inputs: give a list"), ([3], r"inputs\[0\] is int")):
+        with pytest.raises(InputError, match=says):
+            regress(swap, inputs, steps=1)
+    model.requires_grad_(False)
+    with pytest.raises(InputError, match=r"frozen: .*requires_grad_"):
+        regress(swap, steps=1)
+    for layer in swap.layers.values():
+        layer.requires_grad_()
+    with torch.no_grad():
+        assert len(regress(swap, steps=1)) == 1
 
 
 @pytest.mark.parametrize("kind", ["sit", "dit", "unet"])

@@ -3,6 +3,7 @@ import json
 import pickle
 
 import pytest
+import timm
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import nn
@@ -11,7 +12,7 @@ import sit_atconv
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
-from sit_atconv.swap import AttentionSwap, SwapAdapter, adapters, register_adapter, swap_attention
+from sit_atconv.swap import AttentionSwap, SwapAdapter, adapters, register_adapter, regress, save_delta, swap_attention
 from sit_atconv.swap.grid import GridHook
 from sit_atconv.swap.layers import SelfATConv
 from sit_atconv.swap.models import ATConvDiTTransformer2DModel
@@ -585,3 +586,56 @@ def test_a_model_of_ones_own(monkeypatch):
         swap.revert()
         assert torch.equal(model(image), before)
     assert not hasattr(model, "_swap_record")
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit", "unet"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_handle_follows_a_model_that_was_cast(tiny, kind, dtype):
+    model = tiny.model(kind)
+    swap = swap_attention(model, "all", init="copy_vo")
+    planned = swap_attention(tiny.model(kind), "all", init="copy_vo", dry_run=True)
+    planned.model.to(dtype)
+    model.to(dtype)
+    for each in (swap, planned):
+        assert all(row.ms_before > 0 and row.ms_after > 0 for row in each.report().layers)
+    assert len(regress(swap, steps=2)) == 2
+    swap.revert()
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_regression_runs_the_model_in_evaluation_mode_on_new_inputs_each_step(tiny):
+    model = tiny.model("dit").train()
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.9
+    swap = swap_attention(model, "all", init="copy_vo")
+    seen, modes = [], []
+
+    def note(module, args, kwargs):
+        seen.append(kwargs["hidden_states"])
+        modes.append(module.training)
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    fixed = swap.layers["transformer_blocks.0.attn1"].to_out[0].bias
+    fixed.requires_grad_(False)
+    before = fixed.clone()
+    regress(swap, steps=8)
+    assert len({tuple(each.flatten().tolist()) for each in seen}) == 8
+    assert modes == [False] * 8
+    assert all(module.training for module in model.modules())
+    assert torch.equal(fixed, before)
+
+
+def test_a_model_that_was_cut_short_is_reverted_where_it_is_left():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    swap = swap_attention(model, "all", init="copy_vo", calib=[(images,)])
+    original = swap.attentions["blocks.0.attn"]
+    model.prune_intermediate_layers([0])
+    with pytest.raises(InputError, match=r"blocks\.\d\.attn was cut off since the swap"):
+        save_delta(model, "unwritten.safetensors")
+    with pytest.raises(InputError, match="all 1 attentions of this model are swapped already"):
+        swap_attention(model, "all", init="copy_vo", calib=[(images,)])
+    swap.revert()
+    assert model.blocks[0].attn is original
+    assert not hasattr(model, "_swap_record")
+    swap_attention(model, "all", init="copy_vo", calib=[(images,)])

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,14 +16,17 @@ from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.samples import TrainingSamples
-from sit_atconv.distill import Distillation, relative_error, start_student, student_of
+from sit_atconv.distill import Distillation, load_teacher, relative_error, rising, start_student, student_of
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
 from sit_atconv.training.optimizer import make_optimizer
 
 MODEL = {"token_mixer": "attention", "depth": 3}
-DISTILL = {"blockwise_steps": 3, "share_steps": 2, "shares": [0.5, 1.0], "calib": 12}
+DISTILL = {
+    "blockwise_steps": 3, "share_steps": 2, "shares": [0.5, 1.0], "calib": 12,
+    "output_weight": 0.7, "feature_weight": 0.2,
+}  # fmt: skip
 ATTENTIONS = [f"blocks.{index}.attn" for index in range(3)]
 
 
@@ -102,7 +106,7 @@ def test_the_run_equals_a_loop_written_out(recipe):
             loss = row[3]
         else:
             mixed = student
-            if step < 5:  # half of three layers, spread evenly: the second
+            if step < 5:  # half of three layers
                 mixed = copy.copy(student)
                 for name in (ATTENTIONS[0], ATTENTIONS[2]):
                     student.get_submodule(name).forward = teacher.get_submodule(name).forward
@@ -114,7 +118,7 @@ def test_the_run_equals_a_loop_written_out(recipe):
             features = torch.stack(
                 [relative_error(a, b).mean() for a, b in zip(hidden["student"], hidden["teacher"], strict=True)]
             ).mean()
-            row, loss = [own, output, features, None], own + 0.5 * output + 0.5 * features
+            row, loss = [own, output, features, None], own + 0.7 * output + 0.2 * features
         for handle in handles:
             handle.remove()
         loss.backward()
@@ -140,7 +144,7 @@ def test_relative_error_is_of_every_sample():
 
 def test_layers_alone_are_trained_first_and_the_teacher_never(recipe, teacher):
     before = weights(teacher)
-    first = run_recipe(recipe, "checkpoint.every=1", "checkpoint.keep_last=9", "train.max_steps=4")
+    first = run_recipe(recipe, "checkpoint.every=1", "checkpoint.keep_last=9", "train.max_steps=6")
     started, blockwise = (weights(first.parent / f"step-000000{step}", "model") for step in (1, 3))
     for name, tensor in weights(first, "model").items():
         if ".attn." not in name:
@@ -206,7 +210,7 @@ def test_the_control_has_fresh_attention(recipe):
 def test_the_closed_form_starts_nearer_than_a_random_one(recipe):
     first = {}
     for init in ("closed_form", "copy_vo", "random"):
-        last = run_recipe(recipe, f"distill.init={init}", "train.max_steps=4", f"run.out={recipe.parent / init}")
+        last = run_recipe(recipe, f"distill.init={init}", "train.max_steps=6", f"run.out={recipe.parent / init}")
         first[init] = log_rows(last.parent)[0]["layer_loss"]
     assert first["closed_form"] < first["copy_vo"] < first["random"]
 
@@ -222,6 +226,9 @@ def test_the_closed_form_starts_nearer_than_a_random_one(recipe):
         ("distill.init=warm", "distill.init='warm'"),
         ("distill.control=true", "starts at random"),
         ("distill.blockwise_steps=8", "must be less than train.max_steps"),
+        ("distill.share_steps=5", "all layers would take part from step 8 on"),
+        ("distill.select=null", "distill.select=None"),
+        ("data.image_size=16", "data.image_size"),
         ("model.depth=3", "the model is the teacher's copy"),
         ("train.compile=true", "its layers change places"),
         ("flow.path=gvp", "has path 'linear'"),
@@ -233,8 +240,40 @@ def test_what_cannot_be_distilled_is_one_line(recipe, fails, override, said):
     assert not (recipe.parent / "run").exists()
 
 
+@pytest.mark.parametrize("number", range(1, 13))
+def test_shares_rise_layer_by_layer(number):
+    names, shares = [f"layer{index}" for index in range(number)], [0.1, 0.34, 0.5, 0.75, 1.0]
+    sets = rising(names, shares)
+    assert all(first <= second for first, second in pairwise(sets))
+    assert [len(each) for each in sets] == [max(1, int(share * number + 1e-9)) for share in shares]
+    assert sets[-1] == set(names)
+    if number % 4 == 0:
+        assert sets[2] == set(names[1::2])
+        assert sets[3] == set(names) - set(names[::4])
+
+
+def test_layers_can_be_left_out(recipe):
+    last = run_recipe(recipe, "distill.exclude=[blocks.0]", "train.max_steps=6")
+    assert load_trained(last).model.config.token_mixer == ["attention", "atconv", "atconv"]
+
+
+def test_a_teacher_of_other_data_or_without_attention_is_refused(recipe, recipe_file, tmp_path, image_folder):
+    distilled = run_recipe(recipe, "train.max_steps=6", f"run.out={tmp_path / 'distilled'}")
+    with pytest.raises(InputError, match="has no attention to distil"):
+        run_recipe(recipe, f"distill.teacher={distilled}")
+    data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8}
+    other = run_recipe(recipe_file("folder", model=MODEL, data=data), f"run.out={tmp_path / 'o'}", "train.max_steps=1")
+    with pytest.raises(InputError, match="has in_channels 3"):
+        run_recipe(recipe, f"distill.teacher={other}")
+    for key, said in (("class_names", "has num_classes 10"), ("size", r"has sample_size \(8, 8\)")):
+        settings = load_recipe(recipe)
+        shape, classes = ((1, 8, 8), 7) if key == "class_names" else ((1, 16, 8), 10)
+        with pytest.raises(InputError, match=said):
+            load_teacher(settings, shape, classes)
+
+
 def test_another_teacher_is_refused(recipe, recipe_file, tmp_path, fails):
-    run_recipe(recipe, "train.max_steps=4")
+    run_recipe(recipe, "train.max_steps=6")
     other = run_recipe(
         recipe_file("other", model=MODEL), f"run.out={tmp_path / 'other'}", "train.max_steps=1", "run.seed=5"
     )
