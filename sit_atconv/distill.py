@@ -95,6 +95,10 @@ class Distillation(nn.Module):
     def teacher(self) -> SiTTransformer2DModel:
         return self._teacher[0]
 
+    def start(self, calib: Iterable) -> dict[str, float]:
+        """`start_student` for this student and teacher."""
+        return start_student(self.model, self.teacher, self.settings, calib)
+
     def describe(self) -> dict:
         """What a run is resumed against: the teacher's fingerprint, wherever it lies."""
         return {"fingerprint": teacher_of(self.teacher)["fingerprint"]}

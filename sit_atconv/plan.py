@@ -7,7 +7,6 @@ import torch
 
 from sit_atconv.config import Flow, Recipe
 from sit_atconv.data import open_dataset
-from sit_atconv.distill import load_teacher, student_of
 from sit_atconv.ema import SAMPLED, describe, resolved
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import PATHS
@@ -71,6 +70,8 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     """
     channels, height, width = facts.latent_shape
     if recipe.distill.teacher is not None:
+        from sit_atconv.distill import load_teacher, student_of  # with diffusers' models, which take seconds
+
         teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
         return student_of(teacher, recipe.distill, recipe.run.seed)
     size = height if height == width else (height, width)

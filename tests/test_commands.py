@@ -321,10 +321,11 @@ def test_generate_refuses(fails, trained, tmp_path, options, says):
     assert not out.exists()
 
 
-def test_generate_never_writes_into_a_folder_that_exists(fails, trained, tmp_path):
+def test_generate_never_writes_into_a_folder_of_something_else(fails, trained, tmp_path):
     (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "mine.txt").write_text("kept")
     assert "exists already" in fails(sampling, "generate", "--ckpt", trained, "--num", 2, "--out", tmp_path / "samples")
-    assert not any((tmp_path / "samples").iterdir())
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

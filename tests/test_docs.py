@@ -29,7 +29,13 @@ def run(line: str) -> None:
     if line.startswith(DISTIL):
         reset_accelerate()
         recipe, *overrides = shlex.split(line.removeprefix(DISTIL))
-        short = ("train.max_steps=3", "distill.blockwise_steps=1", "preview.every=0", "run.out=distilled")
+        short = (
+            "train.max_steps=3",
+            "distill.blockwise_steps=1",
+            "distill.share_steps=1",
+            "preview.every=0",
+            "run.out=distilled",
+        )
         distill_swap.main([str(ROOT / recipe), *overrides, *short])
         return
     name = next(name for name in MAINS if line.startswith(f"python {name} "))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
@@ -214,6 +213,8 @@ def latency_of(site: Site) -> list[float]:
 @torch.no_grad()
 def _milliseconds(functions: list[Callable], rounds: int = 5) -> list[float]:
     """Medians over rounds in which the functions take turns."""
+    from torch.utils.benchmark import Timer  # which looks for compilers, and warns where CUDA is half there
+
     timers = [
         Timer("function()", globals={"function": each}, num_threads=torch.get_num_threads()) for each in functions
     ]

@@ -21,7 +21,6 @@ from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, TrainingSamples
-from sit_atconv.distill import Distillation, load_teacher, start_student
 from sit_atconv.ema import Averages
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import DiskFull, write_atomic
@@ -32,7 +31,7 @@ from sit_atconv.latents.codecs import open_codec
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.plan import build_model, check_stated, measured_facts, preview_sampling, time_sampling
+from sit_atconv.plan import Facts, build_model, check_stated, measured_facts, preview_sampling, time_sampling
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import check_run_folder, lock
 from sit_atconv.training.launch import make_accelerator
@@ -64,10 +63,7 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
         model = build_model(recipe, facts)
         aligned, encoder = build_alignment(recipe, model)
-        distillation = None
-        if recipe.distill.teacher is not None:
-            teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
-            distillation = Distillation(model, teacher, recipe.distill)
+        distillation = build_distillation(recipe, model, facts)
         preview = preview_sampling(recipe, model)
         described = {
             "recipe": config.to_dict(recipe),
@@ -110,8 +106,8 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
         if distillation is not None and not found:
             _start(distillation, recipe, samples, codec)
         trainer = _Trainer(
-            accelerator, recipe, described, samples, codec, model, aligned or distillation, encoder, preview, found,
-            new, held,
+            accelerator, recipe, described, samples, codec, model, aligned, distillation, encoder, preview, found, new,
+            held,
         )  # fmt: skip
         return trainer.run_to_the_end(signals, scorer)
 
@@ -126,7 +122,7 @@ def build_alignment(recipe: Recipe, model: SiTTransformer2DModel) -> tuple[nn.Mo
     return align(model, encoder, recipe.repa, recipe.run.seed), encoder
 
 
-def _start(distillation: Distillation, recipe: Recipe, samples: TrainingSamples, codec) -> None:
+def _start(distillation: nn.Module, recipe: Recipe, samples: TrainingSamples, codec) -> None:
     """Warm-start the student on the first training samples, the same in every process."""
     path, size = PATHS[recipe.flow.path](), recipe.train.batch_size
     inputs = []
@@ -136,25 +132,35 @@ def _start(distillation: Distillation, recipe: Recipe, samples: TrainingSamples,
             raise batch
         latents = codec.encode(batch["image"], batch.get("posterior"))
         inputs.append((path.interpolate(latents, batch["noise"], batch["t"]), batch["t"], batch["label"]))
-    errors = start_student(distillation.model, distillation.teacher, recipe.distill, inputs)
+    errors = distillation.start(inputs)
     if errors and speaks():
         mean = sum(errors.values()) / len(errors)
         tqdm.write(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}", file=sys.stderr)
 
 
+def build_distillation(recipe: Recipe, model: SiTTransformer2DModel, facts: Facts) -> nn.Module | None:
+    """A distillation's part of a run: the model beside its teacher; nothing without `distill.teacher`."""
+    if recipe.distill.teacher is None:
+        return None
+    from sit_atconv.distill import Distillation, load_teacher  # with diffusers' models, which take seconds
+
+    return Distillation(model, load_teacher(recipe, facts.latent_shape, facts.num_classes), recipe.distill)
+
+
 class _Trainer:
     def __init__(
-        self, accelerator, recipe, described, samples, codec, model, wrapped, encoder, preview, found, new, held
-    ):
+        self, accelerator, recipe, described, samples, codec, model, aligned, distillation, encoder, preview, found,
+        new, held,
+    ):  # fmt: skip
         self.lock = held
         self.accelerator, self.recipe, self.codec, self.preview = accelerator, recipe, codec, preview
         self.described, self.encoder, self.new = described, encoder, new
         self.run = Path(recipe.run.out)
         self.path = PATHS[recipe.flow.path]()
-        self.bare, self.projectors = model, getattr(wrapped, "projectors", None)
+        self.bare, self.projectors = model, aligned and aligned.projectors
         # What has the parameters: the model, with REPA's projectors, or beside its teacher.
-        self.trained = wrapped or model
-        self.distillation = wrapped if isinstance(wrapped, Distillation) else None
+        self.trained = aligned or distillation or model
+        self.distillation = distillation
         self.num_images = described["data"]["num_images"]
         # Forward, and twice that backward; a step of distillation is not of one cost.
         self.flops_per_image = None if self.distillation else 3 * 2 * count_macs(model)
