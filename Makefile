@@ -19,6 +19,9 @@ bench: .venv/installed
 drill: .venv/installed
 	$(BIN)/python -m experiments.drill
 
+# The models of the tests are tiny: more threads would wait for one another.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
 test: .venv/installed
 	$(BIN)/pytest -m "not slow and not gpu"
 
