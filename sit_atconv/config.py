@@ -429,7 +429,6 @@ class Recipe:
                 f"distill.blockwise_steps={self.distill.blockwise_steps}: must be less than train.max_steps="
                 f"{self.train.max_steps}, whose other steps train the whole model"
             )
-
         last = self.distill.blockwise_steps + self.distill.share_steps * (len(self.distill.shares) - 1)
         if last >= self.train.max_steps:
             raise InputError(

@@ -11,6 +11,7 @@ from sit_atconv.checkpoint import load_trained
 from sit_atconv.errors import InputError
 from sit_atconv.layers.attention import Attention
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.swap.calibration import recorded
 from sit_atconv.swap.choosing import choose
 from sit_atconv.swap.swapping import swap_attention, teacher_of
 
@@ -60,21 +61,6 @@ def swapped_names(teacher: SiTTransformer2DModel, settings: config.Distill) -> l
     return choose(attentions, settings.select, settings.exclude)
 
 
-def start_student(
-    student: SiTTransformer2DModel, teacher: SiTTransformer2DModel, settings: config.Distill, calib: Iterable
-) -> dict[str, float]:
-    """Warm-start the student's layers from the teacher's attention on calibration inputs; relative error by layer."""
-    if settings.control:
-        return {}
-    started = copy.deepcopy(teacher)
-    names = swapped_names(teacher, settings)
-    swap = swap_attention(
-        started, names, init=settings.init, calib=calib, pool=settings.pool, kernel_size=settings.kernel_size
-    )
-    student.load_state_dict(started.state_dict())
-    return {row.name: row.error for row in swap.report(measure=False).layers}
-
-
 class Distillation(nn.Module):
     """A student beside its frozen teacher, in one module as DDP wants it; the teacher is in no state dict.
 
@@ -96,14 +82,26 @@ class Distillation(nn.Module):
         return self._teacher[0]
 
     def start(self, calib: Iterable) -> dict[str, float]:
-        """`start_student` for this student and teacher."""
-        return start_student(self.model, self.teacher, self.settings, calib)
+        """Warm-start the student's layers from the teacher's attention; relative error by layer, of a control none.
+
+        calib: calibration inputs, tuples (x_t, t, labels).
+        """
+        settings = self.settings
+        if settings.control:
+            return {}
+        started = copy.deepcopy(self.teacher)
+        swap = swap_attention(
+            started, self.names, init=settings.init, calib=calib, pool=settings.pool, kernel_size=settings.kernel_size
+        )
+        self.model.load_state_dict(started.state_dict())
+        return {row.name: row.error for row in swap.report(measure=False).layers}
 
     def describe(self) -> dict:
         """What a run is resumed against: the teacher's fingerprint, wherever it lies."""
         return {"fingerprint": teacher_of(self.teacher)["fingerprint"]}
 
     def blockwise(self, step: int) -> bool:
+        """Whether a step (0-based) trains the swapped layers alone."""
         return step < self.settings.blockwise_steps
 
     def idle(self, step: int) -> list[nn.Parameter]:
@@ -143,20 +141,8 @@ class Distillation(nn.Module):
         return ours + _nothing_of(self.idle(step)), relative_error(ours, theirs), torch.stack(features).mean(0), None
 
     def _layer_loss(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen: dict[str, tuple] = {}
-        handles = [
-            self.teacher.get_submodule(name).register_forward_hook(
-                lambda _, args, kwargs, output, name=name: seen.update({name: (args, kwargs, output)}),
-                with_kwargs=True,
-            )
-            for name in self.names
-        ]
-        try:
-            with torch.no_grad():
-                self.teacher(x, t, labels)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with recorded({name: self.teacher.get_submodule(name) for name in self.names}) as seen, torch.no_grad():
+            self.teacher(x, t, labels)
         errors = [
             relative_error(self.model.get_submodule(name)(*args, **kwargs), output)
             for name, (args, kwargs, output) in seen.items()

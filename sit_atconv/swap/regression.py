@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
-from sit_atconv.swap.calibration import Site, call_model
+from sit_atconv.swap.calibration import Site, call_model, recorded
 from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, checked_inputs
 
 
@@ -34,31 +34,23 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = []
-    seen: dict[str, tuple] = {}
-    handles = [
-        attention.register_forward_hook(
-            lambda _, args, kwargs, output, name=name: seen.update({name: (args, kwargs, output)}), with_kwargs=True
-        )
-        for name, attention in attentions.items()
-    ]
     training = {module: module.training for module in model.modules()}
     try:
-        for _ in tqdm(range(steps), "regression", disable=not speaks()):
-            _put(model, attentions)
-            model.eval()
-            with torch.no_grad():
-                call_model(model, next(source))
-            _put(model, layers)
-            with torch.enable_grad():
-                loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            history.append(loss.item())
+        with recorded(attentions) as seen:
+            for _ in tqdm(range(steps), "regression", disable=not speaks()):
+                _put(model, attentions)
+                model.eval()
+                with torch.no_grad():
+                    call_model(model, next(source))
+                _put(model, layers)
+                with torch.enable_grad():
+                    loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                history.append(loss.item())
     finally:
-        for handle in handles:
-            handle.remove()
         _put(model, layers)
         for module, mode in training.items():
             module.training = mode

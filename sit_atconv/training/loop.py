@@ -61,9 +61,9 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
         check_stated(recipe, facts)
         if recipe.score.every and scorer is None and accelerator.is_main_process:
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
-        model = build_model(recipe, facts)
+        distillation = build_distillation(recipe, facts)
+        model = distillation.model if distillation else build_model(recipe, facts)
         aligned, encoder = build_alignment(recipe, model)
-        distillation = build_distillation(recipe, model, facts)
         preview = preview_sampling(recipe, model)
         described = {
             "recipe": config.to_dict(recipe),
@@ -138,13 +138,14 @@ def _start(distillation: nn.Module, recipe: Recipe, samples: TrainingSamples, co
         tqdm.write(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}", file=sys.stderr)
 
 
-def build_distillation(recipe: Recipe, model: SiTTransformer2DModel, facts: Facts) -> nn.Module | None:
-    """A distillation's part of a run: the model beside its teacher; nothing without `distill.teacher`."""
+def build_distillation(recipe: Recipe, facts: Facts) -> nn.Module | None:
+    """A distillation's part of a run: the model, beside its teacher; nothing without `distill.teacher`."""
     if recipe.distill.teacher is None:
         return None
-    from sit_atconv.distill import Distillation, load_teacher  # with diffusers' models, which take seconds
+    from sit_atconv.distill import Distillation, load_teacher, student_of  # with diffusers' models, which take seconds
 
-    return Distillation(model, load_teacher(recipe, facts.latent_shape, facts.num_classes), recipe.distill)
+    teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
+    return Distillation(student_of(teacher, recipe.distill, recipe.run.seed), teacher, recipe.distill)
 
 
 class _Trainer:

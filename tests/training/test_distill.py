@@ -16,7 +16,7 @@ from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.samples import TrainingSamples
-from sit_atconv.distill import Distillation, load_teacher, relative_error, rising, start_student, student_of
+from sit_atconv.distill import Distillation, load_teacher, relative_error, rising, student_of
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
@@ -71,14 +71,14 @@ def test_times_are_stratified():
 
 
 def test_the_run_equals_a_loop_written_out(recipe):
-    settings, teacher, student, _ = parts(recipe)
+    settings, teacher, student, distillation = parts(recipe)
     calibration = []
     samples = TrainingSamples(Digits("train"), (1, 8, 8), 8, seed=0, drop=0.1, null_label=10, stratified=True)
     for positions in (range(8), range(8, 12)):
         batch, _ = samples.fetch(positions)
         t = batch["t"][:, None, None, None]
         calibration.append((t * batch["image"] + (1 - t) * batch["noise"], batch["t"], batch["label"]))
-    start_student(student, teacher, settings.distill, calibration)
+    distillation.start(calibration)
     optimizer = make_optimizer(student, settings.train)
     expected = []
     for step in range(7):
