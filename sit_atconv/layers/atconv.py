@@ -41,6 +41,8 @@ class KernelGenerator(nn.Module):
         pool: str = "raster",
         routing: str = "adaptive",
         inhibition: str = "learned",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
@@ -51,14 +53,14 @@ class KernelGenerator(nn.Module):
             raise InputError(f"kernel_size={kernel_size}: choose an odd size, such as 3")
         self.kernel_size, self.pool, self.routing, self.inhibition = kernel_size, pool, routing, inhibition
         self.activation = ACTIVATIONS[activation]
-        taps = kernel_size**2
+        taps, factory = kernel_size**2, {"device": device, "dtype": dtype}
         if routing == "adaptive":
-            self.kernel_proj = nn.Linear(dim, channels, bias=bias)
-            self.kernel_gen = nn.Linear(taps, taps, bias=bias)
+            self.kernel_proj = nn.Linear(dim, channels, bias=bias, **factory)
+            self.kernel_gen = nn.Linear(taps, taps, bias=bias, **factory)
         else:
-            self.static_kernel = nn.Parameter(torch.empty(taps, channels))
+            self.static_kernel = nn.Parameter(torch.empty(taps, channels, **factory))
         if inhibition == "learned":
-            self.difference_control = nn.Parameter(torch.empty(channels))
+            self.difference_control = nn.Parameter(torch.empty(channels, **factory))
 
     def reset_parameters(self) -> None:
         """Draw the starting weights: xavier-uniform linears; static kernels as torch starts a depthwise convolution."""
@@ -107,10 +109,12 @@ class ATConv(KernelGenerator):
         pool: str = "raster",
         routing: str = "adaptive",
         inhibition: str = "learned",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        super().__init__(dim, dim, kernel_size, activation, bias, pool, routing, inhibition)
-        self.x_proj = nn.Linear(dim, dim, bias=bias)
-        self.proj = nn.Linear(dim, dim, bias=bias)
+        super().__init__(dim, dim, kernel_size, activation, bias, pool, routing, inhibition, device, dtype)
+        self.x_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(_flatten_pointwise_weights)
 
