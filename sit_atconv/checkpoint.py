@@ -18,7 +18,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,21 +44,31 @@ class Damaged(InputError):
     """A folder that claims to be a checkpoint and is not whole."""
 
 
+def write_pretrained(model: SiTTransformer2DModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a SiT, whose own tensors may be sharded, as `from_pretrained` reads it."""
+    with torch.device("meta"):
+        whole = SiTTransformer2DModel.from_config(model.config)
+    whole.load_state_dict(tensors, strict=True, assign=True)
+    whole.save_pretrained(folder)
+
+
 def save(
     run: Path,
     step: int,
-    models: Mapping[str, SiTTransformer2DModel],
+    models: Mapping[str, torch.nn.Module],
     projectors: torch.nn.Module | None,
     trained: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     trainer: dict[str, Any],
     facts: dict[str, Any],
+    write: Callable[[torch.nn.Module, dict[str, torch.Tensor], Path], None] = write_pretrained,
 ) -> Path:
     """Write `run`/step-XXXXXXX, whole or not at all. Collective: every process calls it, and the main one writes, but
     for the optimiser's shards.
 
     models: by their folder. projectors: REPA's, stored in model/. trained: whose parameters the optimiser has.
     trainer: what the loop needs to go on. facts: what the manifest says of the run (recipe, data, codec, ...).
+    write: puts one of the models, given with its full tensors, into a folder: config.json and safetensors.
     Raises in every process, with nothing left behind: InputError when a weight is not finite or a file cannot be
     written, DiskFull when the disk lacks room.
     """
@@ -93,10 +103,7 @@ def save(
                 # Projectors' own constructor, also where FSDP has put its class over it.
                 type(part).from_state_dict(tensors, part.encoder_depth).save(temporary / "model")
             elif main:
-                with torch.device("meta"):
-                    whole = SiTTransformer2DModel.from_config(part.config)
-                whole.load_state_dict(tensors, strict=True, assign=True)
-                whole.save_pretrained(temporary / name)
+                write(part, tensors, temporary / name)
     with writing():
         sharding.save_optimizer(temporary, trained, optimizer)
     with writing() as main:

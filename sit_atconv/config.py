@@ -4,9 +4,10 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -16,6 +17,8 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
+
+Schema = TypeVar("Schema")
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "latents")
 DATA_SAMPLINGS = ("natural", "balanced")
@@ -28,14 +31,14 @@ ON_FULL_DISK = ("stop", "continue")
 MAX_EMA_STD = 0.288  # just under 12^-1/2, where the profile of a power of the step ends (exponent 0)
 
 
-def _at_least(section: str, **limits) -> None:
+def at_least(section: str, **limits) -> None:
     """Check fields of a section: name=(value, least allowed)."""
     for name, (value, least) in limits.items():
         if not (math.isfinite(value) and value >= least):
             raise InputError(f"{section}.{name}={value}: must be a finite number, at least {least}")
 
 
-def _expand_home(section: Any, *names: str) -> None:
+def expand_home(section: Any, *names: str) -> None:
     """Put the home folder in the place of ~, which a shell leaves standing after a `=`."""
     for name in names:
         value = getattr(section, name)
@@ -53,8 +56,8 @@ class Run:
     trackers: list[str] = field(default_factory=list)  # besides log.jsonl: tensorboard, wandb
 
     def __post_init__(self):
-        _expand_home(self, "out")
-        _at_least("run", seed=(self.seed, 0), log_every=(self.log_every, 1))
+        expand_home(self, "out")
+        at_least("run", seed=(self.seed, 0), log_every=(self.log_every, 1))
         for tracker in self.trackers:
             check_choice("run.trackers", tracker, TRACKERS)
 
@@ -83,14 +86,14 @@ class Data:
     max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
 
     def __post_init__(self):
-        _expand_home(self, "root", "source")
+        expand_home(self, "root", "source")
         check_choice("data.kind", self.kind, DATA_KINDS)
         check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
-        _at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
-        _at_least("data", worker_timeout=(self.worker_timeout, 1))
+        at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
+        at_least("data", worker_timeout=(self.worker_timeout, 1))
         for name in ("image_size", "num_images", "shuffle_buffer"):
             if getattr(self, name) is not None:
-                _at_least("data", **{name: (getattr(self, name), 1)})
+                at_least("data", **{name: (getattr(self, name), 1)})
         for name in ("root", "image_size"):
             value = getattr(self, name)
             if self.kind == "digits" and value is not None:
@@ -127,9 +130,9 @@ class Latents:
     batch_size: int = 16  # images per pass through the VAE
 
     def __post_init__(self):
-        _expand_home(self, "vae")
+        expand_home(self, "vae")
         check_choice("latents.codec", self.codec, CODECS)
-        _at_least("latents", batch_size=(self.batch_size, 1))
+        at_least("latents", batch_size=(self.batch_size, 1))
         if self.codec == "identity" and self.vae is not None:
             raise InputError(f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae; leave it out")
 
@@ -235,7 +238,7 @@ class Train:
         check_choice("train.precision", self.precision, PRECISIONS)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
-        _at_least(
+        at_least(
             "train",
             max_steps=(self.max_steps, 1),
             batch_size=(self.batch_size, 1),
@@ -275,7 +278,7 @@ class Ema:
         ):
             raise InputError(f"ema.stds={self.stds}: give different numbers over 0 and under {MAX_EMA_STD}")
         if self.snapshot_every is not None:
-            _at_least("ema", snapshot_every=(self.snapshot_every, 1))
+            at_least("ema", snapshot_every=(self.snapshot_every, 1))
 
 
 @dataclass
@@ -288,7 +291,7 @@ class Repa:
     projector_dim: int = 2048  # width inside the projector
 
     def __post_init__(self):
-        _at_least("repa", depth=(self.depth, 1), weight=(self.weight, 0), projector_dim=(self.projector_dim, 1))
+        at_least("repa", depth=(self.depth, 1), weight=(self.weight, 0), projector_dim=(self.projector_dim, 1))
 
 
 @dataclass
@@ -311,9 +314,9 @@ class Distill:
     share_steps: int = 500  # steps of every share but the last
 
     def __post_init__(self):
-        _expand_home(self, "teacher")
+        expand_home(self, "teacher")
         check_choice("distill.init", self.init, ("closed_form", "copy_vo", "random"))
-        _at_least(
+        at_least(
             "distill",
             calib=(self.calib, 1),
             blockwise_steps=(self.blockwise_steps, 0),
@@ -345,7 +348,7 @@ class Checkpoint:
     on_full_disk: str = "stop"  # or continue: go on training, and try again at the next checkpoint
 
     def __post_init__(self):
-        _at_least("checkpoint", every=(self.every, 1), keep_last=(self.keep_last, 1))
+        at_least("checkpoint", every=(self.every, 1), keep_last=(self.keep_last, 1))
         check_choice("checkpoint.on_full_disk", self.on_full_disk, ON_FULL_DISK)
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
             raise InputError(
@@ -368,7 +371,7 @@ class Preview:
     last_step_size: float | None = None
 
     def __post_init__(self):
-        _at_least("preview", every=(self.every, 0), num=(self.num, 1))
+        at_least("preview", every=(self.every, 0), num=(self.num, 1))
 
 
 @dataclass
@@ -381,8 +384,8 @@ class Score:
     weights: str | None = None  # Inception weights; left out, torch's hub cache
 
     def __post_init__(self):
-        _expand_home(self, "ref", "weights")
-        _at_least("score", every=(self.every, 0), num=(self.num, 2))
+        expand_home(self, "ref", "weights")
+        at_least("score", every=(self.every, 0), num=(self.num, 2))
 
 
 @dataclass
@@ -452,7 +455,7 @@ class Recipe:
                 )
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:
     """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line.
 
     A file may name another with `base:`, relative to itself, whose keys it takes over and its own win against.
@@ -462,23 +465,23 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             raise InputError(f"override {override!r} is not of the form key=value")
     stated = _read_with_base(Path(path), ())
     try:
-        stated = OmegaConf.merge(stated, OmegaConf.from_dotlist([_as_text(override) for override in overrides]))
+        stated = OmegaConf.merge(stated, OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides]))
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
-    return make_recipe(stated)
+    return make_recipe(stated, schema)
 
 
-def _as_text(override: str) -> str:
+def _as_text(override: str, schema: type) -> str:
     """The override, quoted where YAML would take the text that its key wants for a number: data.root=2024_01."""
     key, _, value = override.partition("=")
-    if not _is_text(_type_of(key)) or value in ("", "null", "~") or value[0] in "\"'":
+    if not _is_text(_type_of(key, schema)) or value in ("", "null", "~") or value[0] in "\"'":
         return override
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
-def _type_of(key: str) -> Any:
+def _type_of(key: str, schema: type) -> Any:
     """The type of a recipe's key, None where there is no such key."""
-    found: Any = Recipe
+    found: Any = schema
     for name in key.split("."):
         fields = (
             {entry.name: entry.type for entry in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else {}
@@ -510,10 +513,10 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> Any:
     return OmegaConf.merge(_read_with_base(path.parent / base, (*above, path.resolve())), stated)
 
 
-def make_recipe(stated: Any) -> Recipe:
-    """A validated Recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values."""
+def make_recipe(stated: Any, schema: type[Schema] = Recipe) -> Schema:
+    """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values."""
     keys = OmegaConf.to_container(OmegaConf.create(stated))
-    _check_keys(keys, Recipe)
+    _check_keys(keys, schema)
     for section, switch in (("repa", "encoder"), ("distill", "teacher")):
         if keys.get(section) and switch not in keys[section]:
             raise InputError(
@@ -521,7 +524,7 @@ def make_recipe(stated: Any) -> Recipe:
                 "none"
             )
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), stated))
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), stated))
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"recipe: {key}{str(error).splitlines()[0]}") from None
@@ -558,14 +561,22 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     A key that `old` leaves out, as one stored before the key was there, has its default.
     """
-    old_flat, new_flat = flatten(to_dict(make_recipe(old))), flatten(new)
-    mutable = set(MUTABLE)
-    if new_flat["train.lr_schedule"] != "constant":  # it ends at max_steps: with another one the rate would jump
+    mutable = {*MUTABLE}
+    if new["train"]["lr_schedule"] != "constant":  # it ends at max_steps: with another one the rate would jump
         mutable.remove("train.max_steps")
+    return changes(make_recipe(old), new, mutable, MUTABLE_SECTIONS)
+
+
+def changes(old: Any, new: dict[str, Any], mutable: Collection[str], mutable_sections: Collection[str]) -> list[str]:
+    """A text "key: old -> new" for each key in which a recipe differs from the dictionary of another of its schema.
+
+    mutable, mutable_sections: the keys and sections that do not count.
+    """
+    old_flat, new_flat = flatten(to_dict(old)), flatten(new)
     return [
         f"{key}: {old_flat[key]} -> {new_flat[key]}"
         for key in sorted(new_flat)
-        if old_flat[key] != new_flat[key] and key not in mutable and key.partition(".")[0] not in MUTABLE_SECTIONS
+        if old_flat[key] != new_flat[key] and key not in mutable and key.partition(".")[0] not in mutable_sections
     ]
 
 
@@ -574,6 +585,6 @@ def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Any) -> dict[str, Any]:
     """Plain nested dictionaries and lists, as JSON and YAML store them."""
     return OmegaConf.to_container(OmegaConf.structured(recipe))

@@ -28,6 +28,9 @@ class Stream(IntEnum):
     CLASS_ORDER = 11  # (round): order of the classes, where they are balanced
     CLASS_IMAGES = 12  # (class, pass): order of the images of a class, where they are balanced
     SUBSTITUTE = 13  # (step, sample, attempt): which image takes the place of one that cannot be read
+    AUGMENT = 14  # (step, sample): the augmentation of an image to be classified
+    MIX = 15  # (step, micro-batch): which images of it are mixed, and how
+    DROP_PATH = 16  # (step, micro-batch): which residual branches and features are dropped
 
 
 def generator(seed: int, stream: Stream, *index: int) -> np.random.Generator:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 
@@ -34,3 +35,7 @@ class Digits(Dataset):
     def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
         index, flip = key
         return self.images[index].flip(2) if flip else self.images[index], int(self.labels[index])
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """The digit as a grey image, and the label."""
+        return Image.fromarray(((self.images[index, 0] + 1) * 127.5).round().byte().numpy()), int(self.labels[index])

@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 
 import numpy as np
@@ -42,18 +42,23 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def decode(encoded: bytes, size: int, flip: bool, name: str) -> torch.Tensor:
     """An image file's bytes -> (3, size, size) in [-1, 1]. Raises Unreadable, which says `name`."""
+    pixels = np.array(picture(encoded, name, lambda image: center_crop(image, size)))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    return tensor.flip(2) if flip else tensor
+
+
+def picture(encoded: bytes, name: str, work: Callable[[Image.Image], Image.Image] = Image.Image.copy) -> Image.Image:
+    """An image file's bytes -> `work` of the RGB image. Raises Unreadable, which says `name`."""
     try:
         with Image.open(BytesIO(encoded)) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels")
-            pixels = np.array(center_crop(_rgb(image), size))
+            return work(_rgb(image))
     except UnidentifiedImageError:
         raise Unreadable(f"image {name!r} does not decode (no known format); repair or remove it") from None
     except DAMAGED as error:
         reason = str(error) or type(error).__name__
         raise Unreadable(f"image {name!r} does not decode ({reason}); repair or remove it") from None
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-    return tensor.flip(2) if flip else tensor
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -121,6 +126,11 @@ class EncodedImages(Dataset):
         index, flip = key
         encoded, label = self.encoded(index)
         return decode(encoded, self.image_size, flip, self.name(index)), label
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """The whole image in RGB, and the label. Raises Unreadable."""
+        encoded, label = self.encoded(index)
+        return picture(encoded, self.name(index)), label
 
 
 class Packed:

@@ -10,7 +10,7 @@ import threading
 import torch
 from torch.utils.data import DataLoader, _utils
 
-from sit_atconv.data.samples import Batch, RankPositions, TrainingSamples
+from sit_atconv.data.samples import Batch, RankPositions, Samples
 from sit_atconv.errors import InputError
 
 POLL_SECONDS = 1.0  # between two looks at whether the loader processes are alive, while none gives a batch
@@ -31,7 +31,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        samples: TrainingSamples,
+        samples: Samples,
         positions: RankPositions,
         workers: int = 0,
         pin_memory: bool = False,

@@ -20,79 +20,23 @@ TIMES_AT_ONCE = 64
 Batch = dict[str, torch.Tensor]
 
 
-class TrainingSamples(Dataset):
-    """Everything that sample j of optimisation step s needs, found at position s * batch_size + j.
+class Samples(Dataset):
+    """Batches of samples by position, sample j of optimisation step s at position s * batch_size + j.
 
-    dataset: gives (image, label) for (index, flip). flip: whether half of the images are mirrored.
-    latent_shape: (C, H, W) of the noise. drop: share of labels replaced by `null_label`.
-    posterior: whether the codec draws from a posterior and wants noise for it. time: the distribution of t.
-    sampling: "natural", every image once an epoch, or "balanced", every class equally often; see data.order.
-    stratified: sample j of a batch of B takes its t from the j-th of B equal parts of the distribution.
-    with_image: the image is needed besides the moments that a dataset gives in its place.
-    Items: image (C, H, W), label, t, noise, if wanted posterior (both of the latent's shape), and pixels (C, H, W)
-    where the image is something else.
-
+    order: which image stands at a position, see data.order. A subclass makes the batch, of what its `_item` reads.
     In the place of an image that cannot be read comes another one, with its own label: the first that can be read
     among MAX_ATTEMPTS that are drawn for this sample; of a stream, among those that follow.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        latent_shape: tuple[int, int, int],
-        batch_size: int,
-        seed: int,
-        flip: bool = False,
-        drop: float = 0.0,
-        null_label: int | None = None,
-        posterior: bool = False,
-        time: TimeSampling = UNIFORM,
-        sampling: str = "natural",
-        with_image: bool = False,
-        stratified: bool = False,
-    ):
-        self.dataset, self.latent_shape, self.batch_size, self.seed = dataset, latent_shape, batch_size, seed
-        self.flip, self.drop, self.null_label, self.posterior = flip, drop, null_label, posterior
-        self.time, self.stratified = time, stratified
-        self.pixels = with_image and dataset.moments
-        if getattr(dataset, "in_order", False):
-            self.dataset, self.order = dataset.shuffled(seed), InOrder()
-        elif sampling == "balanced":
-            self.order = Balanced(dataset.labels, dataset.class_names, seed)
-        else:
-            self.order = Shuffled(len(dataset), seed)
+    def __init__(self, dataset: Dataset, order: Shuffled | Balanced | InOrder, batch_size: int, seed: int):
+        self.dataset, self.order, self.batch_size, self.seed = dataset, order, batch_size, seed
 
     def fetch(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
         """The batch of these positions, and what was wrong with images on the way, by index.
 
         An error comes in the place of the batch: raised in a loader's process it would lose its words.
         """
-        indices = np.stack(np.divmod(np.asarray(positions), self.batch_size), 1)  # (step, sample)
-        flips = np.zeros(len(positions), bool)
-        if self.flip:
-            flips = draws.uniform_batch(self.seed, Stream.FLIP, indices) < 0.5
-        bad: dict[int, str] = {}
-        try:
-            items = [
-                self._load(int(position), bool(flip), bad) for position, flip in zip(positions, flips, strict=True)
-            ]
-        except InputError as error:
-            return error, bad
-        images, labels, *pixels = zip(*items, strict=True)
-        labels = np.array(labels)
-        if self.drop:
-            labels[draws.uniform_batch(self.seed, Stream.LABEL_DROP, indices) < self.drop] = self.null_label
-        batch = {
-            "image": torch.stack(images),
-            "label": torch.from_numpy(labels),
-            "t": self._times(self._uniform(indices)),
-            "noise": draws.normal_batch(self.latent_shape, self.seed, Stream.NOISE, indices),
-        }
-        if self.posterior:
-            batch["posterior"] = draws.normal_batch(self.latent_shape, self.seed, Stream.POSTERIOR, indices)
-        if pixels:
-            batch["pixels"] = torch.stack(pixels[0])
-        return batch, bad
+        raise NotImplementedError
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
         """`fetch`, by the name that torch's loader calls."""
@@ -115,10 +59,101 @@ class TrainingSamples(Dataset):
         now = {}
         for index in bad:
             try:
-                self._item(index, False)
+                self._item(index)
             except Unreadable as error:
                 now[index] = str(error)
         return now
+
+    def _indices(self, positions: Sequence[int]) -> np.ndarray:
+        """(step, sample) of every position."""
+        return np.stack(np.divmod(np.asarray(positions), self.batch_size), 1)
+
+    def _item(self, index: int, *how) -> tuple:
+        """What an image gives. Raises Unreadable."""
+        raise NotImplementedError
+
+    def _load(self, position: int, bad: dict[int, str], *how) -> tuple:
+        """The item at a position, read as `how` says; adds to `bad` what was passed over."""
+        step, sample = divmod(position, self.batch_size)
+        index = self.order.index(position)
+        for attempt in range(MAX_ATTEMPTS + 1):
+            try:
+                return self._item(index, *how)
+            except Unreadable as error:
+                last = error
+                bad[index if error.image is None else error.image] = str(error)
+            random = draws.generator(self.seed, Stream.SUBSTITUTE, step, sample, attempt)
+            index = self.order.substitute(position, attempt, random)
+        raise InputError(f"{MAX_ATTEMPTS} images in a row cannot be read, at last: {last}", every_rank=True)
+
+
+class TrainingSamples(Samples):
+    """Everything that sample j of optimisation step s needs, found at position s * batch_size + j.
+
+    dataset: gives (image, label) for (index, flip). flip: whether half of the images are mirrored.
+    latent_shape: (C, H, W) of the noise. drop: share of labels replaced by `null_label`.
+    posterior: whether the codec draws from a posterior and wants noise for it. time: the distribution of t.
+    sampling: "natural", every image once an epoch, or "balanced", every class equally often; see data.order.
+    stratified: sample j of a batch of B takes its t from the j-th of B equal parts of the distribution.
+    with_image: the image is needed besides the moments that a dataset gives in its place.
+    Items: image (C, H, W), label, t, noise, if wanted posterior (both of the latent's shape), and pixels (C, H, W)
+    where the image is something else.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        latent_shape: tuple[int, int, int],
+        batch_size: int,
+        seed: int,
+        flip: bool = False,
+        drop: float = 0.0,
+        null_label: int | None = None,
+        posterior: bool = False,
+        time: TimeSampling = UNIFORM,
+        sampling: str = "natural",
+        with_image: bool = False,
+        stratified: bool = False,
+    ):
+        if getattr(dataset, "in_order", False):
+            dataset, order = dataset.shuffled(seed), InOrder()
+        elif sampling == "balanced":
+            order = Balanced(dataset.labels, dataset.class_names, seed)
+        else:
+            order = Shuffled(len(dataset), seed)
+        super().__init__(dataset, order, batch_size, seed)
+        self.latent_shape = latent_shape
+        self.flip, self.drop, self.null_label, self.posterior = flip, drop, null_label, posterior
+        self.time, self.stratified = time, stratified
+        self.pixels = with_image and dataset.moments
+
+    def fetch(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
+        indices = self._indices(positions)
+        flips = np.zeros(len(positions), bool)
+        if self.flip:
+            flips = draws.uniform_batch(self.seed, Stream.FLIP, indices) < 0.5
+        bad: dict[int, str] = {}
+        try:
+            items = [
+                self._load(int(position), bad, bool(flip)) for position, flip in zip(positions, flips, strict=True)
+            ]
+        except InputError as error:
+            return error, bad
+        images, labels, *pixels = zip(*items, strict=True)
+        labels = np.array(labels)
+        if self.drop:
+            labels[draws.uniform_batch(self.seed, Stream.LABEL_DROP, indices) < self.drop] = self.null_label
+        batch = {
+            "image": torch.stack(images),
+            "label": torch.from_numpy(labels),
+            "t": self._times(self._uniform(indices)),
+            "noise": draws.normal_batch(self.latent_shape, self.seed, Stream.NOISE, indices),
+        }
+        if self.posterior:
+            batch["posterior"] = draws.normal_batch(self.latent_shape, self.seed, Stream.POSTERIOR, indices)
+        if pixels:
+            batch["pixels"] = torch.stack(pixels[0])
+        return batch, bad
 
     def _uniform(self, indices: np.ndarray) -> np.ndarray:
         uniform = draws.uniform_batch(self.seed, Stream.TIME, indices)
@@ -132,23 +167,9 @@ class TrainingSamples(Dataset):
         padded[: len(uniform)] = uniform
         return self.time(torch.from_numpy(padded))[: len(uniform)].clone()
 
-    def _item(self, index: int, flip: bool) -> tuple:
+    def _item(self, index: int, flip: bool = False) -> tuple:
         item = self.dataset[index, flip]
         return (*item, self.dataset.pixels(index, flip)) if self.pixels else item
-
-    def _load(self, position: int, flip: bool, bad: dict[int, str]) -> tuple:
-        """(image, label) at a position, or (moments, label, image); adds to `bad` what was passed over."""
-        step, sample = divmod(position, self.batch_size)
-        index = self.order.index(position)
-        for attempt in range(MAX_ATTEMPTS + 1):
-            try:
-                return self._item(index, flip)
-            except Unreadable as error:
-                last = error
-                bad[index if error.image is None else error.image] = str(error)
-            random = draws.generator(self.seed, Stream.SUBSTITUTE, step, sample, attempt)
-            index = self.order.substitute(position, attempt, random)
-        raise InputError(f"{MAX_ATTEMPTS} images in a row cannot be read, at last: {last}", every_rank=True)
 
 
 class RankPositions:

@@ -27,6 +27,11 @@ def count_macs(model: SiTTransformer2DModel) -> int:
         model = without_weights(model)
     latent = torch.zeros(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
+    return count_forward_macs(model, latent, torch.zeros(1, device="meta"), label)
+
+
+def count_forward_macs(model: torch.nn.Module, *inputs: torch.Tensor) -> int:
+    """Multiply-accumulates of `model(*inputs)`, counted in the same way."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(latent, torch.zeros(1, device="meta"), label)
+        model(*inputs)
     return counter.get_total_flops() // 2

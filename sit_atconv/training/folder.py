@@ -1,9 +1,12 @@
 """Whose a run's folder is, and what it holds to go on from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from sit_atconv import checkpoint, config, files
 from sit_atconv.config import Recipe
@@ -20,13 +23,38 @@ def lock(run: Path) -> TextIO:
     return files.lock(run, f"run.out={str(run)!r}")
 
 
-def check_run_folder(
-    run: Path, recipe: Recipe, described: dict[str, Any], encoded: dict[str, Any] | None = None
-) -> tuple[Path, dict[str, Any]] | None:
+Found = tuple[Path, dict[str, Any]] | None
+
+
+def claim(
+    accelerator: Accelerator, out: str, look: Callable[[Path], Found], must_resume: bool
+) -> tuple[Found, bool, TextIO | None]:
+    """What a run's folder holds to go on from, whether it is new, and its lock: of the main process, told to all.
+
+    look: gives the checkpoint, or raises InputError for a folder that is not this run's. Raises that in every process,
+    and where `must_resume` and there is nothing to go on from.
+    """
+    run, held = Path(out), None
+    start = [None, None, None]  # checkpoint, whether the folder is new, error
+    if accelerator.is_main_process:
+        try:
+            # Before looking: another process may be at work there.
+            held = lock(run) if (run / "recipe.yaml").exists() else None
+            start = [look(run), not run.exists(), None]
+        except InputError as error:
+            start[2] = error
+    found, new, error = broadcast_object_list(start)
+    if error is not None:
+        raise error
+    if must_resume and not found:
+        raise InputError(f"--resume: there is no checkpoint in {str(run)!r} to go on from")
+    return found, new, held
+
+
+def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Found:
     """The checkpoint to go on from, with its manifest, or None for a new run.
 
-    described: what this start would write into a manifest. encoded: with a cache of latents, the data section of the
-    recipe that it was made by: a run of those images goes on from their cache.
+    changed: what keeps a stored recipe from being that of this start, see `config.differences`.
     Raises InputError for a folder that is not this run's.
     """
     if not run.exists():
@@ -47,26 +75,46 @@ def check_run_folder(
     if not isinstance(stored, dict):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
     try:
-        stated = described["recipe"]
-        if encoded is not None and stored.get("data", {}).get("kind") != "latents":
-            stated = stated | {"data": stated["data"] | {key: encoded.get(key) for key in ENCODED}}
-        changed = "; ".join(config.differences(stored, stated))
+        said = "; ".join(changed(stored))
     except InputError as error:
         raise InputError(
             f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"
         ) from None
-    if changed:
-        raise InputError(f"run.out={str(run)!r} holds a run of another recipe ({changed}); choose another folder")
+    if said:
+        raise InputError(f"run.out={str(run)!r} holds a run of another recipe ({said}); choose another folder")
+    return found
+
+
+def check_same_data(run: Path, manifest: dict[str, Any], described: dict[str, Any]) -> None:
+    """Raise InputError where the images of a run are not those of this start."""
+    if manifest.get("data") != described["data"]:
+        raise InputError(f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images")
+
+
+def check_run_folder(
+    run: Path, recipe: Recipe, described: dict[str, Any], encoded: dict[str, Any] | None = None
+) -> Found:
+    """The checkpoint to go on from, with its manifest, or None for a new run.
+
+    described: what this start would write into a manifest. encoded: with a cache of latents, the data section of the
+    recipe that it was made by: a run of those images goes on from their cache.
+    Raises InputError for a folder that is not this run's.
+    """
+
+    def changed(stored: dict[str, Any]) -> list[str]:
+        stated = described["recipe"]
+        if encoded is not None and stored.get("data", {}).get("kind") != "latents":
+            stated = stated | {"data": stated["data"] | {key: encoded.get(key) for key in ENCODED}}
+        return config.differences(stored, stated)
+
+    found = stored_run(run, changed)
     if found:
         manifest = found[1]
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
         check_same_codec(manifest["codec"], described["codec"])
-        if manifest.get("data") != described["data"]:
-            raise InputError(
-                f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images"
-            )
+        check_same_data(run, manifest, described)
         for part, name, stated in (
             ("encoder", "repa.encoder", recipe.repa.encoder),
             ("teacher", "distill.teacher", recipe.distill.teacher),

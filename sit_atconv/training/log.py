@@ -47,17 +47,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Means:
-    """Means since the last report: of named per-sample losses, and of the first one by bins of t.
+    """Means since the last report: of named per-sample losses, and, where they have times, of the first by bins of t.
 
     Sums stay on the device, so adding to them waits for nothing.
     """
 
-    def __init__(self, names: list[str], device: torch.device):
-        self.names = names
-        self.sums = torch.zeros(2, len(names) + TIME_BINS, device=device)  # of values, of counts
+    def __init__(self, names: list[str], device: torch.device, bins: int = TIME_BINS):
+        self.names, self.bins = names, bins
+        self.sums = torch.zeros(2, len(names) + bins, device=device)  # of values, of counts
 
-    def add(self, t: torch.Tensor, *losses: torch.Tensor | None) -> None:
-        """Losses (B,) in the order of the names, None of those that this step has not, at times t (B,)."""
+    def add(self, t: torch.Tensor | None, *losses: torch.Tensor | None) -> None:
+        """Losses (B,) in the order of the names, None of those that this step has not; t (B,): their times, if any."""
         there = [index for index, loss in enumerate(losses) if loss is not None]
         values = torch.stack([losses[index].detach().float() for index in there])
         finite = values.isfinite().all(0)  # a step with another one is skipped
@@ -65,9 +65,9 @@ class Means:
         count = len(self.names)
         self.sums[0, there] += values.sum(1)
         self.sums[1, there] += ones.sum()
-        if there[0] != 0:
+        if t is None or there[0] != 0:
             return
-        bins = count + (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        bins = count + (t * self.bins).long().clamp(0, self.bins - 1)
         self.sums[0].index_add_(0, bins, values[0])
         self.sums[1].index_add_(0, bins, ones)
 
@@ -80,7 +80,7 @@ class Means:
         values, counts = sums.tolist()
         means = [value / count if count else None for value, count in zip(values, counts, strict=True)]
         named = dict(zip(self.names, means, strict=False))
-        return {**named, "loss_by_time": means[len(self.names) :]}
+        return {**named, "loss_by_time": means[len(self.names) :]} if self.bins else named
 
     def reset(self) -> None:
         self.sums.zero_()

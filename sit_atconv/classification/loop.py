@@ -1,0 +1,310 @@
+"""Training of a classifier: timm's model, augmentation, schedule and averages in this library's loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.mixup import mixup_target
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import sit_atconv.models.attnet  # noqa: F401 (registers the family)
+from sit_atconv import checkpoint, config
+from sit_atconv.classification.recipe import ClassifierRecipe, differences
+from sit_atconv.classification.samples import (
+    ClassifierSamples,
+    HeldOut,
+    generators_kept,
+    open_datasets,
+    seed_generators,
+    transforms,
+)
+from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.data.samples import RankPositions
+from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.models.cost import count_forward_macs
+from sit_atconv.training.faults import StopSignals
+from sit_atconv.training.folder import Found, check_same_data, claim, stored_run
+from sit_atconv.training.launch import make_accelerator
+from sit_atconv.training.log import Log, Means
+from sit_atconv.training.trainer import Trainer
+
+WEIGHTS = "model.safetensors"  # as timm names them
+
+
+@dataclass
+class Facts:
+    """What a recipe and its images come to."""
+
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    num_images: int
+    held_out: int
+    steps: int
+    warmup_steps: int
+    eval_every: int  # steps
+
+
+def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
+    """Raises InputError where mean or std do not fit the images' channels."""
+    train, channels, number = recipe.train, dataset.channels, len(dataset)
+    colour = channels == 3
+    mean = recipe.model.mean or (IMAGENET_DEFAULT_MEAN if colour else (0.5,))
+    std = recipe.model.std or (IMAGENET_DEFAULT_STD if colour else (0.5,))
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise InputError(f"model.{name}={list(values)}: the images have {channels} channels; one number for each")
+
+    def steps(epochs: float) -> int:
+        return max(1, round(epochs * number / train.batch_size))
+
+    return Facts(
+        channels,
+        tuple(mean),
+        tuple(std),
+        tuple(dataset.class_names),
+        number,
+        len(held_out),
+        steps(train.epochs),
+        steps(train.warmup_epochs) if train.warmup_epochs else 0,
+        steps(recipe.eval.every_epochs),
+    )
+
+
+def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu") -> nn.Module:
+    """The recipe's model with new weights, drawn for `run.seed`. Raises InputError for a model that is none."""
+    settings = recipe.model
+    check_choice("model.name", settings.name, timm.list_models())
+    with generators_kept():
+        torch.manual_seed(recipe.run.seed)
+        try:
+            model = timm.create_model(
+                settings.name,
+                num_classes=len(facts.class_names),
+                in_chans=facts.channels,
+                drop_rate=settings.drop_rate,
+                drop_path_rate=settings.drop_path_rate,
+                device=device,
+                **settings.options,
+            )
+        except (TypeError, AssertionError, KeyError) as error:
+            raise InputError(f"model.options={settings.options}: {settings.name} refuses them: {error}") from None
+    if recipe.train.gradient_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def count_macs(recipe: ClassifierRecipe, facts: Facts) -> int:
+    """Multiply-accumulates of one image."""
+    size = recipe.model.input_size
+    model = build_classifier(recipe, facts, device="meta").eval()
+    return count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
+
+
+def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
+    """Train to the end of `train.epochs`, going on from the newest valid checkpoint in `run.out`; the last one.
+
+    A checkpoint's ema/ and model/ are what `timm.create_model("local-dir:...", pretrained=True)` loads.
+    SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew.
+    Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
+    """
+    with StopSignals() as signals:
+        accelerator = make_accelerator(recipe)
+        if accelerator.is_fsdp2:
+            raise InputError("a classifier trains under DDP or on one process; launch it without FSDP")
+        parts = accelerator.num_processes * recipe.train.gradient_accumulation_steps
+        if recipe.augment.mixes and recipe.train.batch_size // parts % 2:
+            raise InputError(
+                f"train.batch_size={recipe.train.batch_size} in {parts} parts is odd for each, and augment.mixup and "
+                f"cutmix mix in pairs; choose a multiple of {2 * parts}"
+            )
+        dataset, held_out = open_datasets(recipe.data)
+        facts = facts_of(recipe, dataset, held_out)
+        training, evaluation = transforms(recipe, facts.mean, facts.std, facts.channels)
+        model = build_classifier(recipe, facts)
+        described = {
+            "recipe": config.to_dict(recipe),
+            "data": {"num_images": facts.num_images, "classes": list(facts.class_names)},
+            "processes": accelerator.num_processes,
+        }
+
+        def look(run: Path) -> Found:
+            found = stored_run(run, lambda stored: differences(stored, described["recipe"]))
+            if found:
+                check_same_data(run, found[1], described)
+            return found
+
+        claimed = claim(accelerator, recipe.run.out, look, must_resume)
+        samples = ClassifierSamples(dataset, training, recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
+        held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes)
+        trainer = _Classifier(accelerator, recipe, described, facts, samples, held_out, model, claimed)
+        return trainer.run_to_the_end(signals)
+
+
+class _Classifier(Trainer):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: ClassifierRecipe,
+        described: dict[str, Any],
+        facts: Facts,
+        samples: ClassifierSamples,
+        held_out: HeldOut,
+        model: nn.Module,
+        claimed: tuple,
+    ):
+        super().__init__(accelerator, recipe, described, *claimed, facts.steps)
+        settings, augment, found = recipe.train, recipe.augment, claimed[0]
+        self.facts, self.bare, self.trained = facts, model, model
+        self.flops_per_image = 3 * 2 * count_macs(recipe, facts)  # forward, and twice that backward
+        self.average = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+        if found:
+            model.load_state_dict(load_file(found[0] / "model" / WEIGHTS))
+            self.average.module.load_state_dict(load_file(found[0] / "ema" / WEIGHTS))
+        self.average.requires_grad_(False).to(accelerator.device)
+        optimizer = create_optimizer_v2(
+            model, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, betas=tuple(settings.betas)
+        )
+        if settings.compile:
+            model.compile()
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.schedule = CosineLRScheduler(
+            self.optimizer.optimizer,
+            t_initial=facts.steps,
+            lr_min=settings.min_lr,
+            warmup_t=facts.warmup_steps,
+            warmup_lr_init=settings.warmup_lr,
+            t_in_epochs=False,
+        )
+        self.weights = {"loss": 1.0}
+        self.means = Means(["loss"], accelerator.device, bins=0)
+        self.mix = None
+        if augment.mixes:
+            self.mix = Mixup(
+                augment.mixup,
+                augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.switch_prob,
+                label_smoothing=augment.smoothing,
+                num_classes=len(facts.class_names),
+            )
+        if found:
+            self._load_trainer_state(found[0], samples)
+        positions = RankPositions(
+            self.step,
+            self.total,
+            settings.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            settings.gradient_accumulation_steps,
+        )
+        pin = accelerator.device.type == "cuda"
+        self.batches = TrainingBatches(samples, positions, recipe.data.workers, pin, recipe.data.worker_timeout)
+        workers = {"num_workers": recipe.data.workers, "pin_memory": pin, "generator": torch.Generator()}
+        self.held_out = DataLoader(held_out, recipe.eval.batch_size, **workers)
+        self.part = 0  # of the step's micro-batches, over all processes
+
+    def _open_logs(self) -> None:
+        self.evals = Log(self.run / "evals.jsonl", self.step)
+
+    def _learning_rate(self) -> float:
+        self.schedule.step_update(self.step)
+        self.part = self.accelerator.process_index * self.recipe.train.gradient_accumulation_steps
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
+        image, label, seed = batch["image"], batch["label"], self.recipe.run.seed
+        with generators_kept():
+            if self.mix is None:
+                target = mixup_target(label, len(self.facts.class_names), smoothing=self.recipe.augment.smoothing)
+            else:
+                seed_generators(seed, Stream.MIX, self.step, self.part)
+                image, target = self.mix(image, label)
+            seed_generators(seed, Stream.DROP_PATH, self.step, self.part)
+            with self.accelerator.autocast():
+                logits = self.model(image)
+        self.part += 1
+        return [F.cross_entropy(logits.float(), target, reduction="none")]
+
+    def _average(self) -> None:
+        if self.accelerator.num_processes > 1:  # each has statistics of its own batches; a checkpoint has the first's
+            broadcast(list(self.bare.buffers()))
+        self.average.update(self.bare, self.step - self.skipped)
+
+    def _after_step(self) -> None:
+        if self.step % self.facts.eval_every == 0 or self.step == self.total:
+            row = {"step": self.step, "epoch": self.step * self.recipe.train.batch_size / self.num_images}
+            for name, model in (("model", self.bare), ("ema", self.average.module)):
+                row |= {f"{name}_{key}": value for key, value in self._evaluate(model).items()}
+            if self.accelerator.is_main_process:
+                self.evals.write(row | {"num": self.facts.held_out})
+            self.trackers.log({f"eval/{key}": value for key, value in row.items()}, self.step)
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss, and the shares of the held-out images whose class is the first, or among the first five, in percent."""
+        training, device, classes = model.training, self.accelerator.device, len(self.facts.class_names)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        model.eval()
+        for image, label in self.held_out:
+            label = label.to(device)
+            with self.accelerator.autocast():
+                logits = model(image.to(device)).float()
+            found = logits.topk(min(5, classes)).indices == label[:, None]
+            loss = F.cross_entropy(logits, label, reduction="sum")
+            sums += torch.stack([loss, found[:, 0].sum(), found.sum()]).double()
+        model.train(training)
+        loss, first, five = (self.accelerator.reduce(sums, "sum") / self.facts.held_out).tolist()
+        return {"loss": loss, "top1": 100 * first, "top5": 100 * five}
+
+    def _write_checkpoint(self, trainer: dict[str, Any], facts: dict[str, Any]) -> Path:
+        models, size = {"model": self.bare, "ema": self.average.module}, self.recipe.model.input_size
+        data = {
+            "input_size": (self.facts.channels, size, size),
+            "mean": self.facts.mean,
+            "std": self.facts.std,
+            "crop_pct": self.recipe.model.crop_pct,
+            "interpolation": "bicubic",
+        }
+
+        def write(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+            labels = {"label_names": list(self.facts.class_names)}
+            save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=data)
+
+        optimizer = self.optimizer.optimizer
+        return checkpoint.save(self.run, self.step, models, None, self.trained, optimizer, trainer, facts, write)
+
+
+def dry_run(recipe: ClassifierRecipe) -> str:
+    """What a recipe comes to, in lines: model, data, schedule, averages. Reads the list of images, and no image."""
+    dataset, held_out = open_datasets(recipe.data)
+    facts, settings = facts_of(recipe, dataset, held_out), recipe.train
+    transforms(recipe, facts.mean, facts.std, facts.channels)
+    model = build_classifier(recipe, facts, device="meta")
+    macs, size = count_macs(recipe, facts), recipe.model.input_size
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = 6 * macs * facts.steps * settings.batch_size
+    rows = {
+        "model": f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3g} GMACs at {size} px",
+        "data": f"{facts.num_images:,} images of {len(facts.class_names)} classes, {facts.held_out:,} held out",
+        "schedule": f"{facts.steps:,} steps of {settings.batch_size:,} = {settings.epochs:g} epochs; lr "
+        f"{settings.lr:g}, {facts.warmup_steps:,} steps of warm-up, cosine to {settings.min_lr:g}",
+        "averages": f"EMA, decay {recipe.ema.decay}{' with warm-up' if recipe.ema.warmup else ''}",
+        "compute": f"{flops:.3g} FLOP, and the evaluation every {facts.eval_every:,} steps",
+        "memory": f"weights, gradients, AdamW and EMA {5 * 4 * parameters / 1e9:.2f} GB, and the activations",
+    }
+    return "\n".join(f"{name:<9} {text}" for name, text in rows.items())

@@ -1,0 +1,162 @@
+"""Augmented images to learn from, and the held-out ones: what is random belongs to (step, sample)."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+
+from sit_atconv import draws
+from sit_atconv.classification.recipe import ClassifierRecipe, Data
+from sit_atconv.data import open_dataset
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.order import Shuffled
+from sit_atconv.data.samples import Batch, Samples
+from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError
+
+
+def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
+    """The training and the held-out images, with `picture`, `labels` and `class_names`.
+
+    Raises InputError when they are not there, or not of the same classes.
+    """
+    if data.kind == "digits":
+        return Digits("train"), Digits("test")
+    train, held_out = (open_dataset(each) for each in data.open_as())
+    if train.class_names != held_out.class_names:
+        strange = sorted({*train.class_names} ^ {*held_out.class_names})[:3] or "their order"
+        raise InputError(f"data.root={data.root!r} and the held-out images are of different classes: {strange}")
+    return train, held_out
+
+
+def seed_generators(seed: int, stream: Stream, *index: int) -> None:
+    """Begin the global generators of Python, NumPy and torch, on every device, anew from a draw."""
+    number = int(draws.generator(seed, stream, *index).integers(1 << 32))
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """The global generators of Python, NumPy and the CPU are left as they were."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+
+
+class RepeatAugmented(Shuffled):
+    """Every epoch a part of the images, each `repeats` times in a row, as timm's RepeatAugSampler picks them.
+
+    An epoch is as long as without repeats.
+    """
+
+    def __init__(self, num_images: int, repeats: int, seed: int):
+        super().__init__(num_images, seed)
+        self.sampler = RepeatAugSampler(range(num_images), 1, 0, num_repeats=repeats, selected_round=0)
+
+    def index(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_images)
+        if epoch != self._epoch:
+            self.sampler.set_epoch(int(draws.generator(self.seed, Stream.ORDER, epoch).integers(1 << 62)))
+            self._epoch, self._order = epoch, list(self.sampler)
+        return self._order[place]
+
+
+class ClassifierSamples(Samples):
+    """Images (C, S, S), augmented and normalised, and labels. What happens to a sample is drawn for (step, sample)."""
+
+    def __init__(self, dataset: Dataset, transform, batch_size: int, seed: int, repeats: int = 1):
+        number = len(dataset)
+        order = Shuffled(number, seed) if repeats == 1 else RepeatAugmented(number, repeats, seed)
+        super().__init__(dataset, order, batch_size, seed)
+        self.transform = transform
+
+    def _item(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset.picture(index)
+
+    def fetch(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
+        bad: dict[int, str] = {}
+        images, labels = [], []
+        try:
+            with generators_kept():
+                for position, (step, sample) in zip(positions, self._indices(positions).tolist(), strict=True):
+                    picture, label = self._load(int(position), bad)
+                    seed_generators(self.seed, Stream.AUGMENT, step, sample)
+                    images.append(self.transform(picture))
+                    labels.append(label)
+        except InputError as error:
+            return error, bad
+        return {"image": torch.stack(images), "label": torch.tensor(labels)}, bad
+
+
+class HeldOut(Dataset):
+    """Held-out images, resized, cropped and normalised, and their labels; of one process: every `world`-th."""
+
+    def __init__(self, dataset: Dataset, transform, rank: int = 0, world: int = 1):
+        self.dataset, self.transform = dataset, transform
+        self.indices = range(rank, len(dataset), world)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+        picture, label = self.dataset.picture(self.indices[place])
+        return self.transform(picture), label
+
+
+def _mend_posterize(transform) -> None:
+    """timm asks Pillow to keep no bits of a colour at its strongest level, for which Pillow 13 raises ValueError.
+
+    Earlier ones gave a black image, and so does this.
+    """
+    for part in transform.transforms:
+        operations = [*getattr(part, "ops", []), *chain.from_iterable(getattr(part, "policy", []))]
+        for operation in operations:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+    return auto_augment.posterize(image, bits, **kwargs) if bits else image.point(lambda _: 0)
+
+
+def transforms(recipe: ClassifierRecipe, mean: Sequence[float], std: Sequence[float], channels: int) -> tuple:
+    """timm's transforms of training and of evaluation: PIL image -> (C, S, S). Raises InputError for bad options."""
+    augment, size = recipe.augment, (channels, recipe.model.input_size, recipe.model.input_size)
+    common = {"input_size": size, "mean": tuple(mean), "std": tuple(std)}
+    try:
+        training = create_transform(
+            **common,
+            is_training=True,
+            scale=tuple(augment.scale),
+            ratio=tuple(augment.ratio),
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation,
+            re_prob=augment.erasing,
+            re_mode=augment.erasing_mode,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"augment.auto_augment={augment.auto_augment!r} is nothing that timm knows: {error}") from None
+    if augment.auto_augment is not None and channels != 3:
+        raise InputError(f"augment.auto_augment={augment.auto_augment!r} is for colours; leave it out for grey images")
+    _mend_posterize(training)
+    evaluation = create_transform(
+        **common, interpolation=InterpolationMode.BICUBIC.value, crop_pct=recipe.model.crop_pct
+    )
+    return training, evaluation

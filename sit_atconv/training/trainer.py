@@ -1,0 +1,287 @@
+"""The part of training that does not ask what is trained: steps, faults, reports, and checkpoints to go on from."""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+
+from sit_atconv import checkpoint, sharding
+from sit_atconv.data.loading import check_bad
+from sit_atconv.errors import InputError
+from sit_atconv.files import DiskFull, write_atomic
+from sit_atconv.training.faults import StopSignals, agree
+from sit_atconv.training.folder import lock
+from sit_atconv.training.log import Log, Trackers, peak_flops, peak_memory
+from sit_atconv.training.optimizer import step_and_weight_squares
+
+
+class Trainer:
+    """A run of `total` optimisation steps. A subclass brings the model and its losses.
+
+    recipe: any with the sections run, data, train and checkpoint. described: what a manifest says of the run.
+    found: the checkpoint to go on from, with its manifest; new: whether the run's folder is; held: its lock.
+    A subclass sets, before `run_to_the_end`:
+    bare, the model whose averages are kept; trained, what has the parameters; model and optimizer, those prepared;
+    weights, of the losses by name; means of these; batches, an iterator with `pop_bad`; flops_per_image or None.
+    """
+
+    def __init__(self, accelerator: Accelerator, recipe, described: dict[str, Any], found, new, held, total: int):
+        self.lock = held
+        self.accelerator, self.recipe, self.described, self.new, self.total = accelerator, recipe, described, new, total
+        self.run = Path(recipe.run.out)
+        self.num_images = described["data"]["num_images"]
+        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.bad: dict[int, str] = {}  # images that could not be read, by any process
+        self.images_here = 0  # seen by this process since this start
+        self.last = None
+        if found:
+            self.last, self.step = found[0], found[1]["step"]
+        self.images_before = self.step * recipe.train.batch_size
+
+    def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
+        """The losses (B,) of a micro-batch, in the order of `weights`; None for one that this step has not."""
+        raise NotImplementedError
+
+    def _learning_rate(self) -> float:
+        """Of the step to come."""
+        raise NotImplementedError
+
+    def _average(self) -> None:
+        """Move the averages, after a step that was not skipped."""
+        raise NotImplementedError
+
+    def _write_checkpoint(self, trainer: dict[str, Any], facts: dict[str, Any]) -> Path:
+        """Write the checkpoint of this step with `checkpoint.save`."""
+        raise NotImplementedError
+
+    def _open_logs(self) -> None:
+        """Open what the main process writes beside log.jsonl."""
+
+    def _idle(self) -> list[torch.nn.Parameter]:
+        """The parameters that the step to come does not train."""
+        return []
+
+    def _after_step(self) -> None:
+        """What comes after a step, before its checkpoint."""
+
+    def run_to_the_end(self, signals: StopSignals) -> Path:
+        recipe, accelerator = self.recipe, self.accelerator
+        total, main = self.total, accelerator.is_main_process
+        self._begin()
+        steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
+        # Nothing is shown before the first step, so that an error at the first image is the only line.
+        with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
+            while self.step < total:
+                start = time.perf_counter()
+                batches = self._fetch(signals)
+                if batches is None:
+                    break
+                waited += time.perf_counter() - start
+                reports = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == total
+                figures = self._optimize(batches, reports)
+                bar.update()
+                steps, seconds = steps + 1, seconds + time.perf_counter() - start
+                if reports:
+                    row = self._report(figures, steps, seconds, waited)
+                    bar.set_postfix(loss=f"{row['loss'] or math.nan:.4f}")
+                    steps, seconds, waited = 0, 0.0, 0.0
+                self._after_step()
+                if self.step % recipe.checkpoint.every == 0 and self.step < total:
+                    self._keep(self._save)
+            if self.last != checkpoint.folder_of(self.run, self.step):  # at the end, or where a signal ends the run
+                self._save()
+        accelerator.end_training()
+        return self.last
+
+    def _begin(self) -> None:
+        """Make the run's folder, or take it over, and start the trackers; what goes wrong leaves no new folder behind.
+
+        A process that meets a bad image after this finds the folder complete, and removes it.
+        """
+        recipe, error = self.recipe, None
+        try:
+            if self.accelerator.is_main_process:
+                self.lock = self.lock or lock(self.run)
+                if self.last is None and checkpoint.step_folders(self.run):
+                    self.new = False
+                    raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
+                write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
+                self.log = Log(self.run / "log.jsonl", self.step)
+                self._open_logs()
+                checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+            self.trackers = Trackers(self.accelerator, recipe, self.step)
+        except OSError as fault:
+            reason = fault.strerror or fault
+            error = InputError(f"run.out={str(self.run)!r} cannot be written: {reason}; choose another place")
+        except InputError as fault:
+            error = fault
+        if error is not None and self.new and self.lock is not None:
+            shutil.rmtree(self.run, ignore_errors=True)
+        sharding.raise_together(error)
+
+    def _fetch(self, signals: StopSignals) -> list[dict[str, torch.Tensor]] | None:
+        """The micro-batches of a step, or None where a signal asks to stop. Raises in every process where one must."""
+        batches, fault = [], None
+        try:
+            if signals.received is None:
+                batches = [next(self.batches) for _ in range(self.recipe.train.gradient_accumulation_steps)]
+        except InputError as error:
+            fault = error
+        found = self.batches.pop_bad()
+        stop, faults, news = agree(self.accelerator, signals.received is not None, fault is not None, len(found))
+        if news:
+            fault = self._count_bad(found) or fault
+            faults += fault is not None
+        if faults:
+            if self.step and self.last != checkpoint.folder_of(self.run, self.step):
+                try:
+                    self._save()  # what was trained until here is good
+                except InputError as error:
+                    if self.accelerator.is_main_process:
+                        tqdm.write(f"warning: {error}", file=sys.stderr)
+            elif self.new and not self.step and self.accelerator.is_main_process:
+                shutil.rmtree(self.run, ignore_errors=True)
+            raise fault or SystemExit(2)  # another process says why
+        return None if stop else batches
+
+    def _count_bad(self, found: dict[int, str]) -> InputError | None:
+        """Add what all processes found to the unreadable images, name new ones, and say when there are too many."""
+        new = {index: what for part in gather_object([found]) for index, what in part.items() if index not in self.bad}
+        self.bad |= new
+        try:
+            check_bad(self.bad, self.num_images, self.recipe.data.max_bad_share)
+        except InputError as error:
+            return error
+        if self.accelerator.is_main_process:
+            for what, count in Counter(new.values()).items():  # of a lost disk, one text stands for many images
+                images = "another image takes its place" if count == 1 else f"others take the place of {count} images"
+                tqdm.write(f"warning: {what}; {images}", file=sys.stderr)
+        return None
+
+    def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> dict[str, Any]:
+        """One optimisation step; its gradient norm, learning rate and, where it `reports`, update_ratio."""
+        recipe, accelerator = self.recipe, self.accelerator
+        lr = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums = []
+        for cpu_batch in batches:
+            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in cpu_batch.items()}
+            self.images_here += len(batch["label"])
+            with accelerator.accumulate(self.model):
+                losses = self._losses(batch)
+                weighed = zip(self.weights.values(), losses, strict=True)
+                loss = sum(weight * each.mean() for weight, each in weighed if each is not None)
+                accelerator.backward(loss)
+            self.means.add(batch.get("t"), *losses)
+            sums.append(loss.detach())
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.train.max_grad_norm or math.inf)
+        loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
+        (failed,) = agree(accelerator, not (math.isfinite(loss) and math.isfinite(grad_norm)))
+        self.skipped, self.skipped_in_a_row = self.skipped + (failed > 0), (self.skipped_in_a_row + 1) * (failed > 0)
+        for parameter in self._idle():
+            parameter.grad = None  # AdamW would go on with what it gathered of them before
+        if not failed:
+            self.optimizer.step()
+        elif accelerator.scaler is not None:  # which knows of infinities since the clipping, and adapts
+            accelerator.scaler.update()
+        ratio = 0.0 if failed else self._update_ratio() if reports else None
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.skipped_in_a_row >= recipe.train.max_skipped:
+            raise InputError(
+                f"no finite loss and gradient for {recipe.train.max_skipped} steps, up to step {self.step}; start a "
+                "run with a lower train.lr or with train.max_grad_norm"
+            )
+        if not failed:
+            self._average()
+        return {"grad_norm": grad_norm, "lr": lr, "update_ratio": ratio}
+
+    def _update_ratio(self) -> float:
+        """|w' - w| / |w| of the step just taken, over all weights."""
+        squares = step_and_weight_squares(self.optimizer.optimizer)
+        if sharding.is_sharded(self.bare):
+            squares = self.accelerator.reduce(squares, "sum")
+        step, weights = squares.tolist()
+        return math.sqrt(step / weights) if weights else 0.0
+
+    def _report(self, figures: dict[str, Any], steps: int, seconds: float, waited: float) -> dict[str, Any]:
+        """Write what the last `steps` steps were to the log and the trackers."""
+        accelerator, train = self.accelerator, self.recipe.train
+        here = torch.tensor(self.images_here, device=accelerator.device)
+        images_per_second = steps * train.batch_size / seconds
+        flops = self.flops_per_image and images_per_second * self.flops_per_image
+        peak = peak_flops(accelerator.device, train.precision)
+        row = {
+            "step": self.step,
+            "images_seen": self.images_before + int(accelerator.reduce(here, "sum")),
+            **self.means.row(self.means.reduced(accelerator)),
+            **figures,
+            "skipped": self.skipped,
+            "bad_images": len(self.bad),
+            "images_per_second": images_per_second,
+            "data_wait": waited / seconds,
+            "flops_per_second": flops,
+            "peak_share": flops / (peak * accelerator.num_processes) if peak and flops else None,
+            "eta_seconds": (self.total - self.step) * seconds / steps,
+            "memory_bytes": peak_memory(accelerator.device),
+        }
+        self.means.reset()
+        if accelerator.is_main_process:
+            self.log.write(row)
+        self.trackers.log(row, self.step)
+        return row
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        """Write what the run keeps; by option, a full disk is a warning."""
+        try:
+            write()
+        except DiskFull as error:
+            if self.recipe.checkpoint.on_full_disk == "stop":
+                raise
+            if self.accelerator.is_main_process:
+                tqdm.write(f"warning: {error}; training goes on from step {self.step}", file=sys.stderr)
+
+    def _save(self) -> None:
+        sums = self.means.reduced(self.accelerator)
+        scaler = self.accelerator.scaler
+        trainer = {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "means": sums.tolist(),
+            "bad": {str(index): self.bad[index] for index in sorted(self.bad)},
+        }
+        images = self.step * self.recipe.train.batch_size
+        self.last = self._write_checkpoint(trainer, {"images_seen": images, **self.described})
+        if self.accelerator.is_main_process:
+            keep = self.recipe.checkpoint
+            try:
+                checkpoint.prune(self.run, self.step, keep.keep_last, keep.keep_every)
+            except OSError as error:
+                reason = error.strerror or error
+                tqdm.write(f"warning: older checkpoints stay, they cannot be removed: {reason}", file=sys.stderr)
+        self.accelerator.wait_for_everyone()
+
+    def _load_trainer_state(self, folder: Path, samples, untrained=()) -> None:
+        """Go on from a checkpoint; samples: whose `still_bad` knows an image; untrained: see `load_optimizer`."""
+        checkpoint.load_optimizer(folder, self.trained, self.optimizer.optimizer, untrained)
+        trainer = json.loads((folder / "trainer.json").read_text())
+        self.skipped, self.skipped_in_a_row = trainer["skipped"], trainer["skipped_in_a_row"]
+        bad = {int(index): what for index, what in trainer["bad"].items()}
+        self.bad = broadcast_object_list([samples.still_bad(bad) if self.accelerator.is_main_process else None])[0]
+        if self.accelerator.is_main_process:  # the other processes' sums were added to these
+            self.means.sums.copy_(torch.tensor(trainer["means"]))
+        if self.accelerator.scaler is not None and trainer["scaler"]:
+            self.accelerator.scaler.load_state_dict(trainer["scaler"])

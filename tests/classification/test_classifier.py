@@ -1,0 +1,355 @@
+"""train_attnet.py: what a step computes, that a run goes on to the same bits, and that timm loads what it leaves."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT, log_rows, reset_accelerate
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import Mixup
+
+import train_attnet
+from sit_atconv import draws
+from sit_atconv.classification import loop
+from sit_atconv.classification.loop import facts_of, train
+from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.samples import ClassifierSamples, RepeatAugmented, open_datasets, transforms
+from sit_atconv.config import load_recipe
+from sit_atconv.data.digits import Digits
+from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError
+
+TINY = {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [2, 2], "stem_strides": [2, 1]}
+
+
+@pytest.fixture
+def classifier_file(tmp_path):
+    """Writes a tiny recipe of digits, with sections overridden, and returns its path."""
+
+    def write(**sections):
+        recipe = {
+            "run": {"out": str(tmp_path / "run"), "log_every": 1},
+            "augment": {"hflip": 0.0, "scale": [0.5, 1.0], "mixup": 0.4, "cutmix": 1.0, "erasing": 0.3},
+            "model": {"name": "attnet_xxs", "input_size": 16, "drop_path_rate": 0.3, "drop_rate": 0.1, "options": TINY},
+            "train": {"epochs": 0.2, "warmup_epochs": 0.05, "batch_size": 32, "lr": 1e-3},  # 9 steps, 2 of warm-up
+            "ema": {"decay": 0.9},
+            "eval": {"every_epochs": 0.1},
+            "checkpoint": {"every": 4},
+        }
+        for section, keys in sections.items():
+            recipe[section] = {**recipe.get(section, {}), **keys}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return write
+
+
+def run(path, *overrides, **options):
+    reset_accelerate()
+    return train(load_recipe(path, overrides, ClassifierRecipe), **options)
+
+
+def tensors(checkpoint):
+    return {which: load_file(checkpoint / which / "model.safetensors") for which in ("model", "ema")}
+
+
+def assert_same_bits(a, b):
+    for which, expected in tensors(a).items():
+        found = tensors(b)[which]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), which
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_to_the_same_bits(classifier_file, tmp_path, monkeypatch, workers):
+    path = classifier_file(data={"workers": workers})
+    whole = run(path, f"run.out={tmp_path / 'whole'}", "data.workers=0")
+    assert whole.name == "step-0000009"
+    optimize = loop._Classifier._optimize
+
+    def stop(self, *arguments):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)  # somebody else's draws change nothing
+        return optimize(self, *arguments)
+
+    monkeypatch.setattr(loop._Classifier, "_optimize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(path)
+    monkeypatch.undo()
+    parts = run(path, must_resume=True)
+    assert_same_bits(whole, parts)
+    timeless = ("step", "images_seen", "loss", "grad_norm", "lr", "update_ratio")
+    ours, theirs = ([{key: row[key] for key in timeless} for row in log_rows(each.parent)] for each in (whole, parts))
+    assert ours == theirs
+    assert [row["step"] for row in ours] == list(range(1, 10))
+    evals = [(each.parent / "evals.jsonl").read_text() for each in (whole, parts)]
+    assert evals[0] == evals[1]
+    assert [json.loads(line)["step"] for line in evals[0].splitlines()] == [4, 8, 9]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(classifier_file, tmp_path):
+    path = classifier_file()
+    whole = run(path, f"run.out={tmp_path / 'whole'}")
+    process = subprocess.Popen(
+        [sys.executable, "train_attnet.py", str(path), "train.batch_size=32"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        pass
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "the same command goes on from there" in out or "top-1 on 360" in out
+    assert_same_bits(whole, run(path))
+
+
+def test_the_first_step_by_hand(classifier_file, monkeypatch):
+    """Loss and gradient norm of step 0 against timm's parts called in a row."""
+    path = classifier_file(model={"drop_path_rate": 0.0, "drop_rate": 0.0})
+    recipe = load_recipe(path, (), ClassifierRecipe)
+    dataset, held_out = open_datasets(recipe.data)
+    facts = facts_of(recipe, dataset, held_out)
+    transform, _ = transforms(recipe, facts.mean, facts.std, facts.channels)
+    order = draws.generator(0, Stream.ORDER, 0).permutation(len(dataset))[:32]
+
+    def seed(*draw):
+        number = int(draws.generator(0, *draw).integers(1 << 32))
+        random.seed(number), np.random.seed(number), torch.manual_seed(number)
+
+    images = []
+    for sample, index in enumerate(order):
+        seed(Stream.AUGMENT, 0, sample)
+        pixels = (Digits("train").images[index, 0] + 1).mul(127.5).round().byte().numpy()
+        images.append(transform(Image.fromarray(pixels)))
+    seed(Stream.MIX, 0, 0)
+    mix = Mixup(0.4, 1.0, label_smoothing=0.1, num_classes=10)
+    image, target = mix(torch.stack(images), torch.tensor(dataset.labels[order]))
+    torch.manual_seed(0)
+    model = timm.create_model("attnet_xxs", num_classes=10, in_chans=1, **TINY)
+    loss = -(target * model(image).log_softmax(1)).sum(1).mean()
+    loss.backward()
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+    row = log_rows(run(path).parent)[0]
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_schedule_weight_decay_and_averages(classifier_file, monkeypatch):
+    seen, average = [], loop._Classifier._average
+
+    def watched(self):
+        before = {name: tensor.clone() for name, tensor in self.average.module.state_dict().items()}
+        average(self)
+        seen.append(before)
+        for group in self.optimizer.param_groups:
+            shapes = {p.ndim for p in group["params"]}
+            assert (group["weight_decay"] == 0.05) == (min(shapes) > 1)
+
+    monkeypatch.setattr(loop._Classifier, "_average", watched)
+    last = run(classifier_file(train={"min_lr": 1e-5, "warmup_lr": 1e-4}))
+    rates = [row["lr"] for row in log_rows(last.parent)]
+    assert rates[:3] == pytest.approx([1e-4, (1e-4 + 1e-3) / 2, 1e-5 + 0.99e-3 * (1 + np.cos(np.pi * 2 / 9)) / 2])
+    assert rates[8] == pytest.approx(1e-5 + 0.99e-3 * (1 + np.cos(np.pi * 8 / 9)) / 2)
+    before = seen[-1]
+    for name in ("head.fc.weight", "stem.0.bn.running_mean", "stages.0.blocks.0.token_mixer.difference_control"):
+        now = tensors(last)["model"][name]
+        torch.testing.assert_close(tensors(last)["ema"][name], 0.9 * before[name] + 0.1 * now)
+        assert not torch.equal(now, tensors(last)["ema"][name])
+
+
+def test_timm_loads_it_and_finds_the_accuracy_that_was_written(classifier_file):
+    last = run(classifier_file(train={"epochs": 3}, eval={"every_epochs": 3}))
+    written = json.loads((last.parent / "evals.jsonl").read_text().splitlines()[-1])
+    assert written["num"] == 360
+    digits = Digits("test")
+    for which, name in (("ema", "ema"), ("model", "model")):
+        model = timm.create_model(f"local-dir:{last / which}", pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        images = torch.stack([transform(digits.picture(index)[0]) for index in range(360)])
+        with torch.no_grad():
+            logits, labels = model(images), torch.tensor(digits.labels)
+        assert 100 * (logits.argmax(1) == labels).double().mean().item() == pytest.approx(written[f"{name}_top1"])
+        within = (logits.argsort(1, descending=True)[:, :5] == labels[:, None]).any(1)
+        assert 100 * within.double().mean().item() == pytest.approx(written[f"{name}_top5"])
+        assert F.cross_entropy(logits, labels).item() == pytest.approx(written[f"{name}_loss"], rel=1e-4)
+    manifest = json.loads((last / "manifest.json").read_text())
+    assert manifest["recipe"]["model"]["options"] == TINY
+
+
+def test_what_is_drawn_for_a_sample_is_its_own(classifier_file):
+    recipe = load_recipe(classifier_file(), (), ClassifierRecipe)
+    dataset, _ = open_datasets(recipe.data)
+    transform, _ = transforms(recipe, [0.3], [0.4], 1)
+    samples = ClassifierSamples(dataset, transform, 32, 5)
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    whole, _ = samples.fetch(range(32, 64))
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]
+    for position in (40, 33):
+        alone = samples[position]
+        assert torch.equal(alone["image"], whole["image"][position - 32])
+        assert alone["label"] == whole["label"][position - 32]
+    other, _ = ClassifierSamples(dataset, transform, 32, 6).fetch(range(32, 64))
+    assert not torch.equal(other["image"], whole["image"])
+
+
+def test_repeats_are_the_same_image_augmented_anew():
+    order = RepeatAugmented(100, 3, 7)
+    first, second = ([order.index(epoch * 100 + place) for place in range(100)] for epoch in (0, 1))
+    for epoch in (first, second):
+        assert [epoch[place] for place in range(0, 99, 3)] == [epoch[place] for place in range(2, 99, 3)]
+        assert len(set(epoch)) == 34
+    assert first != second
+    samples = ClassifierSamples(Digits("train"), lambda picture: torch.rand(1), 8, 0, repeats=3)
+    batch, _ = samples.fetch(range(3))
+    assert len(set(batch["label"].tolist())) == 1
+    assert len(set(batch["image"].flatten().tolist())) == 3
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "original", "augmix-m10"])
+def test_the_strongest_level_is_no_error(classifier_file, policy):
+    path = classifier_file(augment={"auto_augment": policy})
+    training, _ = transforms(load_recipe(path, (), ClassifierRecipe), [0.5] * 3, [0.5] * 3, 3)
+    picture = Image.new("RGB", (24, 24), (200, 100, 50))
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    assert all(training(picture).isfinite().all() for _ in range(100))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folders of two classes, red and blue, to train on and held out."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for part, number in (("train", 24), ("val", 10)):
+        for label, name in enumerate(("blue", "red")):
+            (root / part / name).mkdir(parents=True)
+            for index in range(number // 2):
+                pixels = generator.integers(0, 120, (20, 30, 3), np.uint8)
+                pixels[..., 0 if label else 2] += 120
+                Image.fromarray(pixels).save(root / part / name / f"{index}.png")
+    return root
+
+
+def test_folders_of_pictures_with_all_augmentation(classifier_file, pictures):
+    path = classifier_file(
+        data={"kind": "imagefolder", "root": str(pictures / "train"), "val_root": str(pictures / "val")},
+        augment={"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "mixup": 0.1},
+        train={"epochs": 20, "warmup_epochs": 1, "batch_size": 24},
+    )
+    last = run(path)
+    row = json.loads((last.parent / "evals.jsonl").read_text().splitlines()[-1])
+    assert row["num"] == 10
+    assert row["model_top5"] == 100  # of two classes
+    config = json.loads((last / "ema" / "config.json").read_text())
+    assert config["label_names"] == ["blue", "red"]
+    assert config["pretrained_cfg"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_a_damaged_picture_costs_a_line_and_no_more(classifier_file, pictures, tmp_path, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(pictures / "train", root)
+    (root / "red" / "0.png").write_bytes(b"no picture")
+    sections = {
+        "data": {"kind": "imagefolder", "root": str(root), "val_root": str(pictures / "val"), "max_bad_share": 0.05},
+        "train": {"epochs": 2, "warmup_epochs": 0, "batch_size": 24},
+    }
+    last = run(classifier_file(**sections))
+    assert log_rows(last.parent)[-1]["bad_images"] == 1
+    assert "0.png' does not decode" in capsys.readouterr().err
+    with pytest.raises(InputError, match="1 of 24 images cannot be read"):
+        run(classifier_file(**sections), "data.max_bad_share=0", f"run.out={tmp_path / 'strict'}")
+    assert not (tmp_path / "strict").exists()
+
+
+def test_bad_input_costs_one_line_and_nothing_else(classifier_file, fails, tmp_path, pictures, capsys):
+    path = classifier_file()
+    other = str(tmp_path / "new")
+    (tmp_path / "one" / "green").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "green" / "0.png")
+    folders = ["data.kind=imagefolder", f"data.root={pictures / 'train'}"]
+    for overrides, said in (
+        (["model.name=attnet_t9"], "did you mean 'attnet_t"),
+        (["model.options.depth=3"], "refuses them"),
+        (["model.options={dims: [8, 12, 16]}"], "one per stage"),
+        (["model.options.in_chans=3"], "follows from the data"),
+        (["model.mean=[0.1, 0.2, 0.3]"], "1 channels"),
+        (["augment.mixups=1"], "did you mean 'augment.mixup'"),
+        (["augment.erasing=1.5"], "a probability is in"),
+        (["augment.scale=[1.0, 0.5]"], "two rising numbers"),
+        (["augment.auto_augment=rand-m9"], "leave it out for grey images"),
+        (["augment.auto_augment=rand-m9", "augment.color_jitter=0.4"], "leave one out"),
+        (["train.batch_size=31"], "choose an even one"),
+        (["train.gradient_accumulation_steps=32"], "choose a multiple of 64"),
+        (["train.epochs=0.01"], "must be more than train.warmup_epochs"),
+        (["ema.decay=1.0"], "must be in [0, 1)"),
+        (["eval.every_epochs=0"], "must be greater than 0"),
+        (["data.repeats=0"], "at least 1"),
+        (["data.root=/nowhere"], "has its own; leave it out"),
+        (folders, "data.val_root is missing"),
+        ([*folders, f"data.val_root={tmp_path / 'one'}"], "of different classes: ['blue', 'green', 'red']"),
+        (["--resume"], "there is no checkpoint"),
+    ):
+        line = fails(train_attnet.main, path, f"run.out={other}", *overrides)
+        assert said in line, line
+        assert not (tmp_path / "new").exists()
+        reset_accelerate()
+    last = run(path)
+    capsys.readouterr()
+    line = fails(train_attnet.main, path, "train.lr=0.5")
+    assert "holds a run of another recipe (train.lr: 0.001 -> 0.5)" in line
+    assert last.exists()
+
+
+def test_dry_run_says_what_it_would_cost(classifier_file, capsys):
+    train_attnet.main(
+        [str(classifier_file(model={"name": "attnet_t2", "input_size": 224, "options": {}})), "--dry-run"]
+    )
+    said = capsys.readouterr().out
+    assert "attnet_t2, 26.50 M parameters, 4.73 GMACs at 224 px" in said  # 27.01 M with 1,000 classes and 3 channels
+    assert "1,437 images of 10 classes, 360 held out" in said
+    assert "9 steps of 32 = 0.2 epochs" in said
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_to_the_same_bits_and_evaluate_every_image_once(classifier_file, tmp_path):
+    path = classifier_file(augment={"mixup": 0.0, "cutmix": 0.0})
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def launch(*overrides):
+        command = [*TORCHRUN, "train_attnet.py", str(path), *overrides]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+
+    launch(f"run.out={tmp_path / 'whole'}")
+    launch()
+    run_folder = tmp_path / "run"
+    for later in ("step-0000009", "step-0000008"):
+        shutil.rmtree(run_folder / later)
+    launch("--resume")
+    assert_same_bits(tmp_path / "whole" / "step-0000009", run_folder / "step-0000009")
+    row = json.loads((run_folder / "evals.jsonl").read_text().splitlines()[-1])
+    assert row["num"] == 360
+    model = timm.create_model(f"local-dir:{run_folder / 'step-0000009' / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    digits = Digits("test")
+    with torch.no_grad():
+        logits = model(torch.stack([transform(digits.picture(index)[0]) for index in range(360)]))
+    found = 100 * (logits.argmax(1) == torch.tensor(digits.labels)).double().mean().item()
+    assert row["model_top1"] == pytest.approx(found)

@@ -1,0 +1,44 @@
+"""accelerate launch train_attnet.py RECIPE [key=value ...] [--dry-run | --resume]: train AttNet on images, or go on."""
+
+import json
+from pathlib import Path
+
+from sit_atconv.classification import train
+from sit_atconv.classification.loop import dry_run
+from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.config import load_recipe
+from sit_atconv.errors import ArgumentParser, command, speaks
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="train_attnet.py", description=__doc__)
+    parser.add_argument("recipe", help="YAML file, see experiments/recipes/attnet")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-3")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print size, compute and schedule, then stop")
+    mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
+    args = parser.parse_intermixed_args(argv)
+    recipe = load_recipe(args.recipe, args.overrides, ClassifierRecipe)
+    if args.dry_run:
+        print(dry_run(recipe))
+        return
+    last = train(recipe, must_resume=args.resume)
+    if speaks():
+        print(report(last))
+
+
+def report(last: Path) -> str:
+    """The accuracy that the run ended with, and where it lies."""
+    lines = (last.parent / "evals.jsonl").read_text().splitlines()
+    found = json.loads(lines[-1]) if lines else {"step": None}
+    if found["step"] != int(last.name.removeprefix("step-")):
+        return f"stopped, saved as {last}; the same command goes on from there"
+    return (
+        f"top-1 on {found['num']:,} held-out images: EMA {found['ema_top1']:.2f}%, raw {found['model_top1']:.2f}%; "
+        f"load with timm.create_model('local-dir:{last / 'ema'}', pretrained=True)"
+    )
+
+
+if __name__ == "__main__":
+    main()
