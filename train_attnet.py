@@ -13,7 +13,7 @@ from sit_atconv.errors import ArgumentParser, command, speaks
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="train_attnet.py", description=__doc__)
-    parser.add_argument("recipe", help="YAML file, see experiments/recipes/attnet")
+    parser.add_argument("recipe", help="YAML file, see experiments/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-3")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print size, compute and schedule, then stop")

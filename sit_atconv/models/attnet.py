@@ -168,7 +168,7 @@ class AttNet(nn.Module):
     pos_embed: add a fixed sine-cosine embedding after the stem, for ablations; the published models have none.
     pool, routing, inhibition, kernel_size: see `ATConv`. The rest is as everywhere in timm.
     The memory format inside is channels-last whatever comes in.
-    Raises InputError (a ValueError) where lists do not have one entry per stage.
+    Raises InputError (a ValueError) where lists do not have one positive entry per stage, or for an unknown option.
     """
 
     def __init__(
@@ -196,8 +196,13 @@ class AttNet(nn.Module):
         for name, values, wanted in (("dims", dims, len(depths)), ("mlp_ratios", mlp_ratios, len(depths))):
             if len(values) != wanted:
                 raise InputError(f"{name}={list(values)} has {len(values)} entries and depths {wanted}; one per stage")
-        if len(stem_strides) != 2:
-            raise InputError(f"stem_strides={list(stem_strides)}: the stem has two convolutions; give two strides")
+        for name, values in (("depths", depths), ("dims", dims), ("mlp_ratios", mlp_ratios)):
+            if not values or min(values) <= 0:
+                raise InputError(f"{name}={list(values)}: give a positive number per stage")
+        if len(stem_strides) != 2 or min(stem_strides) < 1:
+            raise InputError(f"stem_strides={list(stem_strides)}: give the two strides of the stem, each at least 1")
+        if pos_embed and dims[0] % 4:
+            raise InputError(f"dims[0]={dims[0]}: the position embedding needs a multiple of 4; or set pos_embed=False")
         factory = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.feature_info = []
@@ -236,6 +241,8 @@ class AttNet(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Draw the starting weights: truncated normal of std 0.02 for linears and convolutions, biases 0."""
+        if next(self.parameters()).is_meta:
+            return  # nothing to draw into, and torch takes seconds to do so
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -382,7 +389,7 @@ def _cfg(url: str = "", **overrides) -> dict:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "crop_pct": 0.9,
+        "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
