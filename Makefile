@@ -1,8 +1,9 @@
-# make demo: the main job on digits. make bench: the timings. make drill: faults. make test: the tests. All install what they need into .venv.
+# make demo: the main job on digits. make bench: the timings. make drill: faults. make ablation: the paper's findings,
+# switched off one by one. make test: the tests. All install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench drill test test-slow test-gpu lint
+.PHONY: demo bench drill ablation test test-slow test-gpu lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -18,6 +19,9 @@ bench: .venv/installed
 
 drill: .venv/installed
 	$(BIN)/python -m experiments.drill
+
+ablation: .venv/installed
+	$(BIN)/python -m experiments.ablation
 
 # The models of the tests are tiny: more threads would wait for one another.
 test test-slow: export OMP_NUM_THREADS ?= 1

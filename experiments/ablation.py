@@ -1,0 +1,236 @@
+"""python -m experiments.ablation: the paper's two findings, switched off one by one, on digits.
+
+Trains the grid routing x inhibition x pool x position embedding, for SiT and for AttNet, over seeds, and writes to OUT
+a table, raw JSON and a figure for each. Every arm is a run of train_sit.py or train_attnet.py in RUNS, with its
+held-out figures in result.json; a run that is there is not trained again.
+"""
+
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from experiments.ablation_plot import draw
+from sit_atconv import checkpoint, draws
+from sit_atconv.data.digits import Digits
+from sit_atconv.draws import Stream
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.flow.loss import flow_loss
+from sit_atconv.flow.path import PATHS
+from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
+from sit_atconv.ops.atconv import POOLS
+
+TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A cell of the grid. Static kernels look at no tokens, so they have no pool."""
+
+    routing: str
+    inhibition: str
+    pool: str | None
+    pos_embed: bool
+
+    @property
+    def name(self) -> str:
+        parts = [self.routing, self.inhibition, self.pool, "pos" if self.pos_embed else "nopos"]
+        return "-".join(part for part in parts if part)
+
+    def options(self) -> dict[str, str]:
+        """By the names of the models' options."""
+        stated = {"routing": self.routing, "inhibition": self.inhibition, "pos_embed": str(self.pos_embed).lower()}
+        return stated if self.pool is None else {**stated, "pool": self.pool}
+
+
+def arms() -> list[Arm]:
+    """The grid: 6 adaptive and 3 static cells, with and without position embedding."""
+    pools = {"adaptive": POOLS, "static": (None,)}
+    return [
+        Arm(routing, inhibition, pool, pos_embed)
+        for routing in ROUTINGS
+        for inhibition in INHIBITIONS
+        for pool in pools[routing]
+        for pos_embed in (False, True)
+    ]
+
+
+@dataclass(frozen=True)
+class System:
+    """What is trained, and what of it is compared: the first of `figures`, the lower the better."""
+
+    name: str
+    script: str
+    recipe: str
+    prefix: str  # of the model's options in the recipe
+    overrides: tuple[str, ...]
+    figures: dict[str, str]  # by their keys in result.json, what they are
+
+    def folder(self, runs: Path, arm: Arm, seed: int) -> Path:
+        return runs / f"{self.name}-{arm.name}-seed{seed}"
+
+    def command(self, runs: Path, arm: Arm, seed: int) -> list[str]:
+        """The arguments of the run, after python."""
+        options = [f"{self.prefix}{key}={value}" for key, value in arm.options().items()]
+        own = [f"run.out={self.folder(runs, arm, seed)}", f"run.seed={seed}"]
+        return [self.script, self.recipe, *self.overrides, *options, *own]
+
+
+SYSTEMS = (
+    System(
+        "sit",
+        "train_sit.py",
+        "experiments/recipes/digits_sit_atconv.yaml",
+        "model.",
+        ("train.max_steps=300", "checkpoint.every=300", "preview.every=0"),
+        {"loss": "held-out flow loss"},
+    ),
+    System(
+        "attnet",
+        "train_attnet.py",
+        "experiments/recipes/digits_attnet.yaml",
+        "model.options.",
+        ("train.epochs=6", "eval.every_epochs=6", "checkpoint.every=1000"),
+        {"loss": "held-out cross-entropy", "top1": "top-1 (%)"},
+    ),
+)
+
+
+@torch.no_grad()
+def flow_figures(run: Path) -> dict[str, float]:
+    """Of a SiT's EMA: its loss over the held-out digits, at times and with noise that are the same for every run."""
+    model, digits = checkpoint.load_trained(run).model, Digits("test")
+    labels, path, prediction = torch.tensor(digits.labels), PATHS[model.config.path](), model.config.prediction
+    total = 0.0
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return model(x, t, labels, return_dict=False)[0]
+
+    for part in range(TIMES):
+        indices = np.stack([np.arange(len(digits)), np.full(len(digits), part)], 1)
+        noise = draws.normal_batch((1, 8, 8), 0, Stream.NOISE, indices)
+        t = (part + torch.from_numpy(draws.uniform_batch(0, Stream.TIME, indices)).float()) / TIMES
+        losses = flow_loss(network, path, digits.images, noise, t, prediction)
+        total += losses.double().mean().item() / TIMES
+    return {"loss": total}
+
+
+def classifier_figures(run: Path) -> dict[str, float]:
+    """Of an AttNet's EMA, as its run has written them at its end."""
+    row = json.loads((run / "evals.jsonl").read_text().splitlines()[-1])
+    return {"loss": row["ema_loss"], "top1": row["ema_top1"]}
+
+
+def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict | None:
+    """The result of a run, trained if it is not there. Raises InputError where the command fails."""
+    folder, words = system.folder(runs, arm, seed), system.command(runs, arm, seed)
+    file = folder / RESULT
+    if file.exists() and (stored := json.loads(file.read_text()))["command"] == words:
+        return stored
+    if dry_run:
+        print(f"$ {shlex.join(['python', *words])}")
+        return None
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        raise InputError(f"{shlex.join(words)} ended with status {done.returncode}: {said.removeprefix('error: ')}")
+    manifest = checkpoint.newest_valid(folder)[1]
+    figures = flow_figures(folder) if system.name == "sit" else classifier_figures(folder)
+    weights = {name: digest for name, digest in manifest["files"].items() if name.startswith("ema/")}
+    result = {
+        "system": system.name, "arm": arm.name, **arm.options(), "seed": seed, **figures, "command": words,
+        "step": manifest["step"], "weights_sha256": weights, "versions": manifest["versions"],
+    }  # fmt: skip
+    write_atomic(file, json.dumps(result, indent=1))
+    return result
+
+
+def table(system: System, results: list[dict]) -> str:
+    """Markdown: a row per arm, mean ± standard deviation over seeds; then the means over all arms of each setting."""
+    keys, seeds = list(system.figures), sorted({each["seed"] for each in results})
+    head = ["routing", "inhibition", "pool", "position embedding", *system.figures.values()]
+    lines = [row(head), row(["---"] * 4 + ["---:"] * len(keys))]
+    for arm in arms():
+        of_arm = [each for each in results if each["arm"] == arm.name]
+        cells = [arm.routing, arm.inhibition, arm.pool or "", "yes" if arm.pos_embed else "no"]
+        lines.append(row(cells + [spread([each[key] for each in of_arm]) for key in keys]))
+    lines += ["", row(["setting", "arms", *system.figures.values()]), row(["---", "---:"] + ["---:"] * len(keys))]
+    for setting in ("routing", "inhibition", "pool", "pos_embed"):
+        for value in dict.fromkeys(each.get(setting) for each in results if each.get(setting)):
+            # Pools are compared among adaptive kernels, which alone have one.
+            of_value = [each for each in results if each.get(setting) == value]
+            by_seed = {
+                key: [statistics.fmean(each[key] for each in of_value if each["seed"] == seed) for seed in seeds]
+                for key in keys
+            }
+            cells = [f"{setting} {value}", str(len({each["arm"] for each in of_value}))]
+            lines.append(row(cells + [spread(by_seed[key]) for key in keys]))
+    return "\n".join(lines)
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds, of one seed the value alone."""
+    digits = 2 if max(values) > 10 else 4
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m experiments.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument("--systems", nargs="+", choices=[system.name for system in SYSTEMS], default=["sit", "attnet"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/ablation"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once (default: one per core)")
+    parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
+    args = parser.parse_args(argv)
+    if args.processes < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise InputError(
+            f"--processes {args.processes} --seeds {args.seeds}: at least one, and different ones from 0 on"
+        )
+    for system in SYSTEMS:
+        if system.name not in args.systems:
+            continue
+        cells = list(itertools.product(arms(), args.seeds))
+        with ThreadPoolExecutor(args.processes) as pool:
+            tasks = [pool.submit(make, system, args.runs, arm, seed, args.dry_run) for arm, seed in cells]
+            try:
+                bar = tqdm(tasks, desc=system.name, unit="run", disable=args.dry_run, delay=1)
+                results = [task.result() for task in bar]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if args.dry_run:
+            continue
+        report = table(system, results)
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.out / f"{system.name}.md", report + "\n")
+        facts = {"system": system.name, "seeds": args.seeds, "versions": library_versions(), "results": results}
+        write_atomic(args.out / f"{system.name}.json", json.dumps(facts, indent=1))
+        draw(
+            system.name, system.figures["loss"], [arm.name for arm in arms()], results, args.out / f"{system.name}.png"
+        )
+        print(f"{system.name}\n\n{report}\n")
+
+
+if __name__ == "__main__":
+    main()
