@@ -5,9 +5,12 @@ import re
 import shlex
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, reset_accelerate
+from safetensors.torch import save_file
 
+import train_attnet
 import train_sit
 from experiments import distill_swap
 from sample import main as sample
@@ -19,9 +22,13 @@ from sit_atconv.pipelines.export import main as export
 
 STEP = re.compile(r"```python\n(?P<code>.*?)```|^    (?P<line>(?:python|accelerate) [^\n]*)$", re.DOTALL | re.MULTILINE)
 MAINS = {"-m sit_atconv.convert": convert, "-m sit_atconv.pipelines.export": export, "sample.py": sample}
-# Of docs/interop.md: what its steps leave behind.
-MADE = ("grid.png", "digits-ema.pt", "digits.safetensors", "sit-pipeline-for-all/README.md")
+MADE = {  # what the steps leave behind
+    "interop": ("grid.png", "digits-ema.pt", "digits.safetensors", "sit-pipeline-for-all/README.md"),
+    "swap": ("DiT-XL-2-256-atconv/config.json", "atconv-delta.safetensors"),
+    "attnet": ("runs/digits_attnet/step-0000449/ema/config.json",),
+}
 DISTIL = "accelerate launch experiments/distill_swap.py "
+CLASSIFY = "accelerate launch train_attnet.py "
 
 
 def run(line: str) -> None:
@@ -37,6 +44,11 @@ def run(line: str) -> None:
             "run.out=distilled",
         )
         distill_swap.main([str(ROOT / recipe), *overrides, *short])
+        return
+    if line.startswith(CLASSIFY):  # as many steps as the docs go on from
+        reset_accelerate()
+        short = ("train.batch_size=2", "train.epochs=0.625", "train.warmup_epochs=0", "model.input_size=16")
+        train_attnet.main([str(ROOT / line.removeprefix(CLASSIFY)), *short])
         return
     name = next(name for name in MAINS if line.startswith(f"python {name} "))
     few = ["--steps", "2"] if name == "sample.py" else []
@@ -63,6 +75,7 @@ def folder(tmp_path_factory, vae_folder):
     dit.transformer_blocks[1].norm1.emb.load_state_dict(dit.transformer_blocks[0].norm1.emb.state_dict())
     dit.save_pretrained(folder / "DiT-XL-2-256")
     AutoencoderKL.from_pretrained(vae_folder).save_pretrained(folder / "sd-vae-ft-ema")
+    save_file(public_attnet(), folder / "attnet_t2.safetensors")
     short = ("train.max_steps=2", "train.warmup_steps=0", "train.lr_schedule=constant", "preview.every=0")
     for name, of in (("digits", "digits_sit_atconv"), ("digits_sit", "digits_sit")):
         recipe = ROOT / f"experiments/recipes/{of}.yaml"
@@ -71,7 +84,27 @@ def folder(tmp_path_factory, vae_folder):
     return folder
 
 
-@pytest.mark.parametrize("name", ["interop", "swap"])
+def public_attnet() -> dict[str, torch.Tensor]:
+    """Random weights of AttNet-T2 under the published names."""
+    renamed = {}
+    for name, tensor in timm.create_model("attnet_t2").state_dict().items():
+        for ours, theirs in (
+            (r"^stem\.0\.conv", "downsample_layers.0.0.0"),
+            (r"^stem\.0\.bn", "downsample_layers.0.0.1"),
+            (r"^stem\.1\.conv", "downsample_layers.0.2.0"),
+            (r"^stem\.1\.bn", "downsample_layers.0.2.1"),
+            (r"^stages\.(\d)\.downsample\.conv", r"downsample_layers.\1.0"),
+            (r"^stages\.(\d)\.downsample\.bn", r"downsample_layers.\1.1"),
+            (r"^stages\.(\d)\.blocks\.", r"stages.\1."),
+            (r"^head\.norm", "norm"),
+            (r"^head\.fc", "head"),
+        ):
+            name = re.sub(ours, theirs, name)
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("name", ["interop", "swap", "attnet"])
 def test_snippets_and_commands_run_in_their_order(name, folder, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     monkeypatch.chdir(folder)
@@ -86,6 +119,6 @@ def test_snippets_and_commands_run_in_their_order(name, folder, monkeypatch, tmp
                 ran += 1
             else:
                 exec(compile(step["code"], f"docs/{name}.md, {title}", "exec"), {})
-    for made in MADE if name == "interop" else ("DiT-XL-2-256-atconv/config.json", "atconv-delta.safetensors"):
+    for made in MADE[name]:
         assert (folder / made).is_file()
     assert text.count("python -m") + text.count("python sample.py") + text.count("accelerate launch") == ran
