@@ -50,7 +50,7 @@ ALLOWED = {
     },
     "convert": CORE | {"models", "layers", "checkpoint", "files"},
     "pipelines": BASE | {"flow", "models", "images", "checkpoint", "files", "latents", "config", "ema"},
-    "classification": CORE | {"models", "data", "checkpoint", "training"},
+    "classification": CORE | {"models", "data", "checkpoint", "training", "sharding"},
     "swap": CORE | {"ops", "layers", "models", "files", "claims"},
     "__init__": {"layers", "models", "pipelines", "swap", "version"},
 }

@@ -20,11 +20,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import sit_atconv.models.attnet  # noqa: F401 (registers the family)
-from sit_atconv import checkpoint, config
+from sit_atconv import checkpoint, config, sharding
 from sit_atconv.classification.recipe import ClassifierRecipe, differences
 from sit_atconv.classification.samples import (
     ClassifierSamples,
     HeldOut,
+    collate,
     generators_kept,
     open_datasets,
     seed_generators,
@@ -215,7 +216,7 @@ class _Classifier(Trainer):
         pin = accelerator.device.type == "cuda"
         self.batches = TrainingBatches(samples, positions, recipe.data.workers, pin, recipe.data.worker_timeout)
         workers = {"num_workers": recipe.data.workers, "pin_memory": pin, "generator": torch.Generator()}
-        self.held_out = DataLoader(held_out, recipe.eval.batch_size, **workers)
+        self.held_out = DataLoader(held_out, recipe.eval.batch_size, collate_fn=collate, **workers)
         self.part = 0  # of the step's micro-batches, over all processes
 
     def _open_logs(self) -> None:
@@ -256,18 +257,25 @@ class _Classifier(Trainer):
 
     @torch.no_grad()
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss, and the shares of the held-out images whose class is the first, or among the first five, in percent."""
+        """Loss, and the shares of the held-out images whose class is the first, or among the first five, in percent.
+
+        Raises InputError where one of them cannot be read: an accuracy on the others would be another figure.
+        """
         training, device, classes = model.training, self.accelerator.device, len(self.facts.class_names)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        sums, error = torch.zeros(3, dtype=torch.float64, device=device), None
         model.eval()
-        for image, label in self.held_out:
-            label = label.to(device)
+        for batch in self.held_out:
+            if isinstance(batch, InputError):
+                error = InputError(f"held out: {batch}")
+                break
+            image, label = batch[0], batch[1].to(device)
             with self.accelerator.autocast():
                 logits = model(image.to(device)).float()
             found = logits.topk(min(5, classes)).indices == label[:, None]
             loss = F.cross_entropy(logits, label, reduction="sum")
             sums += torch.stack([loss, found[:, 0].sum(), found.sum()]).double()
         model.train(training)
+        sharding.raise_together(error)
         loss, first, five = (self.accelerator.reduce(sums, "sum") / self.facts.held_out).tolist()
         return {"loss": loss, "top1": 100 * first, "top5": 100 * five}
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 
 from sit_atconv import draws
@@ -112,9 +112,19 @@ class HeldOut(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
-        picture, label = self.dataset.picture(self.indices[place])
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, int] | InputError:
+        """An image and its label, or what is wrong with it: raised in a loader's process it would lose its words."""
+        try:
+            picture, label = self.dataset.picture(self.indices[place])
+        except InputError as error:
+            return error
         return self.transform(picture), label
+
+
+def collate(items: list[tuple[torch.Tensor, int] | InputError]) -> list[torch.Tensor] | InputError:
+    """A batch of held-out images, or the first error among them."""
+    errors = [item for item in items if isinstance(item, InputError)]
+    return errors[0] if errors else default_collate(items)
 
 
 def _mend_posterize(transform) -> None:

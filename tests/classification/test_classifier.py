@@ -276,6 +276,30 @@ def test_a_damaged_picture_costs_a_line_and_no_more(classifier_file, pictures, t
     assert not (tmp_path / "strict").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_held_out_picture_is_named_and_the_training_is_kept(classifier_file, pictures, tmp_path, workers):
+    shutil.copytree(pictures / "val", tmp_path / "val")
+    broken = tmp_path / "val" / "red" / "3.png"
+    good = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    path = classifier_file(
+        data={
+            "kind": "imagefolder",
+            "root": str(pictures / "train"),
+            "val_root": str(tmp_path / "val"),
+            "workers": workers,
+        },
+        train={"epochs": 4, "warmup_epochs": 0, "batch_size": 24},
+        eval={"every_epochs": 3},
+        checkpoint={"every": 2},
+    )
+    with pytest.raises(InputError, match=r"held out: image '.*3\.png' does not decode") as caught:
+        run(path)
+    assert "Traceback" not in str(caught.value)
+    broken.write_bytes(good)
+    assert run(path, must_resume=True).name == "step-0000004"
+
+
 def test_bad_input_costs_one_line_and_nothing_else(classifier_file, fails, tmp_path, pictures, capsys):
     path = classifier_file()
     other = str(tmp_path / "new")
