@@ -116,15 +116,16 @@ class ATConv(KernelGenerator):
         self.x_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_flatten_pointwise_weights)
+        self.register_load_state_dict_pre_hook(flatten_pointwise_weights)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         v = self.x_proj(x)
         return self.proj(dynamic_depthwise_conv(v, self.kernels(x, grid).to(v.dtype), grid))
 
 
-def _flatten_pointwise_weights(module: ATConv, state_dict: dict, prefix: str, *_) -> None:
-    for name in ("kernel_proj", "x_proj", "proj"):
+def flatten_pointwise_weights(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Hook before a module loads its state dict: 1x1 convolutions (C, D, 1, 1) become the weights of its linears."""
+    for name, child in module.named_children():
         weight = state_dict.get(f"{prefix}{name}.weight")
-        if weight is not None and weight.ndim == 4:
+        if isinstance(child, nn.Linear) and weight is not None and weight.ndim == 4:
             state_dict[f"{prefix}{name}.weight"] = weight.flatten(1)

@@ -26,7 +26,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import nn
 
 from sit_atconv.errors import InputError
-from sit_atconv.layers.atconv import ATConv
+from sit_atconv.layers.atconv import ATConv, flatten_pointwise_weights
 from sit_atconv.layers.embedders import sincos_position_embedding
 
 __all__ = ["AttNet"]
@@ -80,24 +80,27 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, norm: bool, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Conv2d(dim, 2 * hidden, 1, **factory)
+        self.fc1 = nn.Linear(dim, 2 * hidden, **factory)  # 1x1 convolutions in the published form
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **factory)
-        self.norm_layer = RMSNorm2d(hidden, **factory) if norm else nn.Identity()
-        self.fc2 = nn.Conv2d(hidden, dim, 1, **factory)
+        self.norm_layer = RMSNorm(hidden, **factory) if norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim, **factory)
+        self.register_load_state_dict_pre_hook(flatten_pointwise_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, value = self.fc1(x).chunk(2, 1)
-        return self.fc2(self.norm_layer(F.gelu(self.dwconv(gate)) * value))
+        gate, value = self.fc1(x.permute(0, 2, 3, 1)).chunk(2, -1)
+        gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(self.norm_layer(F.gelu(gate) * value)).permute(0, 3, 1, 2)
 
 
-class RMSNorm2d(nn.RMSNorm):
-    """RMSNorm over the channels of a feature map."""
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last dimension, in the dtype of its input."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__(dim, eps=1e-6, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.eps).permute(0, 3, 1, 2)
+        weight = self.weight.to(x.dtype)  # under autocast they differ, and torch then has no fused norm
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class AttNetBlock(nn.Module):
@@ -143,7 +146,8 @@ class AttNetStage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x)
+        # Again: timm's feature extractors call stem and stages one by one, without what comes before them.
+        x = self.downsample(x.contiguous(memory_format=torch.channels_last))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
@@ -319,7 +323,7 @@ class AttNet(nn.Module):
         """Drop the stages after the last wanted one, and the head if asked or no longer fitting; the kept indices."""
         taken, last = feature_take_indices(len(self.stages), indices)
         prune_end = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        del self.stages[last + 1 :]
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or prune_end:

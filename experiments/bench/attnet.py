@@ -1,0 +1,284 @@
+"""python -m experiments.bench.attnet: time AttNet against its published form, ConvNeXt and ViT on the same images.
+
+Inference with random weights, all in turn; the published form is the same function of the same weights, and is compared
+with ours before the clock. Then the multiply-accumulates of the whole family, counted without weights.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import nn
+
+from sampling.options import DTYPES
+from sampling.speed import TOLERANCE, assert_close
+from sampling.timing import commit, device_name, interleaved
+from sit_atconv.devices import resolve_device
+from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
+from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
+from sit_atconv.models.cost import count_forward_macs
+
+FAMILY = [f"attnet_{size}" for size in ("xxs", "xs", "s", "t1", "t2", "t3", "t4")]
+BASELINES = ("convnext_tiny", "vit_small_patch16_224")
+PAPER, PAPER_NCHW = " (paper's form)", " (paper's form, NCHW)"
+STRIDE = 32  # of the last maps of AttNet and ConvNeXt, and a multiple of ViT's patch
+COST_SIZE = 224
+TOP1 = {"attnet_t2": 84.4, "convnext_tiny": 82.1, "vit_small_patch16_224": 79.8}
+TOP1_SOURCES = (
+    "ImageNet-1k top-1 at 224 px, from the literature, none of it measured here: AttNet-T2 as its authors publish it; "
+    "ConvNeXt-T from the ConvNeXt paper; ViT-S/16 as DeiT-S (300 epochs, no distillation)."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", default=["attnet_t2"], metavar="NAME", help="default: attnet_t2")
+    parser.add_argument("--size", type=int, default=224, metavar="PX", help=f"a multiple of {STRIDE} (default: 224)")
+    parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of each, in turn (default: 15)")
+    parser.add_argument(
+        "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
+    )
+
+
+class PaperATConv2d(nn.Module):
+    """An ATConv2d computed as published: 1x1 convolutions of maps, pooled after `kernel_proj`, one grouped convolution.
+
+    x (B, C, H, W) -> (B, C, H, W), the same function of the same weights as `layer`, up to rounding.
+    Raises ValueError for a layer with options that the paper does not have.
+    """
+
+    def __init__(self, layer: ATConv2d):
+        super().__init__()
+        if (layer.routing, layer.inhibition, layer.pool) != ("adaptive", "learned", "raster"):
+            raise ValueError(f"{layer}: the paper's form has adaptive routing, learned inhibition, raster pooling")
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer, (batch, channels, height, width), k = self.layer, x.shape, self.layer.kernel_size
+        pooled = F.adaptive_avg_pool1d(pointwise(layer.kernel_proj, x).flatten(2), k * k)
+        kernels = layer.kernel_gen(layer.activation(pooled))
+        kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
+        values = pointwise(layer.x_proj, x).reshape(1, batch * channels, height, width)
+        weight = kernels.reshape(batch * channels, 1, k, k)
+        mixed = F.conv2d(values, weight, padding=k // 2, groups=batch * channels)
+        return pointwise(layer.proj, mixed.reshape(batch, channels, height, width))
+
+
+def pointwise(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """The 1x1 convolution with the weights of `linear`."""
+    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+
+
+class PaperMLP(nn.Module):
+    """A GatedMLP on maps (B, C, H, W), its linears as 1x1 convolutions; nchw: its norm returns NCHW."""
+
+    def __init__(self, mlp: GatedMLP, nchw: bool):
+        super().__init__()
+        self.mlp, self.nchw = mlp, nchw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = pointwise(self.mlp.fc1, x).chunk(2, 1)
+        mixed = F.gelu(self.mlp.dwconv(gate)) * value
+        if not isinstance(self.mlp.norm_layer, nn.Identity):
+            mixed = self.mlp.norm_layer(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            mixed = mixed.contiguous() if self.nchw else mixed
+        return pointwise(self.mlp.fc2, mixed)
+
+
+class Contiguous(nn.Module):
+    """A norm whose output is NCHW in memory: timm's hands on the channels-last view that it works on."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x).contiguous()
+
+
+class PaperForm(nn.Module):
+    """An AttNet on the same weight tensors with ATConv and MLP in the paper's form, and no memory format asked for.
+
+    nchw: the norms give their output back in NCHW; else later layers run in the format that the norm left.
+    """
+
+    def __init__(self, model: AttNet, nchw: bool):
+        super().__init__()
+        self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, ATConv2d):
+                    setattr(module, name, PaperATConv2d(child))
+                elif isinstance(child, GatedMLP):
+                    setattr(module, name, PaperMLP(child, nchw))
+                elif nchw and isinstance(child, LayerNorm2d):
+                    setattr(module, name, Contiguous(child))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.model.pos_embed(self.model.stem(x))
+        for stage in self.model.stages:
+            x = stage.blocks(stage.downsample(x))
+        return self.model.forward_head(x)
+
+
+@torch.no_grad()
+def random_attnet(name: str) -> AttNet:
+    """The model with weights drawn so that every branch counts: a new one's layer scales hide what a block does."""
+    model = timm.create_model(name).eval()
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.normal_(float(key.endswith(("weight", "gamma"))), 0.1, generator=generator)
+    return model
+
+
+def baseline(name: str, size: int, device: str | None = None) -> nn.Module:
+    """One of BASELINES for images of `size` px."""
+    sized = {"img_size": size} if name.startswith("vit") else {}
+    return timm.create_model(name, device=device, **sized).eval()
+
+
+def contenders(names: list[str], images: torch.Tensor, dtype: str, device: torch.device) -> dict[str, nn.Module]:
+    """What is timed, by name: each model before its two published forms, then the baselines. Raises RuntimeError where
+    a form and its model differ, in fp32 or in `dtype`."""
+    models = {}
+    for name in names:
+        model = random_attnet(name).to(device)
+        forms = {name: model, name + PAPER: PaperForm(model, False), name + PAPER_NCHW: PaperForm(model, True)}
+        with torch.inference_mode():
+            expected = forms[name + PAPER](images)
+            for what, form in forms.items():
+                assert_close(f"{what} at {images.shape[-1]} px in fp32", form(images), expected, TOLERANCE["fp32"])
+            model.to(DTYPES[dtype])  # the forms share its weights
+            for what, form in forms.items():
+                form.to(DTYPES[dtype])
+                actual = form(images.to(DTYPES[dtype])).float()
+                assert_close(f"{what} at {images.shape[-1]} px in {dtype}", actual, expected, TOLERANCE[dtype])
+        models |= forms
+    return models | {name: baseline(name, images.shape[-1]).to(device, DTYPES[dtype]) for name in BASELINES}
+
+
+def macs(model: nn.Module, size: int) -> float:
+    """Giga multiply-accumulates for one image; the model is on the meta device."""
+    return count_forward_macs(model, torch.zeros(1, 3, size, size, device="meta")) / 1e9
+
+
+def costs(name: str, size: int) -> dict[str, float]:
+    """Parameters of a model of the family and its giga multiply-accumulates per image, ours and in the paper's form."""
+    model = timm.create_model(name, device="meta").eval()
+    return {
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "gmacs": macs(model, size),
+        "paper_gmacs": macs(PaperForm(model, False), size),
+    }
+
+
+def measure(names: list[str], size: int, batch: int, dtype: str, device: torch.device, rounds: int) -> list[dict]:
+    """A row per contender, each against the published form of its own model and against the first model."""
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    models = contenders(names, images, dtype, device)
+    inputs = images.to(DTYPES[dtype])
+    calls = [torch.inference_mode()(lambda model=model: model(inputs)) for model in models.values()]
+    timings = dict(zip(models, interleaved(calls, rounds, device, f"{size} px"), strict=True))
+    rows = []
+    for what, timing in timings.items():
+        name = what.partition(" ")[0]
+        if name in BASELINES:
+            meta = baseline(name, size, "meta")
+            params, gmacs = sum(parameter.numel() for parameter in meta.parameters()), macs(meta, size)
+        else:
+            cost = costs(name, size)
+            params, gmacs = cost["params"], cost["gmacs" if what == name else "paper_gmacs"]
+        papers = [timings[name + form].median for form in (PAPER, PAPER_NCHW) if name + form in timings]
+        rows.append(
+            {
+                "model": what,
+                "params": params,
+                "gmacs": gmacs,
+                "ms_per_image": 1e3 * timing.median / batch,
+                "iqr_ms": 1e3 * timing.iqr / batch,
+                "over_first": timing.median / timings[names[0]].median,
+                "vs_paper": min(papers) / timing.median if what == name and papers else None,
+                "top1": TOP1.get(what),
+            }
+        )
+    return rows
+
+
+def latency_markdown(result: dict) -> str:
+    first = result["rows"][0]["model"]
+    lines = [
+        f"{result['device']}, {result['dtype']}, {result['size']} px, batch {result['batch']}, eager inference with "
+        f"random weights; medians of {result['rounds']} rounds that take turns. The paper's form runs `kernel_proj` on "
+        "every position and pools after, with one grouped convolution for the batch; its memory format is what timm's "
+        "norms leave behind, or NCHW throughout. The ratio to it is to the faster of the two. " + TOP1_SOURCES,
+        "",
+        f"| model | params (M) | GMACs | ms/image | IQR | this / {first} | paper's form / this | top-1 (%) |",
+        "|---|" + "---:|" * 7,
+    ]
+    for row in result["rows"]:
+        ratio = "" if row["vs_paper"] is None else f"{row['vs_paper']:.2f}x"
+        top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
+        lines.append(
+            f"| {row['model']} | {row['params'] / 1e6:.2f} | {row['gmacs']:.2f} | {row['ms_per_image']:.2f} | "
+            f"{row['iqr_ms']:.2f} | {row['over_first']:.2f} | {ratio} | {top1} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def cost_markdown(result: dict) -> str:
+    lines = [
+        f"Multiply-accumulates of one image of {result['size']} px, as torch's FlopCounterMode counts them: matrix "
+        "products and convolutions.",
+        "",
+        "| model | params (M) | GMACs, paper's form | GMACs, pool first | saved |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['params'] / 1e6:.2f} | {row['paper_gmacs']:.2f} | {row['gmacs']:.2f} | "
+            f"{1 - row['gmacs'] / row['paper_gmacs']:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m experiments.bench.attnet", description=__doc__.partition(": ")[2])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    device = resolve_device(args.device)
+    for name in args.models:
+        check_choice("--models", name, FAMILY)
+    for option in ("batch", "rounds"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
+    if args.size < STRIDE or args.size % STRIDE:
+        raise InputError(f"--size {args.size}: give a multiple of {STRIDE} pixels")
+    made = {"commit": commit(), "versions": library_versions()}
+    latency = {
+        "device": device_name(device), "dtype": args.dtype, "size": args.size, "batch": args.batch,
+        "rounds": args.rounds, "top1": TOP1_SOURCES, **made,
+        "rows": measure(args.models, args.size, args.batch, args.dtype, device, args.rounds),
+    }  # fmt: skip
+    cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, result, markdown in (("latency", latency, latency_markdown), ("cost", cost, cost_markdown)):
+        write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+        write_atomic(folder / f"{stem}.md", markdown(result))
+        print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
