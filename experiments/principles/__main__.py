@@ -1,0 +1,62 @@
+"""python -m experiments.principles CKPT_OR_MODEL ...: adaptive routing and lateral inhibition, measured layer by layer.
+
+Besides those, how redundant kernels and channels are, and how far every layer sees. See docs/principles.md.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from experiments.principles import plots
+from experiments.principles.layers import find_layers
+from experiments.principles.report import measure, table
+from experiments.principles.targets import load, show
+from sampling.timing import commit, device_name
+from sit_atconv.devices import resolve_device
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import check_writable, library_versions, write_atomic
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m experiments.principles", description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="+", metavar="CKPT_OR_MODEL", help="a run, a checkpoint, or a name of timm")
+    parser.add_argument("--data", help="digits, a folder of images, or a recipe (default: that of the checkpoint)")
+    parser.add_argument("--weights", help="safetensors for a name of timm (default: drawn at random)")
+    parser.add_argument("--vae", help="a SiT's autoencoder, if not where it was (default: as the checkpoint says)")
+    parser.add_argument("--num", type=int, default=64, help="images (default: 64)")
+    parser.add_argument("--times", type=int, default=5, help="values of t, for a SiT (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of which images, noise and random weights (default: 0)")
+    parser.add_argument("--batch", type=int, default=8, help="images at once (default: 8)")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument("--out", type=Path, default=Path("runs/principles"), help="folder (default: runs/principles)")
+    args = parser.parse_args(argv)
+    for option, value, least in (("num", args.num, 2), ("times", args.times, 1), ("batch", args.batch, 1)):
+        if value < least:
+            raise InputError(f"--{option} {value}: must be at least {least}")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: must be at least 0")
+    device = resolve_device(args.device)
+    check_writable(args.out / "principles.json")
+    targets = [load(target, args.weights, args.seed) for target in args.targets]
+    for target in targets:
+        find_layers(target.model)  # before anything is measured: a model without any is refused here
+    shown = [show(target, args.data, args.num, args.seed, args.vae) for target in targets]
+    reports = [measure(target, args.times, args.batch, device) for target in shown]
+    names = plots.distinct([report["target"] for report in reports])
+    reports = [{**report, "target": name} for report, name in zip(reports, names, strict=True)]
+    words = ["python", "-m", "experiments.principles", *(sys.argv[1:] if argv is None else argv)]
+    facts = {
+        "command": shlex.join(map(str, words)), "seed": args.seed, "batch": args.batch, "device": device_name(device),
+        "commit": commit(), "versions": library_versions("timm", "matplotlib"), "targets": reports,
+    }  # fmt: skip
+    write_atomic(args.out / "principles.json", json.dumps(facts))
+    text = "\n\n".join(f"## {report['target']}\n\n{table(report)}" for report in reports)
+    write_atomic(args.out / "principles.md", f"# Routing and inhibition, layer by layer\n\n{text}\n")
+    plots.draw(reports, args.out)
+    print(f"{text}\n\nwritten to {args.out}: principles.json, principles.md, {', '.join(plots.written(args.out))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The figures of reports: curves over depth, inhibition factors, receptive fields."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666", "#e69f00", "#56b4e9")  # of the targets
+MARKS = {"ATConv": "o", "static ATConv": "D", "depthwise": "s", "attention": "^"}
+DASHES = {"ATConv": "-", "static ATConv": "-.", "depthwise": ":", "attention": "--"}
+MAPS = 6  # of a target at most, evenly spaced over its layers
+DECADES = 4  # of a receptive field's squared gradient that are told apart
+FIGURES = ("routing.png", "inhibition.png", "redundancy.png", "field_radius.png", "fields.png")
+
+Value = Callable[[dict], float | None]
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, those that come again with a number."""
+    return [
+        name if names.index(name) == at else f"{name} ({names[: at + 1].count(name)})" for at, name in enumerate(names)
+    ]
+
+
+def draw(reports: list[dict], out: Path) -> None:
+    """Write FIGURES of the reports of one or several targets to the folder `out`; one that shows nothing is removed."""
+    routing = {"differ between samples": lambda layer: layer["routing"]["over_samples"]}
+    if any(layer["routing"]["over_times"] is not None for report in reports for layer in report["layers"]):
+        routing["differ between times t"] = lambda layer: layer["routing"]["over_times"]
+    if any(layer["kind"] == "attention" for report in reports for layer in report["layers"]):
+        routing["differ between positions"] = lambda layer: layer["routing"]["over_positions"]
+    _save(_curves(reports, routing, "share of the kernels' mean square", "Adaptive routing"), out / "routing.png")
+    redundancy = {
+        "kernels: mean cosine of pairs": lambda layer: layer["kernel_redundancy"]["cosine"],
+        "kernels: rms cosine of pairs": lambda layer: layer["kernel_redundancy"]["cosine_rms"],
+        "kernels: effective rank / its limit": _rank("kernel_redundancy"),
+        "channels: mean cosine of pairs": lambda layer: layer["channel_redundancy"]["cosine"],
+        "channels: rms cosine of pairs": lambda layer: layer["channel_redundancy"]["cosine_rms"],
+        "channels: effective rank / its limit": _rank("channel_redundancy"),
+    }
+    _save(_curves(reports, redundancy, "", "Redundancy of kernels and of what they give"), out / "redundancy.png")
+    radii = {
+        f"{share} % of the squared gradient": lambda layer, share=share: layer["receptive_field"][f"share_{share}"]
+        for share in (50, 90)
+    }
+    title = "Effective receptive field, from the model's input to the layer"
+    _save(_curves(reports, radii, "radius / half of the image's side", title), out / "field_radius.png")
+    _save(_inhibition(reports), out / "inhibition.png")
+    _save(_fields(reports), out / "fields.png")
+
+
+def written(out: Path) -> list[str]:
+    """Which of FIGURES are there."""
+    return [name for name in FIGURES if (out / name).is_file()]
+
+
+def _rank(key: str) -> Value:
+    return lambda layer: layer[key]["rank"] / layer[key]["rank_limit"]
+
+
+def _save(figure: Figure | None, path: Path) -> None:
+    """The figure as a PNG, there whole or not at all; none, and a figure of an earlier call goes."""
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
+
+
+def _curves(reports: list[dict], panels: dict[str, Value], label: str, title: str) -> Figure:
+    """A panel per entry; in it, over the depth of the layers, a line for each target and kind of layer."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(4 * columns + 1, 7), 3.1 * rows + 1.1), layout="constrained")
+    shown = {}
+    for axes, (name, value) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=True):
+        for number, report in enumerate(reports):
+            for kind in dict.fromkeys(layer["kind"] for layer in report["layers"]):
+                points = [
+                    (place, value(layer))
+                    for place, layer in _places(report["layers"])
+                    if layer["kind"] == kind and value(layer) is not None
+                ]
+                if points:
+                    (shown[f"{report['target']}, {kind}"],) = axes.plot(
+                        *zip(*points, strict=True), DASHES[kind], marker=MARKS[kind], markersize=4.5, linewidth=1.4,
+                        color=COLOURS[number % len(COLOURS)],
+                    )  # fmt: skip
+        axes.set_title(name, fontsize=10)
+        axes.set_xlim(-0.03, 1.03)
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.08)
+    for axes in figure.axes[-columns:]:
+        axes.set_xlabel("depth of the layer, 0 the first, 1 the last")
+    for axes in figure.axes[::columns]:
+        axes.set_ylabel(label)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _places(layers: list[dict]) -> Iterable[tuple[float, dict]]:
+    return ((number / max(len(layers) - 1, 1), layer) for number, layer in enumerate(layers))
+
+
+def _inhibition(reports: list[dict]) -> Figure | None:
+    """A row per target with ATConv: boxes of its factors by layer, and the kernels' mean before and after."""
+    rows = []
+    for report in reports:
+        having = [(number, layer) for number, layer in enumerate(report["layers"], 1) if layer["inhibition"]]
+        if having:
+            rows.append((report["target"], having))
+    if not rows:
+        return None
+    figure = Figure(figsize=(11, 2.9 * len(rows) + 0.9), layout="constrained")
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    for (left, right), (name, having) in zip(grid, rows, strict=True):
+        numbers = [number for number, _ in having]
+        width = 0.6 * min(np.diff(numbers), default=1)
+        boxes = []
+        for _, layer in having:
+            low, first, middle, third, high = layer["inhibition"]["quantiles"]
+            boxes.append({"whislo": low, "q1": first, "med": middle, "q3": third, "whishi": high, "fliers": []})
+        left.bxp(
+            boxes, positions=numbers, widths=width, showfliers=False, patch_artist=True, manage_ticks=False,
+            boxprops={"facecolor": "#9ecae1", "edgecolor": "#0072b2"}, medianprops={"color": "#d55e00"},
+            whiskerprops={"color": "#0072b2"}, capprops={"color": "#0072b2"},
+        )  # fmt: skip
+        for key, mark in (("min", "v"), ("max", "^")):
+            extremes = [layer["inhibition"][key] for _, layer in having]
+            left.scatter(numbers, extremes, marker=mark, s=12, color="#666666", zorder=3)
+        left.set_title(f"{name}: factors", fontsize=10)
+        left.set_ylabel("share of the mean subtracted")
+        before = [layer["inhibition"]["mean_before"] for _, layer in having]
+        after = [layer["inhibition"]["mean_after"] for _, layer in having]
+        right.plot(numbers, _numbers(before), "-o", color="#666666", markersize=4.5, label="before inhibition")
+        right.plot(numbers, _numbers(after), "-s", color="#0072b2", markersize=4.5, label="after")
+        right.set_title(f"{name}: mean of the kernels", fontsize=10)
+        right.set_ylabel("root mean square / kernels'")
+        right.set_ylim(bottom=-0.04 * right.get_ylim()[1])  # 0, of full inhibition, is to be seen
+        right.legend(fontsize=8)
+        for axes in (left, right):
+            axes.set_xlim(numbers[0] - 1, numbers[-1] + 1)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+    for axes in grid[-1]:
+        axes.set_xlabel("number of the layer, as the table counts them")
+    figure.suptitle(
+        "Lateral inhibition. Boxes: quartiles, whiskers 5 and 95 %, triangles least and greatest", fontsize=11
+    )
+    return figure
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _fields(reports: list[dict]) -> Figure:
+    """A row of receptive fields per target, of layers evenly spaced over its depth, first and last among them."""
+    chosen = []
+    for report in reports:
+        layers = report["layers"]
+        picks = sorted({round(number) for number in np.linspace(0, len(layers) - 1, min(MAPS, len(layers)))})
+        chosen.append([(number + 1, layers[number]) for number in picks])
+    columns = max(len(picks) for picks in chosen)
+    figure = Figure(figsize=(max(2.05 * columns + 1.2, 6), 2.35 * len(reports) + 0.6), layout="constrained")
+    grid = figure.subplots(len(reports), columns, squeeze=False)
+    image = None
+    for row, report, picks in zip(grid, reports, chosen, strict=True):
+        for axes in row[len(picks) :]:
+            axes.set_axis_off()
+        for axes, (number, layer) in zip(row, picks, strict=False):
+            field = layer["receptive_field"]
+            values = np.array(field["map"])
+            height, width = field["size"]
+            with np.errstate(divide="ignore"):
+                shares = np.log10(values / max(values.max(), 1e-300))
+            image = axes.imshow(
+                np.clip(shares, -DECADES, 0), vmin=-DECADES, vmax=0, cmap="viridis",
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+            )  # fmt: skip
+            row_at, column_at = field["centre"]
+            for share, style in ((50, "-"), (90, "--")):
+                if field[f"radius_{share}"]:
+                    _circle(axes, (column_at, row_at), field[f"radius_{share}"], style)
+            said = "no gradient" if field["radius_50"] is None else _said(field)
+            axes.set_title(f"{number} · {layer['kind']}\n{said}", fontsize=8)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        row[0].set_ylabel(f"{report['target']}\n{width} x {height} px", fontsize=9)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30, pad=0.01, ticks=range(-DECADES, 1))
+    bar.ax.set_yticklabels([f"≤ 1e{-DECADES}", *(f"1e{power}" for power in range(1 - DECADES, 0)), "1"], fontsize=8)
+    bar.set_label("squared gradient / its maximum", fontsize=8)
+    figure.suptitle("Effective receptive fields: 50 % within the line, 90 % within the dashes", fontsize=10)
+    return figure
+
+
+def _said(field: dict) -> str:
+    return f"r50 {field['radius_50']:.1f}, r90 {field['radius_90']:.1f}"
+
+
+def _circle(axes, centre: tuple[float, float], radius: float, style: str) -> None:
+    angles = np.linspace(0, 2 * np.pi, 200)
+    limits = axes.get_xlim(), axes.get_ylim()
+    axes.plot(
+        centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles), style, color="white", linewidth=1.2
+    )
+    axes.set(xlim=limits[0], ylim=limits[1])
