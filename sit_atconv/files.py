@@ -77,10 +77,10 @@ def check_writable(out: Path) -> None:
 
 
 @contextmanager
-def new_path(out: Path) -> Iterator[Path]:
+def new_path(out: Path, what: str = "--out") -> Iterator[Path]:
     """A path beside `out` to write a file or folder to, which then becomes `out`; after a fault nothing is left of it.
 
-    Makes the folders above. Raises InputError where the disk does not take it.
+    Makes the folders above. Raises InputError where the disk does not take it; what: the name of `out` there.
     """
     out = out.absolute()
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -99,7 +99,7 @@ def new_path(out: Path) -> Iterator[Path]:
         finally:
             clear()
     except OSError as error:
-        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
+        raise InputError(f"{what} {str(out)!r} cannot be written: {error.strerror or error}") from None
 
 
 def free_space(path: Path) -> int:

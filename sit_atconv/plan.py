@@ -124,6 +124,19 @@ def preview_sampling(recipe: Recipe, model: SiTTransformer2DModel) -> Sampling:
     return sampling
 
 
+def _teacher_row(recipe: Recipe, facts: Facts) -> dict[str, str]:
+    """What a distillation replaces; nothing without `distill.teacher`."""
+    if recipe.distill.teacher is None:
+        return {}
+    from sit_atconv.distill import load_teacher, swapped_names  # with diffusers' models, which take seconds
+
+    settings, teacher = recipe.distill, load_teacher(recipe, facts.latent_shape, facts.num_classes)
+    names = swapped_names(teacher, settings)
+    shown = ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
+    into = "fresh attention (a control)" if settings.control else f"ATConv, started by {settings.init}"
+    return {"teacher": f"{settings.teacher}; {len(names)} of {len(teacher.blocks)} layers to {into}: {shown}"}
+
+
 def dry_run(recipe: Recipe) -> str:
     """What the recipe would cost, as text; the model is built on the meta device, data and VAE are not opened if the
     recipe states what they decide. Raises InputError for a recipe that cannot be trained."""
@@ -132,6 +145,7 @@ def dry_run(recipe: Recipe) -> str:
     check_stated(recipe, facts)
     with torch.device("meta"):
         model = build_model(recipe, facts)
+    taught = _teacher_row(recipe, facts)
     preview_sampling(recipe, model)
     train = recipe.train
     parameters, macs = count_parameters(model), count_macs(model)
@@ -147,6 +161,7 @@ def dry_run(recipe: Recipe) -> str:
         "parameters": f"{parameters / 1e6:.1f} M",
         "compute per image": (f"{macs / 1e9:.1f} GMACs" if macs >= 1e9 else f"{macs / 1e6:.1f} MMACs")
         + " (one network evaluation)",
+        **taught,
         "latent": " x ".join(map(str, facts.latent_shape)) + f", {facts.num_classes} classes",
         "data": f"{recipe.data.kind}, "
         + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")

@@ -1,10 +1,11 @@
 """make drill: training runs that meet every fault there is, compared to the bit with one that was left alone.
 
-    python -m experiments.drill [--runs 30] [--out runs/drill]
+    python -m experiments.drill [sit|attnet] [--runs 30] [--out runs/drill]
 
-Runs are killed with SIGKILL at random moments of their steps, previews, EMA snapshots and checkpoint writes, and run
-again. Then single faults: signals, a full disk, a NaN on one of two processes, a truncated checkpoint, a deleted shard
-of a cache of latents. Prints a table of what was done and lost, and exits with status 1 where something was.
+Runs of train_sit.py and train_attnet.py are killed with SIGKILL at random moments of their steps, previews, EMA
+snapshots, evaluations and checkpoint writes, and run again. Then single faults: signals, a full disk, NaNs, a truncated
+checkpoint, a deleted shard of a cache of latents, deleted images. Prints a table of what was done and lost, and exits
+with status 1 where something was.
 """
 
 import argparse
@@ -18,8 +19,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,30 +30,19 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.drill.child import DONE, PHASES
+from experiments.drill.child import DONE
+from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
 from sit_atconv import checkpoint
 
-STEPS = 60
-RECIPE = {
-    "model": {
-        "patch_size": 2, "hidden_size": 48, "depth": 2, "num_heads": 2, "learn_sigma": False, "token_mixer": "hybrid",
-    },
-    "data": {"flip": True},
-    "train": {"max_steps": STEPS, "batch_size": 16, "lr": 1e-3, "max_grad_norm": 1.0},
-    "ema": {"kind": "power", "snapshot_every": 7},
-    "checkpoint": {"every": 4, "keep_last": 2, "keep_every": 20},
-    "preview": {"every": 5, "num": 10, "steps": 4},
-}  # fmt: skip
-KILLED_IN = ("step", "checkpoint", "preview", "checkpoint", "step", "snapshot")
-# Of a log's row: what does not depend on the clock or the machine.
-TIMELESS = ("step", "images_seen", "loss", "loss_by_time", "grad_norm", "lr", "update_ratio", "skipped", "bad_images")
+EVERY_STEP = "run.log_every=1"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass
 class Row:
-    """A line of the table: a fault, how often it was made, what it should and did lead to."""
+    """A line of the table: a command, a fault, how often it was made, what it should and did lead to."""
 
+    script: str
     fault: str
     runs: int
     seen: str
@@ -67,25 +59,71 @@ def expect(condition: bool, what: str) -> None:
         raise Failed(what)
 
 
-def train(run: Path, *overrides: str, recipe: Path, **options) -> subprocess.CompletedProcess:
-    """The command of a user, to its end."""
-    command = [sys.executable, "train_sit.py", str(recipe), f"run.out={run}", *overrides]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **options)
+@dataclass
+class Drill:
+    """Where a subject's runs lie, and its recipe; `whole` is the run that was left alone."""
 
+    subject: Subject
+    out: Path
+    recipe: Path
 
-def trained(run: Path, *overrides: str, recipe: Path) -> None:
-    done = train(run, *overrides, recipe=recipe)
-    expect(done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-300:]}")
+    @property
+    def whole(self) -> Path:
+        return self.out / "whole"
+
+    def child(self, *options: str) -> list[str]:
+        """The arguments to Python of a run with a fault put in, or with word of what it is doing."""
+        name = next(name for name, subject in SUBJECTS.items() if subject is self.subject)
+        return ["-m", "experiments.drill.child", "--subject", name, *options, "--", str(self.recipe)]
+
+    def with_data(self, recipe: dict, folder: Path) -> "Drill":
+        """The same on a recipe of its own, all in a folder."""
+        file = folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump({**recipe, "run": {"out": str(folder / "run")}}))
+        return Drill(self.subject, folder, file)
+
+    def train(self, run: Path, *overrides: str) -> subprocess.CompletedProcess:
+        """The command of a user, to its end."""
+        command = [sys.executable, self.subject.script, str(self.recipe), f"run.out={run}", *overrides]
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+
+    def trained(self, run: Path, *overrides: str) -> None:
+        done = self.train(run, *overrides)
+        expect(done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-300:]}")
+
+    def stopped(self, run: Path, times: int) -> int:
+        """Begin a run that SIGTERM ends in its given step; the step it was saved at."""
+        child = Child(self, run, EVERY_STEP)
+        child.wait_for("step", times)
+        child.process.send_signal(signal.SIGTERM)
+        status, said, err = child.end()
+        expect(status == 0 and "goes on from there" in said, f"exit status {status}: {err[-300:]}")
+        step, rows = newest(run), progress(run)
+        expect(step == rows, f"{rows} steps were taken, {step} saved")
+        return step
+
+    def expect_same(self, run: Path, whole: Path | None = None) -> None:
+        """Raise Failed unless a run's folder is that of the run left alone, to the bit."""
+        whole = whole or self.whole
+        expect(not list(run.rglob("*.tmp")), f"left behind: {[path.name for path in run.rglob('*.tmp')]}")
+        own, other = contents(run), contents(whole)
+        expect(own.keys() == other.keys(), f"other files: {sorted(own.keys() ^ other.keys())[:4]}")
+        changed = [name for name in own if own[name] != other[name]]
+        expect(not changed, f"other bits in {changed[:4]}")
+        expect(self.timeless(run) == self.timeless(whole), "another log")
+
+    def timeless(self, run: Path) -> list[dict]:
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return [{key: row[key] for key in self.subject.timeless} for row in rows]
 
 
 class Child:
     """A run in the background that tells what it is doing."""
 
-    def __init__(self, run: Path, *overrides: str, recipe: Path, **options):
+    def __init__(self, drill: Drill, run: Path, *overrides: str, **options):
         read, write = os.pipe()
-        command = [sys.executable, "-m", "experiments.drill.child", "--announce", str(write), "--", str(recipe)]
         self.process = subprocess.Popen(
-            [*command, f"run.out={run}", *overrides],
+            [sys.executable, *drill.child("--announce", str(write)), f"run.out={run}", *overrides],
             env=ENVIRONMENT, pass_fds=[write], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
         )  # fmt: skip
         os.close(write)
@@ -94,14 +132,14 @@ class Child:
     def wait_for(self, phase: str, times: int) -> bool:
         """Wait until a phase begins for the given time; False where the run ends before."""
         for _ in range(times):
-            while (letter := self.pipe.read(1)) != PHASES[phase]:
+            while (letter := self.pipe.read(1)) != LETTERS[phase]:
                 if not letter:
                     return False
         return True
 
     def durations(self) -> dict[str, list[float]]:
         """How long each phase took, by phase, until the run ends."""
-        taken, begun, names = {name: [] for name in PHASES}, [], {letter: name for name, letter in PHASES.items()}
+        taken, begun, names = {name: [] for name in LETTERS}, [], {letter: name for name, letter in LETTERS.items()}
         while letter := self.pipe.read(1):
             if letter != DONE:
                 begun.append((names[letter], time.perf_counter()))
@@ -117,26 +155,11 @@ class Child:
         return self.process.returncode, out, err
 
 
-def timeless(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in TIMELESS} for row in rows]
-
-
 def contents(run: Path) -> dict[str, bytes]:
     """Every file of a run but those that the clock or the folder's name is in."""
     apart = ("log.jsonl", "recipe.yaml", "manifest.json")
     files = [path for path in run.rglob("*") if path.is_file() and path.name not in apart]
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
-
-
-def expect_same(run: Path, whole: Path) -> None:
-    """Raise Failed unless a run's folder is that of the run left alone, to the bit."""
-    expect(not list(run.rglob("*.tmp")), f"left behind: {[path.name for path in run.rglob('*.tmp')]}")
-    own, other = contents(run), contents(whole)
-    expect(own.keys() == other.keys(), f"other files: {sorted(own.keys() ^ other.keys())[:4]}")
-    changed = [name for name in own if own[name] != other[name]]
-    expect(not changed, f"other bits in {changed[:4]}")
-    expect(timeless(run) == timeless(whole), "another log")
 
 
 def newest(run: Path) -> int:
@@ -154,64 +177,6 @@ def progress(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def kill_and_run_again(index: int, out: Path, recipe: Path, durations: dict[str, list[float]]) -> dict:
-    """One run, killed in a phase and at a moment of it that its index draws, and run again."""
-    draw, run, whole = random.Random(index), out / f"killed-{index:02}", out / "whole"
-    phase = KILLED_IN[index % len(KILLED_IN)]
-    occurrence = draw.randint(1, len(durations[phase]))
-    delay = draw.random() * sorted(durations[phase])[len(durations[phase]) // 2]
-    child = Child(run, f"data.workers={index % 2}", "run.log_every=1", recipe=recipe)
-    begun = child.wait_for(phase, occurrence)
-    time.sleep(delay)
-    child.process.kill()
-    status, _, err = child.end()
-    expect(begun and status == -signal.SIGKILL, f"was not killed in {phase} {occurrence}: {err[-300:]}")
-    reached, saved = progress(run), newest(run)
-    trained(run, f"data.workers={index % 2}", "run.log_every=1", recipe=recipe)
-    expect_same(run, whole)
-    shutil.rmtree(run)
-    return {"phase": phase, "occurrence": occurrence, "delay_s": delay, "reached": reached, "resumed_from": saved}
-
-
-def sigkill(out: Path, recipe: Path, runs: int) -> Row:
-    child = Child(out / "whole", "run.log_every=1", recipe=recipe)
-    durations = child.durations()
-    status, _, err = child.end()
-    expect(status == 0, f"the run left alone failed: {err[-300:]}")
-    done, failures = [], []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        tasks = [pool.submit(kill_and_run_again, index, out, recipe, durations) for index in range(runs)]
-        for index, task in enumerate(tqdm(tasks, desc="SIGKILL", unit="run")):
-            try:
-                done.append(task.result())
-            except Failed as failure:
-                failures.append(f"run {index}: {failure}")
-    (out / "sigkill.json").write_text(json.dumps(done, indent=1))
-    phases = {phase: sum(entry["phase"] == phase for entry in done) for phase in PHASES}
-    repeated = max((entry["reached"] - entry["resumed_from"] for entry in done), default=0)
-    seen = (
-        f"{len(done)} of {runs} end with the same bits (killed in {', '.join(f'{n} {p}' for p, n in phases.items())})"
-    )
-    return Row(
-        "SIGKILL", runs, "; ".join([seen, *failures[:3]]), f"nothing; up to {repeated} steps repeated", not failures
-    )
-
-
-def sigterm(out: Path, recipe: Path) -> str:
-    run = out / "sigterm"
-    child = Child(run, "run.log_every=1", recipe=recipe)
-    child.wait_for("step", 10)
-    child.process.send_signal(signal.SIGTERM)
-    status, said, err = child.end()
-    expect(status == 0 and "goes on from there" in said, f"exit status {status}: {err[-300:]}")
-    step, rows = newest(run), progress(run)
-    expect(step == rows, f"{rows} steps were taken, {step} saved")
-    trained(run, "run.log_every=1", recipe=recipe)
-    trim(run, out / "whole", step)
-    expect_same(run, out / "whole")
-    return f"exit status 0, saved at step {step}, then the same bits"
-
-
 def trim(run: Path, whole: Path, step: int) -> None:
     """Take away the checkpoint that only a stopped run has."""
     extra = checkpoint.folder_of(run, step)
@@ -219,9 +184,78 @@ def trim(run: Path, whole: Path, step: int) -> None:
         shutil.rmtree(extra)
 
 
-def sigint_twice(out: Path, recipe: Path) -> str:
-    run = out / "sigint"
-    child = Child(run, "run.log_every=1", recipe=recipe)
+def kill_and_run_again(drill: Drill, index: int, durations: dict[str, list[float]]) -> dict:
+    """One run, killed in a phase and at a moment of it that its index draws, and run again."""
+    draw, run, phases = random.Random(index), drill.out / f"killed-{index:02}", drill.subject.killed_in
+    phase = phases[index % len(phases)]
+    occurrence = draw.randint(1, len(durations[phase]))
+    delay = draw.random() * sorted(durations[phase])[len(durations[phase]) // 2]
+    overrides = (f"data.workers={index % 2}", EVERY_STEP)
+    child = Child(drill, run, *overrides)
+    begun = child.wait_for(phase, occurrence)
+    time.sleep(delay)
+    child.process.kill()
+    status, _, err = child.end()
+    expect(begun and status == -signal.SIGKILL, f"was not killed in {phase} {occurrence}: {err[-300:]}")
+    reached, saved = progress(run), newest(run)
+    drill.trained(run, *overrides)
+    drill.expect_same(run)
+    shutil.rmtree(run)
+    return {"phase": phase, "occurrence": occurrence, "delay_s": delay, "reached": reached, "resumed_from": saved}
+
+
+def sigkill(drill: Drill, runs: int) -> Row:
+    child = Child(drill, drill.whole, EVERY_STEP)
+    durations = child.durations()
+    status, _, err = child.end()
+    expect(status == 0, f"the run left alone failed: {err[-300:]}")
+    done, failures = [], []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        tasks = [pool.submit(kill_and_run_again, drill, index, durations) for index in range(runs)]
+        for index, task in enumerate(tqdm(tasks, desc=f"{drill.subject.script}: SIGKILL", unit="run")):
+            try:
+                done.append(task.result())
+            except Failed as failure:
+                failures.append(f"run {index}: {failure}")
+    (drill.out / "sigkill.json").write_text(json.dumps(done, indent=1))
+    killed_in = [entry["phase"] for entry in done]
+    phases = ", ".join(f"{killed_in.count(phase)} {phase}" for phase in dict.fromkeys(drill.subject.killed_in))
+    repeated = max((entry["reached"] - entry["resumed_from"] for entry in done), default=0)
+    seen = f"{len(done)} of {runs} end with the same bits (killed in {phases})"
+    lost = f"nothing; up to {repeated} steps repeated"
+    return Row(drill.subject.script, "SIGKILL", runs, "; ".join([seen, *failures[:3]]), lost, not failures)
+
+
+def sigterm(drill: Drill) -> str:
+    run = drill.out / "sigterm"
+    step = drill.stopped(run, 10)
+    drill.trained(run, EVERY_STEP)
+    trim(run, drill.whole, step)
+    drill.expect_same(run)
+    return f"exit status 0, saved at step {step}, then the same bits"
+
+
+def sigterm_to_all(drill: Drill) -> str:
+    """As a scheduler ends a job, once an evaluation has started its loader process beside that of training."""
+    run = drill.out / "sigterm-all"
+    child = Child(drill, run, EVERY_STEP, "data.workers=1", start_new_session=True)
+    child.wait_for("evaluation", 3)
+    pid = child.process.pid
+    while len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) < 2:
+        expect(child.process.poll() is None, "ended without a second loader process")
+    os.killpg(pid, signal.SIGTERM)
+    status, said, err = child.end()
+    expect(status == 0 and "goes on from there" in said, f"exit status {status}: {err[-300:]}")
+    step = newest(run)
+    drill.trained(run, EVERY_STEP)
+    trim(run, drill.whole, step)
+    drill.expect_same(run)
+    return f"exit status 0, saved at step {step}, then the same bits"
+
+
+def sigint_twice(drill: Drill) -> str:
+    run = drill.out / "sigint"
+    child = Child(drill, run, EVERY_STEP)
     child.wait_for("checkpoint", 3)
     child.process.send_signal(signal.SIGINT)
     while "finishing the step" not in (line := child.process.stderr.readline()):
@@ -230,23 +264,21 @@ def sigint_twice(out: Path, recipe: Path) -> str:
     status, _, _ = child.end()
     expect(status in (-signal.SIGINT, 0), f"exit status {status}")
     step = newest(run)
-    trained(run, "run.log_every=1", recipe=recipe)
-    trim(run, out / "whole", step)
-    expect_same(run, out / "whole")
+    drill.trained(run, EVERY_STEP)
+    trim(run, drill.whole, step)
+    drill.expect_same(run)
     return f"stopped at once, whole up to step {step}, then the same bits"
 
 
-def full_disk(out: Path, recipe: Path) -> str:
+def full_disk(drill: Drill) -> str:
     """On a tmpfs with room for one checkpoint and a half; where none can be mounted, by a limit on files."""
-    run, whole = out / "full" / "run", out / "whole"
-    size = sum(path.stat().st_size for path in checkpoint.step_folders(whole)[-1].rglob("*"))
+    run, overrides = drill.out / "full" / "run", (EVERY_STEP, *drill.subject.bare)
+    size = sum(path.stat().st_size for path in checkpoint.step_folders(drill.whole)[-1].rglob("*"))
     run.parent.mkdir()
-    overrides = ("run.log_every=1", "preview.every=0", "checkpoint.keep_last=1", "ema.snapshot_every=null")
-    overrides += ("checkpoint.keep_every=null", "ema.kind=constant")
     small = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(run.parent)])
     mounted = small.returncode == 0
     try:
-        child = Child(run, *overrides, recipe=recipe)
+        child = Child(drill, run, *overrides)
         if not mounted:
             child.wait_for("checkpoint", 2)
             resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -256,9 +288,9 @@ def full_disk(out: Path, recipe: Path) -> str:
         expect(newest(run) == 4, f"the checkpoint of step 4 is gone, {newest(run)} is left")
         if mounted:
             subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(run.parent)], check=True)
-        trained(run, *overrides, recipe=recipe)
-        trained(out / "full-whole", *overrides, recipe=recipe)
-        expect_same(run, out / "full-whole")
+        drill.trained(run, *overrides)
+        drill.trained(drill.out / "full-whole", *overrides)
+        drill.expect_same(run, drill.out / "full-whole")
     finally:
         if mounted:
             subprocess.run(["umount", str(run.parent)], check=True)
@@ -266,104 +298,177 @@ def full_disk(out: Path, recipe: Path) -> str:
     return f"on {how}: '{re.sub(r'^error: ', '', line)[:90]}...', step 4 kept, then the same bits"
 
 
-def nan_on_one_rank(out: Path, recipe: Path) -> str:
-    runs = {}
-    for processes in (1, 2):
-        run = runs[processes] = out / f"nan-{processes}"
-        # One process has all the samples of the step; of two, the second one alone is hit.
-        fault = ["-m", "experiments.drill.child", "--nan", f"{processes - 1}:7", "--", str(recipe), f"run.out={run}"]
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *fault]
-        command = [sys.executable, *(launch if processes > 1 else fault), "train.lr=1e-4", "run.log_every=1"]
-        environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        expect(done.returncode == 0, f"{processes} processes: {done.stderr[-300:]}")
-    one, two = timeless(runs[1]), timeless(runs[2])
-    expect([row["skipped"] for row in two] == [0] * 6 + [1] * (STEPS - 6), "not that step alone was skipped")
+def with_nan(drill: Drill, run: Path, fault: str, rank: int, processes: int) -> list[dict]:
+    """A run with NaN in step 7 of one process, which skips that step alone and goes on to its end; its log."""
+    command = [*drill.child(fault, f"{rank}:7"), f"run.out={run}", "train.lr=1e-4", EVERY_STEP]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), *command]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    expect(done.returncode == 0, f"{processes} processes: {done.stderr[-300:]}")
+    rows = drill.timeless(run)
+    skipped = [row["skipped"] for row in rows]
+    expect(skipped == [0] * 6 + [1] * (STEPS - 6), f"{processes} processes: not that step alone was skipped")
+    return rows
+
+
+def nan_on_one_rank(drill: Drill) -> str:
+    # Of two processes, the second one alone is hit: the first one writes the log.
+    two = with_nan(drill, drill.out / "nan-2", "--nan", 1, 2)
+    said = "both skip step 7, counted once, and have equal weights at every checkpoint"
+    if not drill.subject.splits:
+        return said
+    one = with_nan(drill, drill.out / "nan-1", "--nan", 0, 1)  # which has all the samples of the step
     pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if a["step"] != 7]  # which has none
     worst = max(abs(a - b) / a for a, b in pairs)
     expect(worst < 1e-5, f"two processes went another way than one with the same fault: {worst:.1e}")
-    return f"both skip step 7, counted once; losses as of one process with the same fault, to {worst:.0e}"
+    return f"{said}; losses as of one process with the same fault, to {worst:.0e}"
 
 
-def truncated_checkpoint(out: Path, recipe: Path) -> str:
-    run = out / "truncated"
-    trained(run, "run.log_every=1", "train.max_steps=30", recipe=recipe)
-    file = checkpoint.step_folders(run)[-1] / "ema" / "diffusion_pytorch_model.safetensors"
+def nan_in_the_images(drill: Drill) -> str:
+    """NaN in the loss alone leaves the model as it was; NaN that went through the whole of it must do so too."""
+    runs = {fault: drill.out / fault.strip("-") for fault in ("--nan", "--nan-images")}
+    loss, images = (with_nan(drill, run, fault, 0, 1) for fault, run in runs.items())
+    own, other = map(contents, runs.values())
+    changed = [name for name in own.keys() | other.keys() if own.get(name) != other.get(name)]
+    expect(not changed, f"the skipped step left something behind in {changed[:4]}")
+    expect(loss[:6] + loss[7:] == images[:6] + images[7:], "another log after it")
+    return "step 7 skipped; the same bits as with NaN in its loss alone"
+
+
+def truncated_checkpoint(drill: Drill) -> str:
+    run = drill.out / "truncated"
+    step = drill.stopped(run, 30)
+    file = checkpoint.folder_of(run, step) / "ema" / drill.subject.weights
     os.truncate(file, file.stat().st_size // 2)
-    done = train(run, "run.log_every=1", recipe=recipe)
+    done = drill.train(run, EVERY_STEP)
     expect(done.returncode == 0 and "trying the one before" in done.stderr, f"not passed over: {done.stderr[-300:]}")
-    expect_same(run, out / "whole")
+    drill.expect_same(run)
     return "named and passed over, the one before taken, then the same bits"
 
 
-def deleted_shard(out: Path, recipe: Path) -> str:
-    from diffusers import AutoencoderKL
-
-    folder = out / "latents"
-    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), np.uint8)):
-        image = folder / "images" / "ab"[index % 2] / f"{index:02}.png"
+def save_images(folder: Path, number: int, seed: int) -> Path:
+    """Noise of two classes, 16 x 16."""
+    for index, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (number, 16, 16, 3), np.uint8)):
+        image = folder / "ab"[index % 2] / f"{index:02}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(image)
+    return folder
+
+
+def deleted_shard(drill: Drill) -> str:
+    from diffusers import AutoencoderKL
+
+    folder = drill.out / "latents"
+    images = save_images(folder / "images", 48, 0)
     AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
         block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4,
     ).save_pretrained(folder / "vae")  # fmt: skip
-    own = folder / "recipe.yaml"
-    images = {"kind": "imagefolder", "root": str(folder / "images"), "image_size": 16, "flip": True}
+    data = {"kind": "imagefolder", "root": str(images), "image_size": 16, "flip": True}
     latents = {"codec": "vae", "vae": str(folder / "vae")}
-    own.write_text(yaml.safe_dump({**RECIPE, "data": images, "latents": latents, "run": {"out": str(folder / "run")}}))
-    encode = [sys.executable, "-m", "sit_atconv.latents", "encode", str(own), "--out", str(folder / "cache")]
-    cached = ("data.kind=latents", f"data.root={folder / 'cache'}", "run.log_every=1", "train.max_steps=12")
+    own = drill.with_data({**drill.subject.recipe, "data": data, "latents": latents}, folder)
+    encode = [sys.executable, "-m", "sit_atconv.latents", "encode", str(own.recipe), "--out", str(folder / "cache")]
+    cached = ("data.kind=latents", f"data.root={folder / 'cache'}", EVERY_STEP, "train.max_steps=12")
     subprocess.run([*encode, "--shard-images", "16"], env=ENVIRONMENT, check=True, capture_output=True)
     before = contents(folder / "cache")
-    trained(folder / "whole", *cached, recipe=own)
-    trained(folder / "run", *cached[:-1], "train.max_steps=6", recipe=own)
+    own.trained(own.whole, *cached)
+    own.trained(folder / "run", *cached[:-1], "train.max_steps=6")
     victim = sorted((folder / "cache").glob("*.safetensors"))[1]
     victim.unlink()
-    refused = train(folder / "run", *cached, recipe=own)
+    refused = own.train(folder / "run", *cached)
     expect(refused.returncode == 2 and victim.name in refused.stderr, f"not refused: {refused.stderr[-300:]}")
     subprocess.run([*encode, "--shard-images", "16"], env=ENVIRONMENT, check=True, capture_output=True)
     expect(contents(folder / "cache") == before, "the cache made whole again is another one")
-    trained(folder / "run", *cached, recipe=own)
-    trim(folder / "run", folder / "whole", 6)
-    expect_same(folder / "run", folder / "whole")
+    own.trained(folder / "run", *cached)
+    trim(folder / "run", own.whole, 6)
+    own.expect_same(folder / "run")
     return "refused by name, that shard alone made again to the bit, then the same bits"
 
 
-FAULTS = {
+def deleted_images(drill: Drill, part: str) -> str:
+    """The images to train on, or those held out, vanish in step 10, and come back before the next start."""
+    folder = drill.out / f"images-{part}"
+    folders = {name: save_images(folder / name, number, number) for name, number in (("train", 48), ("held-out", 30))}
+    roots = {"kind": "imagefolder", "root": str(folders["train"]), "val_root": str(folders["held-out"])}
+    recipe = {**drill.subject.recipe, "eval": {"every_epochs": 7 * 16 / 48}}
+    recipe["data"] = {**recipe["data"], **roots}
+    recipe["train"] = {**recipe["train"], "epochs": 24 * 16 / 48, "warmup_epochs": 1}
+    own = drill.with_data(recipe, folder)
+    own.trained(own.whole, EVERY_STEP)
+    run = folder / "run"
+    child = Child(own, run, EVERY_STEP)
+    child.wait_for("step", 10)
+    away = folders[part].rename(folder / "away")
+    status, _, err = child.end()
+    last, at = err.splitlines()[-1], progress(run)
+    expect(status == 2 and last.startswith("error: ") and "Traceback" not in err, f"exit status {status}: {err[-300:]}")
+    expect(str(folders[part]) in last, f"not said which images: {last}")
+    step = newest(run)
+    expect(10 <= step == at < 24, f"{at} steps were taken, {step} saved")
+    refused = own.train(run, EVERY_STEP)
+    expect(refused.returncode == 2, f"begun without images: exit status {refused.returncode}")
+    expect(newest(run) == step, "the checkpoint went with the images")
+    away.rename(folders[part])
+    own.trained(run, EVERY_STEP)
+    trim(run, own.whole, step)
+    own.expect_same(run)
+    return f"one line, saved at step {step}, refused while they are away, then the same bits"
+
+
+FAULTS: dict[str, Callable[[Drill], str]] = {
     "SIGTERM": sigterm,
     "SIGINT, twice, while saving": sigint_twice,
     "full disk while saving": full_disk,
     "NaN on one of two processes": nan_on_one_rank,
+    "NaN in the images of a step": nan_in_the_images,
     "newest checkpoint truncated": truncated_checkpoint,
-    "shard of the latent cache deleted": deleted_shard,
+}
+OWN_FAULTS: dict[str, dict[str, Callable[[Drill], str]]] = {
+    "sit": {"shard of the latent cache deleted": deleted_shard},
+    "attnet": {
+        "SIGTERM to loader processes too, while evaluating": sigterm_to_all,
+        "images to train on deleted": partial(deleted_images, part="train"),
+        "held-out images deleted": partial(deleted_images, part="held-out"),
+    },
 }
 
 
+def drilled(name: str, out: Path, runs: int) -> list[Row]:
+    """All faults made on a subject, in a folder of its own."""
+    subject = SUBJECTS[name]
+    out.mkdir(parents=True)
+    recipe = out / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**subject.recipe, "run": {"out": str(out / "run")}}))
+    drill = Drill(subject, out, recipe)
+    rows = [sigkill(drill, runs)]
+    others = FAULTS | OWN_FAULTS[name]
+    for fault, make in tqdm(others.items(), desc=f"{subject.script}: other faults", unit="fault"):
+        try:
+            rows.append(Row(subject.script, fault, 1, make(drill), "nothing", True))
+        except Failed as failure:
+            rows.append(Row(subject.script, fault, 1, str(failure), "?", False))
+    return rows
+
+
 def table(rows: list[Row]) -> str:
-    lines = ["| fault | runs | what was seen | lost | |", "|---|---:|---|---|---|"]
-    lines += [
-        f"| {row.fault} | {row.runs} | {row.seen} | {row.lost} | {'ok' if row.passed else 'FAILED'} |" for row in rows
-    ]
+    lines = ["| command | fault | runs | what was seen | lost | |", "|---|---|---:|---|---|---|"]
+    for row in rows:
+        passed = "ok" if row.passed else "FAILED"
+        lines.append(f"| {row.script} | {row.fault} | {row.runs} | {row.seen} | {row.lost} | {passed} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.drill", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=30, help="runs killed with SIGKILL")
+    parser.add_argument("subject", nargs="?", choices=SUBJECTS, help="one trainer alone; left out, both")
+    parser.add_argument("--runs", type=int, default=30, help="runs of each trainer that are killed with SIGKILL")
     parser.add_argument("--out", type=Path, default=Path("runs/drill"))
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
     start = time.perf_counter()
-    recipe = args.out / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**RECIPE, "run": {"out": str(args.out / "run")}}))
-    rows = [sigkill(args.out, recipe, args.runs)]
-    for name, fault in tqdm(FAULTS.items(), desc="other faults", unit="fault"):
-        try:
-            rows.append(Row(name, 1, fault(args.out, recipe), "nothing", True))
-        except Failed as failure:
-            rows.append(Row(name, 1, str(failure), "?", False))
+    names = [args.subject] if args.subject else list(SUBJECTS)
+    rows = [row for name in names for row in drilled(name, args.out / name, args.runs)]
     report = f"{table(rows)}\n\n{(time.perf_counter() - start) / 60:.1f} minutes"
     (args.out / "drill.md").write_text(report + "\n")
     print(report)

@@ -1,65 +1,98 @@
-"""train_sit.py with a fault put in, or with word of what it is doing: run by the drill, not by hand.
+"""A trainer's command with a fault put in, or with word of what it is doing: run by the drill, not by hand.
 
-python -m experiments.drill.child [--announce FD] [--nan RANK:STEP] -- ARGUMENTS OF train_sit.py
+python -m experiments.drill.child [--subject sit|attnet] [--announce FD] [--nan|--nan-images RANK:STEP] -- ARGUMENTS
 """
 
 import argparse
+import hashlib
+import importlib
 import os
 import sys
+from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 
-import train_sit
+from experiments.drill.subjects import LETTERS, SUBJECTS, Subject
 from sit_atconv import checkpoint
-from sit_atconv.training.loop import _Trainer
 
-PHASES = {"step": b"s", "preview": b"p", "snapshot": b"e", "checkpoint": b"c"}
 DONE = b"."
 
 
-def announce(descriptor: int) -> None:
+def trainer_of(subject: Subject) -> type:
+    module, name = subject.trainer.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def announce(subject: Subject, descriptor: int) -> None:
     """Write a phase's letter to the pipe when it begins, and a dot when it is over."""
 
     def telling(function, phase: str):
         def wrapped(*args, **kwargs):
-            os.write(descriptor, PHASES[phase])
+            os.write(descriptor, LETTERS[phase])
             result = function(*args, **kwargs)
             os.write(descriptor, DONE)
             return result
 
         return wrapped
 
-    _Trainer._optimize = telling(_Trainer._optimize, "step")
-    _Trainer._draw_preview = telling(_Trainer._draw_preview, "preview")
-    _Trainer._snapshot = telling(_Trainer._snapshot, "snapshot")
+    trainer = trainer_of(subject)
+    for phase, method in subject.phases.items():
+        setattr(trainer, method, telling(getattr(trainer, method), phase))
     checkpoint.save = telling(checkpoint.save, "checkpoint")
 
 
-def poison(rank: int, step: int) -> None:
+def poison(subject: Subject, rank: int, step: int, images: bool) -> None:
     """Make the losses of one process NaN in one step (1-based), and leave the gradients as they are.
 
     NaN gradients would reach the other processes by themselves: what is tried is that they agree.
+    images: NaN goes in with the images instead, and through the whole model.
     """
-    losses = _Trainer._losses
+    trainer = trainer_of(subject)
+    losses = trainer._losses
+    nan = torch.tensor(float("nan"))
 
     def poisoned(self, batch):
         bad = self.step + 1 == step and self.accelerator.process_index == rank
-        return [loss + torch.tensor(float("nan")) if bad else loss for loss in losses(self, batch)]
+        if bad and images:
+            batch = {**batch, "image": batch["image"] + nan}
+        return [loss + nan if bad and not images else loss for loss in losses(self, batch)]
 
-    _Trainer._losses = poisoned
+    trainer._losses = poisoned
+
+
+def watch_weights(subject: Subject) -> None:
+    """Exit where the processes' models differ at a checkpoint, of which the first process alone writes its own."""
+    trainer = trainer_of(subject)
+    save = trainer._save
+
+    def watched(self):
+        found = hashlib.sha256()
+        for tensor in self.bare.state_dict().values():
+            found.update(tensor.numpy().tobytes())
+        if len(set(gather_object([found.hexdigest()]))) > 1:
+            sys.exit(f"the processes have different weights at step {self.step}")
+        save(self)
+
+    trainer._save = watched
 
 
 def main() -> None:
     own, arguments = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
     parser = argparse.ArgumentParser()
+    parser.add_argument("--subject", choices=SUBJECTS, default="sit")
     parser.add_argument("--announce", type=int)
     parser.add_argument("--nan")
+    parser.add_argument("--nan-images")
     args = parser.parse_args(own)
+    subject = SUBJECTS[args.subject]
     if args.announce is not None:
-        announce(args.announce)
-    if args.nan:
-        poison(*map(int, args.nan.split(":")))
-    train_sit.main(arguments)
+        announce(subject, args.announce)
+    for place, images in ((args.nan, False), (args.nan_images, True)):
+        if place:
+            poison(subject, *map(int, place.split(":")), images)
+            watch_weights(subject)
+    importlib.import_module(Path(subject.script).stem).main(arguments)
 
 
 if __name__ == "__main__":

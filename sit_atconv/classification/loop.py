@@ -1,6 +1,8 @@
 """Training of a classifier: timm's model, augmentation, schedule and averages in this library's loop."""
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import sit_atconv.models.attnet  # noqa: F401 (registers the family)
 from sit_atconv import checkpoint, config, sharding
@@ -25,7 +27,6 @@ from sit_atconv.classification.recipe import ClassifierRecipe, differences
 from sit_atconv.classification.samples import (
     ClassifierSamples,
     HeldOut,
-    collate,
     generators_kept,
     open_datasets,
     seed_generators,
@@ -36,7 +37,7 @@ from sit_atconv.data.samples import RankPositions
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.models.cost import count_forward_macs
-from sit_atconv.training.faults import StopSignals
+from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import Found, check_same_data, claim, stored_run
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.log import Log, Means
@@ -214,17 +215,32 @@ class _Classifier(Trainer):
             settings.gradient_accumulation_steps,
         )
         pin = accelerator.device.type == "cuda"
-        self.batches = TrainingBatches(samples, positions, recipe.data.workers, pin, recipe.data.worker_timeout)
-        workers = {"num_workers": recipe.data.workers, "pin_memory": pin, "generator": torch.Generator()}
-        self.held_out = DataLoader(held_out, recipe.eval.batch_size, collate_fn=collate, **workers)
+        loading = recipe.data.workers, pin, recipe.data.worker_timeout
+        self.batches = TrainingBatches(samples, positions, *loading)
+        places = RankPositions(0, math.ceil(len(held_out) / recipe.eval.batch_size), recipe.eval.batch_size)
+        self.held_out = partial(TrainingBatches, held_out, places, *loading)  # once through, for one evaluation
         self.part = 0  # of the step's micro-batches, over all processes
 
     def _open_logs(self) -> None:
         self.evals = Log(self.run / "evals.jsonl", self.step)
 
+    def _begin(self) -> None:
+        super()._begin()
+        # An evaluation that failed ended the run after the checkpoint of its step.
+        (missing,) = agree(self.accelerator, self.accelerator.is_main_process and self.evals.last != self.step)
+        if missing and self.step:
+            self._after_step()
+
+    def _begin_step(self) -> None:
+        self.part = self.accelerator.process_index * self.recipe.train.gradient_accumulation_steps
+        self.statistics = [buffer.clone() for buffer in self.bare.buffers()]
+
+    def _take_back(self) -> None:
+        for buffer, before in zip(self.bare.buffers(), self.statistics, strict=True):
+            buffer.copy_(before)  # of a batch that is not finite they never recover
+
     def _learning_rate(self) -> float:
         self.schedule.step_update(self.step)
-        self.part = self.accelerator.process_index * self.recipe.train.gradient_accumulation_steps
         return self.optimizer.param_groups[0]["lr"]
 
     def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
@@ -249,8 +265,12 @@ class _Classifier(Trainer):
     def _after_step(self) -> None:
         if self.step % self.facts.eval_every == 0 or self.step == self.total:
             row = {"step": self.step, "epoch": self.step * self.recipe.train.batch_size / self.num_images}
-            for name, model in (("model", self.bare), ("ema", self.average.module)):
-                row |= {f"{name}_{key}": value for key, value in self._evaluate(model).items()}
+            try:
+                for name, model in (("model", self.bare), ("ema", self.average.module)):
+                    row |= {f"{name}_{key}": value for key, value in self._evaluate(model).items()}
+            except InputError:
+                self._keep_trained()
+                raise
             if self.accelerator.is_main_process:
                 self.evals.write(row | {"num": self.facts.held_out})
             self.trackers.log({f"eval/{key}": value for key, value in row.items()}, self.step)
@@ -264,16 +284,16 @@ class _Classifier(Trainer):
         training, device, classes = model.training, self.accelerator.device, len(self.facts.class_names)
         sums, error = torch.zeros(3, dtype=torch.float64, device=device), None
         model.eval()
-        for batch in self.held_out:
-            if isinstance(batch, InputError):
-                error = InputError(f"held out: {batch}")
-                break
-            image, label = batch[0], batch[1].to(device)
-            with self.accelerator.autocast():
-                logits = model(image.to(device)).float()
-            found = logits.topk(min(5, classes)).indices == label[:, None]
-            loss = F.cross_entropy(logits, label, reduction="sum")
-            sums += torch.stack([loss, found[:, 0].sum(), found.sum()]).double()
+        try:
+            for batch in self.held_out():
+                image, label = batch["image"].to(device), batch["label"].to(device)
+                with self.accelerator.autocast():
+                    logits = model(image).float()
+                found = logits.topk(min(5, classes)).indices == label[:, None]
+                loss = F.cross_entropy(logits, label, reduction="sum")
+                sums += torch.stack([loss, found[:, 0].sum(), found.sum()]).double()
+        except InputError as fault:
+            error = InputError(f"held out: {fault}")
         model.train(training)
         sharding.raise_together(error)
         loss, first, five = (self.accelerator.reduce(sums, "sum") / self.facts.held_out).tolist()

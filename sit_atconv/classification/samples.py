@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
 from sit_atconv import draws
@@ -112,19 +112,17 @@ class HeldOut(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, int] | InputError:
-        """An image and its label, or what is wrong with it: raised in a loader's process it would lose its words."""
+    def __getitems__(self, places: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
+        """The batch of places in a row, those past the end left out, or what is wrong with it, as of `Samples.fetch`.
+
+        None is passed over: an accuracy on the others would be another figure.
+        """
         try:
-            picture, label = self.dataset.picture(self.indices[place])
+            items = [self.dataset.picture(index) for index in self.indices[places[0] : places[-1] + 1]]
         except InputError as error:
-            return error
-        return self.transform(picture), label
-
-
-def collate(items: list[tuple[torch.Tensor, int] | InputError]) -> list[torch.Tensor] | InputError:
-    """A batch of held-out images, or the first error among them."""
-    errors = [item for item in items if isinstance(item, InputError)]
-    return errors[0] if errors else default_collate(items)
+            return error, {}
+        images, labels = zip(*items, strict=True)
+        return {"image": torch.stack([self.transform(image) for image in images]), "label": torch.tensor(labels)}, {}
 
 
 def _mend_posterize(transform) -> None:

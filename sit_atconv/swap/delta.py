@@ -34,7 +34,7 @@ def save_delta(model_or_pipeline, path: str | Path) -> None:
         raise InputError(f"{wrapped}: an adapter is on a swapped layer; fuse or unload it first")
     stored = {**record.config, "rest": fingerprint(_rest(model, layers))}
     path = Path(path)
-    with new_path(path) as unfinished:
+    with new_path(path, "delta") as unfinished:
         # A single key: safetensors writes several in an order that changes from process to process.
         save_file(tensors, unfinished, metadata={KEY: json.dumps(stored)})
 

@@ -89,7 +89,7 @@ class Means:
 class Log:
     """A file with a line of JSON per report, each with its "step". A restart drops the lines past its own step.
 
-    Lines that the disk does not take are kept, and written with the next that it does.
+    Lines that the disk does not take are kept, and written with the next that it does. `last`: the newest line's step.
     """
 
     def __init__(self, path: Path, step: int):
@@ -100,6 +100,7 @@ class Log:
         )
         if broken := steps[:-1].count(None):  # the last may be one that a kill cut
             print(f"warning: {path}: {broken} lines that are no reports are left out", file=sys.stderr)
+        self.last = max((its for its in steps if its is not None and its <= step), default=None)
         self.path, self.pending, self.warned = path, "", False
         self.size = path.stat().st_size
 
@@ -107,7 +108,7 @@ class Log:
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        self.pending += json.dumps(plain) + "\n"
+        self.pending, self.last = self.pending + json.dumps(plain) + "\n", row["step"]
         try:
             with open(self.path, "r+") as file:
                 file.seek(self.size)

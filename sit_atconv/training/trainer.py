@@ -57,6 +57,12 @@ class Trainer:
         """Of the step to come."""
         raise NotImplementedError
 
+    def _begin_step(self) -> None:
+        """What comes before a step's forward passes."""
+
+    def _take_back(self) -> None:
+        """Undo what the forward passes of a step that is skipped did to the model."""
+
     def _average(self) -> None:
         """Move the averages, after a step that was not skipped."""
         raise NotImplementedError
@@ -94,7 +100,8 @@ class Trainer:
                 steps, seconds = steps + 1, seconds + time.perf_counter() - start
                 if reports:
                     row = self._report(figures, steps, seconds, waited)
-                    bar.set_postfix(loss=f"{row['loss'] or math.nan:.4f}")
+                    shown = "loss" if row.get("layer_loss") is None else "layer_loss"  # of swapped layers alone
+                    bar.set_postfix({shown: f"{row[shown] or math.nan:.4f}"})
                     steps, seconds, waited = 0, 0.0, 0.0
                 self._after_step()
                 if self.step % recipe.checkpoint.every == 0 and self.step < total:
@@ -144,16 +151,20 @@ class Trainer:
             fault = self._count_bad(found) or fault
             faults += fault is not None
         if faults:
-            if self.step and self.last != checkpoint.folder_of(self.run, self.step):
-                try:
-                    self._save()  # what was trained until here is good
-                except InputError as error:
-                    if self.accelerator.is_main_process:
-                        tqdm.write(f"warning: {error}", file=sys.stderr)
-            elif self.new and not self.step and self.accelerator.is_main_process:
-                shutil.rmtree(self.run, ignore_errors=True)
+            self._keep_trained()
             raise fault or SystemExit(2)  # another process says why
         return None if stop else batches
+
+    def _keep_trained(self) -> None:
+        """Save before a fault that is not the training's ends the run: what was trained until here is good."""
+        if self.step and self.last != checkpoint.folder_of(self.run, self.step):
+            try:
+                self._save()
+            except InputError as error:
+                if self.accelerator.is_main_process:
+                    tqdm.write(f"warning: {error}", file=sys.stderr)
+        elif self.new and not self.step and self.accelerator.is_main_process:
+            shutil.rmtree(self.run, ignore_errors=True)
 
     def _count_bad(self, found: dict[int, str]) -> InputError | None:
         """Add what all processes found to the unreadable images, name new ones, and say when there are too many."""
@@ -172,6 +183,7 @@ class Trainer:
     def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> dict[str, Any]:
         """One optimisation step; its gradient norm, learning rate and, where it `reports`, update_ratio."""
         recipe, accelerator = self.recipe, self.accelerator
+        self._begin_step()
         lr = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -194,8 +206,10 @@ class Trainer:
             parameter.grad = None  # AdamW would go on with what it gathered of them before
         if not failed:
             self.optimizer.step()
-        elif accelerator.scaler is not None:  # which knows of infinities since the clipping, and adapts
-            accelerator.scaler.update()
+        else:
+            self._take_back()
+            if accelerator.scaler is not None:  # which knows of infinities since the clipping, and adapts
+                accelerator.scaler.update()
         ratio = 0.0 if failed else self._update_ratio() if reports else None
         self.optimizer.zero_grad()
         self.step += 1

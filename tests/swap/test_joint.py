@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 from sit_atconv import swap_attention
@@ -388,6 +389,38 @@ def test_compiled_in_one_graph_for_all_grids(kind, whole):
 
 
 @torch.no_grad()
+@kinds
+def test_the_attention_backend_is_the_texts_too(kind, monkeypatch):
+    model, _, inputs = swapped(kind)
+    used = []
+
+    def recording(*args, backend=None, **kwargs):
+        used.append(backend)
+        return dispatch_attention_fn(*args, backend=backend, **kwargs)
+
+    def output():
+        used.clear()
+        with torch.no_grad():
+            return model(**inputs(GRIDS[0])).sample
+
+    monkeypatch.setattr("sit_atconv.swap.joint.dispatch_attention_fn", recording)
+    expected = output()
+    layers = sum(isinstance(each, JointATConv) for each in model.modules())
+    assert len(used) >= layers > 1
+    assert set(used) == {None}
+    model.set_attention_backend("_native_math")
+    torch.testing.assert_close(output(), expected, rtol=1e-4, atol=1e-5)
+    assert set(used) == {AttentionBackendName._NATIVE_MATH}
+    assert torch.equal(copy.deepcopy(model)(**inputs(GRIDS[0])).sample, output())
+    with pytest.raises(ValueError, match="backend"):
+        model.set_attention_backend("no_such_backend")
+    output()
+    assert set(used) == {AttentionBackendName._NATIVE_MATH}
+    model.reset_attention_backend()
+    output()
+    assert set(used) == {None}
+
+
 def test_sd3_keeps_its_joint_attention_unless_told():
     model = sd3()
     swap = swap_attention(model, select="all", calib=[sd3_inputs((3, 4))])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from sit_atconv.swap import swap_attention
+from sit_atconv.swap import regress, swap_attention
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 GONE = ("to_q", "to_k")
@@ -124,3 +124,16 @@ def test_peft_attaches_to_what_is_there(tiny, kind):
     expected = tiny.run(with_deltas(plain, tensors, 1.0), kind)
     torch.testing.assert_close(tiny.run(model, kind), expected, rtol=1e-4, atol=1e-5)
     assert (expected - tiny.run(plain, kind)).norm() > 1e-2 * expected.norm()
+
+
+def test_regression_trains_the_lora_of_a_layer_and_not_what_it_froze(tiny):
+    model = tiny.model("dit")
+    swap = swap_attention(model, "all")
+    first, second, *_ = swap.layers
+    targets = [f"{first}.to_v", f"{second}.to_out.0", "transformer_blocks.0.ff.net.0.proj"]
+    peft.inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = regress(swap, [tiny.inputs("dit")], steps=20, lr=1e-2)
+    assert losses[-1] < losses[0]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{name}.lora_{part}.default.weight" for name in targets[:2] for part in "AB"}

@@ -457,6 +457,16 @@ def test_calibration_comes_in_several_forms(tiny):
     assert errors[0] == errors[1] == errors[2] != errors[3]
 
 
+def test_calibration_runs_without_dropout(tiny):
+    errors = []
+    for training in (False, True):
+        model = tiny.model("dit").train(training)
+        for block in model.transformer_blocks:
+            block.attn1.to_out[1].p = 0.5
+        errors.append([row.error for row in swap_attention(model, "all").report(measure=False).layers])
+    assert errors[0] == errors[1]
+
+
 def test_calibration_on_a_grid_that_is_not_square(tiny):
     model = tiny.model("unet")
     swap = swap_attention(model, "all", calib=[tiny.inputs("unet", (8, 4))])

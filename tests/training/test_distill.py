@@ -2,14 +2,15 @@
 
 import copy
 import json
+import re
 import shutil
 from itertools import pairwise
 
 import pytest
 import torch
+import yaml
 from conftest import assert_same_bits, log_rows, run_recipe, weights
 
-import train_sit
 from experiments import distill_swap
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.checkpoint import load_trained
@@ -18,7 +19,7 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.distill import Distillation, load_teacher, relative_error, rising, student_of
 from sit_atconv.errors import InputError
-from sit_atconv.layers.atconv import ATConv
+from sit_atconv.latents.encode import encode
 from sit_atconv.layers.attention import Attention
 from sit_atconv.training.optimizer import make_optimizer
 
@@ -134,6 +135,16 @@ def test_the_run_equals_a_loop_written_out(recipe):
     stored = weights(last, "model")
     for name, tensor in student.state_dict().items():
         torch.testing.assert_close(stored[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_bar_shows_the_loss_that_a_step_has(recipe, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    last = run_recipe(recipe, "train.max_steps=6")
+    said = capsys.readouterr().err
+    assert "nan" not in said
+    for row in log_rows(last.parent):
+        name = "layer_loss" if row["step"] <= 3 else "loss"
+        assert re.search(rf"{row['step']}/6 .*, {name}={row[name]:.4f}\]", said)
 
 
 def test_relative_error_is_of_every_sample():
@@ -287,7 +298,53 @@ def test_the_command_wants_a_teacher_and_the_section_needs_one(recipe_file, reci
         load_recipe(recipe_file("idle", distill={"calib": 3}))
 
 
-def test_the_plan_of_a_distillation(recipe, capsys):
-    train_sit.main([str(recipe), "--dry-run"])
-    assert "['atconv', 'atconv', 'atconv'], depth 3" in capsys.readouterr().out
-    assert all(isinstance(block.attn, ATConv) for block in parts(recipe)[2].blocks)
+def test_the_plan_of_a_distillation(recipe, teacher, capsys):
+    def planned(*overrides):
+        distill_swap.main([str(recipe), *overrides, "--dry-run"])
+        rows = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        return {name: text for name, text in rows if name in ("model", "teacher")}
+
+    assert planned() == {
+        "model": "['atconv', 'atconv', 'atconv'], depth 3",
+        "teacher": f"{teacher}; 3 of 3 layers to ATConv, started by closed_form: " + ", ".join(ATTENTIONS),
+    }
+    one = planned("distill.select=odd", "distill.init=copy_vo")["teacher"]
+    assert one == f"{teacher}; 1 of 3 layers to ATConv, started by copy_vo: {ATTENTIONS[1]}"
+    control = planned("distill.control=true", "distill.init=random", "distill.exclude=[blocks.0]")["teacher"]
+    assert control == f"{teacher}; 2 of 3 layers to fresh attention (a control): {', '.join(ATTENTIONS[1:])}"
+
+
+def test_from_cached_latents_as_from_their_images(recipe_file, image_folder, vae_folder, tmp_path):
+    images = {
+        "data": {"kind": "imagefolder", "root": str(image_folder), "image_size": 8},
+        "latents": {"codec": "vae", "vae": str(vae_folder)},
+    }
+    plain = recipe_file("images", model={**MODEL, "patch_size": 1}, **images)
+    encode(load_recipe(plain), tmp_path / "cache", "fp32", 4)
+    teacher = run_recipe(plain, f"run.out={tmp_path / 'teacher'}")
+    distilled = {}
+    for name in ("images", "latents"):
+        path = recipe_file(name, distill={"teacher": str(teacher), **DISTILL}, **images)
+        stated = yaml.safe_load(path.read_text())
+        del stated["model"]
+        if name == "latents":
+            stated["data"] = {"kind": "latents", "root": str(tmp_path / "cache")}
+            stated["latents"]["vae"] = None
+        path.write_text(yaml.safe_dump(stated))
+        last = run_recipe(path, f"run.out={tmp_path / f'from-{name}'}")
+        distilled[name] = [row["loss"] or row["layer_loss"] for row in log_rows(last.parent)]
+    assert len(distilled["latents"]) == 8
+    assert distilled["latents"] == pytest.approx(distilled["images"], rel=1e-4)
+
+
+def test_in_half_precision_the_losses_differ_by_rounding(recipe, tmp_path):
+    rows = {}
+    for each in ("fp32", "bf16"):
+        last = run_recipe(recipe, f"train.precision={each}", f"run.out={tmp_path / each}")
+        rows[each] = log_rows(last.parent)
+        assert all(tensor.dtype == torch.float32 for tensor in weights(last, "model").values())
+    for name, count in (("layer_loss", 3), ("feature_loss", 5), ("output_loss", 5), ("loss", 5)):
+        whole, half = ([row[name] for row in rows[each] if row[name] is not None] for each in ("fp32", "bf16"))
+        assert len(whole) == len(half) == count
+        assert half == pytest.approx(whole, rel=0.05, abs=2e-5), name
+        assert half != whole
