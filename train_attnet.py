@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from sit_atconv.checkpoint import MANIFEST
 from sit_atconv.classification import train
-from sit_atconv.classification.loop import dry_run
+from sit_atconv.classification.loop import dry_run, steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import ArgumentParser, command, speaks
@@ -25,15 +26,17 @@ def main(argv: list[str] | None = None) -> None:
         return
     last = train(recipe, must_resume=args.resume)
     if speaks():
-        print(report(last))
+        print(report(last, recipe))
 
 
-def report(last: Path) -> str:
+def report(last: Path, recipe: ClassifierRecipe) -> str:
     """The accuracy that the run ended with, and where it lies."""
+    manifest = json.loads((last / MANIFEST).read_text())
+    step, total = manifest["step"], steps_of(recipe, recipe.train.epochs, manifest["data"]["num_images"])
     lines = (last.parent / "evals.jsonl").read_text().splitlines()
     found = json.loads(lines[-1]) if lines else {"step": None}
-    if found["step"] != int(last.name.removeprefix("step-")):
-        return f"stopped, saved as {last}; the same command goes on from there"
+    if step < total or found["step"] != step:  # it may have been stopped in a step that was evaluated
+        return f"stopped at step {step:,}, saved as {last}; the same command goes on from there"
     return (
         f"top-1 on {found['num']:,} held-out images: EMA {found['ema_top1']:.2f}%, raw {found['model_top1']:.2f}%; "
         f"load with timm.create_model('local-dir:{last / 'ema'}', pretrained=True)"

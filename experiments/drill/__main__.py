@@ -455,7 +455,8 @@ def table(rows: list[Row]) -> str:
     lines = ["| command | fault | runs | what was seen | lost | |", "|---|---|---:|---|---|---|"]
     for row in rows:
         passed = "ok" if row.passed else "FAILED"
-        lines.append(f"| {row.script} | {row.fault} | {row.runs} | {row.seen} | {row.lost} | {passed} |")
+        seen = " ".join(row.seen.replace("|", "/").split())  # of a run that failed, the end of what it said
+        lines.append(f"| {row.script} | {row.fault} | {row.runs} | {seen} | {row.lost} | {passed} |")
     return "\n".join(lines)
 
 

@@ -61,6 +61,11 @@ class Facts:
     eval_every: int  # steps
 
 
+def steps_of(recipe: ClassifierRecipe, epochs: float, num_images: int) -> int:
+    """How many optimisation steps come closest to so many epochs, at least one."""
+    return max(1, round(epochs * num_images / recipe.train.batch_size))
+
+
 def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
     """Raises InputError where mean or std do not fit the images' channels."""
     train, channels, number = recipe.train, dataset.channels, len(dataset)
@@ -71,9 +76,6 @@ def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> F
         if len(values) != channels:
             raise InputError(f"model.{name}={list(values)}: the images have {channels} channels; one number for each")
 
-    def steps(epochs: float) -> int:
-        return max(1, round(epochs * number / train.batch_size))
-
     return Facts(
         channels,
         tuple(mean),
@@ -81,9 +83,9 @@ def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> F
         tuple(dataset.class_names),
         number,
         len(held_out),
-        steps(train.epochs),
-        steps(train.warmup_epochs) if train.warmup_epochs else 0,
-        steps(recipe.eval.every_epochs),
+        steps_of(recipe, train.epochs, number),
+        steps_of(recipe, train.warmup_epochs, number) if train.warmup_epochs else 0,
+        steps_of(recipe, recipe.eval.every_epochs, number),
     )
 
 

@@ -14,6 +14,7 @@ from sit_atconv.classification.loop import train
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import InputError
+from train_attnet import report
 
 TINY = {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [1, 1], "stem_strides": [2, 2]}
 
@@ -77,3 +78,6 @@ def test_an_evaluation_that_failed_is_kept_for_and_made_up_for(recipe, tmp_path)
     assert (run / "evals.jsonl").read_text() == evals
     assert [json.loads(line)["step"] for line in evals.splitlines()] == [3, 5]
     assert (last / "ema" / "model.safetensors").read_bytes() == whole
+    assert "top-1 on 2 held-out" in report(last, recipe)
+    (run / "evals.jsonl").write_text(evals.splitlines(keepends=True)[0])  # as if it had been stopped after that
+    assert "stopped at step 3, saved as" in report(run / "step-0000003", recipe)

@@ -13,6 +13,7 @@ from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
 from sit_atconv.swap import AttentionSwap, SwapAdapter, adapters, register_adapter, regress, save_delta, swap_attention
+from sit_atconv.swap.calibration import LayerReport, SwapReport
 from sit_atconv.swap.grid import GridHook
 from sit_atconv.swap.layers import SelfATConv
 from sit_atconv.swap.models import ATConvDiTTransformer2DModel
@@ -459,10 +460,10 @@ def test_calibration_comes_in_several_forms(tiny):
 
 def test_calibration_runs_without_dropout(tiny):
     errors = []
-    for training in (False, True):
-        model = tiny.model("dit").train(training)
+    for dropout in (0.0, 0.5):
+        model = tiny.model("dit").train()
         for block in model.transformer_blocks:
-            block.attn1.to_out[1].p = 0.5
+            block.attn1.to_out[1].p = dropout
         errors.append([row.error for row in swap_attention(model, "all").report(measure=False).layers])
     assert errors[0] == errors[1]
 
@@ -491,6 +492,28 @@ def test_report_counts_what_the_layers_do(tiny):
     assert f"`{row.name}`" in text
     assert f"{row.error:.3f}" in text
     assert "not measured" in text
+
+
+def test_report_measures_the_grid_of_the_calibration_before_and_after(tiny):
+    model = tiny.model("dit", depth=1)
+    swap = swap_attention(model, "all")
+    (site,) = swap.sites
+    tiny.run(model, "dit", (16, 8))
+    tokens = {"before": set(), "after": set()}
+    for when, module in (("before", swap.attentions[site.name]), ("after", swap.layers[site.name])):
+        module.register_forward_hook(lambda _, __, output, when=when: tokens[when].add(output.shape[1]))
+    (row,) = swap.report().layers
+    height, width = site.grid
+    assert tokens == {"before": {height * width}, "after": {height * width}}
+    assert row.ms_before > 0 < row.ms_after
+
+
+def test_report_as_a_table():
+    rows = [LayerReport("a", 1500, 499, 2_340_000, 1_000_000, 4.0, 1.5004, 0.25), LayerReport("b", 4_000_000, 0)]
+    assert str(SwapReport(rows)).splitlines()[2:] == [
+        "| `a` | 1.5 -> 0.5 | 2.3 -> 1.0 | 4.000 -> 1.500 | 0.250 |",
+        "| `b` | 4,000.0 -> 0.0 | not measured | not measured | not measured |",
+    ]
 
 
 def test_the_error_is_that_of_the_layers_output(tiny):
