@@ -35,6 +35,9 @@ def test_the_numbers_of_streams_stay():
         "ORDER": 0, "TIME": 1, "NOISE": 2, "LABEL_DROP": 3, "FLIP": 4, "POSTERIOR": 5, "SAMPLE_NOISE": 6,
         "SAMPLE_LABEL": 7, "SAMPLE_STEP": 8, "PROBE": 9, "DEQUANTIZE": 10, "CLASS_ORDER": 11, "CLASS_IMAGES": 12,
         "SUBSTITUTE": 13,
+        "AUGMENT": 14,
+        "MIX": 15,
+        "DROP_PATH": 16,
     }  # fmt: skip
 
 
