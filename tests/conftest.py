@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,12 @@ def run_recipe(path: Path, *overrides: str) -> Path:
 def fresh_accelerate_state():
     yield
     reset_accelerate()
+
+
+@pytest.fixture(autouse=True)
+def default_attention_backend(monkeypatch):
+    """diffusers' set_attention_backend is the whole process's too, and reset_attention_backend leaves it there."""
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)
 
 
 @pytest.fixture(autouse=True)

@@ -400,7 +400,6 @@ def test_attention_backends_are_chosen_by_the_model_and_by_context(mixer, monkey
         return native(**kwargs)
 
     monkeypatch.setitem(_AttentionBackendRegistry._backends, math, recording)
-    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     with attention_backend(math):
         torch.testing.assert_close(output(model), expected)
     blocks = len(model.attn_processors)
