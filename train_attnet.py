@@ -8,18 +8,13 @@ from sit_atconv.classification import train
 from sit_atconv.classification.loop import dry_run, steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
-from sit_atconv.errors import ArgumentParser, command, speaks
+from sit_atconv.errors import command, speaks
+from sit_atconv.training.launch import training_arguments
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="train_attnet.py", description=__doc__)
-    parser.add_argument("recipe", help="YAML file, see experiments/recipes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-3")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", action="store_true", help="print size, compute and schedule, then stop")
-    mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
-    args = parser.parse_intermixed_args(argv)
+    args = training_arguments("train_attnet.py", __doc__, argv)
     recipe = load_recipe(args.recipe, args.overrides, ClassifierRecipe)
     if args.dry_run:
         print(dry_run(recipe))

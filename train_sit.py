@@ -5,20 +5,15 @@ from collections.abc import Callable
 from eval.score import training_scorer
 from sit_atconv.checkpoint import step_of
 from sit_atconv.config import Recipe, load_recipe
-from sit_atconv.errors import ArgumentParser, command, speaks
+from sit_atconv.errors import command, speaks
 from sit_atconv.plan import dry_run
 from sit_atconv.training import train
+from sit_atconv.training.launch import training_arguments
 
 
 def run(prog: str, about: str, argv: list[str] | None, check: Callable[[Recipe], None] = lambda recipe: None) -> None:
     """The command line `prog` of training; check: raises InputError for a recipe that is not for it."""
-    parser = ArgumentParser(prog=prog, description=about)
-    parser.add_argument("recipe", help="YAML file, see experiments/recipes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", action="store_true", help="print size, compute, memory and schedule, then stop")
-    mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
-    args = parser.parse_intermixed_args(argv)
+    args = training_arguments(prog, about, argv)
     recipe = load_recipe(args.recipe, args.overrides)
     check(recipe)
     if args.dry_run:

@@ -63,7 +63,20 @@ class Run:
 
 
 @dataclass
-class Data:
+class Loading:
+    """How images are read, whatever they are for: a part of a section `data`."""
+
+    workers: int = 0  # loader processes per training process
+    worker_timeout: float = 600.0  # seconds without a batch after which a loader process counts as hung
+    max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
+
+    def __post_init__(self):
+        at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
+        at_least("data", worker_timeout=(self.worker_timeout, 1))
+
+
+@dataclass
+class Data(Loading):
     """The training images."""
 
     kind: str = "digits"
@@ -81,16 +94,12 @@ class Data:
     num_images: int | None = None  # checked against the data; lets --dry-run work without them
     source: str | None = None  # latents, where a loss needs the images: their root today, if it has moved
     verify: bool = True  # latents: compare every shard with its SHA-256 at the start
-    workers: int = 0  # loader processes per training process
-    worker_timeout: float = 600.0  # seconds without a batch after which a loader process counts as hung
-    max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
 
     def __post_init__(self):
+        super().__post_init__()
         expand_home(self, "root", "source")
         check_choice("data.kind", self.kind, DATA_KINDS)
         check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
-        at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
-        at_least("data", worker_timeout=(self.worker_timeout, 1))
         for name in ("image_size", "num_images", "shuffle_buffer"):
             if getattr(self, name) is not None:
                 at_least("data", **{name: (getattr(self, name), 1)})
@@ -216,17 +225,14 @@ class Flow:
 
 
 @dataclass
-class Train:
-    """The optimisation."""
+class Optimisation:
+    """What every trainer has of a section `train`; each has its own defaults, and its own schedule."""
 
-    max_steps: int = 400_000
     batch_size: int = 256  # global: all processes and accumulation steps together
     gradient_accumulation_steps: int = 1
     lr: float = 1e-4
-    warmup_steps: int = 0
-    lr_schedule: str = "constant"  # after the warm-up: constant, or linear or cosine down to 0 at max_steps
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0  # on matrices; vectors (biases, difference_control) are never decayed
+    weight_decay: float = 0.0  # on matrices; vectors (biases, norms, difference_control) are never decayed
     max_grad_norm: float | None = None
     precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
     max_skipped: int = 20  # steps in a row without a finite loss and gradient after which training stops
@@ -234,17 +240,14 @@ class Train:
     compile: bool = False
 
     def __post_init__(self):
-        check_choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("train.precision", self.precision, PRECISIONS)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
         at_least(
             "train",
-            max_steps=(self.max_steps, 1),
             batch_size=(self.batch_size, 1),
             gradient_accumulation_steps=(self.gradient_accumulation_steps, 1),
             lr=(self.lr, 0),
-            warmup_steps=(self.warmup_steps, 0),
             max_skipped=(self.max_skipped, 1),
             weight_decay=(self.weight_decay, 0),
         )
@@ -252,6 +255,20 @@ class Train:
             raise InputError(
                 f"train.max_grad_norm={self.max_grad_norm}: must be positive; leave it out for no clipping"
             )
+
+
+@dataclass
+class Train(Optimisation):
+    """The optimisation."""
+
+    max_steps: int = 400_000
+    warmup_steps: int = 0
+    lr_schedule: str = "constant"  # after the warm-up: constant, or linear or cosine down to 0 at max_steps
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        at_least("train", max_steps=(self.max_steps, 1), warmup_steps=(self.warmup_steps, 0))
 
 
 @dataclass

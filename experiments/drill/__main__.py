@@ -102,6 +102,14 @@ class Drill:
         expect(step == rows, f"{rows} steps were taken, {step} saved")
         return step
 
+    def goes_on(self, run: Path) -> int:
+        """Run it again after a stop, to the bits of the run left alone; the step that it went on from."""
+        step = newest(run)
+        self.trained(run, EVERY_STEP)
+        trim(run, self.whole, step)
+        self.expect_same(run)
+        return step
+
     def expect_same(self, run: Path, whole: Path | None = None) -> None:
         """Raise Failed unless a run's folder is that of the run left alone, to the bit."""
         whole = whole or self.whole
@@ -229,9 +237,7 @@ def sigkill(drill: Drill, runs: int) -> Row:
 def sigterm(drill: Drill) -> str:
     run = drill.out / "sigterm"
     step = drill.stopped(run, 10)
-    drill.trained(run, EVERY_STEP)
-    trim(run, drill.whole, step)
-    drill.expect_same(run)
+    drill.goes_on(run)
     return f"exit status 0, saved at step {step}, then the same bits"
 
 
@@ -246,10 +252,7 @@ def sigterm_to_all(drill: Drill) -> str:
     os.killpg(pid, signal.SIGTERM)
     status, said, err = child.end()
     expect(status == 0 and "goes on from there" in said, f"exit status {status}: {err[-300:]}")
-    step = newest(run)
-    drill.trained(run, EVERY_STEP)
-    trim(run, drill.whole, step)
-    drill.expect_same(run)
+    step = drill.goes_on(run)
     return f"exit status 0, saved at step {step}, then the same bits"
 
 
@@ -263,10 +266,7 @@ def sigint_twice(drill: Drill) -> str:
     child.process.send_signal(signal.SIGINT)
     status, _, _ = child.end()
     expect(status in (-signal.SIGINT, 0), f"exit status {status}")
-    step = newest(run)
-    drill.trained(run, EVERY_STEP)
-    trim(run, drill.whole, step)
-    drill.expect_same(run)
+    step = drill.goes_on(run)
     return f"stopped at once, whole up to step {step}, then the same bits"
 
 
@@ -410,9 +410,7 @@ def deleted_images(drill: Drill, part: str) -> str:
     expect(refused.returncode == 2, f"begun without images: exit status {refused.returncode}")
     expect(newest(run) == step, "the checkpoint went with the images")
     away.rename(folders[part])
-    own.trained(run, EVERY_STEP)
-    trim(run, own.whole, step)
-    own.expect_same(run)
+    own.goes_on(run)
     return f"one line, saved at step {step}, refused while they are away, then the same bits"
 
 

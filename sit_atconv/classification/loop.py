@@ -48,7 +48,7 @@ WEIGHTS = "model.safetensors"  # as timm names them
 
 @dataclass
 class Facts:
-    """What a recipe and its images come to."""
+    """What a recipe and its images come to; mean and std are of values in [0, 1], a number for each channel."""
 
     channels: int
     mean: tuple[float, ...]
@@ -67,7 +67,7 @@ def steps_of(recipe: ClassifierRecipe, epochs: float, num_images: int) -> int:
 
 
 def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
-    """Raises InputError where mean or std do not fit the images' channels."""
+    """What the recipe comes to with these images. Raises InputError where mean or std do not fit their channels."""
     train, channels, number = recipe.train, dataset.channels, len(dataset)
     colour = channels == 3
     mean = recipe.model.mean or (IMAGENET_DEFAULT_MEAN if colour else (0.5,))
@@ -112,11 +112,12 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
     return model
 
 
-def count_macs(recipe: ClassifierRecipe, facts: Facts) -> int:
-    """Multiply-accumulates of one image."""
+def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one image. Raises InputError as `build_classifier`."""
     size = recipe.model.input_size
     model = build_classifier(recipe, facts, device="meta").eval()
-    return count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
+    macs = count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
+    return sum(parameter.numel() for parameter in model.parameters()), macs
 
 
 def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
@@ -174,7 +175,7 @@ class _Classifier(Trainer):
         super().__init__(accelerator, recipe, described, *claimed, facts.steps)
         settings, augment, found = recipe.train, recipe.augment, claimed[0]
         self.facts, self.bare, self.trained = facts, model, model
-        self.flops_per_image = 3 * 2 * count_macs(recipe, facts)  # forward, and twice that backward
+        self.flops_per_image = 3 * 2 * cost_of(recipe, facts)[1]  # forward, and twice that backward
         self.average = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
         if found:
             model.load_state_dict(load_file(found[0] / "model" / WEIGHTS))
@@ -324,9 +325,7 @@ def dry_run(recipe: ClassifierRecipe) -> str:
     dataset, held_out = open_datasets(recipe.data)
     facts, settings = facts_of(recipe, dataset, held_out), recipe.train
     transforms(recipe, facts.mean, facts.std, facts.channels)
-    model = build_classifier(recipe, facts, device="meta")
-    macs, size = count_macs(recipe, facts), recipe.model.input_size
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (parameters, macs), size = cost_of(recipe, facts), recipe.model.input_size
     flops = 6 * macs * facts.steps * settings.batch_size
     rows = {
         "model": f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3g} GMACs at {size} px",

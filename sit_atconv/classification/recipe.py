@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sit_atconv import config
-from sit_atconv.config import PRECISIONS, Checkpoint, Run, at_least, expand_home
+from sit_atconv.config import Checkpoint, Loading, Optimisation, Run, at_least, expand_home
 from sit_atconv.errors import InputError, check_choice
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf")
@@ -14,7 +14,7 @@ ERASING_MODES = ("const", "rand", "pixel")
 
 
 @dataclass
-class Data:
+class Data(Loading):
     """The images: those to learn from, and those held out."""
 
     kind: str = "digits"
@@ -23,15 +23,12 @@ class Data:
     split: str | None = None  # hf: left out, "train"
     val_split: str | None = None  # hf: left out, "validation"
     repeats: int = 1  # of every image of an epoch, each augmented anew, and as many times fewer images in it
-    workers: int = 0  # loader processes per training process
-    worker_timeout: float = 600.0  # seconds without a batch after which a loader process counts as hung
-    max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
 
     def __post_init__(self):
+        super().__post_init__()
         expand_home(self, "root", "val_root")
         check_choice("data.kind", self.kind, DATA_KINDS)
-        at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0), repeats=(self.repeats, 1))
-        at_least("data", worker_timeout=(self.worker_timeout, 1))
+        at_least("data", repeats=(self.repeats, 1))
         for name in ("root", "val_root"):
             value = getattr(self, name)
             if self.kind == "digits" and value is not None:
@@ -130,45 +127,29 @@ class Model:
 
 
 @dataclass
-class Train:
+class Train(Optimisation):
     """The optimisation: AdamW, linear warm-up, cosine."""
 
     epochs: float = 300
     warmup_epochs: float = 5
-    batch_size: int = 4096  # global: all processes and accumulation steps together
-    gradient_accumulation_steps: int = 1
+    batch_size: int = 4096
     lr: float = 4e-3
     min_lr: float = 1e-6  # at the end
     warmup_lr: float = 1e-6  # at the beginning
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.05  # on matrices; biases, norms and difference_control are never decayed
-    max_grad_norm: float | None = None
-    precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
-    max_skipped: int = 20  # steps in a row without a finite loss and gradient after which training stops
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    weight_decay: float = 0.05
 
     def __post_init__(self):
-        check_choice("train.precision", self.precision, PRECISIONS)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
+        super().__post_init__()
         at_least(
             "train",
-            batch_size=(self.batch_size, 1),
-            gradient_accumulation_steps=(self.gradient_accumulation_steps, 1),
             warmup_epochs=(self.warmup_epochs, 0),
-            lr=(self.lr, 0),
             min_lr=(self.min_lr, 0),
             warmup_lr=(self.warmup_lr, 0),
-            weight_decay=(self.weight_decay, 0),
-            max_skipped=(self.max_skipped, 1),
         )
         if not (math.isfinite(self.epochs) and self.epochs > self.warmup_epochs):
             raise InputError(
                 f"train.epochs={self.epochs}: must be more than train.warmup_epochs={self.warmup_epochs}, and finite"
             )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise InputError(f"train.max_grad_norm={self.max_grad_norm}: must be positive; leave it out for none")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What a run is started on: Accelerate's processes, devices and precision."""
 
+import argparse
 from datetime import timedelta
 
 import torch
@@ -13,7 +14,7 @@ from accelerate.utils import (
 )
 
 from sit_atconv.config import Recipe
-from sit_atconv.errors import InputError
+from sit_atconv.errors import ArgumentParser, InputError
 
 # How long processes wait for one that works alone: at a score, a checkpoint's hashes, a slow disk. torch's own ten
 # minutes would end a run.
@@ -24,6 +25,17 @@ DISTRIBUTED = (
     DistributedType.MULTI_GPU,
     DistributedType.FSDP,
 )
+
+
+def training_arguments(prog: str, about: str, argv: list[str] | None) -> argparse.Namespace:
+    """The command line of a trainer: recipe, overrides, and dry_run or resume. Raises InputError for a wrong one."""
+    parser = ArgumentParser(prog=prog, description=about)
+    parser.add_argument("recipe", help="YAML file, see experiments/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print size, compute, memory and schedule, then stop")
+    mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
+    return parser.parse_intermixed_args(argv)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
