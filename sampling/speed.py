@@ -270,8 +270,8 @@ def to_markdown(result: dict) -> str:
     steps = f", {s['steps']} steps" if s["steps"] else ""
     lines = [
         f"{result['device']}; {result['dtype']}, {'compiled blocks' if result['compiled'] else 'eager'}, batch "
-        f"{result['batch']}; medians of {result['rounds']} interleaved rounds. ms/NFE: one network evaluation of the "
-        "batch; in the pass `backward`, forward and backward together. images/s: of a run with "
+        f"{result['batch']}; medians of {result['rounds']} interleaved rounds, memory kept. ms/NFE: one network "
+        "evaluation of the batch; in the pass `backward`, forward and backward together. images/s: of a run with "
         f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling`, else from ms/NFE. "
         "Peak memory: weights, inputs and what is alive at once; on a CPU of the eager form, and without what an "
         "operator uses inside. GEMM limit: the time of the model's own matrix products alone, as a share of its time.",

@@ -1,6 +1,7 @@
 """How this project measures: interleaved medians, peak memory, and the names of what was measured on."""
 
 import csv
+import ctypes
 import math
 import platform
 import statistics
@@ -44,12 +45,27 @@ def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> f
     return (time.perf_counter() - begin) / repeats
 
 
+@lru_cache(maxsize=1)
+def keep_memory() -> bool:
+    """Freed memory stays with this process from here on, as CUDA's allocator does it; False where glibc is not there.
+
+    Else every large tensor is given back and taken anew, and a clock reads how long Linux fills pages with zeros: half
+    the time of a network whose activations exceed 32 MB.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # of malloc.h
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+
+
 def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, label: str) -> list[Timing]:
     """The timing of each call. Every round measures each once, in turn, so a drift of the machine meets all alike.
 
     A short call is repeated within its measurement. One call each, and one more to learn how long it takes, go before
-    the clock. `label` names the progress bar.
+    the clock. On a CPU memory is kept, see `keep_memory`. `label` names the progress bar.
     """
+    if device.type == "cpu":
+        keep_memory()
     for call in calls:
         call()
     repeats = [max(1, math.ceil(SHORTEST / seconds(call, 1, device))) for call in calls]

@@ -54,8 +54,8 @@ def main() -> None:
     left_out = "" if "bf16" in measured else " Here bf16 is slower than fp32, and left out."
     text = [
         f"One ATConv layer (C = {DIM}) and its operator alone, as multiples of the layer's two linears; "
-        f"{device_name(device)}; medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} interleaved rounds; "
-        f"`backward` is forward and backward.{left_out}\n",
+        f"{device_name(device)}; medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} interleaved rounds, "
+        f"memory kept; `backward` is forward and backward.{left_out}\n",
         op.to_markdown(rows),
     ]
     for dtype in measured:

@@ -77,20 +77,29 @@ def pointwise(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
 
 
+def joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """One linear with the outputs of both."""
+    linear = nn.utils.skip_init(nn.Linear, first.in_features, first.out_features + second.out_features)
+    linear.weight = nn.Parameter(torch.cat([first.weight, second.weight]).detach())
+    linear.bias = nn.Parameter(torch.cat([first.bias, second.bias]).detach())
+    return linear
+
+
 class PaperMLP(nn.Module):
-    """A GatedMLP on maps (B, C, H, W), its linears as 1x1 convolutions; nchw: its norm returns NCHW."""
+    """A GatedMLP on maps (B, C, H, W), with 1x1 convolutions and one fc1; nchw: its norm returns NCHW."""
 
     def __init__(self, mlp: GatedMLP, nchw: bool):
         super().__init__()
-        self.mlp, self.nchw = mlp, nchw
+        self.fc1, self.nchw = joined(mlp.fc1_g, mlp.fc1_x), nchw
+        self.dwconv, self.norm_layer, self.fc2 = mlp.dwconv, mlp.norm_layer, mlp.fc2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, value = pointwise(self.mlp.fc1, x).chunk(2, 1)
-        mixed = F.gelu(self.mlp.dwconv(gate)) * value
-        if not isinstance(self.mlp.norm_layer, nn.Identity):
-            mixed = self.mlp.norm_layer(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        gate, value = pointwise(self.fc1, x).chunk(2, 1)
+        mixed = F.gelu(self.dwconv(gate)) * value
+        if not isinstance(self.norm_layer, nn.Identity):
+            mixed = self.norm_layer(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             mixed = mixed.contiguous() if self.nchw else mixed
-        return pointwise(self.mlp.fc2, mixed)
+        return pointwise(self.fc2, mixed)
 
 
 class Contiguous(nn.Module):
@@ -105,7 +114,7 @@ class Contiguous(nn.Module):
 
 
 class PaperForm(nn.Module):
-    """An AttNet on the same weight tensors with ATConv and MLP in the paper's form, and no memory format asked for.
+    """An AttNet of the same weights with ATConv and MLP in the paper's form, and no memory format asked for.
 
     nchw: the norms give their output back in NCHW; else later layers run in the format that the norm left.
     """
@@ -219,9 +228,10 @@ def latency_markdown(result: dict) -> str:
     first = result["rows"][0]["model"]
     lines = [
         f"{result['device']}, {result['dtype']}, {result['size']} px, batch {result['batch']}, eager inference with "
-        f"random weights; medians of {result['rounds']} rounds that take turns. The paper's form runs `kernel_proj` on "
-        "every position and pools after, with one grouped convolution for the batch; its memory format is what timm's "
-        "norms leave behind, or NCHW throughout. The ratio to it is to the faster of the two. " + TOP1_SOURCES,
+        f"random weights; medians of {result['rounds']} interleaved rounds, memory kept. The paper's form runs "
+        "`kernel_proj` on every position and pools after, with one grouped convolution for the batch; its memory "
+        "format is what timm's norms leave behind, or NCHW throughout. The ratio to it is to the faster of the two. "
+        + TOP1_SOURCES,
         "",
         f"| model | params (M) | GMACs | ms/image | IQR | this / {first} | paper's form / this | top-1 (%) |",
         "|---|" + "---:|" * 7,

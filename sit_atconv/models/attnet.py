@@ -75,21 +75,33 @@ class ATConv2d(ATConv):
 
 
 class GatedMLP(nn.Module):
-    """Gated linear unit whose gate sees its neighbours: fc2(norm(gelu(dwconv(a)) * b)), [a, b] = fc1(x)."""
+    """Gated linear unit whose gate sees its neighbours: fc2(norm(gelu(dwconv(fc1_g(x))) * fc1_x(x))).
+
+    The published form has one fc1 for both, whose half the depthwise convolution would copy before it begins.
+    """
 
     def __init__(self, dim: int, hidden: int, norm: bool, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, 2 * hidden, **factory)  # 1x1 convolutions in the published form
+        self.fc1_g = nn.Linear(dim, hidden, **factory)  # 1x1 convolutions in the published form
+        self.fc1_x = nn.Linear(dim, hidden, **factory)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **factory)
         self.norm_layer = RMSNorm(hidden, **factory) if norm else nn.Identity()
         self.fc2 = nn.Linear(hidden, dim, **factory)
+        self.register_load_state_dict_pre_hook(split_fc1)
         self.register_load_state_dict_pre_hook(flatten_pointwise_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, value = self.fc1(x.permute(0, 2, 3, 1)).chunk(2, -1)
-        gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.norm_layer(F.gelu(gate) * value)).permute(0, 3, 1, 2)
+        tokens = x.permute(0, 2, 3, 1)
+        gate = self.dwconv(self.fc1_g(tokens).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(self.norm_layer(F.gelu(gate) * self.fc1_x(tokens))).permute(0, 3, 1, 2)
+
+
+def split_fc1(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Hook before a GatedMLP loads its state dict: a published fc1 becomes fc1_g, its first half, and fc1_x."""
+    for kind in ("weight", "bias"):
+        if (both := state_dict.pop(f"{prefix}fc1.{kind}", None)) is not None:
+            state_dict[f"{prefix}fc1_g.{kind}"], state_dict[f"{prefix}fc1_x.{kind}"] = both.chunk(2)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -144,7 +144,8 @@ def check_starting_weights(model: AttNet) -> None:
             assert (parameter == 1e-6).all(), name
         else:
             assert (parameter == float(name.endswith("weight"))).all(), name
-    assert {"conv", "kernel_proj", "kernel_gen", "x_proj", "proj", "fc1", "dwconv", "fc2", "fc"} == matrices.keys()
+    mixer, mlp = {"kernel_proj", "kernel_gen", "x_proj", "proj"}, {"fc1_g", "fc1_x", "dwconv", "fc2"}
+    assert {"conv", "fc"} | mixer | mlp == matrices.keys()
     for name, parts in matrices.items():
         values = torch.cat(parts)
         spread = 5 * (2 * len(values)) ** -0.5  # five standard errors of a standard deviation

@@ -1,9 +1,13 @@
 """The clock's statistics on a fake clock, and what is counted as memory."""
 
 import csv
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from sampling import timing
 from sit_atconv.errors import InputError
@@ -40,6 +44,35 @@ def test_short_calls_are_repeated_within_a_measurement(monkeypatch):
     (taken,) = timing.interleaved([call], 2, CPU, "")
     assert len(calls) == 2 + 2 * 5
     assert taken.median == pytest.approx(0.004)
+
+
+FAULTS = """
+import resource, sys, torch
+from sampling import timing
+
+def call():
+    torch.ones(20_000_000)
+
+def faults(calls):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+call()
+before = faults(20)
+timing.interleaved([call], 1, torch.device("cpu"), "")
+print(before, faults(20))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_no_page_is_zeroed_anew_by_what_is_timed():
+    """80 MB are thousands of pages, or some tens of huge ones; the heap may grow now and then."""
+    said = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    before, kept = map(int, said.split())
+    assert before >= 20 * 40, said
+    assert kept < before / 2
 
 
 def test_peak_memory_is_weights_plus_activations_plus_gradients():
