@@ -25,7 +25,7 @@ MAINS = {"-m sit_atconv.convert": convert, "-m sit_atconv.pipelines.export": exp
 MADE = {  # what the steps leave behind
     "interop": ("grid.png", "digits-ema.pt", "digits.safetensors", "sit-pipeline-for-all/README.md"),
     "swap": ("DiT-XL-2-256-atconv/config.json", "atconv-delta.safetensors"),
-    "attnet": ("runs/digits_attnet/step-0000449/ema/config.json",),
+    "attnet": ("runs/digits_attnet/step-0000584/ema/config.json",),
 }
 DISTIL = "accelerate launch experiments/distill_swap.py "
 CLASSIFY = "accelerate launch train_attnet.py "
@@ -47,7 +47,7 @@ def run(line: str) -> None:
         return
     if line.startswith(CLASSIFY):  # as many steps as the docs go on from
         reset_accelerate()
-        short = ("train.batch_size=2", "train.epochs=0.625", "train.warmup_epochs=0", "model.input_size=16")
+        short = ("train.batch_size=2", "train.epochs=0.8128", "train.warmup_epochs=0", "model.input_size=16")
         train_attnet.main([str(ROOT / line.removeprefix(CLASSIFY)), *short])
         return
     name = next(name for name in MAINS if line.startswith(f"python {name} "))
