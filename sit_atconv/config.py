@@ -349,6 +349,8 @@ class Distill:
             raise InputError(f"distill.select={self.select!r}: a run does not depend on a clock; name the layers")
         if self.control and self.init != "random":
             raise InputError(f"distill.init={self.init} with distill.control: fresh attention starts at random; say so")
+        if self.control and (self.pool, self.kernel_size) != ("raster", 3):
+            raise InputError("distill.pool and distill.kernel_size do nothing with distill.control; leave them out")
         if not self.shares or sorted(self.shares) != self.shares or not all(0 < share <= 1 for share in self.shares):
             raise InputError(f"distill.shares={self.shares}: give rising shares in (0, 1]")
         if self.shares[-1] != 1:

@@ -82,13 +82,11 @@ class Distillation(nn.Module):
         return self._teacher[0]
 
     def start(self, calib: Iterable) -> dict[str, float]:
-        """Warm-start the student's layers from the teacher's attention; relative error by layer, of a control none.
+        """Warm-start the student's layers from the teacher's attention; relative error by layer.
 
         calib: calibration inputs, tuples (x_t, t, labels).
         """
         settings = self.settings
-        if settings.control:
-            return {}
         started = copy.deepcopy(self.teacher)
         swap = swap_attention(
             started, self.names, init=settings.init, calib=calib, pool=settings.pool, kernel_size=settings.kernel_size

@@ -3,6 +3,7 @@
 import copy
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import train_attnet
 import train_sit
 from experiments import distill_swap
+from experiments.principles.__main__ import main as principles
 from sample import main as sample
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.convert import forms
@@ -85,9 +87,14 @@ def folder(tmp_path_factory, vae_folder):
 
 
 def public_attnet() -> dict[str, torch.Tensor]:
-    """Random weights of AttNet-T2 under the published names."""
-    renamed = {}
-    for name, tensor in timm.create_model("attnet_t2").state_dict().items():
+    """Random weights of AttNet-T2 under the published names, and as published: 1x1 convolutions, one fc1."""
+    state, renamed = timm.create_model("attnet_t2").state_dict(), {}
+    for name in [name for name in state if ".fc1_g." in name]:
+        both = state.pop(name), state.pop(name.replace("fc1_g", "fc1_x"))
+        state[name.replace("fc1_g", "fc1")] = torch.cat(both)
+    for name, tensor in state.items():
+        if name.endswith(("fc1.weight", "fc2.weight", "proj.weight")):
+            tensor = tensor.reshape(*tensor.shape[:2], 1, 1)
         for ours, theirs in (
             (r"^stem\.0\.conv", "downsample_layers.0.0.0"),
             (r"^stem\.0\.bn", "downsample_layers.0.0.1"),
@@ -122,3 +129,23 @@ def test_snippets_and_commands_run_in_their_order(name, folder, monkeypatch, tmp
     for made in MADE[name]:
         assert (folder / made).is_file()
     assert text.count("python -m") + text.count("python sample.py") + text.count("accelerate launch") == ran
+
+
+def test_the_commands_of_principles_run(image_folder, tmp_path, monkeypatch):
+    for main, name, length in (
+        (train_sit, "digits_sit_atconv", ("train.max_steps=1", "train.warmup_steps=0", "train.lr_schedule=constant")),
+        (train_sit, "digits_sit", ("train.max_steps=1", "train.warmup_steps=0", "train.lr_schedule=constant")),
+        (train_attnet, "digits_attnet", ("train.epochs=0.05", "train.warmup_epochs=0")),
+    ):
+        out = tmp_path / "runs" / name
+        main.main([str(ROOT / f"experiments/recipes/{name}.yaml"), f"run.out={out}", *length])
+        reset_accelerate()
+    monkeypatch.chdir(tmp_path)
+    image_folder.rename("IMAGES")
+    lines = [step["line"] for step in STEP.finditer((ROOT / "docs/principles.md").read_text()) if step["line"]]
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line.removeprefix("python -m experiments.principles "))
+        principles([*words, "--num", "2", "--times", "1"])
+    assert {path.name for path in Path("runs/principles").glob("*.*")} >= {"principles.json", "fields.png"}
+    assert Path("runs/principles/attnet/routing.png").is_file()

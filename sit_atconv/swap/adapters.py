@@ -19,7 +19,7 @@ from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft, SiTAttentionGraft
 from sit_atconv.swap.grid import Reader, latent_grid, raster_of_ids
 from sit_atconv.swap.joint import FluxDoubleGraft, FluxSingleGraft, SD3JointGraft
-from sit_atconv.swap.marking import check_nothing, check_sit, mark_nothing, mark_sit, mark_thin
+from sit_atconv.swap.marking import check_nothing, check_sit, check_thin, mark_nothing, mark_sit, mark_thin
 from sit_atconv.swap.prefix import PrefixGraft, check_vit, patch_grid
 
 Example = Callable[[nn.Module, torch.Generator], dict]
@@ -29,7 +29,8 @@ Example = Callable[[nn.Module, torch.Generator], dict]
 class SwapAdapter:
     """How the attention of a class of models is found and replaced.
 
-    model: the class, subclasses included. sites: Graft by pattern, which the whole name of an attention matches.
+    model: the class, and those that derive from it, where `check` lets them.
+    sites: Graft by pattern, which the whole name of an attention matches.
     grid: reads the grid (H, W) from the arguments of `owner`: the class of the nearest module above the attention that
         sees it, or the name of such a module; None where the attention is called with its grid.
     example: keyword arguments of one forward pass on random inputs of the model's own size, for calibration where none
@@ -130,6 +131,8 @@ def _unet_example(model: UNet2DConditionModel, generator: torch.Generator) -> di
     config = model.config
     if config.addition_embed_type or config.class_embed_type or not isinstance(config.cross_attention_dim, int):
         return None  # conditions of the model's own making
+    if config.sample_size is None:
+        return None
     return {
         "sample": _latents(model, generator),
         "timestep": torch.randint(1000, (2,), generator=generator),
@@ -183,6 +186,7 @@ register_adapter(
         latent_grid,
         _dit_example,
         mark_thin,
+        check=check_thin,
     )
 )
 register_adapter(
@@ -193,6 +197,7 @@ register_adapter(
         latent_grid,
         _pixart_example,
         mark_thin,
+        check=check_thin,
     )
 )
 register_adapter(
@@ -203,6 +208,7 @@ register_adapter(
         latent_grid,
         _unet_example,
         mark_thin,
+        check=check_thin,
     )
 )
 register_adapter(
@@ -213,6 +219,7 @@ register_adapter(
         latent_grid,
         _sd3_example,
         mark_thin,
+        check=check_thin,
     )
 )
 register_adapter(
@@ -226,6 +233,7 @@ register_adapter(
         raster_of_ids,
         _flux_example,
         mark_thin,
+        check=check_thin,
     )
 )
 register_adapter(

@@ -1,5 +1,6 @@
 """What calibration learns of the attentions to be swapped and of the layers for them: taps, errors, cost."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,7 +75,12 @@ class Site:
 
     @property
     def error(self) -> float | None:
-        return (self.squares[0] / self.squares[1]) ** 0.5 if self.squares[1] > 0 else None
+        """Relative to the attention's output in norm; of one that gives zeros, 0 or infinite. None: not measured."""
+        if self.call is None:
+            return None
+        if self.squares[1] == 0:
+            return 0.0 if self.squares[0] == 0 else math.inf
+        return (self.squares[0] / self.squares[1]) ** 0.5
 
 
 @torch.no_grad()
@@ -133,6 +139,7 @@ def read_share(site: Site, args: tuple, kwargs: dict, _) -> None:
 
 def fit_site(site: Site, args: tuple, kwargs: dict, _) -> None:
     values, targets = site.graft.observe(site.attention, site.layer, args, kwargs)
+    _check_finite(site, targets)
     site.fit.add(values, targets, site.graft.grid(site.layer, args, kwargs))
 
 
@@ -143,8 +150,17 @@ def compare_site(site: Site, args: tuple, kwargs: dict, output) -> None:
     ours, theirs = (
         site.graft.approximated(site.layer, each).double() for each in (site.layer(*args, **kwargs), output)
     )
+    _check_finite(site, theirs)
     site.squares[0] += (ours - theirs).square().sum().item()
     site.squares[1] += theirs.square().sum().item()
+
+
+def _check_finite(site: Site, output: torch.Tensor) -> None:
+    if not output.isfinite().all():
+        raise InputError(
+            f"{site.name} gives NaN or infinity on the calibration inputs; look at calib, and calibrate an fp16 model "
+            "in bf16 or fp32"
+        )
 
 
 def ranked(
@@ -171,7 +187,8 @@ def ranked(
         )
     if not taken or (speedup is not None and whole < speedup * left):
         best = min(sites, key=lambda site: site.error)
-        remedy = "raise max_error" if speedup is None else "lower speedup"
+        given = {"raise max_error": max_error, "lower speedup": speedup}
+        remedy = " or ".join(each for each, value in given.items() if value is not None)
         within = "" if max_error is None else f" with an error of at most {max_error:g}"
         wanted = "no layer saves time" if speedup is None else f"all that save time do not give {speedup:g}x"
         raise InputError(
@@ -194,13 +211,14 @@ def _materialised(site: Site) -> tuple[tuple, dict]:
     """Random arguments like those of the call seen in calibration, in the dtype that the model has now."""
     weight = next(site.attention.parameters())
     device = weight.device
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(value):
         if not isinstance(value, torch.Tensor):
             return value
         if not value.is_floating_point():
             return torch.zeros(value.shape, dtype=value.dtype, device=device)
-        return torch.randn(value.shape, dtype=weight.dtype, device=device)
+        return torch.randn(value.shape, dtype=weight.dtype, device=device, generator=generator)
 
     if site.reference is not None:
         site.reference.set(site.grid, device)

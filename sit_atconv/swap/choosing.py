@@ -16,7 +16,7 @@ def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequen
 
     select: "all" ("auto" too, which chooses among all later), "odd" (0-based, as in a SiT hybrid), a share in (0, 1]
         spread evenly, a regular expression found in the name, a list of names, or a callable (name, module) -> bool.
-    exclude: names or regular expressions found in them.
+    exclude: names, each that layer alone, or regular expressions found in them.
     Raises InputError for a name that is not there, an expression that does not compile or that excludes nothing, a
     share out of range, and where nothing is left.
     """
@@ -46,11 +46,14 @@ def choose(names: Mapping[str, nn.Module], select: Select, exclude: str | Sequen
     excluded = [exclude] if isinstance(exclude, str) else exclude
     if not isinstance(excluded, Sequence | set) or not all(isinstance(each, str) for each in excluded):
         raise InputError(f"exclude={exclude!r}: give names or regular expressions")
-    patterns = [_compiled("exclude", each) for each in excluded]
-    for pattern in patterns:
-        if not any(pattern.search(name) for name in everything):
-            check_choice("exclude", pattern.pattern, everything)
-    left = [name for name in chosen if not any(pattern.search(name) for pattern in patterns)]
+    kept = set()
+    for each in excluded:
+        pattern = _compiled("exclude", each)
+        found = [each] if each in names else [name for name in everything if pattern.search(name)]
+        if not found:
+            check_choice("exclude", each, everything)
+        kept.update(found)
+    left = [name for name in chosen if name not in kept]
     if not left:
         some = ", ".join(everything[:3]) + (f", ... ({len(everything)} in all)" if len(everything) > 3 else "")
         raise InputError(f"select={select!r}, exclude={exclude!r} leave nothing to swap; to be had are {some}")

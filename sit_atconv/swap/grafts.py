@@ -93,6 +93,8 @@ def linear_refusal(attention: nn.Module, *names: str) -> str | None:
             )
         if type(linear.weight) is not nn.Parameter:
             return f"has {name} with weights of type {type(linear.weight).__name__}; swap before sharding or quantising"
+        if linear.weight.dtype.itemsize < 2:
+            return f"has {name} with weights in {linear.weight.dtype}; swap before casting layerwise"
     return None
 
 

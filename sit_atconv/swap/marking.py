@@ -23,6 +23,18 @@ def check_nothing(model: nn.Module, config: dict) -> None:
     """For a model that takes layers of any setting."""
 
 
+def check_thin(model: nn.Module, config: dict) -> None:
+    """Raises InputError for a class that derives from a model of diffusers, and has no ATConv subclass of its own."""
+    record = getattr(model, "_swap_record", None)
+    cls = type(model) if record is None else record.model_class
+    if cls not in THIN:
+        known = next((each.__name__ for each in cls.__mro__ if each in THIN), "a model of diffusers")
+        raise InputError(
+            f"{cls.__name__} derives from {known}, and no class of ATConv would load what it adds; swap the "
+            f"{known}, or register an adapter for {cls.__name__} (sit_atconv.swap.register_adapter)"
+        )
+
+
 def mark_nothing(model: nn.Module) -> None:
     """For a model whose class and configuration say nothing of its attention."""
     if not model._swap_record.config["layers"]:

@@ -81,6 +81,28 @@ class _Swapped:
                 )
         return (model, info) if wanted else model
 
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers' own, for the text's part of joint layers too."""
+        super().set_attention_backend(backend)
+        self._tell_backend(AttentionBackendName(backend.lower()))
+
+    def reset_attention_backend(self) -> None:
+        """As diffusers' own, for the text's part of joint layers too."""
+        super().reset_attention_backend()
+        self._tell_backend(None)
+
+    def _tell_backend(self, backend: AttentionBackendName | None) -> None:
+        for name in self.config["atconv"]["layers"]:
+            if hasattr(layer := self.get_submodule(name), "backend"):
+                layer.backend = backend
+
+    def enable_parallelism(self, *args, **kwargs):
+        raise InputError(f"{type(self).__name__} has no context or tensor parallelism: swapped layers need all tokens")
+
+
+class _TakesLoRA:
+    """For the subclasses of models that load LoRAs themselves."""
+
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix="transformer", metadata=None, **kwargs):
         """As diffusers' own, for a LoRA of the unswapped model: says which maps are no more, and leaves them out."""
         where = (
@@ -121,24 +143,6 @@ class _Swapped:
                 return None
         return re.split(r"\.(?:lora|lokr)_", name)[0]
 
-    def set_attention_backend(self, backend: str) -> None:
-        """As diffusers' own, for the text's part of joint layers too."""
-        super().set_attention_backend(backend)
-        self._tell_backend(AttentionBackendName(backend.lower()))
-
-    def reset_attention_backend(self) -> None:
-        """As diffusers' own, for the text's part of joint layers too."""
-        super().reset_attention_backend()
-        self._tell_backend(None)
-
-    def _tell_backend(self, backend: AttentionBackendName | None) -> None:
-        for name in self.config["atconv"]["layers"]:
-            if hasattr(layer := self.get_submodule(name), "backend"):
-                layer.backend = backend
-
-    def enable_parallelism(self, *args, **kwargs):
-        raise InputError(f"{type(self).__name__} has no context or tensor parallelism: swapped layers need all tokens")
-
 
 class ATConvDiTTransformer2DModel(_Swapped, DiTTransformer2DModel):
     """DiT with ATConv; takes latents that are not square too, which the original unpatchifies as squares."""
@@ -172,13 +176,13 @@ class ATConvPixArtTransformer2DModel(_Swapped, PixArtTransformer2DModel):
     """PixArt with ATConv in place of the self-attention."""
 
 
-class ATConvSD3Transformer2DModel(_Swapped, SD3Transformer2DModel):
+class ATConvSD3Transformer2DModel(_TakesLoRA, _Swapped, SD3Transformer2DModel):
     """SD3 with ATConv in place of the second attention of its dual blocks, or of all image queries ("split")."""
 
 
-class ATConvFluxTransformer2DModel(_Swapped, FluxTransformer2DModel):
+class ATConvFluxTransformer2DModel(_TakesLoRA, _Swapped, FluxTransformer2DModel):
     """Flux with ATConv for its image queries."""
 
 
-class ATConvUNet2DConditionModel(_Swapped, UNet2DConditionModel):
+class ATConvUNet2DConditionModel(_TakesLoRA, _Swapped, UNet2DConditionModel):
     """Stable Diffusion's U-Net with ATConv in place of the self-attention of its transformers."""

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable
 
 import torch
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
@@ -18,20 +19,24 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
     inputs: one a step, each a dict of keyword arguments or a tuple of arguments of the model, gone through again where
     there are fewer than steps; None: synthetic ones, new for every step. They should cover the times of the diffusion
     evenly. The rest of the model is not trained; of layers with an adapter on them, what the adapter left trainable.
-    AdamW at `lr`, falling to 0 by a cosine: 1e-3 is for widths of hundreds of channels up, tens take 1e-2.
-    Raises InputError for a swap that was reverted, inputs that are none, frozen layers, and where the model has no
-    synthetic inputs.
+    AdamW at `lr`, falling to 0 by a cosine: 1e-3 is for widths of hundreds of channels up, tens take 1e-2. Layers in
+    half precision are trained in fp32 and then rounded.
+    Raises InputError for a swap that was reverted, inputs that are none, frozen layers, an offloaded model, and where
+    the model has no synthetic inputs; and for an error that is not finite, with the weights of the step before it.
     """
     if not swap.active:
         raise InputError("this swap was reverted, or was a dry run; swap first")
     if steps < 1 or not lr > 0:
         raise InputError(f"steps={steps}, lr={lr}: both must be greater than 0")
-    source = itertools.cycle(checked_inputs("inputs", inputs)) if inputs is not None else _synthetic(swap)
+    source = itertools.cycle(checked_inputs("inputs", inputs, steps)) if inputs is not None else _synthetic(swap)
     swap.follow()
     model, layers, attentions = swap.model, swap.layers, swap.attentions
     parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("the swapped layers are frozen: for layer in swap.layers.values(): layer.requires_grad_()")
+    halves = {p: p.dtype for layer in layers.values() for p in layer.parameters() if p.dtype.itemsize < 4}
+    for parameter in halves:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = []
@@ -46,6 +51,12 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
                 _put(model, layers)
                 with torch.enable_grad():
                     loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
+                if not loss.isfinite():
+                    raise InputError(
+                        f"the error is {loss.item()} in step {len(history) + 1} of the regression: the model's "
+                        "attentions or the inputs are not finite, or lr is too large; the layers are as the step "
+                        "before left them"
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -56,6 +67,8 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         for module, mode in training.items():
             module.training = mode
         optimizer.zero_grad()
+        for parameter, dtype in halves.items():
+            parameter.data = parameter.data.to(dtype)
     return history
 
 
@@ -69,7 +82,13 @@ def _put(model, modules: dict) -> None:
         model.set_submodule(name, module)
 
 
+def _at_least_fp32(value):
+    half = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+    return value.float() if half else value
+
+
 def _error(site: Site, args: tuple, kwargs: dict, output) -> torch.Tensor:
     """Squared error of a layer relative to the attention's output, where ATConv has a part in it."""
+    args, kwargs = tree_map(_at_least_fp32, (args, kwargs))
     ours, theirs = (site.graft.approximated(site.layer, each) for each in (site.layer(*args, **kwargs), output))
     return (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum().clamp_min(1e-12)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -65,7 +66,8 @@ class AttentionSwap:
         """Parameters, MACs, latency and calibration error of every layer, before and after.
 
         MACs and latency are measured now (`measure`), on random inputs of the shapes seen in calibration; before and
-        after alternate, and the median of rounds counts. Left out where there was no calibration.
+        after alternate, and the median of rounds counts. Left out where there was no calibration. Raises InputError
+        where the model is offloaded.
         """
         self.follow()
         rows = []
@@ -78,14 +80,25 @@ class AttentionSwap:
         return SwapReport(rows)
 
     def follow(self) -> None:
-        """Move and cast the attentions, which the model does not hold, to where it went; layers too, of a dry run."""
+        """Move and cast the attentions, which the model does not hold, to where it went; of a dry run the layers.
+
+        Raises InputError where the layers have no data, and an attention that followed them would lose its own.
+        """
         for site in self.sites:
-            weight = next((site.layer if self.active else self.model).parameters())
-            for module in (site.attention, site.layer):
-                module.to(weight.device, weight.dtype)
+            inside, outside = (site.layer, site.attention) if self.active else (self.model, site.layer)
+            weight = next(inside.parameters())
+            if weight.is_meta:
+                raise InputError(
+                    f"{site.name} has no data here (offloaded, or a meta tensor); end the offloading first "
+                    "(accelerate.hooks.remove_hook_from_submodules, or a pipeline's remove_all_hooks)"
+                )
+            outside.to(weight.device, weight.dtype)
 
     def revert(self) -> None:
-        """Put the attentions back, where the layers are now (device and dtype). Raises InputError if that was done."""
+        """Put the attentions back, where the layers are now (device and dtype).
+
+        Raises InputError if that was done, or where the model is offloaded.
+        """
         if not self.active:
             raise InputError("there is nothing to revert: this swap was reverted already, or was a dry run")
         self.follow()
@@ -121,8 +134,9 @@ def swap_attention(
 
     select: "all"; "odd" (every second); a share in (0, 1]; a regular expression found in the name of an attention; a
         list of names; a callable (name, module) -> bool; or "auto": layers ranked by calibration error per millisecond
-        saved, taken until the model is `speedup` times as fast or the next one's error exceeds `max_error` (0.2 if
-        neither is given). exclude: names or regular expressions, which keep their attention.
+        saved, those with an error of at most `max_error` (0.2 if neither is given) taken until the model is `speedup`
+        times as fast, if that is given. exclude: names, or regular expressions found in them; these keep their
+        attention.
     init: "closed_form" (value and output maps of the attention, kernels fitted to what it did on `calib`), "copy_vo"
         (the maps, and box kernels) or "random".
     calib: calibration inputs, each a dict of keyword arguments or a tuple of arguments of the model; None: four random
@@ -135,7 +149,7 @@ def swap_attention(
     writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
     layers can be trained, those of a frozen model too.
     Raises InputError, the model untouched, for a class without adapter, nothing to swap, an attention that ATConv does
-    not stand for, adapters or parallelism on it, or an unknown option.
+    not stand for, adapters, offloading or parallelism on it, calibration that is not finite, or an unknown option.
     """
     check_choice("init", init, INITS)
     check_choice("joint", joint, JOINTS)
@@ -292,14 +306,20 @@ def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> li
 
 
 def teacher_of(model: nn.Module) -> dict:
-    """What identifies an unswapped model: class, name or path, revision, and a fingerprint of its weights."""
+    """What identifies an unswapped model: class, name or path, the revision if these tell it, and a fingerprint."""
     config = getattr(model, "config", None) or getattr(model, "pretrained_cfg", None) or {}
     return {
         "class": type(model).__name__,
         "name": str(config.get("_name_or_path") or config.get("hf_hub_id") or "") or None,
-        "revision": config.get("_commit_hash") or getattr(model, "_commit_hash", None),
+        "revision": _revision(str(config.get("_name_or_path") or config.get("hf_hub_id") or "")),
         "fingerprint": fingerprint(model.state_dict()),
     }
+
+
+def _revision(name: str) -> str | None:
+    """The commit that a folder of the hub's cache is of, as a pipeline loads its models, or of timm's NAME@REVISION."""
+    found = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?:[\\/]|$)", name) or re.search(r"^[^@]+@([^@]+)$", name)
+    return found and found[1]
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
@@ -341,6 +361,9 @@ def _check_unsharded(model: nn.Module) -> None:
         raise InputError("the model is compiled, or blocks of it; swap first and compile after")
     if getattr(model, "_parallel_config", None) is not None:
         raise InputError("the model runs under context or tensor parallelism, which swapped layers do not; swap before")
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise InputError(f"{name or 'the model'} is offloaded or dispatched by hooks; swap first and offload after")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"{name} has no data here (offloaded, or a meta tensor); swap first and offload after")
@@ -411,11 +434,11 @@ def _sweep(model: nn.Module) -> None:
                 hook.remove_from(module)
 
 
-def checked_inputs(what: str, inputs: Iterable) -> list:
-    """The inputs of a model as a list. Raises InputError for what is no list of calls."""
+def checked_inputs(what: str, inputs: Iterable, most: int | None = None) -> list:
+    """The first inputs of a model, at `most` so many, as a list. Raises InputError for what is no list of calls."""
     if isinstance(inputs, dict | str | torch.Tensor) or not isinstance(inputs, Iterable):
         raise InputError(f"{what}: give a list of inputs, each a dict of keyword arguments or a tuple of arguments")
-    found = list(inputs)
+    found = list(itertools.islice(inputs, most))
     if not found:
         raise InputError(f"{what} is empty; give at least one input, or leave it out for synthetic ones")
     for index, each in enumerate(found):

@@ -105,7 +105,9 @@ def build_alignment(recipe: Recipe, model: SiTTransformer2DModel) -> tuple[nn.Mo
 
 
 def _start(distillation: nn.Module, recipe: Recipe, samples: TrainingSamples, codec) -> None:
-    """Warm-start the student on the first training samples, the same in every process."""
+    """Warm-start the student on the first training samples, the same in every process; not one of a control."""
+    if recipe.distill.control:
+        return
     path, size = PATHS[recipe.flow.path](), recipe.train.batch_size
     inputs = []
     for first in range(0, recipe.distill.calib, size):
@@ -115,7 +117,7 @@ def _start(distillation: nn.Module, recipe: Recipe, samples: TrainingSamples, co
         latents = codec.encode(batch["image"], batch.get("posterior"))
         inputs.append((path.interpolate(latents, batch["noise"], batch["t"]), batch["t"], batch["label"]))
     errors = distillation.start(inputs)
-    if errors and speaks():
+    if speaks():
         mean = sum(errors.values()) / len(errors)
         tqdm.write(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}", file=sys.stderr)
 

@@ -51,6 +51,14 @@ def test_what_is_excluded(exclude, expected):
     assert chosen("all", exclude) == expected
 
 
+def test_a_name_excludes_its_layer_alone():
+    names = ["blocks.0.attn", "single_blocks.0.attn", "blocks.0.attn2", "blocks.1.attn"]
+    found = dict.fromkeys(names, torch.nn.Identity())
+    assert choose(found, "all", "blocks.0.attn") == names[1:]
+    assert choose(found, "all", ["blocks.0.attn", "1.attn$"]) == names[1:3]
+    assert choose(found, "all", r"blocks\.0\.attn") == ["blocks.1.attn"]
+
+
 @pytest.mark.parametrize(
     ("select", "exclude", "says"),
     [

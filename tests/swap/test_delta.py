@@ -204,18 +204,19 @@ def refused(tiny, model, path, says):
 
 
 def test_a_delta_for_another_revision(tiny, tmp_path):
-    model = tiny.model("dit")
-    model.register_to_config(_name_or_path="them/DiT", _commit_hash="0123abcd")
+    folder = tmp_path / "models--them--DiT/snapshots" / ("0123abcd" * 5) / "transformer"
+    tiny.model("dit").save_pretrained(folder)
+    model = type(tiny.model("dit")).from_pretrained(folder, use_safetensors=True)
     swap_attention(model, "all")
     save_delta(model, tmp_path / "delta")
     other = tiny.model("dit", seed=1)
-    other.register_to_config(_name_or_path="us/DiT", _commit_hash="4567cdef")
+    other.register_to_config(_name_or_path="us/DiT")
     refused(
         tiny,
         other,
         tmp_path / "delta",
-        r"delta' is for DiTTransformer2DModel them/DiT \(revision 0123abcd, weights [0-9a-f]{12}\), and this model is "
-        r"DiTTransformer2DModel us/DiT \(revision 4567cdef, weights [0-9a-f]{12}\): load it onto the weights that it",
+        rf"delta' is for DiTTransformer2DModel {folder} \(revision (0123abcd){{5}}, weights [0-9a-f]{{12}}\), and this "
+        r"model is DiTTransformer2DModel us/DiT \(revision unknown, weights [0-9a-f]{12}\): load it onto the weights",
     )
     changed = tiny.model("dit")  # one value of an attention that the layers take the place of
     changed.transformer_blocks[2].attn1.to_q.weight.data[0, 0] += 1

@@ -83,8 +83,79 @@ def test_a_model_without_its_weights(tiny, init):
         swap_attention(model, "all", init=init)
     model = tiny.model("dit")
     accelerate.cpu_offload(model, torch.device("cpu"))
-    with pytest.raises(InputError, match=r"has no data here .*; swap first and offload after"):
+    with pytest.raises(InputError, match="is offloaded or dispatched by hooks; swap first and offload after"):
         swap_attention(model, "all", init=init)
+    model, _ = accelerate.cpu_offload_with_hook(tiny.model("dit"), torch.device("cpu"))
+    refused(tiny, model, "the model is offloaded or dispatched by hooks; swap first", init=init)
+
+
+@pytest.mark.parametrize("what", ["report", "regress", "revert"])
+def test_a_swapped_model_that_was_offloaded_keeps_its_attentions(tiny, what):
+    model, plain = tiny.model("dit"), tiny.snapshot(tiny.model("dit"))
+    swap = swap_attention(model, "all", init="copy_vo")
+    swapped = tiny.run(model, "dit")
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    call = {"report": swap.report, "regress": lambda: regress(swap, steps=1), "revert": swap.revert}[what]
+    with pytest.raises(InputError, match=r"has no data here .*; end the offloading first"):
+        call()
+    assert torch.equal(tiny.run(model, "dit"), swapped)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    swap.report()
+    swap.revert()
+    assert all(torch.equal(tensor, plain["state"][name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["dit", "pixart", "unet"])
+def test_a_class_that_derives_from_a_known_one(tiny, kind):
+    model = tiny.model(kind)
+    known = type(model)
+    model.__class__ = type("Mine", (known,), {})
+    refused(tiny, model, f"Mine derives from {known.__name__}, .*; swap the {known.__name__}, or register an adapter")
+    refused(tiny, model, "Mine derives from", dry_run=True)
+
+
+@pytest.mark.parametrize("init", ["closed_form", "copy_vo"])
+def test_calibration_that_is_not_finite(tiny, init):
+    inputs = tiny.inputs("dit")
+    inputs["hidden_states"][0, 0, 0, 0] = float("nan")
+    refused(tiny, tiny.model("dit"), "transformer_blocks.0.attn1 gives NaN or infinity", init=init, calib=[inputs])
+
+
+def test_an_attention_that_gives_zeros_is_met_exactly(tiny, monkeypatch):
+    model = tiny.model("dit")
+    for parameter in model.transformer_blocks[1].attn1.to_out[0].parameters():
+        nn.init.zeros_(parameter)
+    monkeypatch.setattr(calibration, "_milliseconds", lambda functions, rounds=5: [2.0, 1.0][: len(functions)])
+    swap = swap_attention(model, "auto", max_error=1e-6)
+    assert list(swap.layers) == ["transformer_blocks.1.attn1"]
+    assert swap.sites[0].error == 0.0
+
+
+def test_a_model_that_does_not_tell_its_size(tiny):
+    model = tiny.model("unet")
+    model.register_to_config(sample_size=None)
+    refused(tiny, model, "UNet2DConditionModel has no synthetic inputs; give calib=")
+    assert swap_attention(model, "all", init="copy_vo").layers
+
+
+def test_weights_in_eight_bits(tiny):
+    model = tiny.model("dit")
+    model.transformer_blocks[1].attn1.to_v.to(torch.float8_e4m3fn)
+    refused(tiny, model, r"attn1 has to_v with weights in torch\.float8_e4m3fn; swap before casting layerwise")
+
+
+def test_a_report_changes_nothing(tiny):
+    model = tiny.model("dit").bfloat16()
+    swap = swap_attention(model, "all", init="copy_vo")
+    layer = next(iter(swap.layers.values()))
+    layer.to_v.weight.data = layer.to_v.weight.data.float()  # as an adapter in fp32 has it, or a cast of some weights
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    swap.report(measure=False)
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == before
+    swap = swap_attention(tiny.model("dit"), "all", init="copy_vo")
+    draws = torch.get_rng_state()
+    swap.report()
+    assert torch.equal(torch.get_rng_state(), draws)
 
 
 def test_layers_that_save_no_time(tiny, monkeypatch):

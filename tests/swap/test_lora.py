@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from sit_atconv.swap import regress, swap_attention
+import sit_atconv
+from sit_atconv.swap import models, regress, swap_attention
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 GONE = ("to_q", "to_k")
@@ -137,3 +138,10 @@ def test_regression_trains_the_lora_of_a_layer_and_not_what_it_froze(tiny):
     assert losses[-1] < losses[0]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {f"{name}.lora_{part}.default.weight" for name in targets[:2] for part in "AB"}
+
+
+def test_only_models_that_load_loras_have_the_method():
+    for name in models.__all__:
+        cls = getattr(sit_atconv, name)
+        base = next(each for each in cls.__bases__ if issubclass(each, torch.nn.Module))
+        assert hasattr(cls, "load_lora_adapter") == hasattr(base, "load_lora_adapter"), name

@@ -208,6 +208,13 @@ def test_the_student_is_a_sit_like_any_other(recipe):
     assert len(manifest["teacher"]["fingerprint"]) == 64
 
 
+def test_the_first_stage_has_a_rate_of_its_own(recipe):
+    last = run_recipe(recipe, "distill.blockwise_lr=0.003", "train.lr=0.001", "train.lr_schedule=constant")
+    rates = [row["lr"] for row in log_rows(last.parent)]
+    assert rates[:3] == [0.003] * 3
+    assert set(rates[3:]) == {0.001}
+
+
 def test_the_control_has_fresh_attention(recipe):
     _, teacher, student, _ = parts(recipe, control=True, init="random", select="odd")
     fresh, old = student.blocks[1].attn, teacher.blocks[1].attn
@@ -236,6 +243,8 @@ def test_the_closed_form_starts_nearer_than_a_random_one(recipe):
         ("distill.shares=[0.5]", "the last must be 1"),
         ("distill.init=warm", "distill.init='warm'"),
         ("distill.control=true", "starts at random"),
+        (("distill.control=true", "distill.init=random", "distill.pool=grid"), "do nothing with distill.control"),
+        (("distill.control=true", "distill.init=random", "distill.kernel_size=5"), "do nothing with distill.control"),
         ("distill.blockwise_steps=8", "must be less than train.max_steps"),
         ("distill.share_steps=5", "all layers would take part from step 8 on"),
         ("distill.select=null", "distill.select=None"),
@@ -247,7 +256,8 @@ def test_the_closed_form_starts_nearer_than_a_random_one(recipe):
     ],
 )
 def test_what_cannot_be_distilled_is_one_line(recipe, fails, override, said):
-    assert said in fails(distill_swap.main, recipe, override)
+    overrides = (override,) if isinstance(override, str) else override
+    assert said in fails(distill_swap.main, recipe, *overrides)
     assert not (recipe.parent / "run").exists()
 
 

@@ -1,0 +1,81 @@
+"""Blockwise regression: its loss against the calibration's, its schedule, half precision, and how it ends badly."""
+
+import itertools
+import math
+
+import pytest
+import timm
+import torch
+
+from sit_atconv.errors import InputError
+from sit_atconv.swap import regress, swap_attention
+
+
+def squared_errors(swap) -> float:
+    return sum(site.error**2 for site in swap.sites) / len(swap.sites)
+
+
+def test_its_first_loss_is_the_mean_squared_error_of_calibration(tiny):
+    swap = swap_attention(tiny.model("dit"), "all", init="copy_vo", calib=[tiny.inputs("dit")])
+    assert regress(swap, [tiny.inputs("dit")], steps=1) == [pytest.approx(squared_errors(swap), rel=1e-5)]
+
+
+def test_its_loss_is_of_the_tokens_that_are_approximated():
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "reg_tokens": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **shape).eval()
+    inputs = [(torch.randn(2, 3, 16, 16),)]
+    swap = swap_attention(model, "all", init="copy_vo", calib=inputs)
+    assert regress(swap, inputs, steps=1) == [pytest.approx(squared_errors(swap), rel=1e-5)]
+
+
+def test_its_learning_rate_falls_by_a_cosine(tiny, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def recording(self, *args, **kwargs):
+        rates.extend(group["lr"] for group in self.param_groups)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    regress(swap_attention(tiny.model("dit"), "all", init="copy_vo"), [tiny.inputs("dit")], steps=4, lr=0.1)
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * index / 4)) for index in range(4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_in_half_precision_are_trained_in_fp32(tiny, dtype):
+    inputs, histories = tiny.inputs("dit"), {}
+    half = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    for kind, given in ((dtype, half), (torch.float32, inputs)):
+        model = tiny.model("dit").to(dtype).to(kind)
+        swap = swap_attention(model, "all", init="copy_vo", calib=[given])
+        histories[kind] = torch.tensor(regress(swap, [given], steps=30, lr=1e-2))
+        assert {parameter.dtype for parameter in model.parameters()} == {kind}
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    torch.testing.assert_close(histories[dtype], histories[torch.float32], rtol=0.05, atol=0)
+    assert histories[dtype][-1] < 0.7 * histories[dtype][0]
+
+
+def test_it_takes_no_more_inputs_than_steps(tiny):
+    taken = []
+
+    def endless():
+        for seed in itertools.count():
+            taken.append(seed)
+            yield tiny.inputs("dit", seed=seed)
+
+    swap = swap_attention(tiny.model("dit"), "all", init="copy_vo")
+    assert len(regress(swap, endless(), steps=3)) == len(taken) == 3
+
+
+def test_an_error_that_is_not_finite_leaves_the_weights_of_the_step_before(tiny):
+    model, good = tiny.model("dit").half(), tiny.inputs("dit", dtype=torch.float16)
+    swap = swap_attention(model, "all", init="copy_vo", calib=[good])
+    bad = {**good, "hidden_states": good["hidden_states"] * float("nan")}
+    with pytest.raises(InputError, match="the error is nan in step 3 of the regression"):
+        regress(swap, [good, good, bad], steps=3, lr=1e-2)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    swap.revert()
+    tiny.assert_as(tiny.snapshot(tiny.model("dit").half()) | {
+        what: tiny.snapshot(model)[what] for what in ("modules", "hooks", "attributes")
+    }, model)  # fmt: skip
