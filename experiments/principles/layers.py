@@ -1,5 +1,6 @@
 """The layers that mix positions, and what they do while a model runs."""
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,8 +52,27 @@ def find_layers(model: nn.Module) -> dict[str, str]:
     """Name -> kind of all layers that are measured, in the model's order. Raises InputError where there is none."""
     found = {name: kind for name, layer in model.named_modules() if (kind := kind_of(layer))}
     if not found:
-        raise InputError(f"{type(model).__name__} has no ATConv, depthwise convolution or attention to be measured")
+        other = unmeasured(model)
+        has = f"; its {other[0]} is a {type(model.get_submodule(other[0])).__name__}" if other else ""
+        raise InputError(
+            f"{type(model).__name__} has no ATConv, depthwise convolution or attention of this library's or timm's "
+            f"Attention class to be measured{has}"
+        )
     return found
+
+
+def unmeasured(model: nn.Module) -> list[str]:
+    """Names of what calls itself attention, holds nothing that is measured, and is not part of what is."""
+    measured = [name for name, layer in model.named_modules() if kind_of(layer)]
+    attentions = [
+        name for name, layer in model.named_modules() if re.search("attention|attn", type(layer).__name__, re.I)
+    ]
+    return [
+        name
+        for name in attentions
+        if not any(f"{each}.".startswith(f"{name}.") or f"{name}.".startswith(f"{each}.") for each in measured)
+        and not any(other.startswith(f"{name}.") for other in attentions)
+    ]
 
 
 def factors(layer: KernelGenerator, channels: int) -> torch.Tensor:

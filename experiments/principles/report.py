@@ -1,5 +1,6 @@
 """All measures of a target's layers, and the table of them."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from experiments.principles import measures
-from experiments.principles.layers import Seen, factors, find_layers, recording
+from experiments.principles.layers import Seen, factors, find_layers, recording, unmeasured
 from experiments.principles.targets import Target
 from sit_atconv.layers.atconv import KernelGenerator
 
@@ -28,7 +29,13 @@ def measure(target: Target, times: int, batch: int, device: torch.device) -> dic
     Raises InputError for a model with nothing to measure.
     """
     target.model.to(device).requires_grad_(False)
-    names = find_layers(target.model)
+    names, passed_over = find_layers(target.model), unmeasured(target.model)
+    if passed_over:
+        some = ", ".join(passed_over[:3]) + (", ..." if len(passed_over) > 3 else "")
+        warnings.warn(
+            f"{target.name}: {len(passed_over)} layers mix positions and are of no kind measured here: {some}",
+            stacklevel=2,
+        )
     grid = time_grid(times) if target.has_times else [None]
     bar = tqdm(total=len(grid) * 2, desc=target.name, unit="pass", delay=1)
     observed = _observe(target, names, grid, batch, device, bar)
@@ -42,7 +49,7 @@ def measure(target: Target, times: int, batch: int, device: torch.device) -> dic
     return {
         "target": target.name, **target.facts, "input": list(target.images.shape[1:]), "num": len(target.images),
         "times": grid if target.has_times else None, "field_samples": min(FIELD_SAMPLES, len(target.images)),
-        "layers": layers,
+        "layers": layers, "unmeasured": passed_over,
     }  # fmt: skip
 
 
@@ -115,7 +122,6 @@ def _fields(
     """The receptive field of every layer, from the model's input to it, a mean over samples and times."""
     number = min(FIELD_SAMPLES, len(target.images))
     fields: dict[str, list[torch.Tensor]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
     for t in grid:
         for part in _parts(number, batch):
             inputs = target.inputs(part, t, device).requires_grad_()
@@ -123,19 +129,18 @@ def _fields(
                 target.run(inputs, part, t)
             for name, each in seen.items():
                 fields.setdefault(name, []).append(measures.receptive_field(each.mixed, inputs).cpu())
-                sizes[name] = tuple(each.mixed.shape[2:])
         bar.update()
-    return {name: describe_field(measures.mean_field(torch.cat(each)), sizes[name]) for name, each in fields.items()}
+    return {name: describe_field(measures.mean_field(torch.cat(each))) for name, each in fields.items()}
 
 
-def describe_field(field: torch.Tensor, output: tuple[int, int]) -> dict:
-    """Radii of a receptive field (H, W) of the centre of a feature map of size `output`, and the field, shrunk.
+def describe_field(field: torch.Tensor) -> dict:
+    """Radii of a receptive field (H, W) about its centroid, and the field, shrunk.
 
     radius_50 and radius_90 in pixels of the input; share_...: over half of the input's longer side. map: its sides at
     most MAP_SIDE, its sum 1.
     """
     size = tuple(field.shape)
-    centre = measures.centre_of(size, output)
+    centre = measures.centroid(field)
     found = {f"radius_{share:.0%}"[:-1]: measures.radius(field, centre, share) for share in SHARES}
     half = max(size) / 2
     shares = {key.replace("radius", "share"): None if each is None else each / half for key, each in found.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import run_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -16,13 +17,14 @@ from torch import nn
 
 from experiments.principles import measures, plots
 from experiments.principles.__main__ import main
-from experiments.principles.layers import attention_kernels, factors, find_layers, recording
+from experiments.principles.layers import attention_kernels, factors, find_layers, recording, unmeasured
 from experiments.principles.report import describe_field, measure, table
 from experiments.principles.targets import load, show
 from sit_atconv import SiTTransformer2DModel, checkpoint, draws, swap_attention
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
 from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import VaeCodec
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
@@ -178,10 +180,13 @@ def test_receptive_field_of_one_convolution_is_the_square_of_its_weights():
     expected = torch.zeros(8, 9, dtype=torch.float64)
     expected[3:6, 3:6] = weights.square()  # a cross-correlation reads with its weights as they lie
     assert torch.equal(fields, expected.expand(2, -1, -1))
-    found = describe_field(measures.mean_field(fields), (8, 9))
-    assert found["centre"] == [4, 4]
-    assert (found["radius_50"], found["radius_90"]) == (1, 1)  # 4 of 14 at the centre, 9 above it
-    assert found["share_90"] == pytest.approx(1 / 4.5)
+    found = describe_field(measures.mean_field(fields))
+    # 9 of 14 at (3, 4), 4 at (4, 4), 1 at (5, 3).
+    centre = 48 / 14, 55 / 14
+    assert found["centre"] == pytest.approx(centre)
+    assert found["radius_50"] == pytest.approx(math.dist(centre, (3, 4)))
+    assert found["radius_90"] == pytest.approx(math.dist(centre, (4, 4)))
+    assert found["share_90"] == pytest.approx(math.dist(centre, (4, 4)) / 4.5)
     assert measures.radius(expected, (4, 4), 4 / 14) == 0
     assert measures.radius(expected, (4, 4), 0.95) == pytest.approx(math.sqrt(2))
     assert np.allclose(found["map"], expected / 14, atol=1e-4)
@@ -192,9 +197,68 @@ def test_fields_count_alike_and_the_centre_of_a_shrunk_map_is_in_the_middle_of_i
     one[0, 0], other[3, 3] = 100, 1
     field = measures.mean_field(torch.stack([one, other, torch.zeros(4, 4)]))
     assert (field[0, 0], field[3, 3], field.sum()) == (0.5, 0.5, 1)
-    assert measures.centre_of((8, 8), (4, 2)) == (4.5, 5.5)
-    assert describe_field(torch.zeros(4, 4), (4, 4))["radius_50"] is None
-    assert describe_field(torch.ones(2, 120), (2, 120))["size"] == [2, 120]
+    assert measures.centroid(field) == (1.5, 1.5)
+    assert describe_field(torch.zeros(4, 4))["radius_50"] is None
+    assert describe_field(torch.zeros(4, 3))["centre"] == [1.5, 1.0]
+    assert describe_field(torch.ones(2, 120))["size"] == [2, 120]
+
+
+def test_a_strided_padded_network_has_the_radius_of_its_field_and_not_of_a_cell():
+    """Two 3 x 3 convolutions of stride 2 and padding 1: position i looks about pixel 4 i, and not 4 i + 1.5."""
+    layers = nn.Sequential(*(nn.Conv2d(1, 1, 3, 2, padding=1, bias=False) for _ in range(2)))
+    for layer in layers:
+        nn.init.ones_(layer.weight)
+    x = randn(1, 1, 32, 24).requires_grad_()
+    found = describe_field(measures.mean_field(measures.receptive_field(layers(x), x)))
+    assert found["centre"] == pytest.approx([16, 12])
+    assert found["radius_90"] <= math.hypot(3, 3)
+
+
+def test_a_depthwise_convolution_is_measured_by_its_weights_and_its_output():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, (3, 1), padding=(1, 0), groups=6), nn.Conv2d(6, 2, 1))
+    x = randn(2, 3, 5, 4)
+    with torch.no_grad(), recording(model, find_layers(model), None) as seen:
+        model(x)
+    assert set(seen) == {"1"}
+    weights = torch.stack([model[1].weight[channel, 0, :, 0] for channel in range(6)], 1)
+    assert torch.equal(seen["1"].kernels, weights.expand(2, 3, 6))
+    assert torch.equal(seen["1"].mixed, model[:2](x))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("attnet_xxs", "ATConv"), ("convnext_atto", "depthwise")])
+def test_an_attnet_and_a_convnext_are_measured_alike(name, kind, recwarn):
+    target = load(name)
+    target.images = randn(3, 3, 64, 64)
+    layers = measure(target, 1, 2, CPU)["layers"]
+    assert not [each for each in recwarn.list if "of no kind" in str(each.message)]
+    first = next(each for each in layers if each["kind"] == kind)
+    module, given = target.model.get_submodule(first["name"]), []
+    if kind == "ATConv":
+        module.proj.register_forward_pre_hook(lambda _, args: given.append(args[0].flatten(0, -2)))
+    else:
+        module.register_forward_hook(lambda *args: given.append(args[2].permute(0, 2, 3, 1).flatten(0, 2)))
+    with torch.no_grad():
+        target.model(target.images)
+    unit = F.normalize(given[0].double(), dim=0).numpy()  # over positions and samples
+    cosines = unit.T @ unit
+    pairs = cosines[np.triu_indices(len(cosines), 1)]
+    assert first["channel_redundancy"]["cosine"] == pytest.approx(pairs.mean(), abs=1e-4)
+    assert all((each["routing"]["over_samples"] > 0) == (kind == "ATConv") for each in layers)
+
+
+@pytest.mark.parametrize(("name", "number"), [("coatnet_0_rw_224", 14), ("swin_tiny_patch4_window7_224", 0)])
+def test_attention_that_is_not_measured_is_named(name, number):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if number:
+        assert len(unmeasured(model)) >= number / 2
+        assert all("attn" in each for each in unmeasured(model))
+        assert set(find_layers(model).values()) == {"depthwise"}
+    else:
+        with pytest.raises(InputError, match=r"attention of this library's or timm's .*attn is a WindowAttention"):
+            find_layers(model)
+    assert unmeasured(nn.ModuleDict({"attention": Attention(4, 2), "conv": nn.Conv2d(4, 4, 3, groups=4)})) == []
 
 
 def test_every_layer_that_mixes_positions_is_found_and_no_other():
