@@ -64,9 +64,7 @@ def find_layers(model: nn.Module) -> dict[str, str]:
 def unmeasured(model: nn.Module) -> list[str]:
     """Names of what calls itself attention, holds nothing that is measured, and is not part of what is."""
     measured = [name for name, layer in model.named_modules() if kind_of(layer)]
-    attentions = [
-        name for name, layer in model.named_modules() if re.search("attention|attn", type(layer).__name__, re.I)
-    ]
+    attentions = [name for name, layer in model.named_modules() if re.search("Attention|Attn", type(layer).__name__)]
     return [
         name
         for name in attentions
