@@ -244,7 +244,7 @@ def test_an_attnet_and_a_convnext_are_measured_alike(name, kind, recwarn):
     cosines = unit.T @ unit
     pairs = cosines[np.triu_indices(len(cosines), 1)]
     assert first["channel_redundancy"]["cosine"] == pytest.approx(pairs.mean(), abs=1e-4)
-    assert all((each["routing"]["over_samples"] > 0) == (kind == "ATConv") for each in layers)
+    assert all((each["routing"]["over_samples"] > 0) == (each["kind"] == "ATConv") for each in layers)
 
 
 @pytest.mark.parametrize(("name", "number"), [("coatnet_0_rw_224", 14), ("swin_tiny_patch4_window7_224", 0)])
