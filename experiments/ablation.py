@@ -12,20 +12,25 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from experiments.ablation_plot import draw
-from sit_atconv import checkpoint, draws
+from sit_atconv import checkpoint, config, draws
+from sit_atconv.classification.loop import steps_of
+from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
 from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
@@ -73,9 +78,11 @@ class System:
 
     name: str
     script: str
+    schema: type
     recipe: str
     prefix: str  # of the model's options in the recipe
     overrides: tuple[str, ...]
+    steps: Callable[[Any], int]  # of a recipe's run
     figures: dict[str, str]  # by their keys in result.json, what they are
 
     def folder(self, runs: Path, arm: Arm, seed: int) -> Path:
@@ -92,17 +99,21 @@ SYSTEMS = (
     System(
         "sit",
         "train_sit.py",
+        Recipe,
         "experiments/recipes/digits_sit_atconv.yaml",
         "model.",
         ("train.max_steps=300", "checkpoint.every=300", "preview.every=0"),
+        lambda recipe: recipe.train.max_steps,
         {"loss": "held-out flow loss"},
     ),
     System(
         "attnet",
         "train_attnet.py",
+        ClassifierRecipe,
         "experiments/recipes/digits_attnet.yaml",
         "model.options.",
         ("train.epochs=6", "eval.every_epochs=6", "checkpoint.every=1000"),
+        lambda recipe: steps_of(recipe, recipe.train.epochs, len(Digits("train"))),
         {"loss": "held-out cross-entropy", "top1": "top-1 (%)"},
     ),
 )
@@ -136,9 +147,9 @@ def classifier_figures(run: Path) -> dict[str, float]:
 def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict | None:
     """The result of a run, trained if it is not there. Raises InputError where the command fails."""
     folder, words = system.folder(runs, arm, seed), system.command(runs, arm, seed)
-    file = folder / RESULT
-    if file.exists() and (stored := json.loads(file.read_text()))["command"] == words:
-        return stored
+    file, recipe = folder / RESULT, load_recipe(words[1], words[2:], system.schema)
+    if file.exists() and checkpoint.newest_valid(folder)[1]["recipe"] == config.to_dict(recipe):
+        return json.loads(file.read_text())
     if dry_run:
         print(f"$ {shlex.join(['python', *words])}")
         return None
@@ -148,6 +159,8 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
         said = (done.stderr.strip().splitlines() or [""])[-1]
         raise InputError(f"{shlex.join(words)} ended with status {done.returncode}: {said.removeprefix('error: ')}")
     manifest = checkpoint.newest_valid(folder)[1]
+    if manifest["step"] != system.steps(recipe):
+        raise InputError(f"{shlex.join(words)} was stopped at step {manifest['step']:,}; the same command goes on")
     figures = flow_figures(folder) if system.name == "sit" else classifier_figures(folder)
     weights = {name: digest for name, digest in manifest["files"].items() if name.startswith("ema/")}
     result = {
@@ -203,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once (default: one per core)")
     parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
     args = parser.parse_args(argv)
+    check_writable(args.out / "sit.json")
     if args.processes < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise InputError(
             f"--processes {args.processes} --seeds {args.seeds}: at least one, and different ones from 0 on"

@@ -16,7 +16,7 @@ from sampling.plots import LIMIT, plot_latency
 from sampling.timing import commit, device_name, interleaved, peak_bytes
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.generation import Sampling, flow
 from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
@@ -313,6 +313,7 @@ def run(args: argparse.Namespace) -> None:
     )
     result = setting.describe() | {"rows": []}
     stem = Path(args.out)
+    check_writable(stem)
     for size in args.sizes:
         result["rows"] += measure(args.models, size, setting)
         write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1))

@@ -20,7 +20,7 @@ from sampling.speed import TOLERANCE, assert_close
 from sampling.timing import commit, device_name, interleaved
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
 from sit_atconv.models.cost import count_forward_macs
 
@@ -275,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
     if args.size < STRIDE or args.size % STRIDE:
         raise InputError(f"--size {args.size}: give a multiple of {STRIDE} pixels")
+    folder = Path(args.out)
+    check_writable(folder / "latency.json")
     made = {"commit": commit(), "versions": library_versions()}
     latency = {
         "device": device_name(device), "dtype": args.dtype, "size": args.size, "batch": args.batch,
@@ -282,7 +284,6 @@ def main(argv: list[str] | None = None) -> None:
         "rows": measure(args.models, args.size, args.batch, args.dtype, device, args.rounds),
     }  # fmt: skip
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}
-    folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     for stem, result, markdown in (("latency", latency, latency_markdown), ("cost", cost, cost_markdown)):
         write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")

@@ -18,7 +18,7 @@ from sampling.timing import append_csv, commit, device_name, interleaved, peak_b
 from sit_atconv import ATConv
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.layers.attention import Attention
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 
@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     for shape in args.shapes:
         parse_shape(shape)
     stem = Path(args.out)
+    check_writable(stem)
     result = {"device": device_name(device), "commit": commit(), "rounds": args.rounds, "versions": library_versions()}
     rows = []
     for shape in args.shapes:

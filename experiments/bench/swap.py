@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from sampling.timing import device_name
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.swap import swap_attention
 
 TEXT = 512  # tokens of Flux's text
@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
+    stem = Path(args.out)
+    check_writable(stem)
     rows = []
     for name, make, sides in (("DiT-XL/2", dit, (16, 32, 64)), ("Flux", flux, (16, 32, 64))):
         for side in sides:
@@ -108,7 +110,6 @@ def main(argv: list[str] | None = None) -> None:
         "device": device_name(device), "dtype": args.dtype, "batch": args.batch, "rows": rows,
         "versions": library_versions(),
     }  # fmt: skip
-    stem = Path(args.out)
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     write_atomic(stem.with_suffix(".md"), markdown(result))

@@ -29,6 +29,7 @@ from sit_atconv.classification.samples import (
     HeldOut,
     generators_kept,
     open_datasets,
+    preprocessing,
     seed_generators,
     transforms,
 )
@@ -93,22 +94,23 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
     """The recipe's model with new weights, drawn for `run.seed`. Raises InputError for a model that is none."""
     settings = recipe.model
     check_choice("model.name", settings.name, timm.list_models())
-    with generators_kept():
+    options = {"num_classes": len(facts.class_names), "in_chans": facts.channels, **settings.options}
+    for name in ("drop_rate", "drop_path_rate"):  # not every model of timm has them
+        if (value := getattr(settings, name)) is not None:
+            options[name] = value
+    with generators_kept(), torch.device(device):
         torch.manual_seed(recipe.run.seed)
         try:
-            model = timm.create_model(
-                settings.name,
-                num_classes=len(facts.class_names),
-                in_chans=facts.channels,
-                drop_rate=settings.drop_rate,
-                drop_path_rate=settings.drop_path_rate,
-                device=device,
-                **settings.options,
-            )
-        except (TypeError, AssertionError, KeyError) as error:
-            raise InputError(f"model.options={settings.options}: {settings.name} refuses them: {error}") from None
+            model = timm.create_model(settings.name, **options)
+        except InputError:
+            raise
+        except (TypeError, AssertionError, KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise InputError(f"model.name={settings.name} refuses its options {options}: {error}") from None
     if recipe.train.gradient_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as error:
+            raise InputError(f"train.gradient_checkpointing: {settings.name} cannot: {error}; leave it out") from None
     return model
 
 
@@ -116,7 +118,10 @@ def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one image. Raises InputError as `build_classifier`."""
     size = recipe.model.input_size
     model = build_classifier(recipe, facts, device="meta").eval()
-    macs = count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
+    try:
+        macs = count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise InputError(f"model.input_size={size}: {recipe.model.name} does not take such images: {error}") from None
     return sum(parameter.numel() for parameter in model.parameters()), macs
 
 
@@ -131,15 +136,12 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
         accelerator = make_accelerator(recipe)
         if accelerator.is_fsdp2:
             raise InputError("a classifier trains under DDP or on one process; launch it without FSDP")
-        parts = accelerator.num_processes * recipe.train.gradient_accumulation_steps
-        if recipe.augment.mixes and recipe.train.batch_size // parts % 2:
-            raise InputError(
-                f"train.batch_size={recipe.train.batch_size} in {parts} parts is odd for each, and augment.mixup and "
-                f"cutmix mix in pairs; choose a multiple of {2 * parts}"
-            )
+        recipe.check_pairs(accelerator.num_processes)
         dataset, held_out = open_datasets(recipe.data)
         facts = facts_of(recipe, dataset, held_out)
-        training, evaluation = transforms(recipe, facts.mean, facts.std, facts.channels)
+        shown = preprocessing(recipe, facts.mean, facts.std, facts.channels)
+        training, evaluation = transforms(recipe, shown)
+        macs = cost_of(recipe, facts)[1]
         model = build_classifier(recipe, facts)
         described = {
             "recipe": config.to_dict(recipe),
@@ -156,7 +158,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
         claimed = claim(accelerator, recipe.run.out, look, must_resume)
         samples = ClassifierSamples(dataset, training, recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
         held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes)
-        trainer = _Classifier(accelerator, recipe, described, facts, samples, held_out, model, claimed)
+        trainer = _Classifier(accelerator, recipe, described, facts, shown, samples, held_out, model, macs, claimed)
         return trainer.run_to_the_end(signals)
 
 
@@ -167,15 +169,17 @@ class _Classifier(Trainer):
         recipe: ClassifierRecipe,
         described: dict[str, Any],
         facts: Facts,
+        shown: dict[str, Any],
         samples: ClassifierSamples,
         held_out: HeldOut,
         model: nn.Module,
+        macs: int,
         claimed: tuple,
     ):
         super().__init__(accelerator, recipe, described, *claimed, facts.steps)
         settings, augment, found = recipe.train, recipe.augment, claimed[0]
-        self.facts, self.bare, self.trained = facts, model, model
-        self.flops_per_image = 3 * 2 * cost_of(recipe, facts)[1]  # forward, and twice that backward
+        self.facts, self.shown, self.bare, self.trained = facts, shown, model, model
+        self.flops_per_image = 3 * 2 * macs  # forward, and twice that backward
         self.average = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
         if found:
             model.load_state_dict(load_file(found[0] / "model" / WEIGHTS))
@@ -192,7 +196,7 @@ class _Classifier(Trainer):
             t_initial=facts.steps,
             lr_min=settings.min_lr,
             warmup_t=facts.warmup_steps,
-            warmup_lr_init=settings.warmup_lr,
+            warmup_lr_init=1e-6 if settings.warmup_lr is None else settings.warmup_lr,
             t_in_epochs=False,
         )
         self.weights = {"loss": 1.0}
@@ -202,8 +206,8 @@ class _Classifier(Trainer):
             self.mix = Mixup(
                 augment.mixup,
                 augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.switch_prob,
+                prob=1.0 if augment.mix_prob is None else augment.mix_prob,
+                switch_prob=0.5 if augment.switch_prob is None else augment.switch_prob,
                 label_smoothing=augment.smoothing,
                 num_classes=len(facts.class_names),
             )
@@ -303,18 +307,11 @@ class _Classifier(Trainer):
         return {"loss": loss, "top1": 100 * first, "top5": 100 * five}
 
     def _write_checkpoint(self, trainer: dict[str, Any], facts: dict[str, Any]) -> Path:
-        models, size = {"model": self.bare, "ema": self.average.module}, self.recipe.model.input_size
-        data = {
-            "input_size": (self.facts.channels, size, size),
-            "mean": self.facts.mean,
-            "std": self.facts.std,
-            "crop_pct": self.recipe.model.crop_pct,
-            "interpolation": "bicubic",
-        }
+        models = {"model": self.bare, "ema": self.average.module}
 
         def write(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
             labels = {"label_names": list(self.facts.class_names)}
-            save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=data)
+            save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=self.shown)
 
         optimizer = self.optimizer.optimizer
         return checkpoint.save(self.run, self.step, models, None, self.trained, optimizer, trainer, facts, write)
@@ -324,7 +321,7 @@ def dry_run(recipe: ClassifierRecipe) -> str:
     """What a recipe comes to, in lines: model, data, schedule, averages. Reads the list of images, and no image."""
     dataset, held_out = open_datasets(recipe.data)
     facts, settings = facts_of(recipe, dataset, held_out), recipe.train
-    transforms(recipe, facts.mean, facts.std, facts.channels)
+    transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
     (parameters, macs), size = cost_of(recipe, facts), recipe.model.input_size
     flops = 6 * macs * facts.steps * settings.batch_size
     rows = {

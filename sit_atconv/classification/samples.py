@@ -30,7 +30,12 @@ def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
     """
     if data.kind == "digits":
         return Digits("train"), Digits("test")
-    train, held_out = (open_dataset(each) for each in data.open_as())
+    learnt_from, shown = data.open_as()
+    train = open_dataset(learnt_from)
+    try:
+        held_out = open_dataset(shown)
+    except InputError as error:
+        raise InputError(f"the held-out images (data.val_root, data.val_split): {error}") from None
     if train.class_names != held_out.class_names:
         strange = sorted({*train.class_names} ^ {*held_out.class_names})[:3] or "their order"
         raise InputError(f"data.root={data.root!r} and the held-out images are of different classes: {strange}")
@@ -141,13 +146,24 @@ def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
     return auto_augment.posterize(image, bits, **kwargs) if bits else image.point(lambda _: 0)
 
 
-def transforms(recipe: ClassifierRecipe, mean: Sequence[float], std: Sequence[float], channels: int) -> tuple:
-    """timm's transforms of training and of evaluation: PIL image -> (C, S, S). Raises InputError for bad options."""
-    augment, size = recipe.augment, (channels, recipe.model.input_size, recipe.model.input_size)
-    common = {"input_size": size, "mean": tuple(mean), "std": tuple(std)}
+def preprocessing(recipe: ClassifierRecipe, mean: Sequence[float], std: Sequence[float], channels: int) -> dict:
+    """What evaluation does to an image, as timm's create_transform and a checkpoint's data configuration have it."""
+    size = recipe.model.input_size
+    return {
+        "input_size": (channels, size, size), "mean": tuple(mean), "std": tuple(std),
+        "crop_pct": recipe.model.crop_pct, "interpolation": InterpolationMode.BICUBIC.value,
+    }  # fmt: skip
+
+
+def transforms(recipe: ClassifierRecipe, evaluation: dict) -> tuple:
+    """timm's transforms of training and of evaluation (`preprocessing`): PIL image -> (C, S, S).
+
+    Raises InputError for augmentation that timm does not know.
+    """
+    augment = recipe.augment
     try:
         training = create_transform(
-            **common,
+            **{key: evaluation[key] for key in ("input_size", "mean", "std")},
             is_training=True,
             scale=tuple(augment.scale),
             ratio=tuple(augment.ratio),
@@ -157,14 +173,11 @@ def transforms(recipe: ClassifierRecipe, mean: Sequence[float], std: Sequence[fl
             auto_augment=augment.auto_augment,
             interpolation=augment.interpolation,
             re_prob=augment.erasing,
-            re_mode=augment.erasing_mode,
+            re_mode=augment.erasing_mode or "pixel",
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"augment.auto_augment={augment.auto_augment!r} is nothing that timm knows: {error}") from None
-    if augment.auto_augment is not None and channels != 3:
+    if augment.auto_augment is not None and evaluation["input_size"][0] != 3:
         raise InputError(f"augment.auto_augment={augment.auto_augment!r} is for colours; leave it out for grey images")
     _mend_posterize(training)
-    evaluation = create_transform(
-        **common, interpolation=InterpolationMode.BICUBIC.value, crop_pct=recipe.model.crop_pct
-    )
-    return training, evaluation
+    return training, create_transform(**evaluation)

@@ -19,14 +19,11 @@ def sincos_position_embedding(
     """
     if dim % 4:
         raise InputError(f"hidden_size={dim}: the position embedding needs a multiple of 4")
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=dtype, device=device) / (dim // 4))
-
-    def embed(positions: torch.Tensor) -> torch.Tensor:
-        angles = torch.outer(positions, frequencies)
-        return torch.cat([angles.sin(), angles.cos()], 1)
-
-    rows, columns = (embed(torch.arange(size, dtype=dtype, device=device)) for size in grid)
     height, width = grid
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=dtype, device=device) / (dim // 4))
+    rows = torch.outer(torch.arange(height, dtype=dtype, device=device), frequencies)
+    columns = torch.outer(torch.arange(width, dtype=dtype, device=device), frequencies)
+    rows, columns = torch.cat([rows.sin(), rows.cos()], 1), torch.cat([columns.sin(), columns.cos()], 1)
     embedding = torch.cat([columns.repeat(height, 1), rows.repeat_interleave(width, 0)], 1)
     return embedding.float().unsqueeze(0)
 

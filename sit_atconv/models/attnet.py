@@ -170,7 +170,7 @@ class PositionEmbedding2d(nn.Module):
     """Adds the fixed sine-cosine embedding of the position, of any grid."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        channels, height, width = x.shape[1:]
+        _, channels, height, width = x.shape
         embedding = sincos_position_embedding((height, width), channels, x.device, torch.float32)
         return x + embedding.to(x.dtype).transpose(1, 2).unflatten(2, (height, width))
 
@@ -217,6 +217,8 @@ class AttNet(nn.Module):
                 raise InputError(f"{name}={list(values)}: give a positive number per stage")
         if len(stem_strides) != 2 or min(stem_strides) < 1:
             raise InputError(f"stem_strides={list(stem_strides)}: give the two strides of the stem, each at least 1")
+        if dims[0] < 2:
+            raise InputError(f"dims[0]={dims[0]}: the stem begins with half of that; give at least 2")
         if pos_embed and dims[0] % 4:
             raise InputError(f"dims[0]={dims[0]}: the position embedding needs a multiple of 4; or set pos_embed=False")
         factory = {"device": device, "dtype": dtype}

@@ -24,7 +24,13 @@ from sit_atconv import draws
 from sit_atconv.classification import loop
 from sit_atconv.classification.loop import facts_of, train
 from sit_atconv.classification.recipe import ClassifierRecipe
-from sit_atconv.classification.samples import ClassifierSamples, RepeatAugmented, open_datasets, transforms
+from sit_atconv.classification.samples import (
+    ClassifierSamples,
+    RepeatAugmented,
+    open_datasets,
+    preprocessing,
+    transforms,
+)
 from sit_atconv.config import load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
@@ -123,7 +129,7 @@ def test_the_first_step_by_hand(classifier_file, monkeypatch):
     recipe = load_recipe(path, (), ClassifierRecipe)
     dataset, held_out = open_datasets(recipe.data)
     facts = facts_of(recipe, dataset, held_out)
-    transform, _ = transforms(recipe, facts.mean, facts.std, facts.channels)
+    transform, _ = transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
     order = draws.generator(0, Stream.ORDER, 0).permutation(len(dataset))[:32]
 
     def seed(*draw):
@@ -146,6 +152,72 @@ def test_the_first_step_by_hand(classifier_file, monkeypatch):
     row = log_rows(run(path).parent)[0]
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_every_option_of_augmentation_reaches_timm_and_every_draw_its_own_step(classifier_file, pictures, monkeypatch):
+    """Two steps of two micro-batches, against timm's own functions with what the recipe states."""
+    seen, losses = [], loop._Classifier._losses
+
+    def watched(self, batch):
+        part, states = self.part, []
+        hook = self.bare.register_forward_pre_hook(lambda _, args: states.append((args[0], torch.get_rng_state())))
+        found = losses(self, batch)
+        hook.remove()
+        seen.append((self.step, part, batch["image"].clone(), batch["label"], *states[0]))
+        return found
+
+    monkeypatch.setattr(loop._Classifier, "_losses", watched)
+    monkeypatch.setattr(Mixup, "__call__", lambda self, x, y, call=Mixup.__call__: call(self, x.clone(), y))
+    augment = {
+        "scale": [0.3, 0.7], "ratio": [0.6, 1.5], "hflip": 0.3, "vflip": 0.4, "color_jitter": 0.2,
+        "interpolation": "random", "erasing": 0.6, "erasing_mode": "rand", "mixup": 0.3, "cutmix": 0.7,
+        "mix_prob": 0.8, "switch_prob": 0.3, "smoothing": 0.2,
+    }  # fmt: skip
+    folders = {"kind": "imagefolder", "root": str(pictures / "train"), "val_root": str(pictures / "val"), "repeats": 3}
+    normalised = {"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7]}
+    path = classifier_file(
+        data=folders, augment=augment, model=normalised,
+        train={"epochs": 0.7, "warmup_epochs": 0, "batch_size": 8, "gradient_accumulation_steps": 2},
+    )  # fmt: skip
+    run(path)
+    assert [(step, part) for step, part, *_ in seen] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    transform = timm.data.create_transform(
+        (3, 16, 16), is_training=True, scale=(0.3, 0.7), ratio=(0.6, 1.5), hflip=0.3, vflip=0.4, color_jitter=0.2,
+        interpolation="random", re_prob=0.6, re_mode="rand", mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7),
+    )  # fmt: skip
+    dataset, _ = open_datasets(load_recipe(path, (), ClassifierRecipe).data)
+    order = RepeatAugmented(len(dataset), 3, 0)
+
+    def seed(*draw):
+        number = int(draws.generator(0, *draw).integers(1 << 32))
+        random.seed(number), np.random.seed(number), torch.manual_seed(number)
+
+    for step, part, image, label, mixed, state in seen:
+        for place in range(4):
+            sample = part * 4 + place
+            picture, wanted = dataset.picture(order.index(step * 8 + sample))
+            seed(Stream.AUGMENT, step, sample)
+            assert torch.equal(image[place], transform(picture))
+            assert label[place] == wanted
+        seed(Stream.MIX, step, part)
+        mix = Mixup(0.3, 0.7, prob=0.8, switch_prob=0.3, label_smoothing=0.2, num_classes=2)
+        assert torch.equal(mixed, mix(image.clone(), label)[0])
+        seed(Stream.DROP_PATH, step, part)
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_average_warms_up_and_blocks_are_checkpointed(classifier_file, monkeypatch):
+    decays, update = [], loop.ModelEmaV3.update
+
+    def watched(self, model, step=None):
+        assert all(stage.grad_checkpointing for stage in model.stages)
+        decays.append(self.get_decay(step))
+        return update(self, model, step)
+
+    monkeypatch.setattr(loop.ModelEmaV3, "update", watched)
+    last = run(classifier_file(ema={"decay": 0.6, "warmup": True}, train={"gradient_checkpointing": True}))
+    assert decays == pytest.approx([0.0, *(min(0.6, 1 - (1 + step) ** (-2 / 3)) for step in range(1, 9))])
+    assert len(log_rows(last.parent)) == 9
 
 
 def test_schedule_weight_decay_and_averages(classifier_file, monkeypatch):
@@ -172,7 +244,8 @@ def test_schedule_weight_decay_and_averages(classifier_file, monkeypatch):
 
 
 def test_timm_loads_it_and_finds_the_accuracy_that_was_written(classifier_file):
-    last = run(classifier_file(train={"epochs": 3}, eval={"every_epochs": 3}))
+    shown = {"crop_pct": 0.7, "mean": [0.2], "std": [0.6]}
+    last = run(classifier_file(train={"epochs": 3}, eval={"every_epochs": 3}, model=shown))
     written = json.loads((last.parent / "evals.jsonl").read_text().splitlines()[-1])
     assert written["num"] == 360
     digits = Digits("test")
@@ -193,7 +266,7 @@ def test_timm_loads_it_and_finds_the_accuracy_that_was_written(classifier_file):
 def test_what_is_drawn_for_a_sample_is_its_own(classifier_file):
     recipe = load_recipe(classifier_file(), (), ClassifierRecipe)
     dataset, _ = open_datasets(recipe.data)
-    transform, _ = transforms(recipe, [0.3], [0.4], 1)
+    transform, _ = transforms(recipe, preprocessing(recipe, [0.3], [0.4], 1))
     samples = ClassifierSamples(dataset, transform, 32, 5)
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     whole, _ = samples.fetch(range(32, 64))
@@ -224,7 +297,8 @@ def test_repeats_are_the_same_image_augmented_anew():
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "original", "augmix-m10"])
 def test_the_strongest_level_is_no_error(classifier_file, policy):
     path = classifier_file(augment={"auto_augment": policy})
-    training, _ = transforms(load_recipe(path, (), ClassifierRecipe), [0.5] * 3, [0.5] * 3, 3)
+    recipe = load_recipe(path, (), ClassifierRecipe)
+    training, _ = transforms(recipe, preprocessing(recipe, [0.5] * 3, [0.5] * 3, 3))
     picture = Image.new("RGB", (24, 24), (200, 100, 50))
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     assert all(training(picture).isfinite().all() for _ in range(100))
@@ -308,7 +382,22 @@ def test_bad_input_costs_one_line_and_nothing_else(classifier_file, fails, tmp_p
     folders = ["data.kind=imagefolder", f"data.root={pictures / 'train'}"]
     for overrides, said in (
         (["model.name=attnet_t9"], "did you mean 'attnet_t"),
-        (["model.options.depth=3"], "refuses them"),
+        (["model.options.depth=3"], "attnet_xxs refuses its options"),
+        (["model.options.pretrained=true"], "begins with new weights"),
+        (["model.options={dims: [1, 8]}"], "give at least 2"),
+        (["model.std=[0.0]"], "give numbers over 0"),
+        (["model.mean=[.nan]"], "give finite numbers"),
+        (["augment.erasing=0", "augment.erasing_mode=rand"], "does nothing without augment.erasing"),
+        (["augment.mixup=0", "augment.cutmix=0", "augment.mix_prob=0.5"], "does nothing without augment.mixup"),
+        (["augment.mixup=0", "augment.switch_prob=0.5"], "does nothing without both"),
+        (["train.warmup_epochs=0", "train.warmup_lr=1e-5"], "does nothing without train.warmup_epochs"),
+        (["train.min_lr=1.0"], "is more than train.lr=0.001"),
+        (["data.image_key=img"], "goes with data.kind=hf"),
+        (["eval.every_epochs=.inf"], "and finite"),
+        (
+            [*folders, "data.val_root=/nowhere"],
+            "the held-out images (data.val_root, data.val_split): data.root='/nowhere'",
+        ),
         (["model.options={dims: [8, 12, 16]}"], "one per stage"),
         (["model.options.in_chans=3"], "follows from the data"),
         (["model.mean=[0.1, 0.2, 0.3]"], "1 channels"),
@@ -317,7 +406,7 @@ def test_bad_input_costs_one_line_and_nothing_else(classifier_file, fails, tmp_p
         (["augment.scale=[1.0, 0.5]"], "two rising numbers"),
         (["augment.auto_augment=rand-m9"], "leave it out for grey images"),
         (["augment.auto_augment=rand-m9", "augment.color_jitter=0.4"], "leave one out"),
-        (["train.batch_size=31"], "choose an even one"),
+        (["train.batch_size=31"], "choose a multiple of 2"),
         (["train.gradient_accumulation_steps=32"], "choose a multiple of 64"),
         (["train.epochs=0.01"], "must be more than train.warmup_epochs"),
         (["ema.decay=1.0"], "must be in [0, 1)"),
@@ -337,6 +426,35 @@ def test_bad_input_costs_one_line_and_nothing_else(classifier_file, fails, tmp_p
     line = fails(train_attnet.main, path, "train.lr=0.5")
     assert "holds a run of another recipe (train.lr: 0.001 -> 0.5)" in line
     assert last.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "said"),
+    [
+        (
+            {"name": "vgg11"},
+            (),
+            "vgg11 refuses its options {'num_classes': 10, 'in_chans': 1, 'drop_rate': 0.1, 'drop_",
+        ),
+        ({"name": "vit_tiny_patch16_224"}, (), "input_size=16: vit_tiny_patch16_224 does not take such images"),
+        (
+            {"name": "vgg11", "input_size": 32, "drop_path_rate": None},
+            ("train.gradient_checkpointing=true",),
+            "train.gradient_checkpointing: vgg11 cannot",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_a_model_of_timm_does_not_take_is_one_line(classifier_file, fails, tmp_path, model, overrides, said, dry):
+    path = classifier_file(model={"options": {}, **model})
+    assert said in fails(train_attnet.main, path, *overrides, *(["--dry-run"] if dry else []))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_timm_without_drop_path(classifier_file, capsys):
+    bare = {"name": "vgg11", "input_size": 32, "options": {}, "drop_path_rate": None}
+    train_attnet.main([str(classifier_file(model=bare)), "--dry-run"])
+    assert "vgg11" in capsys.readouterr().out
 
 
 def test_dry_run_says_what_it_would_cost(classifier_file, capsys):

@@ -1,5 +1,6 @@
 """The grid of the ablation, what its runs are compared by, and the table."""
 
+import dataclasses
 import json
 import statistics
 
@@ -10,7 +11,7 @@ from conftest import run_recipe
 
 from experiments import ablation
 from experiments.ablation import SYSTEMS, Arm, arms, flow_figures, table
-from sit_atconv import checkpoint, draws
+from sit_atconv import checkpoint, config, draws
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
@@ -83,38 +84,69 @@ def test_the_table_has_means_and_spreads_of_arms_and_of_settings():
     assert next(line for line in lines if line[0] == "pos_embed true")[1] == "9"
 
 
-def test_it_trains_what_is_left_and_writes_all(tmp_path, monkeypatch, capsys, fails):
-    made = []
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """The commands of runs that leave a manifest and nothing else, stopped at `steps` of 135."""
+    commands, manifests, steps = [], {}, [135]
 
     def run(command, **_):
-        made.append(command)
-        folder = next(word for word in command if word.startswith("run.out=")).removeprefix("run.out=")
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        commands.append(command)
+        folder = tmp_path / next(word for word in command if word.startswith("run.out=")).removeprefix("run.out=")
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = config.to_dict(load_recipe(command[2], command[3:], ClassifierRecipe))
+        manifests[folder] = {"step": steps[0], "files": {}, "versions": {}, "recipe": recipe}
         return type("Done", (), {"returncode": 0, "stderr": ""})()
 
     monkeypatch.setattr(ablation.subprocess, "run", run)
-    monkeypatch.setattr(ablation.checkpoint, "newest_valid", lambda _: (None, {"step": 1, "files": {}, "versions": {}}))
+    monkeypatch.setattr(ablation.checkpoint, "newest_valid", lambda folder: (None, manifests[folder]))
     monkeypatch.setattr(ablation, "classifier_figures", lambda run: {"loss": len(run.name) / 10, "top1": 98.0})
-    options = [
-        "--systems",
-        "attnet",
-        "--seeds",
-        "0",
-        "1",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    ablation.main(options)
-    assert len(made) == 36
+    return commands, manifests, steps
+
+
+def options(tmp_path) -> list[str]:
+    where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    return ["--systems", "attnet", "--seeds", "0", "1", *where]
+
+
+def test_it_trains_what_is_left_and_writes_all(tmp_path, made, monkeypatch, capsys, fails):
+    commands, manifests, _ = made
+    ablation.main(options(tmp_path))
+    assert len(commands) == 36
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"attnet.md", "attnet.json", "attnet.png"}
     assert len(json.loads((tmp_path / "out" / "attnet.json").read_text())["results"]) == 36
-    ablation.main(options)
-    assert len(made) == 36
-    ablation.main([*options, "--dry-run", "--seeds", "0", "5"])
+    ablation.main(options(tmp_path))
+    assert len(commands) == 36
+    next(iter(manifests.values()))["recipe"]["train"]["lr"] = 0.5  # of another recipe: the trainer is to say so
+    ablation.main(options(tmp_path))
+    assert len(commands) == 37
+    ablation.main([*options(tmp_path), "--dry-run", "--seeds", "0", "5"])
     assert capsys.readouterr().out.count("$ python train_attnet.py") == 18
     monkeypatch.setattr(
         ablation.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 2, "stderr": "error: no room"})()
     )
-    assert "ended with status 2: no room" in fails(ablation.main, *options, "--seeds", "7")
+    assert "ended with status 2: no room" in fails(ablation.main, *options(tmp_path), "--seeds", "7")
+
+
+def test_a_run_that_was_stopped_is_no_result(tmp_path, made, fails):
+    """A trainer that is told to stop saves, and ends with status 0."""
+    _, _, steps = made
+    steps[0] = 134
+    assert "was stopped at step 134; the same command goes on" in fails(ablation.main, *options(tmp_path))
+    assert not list((tmp_path / "runs").rglob("result.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, made, fails):
+    (tmp_path / "out").write_text("")
+    assert "cannot be written" in fails(ablation.main, *options(tmp_path))
+    assert not made[0]
+
+
+def test_a_real_run_is_known_again(tmp_path, monkeypatch):
+    system, arm = SYSTEMS[1], arms()[0]
+    short = ("train.epochs=0.1", "train.warmup_epochs=0", "eval.every_epochs=6", "checkpoint.every=1000")
+    system = dataclasses.replace(system, overrides=short)
+    first = ablation.make(system, tmp_path, arm, 0, False)
+    assert first["step"] == 2
+    monkeypatch.setattr(ablation.subprocess, "run", None)
+    assert ablation.make(system, tmp_path, arm, 0, False) == first

@@ -72,6 +72,12 @@ def test_rows_follow_from_the_times(tmp_path, capsys, monkeypatch, tiny_models, 
     assert "1.50x" in out
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_clock(tmp_path, tiny_models, fails, monkeypatch):
+    monkeypatch.setattr(attnet, "measure", None)
+    (tmp_path / "out").write_text("")
+    assert "cannot be written" in fails(attnet.main, "--out", str(tmp_path / "out"))
+
+
 def test_times_are_taken(tmp_path, tiny_models):
     attnet.main(["--size", "32", "--batch", "1", "--rounds", "1", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "latency.json").read_text())["rows"]

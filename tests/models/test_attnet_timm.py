@@ -257,11 +257,13 @@ def test_a_pruned_model_ends_at_the_map_and_leaves_no_weight_unused(index):
     assert all(gradient is not None for gradient in gradients(pruned).values())
 
 
-@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize(
+    ("which", "options"), [*((which, {}) for which in MODELS), ("tiny t1", {"pos_embed": True, "routing": "static"})]
+)
 @torch.no_grad()
-def test_torchscript_equals_eager(which, tmp_path):
+def test_torchscript_equals_eager(which, options, tmp_path):
     with set_scriptable(True):
-        model = make(which)
+        model = make(which, **options)
     torch.jit.script(model).save(str(tmp_path / "scripted.pt"))
     loaded = torch.jit.load(str(tmp_path / "scripted.pt"))
     for size in (64, 97):
