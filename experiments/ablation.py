@@ -172,7 +172,11 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
 
 
 def table(system: System, results: list[dict]) -> str:
-    """Markdown: a row per arm, mean ± standard deviation over seeds; then the means over all arms of each setting."""
+    """Markdown: a row per arm, mean ± standard deviation over seeds; then the means over all arms of each setting.
+
+    Beside those, how the first figure differs from the setting's first value: mean ± standard deviation over seeds of
+    the difference within a seed, which leaves out what seeds differ by.
+    """
     keys, seeds = list(system.figures), sorted({each["seed"] for each in results})
     head = ["routing", "inhibition", "pool", "position embedding", *system.figures.values()]
     lines = [row(head), row(["---"] * 4 + ["---:"] * len(keys))]
@@ -180,8 +184,10 @@ def table(system: System, results: list[dict]) -> str:
         of_arm = [each for each in results if each["arm"] == arm.name]
         cells = [arm.routing, arm.inhibition, arm.pool or "", "yes" if arm.pos_embed else "no"]
         lines.append(row(cells + [spread([each[key] for each in of_arm]) for key in keys]))
-    lines += ["", row(["setting", "arms", *system.figures.values()]), row(["---", "---:"] + ["---:"] * len(keys))]
+    head = ["setting", "arms", *system.figures.values(), "difference within a seed"]
+    lines += ["", row(head), row(["---"] + ["---:"] * (len(head) - 1))]
     for setting in ("routing", "inhibition", "pool", "pos_embed"):
+        first = None
         for value in dict.fromkeys(each.get(setting) for each in results if each.get(setting)):
             # Pools are compared among adaptive kernels, which alone have one.
             of_value = [each for each in results if each.get(setting) == value]
@@ -190,7 +196,10 @@ def table(system: System, results: list[dict]) -> str:
                 for key in keys
             }
             cells = [f"{setting} {value}", str(len({each["arm"] for each in of_value}))]
-            lines.append(row(cells + [spread(by_seed[key]) for key in keys]))
+            compared = by_seed[keys[0]]
+            gaps = [own - other for own, other in zip(compared, first, strict=True)] if first else []
+            lines.append(row(cells + [spread(by_seed[key]) for key in keys] + [spread(gaps) if gaps else ""]))
+            first = first or compared
     return "\n".join(lines)
 
 
@@ -200,7 +209,7 @@ def row(cells: list[str]) -> str:
 
 def spread(values: list[float]) -> str:
     """Mean ± standard deviation over seeds, of one seed the value alone."""
-    digits = 2 if max(values) > 10 else 4
+    digits = 2 if max(map(abs, values)) > 10 else 4
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

@@ -78,8 +78,11 @@ def test_the_table_has_means_and_spreads_of_arms_and_of_settings():
     assert lines[2] == ["adaptive", "learned", "raster", "no", "0.0100 ± 0.0141", "90.00 ± 0.00"]
     names = [arm.name for arm in arms()]
     grid = [number for number, name in enumerate(names) if "-grid-" in name]
+    raster = [number for number, name in enumerate(names) if "-raster-" in name]
     row = next(line for line in lines if line[0] == "pool grid")
     assert row[1:3] == ["6", f"{0.1 * statistics.fmean(grid) + 0.01:.4f} ± 0.0141"]
+    assert row[4] == f"{0.1 * (statistics.fmean(grid) - statistics.fmean(raster)):.4f} ± 0.0000"
+    assert len(next(line for line in lines if line[0] == "pool raster")) == 4
     assert next(line for line in lines if line[0] == "routing static")[1] == "6"
     assert next(line for line in lines if line[0] == "pos_embed true")[1] == "9"
 
