@@ -334,6 +334,30 @@ def test_folders_of_pictures_with_all_augmentation(classifier_file, pictures):
     assert config["pretrained_cfg"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
 
 
+def test_a_hub_dataset_with_columns_of_its_own(classifier_file, pictures, tmp_path, fails, capsys):
+    import datasets
+
+    def table(part: str) -> datasets.Dataset:
+        files = sorted((pictures / part).rglob("*.png"))
+        features = datasets.Features(img=datasets.Image(), fine=datasets.ClassLabel(names=["blue", "red"]))
+        labels = [file.parent.name for file in files]
+        return datasets.Dataset.from_dict({"img": [str(file) for file in files], "fine": labels}, features)
+
+    datasets.DatasetDict(train=table("train"), test=table("val")).save_to_disk(tmp_path / "saved")
+    columns = {"kind": "hf", "root": str(tmp_path / "saved"), "image_key": "img", "label_key": "fine"}
+    path = classifier_file(data=columns, train={"epochs": 1, "warmup_epochs": 0, "batch_size": 8})
+    capsys.readouterr()  # of `datasets`
+    line = fails(train_attnet.main, path)
+    assert "the held-out images (data.val_root, data.val_split): data.split='validation'" in line
+    reset_accelerate()
+    last = run(path, "data.val_split=test")
+    assert json.loads((last.parent / "evals.jsonl").read_text().splitlines()[-1])["num"] == 10
+    assert json.loads((last / "ema" / "config.json").read_text())["label_names"] == ["blue", "red"]
+    reset_accelerate()
+    capsys.readouterr()
+    assert "did you mean 'fine'" in fails(train_attnet.main, path, "data.label_key=fin", f"run.out={tmp_path / 'new'}")
+
+
 def test_a_damaged_picture_costs_a_line_and_no_more(classifier_file, pictures, tmp_path, capsys):
     root = tmp_path / "copy"
     shutil.copytree(pictures / "train", root)
