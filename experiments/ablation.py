@@ -148,7 +148,8 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
     """The result of a run, trained if it is not there. Raises InputError where the command fails."""
     folder, words = system.folder(runs, arm, seed), system.command(runs, arm, seed)
     file, recipe = folder / RESULT, load_recipe(words[1], words[2:], system.schema)
-    if file.exists() and checkpoint.newest_valid(folder)[1]["recipe"] == config.to_dict(recipe):
+    found = checkpoint.newest_valid(folder) if file.exists() else None
+    if found and found[1]["recipe"] == config.to_dict(recipe):
         return json.loads(file.read_text())
     if dry_run:
         print(f"$ {shlex.join(['python', *words])}")
@@ -158,7 +159,8 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [""])[-1]
         raise InputError(f"{shlex.join(words)} ended with status {done.returncode}: {said.removeprefix('error: ')}")
-    manifest = checkpoint.newest_valid(folder)[1]
+    found = checkpoint.newest_valid(folder)
+    manifest = found[1] if found else {"step": 0}
     if manifest["step"] != system.steps(recipe):
         raise InputError(f"{shlex.join(words)} was stopped at step {manifest['step']:,}; the same command goes on")
     figures = flow_figures(folder) if system.name == "sit" else classifier_figures(folder)

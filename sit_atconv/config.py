@@ -62,7 +62,7 @@ class Run:
             check_choice("run.trackers", tracker, TRACKERS)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Loading:
     """How images are read, whatever they are for: a part of a section `data`."""
 
@@ -224,7 +224,7 @@ class Flow:
                 raise InputError(f"flow.{name}={value}: must be a positive number")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Optimisation:
     """What every trainer has of a section `train`; each has its own defaults, and its own schedule."""
 

@@ -117,7 +117,7 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
 def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one image. Raises InputError as `build_classifier`."""
     size = recipe.model.input_size
-    model = build_classifier(recipe, facts, device="meta").eval()
+    model = build_classifier(recipe, facts, device="meta").eval().requires_grad_(False)
     try:
         macs = count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
     except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -1,9 +1,12 @@
 """Blockwise regression: swapped layers learn, on the inputs of the attentions they replace, to give their outputs."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
@@ -49,7 +52,7 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
                 with torch.no_grad():
                     call_model(model, next(source))
                 _put(model, layers)
-                with torch.enable_grad():
+                with torch.enable_grad(), _native_attention(layers.values() if halves else ()):
                     loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
                 if not loss.isfinite():
                     raise InputError(
@@ -80,6 +83,19 @@ def _synthetic(swap: AttentionSwap):
 def _put(model, modules: dict) -> None:
     for name, module in modules.items():
         model.set_submodule(name, module)
+
+
+@contextmanager
+def _native_attention(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """The softmax of `layers` by torch's own attention: backends that a model in half precision has may refuse fp32."""
+    kept = {layer: layer.backend for layer in layers if hasattr(layer, "backend")}
+    try:
+        for layer in kept:
+            layer.backend = AttentionBackendName.NATIVE
+        yield
+    finally:
+        for layer, backend in kept.items():
+            layer.backend = backend
 
 
 def _at_least_fp32(value):

@@ -311,15 +311,15 @@ def teacher_of(model: nn.Module) -> dict:
     return {
         "class": type(model).__name__,
         "name": str(config.get("_name_or_path") or config.get("hf_hub_id") or "") or None,
-        "revision": _revision(str(config.get("_name_or_path") or config.get("hf_hub_id") or "")),
+        "revision": _revision(str(config.get("_name_or_path") or ""), str(config.get("hf_hub_id") or "")),
         "fingerprint": fingerprint(model.state_dict()),
     }
 
 
-def _revision(name: str) -> str | None:
+def _revision(path: str, hub_id: str) -> str | None:
     """The commit that a folder of the hub's cache is of, as a pipeline loads its models, or of timm's NAME@REVISION."""
-    found = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?:[\\/]|$)", name) or re.search(r"^[^@]+@([^@]+)$", name)
-    return found and found[1]
+    found = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?:[\\/]|$)", path)
+    return found[1] if found else hub_id.partition("@")[2] or None
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
@@ -363,7 +363,10 @@ def _check_unsharded(model: nn.Module) -> None:
         raise InputError("the model runs under context or tensor parallelism, which swapped layers do not; swap before")
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
-            raise InputError(f"{name or 'the model'} is offloaded or dispatched by hooks; swap first and offload after")
+            raise InputError(
+                f"{name or 'the model'} is offloaded or dispatched by hooks; swap first and offload after, or end it "
+                "(a pipeline's reset_device_map or remove_all_hooks, accelerate.hooks.remove_hook_from_submodules)"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"{name} has no data here (offloaded, or a meta tensor); swap first and offload after")

@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 
 from sit_atconv import swap_attention
 from sit_atconv.errors import InputError
+from sit_atconv.swap import regress
 from sit_atconv.swap.joint import JointATConv
 from sit_atconv.swap.models import ATConvFluxTransformer2DModel, ATConvSD3Transformer2DModel
 
@@ -419,6 +420,27 @@ def test_the_attention_backend_is_the_texts_too(kind, monkeypatch):
     model.reset_attention_backend()
     output()
     assert set(used) == {None}
+
+
+@kinds
+def test_regression_in_half_precision_asks_no_backend_for_fp32(kind, monkeypatch):
+    model, swap, inputs = swapped(kind, dtype=torch.bfloat16)
+    given = inputs(GRIDS[0])
+    model.set_attention_backend("_native_math")  # as flash is set, which takes half precision alone
+    used = []
+
+    def recording(query, *args, backend=None, **kwargs):
+        used.append((query.dtype, backend))
+        return dispatch_attention_fn(query, *args, backend=backend, **kwargs)
+
+    monkeypatch.setattr("sit_atconv.swap.joint.dispatch_attention_fn", recording)
+    history = regress(swap, [given], steps=2)
+    assert len(history) == 2
+    assert set(used) == {(torch.float32, AttentionBackendName.NATIVE)}
+    used.clear()
+    with torch.no_grad():
+        model(**given)
+    assert {backend for _, backend in used} == {AttentionBackendName._NATIVE_MATH}
 
 
 def test_sd3_keeps_its_joint_attention_unless_told():

@@ -76,6 +76,5 @@ def test_an_error_that_is_not_finite_leaves_the_weights_of_the_step_before(tiny)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     swap.revert()
-    tiny.assert_as(tiny.snapshot(tiny.model("dit").half()) | {
-        what: tiny.snapshot(model)[what] for what in ("modules", "hooks", "attributes")
-    }, model)  # fmt: skip
+    plain = tiny.model("dit").half().state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
