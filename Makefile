@@ -23,14 +23,15 @@ drill: .venv/installed
 ablation: .venv/installed
 	$(BIN)/python -m experiments.ablation
 
-# The models of the tests are tiny: more threads would wait for one another.
+# The models of the tests are tiny: more threads would wait for one another. Files are shared out over WORKERS processes.
 test test-slow: export OMP_NUM_THREADS ?= 1
+WORKERS ?= 2
 
 test: .venv/installed
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: .venv/installed
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu"
 
 test-gpu: .venv/installed
 	$(BIN)/python -m experiments.gpu_check
