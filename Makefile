@@ -28,10 +28,10 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 test: .venv/installed
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: .venv/installed
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
 
 test-gpu: .venv/installed
 	$(BIN)/python -m experiments.gpu_check

@@ -135,7 +135,7 @@ def test_true_fp32_inside_and_what_was_set_afterwards(precision):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
     try:
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = True, False
         with torch.autocast("cpu", torch.bfloat16):
             extractor(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
             assert torch.is_autocast_enabled("cpu")
