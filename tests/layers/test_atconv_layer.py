@@ -5,6 +5,7 @@ import torch
 from golden_vectors import assert_golden, golden
 
 from sit_atconv import ATConv
+from sit_atconv.layers.atconv import TapLinear
 from sit_atconv.ops.atconv import reference
 
 
@@ -105,3 +106,43 @@ def test_the_layer_saves_one_tensor_of_tokens_more_than_its_two_linears():
     linears = saved_bytes(lambda x: layer.proj(layer.x_proj(x)))
     assert linears == 2 * x.numel() * x.element_size()
     assert saved_bytes(lambda x: layer(x, grid)) <= 1.55 * linears
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 9), (6, 9)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_linear_over_the_taps_compiles_to_sums_that_equal_its_product(shape, bias):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    linear = TapLinear(9, 9, bias=bias, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaves, graphs = (x, *linear.parameters()), []
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph
+
+    def with_gradients(function):
+        y = function(x)
+        return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    compiled = with_gradients(torch.compile(linear, backend=backend, fullgraph=True))
+    torch.testing.assert_close(compiled, with_gradients(linear), rtol=1e-12, atol=1e-12)
+    assert "linear(" not in "".join(graphs)
+
+
+def test_a_weight_of_another_kind_gets_a_product_when_compiled():
+    class Quantised(torch.Tensor):
+        """Knows no product but that of a linear, as quantised weights do."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function in (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__getitem__):
+                raise NotImplementedError(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    torch._dynamo.reset()
+    linear, x = TapLinear(9, 9), torch.randn(2, 6, 9)
+    expected = linear(x)
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
+    assert type(linear.weight) is not torch.nn.Parameter
+    torch.testing.assert_close(torch.compile(linear, backend="eager")(x).as_subclass(torch.Tensor), expected)
