@@ -31,7 +31,7 @@ class PaperForm(nn.Module):
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         layer, (batch, tokens, channels), k = self.layer, x.shape, self.layer.kernel_size
         keys = F.adaptive_avg_pool1d(layer.kernel_proj(x).transpose(1, 2), k * k)
-        kernels = layer.kernel_gen(layer.activation(keys))
+        kernels = F.linear(layer.activation(keys), layer.kernel_gen.weight, layer.kernel_gen.bias)  # never as sums
         kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
         values = layer.x_proj(x).transpose(1, 2).reshape(1, batch * channels, *grid)
         weight = kernels.to(values.dtype).reshape(batch * channels, 1, k, k)

@@ -45,6 +45,7 @@ class SelfATConv(KernelGenerator):
             what = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
             raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
         grid = self.reference.get()
+        kernels = self.kernels(hidden_states, grid)
         v = self.to_v(hidden_states)
-        mixed = dynamic_depthwise_conv(v, self.kernels(hidden_states, grid).to(v.dtype), grid)
+        mixed = dynamic_depthwise_conv(v, kernels.to(v.dtype), grid)
         return self.to_out[1](self.to_out[0](mixed))

@@ -48,8 +48,10 @@ class PrefixATConv(KernelGenerator):
         if attn_mask is not None or is_causal:
             what = "is_causal" if attn_mask is None else "attn_mask"
             raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
-        grid, v, patches = self.reference.get(), self.v_proj(x), x[:, self.prefix :]
-        mixed = dynamic_depthwise_conv(v[:, self.prefix :], self.kernels(patches, grid).to(v.dtype), grid)
+        grid = self.reference.get()
+        kernels = self.kernels(x[:, self.prefix :], grid)
+        v = self.v_proj(x)
+        mixed = dynamic_depthwise_conv(v[:, self.prefix :], kernels.to(v.dtype), grid)
         if self.prefix:
             mixed = torch.cat([self._attend(x, v), mixed], 1)
         return self.proj_drop(self.proj(mixed))

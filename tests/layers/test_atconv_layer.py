@@ -127,7 +127,28 @@ def test_the_linear_over_the_taps_compiles_to_sums_that_equal_its_product(shape,
 
     compiled = with_gradients(torch.compile(linear, backend=backend, fullgraph=True))
     torch.testing.assert_close(compiled, with_gradients(linear), rtol=1e-12, atol=1e-12)
-    assert "linear(" not in "".join(graphs)
+    code = "".join(graphs)
+    assert ".sum(" in code
+    assert not any(product in code for product in ("linear(", "matmul", "@", "einsum", "bmm"))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_linear_over_the_taps_is_a_product(strict):
+    exported = torch.export.export(TapLinear(9, 9), (torch.randn(2, 6, 9),), strict=strict)
+    assert {node.target for node in exported.graph.nodes if node.op == "call_function"} == {
+        torch.ops.aten.linear.default
+    }
+
+
+def test_a_layer_compiled_under_autocast_equals_the_eager_one():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer, x = ATConv(16), torch.randn(2, 20, 16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, y = layer(x, (4, 5)), compiled(x, (4, 5))
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert (y - expected).float().norm() < 0.02 * expected.float().norm()
 
 
 def test_a_weight_of_another_kind_gets_a_product_when_compiled():
@@ -145,4 +166,6 @@ def test_a_weight_of_another_kind_gets_a_product_when_compiled():
     expected = linear(x)
     linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
     assert type(linear.weight) is not torch.nn.Parameter
-    torch.testing.assert_close(torch.compile(linear, backend="eager")(x).as_subclass(torch.Tensor), expected)
+    torch.testing.assert_close(
+        torch.compile(linear, backend="eager", fullgraph=True)(x).as_subclass(torch.Tensor), expected
+    )
