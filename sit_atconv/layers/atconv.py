@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.layers.linear import linear, linear_of_few_rows
 from sit_atconv.ops.atconv import POOLS, dynamic_depthwise_conv, inhibit, pool_tokens
 
 ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
@@ -15,21 +16,24 @@ INHIBITIONS = ("learned", "full", "none")
 
 
 class TapLinear(nn.Linear):
-    """The linear over the taps, (..., C, K) -> (..., C, K), which torch.compile fuses with what is around it.
+    """The linear over the taps, (B, C, K) -> (B, C, K), of a view of rows (B, K, C): it leaves the channels last.
 
-    A product with a K x K matrix costs its call and two transposes. Of sums, Inductor makes loops in one kernel with
-    the activation and the inhibition. Measured for K = 9 (C = 1152, 2 Xeon cores); not for larger kernels, nor on CUDA.
-    A quantised weight may know products alone, and gets one; so does an exported graph, which may never be fused.
+    Under torch.compile it is sums, of which Inductor makes loops in one kernel with the activation and the inhibition.
+    Measured for K = 9 (C = 1152, 2 Xeon cores); not for larger kernels, nor on CUDA.
+    A quantised weight may know the product of a linear alone, and gets it; so does an exported graph.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return F.linear(x, self.weight, self.bias)
-        fused = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if not fused or type(self.weight) is not nn.Parameter:
+        if torch.compiler.is_exporting() or type(self.weight) is not nn.Parameter:
             return super().forward(x)
-        y = (self.weight[:, :, None] * x.mT.unsqueeze(-3)).sum(-2).mT  # x lies as K rows of channels
-        return y if self.bias is None else y + self.bias
+        rows = x.mT
+        if torch.compiler.is_compiling():
+            y = (self.weight[:, :, None] * rows.unsqueeze(-3)).sum(-2)
+        else:
+            y = self.weight.expand(len(x), -1, -1) @ rows
+        return (y if self.bias is None else y + self.bias[:, None].to(y.dtype)).mT
 
 
 class KernelGenerator(nn.Module):
@@ -82,10 +86,11 @@ class KernelGenerator(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the starting weights: xavier-uniform linears; static kernels as torch starts a depthwise convolution."""
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            nn.init.xavier_uniform_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.routing == "static":
             nn.init.uniform_(self.static_kernel, -1 / self.kernel_size, 1 / self.kernel_size)
         if self.inhibition == "learned":
@@ -95,7 +100,7 @@ class KernelGenerator(nn.Module):
         """The kernels that x (B, N, C) calls for, after inhibition: (B, K, C)."""
         if self.routing == "adaptive":
             pooled = pool_tokens(x, grid, self.kernel_size, self.pool)
-            taps_last = self.activation(self.kernel_proj(pooled)).transpose(1, 2)
+            taps_last = self.activation(linear_of_few_rows(self.kernel_proj, pooled)).transpose(1, 2)
             kernels = self.kernel_gen(taps_last).transpose(1, 2)
         else:
             kernels = self.static_kernel.expand(x.shape[0], -1, -1)
@@ -138,8 +143,8 @@ class ATConv(KernelGenerator):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         kernels = self.kernels(x, grid)  # first: the convolution then finds the output of x_proj in the cache
-        v = self.x_proj(x)
-        return self.proj(dynamic_depthwise_conv(v, kernels.to(v.dtype), grid))
+        v = linear(self.x_proj, x)
+        return linear(self.proj, dynamic_depthwise_conv(v, kernels.to(v.dtype), grid))
 
 
 def flatten_pointwise_weights(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import nn
 
 from sit_atconv.errors import InputError
+from sit_atconv.layers.linear import linear
 
 
 class SiTAttnProcessor:
@@ -20,7 +21,7 @@ class SiTAttnProcessor:
         q, k, v = rearrange(attn.qkv(hidden_states), "b n (three h d) -> three b n h d", three=3, h=attn.num_heads)
         q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
         mixed = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
-        return attn.proj(mixed.flatten(2))
+        return linear(attn.proj, mixed.flatten(2))
 
 
 class Attention(nn.Module, AttentionModuleMixin):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sit_atconv.layers.linear import linear
+
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x (B, H, W, C) * (1 + scale) + shift, with shift and scale (B, 1, 1, C); one pass over x."""
@@ -38,7 +40,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return linear(self.fc2, gelu_tanh(linear(self.fc1, x)))
 
 
 class SiTBlock(nn.Module):
