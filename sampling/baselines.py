@@ -10,6 +10,7 @@ from torch import nn
 
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
+from sit_atconv.layers.linear import linear
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel
 
 SCORE_BYTES = 2**26  # of attention scores that are alive at once in the matrix products
@@ -30,13 +31,13 @@ class PaperForm(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         layer, (batch, tokens, channels), k = self.layer, x.shape, self.layer.kernel_size
-        keys = F.adaptive_avg_pool1d(layer.kernel_proj(x).transpose(1, 2), k * k)
+        keys = F.adaptive_avg_pool1d(linear(layer.kernel_proj, x).transpose(1, 2), k * k)
         kernels = F.linear(layer.activation(keys), layer.kernel_gen.weight, layer.kernel_gen.bias)  # never as sums
         kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
-        values = layer.x_proj(x).transpose(1, 2).reshape(1, batch * channels, *grid)
+        values = linear(layer.x_proj, x).transpose(1, 2).reshape(1, batch * channels, *grid)
         weight = kernels.to(values.dtype).reshape(batch * channels, 1, k, k)
         mixed = F.conv2d(values, weight, padding=k // 2, groups=batch * channels)
-        return layer.proj(mixed.reshape(batch, channels, tokens).transpose(1, 2))
+        return linear(layer.proj, mixed.reshape(batch, channels, tokens).transpose(1, 2))
 
 
 def in_paper_form(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
