@@ -15,7 +15,7 @@ from sit_atconv.generation import Sampling
 HERE = Path(__file__).parent
 DIM, MODEL, SIZE = 1152, "SiT-ATConv-XL/2", 256
 ROUNDS = {"4x16x16": 15, "1x32x32": 15, "1x64x64": 5}
-MODEL_ROUNDS = 5
+MODEL_ROUNDS = {"fp32": 5, "bf16": 15}
 
 
 def dtypes(device: torch.device) -> list[str]:
@@ -59,7 +59,7 @@ def main() -> None:
         op.to_markdown(rows),
     ]
     for dtype in measured:
-        setting = speed.Setting(1, MODEL_ROUNDS, dtype, device, True, ("forward",), speed.BASELINES, Sampling())
+        setting = speed.Setting(1, MODEL_ROUNDS[dtype], dtype, device, True, ("forward",), speed.BASELINES, Sampling())
         result = setting.describe() | {"rows": speed.measure([MODEL], SIZE, setting)}
         append_csv(HERE / "bench.csv", model_csv_rows(result, device))
         text.append(speed.to_markdown(result))
