@@ -9,6 +9,7 @@ import math
 import torch
 
 from sit_atconv.ops.atconv import reference
+from sit_atconv.ops.atconv.native import sum_dtype
 
 
 def _store(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,13 +18,13 @@ def _store(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided(tensor.shape, tensor.stride())
 
 
-def _sum_dtype(tokens: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tokens.dtype, torch.float32)
-
-
 def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """v (B, N, C), kernels (B, K, C) -> (B, N, C), summed in fp32 at least."""
-    dtype = _sum_dtype(v)
+    """The oracle, summed in fp32 at least: v (B, N, C), kernels (B, K, C) -> (B, N, C).
+
+    Each tap is cast: of the oracle on tokens that are cast before, Inductor's loop took 4.1 ms where this takes 2.5
+    (bf16, 64x64, C = 1152, 2 Xeon cores).
+    """
+    dtype = sum_dtype(v)
     shifts = reference.shifts(v, grid, math.isqrt(kernels.shape[1]))
     y = sum(kernels[:, tap, None, None].to(dtype) * shifted.to(dtype) for tap, shifted in enumerate(shifts))
     return y.to(v.dtype).flatten(1, 2)
@@ -43,7 +44,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(v, kernels, height, width):
-        return _convolve(_store(v), _store(kernels.to(_sum_dtype(v))), (height, width))
+        return _convolve(_store(v), _store(kernels.to(sum_dtype(v))), (height, width))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -63,7 +64,7 @@ def _grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], 
 
     Summed over rows first: one running sum over all tokens is less exact (fp32, 64x64: 5e-4 instead of 8e-5).
     """
-    dtype = _sum_dtype(v)
+    dtype = sum_dtype(v)
     image = grad_y.to(dtype).unflatten(1, grid)
     rows = [(image * shifted.to(dtype)).sum(2) for shifted in reference.shifts(v, grid, kernel_size)]
     return torch.stack(rows, 1).sum(2).to(v.dtype)

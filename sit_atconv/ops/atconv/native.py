@@ -20,7 +20,7 @@ def _blocks(tokens: torch.Tensor, grid: tuple[int, int]) -> Iterator[tuple[slice
     if tokens.device.type != "cpu":
         yield slice(0, tokens.shape[0]), slice(0, grid[0])
         return
-    row_bytes = grid[1] * tokens.shape[2] * _sum_dtype(tokens).itemsize
+    row_bytes = grid[1] * tokens.shape[2] * sum_dtype(tokens).itemsize
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
     samples = max(1, rows // grid[0])
     for b in range(0, tokens.shape[0], samples):
@@ -28,7 +28,8 @@ def _blocks(tokens: torch.Tensor, grid: tuple[int, int]) -> Iterator[tuple[slice
             yield slice(b, min(b + samples, tokens.shape[0])), slice(h, min(h + rows, grid[0]))
 
 
-def _sum_dtype(tokens: torch.Tensor) -> torch.dtype:
+def sum_dtype(tokens: torch.Tensor) -> torch.dtype:
+    """What sums over the taps are kept in: fp32, fp64 for fp64."""
     return torch.promote_types(tokens.dtype, torch.float32)
 
 
@@ -67,7 +68,7 @@ def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -
 
 
 def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool) -> torch.Tensor:
-    k, dtype = math.isqrt(kernels.shape[1]), _sum_dtype(v)
+    k, dtype = math.isqrt(kernels.shape[1]), sum_dtype(v)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     source, target = v.unflatten(1, grid), y.unflatten(1, grid)
     kernels = (kernels.flip(1) if flip else kernels).to(dtype).contiguous()[:, :, None, None]
@@ -88,7 +89,7 @@ def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], fli
 
 def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
     """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c]: (B, K, C)."""
-    dtype = _sum_dtype(v)
+    dtype = sum_dtype(v)
     total = torch.zeros(v.shape[0], kernel_size**2, v.shape[2], dtype=dtype, device=v.device)
     source, upstream = v.unflatten(1, grid), grad_y.unflatten(1, grid)
     scratch = None
