@@ -6,7 +6,20 @@ import numpy as np
 
 from eval.moments import Moments, moments
 
-__all__ = ["Moments", "frechet_distance", "frechet_distances", "moments"]
+__all__ = ["Moments", "correction_needs", "frechet_distance", "frechet_distances", "moments"]
+
+PER_FEATURE = (
+    10  # images; with fewer the bias is more than its part proportional to 1/N, which the jackknife takes away
+)
+
+
+def correction_needs(features: int) -> int:
+    """Images from which on the jackknife's corrected distance is sound: 10 a feature.
+
+    With fewer than about one a feature the covariance is singular, and what the jackknife leaves of the bias is many
+    times the error that it states.
+    """
+    return PER_FEATURE * features
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:

@@ -15,7 +15,7 @@ def inception_scores(
     """exp(mean KL(p(y|x) || p(y))) of each split of images, averaged over the splits: of all, and without each group.
 
     batches: index of the first image, and logits (B, K) of images from there on, in any order, each image once; for
-    Inception the 1008 logits without bias. group_ids (N,): as `stratified_groups` gives them. The last split may be
+    Inception the 1008 logits without bias. group_ids (N,): as `counted_off` gives them. The last split may be
     shorter and counts like the others, as in ADM's evaluator. Without a group the other images stay in their splits,
     so the value is exactly that of the shorter splits. Its bias goes with the split's size, not with 1/N.
 

@@ -24,7 +24,7 @@ def manifold_scores(
     density: mean number of real balls that a sample lies in, over k; coverage: share of real images with a sample in
     their ball (Naeem 2020, as in its code: k = 5, the ball is open).
 
-    group_ids (N,): as `stratified_groups` gives them. The values without a group are exactly those of the others: a
+    group_ids (N,): as `counted_off` gives them. The values without a group are exactly those of the others: a
     sample's ball grows to the k-th nearest of those left.
 
     Distances are Euclidean, from |a|^2 + |b|^2 - 2 ab in float64: no TF32 touches them, and a squared distance differs

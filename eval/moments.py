@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-GROUPS = 10
+from eval.jackknife import GROUPS
 
 
 class Moments(NamedTuple):
@@ -15,23 +15,6 @@ class Moments(NamedTuple):
 
     mu: np.ndarray
     sigma: np.ndarray
-
-
-def stratified_groups(labels: np.ndarray | None, n: int, groups: int = GROUPS) -> np.ndarray:
-    """The group of each of n images, int64 (n,) in [0, groups): what the jackknife leaves out at a time.
-
-    Images are counted off class by class, in the order of their indices; so every group has its share of every class
-    and all have the same size (both to one image). Without labels all are one class. It is the rank within the class
-    modulo `groups`, each class beginning where the one before it ended.
-
-    Raises ValueError for labels of another length.
-    """
-    labels = np.zeros(n, np.int64) if labels is None else np.asarray(labels)
-    if labels.shape != (n,):
-        raise ValueError(f"labels of shape {labels.shape} for {n} images")
-    result = np.empty(n, np.int64)
-    result[np.argsort(labels, kind="stable")] = np.arange(n) % groups
-    return result
 
 
 class GroupSums:

@@ -26,13 +26,14 @@ from eval.extract import (
 )
 from eval.extractor import INCEPTION_PROTOCOL, Extractor, default_device, load_extractor
 from eval.features import Features, is_features
-from eval.frechet import frechet_distances
+from eval.frechet import correction_needs, frechet_distances
 from eval.inception_score import inception_scores
-from eval.jackknife import Estimate, jackknife
+from eval.jackknife import Estimate, design_of, jackknife
 from eval.kernel import kernel_distance
 from eval.manifold import NEAREST, manifold_scores
-from eval.moments import GROUPS, GroupSums, Moments, stratified_groups
+from eval.moments import GroupSums, Moments
 from eval.refs import Reference, read_moments, read_reference
+from eval.result import bars_told, needs
 from eval.sources import Source, from_arrays, open_source
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError, check_choice, speaks
@@ -54,7 +55,8 @@ OFFERED = {
 PARTS = dict.fromkeys(NEAREST, "pr")
 # What comes of it, in the order of a result.
 NAMES = (*FRECHET, "is", *NEAREST, "kid", "recognised", "classifier_heldout_accuracy")
-FEWEST = 2 * GROUPS  # images that an error bar is told from
+
+Metric = dict[str, float | None]  # of a result: value, se and corrected, and perhaps corrected_needs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,11 +94,10 @@ def run(args: argparse.Namespace) -> None:
         write_atomic(out, json.dumps(result, indent=1, allow_nan=False))
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
-    print(table(result["metrics"]))
+    print(table(result["metrics"], result["error_bars"]["upper_bound"]))
     for note in notes:
         print(note)
-    if result["groups"] is None:
-        print(f"no error bars: they take at least {FEWEST} images, and there are {result['n']}")
+    print(f"error bars: {bars_told(result['error_bars'])}")
     print(f"written to {out}")
 
 
@@ -114,12 +115,15 @@ def _check_out(out: Path) -> None:
             raise InputError(f"--out {str(out)!r} is there, and no result of this command; choose another name")
 
 
-def table(metrics: dict[str, dict[str, float | None]]) -> str:
+def table(metrics: dict[str, Metric], upper_bound: bool = False) -> str:
     """The metrics of a result as lines: value, standard error, and where there is a 1/N bias the value without it."""
+    most, least = ("at most ", "at least ") if upper_bound else ("", "")
     lines = []
     for name, each in metrics.items():
-        error = "" if each["se"] is None else f" ± {each['se']:.2g}"
-        corrected = "" if each["corrected"] is None else f", corrected {each['corrected']:.5g}"
+        error = "" if each["se"] is None else f" ± {most}{each['se']:.2g}"
+        corrected = "" if each["corrected"] is None else f", corrected {least}{each['corrected']:.5g}"
+        if "corrected_needs" in each:
+            corrected = f", corrected {needs(each['corrected_needs'])}"
         lines.append(f"{name:<28} {each['value']:.5g}{error}{corrected}")
     return "\n".join(lines)
 
@@ -132,7 +136,6 @@ class _Pass:
     features: Features
     reference: Reference
     metrics: list[str]
-    groups: np.ndarray  # of each sample; one and the same where there are too few for an error bar
 
 
 def score(
@@ -168,29 +171,31 @@ def score(
         passes.append(one)
         notes += [f"left out: {reason.partition(';')[0]}" for reason in left_out]
 
-    estimates: dict[str, Estimate] = {}
+    main = passes[0]
+    info, about = main.features.info, main.features.info["source"]
+    design = design_of(main.features.n, info["class_histogram"], (about["manifest"] or {}).get("labels_rule"))
+    groups = design.group_ids(main.features.labels, main.features.n)
+    estimates: dict[str, Metric] = {}
     for one in passes:
         for metric in one.metrics:
             if metric in FRECHET:
-                sums = together(partial(_sums, one.features, STREAMS[metric], one.groups, shared=True)).all_reduce()
+                sums = together(partial(stream_sums, one.features, STREAMS[metric], groups, shared=True)).all_reduce()
                 if speaks():
-                    estimates[metric] = _frechet(sums, one.reference.moments[STREAMS[metric]])
+                    estimates[metric] = frechet_metric(sums, one.reference.moments[STREAMS[metric]])
     leave()
     if not speaks():
         return None
     for one in passes:
-        estimates |= _others(one.metrics, one.features, one.reference, one.groups, one.extractor.device)
-    main = passes[0]
+        estimates |= other_metrics(one.metrics, one.features, one.reference, groups, one.extractor.device)
     if "recognised" in estimates:
         accuracy = main.extractor.describe()["heldout_accuracy"]
-        estimates["classifier_heldout_accuracy"] = Estimate(accuracy, None, None)
-    info, about = main.features.info, main.features.info["source"]
+        estimates["classifier_heldout_accuracy"] = Estimate(accuracy, None, None)._asdict()
     if main.reference.is_of(about["pixels_sha256"]):
         notes.append("warning: samples and reference are the same images; such scores say nothing of a model")
     return {
         "protocol": main.extractor.protocol,
         "n": main.features.n,
-        "metrics": {name: estimates[name]._asdict() for name in NAMES if name in estimates},
+        "metrics": {name: estimates[name] for name in NAMES if name in estimates},
         "class_histogram": info["class_histogram"],
         "reference": main.reference.describe(),
         "extractors": [one.extractor.describe() for one in passes],
@@ -201,7 +206,8 @@ def score(
         "pixels_sha256": about["pixels_sha256"],
         "labels_sha256": about["labels_sha256"],
         "image_shape": list(main.features.image_shape),
-        "groups": GROUPS if main.features.n >= FEWEST else None,
+        "groups": design.groups,
+        "error_bars": design.describe(),
         "device": info["device"],
         "batch": info["batch"],
         "versions": library_versions("timm", "torch-fidelity", "scipy"),
@@ -274,8 +280,7 @@ def _prepare(
     features = source
     if isinstance(source, Source):
         features = features_of(source, extractor, batch=batch, out=default_folder(Path(samples), extractor.name, root))
-    groups = stratified_groups(features.labels, features.n, GROUPS if features.n >= FEWEST else 1)
-    return _Pass(extractor, features, reference, metrics, groups), left_out
+    return _Pass(extractor, features, reference, metrics), left_out
 
 
 def _check(metric: str, samples: Source | Features, extractor: Extractor, reference: Reference) -> None:
@@ -294,7 +299,7 @@ def _check(metric: str, samples: Source | Features, extractor: Extractor, refere
             raise InputError(f"{metric}: {found} images, and it takes {fewest}; leave {metric} out, or give more")
 
 
-def _sums(features, stream: str, groups: np.ndarray, shared: bool = False) -> GroupSums:
+def stream_sums(features, stream: str, groups: np.ndarray, shared: bool = False) -> GroupSums:
     """Sums of one stream; shared: of this process's part of the shards, where there are several processes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared and dist.is_initialized() else (0, 1)
     sums = GroupSums(features.streams[stream], int(groups.max()) + 1)
@@ -305,13 +310,18 @@ def _sums(features, stream: str, groups: np.ndarray, shared: bool = False) -> Gr
     return sums
 
 
-def _frechet(sums: GroupSums, reference: Moments) -> Estimate:
+def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:
+    """The Fréchet distance as a result has it; `corrected_needs`: images without which it has no corrected value."""
     value, *deleted = frechet_distances(sums.all_moments(), reference)
-    return jackknife(value, deleted)
+    metric = jackknife(value, deleted)._asdict()
+    fewest = correction_needs(len(reference.mu))
+    if sums.n.sum() < fewest:
+        metric |= {"corrected": None, "corrected_needs": fewest}
+    return metric
 
 
-def _others(metrics, features, reference: Reference, groups, device) -> dict[str, Estimate]:
-    """Estimates of what is no Fréchet distance. Their biases are not 1/N, so none is corrected."""
+def other_metrics(metrics, features, reference: Reference, groups: np.ndarray, device) -> dict[str, Metric]:
+    """What is no Fréchet distance. Their biases are not 1/N, so none is corrected."""
     values = {}
     if "is" in metrics:
         values["is"] = inception_scores(features.batches("logits"), groups)
@@ -330,7 +340,7 @@ def _others(metrics, features, reference: Reference, groups, device) -> dict[str
         # The error of the estimate from all pairs, and on top of it that of drawing the subsets.
         se = estimates["kid"].se
         estimates["kid"] = Estimate(kid.value, None if se is None else math.hypot(se, kid.subset_se), None)
-    return estimates
+    return {name: estimate._asdict() for name, estimate in estimates.items()}
 
 
 def _recognised(features, groups: np.ndarray) -> tuple[float, list[float]]:
@@ -341,20 +351,28 @@ def _recognised(features, groups: np.ndarray) -> tuple[float, list[float]]:
     return hits.mean(), [hits[groups != group].mean() for group in range(number)] if number > 1 else []
 
 
-class _Held:
-    """Features in memory, with the face of a folder of them."""
+class Held:
+    """Features in memory, (n, D) of each stream, with the face of a folder of them."""
 
-    def __init__(self, source: Source, extractor: Extractor):
-        batches = tqdm(source.batches(size=BATCH), "features", -(-source.n // BATCH), unit="batch", leave=False)
-        parts = [extractor(pixels) for pixels in batches]
-        self.n, self.labels, self.streams = source.n, source.labels, extractor.streams
-        self._arrays = {name: torch.cat([part[name] for part in parts]).numpy() for name in self.streams}
+    def __init__(self, arrays: dict[str, np.ndarray], labels: np.ndarray | None):
+        self.n, self.labels = len(next(iter(arrays.values()))), labels
+        self.streams = {name: array.shape[1] for name, array in arrays.items()}
+        self._arrays = arrays
 
     def __len__(self) -> int:
         return 1
 
     def batches(self, stream: str, shards: Sequence[int] = (0,)) -> Iterator[tuple[int, np.ndarray]]:
         return ((0, self._arrays[stream]) for _ in shards)
+
+    def load(self, stream: str) -> np.ndarray:
+        return self._arrays[stream]
+
+
+def _held(source: Source, extractor: Extractor) -> Held:
+    batches = tqdm(source.batches(size=BATCH), "features", -(-source.n // BATCH), unit="batch", leave=False)
+    parts = [extractor(pixels) for pixels in batches]
+    return Held({name: torch.cat([part[name] for part in parts]).numpy() for name in extractor.streams}, source.labels)
 
 
 class TrainingScorer:
@@ -376,16 +394,16 @@ class TrainingScorer:
         found = read_moments(path, self._extractor) if path.is_file() else None
         if found is not None:
             return found
-        held = _Held(open_source(path), self._extractor)
-        return next(_sums(held, "pool", np.zeros(held.n, np.int64)).all_moments())
+        held = _held(open_source(path), self._extractor)
+        return next(stream_sums(held, "pool", np.zeros(held.n, np.int64)).all_moments())
 
     def __call__(self, pixels: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
         """Scores by name, of uint8 images (N, C, H, W) of these classes; only digits look at the classes."""
         source = from_arrays(pixels, labels, "samples")
         self._extractor.check_images(source.name, source.image_shape)
-        held = _Held(source, self._extractor)
+        held = _held(source, self._extractor)
         one = np.zeros(held.n, np.int64)  # nobody asks for an error bar
-        values = {self._name: _frechet(_sums(held, "pool", one), self._moments).value}
+        values = {self._name: frechet_metric(stream_sums(held, "pool", one), self._moments)["value"]}
         if self._name == "frechet_distance":
             values["recognised"] = float(_recognised(held, one)[0])
         return values

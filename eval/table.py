@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from eval.result import bars_told, named, needs, sound
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256, write_atomic
 
@@ -92,6 +93,7 @@ def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
         "reference": results[0]["reference_name"],
         "common": {key: value for key, value in facts[0].items() if key not in differs},
         "differs": differs,
+        "error_bars": list(dict.fromkeys(result["error_bars"] for result in results)),
         "rows": [_row(group, differs) for group in rows.values()],
         "published": figures,
         "claimed": claims,
@@ -103,13 +105,14 @@ def _read(file: str) -> dict[str, Any]:
     name, _, file = ("", "", file) if Path(file).is_file() else file.rpartition("=")
     path = Path(file)
     try:
-        stored = json.loads(path.read_text())
+        stored = sound(json.loads(path.read_text()))
         manifest = stored["samples_manifest"]
         training = manifest.get("training") or {}
         metrics = {
             metric: {
                 "value": _number(metric, each["value"]),
                 **{key: _optional(f"{key} of {metric}", each[key]) for key in ("se", "corrected")},
+                "corrected_needs": _optional(f"corrected_needs of {metric}", each.get("corrected_needs")),
             }
             for metric, each in stored["metrics"].items()
             if metric != "classifier_heldout_accuracy"  # which is of the extractor
@@ -134,6 +137,8 @@ def _read(file: str) -> dict[str, Any]:
         return {
             "path": path,
             "facts": facts,
+            "error_bars": bars_told(stored["error_bars"]),
+            "upper_bound": stored["error_bars"]["upper_bound"],
             "metrics": metrics,
             "method": {
                 "method": name or (method["name"] or _mixer(method["token_mixer"]) or "unnamed") + repa,
@@ -159,8 +164,8 @@ def _read(file: str) -> dict[str, Any]:
 def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     """What two results must share besides the model for their scores to be compared; None where it is not recorded.
 
-    result: a metrics.json; manifest: of its samples. Raises ValueError, KeyError, TypeError or AttributeError where
-    they are none.
+    result: a metrics.json, as `sound` gives it; manifest: of its samples. Raises ValueError, KeyError, TypeError or
+    AttributeError where they are none.
     """
     listed, codec = result.get("extractors") or [], manifest.get("codec") or {}
     return {
@@ -168,6 +173,7 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
         "reference": (result.get("reference") or {}).get("sha256"),
         "extractors": {each["name"]: {k: v for k, v in each.items() if k != "name"} for each in listed},
         "groups": result.get("groups"),
+        "error_bars": named(result["error_bars"]),
         "samples_lossy": result.get("samples_lossy") or None,  # of a reference, its digest tells
         **{key: manifest.get(key) for key in SAMPLED},
         "codec": {key: codec.get(key) for key in ("codec", "sha256", "scale", "shift")},
@@ -231,11 +237,14 @@ def _row(group: list[dict], differs: list[str]) -> dict[str, Any]:
             "corrected_std": _std([one["corrected"] for one in each]),
             "values": [one["value"] for one in each],
         }
+        if each[0]["corrected_needs"] is not None:  # all of a row are as many images
+            metrics[name]["corrected_needs"] = each[0]["corrected_needs"]
     return {
         **method,
         **{key: group[0]["facts"][key] for key in differs},
         "nfe": _mean([result["nfe"] for result in group]),
         "seeds": seeds,
+        "upper_bound": group[0]["upper_bound"],
         "metrics": metrics,
         "results": [{"file": str(result["path"]), "sha256": sha256(result["path"])} for result in group],
     }
@@ -274,17 +283,19 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def _cell(metric: dict[str, Any] | None, mean: str = "mean", std: str = "std", se: str | None = "se") -> str:
+def _cell(
+    metric: dict[str, Any] | None, upper_bound: bool, mean: str = "mean", std: str = "std", se: str | None = "se"
+) -> str:
     if metric is None or metric[mean] is None:
         return ""
     # As many digits as the error has a use for.
     scale = min((metric[key] for key in (std, "se") if metric[key]), default=None)
     digits = 4 if not scale else min(6, max(0, 1 - math.floor(math.log10(scale))))
-    text = f"{metric[mean]:.{digits}f}"
+    text = "≥ " * (upper_bound and mean == "corrected") + f"{metric[mean]:.{digits}f}"
     if metric[std] is not None:
         text += f" ± {metric[std]:.{digits}f}"
     if se and metric[se] is not None:
-        text += f" [{metric[se]:.{digits}f}]"
+        text += f" [{'≤ ' * upper_bound}{metric[se]:.{digits}f}]"
     return text
 
 
@@ -296,6 +307,10 @@ def markdown(table: dict[str, Any]) -> str:
     shown = {name: name.replace("_", " ") for name in names}
     head = ["model", *differs, "params (M)", "step", "NFE", "seeds", *shown.values()]
     head += [f"{shown[name]}, corrected" for name in corrected]
+    lacking = dict.fromkeys(
+        (name, each["corrected_needs"])
+        for row in rows for name, each in row["metrics"].items() if "corrected_needs" in each
+    )  # fmt: skip
     lines = []
     if differs:
         lines += [
@@ -308,6 +323,9 @@ def markdown(table: dict[str, Any]) -> str:
         "Mean ± standard deviation over training seeds [mean jackknife standard error of one sampling]; without ±, one "
         "seed. Corrected: without the part of the bias that is proportional to 1/N; the reference's own sampling error "
         "is in neither.",
+        "",
+        *(f"Error bars: {sentence}." for sentence in table["error_bars"]),
+        *(f"{shown[name]}, corrected: {needs(images)}." for name, images in lacking),
         "",
         f"Common to all rows: scored against {Path(table['reference']).name}; "
         + "; ".join(f"{key} {_fact(value)}" for key, value in common.items() if value is not None)
@@ -344,8 +362,8 @@ def _cells(row: dict, differs: list[str], names: list[str], corrected: list[str]
         _plain(row["step"]),
         "" if row["nfe"] is None else f"{row['nfe']:g}",
         seeds,
-        *(_cell(metrics.get(name)) for name in names),
-        *(_cell(metrics.get(name), "corrected", "corrected_std", None) for name in corrected),
+        *(_cell(metrics.get(name), row["upper_bound"]) for name in names),
+        *(_cell(metrics.get(name), row["upper_bound"], "corrected", "corrected_std", None) for name in corrected),
     ]
 
 

@@ -31,6 +31,7 @@ class Stream(IntEnum):
     AUGMENT = 14  # (step, sample): the augmentation of an image to be classified
     MIX = 15  # (step, micro-batch): which images of it are mixed, and how
     DROP_PATH = 16  # (step, micro-batch): which residual branches and features are dropped
+    GROUPS = 17  # (): order in which scored images are counted off into the groups of their error bars
 
 
 def generator(seed: int, stream: Stream, *index: int) -> np.random.Generator:

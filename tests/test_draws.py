@@ -38,6 +38,7 @@ def test_the_numbers_of_streams_stay():
         "AUGMENT": 14,
         "MIX": 15,
         "DROP_PATH": 16,
+        "GROUPS": 17,
     }  # fmt: skip
 
 

@@ -150,12 +150,18 @@ def swatch(number: int) -> Markup:
 
 @dataclass
 class Interval:
-    """A value, its standard error and its corrected value, each None where not measured; number: of the series."""
+    """A value, its standard error and its corrected value, each None where not measured; number: of the series.
+
+    upper_bound: the error is at most this, and the corrected value at least. needs: images without which there is no
+    corrected value, None where that is not why.
+    """
 
     number: int
     value: float | None
     se: float | None
     corrected: float | None
+    upper_bound: bool = False
+    needs: int | None = None
 
 
 STRIP, ROW = 220, 18  # width of a strip of intervals, height of one of them

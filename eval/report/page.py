@@ -14,6 +14,7 @@ from eval.report.curves import Interval, Series, chart, intervals, swatch
 from eval.report.markup import Content, Markup, markup, tag
 from eval.report.pictures import CLASSES, PER_CLASS, Picture, grid, preview
 from eval.report.runs import Run, SampleSet, at, flat, number
+from eval.result import needs
 from eval.score import FRECHET
 
 STYLE = Path(__file__).with_name("style.css")
@@ -385,12 +386,14 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
     named = [_chip(column.number, column.title, len(columns)) for column in columns]
     head = ["Metric", *(["Value ± standard error"] if one else named), "Interval"]
     scored = next(column for column in columns if column.metrics)
-    groups = [column.metrics.get("groups") for column in columns if column.metrics]
-    errors = f"jackknife standard error over {groups[0]} groups of samples" if groups[0] else "standard error"
+    bars = {column.title: bars_told(column.metrics["error_bars"]) for column in columns if column.metrics}
+    alike = len(set(bars.values())) == 1
+    errors = [f"Error bars{'' if alike else f' of {title}'}: {each}." for title, each in bars.items()]
     reference = at(scored.metrics, "reference", "name")
     text = (
-        f"Value ± {errors}. Drawn: dot at the value, bar to one and line to two standard errors. Corrected (diamond), "
-        "where the bias is known: without its part that falls as 1/N. The reference's own sampling error is in neither."
+        f"Value ± jackknife standard error. {' '.join(errors[:1] if alike else errors)} Drawn: dot at the value, bar to "
+        "one and line to two standard errors. Corrected (diamond), where the bias is known: without its part that falls "
+        "as 1/N. The reference's own sampling error is in neither."
     )
     caption = f"Metrics against {reference or 'a reference that is not recorded'}" + (
         f", {_short(scored.metrics.get('n'))} samples, protocol {scored.metrics.get('protocol') or 'not recorded'}"
@@ -402,26 +405,28 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
 
 def _estimate(column: Column, name: str) -> Interval:
     each = at(column.metrics, "metrics", name)
-    return Interval(column.number, *(number(at(each, key)) for key in ("value", "se", "corrected")))
+    numbers = (number(at(each, key)) for key in ("value", "se", "corrected"))
+    bound = at(column.metrics, "error_bars", "upper_bound") or False
+    return Interval(column.number, *numbers, bound, number(at(each, "corrected_needs")))
 
 
 def _spoken(one: Interval) -> str:
     if one.value is None:
         return "not measured"
     value, error = _with_error(one.value, one.se)
-    return f"{value}, error {'not measured' if error is None else error}"
+    return f"{value}, error {'not measured' if error is None else 'at most ' * one.upper_bound + error}"
 
 
 def _cell(name: str, one: Interval) -> Content:
     if one.value is None:
         return UNMEASURED
     value, error = _with_error(one.value, one.se)
-    cells: list[Content] = [value, " ± ", UNMEASURED if error is None else error]
-    if name in FRECHET:
-        corrected = UNMEASURED if one.corrected is None else _with_error(one.corrected, one.se)[0]
-        cells.append(tag("small", "corrected ", corrected))
-    elif one.corrected is not None:
-        cells.append(tag("small", "corrected ", _with_error(one.corrected, one.se)[0]))
+    least, most = ("≥ ", "≤ ") if one.upper_bound else ("", "")
+    cells: list[Content] = [value, " ± ", UNMEASURED if error is None else most + error]
+    if one.corrected is not None:
+        cells.append(tag("small", "corrected ", least + _with_error(one.corrected, one.se)[0]))
+    elif name in FRECHET:
+        cells.append(tag("small", "corrected ", UNMEASURED if one.needs is None else needs(one.needs)))
     return cells
 
 

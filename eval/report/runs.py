@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from eval.result import sound
 from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
 from eval.table import comparable
 from sit_atconv.claims import SETTINGS
@@ -28,8 +29,8 @@ Row = dict[str, Any]
 @dataclass
 class SampleSet:
     """Samples of a run. manifest: without its labels, {} where none says how they were made. metrics: the result of
-    `eval score`, {} where there is none. facts: what others must share for their metrics to be compared, see
-    `eval.table`, {} without metrics. finished: whether all samples are there."""
+    `eval score`, as `sound` gives it, {} where there is none. facts: what others must share for their metrics to be
+    compared, see `eval.table`, {} without metrics. finished: whether all samples are there."""
 
     name: str
     path: Path
@@ -177,6 +178,7 @@ def _read_set(folder: Path) -> SampleSet:
             raise ValueError("its samples_manifest is none")
         if not all(isinstance(each, dict) for each in result.get("metrics", {}).values()):
             raise ValueError("its metrics are none")
+        result = sound(result) if result else {}
         scored = result.get("samples_manifest") or stated
         facts = comparable(result, scored) if result else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from eval.frechet import frechet_distance, frechet_distances
-from eval.jackknife import jackknife
-from eval.moments import GroupSums, Moments, stratified_groups
+from eval.jackknife import counted_off, jackknife
+from eval.moments import GroupSums, Moments
 
 REPEATS = 40
 
@@ -15,7 +15,7 @@ def estimates(draw, reference, labels):
     rows = []
     for repeat in range(REPEATS):
         x = draw(np.random.default_rng([0, repeat]))
-        sums = GroupSums(x.shape[1]).update(x, stratified_groups(labels, len(x)))
+        sums = GroupSums(x.shape[1]).update(x, counted_off(labels, len(x)))
         value, *without = frechet_distances(sums.all_moments(), reference)
         rows.append(jackknife(value, without))
     return np.array(rows).T

@@ -6,8 +6,8 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from eval import kernel
+from eval.jackknife import counted_off
 from eval.kernel import kernel_distance
-from eval.moments import stratified_groups
 
 
 def sets(m, n, dim=8):
@@ -31,7 +31,7 @@ def test_the_full_estimate_is_that_of_all_pairs_and_without_each_group(monkeypat
     monkeypatch.setattr(kernel, "ROWS", rows)
     monkeypatch.setattr(kernel, "SUBSETS", 2)
     real, fake = sets(31, 43)
-    ids = stratified_groups(np.arange(43) % 3, 43)
+    ids = counted_off(np.arange(43) % 3, 43)
     found = kernel_distance(real, fake, ids)
     assert found.full == pytest.approx(by_definition(real, fake), rel=1e-11)
     for group in range(10):
@@ -46,7 +46,7 @@ def test_the_value_is_torch_fidelitys(monkeypatch, m, n, size):
         torch.from_numpy(fake).double(), torch.from_numpy(real).double(),  # of float32, it errs by 1e-3
         kid_subsets=5, kid_subset_size=size, rng_seed=2020, verbose=False,
     )  # fmt: skip
-    found = kernel_distance(real, fake, stratified_groups(None, n))
+    found = kernel_distance(real, fake, counted_off(None, n))
     assert found.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
     assert found.subset_se == pytest.approx(theirs["kernel_inception_distance_std"] / np.sqrt(5), rel=1e-10, abs=1e-12)
 
@@ -75,7 +75,7 @@ def test_the_draw_of_subsets_is_the_stated_error():
 
 
 def test_samples_of_the_same_distribution_are_at_zero_on_average_and_the_error_says_how_far():
-    from eval.jackknife import jackknife
+    from eval.jackknife import counted_off, jackknife
 
     values, errors = [], []
     real = np.random.default_rng(1).normal(size=(20000, 4))
@@ -84,7 +84,7 @@ def test_samples_of_the_same_distribution_are_at_zero_on_average_and_the_error_s
             patch.setattr(kernel, "SUBSETS", 2)
             patch.setattr(kernel, "SUBSET_SIZE", 10)
             fake = np.random.default_rng(100 + repeat).normal(size=(200, 4)) + 0.3
-            found = kernel_distance(real[:2000], fake, stratified_groups(None, 200))
+            found = kernel_distance(real[:2000], fake, counted_off(None, 200))
         values.append(found.full)
         errors.append(jackknife(found.full, found.deleted).se)
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values, ddof=1), rel=0.25)
@@ -92,7 +92,7 @@ def test_samples_of_the_same_distribution_are_at_zero_on_average_and_the_error_s
 
 def test_what_has_no_distance_is_refused():
     real, fake = sets(20, 20)
-    ids = stratified_groups(None, 20)
+    ids = counted_off(None, 20)
     with pytest.raises(ValueError, match="do not go together"):
         kernel_distance(real[:, :3], fake, ids)
     with pytest.raises(ValueError, match="give at least two"):

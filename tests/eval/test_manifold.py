@@ -6,8 +6,8 @@ import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from eval import manifold
+from eval.jackknife import counted_off
 from eval.manifold import manifold_scores
-from eval.moments import stratified_groups
 
 
 def sets(m, n, dim=6, offset=0.0):
@@ -40,7 +40,7 @@ def by_definition(real, fake):
 def test_equal_the_definitions_for_all_and_without_each_group(monkeypatch, tile, offset):
     monkeypatch.setattr(manifold, "TILE", tile)
     real, fake = sets(90, 123, offset=offset)
-    ids = stratified_groups(np.random.default_rng(1).integers(4, size=123), 123)
+    ids = counted_off(np.random.default_rng(1).integers(4, size=123), 123)
     found = manifold_scores(real, fake, ids)
     expected = by_definition(real, fake)
     assert {name: value for name, (value, _) in found.items()} == pytest.approx(expected, rel=1e-12)
@@ -64,7 +64,7 @@ def test_leaving_a_group_out_makes_balls_grow():
 @pytest.mark.parametrize("save_cpu_ram", [True, False])
 def test_precision_and_recall_equal_torch_fidelitys(save_cpu_ram):
     real, fake = sets(200, 150)
-    found = manifold_scores(real, fake, stratified_groups(None, 150))
+    found = manifold_scores(real, fake, counted_off(None, 150))
     theirs = prc_features_to_metric(
         torch.from_numpy(fake).double(), torch.from_numpy(real).double(),
         prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=save_cpu_ram, verbose=False,
@@ -77,7 +77,7 @@ def test_close_images_far_from_the_origin_keep_their_neighbours():
     """In float32 the expanded square of these loses every distance; in float64 it keeps those of the differences."""
     real, fake = sets(80, 60, dim=32)
     near_real, near_fake = (torch.from_numpy(x).double() * 1e-2 + 10 for x in (real, fake))
-    found = manifold_scores(near_real.float().numpy(), near_fake.float().numpy(), stratified_groups(None, 60))
+    found = manifold_scores(near_real.float().numpy(), near_fake.float().numpy(), counted_off(None, 60))
     expected = by_definition(near_real.float().numpy(), near_fake.float().numpy())
     assert {name: value for name, (value, _) in found.items()} == pytest.approx(expected, rel=1e-12)
 
@@ -93,9 +93,9 @@ def test_squared_distances_are_as_exact_as_stated():
 
 def test_identical_and_disjoint_sets_have_known_values():
     real, _ = sets(60, 60)
-    same = manifold_scores(real, real.copy(), stratified_groups(None, 60))
+    same = manifold_scores(real, real.copy(), counted_off(None, 60))
     assert same["precision"][0] == same["recall"][0] == same["coverage"][0] == 1
-    far = manifold_scores(real, real + 1e3, stratified_groups(None, 60))
+    far = manifold_scores(real, real + 1e3, counted_off(None, 60))
     assert all(value == 0 and set(deleted) == {0.0} for value, deleted in far.values())
 
 
@@ -118,11 +118,11 @@ def test_the_balls_of_samples_are_closed_too():
 
 def test_what_has_no_neighbours_is_refused():
     real, fake = sets(20, 20)
-    ids = stratified_groups(None, 20)
+    ids = counted_off(None, 20)
     with pytest.raises(ValueError, match="5 real images, 20 samples: nearest neighbours need more than 5"):
         manifold_scores(real[:5], fake, ids)
     with pytest.raises(ValueError, match="need more than 5"):
-        manifold_scores(real, fake[:10], stratified_groups(None, 10, 2))
+        manifold_scores(real, fake[:10], counted_off(None, 10, 2))
     with pytest.raises(ValueError, match="samples have 6 features, real images 5"):
         manifold_scores(real[:, :5], fake, ids)
     with pytest.raises(ValueError, match="features of samples are not finite"):

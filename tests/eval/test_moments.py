@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from eval.moments import GroupSums, moments, stratified_groups
+from eval.jackknife import counted_off
+from eval.moments import GroupSums, moments
 
 N, DIM = 157, 12
 
@@ -38,7 +39,7 @@ def added(*parts):
 
 
 def test_any_split_and_order_equal_numpy():
-    x, ids = features(), stratified_groups(None, N)
+    x, ids = features(), counted_off(None, N)
     assert_equal(GroupSums(DIM).update(x, ids).moments(), by_numpy(x))
     for seed, size in enumerate((1, 7, 50)):
         order = np.random.default_rng(seed).permutation(N)
@@ -55,7 +56,7 @@ def test_any_split_and_order_equal_numpy():
 
 def test_without_a_group_are_the_others():
     x = features()
-    ids = stratified_groups(np.arange(N) % 7, N)
+    ids = counted_off(np.arange(N) % 7, N)
     full, *deleted = GroupSums(DIM).update(x, ids).all_moments()
     assert_equal(full, by_numpy(x))
     assert len(deleted) == 10
@@ -68,11 +69,12 @@ PROCESS = """
 import sys
 import numpy as np
 import torch.distributed as dist
-from eval.moments import GroupSums, stratified_groups
+from eval.jackknife import counted_off
+from eval.moments import GroupSums
 
 dist.init_process_group("gloo")
 x = np.load(sys.argv[1], allow_pickle=False)
-ids = stratified_groups(np.arange(len(x)) % 3, len(x))
+ids = counted_off(np.arange(len(x)) % 3, len(x))
 mine = slice(0, 30) if dist.get_rank() == 0 else slice(30, None)
 result = GroupSums(x.shape[1]).update(x[mine], ids[mine]).all_reduce()
 np.savez(f"{sys.argv[2]}/{dist.get_rank()}.npz", *result.moments(), *result.moments(without=2))
@@ -89,7 +91,7 @@ def test_two_processes_add_up_to_one(tmp_path):
          str(tmp_path / "process.py"), str(tmp_path / "x.npy"), str(tmp_path)],
         cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    ids = stratified_groups(np.arange(N) % 3, N)
+    ids = counted_off(np.arange(N) % 3, N)
     expected = (*by_numpy(x), *by_numpy(x[ids != 2]))
     for rank in range(2):
         with np.load(tmp_path / f"{rank}.npz", allow_pickle=False) as arrays:
@@ -98,7 +100,7 @@ def test_two_processes_add_up_to_one(tmp_path):
 
 @pytest.mark.parametrize("labels", [None, np.arange(103) % 7, np.repeat([5, 0, 2], [1, 99, 3]), np.arange(103)])
 def test_groups_are_of_one_size_and_share_every_class(labels):
-    ids = stratified_groups(labels, 103)
+    ids = counted_off(labels, 103)
     sizes = np.bincount(ids, minlength=10)
     assert sizes.max() - sizes.min() == 1
     for label in np.unique(labels) if labels is not None else ():
@@ -123,4 +125,4 @@ def test_what_has_no_moments_is_refused():
     with pytest.raises(ValueError, match="for 2 images"):
         sums.update(torch.zeros(3, 3), np.zeros(2, np.int64))
     with pytest.raises(ValueError, match=r"labels of shape \(2,\) for 3 images"):
-        stratified_groups(np.zeros(2), 3)
+        counted_off(np.zeros(2), 3)

@@ -20,10 +20,10 @@ from eval.extractor import INCEPTION_PROTOCOL, Extractor, load_extractor
 from eval.features import Features
 from eval.frechet import frechet_distance
 from eval.inception_score import inception_scores
-from eval.jackknife import jackknife
+from eval.jackknife import counted_off, jackknife
 from eval.kernel import kernel_distance
 from eval.manifold import manifold_scores
-from eval.moments import moments, stratified_groups
+from eval.moments import moments
 from eval.score import training_scorer
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError
@@ -127,7 +127,7 @@ def by_hand(fake, real, groups):
 def test_every_number_is_that_of_all_features_at_once(inception, samples, images):
     score(samples, "--ref", images, "--batch", 13)
     result = read(samples.with_suffix(".metrics.json"))
-    fake, real, groups = streams_of(made(N, 1)), streams_of(made(M, 2)), stratified_groups(np.arange(N) % 4, N)
+    fake, real, groups = streams_of(made(N, 1)), streams_of(made(M, 2)), counted_off(np.arange(N) % 4, N)
     found = {name: tuple(metric.values()) for name, metric in result["metrics"].items()}
     assert list(found) == ["fid", "sfid", "is", "precision", "recall", "density", "coverage", "kid"]
     for name, stream in (("fid", "pool"), ("sfid", "spatial")):
@@ -343,7 +343,7 @@ def test_a_module_of_ones_own(own, samples, images, capsys):
     result = read(samples.with_suffix(".metrics.json"))
     assert result["protocol"] == f"module-{own}:Own"
     fake, real = streams_of(made(N, 1))["pool"], streams_of(made(M, 2))["pool"]
-    expected = by_hand(fake, real, stratified_groups(np.arange(N) % 4, N))
+    expected = by_hand(fake, real, counted_off(np.arange(N) % 4, N))
     assert tuple(result["metrics"]["frechet_distance"].values()) == pytest.approx(expected, rel=1e-4)
     assert {"is", "precision", "kid"} <= result["metrics"].keys()
     capsys.readouterr()
