@@ -320,7 +320,9 @@ def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:
     return metric
 
 
-def other_metrics(metrics, features, reference: Reference, groups: np.ndarray, device) -> dict[str, Metric]:
+def other_metrics(
+    metrics, features, reference: Reference, groups: np.ndarray, device, progress: bool = True
+) -> dict[str, Metric]:
     """What is no Fréchet distance. Their biases are not 1/N, so none is corrected."""
     values = {}
     if "is" in metrics:
@@ -329,9 +331,9 @@ def other_metrics(metrics, features, reference: Reference, groups: np.ndarray, d
         sets = reference.features["pool"], features.load("pool")
         where = "cpu" if device.type == "mps" else device  # which has no float64
         if "pr" in metrics:
-            values |= manifold_scores(*sets, groups, where, progress=True)
+            values |= manifold_scores(*sets, groups, where, progress)
         if "kid" in metrics:
-            kid = kernel_distance(*sets, groups, where, progress=True)
+            kid = kernel_distance(*sets, groups, where, progress)
             values["kid"] = kid.full, kid.deleted
     if "recognised" in metrics:
         values["recognised"] = _recognised(features, groups)

@@ -14,7 +14,7 @@ from eval.report.curves import Interval, Series, chart, intervals, swatch
 from eval.report.markup import Content, Markup, markup, tag
 from eval.report.pictures import CLASSES, PER_CLASS, Picture, grid, preview
 from eval.report.runs import Run, SampleSet, at, flat, number
-from eval.result import needs
+from eval.result import bars_told, needs
 from eval.score import FRECHET
 
 STYLE = Path(__file__).with_name("style.css")
@@ -391,9 +391,9 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
     errors = [f"Error bars{'' if alike else f' of {title}'}: {each}." for title, each in bars.items()]
     reference = at(scored.metrics, "reference", "name")
     text = (
-        f"Value ± jackknife standard error. {' '.join(errors[:1] if alike else errors)} Drawn: dot at the value, bar to "
-        "one and line to two standard errors. Corrected (diamond), where the bias is known: without its part that falls "
-        "as 1/N. The reference's own sampling error is in neither."
+        f"Value ± jackknife standard error. {' '.join(errors[:1] if alike else errors)} Drawn: dot at the value, bar "
+        "to one and line to two standard errors. Corrected (diamond), where the bias is known: without its part that "
+        "falls as 1/N. The reference's own sampling error is in neither."
     )
     caption = f"Metrics against {reference or 'a reference that is not recorded'}" + (
         f", {_short(scored.metrics.get('n'))} samples, protocol {scored.metrics.get('protocol') or 'not recorded'}"

@@ -35,6 +35,7 @@ def result(tmp_path):
             "extractors": [{"name": "inception", "protocol": "adm-inception-1", "weights_sha256": "cd" * 32}],
             "image_shape": [3, 256, 256],
             "groups": 10,
+            "error_bars": {"design": "random", "groups": 10, "upper_bound": False, "why": "drawn", "seed": 0},
             "samples_manifest_sha256": f"manifest {which}",
             "samples_manifest": {
                 "sampler": "euler-maruyama", "steps": 250, "guidance_scale": 1.0, "guidance_channels": None,
