@@ -99,7 +99,7 @@ def design_of(n: int, histogram: Mapping[str, int] | None, rule: str | None = No
     for the latter, unless the manifest says that labels were drawn. Random groups of balanced classes overstate.
     """
     if n < FEWEST:
-        return Design(None, None, False, f"error bars take at least {FEWEST} images, and there are {n}", None)
+        return Design(None, None, False, f"they take at least {FEWEST} images, and there are {n}", None)
     if rule == "random":
         return Design("random", GROUPS, False, "labels were drawn at random, and so are the groups")
     if histogram is None:
@@ -130,10 +130,10 @@ def design_of(n: int, histogram: Mapping[str, int] | None, rule: str | None = No
     candidates = range(GROUPS, FEWEST) if least >= GROUPS else range(least, most + 1)
     groups = min(candidates, key=lambda number: (max(_between(counts, number), LET_IN / 5), number))
     if _between(counts, groups) > LET_IN:
-        why = (
-            f"{balanced}, which {groups} groups cannot share evenly: some of the spread between classes is in the error"
-        )
-        return Design("stratified", groups, True, why)
+        return Design(
+            "stratified", groups, True,
+            f"{balanced}, shared out unevenly over the groups: an upper bound, with some of the spread between classes",
+        )  # fmt: skip
     return Design("stratified", groups, False, f"{balanced}, and every group has its share of each")
 
 

@@ -29,7 +29,7 @@ def sound(result: dict[str, Any]) -> dict[str, Any]:
     if stands and design.design is not None:
         stands = design.design == "stratified" and design.groups == GROUPS
     if not stands:
-        why = "an earlier version's groups do not fit how these images were drawn: no errors of it; score again"
+        why = "those of an earlier version do not fit how the images were drawn; score the samples again"
         design = Design(None, None, False, why, None)
     metrics = {}
     for name, metric in result.get("metrics", {}).items():
@@ -46,8 +46,8 @@ def sound(result: dict[str, Any]) -> dict[str, Any]:
 def bars_told(error_bars: dict[str, Any]) -> str:
     """The design of the error bars of a result in words."""
     if error_bars["design"] is None:
-        return f"none; {error_bars['why']}"
-    return f"{error_bars['groups']} {error_bars['design']} groups; {error_bars['why']}"
+        return f"no error bars: {error_bars['why']}"
+    return f"error bars: {error_bars['groups']} {error_bars['design']} groups; {error_bars['why']}"
 
 
 def named(error_bars: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(result["metrics"], result["error_bars"]["upper_bound"]))
     for note in notes:
         print(note)
-    print(f"error bars: {bars_told(result['error_bars'])}")
+    print(bars_told(result["error_bars"]))
     print(f"written to {out}")
 
 

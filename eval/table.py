@@ -324,7 +324,7 @@ def markdown(table: dict[str, Any]) -> str:
         "seed. Corrected: without the part of the bias that is proportional to 1/N; the reference's own sampling error "
         "is in neither.",
         "",
-        *(f"Error bars: {sentence}." for sentence in table["error_bars"]),
+        *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in table["error_bars"]),
         *(f"{shown[name]}, corrected: {needs(images)}." for name, images in lacking),
         "",
         f"Common to all rows: scored against {Path(table['reference']).name}; "

@@ -224,11 +224,13 @@ def is_trained(model: Model) -> bool:
 
 
 def is_scored(samples: Path, table: Table) -> bool:
-    """Whether metrics.json is of these samples, this reference, these weights and these metrics."""
+    """Whether metrics.json is of these samples, this reference, these weights and these metrics, and says how its error
+    bars were made, as earlier versions did not."""
     try:
         result = json.loads((samples / "metrics.json").read_text())
         return (
-            result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
+            "error_bars" in result
+            and result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
             and _extractors(result, table) == wanted_extractors(table)
             and set(result["metrics"]) == {name for metric in table.metrics for name in GIVES.get(metric, [metric])}
             and result["reference"]["sha256"] == reference_digest(table.ref)

@@ -387,13 +387,13 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
     head = ["Metric", *(["Value ± standard error"] if one else named), "Interval"]
     scored = next(column for column in columns if column.metrics)
     bars = {column.title: bars_told(column.metrics["error_bars"]) for column in columns if column.metrics}
-    alike = len(set(bars.values())) == 1
-    errors = [f"Error bars{'' if alike else f' of {title}'}: {each}." for title, each in bars.items()]
+    alike = set(bars.values())
+    errors = alike.pop() if len(alike) == 1 else " | ".join(f"{title}: {each}" for title, each in bars.items())
     reference = at(scored.metrics, "reference", "name")
     text = (
-        f"Value ± jackknife standard error. {' '.join(errors[:1] if alike else errors)} Drawn: dot at the value, bar "
-        "to one and line to two standard errors. Corrected (diamond), where the bias is known: without its part that "
-        "falls as 1/N. The reference's own sampling error is in neither."
+        f"Value ± jackknife standard error ({errors}). Drawn: dot at the value, bar to one and line to two standard "
+        "errors. Corrected (diamond), where the bias is known: without its part that falls as 1/N. The reference's own "
+        "sampling error is in neither."
     )
     caption = f"Metrics against {reference or 'a reference that is not recorded'}" + (
         f", {_short(scored.metrics.get('n'))} samples, protocol {scored.metrics.get('protocol') or 'not recorded'}"

@@ -98,20 +98,6 @@ def test_two_processes_add_up_to_one(tmp_path):
             assert_equal([arrays[f"arr_{number}"] for number in range(4)], expected)
 
 
-@pytest.mark.parametrize("labels", [None, np.arange(103) % 7, np.repeat([5, 0, 2], [1, 99, 3]), np.arange(103)])
-def test_groups_are_of_one_size_and_share_every_class(labels):
-    ids = counted_off(labels, 103)
-    sizes = np.bincount(ids, minlength=10)
-    assert sizes.max() - sizes.min() == 1
-    for label in np.unique(labels) if labels is not None else ():
-        shares = np.bincount(ids[labels == label], minlength=10)
-        assert shares.max() - shares.min() <= 1
-        # Counted off in the order of the indices.
-        assert set(np.diff(ids[labels == label]) % 10) <= {1}
-    if labels is None:
-        np.testing.assert_array_equal(ids, np.arange(103) % 10)
-
-
 def test_what_has_no_moments_is_refused():
     with pytest.raises(ValueError, match="at least two"):
         moments(np.zeros((1, 3)))
@@ -124,5 +110,3 @@ def test_what_has_no_moments_is_refused():
         sums.update(torch.zeros(3, 4), np.zeros(3, np.int64))
     with pytest.raises(ValueError, match="for 2 images"):
         sums.update(torch.zeros(3, 3), np.zeros(2, np.int64))
-    with pytest.raises(ValueError, match=r"labels of shape \(2,\) for 3 images"):
-        counted_off(np.zeros(2), 3)

@@ -107,6 +107,7 @@ def samples(folder, labels=(0, 1, 2) * 4, size=8, metrics=True, grey=10, result=
         "reference": {"name": "digits train split", "sha256": "cd" * 32},
         "extractors": [{"name": "digits", "weights_sha256": "ef" * 32}], "pixels_sha256": "12" * 32,
         "samples_manifest": {}, "samples_manifest_sha256": digest(folder / "manifest.json"),
+        "error_bars": {"design": "stratified", "groups": 10, "upper_bound": False, "why": "classes are balanced"},
         "versions": {"torch": "9.8.6"},
     } | dict(result)  # fmt: skip
     if metrics:
@@ -411,6 +412,29 @@ def test_which_way_a_metric_gets_better_is_said(make, tmp_path):
 def test_all_that_keeps_metrics_from_being_compared_is_said(make, tmp_path, result, manifest, told):
     page = make(samples(tmp_path / "a"), samples(tmp_path / "b", result=result, **manifest))
     assert f"These metrics were not measured in the same way and cannot be compared: {told}" in page.text
+
+
+def test_how_sure_a_number_is_stands_beside_it(make, tmp_path):
+    bound = {"design": "random", "groups": 10, "upper_bound": True, "why": "classes are unknown"}
+    few = {"frechet_distance": {"value": 242.0843, "se": 15.2366, "corrected": None, "corrected_needs": 640}}
+    first, second = (
+        samples(tmp_path / "a", result={"error_bars": bound}),
+        samples(tmp_path / "b", result={"metrics": few}),
+    )
+    page = make(first, second)
+    assert page.row("Fréchet distance")[:2] == [
+        "242 ± ≤ 15corrected ≥ 227",
+        "242 ± 15corrected needs N >= 640 images for 64 features",
+    ]
+    assert "(a: error bars: 10 random groups; classes are unknown | b: error bars: 10 stratified groups;" in page.text
+    assert "cannot be compared: error bars random, an upper bound | stratified." in page.text
+    assert "242, error at most 15" in (tmp_path / "out/report.html").read_text()
+
+
+def test_errors_of_earlier_versions_are_left_out_where_they_do_not_hold(make, tmp_path):
+    page = make(samples(tmp_path / "a", result={"error_bars": None}))
+    assert page.row("Fréchet distance")[0] == "242.1 ± not measuredcorrected not measured"
+    assert "(no error bars: those of an earlier version do not fit how the images were drawn; score" in page.text
 
 
 def test_of_many_differences_some_are_told(make, tmp_path):

@@ -120,18 +120,21 @@ def values(result):
 def by_hand(fake, real, groups):
     """Fréchet distance of features, with error and correction, from scratch."""
     reference = moments(real)
-    deleted = [frechet_distance(*moments(fake[groups != group]), *reference) for group in range(10)]
+    deleted = [frechet_distance(*moments(fake[groups != group]), *reference) for group in range(max(groups) + 1)]
     return jackknife(frechet_distance(*moments(fake), *reference), deleted)
 
 
 def test_every_number_is_that_of_all_features_at_once(inception, samples, images):
     score(samples, "--ref", images, "--batch", 13)
     result = read(samples.with_suffix(".metrics.json"))
-    fake, real, groups = streams_of(made(N, 1)), streams_of(made(M, 2)), counted_off(np.arange(N) % 4, N)
-    found = {name: tuple(metric.values()) for name, metric in result["metrics"].items()}
+    fake, real, groups = streams_of(made(N, 1)), streams_of(made(M, 2)), counted_off(np.arange(N) % 4, N, 16)
+    found = {name: (metric["value"], metric["se"], metric["corrected"]) for name, metric in result["metrics"].items()}
     assert list(found) == ["fid", "sfid", "is", "precision", "recall", "density", "coverage", "kid"]
     for name, stream in (("fid", "pool"), ("sfid", "spatial")):
-        assert found[name] == pytest.approx(by_hand(fake[stream], real[stream], groups), rel=1e-4)
+        expected = by_hand(fake[stream], real[stream], groups)
+        assert found[name][:2] == pytest.approx(expected[:2], rel=1e-4)
+        needs = 10 * fake[stream].shape[1]  # images of a corrected distance
+        assert found[name][2] == (None if needs > N else pytest.approx(expected.corrected, rel=1e-4))
     value, deleted = inception_scores([(0, fake["logits"])], groups)
     assert found["is"][:2] == pytest.approx((value, jackknife(value, deleted).se), rel=1e-4)
     for name, (value, deleted) in manifold_scores(real["pool"], fake["pool"], groups).items():
@@ -140,7 +143,7 @@ def test_every_number_is_that_of_all_features_at_once(inception, samples, images
     error = np.hypot(jackknife(kid.full, kid.deleted).se, kid.subset_se)
     assert error > kid.subset_se > 0
     assert found["kid"][:2] == pytest.approx((kid.value, error), rel=1e-4)
-    assert {name for name in found if found[name][2] is not None} == {"fid", "sfid"}
+    assert {name for name in found if found[name][2] is not None} == {"sfid"}
     assert inception == [("inception", None)]
 
 
@@ -325,13 +328,14 @@ def test_fid_and_fdd_are_of_two_extractors_in_one_result(inception, samples, ima
     assert list(both["metrics"]) == ["fid", "fdd"]
     assert both["protocol"] == "adm-inception-1"
     assert [each["protocol"] for each in both["extractors"]] == ["adm-inception-1", "dinov2-small-1"]
-    assert both["metrics"]["fid"] == pytest.approx(both["metrics"]["fdd"], rel=1e-6)  # the same small network
+    for key in ("value", "se"):  # of the same small network
+        assert both["metrics"]["fid"][key] == pytest.approx(both["metrics"]["fdd"][key], rel=1e-6)
     inception.clear()
     score(samples, "--ref", images, "--metrics", "fdd", "--out", tmp_path / "one.json")
     one = read(tmp_path / "one.json")
     assert inception == [("dinov2", None)]
     assert (one["protocol"], list(one["metrics"]), len(one["extractors"])) == ("dinov2-small-1", ["fdd"], 1)
-    assert one["metrics"]["fdd"] == pytest.approx(both["metrics"]["fdd"], rel=1e-6)
+    assert one["metrics"]["fdd"]["value"] == pytest.approx(both["metrics"]["fdd"]["value"], rel=1e-6)
     score(samples, "--ref", images, "--extractor", "dinov2", "--out", tmp_path / "all.json")
     assert list(read(tmp_path / "all.json")["metrics"]) == ["fdd", "precision", "recall", "density", "coverage", "kid"]
     score(samples, "--ref", images, "--extractor", "inception", "--metrics", "fdd", "--out", tmp_path / "again.json")
@@ -343,8 +347,9 @@ def test_a_module_of_ones_own(own, samples, images, capsys):
     result = read(samples.with_suffix(".metrics.json"))
     assert result["protocol"] == f"module-{own}:Own"
     fake, real = streams_of(made(N, 1))["pool"], streams_of(made(M, 2))["pool"]
-    expected = by_hand(fake, real, counted_off(np.arange(N) % 4, N))
-    assert tuple(result["metrics"]["frechet_distance"].values()) == pytest.approx(expected, rel=1e-4)
+    expected = by_hand(fake, real, counted_off(np.arange(N) % 4, N, 16))
+    found = result["metrics"]["frechet_distance"]
+    assert (found["value"], found["se"]) == pytest.approx(expected[:2], rel=1e-4)
     assert {"is", "precision", "kid"} <= result["metrics"].keys()
     capsys.readouterr()
     score(samples, "--ref", images, "--extractor", f"{own}:Pool")
@@ -364,6 +369,89 @@ def test_how_features_are_split_into_files_changes_nothing(own, samples, images,
         for name, metric in whole["metrics"].items():
             found = split["metrics"][name]
             assert (found["value"], found["se"]) == pytest.approx((metric["value"], metric["se"]), rel=1e-5), name
+
+
+def test_images_whose_classes_take_turns_have_the_errors_of_their_draw(own, tmp_path, capsys):
+    """The same images with labels, without, and sorted by class: what is known of them sets the groups."""
+    base = np.random.default_rng(0).integers(40, 215, (10, 4, 4, 3))
+
+    def images(seed, labels):
+        noise = np.random.default_rng(seed).normal(size=(len(labels), 4, 4, 3)) * 15
+        return (base[labels] + noise).clip(0, 255).astype(np.uint8)
+
+    labels = np.arange(400) % 10
+    pixels, order = images(1, labels), np.argsort(labels, kind="stable")
+    np.savez(tmp_path / "ref.npz", arr_0=images(2, labels))
+    np.savez(tmp_path / "labelled.npz", arr_0=pixels, arr_1=labels)
+    np.savez(tmp_path / "sorted.npz", arr_0=pixels[order], arr_1=labels[order])
+    np.savez(tmp_path / "unlabelled.npz", arr_0=pixels)
+    np.savez(tmp_path / "one.npz", arr_0=pixels, arr_1=np.zeros(400, int))
+    found, says = {}, {}
+    for name in ("labelled", "sorted", "unlabelled", "one"):
+        score(
+            tmp_path / f"{name}.npz", "--ref", tmp_path / "ref.npz", "--extractor", f"{own}:Own", "--metrics",
+            "frechet_distance,pr,kid",
+        )  # fmt: skip
+        found[name], says[name] = read(tmp_path / f"{name}.metrics.json"), capsys.readouterr().out
+    bars = {name: (each["error_bars"]["design"], each["error_bars"]["upper_bound"]) for name, each in found.items()}
+    assert bars == {
+        "labelled": ("stratified", False), "sorted": ("stratified", False), "unlabelled": ("random", True),
+        "one": ("random", False),
+    }  # fmt: skip
+    errors = {name: {metric: one["se"] for metric, one in each["metrics"].items()} for name, each in found.items()}
+    by_class = errors["labelled"]
+    assert {metric: 0.2 < errors["sorted"][metric] / by_class[metric] < 5 for metric in by_class} == dict.fromkeys(
+        by_class, True
+    )
+    by_turns = jackknife(*_by_turns(streams_of(pixels)["pool"], streams_of(images(2, labels))["pool"])).se
+    for name in ("unlabelled", "one"):
+        assert errors[name]["frechet_distance"] < by_turns / 10
+    assert "error bars: 10 random groups; classes are unknown" in says["unlabelled"]
+    assert "± at most" in says["unlabelled"]
+    assert "corrected at least" in says["unlabelled"]
+    assert "error bars: 10 stratified groups; classes are balanced, 40 images each" in says["labelled"]
+    assert "at most" not in says["labelled"]
+
+
+def _by_turns(fake, real):
+    ids = np.arange(len(fake)) % 10
+    deleted = [frechet_distance(*moments(fake[ids != group]), *moments(real)) for group in range(10)]
+    return frechet_distance(*moments(fake), *moments(real)), deleted
+
+
+def test_the_manifests_rule_decides_the_groups(inception, images, tmp_path, capsys):
+    """Labels that were drawn at random and came out even."""
+    for rule, design in (("random", "random"), ("balanced", "stratified"), ("file", "stratified")):
+        folder = tmp_path / rule
+        folder.mkdir()
+        np.savez(folder / "samples.npz", arr_0=made(60, 1), arr_1=np.arange(60) % 3)
+        manifest = {"num": 60, "labels": (np.arange(60) % 3).tolist(), "labels_rule": rule}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        score(folder, "--ref", images, "--metrics", "fid,is")
+        result = read(folder / "metrics.json")
+        assert result["error_bars"]["design"] == design
+        assert result["groups"] == result["error_bars"]["groups"] == 10
+        ids = counted_off(None if design == "random" else np.arange(60) % 3, 60)
+        value, deleted = inception_scores([(0, streams_of(made(60, 1))["logits"])], ids)
+        assert result["metrics"]["is"]["se"] == pytest.approx(jackknife(value, deleted).se, rel=1e-4)
+    assert (
+        "labels were drawn at random, and so are the groups"
+        in read(tmp_path / "random/metrics.json")["error_bars"]["why"]
+    )
+
+
+def test_a_corrected_distance_takes_ten_images_a_feature(own, images, tmp_path, capsys):
+    for n in (69, 70):  # of 7 features
+        np.savez(tmp_path / f"{n}.npz", arr_0=made(n, 1), arr_1=np.zeros(n, int))
+        score(tmp_path / f"{n}.npz", "--ref", images, "--extractor", f"{own}:Own", "--metrics", "frechet_distance")
+        metric, out = read(tmp_path / f"{n}.metrics.json")["metrics"]["frechet_distance"], capsys.readouterr().out
+        if n == 69:
+            assert (metric["corrected"], metric["corrected_needs"]) == (None, 70)
+            assert "corrected needs N >= 70 images for 7 features" in out
+        else:
+            fake, real = streams_of(made(n, 1))["pool"], streams_of(made(M, 2))["pool"]
+            assert metric["corrected"] == pytest.approx(by_hand(fake, real, counted_off(None, n)).corrected, rel=1e-4)
+            assert "corrected_needs" not in metric
 
 
 def test_a_few_images_have_no_error_bar(inception, images, tmp_path, capsys):

@@ -107,6 +107,50 @@ def test_a_row_is_mean_and_spread_over_training_seeds(result, tmp_path, capsys):
     assert [row["file"] for row in first["results"]] == [str(path) for path in files[:3]]
 
 
+def test_how_sure_a_number_is_is_said(result, tmp_path):
+    bound = {"design": "random", "groups": 10, "upper_bound": True, "why": "classes are unknown", "seed": 0}
+    evaluate(["table", str(result(error_bars=bound)), "--out", str(tmp_path / "t.md")])
+    text = (tmp_path / "t.md").read_text()
+    assert cells(text, "SiT-XL/2")[5:] == ["17.00 [≤ 0.10]", "100.00 [≤ 0.10]", "≥ 16.50"]
+    assert "Error bars: 10 random groups; classes are unknown." in text
+    few = result(n=10_000, metrics__fid__corrected=None, metrics__fid__corrected_needs=20_480)
+    evaluate(["table", str(few), "--out", str(tmp_path / "t.md")])
+    text = (tmp_path / "t.md").read_text()
+    assert cells(text, "SiT-XL/2")[5:] == ["17.00 [0.10]", "100.00 [0.10]"]
+    assert "fid, corrected: needs N >= 20,480 images for 2,048 features." in text
+
+
+@pytest.mark.parametrize("error_bars", [5, {}, {"design": "other", "upper_bound": False}, {"design": "random"}])
+def test_odd_error_bars_are_refused(result, error_bars):
+    with pytest.raises(InputError, match="is no result of `eval score`"):
+        tabulate([result(error_bars=error_bars)])
+
+
+BALANCED = {str(label): 50 for label in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "se", "corrected"),
+    [
+        ({"class_histogram": BALANCED, "samples_manifest__labels_rule": "balanced"}, 0.1, 16.5),
+        ({"class_histogram": BALANCED, "samples_manifest__labels_rule": "random"}, None, None),
+        ({"samples_manifest__labels_rule": None}, None, None),  # unlabelled
+        ({"class_histogram": {str(label): 5 for label in range(10_000)}, "samples_manifest__labels_rule": "file"},
+         None, None),
+        ({"class_histogram": {str(label): 10 for label in range(1000)}, "samples_manifest__labels_rule": "balanced",
+          "n": 10_000}, 0.1, None),  # too few images for 2,048 features
+        ({"class_histogram": None, "n": 10, "groups": None}, 0.1, None),
+    ],
+)  # fmt: skip
+def test_of_a_result_of_an_earlier_version_stands_what_holds(result, changes, se, corrected):
+    """They counted off class by class in ten groups, however the images were drawn, and corrected any distance."""
+    table = tabulate([result(error_bars=None, **changes)])
+    found = table["rows"][0]["metrics"]["fid"]
+    assert (found["mean"], found["se"], found["corrected"]) == (17.0, se, corrected)
+    assert any("score the samples again" in sentence for sentence in table["error_bars"]) == (se is None)
+    assert ("corrected_needs" in found) == (se is not None and corrected is None)
+
+
 def test_published_figures_stand_beside_with_conditions_and_sources(result, tmp_path):
     xl = tabulate([result()])["published"]
     assert {figure["model"] for figure in xl} == {"SiT-XL/2"}
@@ -131,6 +175,7 @@ MIXED = {
     "n": 10_000,
     "image_shape": [3, 512, 512],
     "groups": None,
+    "error_bars": {"design": "stratified", "groups": 10, "upper_bound": False, "why": "balanced", "seed": 0},
     "samples_lossy": True,
     "reference__sha256": "00" * 32,
     "extractors": [{"name": "inception", "protocol": "adm-inception-1", "weights_sha256": "00" * 32}],
