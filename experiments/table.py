@@ -29,6 +29,7 @@ from eval.digits import PROTOCOL as DIGITS_PROTOCOL
 from eval.extractor import INCEPTION_PROTOCOL, inception_weights, load_extractor
 from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
+from eval.result import sound
 from eval.score import OFFERED
 from eval.sources import from_arrays, open_source
 from sampling import generate
@@ -224,18 +225,18 @@ def is_trained(model: Model) -> bool:
 
 
 def is_scored(samples: Path, table: Table) -> bool:
-    """Whether metrics.json is of these samples, this reference, these weights and these metrics, and says how its error
-    bars were made, as earlier versions did not."""
+    """Whether metrics.json is of these samples, this reference, these weights and these metrics, and whatever version
+    wrote it, its errors and corrected values hold."""
     try:
         result = json.loads((samples / "metrics.json").read_text())
         return (
-            "error_bars" in result
-            and result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
+            result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
             and _extractors(result, table) == wanted_extractors(table)
             and set(result["metrics"]) == {name for metric in table.metrics for name in GIVES.get(metric, [metric])}
             and result["reference"]["sha256"] == reference_digest(table.ref)
+            and sound(result)["metrics"] == result["metrics"]
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -275,7 +275,7 @@ def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch)
         result = {
             "samples_manifest_sha256": sha256(samples / "manifest.json"), "extractors": listed,
             "protocol": listed[0]["protocol"], "metrics": dict.fromkeys(metrics.split(", ")),
-            "reference": {"sha256": sha256(tmp_path / "ref.npz")},
+            "reference": {"sha256": sha256(tmp_path / "ref.npz")}, "error_bars": {"design": None, "upper_bound": False},
         }  # fmt: skip
         (samples / "metrics.json").write_text(json.dumps(result))
         assert is_scored(samples, load_table(file)) == is_it, (metrics, listed)
@@ -288,16 +288,25 @@ def test_what_is_scored_is_scored_of_these_samples_against_this_reference(small,
     (samples / "manifest.json").write_text("{}")
     train = Digits("train")
     names = ["frechet_distance", "recognised", "classifier_heldout_accuracy"]
+    metric = {"value": 1.0, "se": 0.1, "corrected": 0.9}
     good = {
+        "n": 640,  # images are enough to correct the distance in 64 features
+        "groups": 10,
+        "class_histogram": {"1": 320, "2": 320},
         "samples_manifest_sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",  # of "{}"
         "protocol": "digits-classifier-2",
-        "metrics": dict.fromkeys(names),
+        "metrics": dict.fromkeys(names, metric),
         "reference": {"sha256": from_arrays(to_uint8(train.images), train.labels, "x").digest()},
     }
     for changes, is_it in (
         ({}, True),
-        ({"metrics": dict.fromkeys(names[:1])}, False),
-        ({"metrics": dict.fromkeys([*names, "kid"])}, False),
+        ({"metrics": dict.fromkeys(names[:1], metric)}, False),
+        ({"metrics": dict.fromkeys([*names, "kid"], metric)}, False),
+        # Of an earlier version, whose errors or corrected values do not hold.
+        ({"class_histogram": None}, False),
+        ({"n": 630, "class_histogram": {"1": 315, "2": 315}}, False),
+        ({"n": 600, "class_histogram": {"1": 300, "2": 300}}, False),
+        ({"samples_manifest": {"labels_rule": "random"}}, False),
         ({"samples_manifest_sha256": "other"}, False),
         ({"protocol": "adm-inception-1"}, False),
         ({"reference": {"sha256": "other"}}, False),
