@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from eval.extract import (
     BATCH,
@@ -34,7 +33,8 @@ from eval.manifold import NEAREST, manifold_scores
 from eval.moments import GROUPS, GroupSums, Moments, stratified_groups
 from eval.refs import Reference, read_moments, read_reference
 from eval.sources import Source, from_arrays, open_source
-from sit_atconv.devices import resolve_device
+from sit_atconv.console import progress
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import InputError, check_choice, speaks
 from sit_atconv.files import check_writable, library_versions, shown, write_atomic
 
@@ -135,6 +135,7 @@ class _Pass:
     groups: np.ndarray  # of each sample; one and the same where there are too few for an error bar
 
 
+@numerics()
 def score(
     samples: str, ref: str, metrics: str | None = None, extractor: str | None = None, weights: str | None = None,
     dinov2: str | None = None, device: str | None = None, batch: int = BATCH, allow_lossy: bool = False,
@@ -300,7 +301,8 @@ def _sums(features, stream: str, groups: np.ndarray, shared: bool = False) -> Gr
     sums = GroupSums(features.streams[stream], int(groups.max()) + 1)
     shards = range(rank, len(features), world)
     label = f"sums of {stream}"
-    for first, rows in tqdm(features.batches(stream, shards), label, len(shards), delay=1, disable=not speaks()):
+    batches = features.batches(stream, shards)
+    for first, rows in progress(batches, desc=label, total=len(shards), delay=1, disable=not speaks()):
         sums.update(rows, groups[first : first + len(rows)])
     return sums
 
@@ -345,7 +347,9 @@ class _Held:
     """Features in memory, with the face of a folder of them."""
 
     def __init__(self, source: Source, extractor: Extractor):
-        batches = tqdm(source.batches(size=BATCH), "features", -(-source.n // BATCH), unit="batch", leave=False)
+        batches = progress(
+            source.batches(size=BATCH), desc="features", total=-(-source.n // BATCH), unit="batch", leave=False
+        )
         parts = [extractor(pixels) for pixels in batches]
         self.n, self.labels, self.streams = source.n, source.labels, extractor.streams
         self._arrays = {name: torch.cat([part[name] for part in parts]).numpy() for name in self.streams}
@@ -365,7 +369,6 @@ class TrainingScorer:
 
     def __init__(self, ref: str, weights: str | None):
         spec = "digits" if ref == "digits" else "inception"
-        # A device of torch, not its name: TF32 is not switched off for the trainer.
         self._extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
         self._name, self._moments = ("frechet_distance" if spec == "digits" else "fid"), self._read(ref)
 

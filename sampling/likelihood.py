@@ -12,7 +12,7 @@ from sit_atconv import draws
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.config import make_recipe
 from sit_atconv.data import Digits, Folder, open_dataset
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
 from sit_atconv.files import check_new, library_versions, write_atomic
@@ -64,6 +64,7 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
     return dataset, LEVELS.get(data.kind, LEVEL_8_BIT)
 
 
+@numerics()
 def run(args: argparse.Namespace) -> None:
     """Write `--out` and print its mean; the model is given the class of every image, without guidance, in fp32.
 

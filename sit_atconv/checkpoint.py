@@ -17,7 +17,6 @@ files.
 import inspect
 import json
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sit_atconv import sharding
+from sit_atconv.console import say
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import DiskFull, check_space, disk_full, free_space, library_versions, settle, sha256, sync
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -250,7 +250,7 @@ def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
             _check_complete(folder, manifest)
             return folder, manifest
         except Damaged as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            say(f"warning: {error}; trying the one before")
     return None
 
 

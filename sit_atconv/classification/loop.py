@@ -35,6 +35,7 @@ from sit_atconv.classification.samples import (
 )
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
+from sit_atconv.devices import numerics
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.models.cost import count_forward_macs
@@ -99,7 +100,7 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
         if (value := getattr(settings, name)) is not None:
             options[name] = value
     with generators_kept(), torch.device(device):
-        torch.manual_seed(recipe.run.seed)
+        torch.default_generator.manual_seed(recipe.run.seed)
         try:
             model = timm.create_model(settings.name, **options)
         except InputError:
@@ -132,7 +133,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
     SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew.
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"):
         accelerator = make_accelerator(recipe)
         if accelerator.is_fsdp2:
             raise InputError("a classifier trains under DDP or on one process; launch it without FSDP")

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from sit_atconv import config
 from sit_atconv.config import Recipe
+from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import write_atomic
 
@@ -99,7 +100,7 @@ class Log:
             path, "".join(line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step)
         )
         if broken := steps[:-1].count(None):  # the last may be one that a kill cut
-            print(f"warning: {path}: {broken} lines that are no reports are left out", file=sys.stderr)
+            say(f"warning: {path}: {broken} lines that are no reports are left out")
         self.last = max((its for its in steps if its is not None and its <= step), default=None)
         self.path, self.pending, self.warned = path, "", False
         self.size = path.stat().st_size
@@ -116,7 +117,7 @@ class Log:
                 file.write(self.pending)
         except OSError as error:
             if not self.warned:
-                print(f"warning: {self.path} cannot be written ({error.strerror}); lines are kept", file=sys.stderr)
+                say(f"warning: {self.path} cannot be written ({error.strerror}); lines are kept")
             self.warned = True
             return
         self.size += len(self.pending.encode())
@@ -153,7 +154,7 @@ class Trackers:
             self.accelerator.log(for_trackers(row), step=step)
         except Exception as error:
             if not self.warned:
-                print(f"warning: a tracker failed at step {step}: {type(error).__name__}: {error}", file=sys.stderr)
+                say(f"warning: a tracker failed at step {step}: {type(error).__name__}: {error}")
             self.warned = True
 
 
