@@ -185,6 +185,9 @@ def score(
     if "recognised" in estimates:
         accuracy = main.extractor.describe()["heldout_accuracy"]
         estimates["classifier_heldout_accuracy"] = Estimate(accuracy, None, None)
+    for name, each in estimates.items():
+        if not all(value is None or math.isfinite(value) for value in each):
+            raise InputError(f"{name} is not finite: the features are too large to compute with; check the extractor")
     info, about = main.features.info, main.features.info["source"]
     if main.reference.is_of(about["pixels_sha256"]):
         notes.append("warning: samples and reference are the same images; such scores say nothing of a model")
@@ -337,10 +340,17 @@ def _others(metrics, features, reference: Reference, groups, device) -> dict[str
 
 def _recognised(features, groups: np.ndarray) -> tuple[float, list[float]]:
     """Share of samples that the classifier gives their class: of all, and without each group."""
-    batches = features.batches("logits")
+    batches = ((first, _finite(rows)) for first, rows in features.batches("logits"))
     hits = np.concatenate([rows.argmax(1) == features.labels[first : first + len(rows)] for first, rows in batches])
     number = int(groups.max()) + 1
     return hits.mean(), [hits[groups != group].mean() for group in range(number)] if number > 1 else []
+
+
+def _finite(rows: np.ndarray) -> np.ndarray:
+    """The logits of a batch. Raises InputError for what is not finite, of which NaN would be the greatest."""
+    if not np.isfinite(rows).all():
+        raise InputError("logits are not finite; check the images and the extractor's weights")
+    return rows
 
 
 class _Held:

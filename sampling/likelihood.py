@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
 def run(args: argparse.Namespace) -> None:
     """Write `--out` and print its mean; the model is given the class of every image, without guidance, in fp32.
 
-    Raises InputError for options out of range, and whatever checkpoint and data lack.
+    Raises InputError for options out of range, a likelihood that is not finite, and whatever checkpoint and data lack.
     """
     for option in ("num", "probes", "steps", "batch"):
         if getattr(args, option) < 1:
@@ -110,7 +111,14 @@ def run(args: argparse.Namespace) -> None:
             nats = log_likelihood(
                 velocity, images.to(device), times, torch.stack(probes).to(device), SAMPLERS[args.sampler]
             )
-            bits += bits_per_dim(nats, shape.numel(), level).tolist()
+            found = bits_per_dim(nats, shape.numel(), level).tolist()
+            for index, value in zip(indices, found, strict=True):
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"image {index}: its likelihood is {value}, since the network gives values that are not "
+                        "finite; try more --steps, another --sampler, or another checkpoint"
+                    )
+            bits += found
             evaluations += calls * len(indices)
             bar.update(len(indices))
 
@@ -142,6 +150,6 @@ def run(args: argparse.Namespace) -> None:
         "versions": library_versions(),
         "each": bits,
     }
-    write_atomic(Path(args.out), json.dumps(result, indent=1))
+    write_atomic(Path(args.out), json.dumps(result, indent=1, allow_nan=False))
     shown = "" if error is None else f" +- {error:.4f}"
     print(f"{args.out}: {args.num} images of {args.split}, {mean:.4f}{shown} bits/dim, NFE {result['nfe']:g}")

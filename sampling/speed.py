@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(stem)
     for size in args.sizes:
         result["rows"] += measure(args.models, size, setting)
-        write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1))
+        write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1, allow_nan=False))
         write_atomic(stem.with_name(stem.name + ".md"), to_markdown(result))
         plot(result, stem.with_name(stem.name + ".png"))
     print(to_markdown(result), end="")

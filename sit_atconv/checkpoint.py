@@ -108,7 +108,7 @@ def save(
         sharding.save_optimizer(temporary, trained, optimizer)
     with writing() as main:
         if main:
-            (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
+            (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1, allow_nan=False))
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
             manifest = {
                 "format_version": FORMAT_VERSION,

@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}
     folder.mkdir(parents=True, exist_ok=True)
     for stem, result, markdown in (("latency", latency, latency_markdown), ("cost", cost, cost_markdown)):
-        write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+        write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         write_atomic(folder / f"{stem}.md", markdown(result))
         print(markdown(result))
 

@@ -231,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     for shape in args.shapes:
         new = measure(shape, args.dim, args.dtype, device, args.passes, args.rounds)
         rows += new
-        write_atomic(stem.with_name(stem.name + ".json"), json.dumps({**result, "rows": rows}, indent=1))
+        write_atomic(
+            stem.with_name(stem.name + ".json"), json.dumps({**result, "rows": rows}, indent=1, allow_nan=False)
+        )
         write_atomic(stem.with_name(stem.name + ".md"), to_markdown(rows))
         plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}", stem.with_name(stem.name + ".png"))
         append_csv(stem.with_name(stem.name + ".csv"), csv_rows(new, device))

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": library_versions(),
     }  # fmt: skip
     stem.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_atomic(stem.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_atomic(stem.with_suffix(".md"), markdown(result))
     print(markdown(result), end="")
 

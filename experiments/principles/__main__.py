@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         "command": shlex.join(map(str, words)), "seed": args.seed, "batch": args.batch, "device": device_name(device),
         "commit": commit(), "versions": library_versions("timm", "matplotlib"), "targets": reports,
     }  # fmt: skip
-    write_atomic(args.out / "principles.json", json.dumps(facts))
+    write_atomic(args.out / "principles.json", json.dumps(facts, allow_nan=False))
     text = "\n\n".join(f"## {report['target']}\n\n{table(report)}" for report in reports)
     write_atomic(args.out / "principles.md", f"# Routing and inhibition, layer by layer\n\n{text}\n")
     plots.draw(reports, args.out)

@@ -33,6 +33,7 @@ from sit_atconv.classification.samples import (
     seed_generators,
     transforms,
 )
+from sit_atconv.console import say
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
 from sit_atconv.devices import numerics
@@ -280,13 +281,16 @@ class _Classifier(Trainer):
                 self._keep_trained()
                 raise
             if self.accelerator.is_main_process:
+                for name in [name for name in ("model", "ema") if row[f"{name}_loss"] is None]:
+                    say(f"warning: step {self.step}, {name}/: the loss of held-out images is not finite; no accuracy")
                 self.evals.write(row | {"num": self.facts.held_out})
             self.trackers.log({f"eval/{key}": value for key, value in row.items()}, self.step)
 
     @torch.no_grad()
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """Loss, and the shares of the held-out images whose class is the first, or among the first five, in percent.
 
+        Each is None where the loss is not finite.
         Raises InputError where one of them cannot be read: an accuracy on the others would be another figure.
         """
         training, device, classes = model.training, self.accelerator.device, len(self.facts.class_names)
@@ -305,6 +309,8 @@ class _Classifier(Trainer):
         model.train(training)
         sharding.raise_together(error)
         loss, first, five = (self.accelerator.reduce(sums, "sum") / self.facts.held_out).tolist()
+        if not math.isfinite(loss):  # of NaN there is a greatest, too, but it says nothing of a class
+            return dict.fromkeys(("loss", "top1", "top5"))
         return {"loss": loss, "top1": 100 * first, "top5": 100 * five}
 
     def _write_checkpoint(self, trainer: dict[str, Any], facts: dict[str, Any]) -> Path:

@@ -106,10 +106,7 @@ class Log:
         self.size = path.stat().st_size
 
     def write(self, row: dict[str, Any]) -> None:
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self.pending, self.last = self.pending + json.dumps(plain) + "\n", row["step"]
+        self.pending, self.last = self.pending + json.dumps(_plain(row), allow_nan=False) + "\n", row["step"]
         try:
             with open(self.path, "r+") as file:
                 file.seek(self.size)
@@ -122,6 +119,15 @@ class Log:
             return
         self.size += len(self.pending.encode())
         self.pending, self.warned = "", False
+
+
+def _plain(value: Any) -> Any:
+    """A value of a row as JSON has it, which knows neither NaN nor infinity: None in their place."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str) -> int | None:

@@ -305,7 +305,7 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "means": sums.tolist(),
+            "means": sums.nan_to_num().tolist(),  # of finite losses, whose sum may be none
             "bad": {str(index): self.bad[index] for index in sorted(self.bad)},
         }
         images = self.step * self.recipe.train.batch_size
