@@ -32,7 +32,7 @@ def check_latents(
     """Raise NotFinite for latents (B, ...) that a network of that dtype led to and that are not finite."""
     remedy = f"try the network in float32 (it is in {_name(network)})"
     if network == torch.float32:
-        remedy = "the network is in float32 already: try another sampler, more steps or less guidance, or other weights"
+        remedy = "try more steps, less guidance or other weights (the network is in float32 already)"
     check_finite(latents, sampler, remedy, indices)
 
 
@@ -44,9 +44,9 @@ def decoded(
     Raises NotFinite where the autoencoder gives something that is not, and says in which dtype it ran.
     """
     images = decode(latents)
-    remedy = f"its latents are finite: try the autoencoder in float32 (it is in {_name(images.dtype)})"
+    remedy = f"try the autoencoder in float32 (it is in {_name(images.dtype)}), since the latents are finite"
     if images.dtype == torch.float32:
-        remedy = "its latents are finite and the autoencoder is in float32 already: try another one"
+        remedy = "try another autoencoder (it is in float32 already), since the latents are finite"
     check_finite(images, "the autoencoder", remedy, indices)
     return images.float()
 
