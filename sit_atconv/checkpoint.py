@@ -73,7 +73,7 @@ def save(
     written, DiskFull when the disk lacks room.
     """
     parts = {**models, "projectors": projectors} if projectors else dict(models)
-    sharding.raise_together(_not_finite(step, parts))
+    check_finite(step, parts)
     final = folder_of(run, step)
     temporary = final.with_name(final.name + ".tmp")
     stored = [part.state_dict() for part in parts.values()] + [sharding.optimizer_tensors(trained, optimizer)]
@@ -124,6 +124,11 @@ def save(
             temporary.rename(final)
             sync(run)
     return final
+
+
+def check_finite(step: int, parts: Mapping[str, torch.nn.Module]) -> None:
+    """Raise InputError in every process where one holds a tensor of the models that is not finite. Collective."""
+    sharding.raise_together(_not_finite(step, parts))
 
 
 def _not_finite(step: int, parts: Mapping[str, torch.nn.Module]) -> InputError | None:

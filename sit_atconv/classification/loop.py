@@ -1,6 +1,7 @@
 """Training of a classifier: timm's model, augmentation, schedule and averages in this library's loop."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,8 +135,10 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
     SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew.
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
-    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"):
+    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"), ExitStack() as stack:
         accelerator = make_accelerator(recipe)
+        drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(drawing))  # stochastic depth draws there, from seeds of its own
         if accelerator.is_fsdp2:
             raise InputError("a classifier trains under DDP or on one process; launch it without FSDP")
         recipe.check_pairs(accelerator.num_processes)

@@ -312,6 +312,7 @@ class _Trainer(Trainer):
             self.trackers.log({f"score/{name}": value for name, value in values.items()}, self.step)
 
     def _snapshot(self) -> None:
+        checkpoint.check_finite(self.step, self.averages.models)
         tensors = {name: sharding.full_tensors(average) for name, average in self.averages.models.items()}
         error = None
         if self.accelerator.is_main_process:

@@ -174,6 +174,14 @@ def test_skipped_steps_do_not_push_the_last_good_checkpoint_out(recipe_file, tmp
     assert steps_kept(tmp_path / "run") == [1]
 
 
+def test_a_snapshot_of_weights_that_are_not_finite_is_not_written(recipe_file, tmp_path):
+    path = recipe_file(ema={"kind": "power", "snapshot_every": 1}, train={"lr": 1e39})  # over fp32's range
+    path.write_text(path.read_text().replace("decay: 0.9", "decay: null"))
+    with pytest.raises(InputError, match=r"step 1: .* is not finite, no checkpoint written"):
+        run_recipe(path)
+    assert not (tmp_path / "run/snapshots").exists()
+
+
 @pytest.mark.parametrize("poisoned", [{6, 7}, {3, 5, 6, 7}], ids=str)
 def test_a_run_does_not_end_as_trained_among_skipped_steps(recipe_file, tmp_path, monkeypatch, poisoned):
     poison_losses(monkeypatch, poisoned)
