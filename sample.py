@@ -10,11 +10,13 @@ from tqdm import tqdm
 from sampling.options import add_sampling_options, setup
 from sampling.schedulers import SCHEDULERS, make_scheduler
 from sampling.schedulers import generate as generate_scheduled
+from sit_atconv.devices import numerics
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.generation import check_labels, generate, random_label, save_grid
 
 
 @command
+@numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="sample.py", description=__doc__)
     add_sampling_options(parser)

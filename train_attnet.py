@@ -32,8 +32,11 @@ def report(last: Path, recipe: ClassifierRecipe) -> str:
     found = json.loads(lines[-1]) if lines else {"step": None}
     if step < total or found["step"] != step:  # it may have been stopped in a step that was evaluated
         return f"stopped at step {step:,}, saved as {last}; the same command goes on from there"
+    ema, raw = (
+        "not finite" if (top1 := found[f"{name}_top1"]) is None else f"{top1:.2f}%" for name in ("ema", "model")
+    )
     return (
-        f"top-1 on {found['num']:,} held-out images: EMA {found['ema_top1']:.2f}%, raw {found['model_top1']:.2f}%; "
+        f"top-1 on {found['num']:,} held-out images: EMA {ema}, raw {raw}; "
         f"load with timm.create_model('local-dir:{last / 'ema'}', pretrained=True)"
     )
 

@@ -41,7 +41,7 @@ def train_classifier() -> tuple[DigitsClassifier, float]:
     train, test = Digits("train"), Digits("test")
     pixels, labels = to_uint8(train.images), torch.tensor(train.labels)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = DigitsClassifier()
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
         total = EPOCHS * (len(labels) // BATCH)

@@ -18,7 +18,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from eval import digits
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import FP32_SWITCHES, resolve_device, switches_kept
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import sha256
 from sit_atconv.vit import load_vit
@@ -27,11 +27,6 @@ INCEPTION_PROTOCOL = "adm-inception-1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
 Streams = dict[str, torch.Tensor]
-# Of torch's newer switches, those that operations ask: a network may enter any of them.
-FP32_SWITCHES = (
-    torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn,
-)  # fmt: skip
 
 
 class Extractor:
@@ -132,35 +127,13 @@ class Extractor:
 
 @contextmanager
 def _true_fp32(device: torch.device) -> Iterator[None]:
-    """Both of torch's sets of switches: operations ask either, and some refuse to run where they contradict."""
     cudnn = torch.backends.cudnn
-    switches = [switch.fp32_precision for switch in FP32_SWITCHES]
-    precision = _unless_contradicted(torch.get_float32_matmul_precision, "highest")
-    allowed = _unless_contradicted(lambda: cudnn.allow_tf32, True)
-    flags = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-
-    def put(precision: str, allowed: bool, switches: list[str], flags: dict[str, bool]) -> None:
-        torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32 = allowed
-        for switch, value in zip(FP32_SWITCHES, switches, strict=True):
-            switch.fp32_precision = value
-        for name, value in flags.items():
-            setattr(cudnn, name, value)
-
-    try:
-        put("highest", False, ["ieee"] * len(switches), {"enabled": True, "benchmark": False, "deterministic": True})
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        put(precision, allowed, switches, flags)
-
-
-def _unless_contradicted(read: Callable[[], Any], default: Any) -> Any:
-    """What an old switch says; its default where the newer ones were set otherwise, when torch refuses to say."""
-    try:
-        return read()
-    except RuntimeError:
-        return default
+    with switches_kept(), torch.autocast(device.type, enabled=False):
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic = False, True, False, True
+        for switch in FP32_SWITCHES:
+            switch.fp32_precision = "ieee"
+        yield
 
 
 def load_extractor(spec: str, weights: str | None = None, device: str | torch.device | None = None) -> Extractor:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from eval.extract import (
     BATCH,
@@ -35,7 +34,8 @@ from eval.moments import GroupSums, Moments
 from eval.refs import Reference, read_moments, read_reference
 from eval.result import bars_told, needs
 from eval.sources import Source, from_arrays, open_source
-from sit_atconv.devices import resolve_device
+from sit_atconv.console import progress
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import InputError, check_choice, speaks
 from sit_atconv.files import check_writable, library_versions, shown, write_atomic
 
@@ -138,6 +138,7 @@ class _Pass:
     metrics: list[str]
 
 
+@numerics()
 def score(
     samples: str, ref: str, metrics: str | None = None, extractor: str | None = None, weights: str | None = None,
     dinov2: str | None = None, device: str | None = None, batch: int = BATCH, allow_lossy: bool = False,
@@ -190,6 +191,9 @@ def score(
     if "recognised" in estimates:
         accuracy = main.extractor.describe()["heldout_accuracy"]
         estimates["classifier_heldout_accuracy"] = Estimate(accuracy, None, None)._asdict()
+    for name, each in estimates.items():
+        if not all(math.isfinite(value) for value in each.values() if isinstance(value, float)):
+            raise InputError(f"{name} is not finite: the features are too large to compute with; check the extractor")
     if main.reference.is_of(about["pixels_sha256"]):
         notes.append("warning: samples and reference are the same images; such scores say nothing of a model")
     return {
@@ -305,7 +309,8 @@ def stream_sums(features, stream: str, groups: np.ndarray, shared: bool = False)
     sums = GroupSums(features.streams[stream], int(groups.max()) + 1)
     shards = range(rank, len(features), world)
     label = f"sums of {stream}"
-    for first, rows in tqdm(features.batches(stream, shards), label, len(shards), delay=1, disable=not speaks()):
+    batches = features.batches(stream, shards)
+    for first, rows in progress(batches, desc=label, total=len(shards), delay=1, disable=not speaks()):
         sums.update(rows, groups[first : first + len(rows)])
     return sums
 
@@ -347,10 +352,17 @@ def other_metrics(
 
 def _recognised(features, groups: np.ndarray) -> tuple[float, list[float]]:
     """Share of samples that the classifier gives their class: of all, and without each group."""
-    batches = features.batches("logits")
+    batches = ((first, _finite(rows)) for first, rows in features.batches("logits"))
     hits = np.concatenate([rows.argmax(1) == features.labels[first : first + len(rows)] for first, rows in batches])
     number = int(groups.max()) + 1
     return hits.mean(), [hits[groups != group].mean() for group in range(number)] if number > 1 else []
+
+
+def _finite(rows: np.ndarray) -> np.ndarray:
+    """The logits of a batch. Raises InputError for what is not finite, of which NaN would be the greatest."""
+    if not np.isfinite(rows).all():
+        raise InputError("logits are not finite; check the images and the extractor's weights")
+    return rows
 
 
 class Held:
@@ -372,7 +384,8 @@ class Held:
 
 
 def _held(source: Source, extractor: Extractor) -> Held:
-    batches = tqdm(source.batches(size=BATCH), "features", -(-source.n // BATCH), unit="batch", leave=False)
+    total = -(-source.n // BATCH)
+    batches = progress(source.batches(size=BATCH), desc="features", total=total, unit="batch", leave=False)
     parts = [extractor(pixels) for pixels in batches]
     return Held({name: torch.cat([part[name] for part in parts]).numpy() for name in extractor.streams}, source.labels)
 
@@ -385,7 +398,6 @@ class TrainingScorer:
 
     def __init__(self, ref: str, weights: str | None):
         spec = "digits" if ref == "digits" else "inception"
-        # A device of torch, not its name: TF32 is not switched off for the trainer.
         self._extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
         self._name, self._moments = ("frechet_distance" if spec == "digits" else "fid"), self._read(ref)
 

@@ -7,6 +7,7 @@ held-out figures in result.json; a run that is there is not trained again.
 
 import itertools
 import json
+import math
 import os
 import shlex
 import statistics
@@ -164,12 +165,14 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
     if manifest["step"] != system.steps(recipe):
         raise InputError(f"{shlex.join(words)} was stopped at step {manifest['step']:,}; the same command goes on")
     figures = flow_figures(folder) if system.name == "sit" else classifier_figures(folder)
+    if lost := [name for name, value in figures.items() if value is None or not math.isfinite(value)]:
+        raise InputError(f"{shlex.join(words)}: {lost[0]} of its EMA is not finite; look at {str(folder)!r}")
     weights = {name: digest for name, digest in manifest["files"].items() if name.startswith("ema/")}
     result = {
         "system": system.name, "arm": arm.name, **arm.options(), "seed": seed, **figures, "command": words,
         "step": manifest["step"], "weights_sha256": weights, "versions": manifest["versions"],
     }  # fmt: skip
-    write_atomic(file, json.dumps(result, indent=1))
+    write_atomic(file, json.dumps(result, indent=1, allow_nan=False))
     return result
 
 
@@ -250,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out / f"{system.name}.md", report + "\n")
         facts = {"system": system.name, "seeds": args.seeds, "versions": library_versions(), "results": results}
-        write_atomic(args.out / f"{system.name}.json", json.dumps(facts, indent=1))
+        write_atomic(args.out / f"{system.name}.json", json.dumps(facts, indent=1, allow_nan=False))
         draw(
             system.name, system.figures["loss"], [arm.name for arm in arms()], results, args.out / f"{system.name}.png"
         )

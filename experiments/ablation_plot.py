@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 COLOURS = {"learned": "#0072b2", "full": "#d55e00", "none": "#666666"}  # of the inhibition
 
@@ -14,7 +12,8 @@ def draw(system: str, what: str, arms: list[str], results: list[dict], file: Pat
     """Write a PNG: a line per arm from best to worst, dots of its seeds, a bar at their mean. The lower the better."""
     values = {arm: [each["loss"] for each in results if each["arm"] == arm] for arm in arms}
     ordered = sorted(arms, key=lambda arm: sum(values[arm]) / len(values[arm]), reverse=True)
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(arms) + 1.3), layout="constrained")
+    figure = Figure(figsize=(8, 0.32 * len(arms) + 1.3), layout="constrained")
+    axes = figure.subplots()
     for height, arm in enumerate(ordered):
         colour = COLOURS[arm.split("-")[1]]
         marker = "o" if arm.startswith("adaptive") else "s"
@@ -26,14 +25,13 @@ def draw(system: str, what: str, arms: list[str], results: list[dict], file: Pat
     axes.set_title(f"{system}: every dot a seed, every bar a mean", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     handles = [
-        plt.Line2D([], [], color=colour, marker="o", linestyle="", label=f"inhibition {name}")
+        Line2D([], [], color=colour, marker="o", linestyle="", label=f"inhibition {name}")
         for name, colour in COLOURS.items()
     ]
     handles += [
-        plt.Line2D([], [], color="black", marker=marker, linestyle="", fillstyle="none", label=f"routing {name}")
+        Line2D([], [], color="black", marker=marker, linestyle="", fillstyle="none", label=f"routing {name}")
         for name, marker in (("adaptive", "o"), ("static", "s"))
     ]
     axes.legend(handles=handles, fontsize=8, loc="best")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
-    plt.close(figure)

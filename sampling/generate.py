@@ -16,6 +16,7 @@ from sampling.labels import labels_rule, sample_labels
 from sampling.options import Setup, add_sampling_options, sampling_asked, setup
 from sampling.processes import Interrupted, Processes
 from sampling.samples import FORMATS, MOST, PLACES, Samples, difference
+from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions, shown
 from sit_atconv.generation import generate
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+@numerics(deterministic=True)
 def run(args: argparse.Namespace) -> None:
     """Make the samples of `--out`, or what is missing of them; every process of a launch runs this.
 
@@ -51,7 +53,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--num {args.num}: must be at least 1 and at most {MOST:,}")
     if not args.out:
         raise InputError("--out '': give the name of a new folder, or of one that the same command began")
-    torch.backends.cudnn.deterministic = True  # of two convolutions that differ in rounding it always takes the same
     with Processes() as processes:
         work = _Work(args, processes)
         try:
@@ -119,42 +120,16 @@ class _Work:
         first, block, kept = number * self.samples.block, self.samples.block, self.samples.indices(number)
         labels = self.labels[first : first + block]
         ready, start = self.ready, time.perf_counter()
-        checked = _FiniteCodec(ready.codec, kept)
+        indices = range(first, first + block)
         try:
-            images, nfe = generate(ready.trained.model, checked, range(first, first + block), labels, ready.sampling)
+            images, nfe = generate(ready.trained.model, ready.codec, indices, labels, ready.sampling, len(kept))
         except torch.OutOfMemoryError:
             raise InputError(
                 f"--batch {self.args.batch}: {ready.trained.model.device} has not the memory; give a smaller one and a "
                 "new folder"
             ) from None
-        self.samples.write(number, images[: len(kept)], nfe=nfe, seconds=time.perf_counter() - start)
+        self.samples.write(number, images, nfe=nfe, seconds=time.perf_counter() - start)
         return len(kept)
-
-
-class _FiniteCodec:
-    """A codec that decodes only what is finite: rounding to uint8 would make an image of anything.
-
-    indices: of the first images of the batch, which are the ones looked at.
-    """
-
-    def __init__(self, codec: torch.nn.Module, indices: range):
-        self.codec, self.indices = codec, indices
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """See the codec. Raises InputError that names the first image that is not finite."""
-        self._check(latents, "the sampler")
-        images = self.codec.decode(latents)
-        self._check(images, "the autoencoder")
-        return images
-
-    def _check(self, values: torch.Tensor, source: str) -> None:
-        finite = values[: len(self.indices)].flatten(1).isfinite().all(1).tolist()
-        for index, good in zip(self.indices, finite, strict=True):
-            if not good:
-                raise InputError(
-                    f"image {index} is not finite as it comes from {source}: no image made of it; try --dtype fp32, "
-                    "more --steps or a lower --cfg, in a new folder"
-                )
 
 
 def stated(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from sit_atconv import draws
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.config import make_recipe
 from sit_atconv.data import Digits, Folder, open_dataset
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
 from sit_atconv.files import check_new, library_versions, write_atomic
@@ -64,10 +65,11 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
     return dataset, LEVELS.get(data.kind, LEVEL_8_BIT)
 
 
+@numerics()
 def run(args: argparse.Namespace) -> None:
     """Write `--out` and print its mean; the model is given the class of every image, without guidance, in fp32.
 
-    Raises InputError for options out of range, and whatever checkpoint and data lack.
+    Raises InputError for options out of range, a likelihood that is not finite, and whatever checkpoint and data lack.
     """
     for option in ("num", "probes", "steps", "batch"):
         if getattr(args, option) < 1:
@@ -109,7 +111,14 @@ def run(args: argparse.Namespace) -> None:
             nats = log_likelihood(
                 velocity, images.to(device), times, torch.stack(probes).to(device), SAMPLERS[args.sampler]
             )
-            bits += bits_per_dim(nats, shape.numel(), level).tolist()
+            found = bits_per_dim(nats, shape.numel(), level).tolist()
+            for index, value in zip(indices, found, strict=True):
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"image {index}: its likelihood is {value}, since the network gives values that are not "
+                        "finite; try more --steps, another --sampler, or another checkpoint"
+                    )
+            bits += found
             evaluations += calls * len(indices)
             bar.update(len(indices))
 
@@ -141,6 +150,6 @@ def run(args: argparse.Namespace) -> None:
         "versions": library_versions(),
         "each": bits,
     }
-    write_atomic(Path(args.out), json.dumps(result, indent=1))
+    write_atomic(Path(args.out), json.dumps(result, indent=1, allow_nan=False))
     shown = "" if error is None else f" +- {error:.4f}"
     print(f"{args.out}: {args.num} images of {args.split}, {mean:.4f}{shown} bits/dim, NFE {result['nfe']:g}")

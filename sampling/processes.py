@@ -48,7 +48,9 @@ class Processes:
 
     def __enter__(self) -> "Processes":
         if threading.current_thread() is threading.main_thread():  # Python takes no handlers elsewhere
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            # None is a handler of a program that Python runs within, which could not be put back.
+            ours = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not None]
+            self._before = {number: signal.signal(number, self._handle) for number in ours}
         return self
 
     def __exit__(self, *error) -> None:

@@ -15,8 +15,7 @@ from diffusers import (
 from sit_atconv import draws
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
-from sit_atconv.generation import Sampling
-from sit_atconv.images import to_uint8
+from sit_atconv.generation import Sampling, render
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 
@@ -53,7 +52,7 @@ def generate(
     """As `sit_atconv.generation.generate`, with `scheduler` instead of the sampler of `sampling`.
 
     The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
-    Raises InputError for a model that is not of the linear path.
+    Raises InputError for a model that is not of the linear path, NotFinite as there.
     """
     pipe = SiTPipeline(model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -70,4 +69,4 @@ def generate(
         generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
         output_type="latent",
     ).images
-    return to_uint8(codec.decode(latents)).cpu(), pipe.nfe
+    return render(codec, latents, model.dtype, indices), pipe.nfe

@@ -14,7 +14,7 @@ from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
 from sampling.options import DTYPES, add_device_options, add_sampler_options, sampling_of
 from sampling.plots import LIMIT, plot_latency
 from sampling.timing import commit, device_name, interleaved, peak_bytes
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.generation import Sampling, flow
@@ -304,6 +304,7 @@ def plot(result: dict, path: Path) -> None:
     plot_latency(panels, title, "image size (px)", "ms per network evaluation", path)
 
 
+@numerics()
 def run(args: argparse.Namespace) -> None:
     """Measure size by size; after each, write the JSON, the table and the plot of what there is. Print the table."""
     sampling = sampling_of(args)
@@ -316,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(stem)
     for size in args.sizes:
         result["rows"] += measure(args.models, size, setting)
-        write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1))
+        write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1, allow_nan=False))
         write_atomic(stem.with_name(stem.name + ".md"), to_markdown(result))
         plot(result, stem.with_name(stem.name + ".png"))
     print(to_markdown(result), end="")

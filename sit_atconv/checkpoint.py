@@ -17,7 +17,6 @@ files.
 import inspect
 import json
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sit_atconv import sharding
+from sit_atconv.console import say
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import DiskFull, check_space, disk_full, free_space, library_versions, settle, sha256, sync
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -73,7 +73,7 @@ def save(
     written, DiskFull when the disk lacks room.
     """
     parts = {**models, "projectors": projectors} if projectors else dict(models)
-    sharding.raise_together(_not_finite(step, parts))
+    check_finite(step, parts)
     final = folder_of(run, step)
     temporary = final.with_name(final.name + ".tmp")
     stored = [part.state_dict() for part in parts.values()] + [sharding.optimizer_tensors(trained, optimizer)]
@@ -108,7 +108,7 @@ def save(
         sharding.save_optimizer(temporary, trained, optimizer)
     with writing() as main:
         if main:
-            (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
+            (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1, allow_nan=False))
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
             manifest = {
                 "format_version": FORMAT_VERSION,
@@ -124,6 +124,11 @@ def save(
             temporary.rename(final)
             sync(run)
     return final
+
+
+def check_finite(step: int, parts: Mapping[str, torch.nn.Module]) -> None:
+    """Raise InputError in every process where one holds a tensor of the models that is not finite. Collective."""
+    sharding.raise_together(_not_finite(step, parts))
 
 
 def _not_finite(step: int, parts: Mapping[str, torch.nn.Module]) -> InputError | None:
@@ -250,7 +255,7 @@ def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
             _check_complete(folder, manifest)
             return folder, manifest
         except Damaged as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            say(f"warning: {error}; trying the one before")
     return None
 
 

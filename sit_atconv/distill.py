@@ -44,7 +44,7 @@ def student_of(teacher: SiTTransformer2DModel, settings: config.Distill, seed: i
     student = copy.deepcopy(teacher).requires_grad_(True).train()
     names = swapped_names(teacher, settings)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if settings.control:
             for name in names:
                 student.set_submodule(name, _fresh(student.get_submodule(name)))

@@ -146,11 +146,13 @@ def settle(folder: Path) -> None:
 
     safetensors makes its files for their owner alone, whatever the umask.
     """
-    umask = os.umask(0o077)
-    os.umask(umask)
+    probe = folder / f".{uuid.uuid4().hex}.tmp"  # os.umask tells by changing it, for all threads
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~umask)
+            path.chmod(mode)
         sync(path)
     sync(folder)
 

@@ -18,7 +18,7 @@ from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval, time_grid
-from sit_atconv.images import to_uint8
+from sit_atconv.images import check_latents, decoded, to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 SAMPLERS = (*samplers.SAMPLERS, *SDE_SAMPLERS)
@@ -223,17 +223,35 @@ def flow(
 
 
 def generate(
-    model: SiTTransformer2DModel, codec, indices: Sequence[int], labels: Sequence[int], sampling: Sampling
+    model: SiTTransformer2DModel,
+    codec,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    sampling: Sampling,
+    kept: int | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Images of the given indices, and the number of network evaluations that each took.
 
-    codec: decodes latents to images. labels: one class per index.
+    codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
+    fill the batch up.
     See `flow`; dopri5 shares its step size over the batch. Decoding is fp32.
-    Returns uint8 (B, C, H, W) on the CPU, by images.UINT8_RULE.
-    Raises InputError for a label out of range, guidance without a null class, or a model that is no flow.
+    Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
+    Raises InputError for a label out of range, guidance without a null class, or a model that is no flow; NotFinite
+    where latents or images that are wanted are not finite.
     """
     sampling.check_model(model)
     check_labels(labels, model.config.num_classes)
     latents, nfe = flow(model, indices, torch.tensor(labels, device=model.device), sampling)
-    with torch.no_grad():
-        return to_uint8(codec.decode(latents)).cpu(), nfe
+    return render(codec, latents, model.dtype, indices, kept), nfe
+
+
+@torch.no_grad()
+def render(
+    codec, latents: torch.Tensor, network: torch.dtype, indices: Sequence[int], kept: int | None = None
+) -> torch.Tensor:
+    """uint8 images (kept, C, H, W) on the CPU, of latents (B, ...) that a network of that dtype led to; see `generate`.
+
+    Raises NotFinite.
+    """
+    check_latents(latents[:kept], network, indices)
+    return to_uint8(decoded(latents, lambda all_of_them: codec.decode(all_of_them)[:kept], indices)).cpu()

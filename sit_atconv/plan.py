@@ -83,7 +83,7 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
         "prediction": recipe.flow.prediction,
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.run.seed)
+        torch.default_generator.manual_seed(recipe.run.seed)
         model = create_model(recipe.model.name, **options)
     if recipe.repa.encoder is not None and recipe.repa.depth > len(model.blocks):
         raise InputError(

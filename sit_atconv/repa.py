@@ -116,6 +116,6 @@ def align(model: nn.Module, encoder: ImageEncoder, settings: config.Repa, seed: 
     """
     own_seed = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)[0]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(own_seed))
+        torch.default_generator.manual_seed(int(own_seed))
         projectors = Projectors(model.config.hidden_size, settings.projector_dim, [encoder.width], settings.depth)
     return AlignedModel(model, projectors)

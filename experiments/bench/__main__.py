@@ -8,7 +8,7 @@ from experiments.bench import op
 from sampling import speed
 from sampling.options import DTYPES
 from sampling.timing import append_csv, device_name, interleaved
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.files import write_atomic
 from sit_atconv.generation import Sampling
 
@@ -42,6 +42,7 @@ def model_csv_rows(result: dict, device: torch.device) -> list[dict[str, str]]:
     return rows
 
 
+@numerics()
 def main() -> None:
     device = resolve_device("cuda" if torch.cuda.is_available() else "cpu")
     measured = dtypes(device)

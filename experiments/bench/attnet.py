@@ -18,7 +18,7 @@ from torch import nn
 from sampling.options import DTYPES
 from sampling.speed import TOLERANCE, assert_close
 from sampling.timing import commit, device_name, interleaved
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
@@ -263,6 +263,7 @@ def cost_markdown(result: dict) -> str:
 
 
 @command
+@numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.attnet", description=__doc__.partition(": ")[2])
     add_arguments(parser)
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}
     folder.mkdir(parents=True, exist_ok=True)
     for stem, result, markdown in (("latency", latency, latency_markdown), ("cost", cost, cost_markdown)):
-        write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+        write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         write_atomic(folder / f"{stem}.md", markdown(result))
         print(markdown(result))
 

@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         ],
         "versions": library_versions("datasets"),
     }  # fmt: skip
-    write_atomic(Path(f"{args.out}.json"), json.dumps(result, indent=1))
+    write_atomic(Path(f"{args.out}.json"), json.dumps(result, indent=1, allow_nan=False))
     write_atomic(Path(f"{args.out}.md"), to_markdown(result))
     print(to_markdown(result))
     print(json.dumps(result))

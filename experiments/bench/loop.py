@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         loop_part = overhead(Path(folder), args.batch, args.steps, args.rounds)
     device = device_name(torch.device("cpu"))
     result = {"device": device, "loop": loop_part, "memory": memory, "versions": library_versions()}
-    write_atomic(Path(args.out), json.dumps(result, indent=1))
+    write_atomic(Path(args.out), json.dumps(result, indent=1, allow_nan=False))
     print("\n".join(report(result)))
 
 

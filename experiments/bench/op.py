@@ -16,7 +16,7 @@ from sampling.plots import plot_latency
 from sampling.speed import TOLERANCE, assert_close
 from sampling.timing import append_csv, commit, device_name, interleaved, peak_bytes
 from sit_atconv import ATConv
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.layers.attention import Attention
@@ -212,6 +212,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 
 
 @command
+@numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.op", description=__doc__)
     add_arguments(parser)
@@ -230,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     for shape in args.shapes:
         new = measure(shape, args.dim, args.dtype, device, args.passes, args.rounds)
         rows += new
-        write_atomic(stem.with_name(stem.name + ".json"), json.dumps({**result, "rows": rows}, indent=1))
+        write_atomic(
+            stem.with_name(stem.name + ".json"), json.dumps({**result, "rows": rows}, indent=1, allow_nan=False)
+        )
         write_atomic(stem.with_name(stem.name + ".md"), to_markdown(rows))
         plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}", stem.with_name(stem.name + ".png"))
         append_csv(stem.with_name(stem.name + ".csv"), csv_rows(new, device))

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
 from sampling.timing import device_name
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.swap import swap_attention
@@ -93,6 +93,7 @@ def markdown(result: dict) -> str:
 
 
 @command
+@numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.swap", description=__doc__.partition(": ")[2])
     add_arguments(parser)
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": library_versions(),
     }  # fmt: skip
     stem.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_atomic(stem.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_atomic(stem.with_suffix(".md"), markdown(result))
     print(markdown(result), end="")
 

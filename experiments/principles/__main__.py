@@ -13,12 +13,13 @@ from experiments.principles.layers import find_layers
 from experiments.principles.report import measure, table
 from experiments.principles.targets import load, show
 from sampling.timing import commit, device_name
-from sit_atconv.devices import resolve_device
+from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.files import check_writable, library_versions, write_atomic
 
 
 @command
+@numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.principles", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="+", metavar="CKPT_OR_MODEL", help="a run, a checkpoint, or a name of timm")
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         "command": shlex.join(map(str, words)), "seed": args.seed, "batch": args.batch, "device": device_name(device),
         "commit": commit(), "versions": library_versions("timm", "matplotlib"), "targets": reports,
     }  # fmt: skip
-    write_atomic(args.out / "principles.json", json.dumps(facts))
+    write_atomic(args.out / "principles.json", json.dumps(facts, allow_nan=False))
     text = "\n\n".join(f"## {report['target']}\n\n{table(report)}" for report in reports)
     write_atomic(args.out / "principles.md", f"# Routing and inhibition, layer by layer\n\n{text}\n")
     plots.draw(reports, args.out)

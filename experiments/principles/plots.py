@@ -4,10 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from experiments.principles import measures
 from experiments.principles.layers import Seen, factors, find_layers, recording, unmeasured
 from experiments.principles.targets import Target
+from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import KernelGenerator
 
 FIELD_SAMPLES = 8  # at most, that receptive fields are averaged over: each takes a backward pass per layer
@@ -74,6 +75,11 @@ def _observe(
             with recording(target.model, names, target.grid()) as seen:
                 target.run(target.inputs(part, t, device), part, t)
             for name, each in seen.items():
+                if not (each.kernels.isfinite().all() and each.mixed.isfinite().all()):
+                    raise InputError(
+                        f"{target.name}: what {name} gives is not finite, and nothing can be measured of it; check the "
+                        "model's weights"
+                    )
                 rows.setdefault(name, []).append(
                     (each.kernels.cpu(), None if each.before is None else each.before.cpu())
                 )

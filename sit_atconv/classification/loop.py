@@ -1,6 +1,7 @@
 """Training of a classifier: timm's model, augmentation, schedule and averages in this library's loop."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,10 @@ from sit_atconv.classification.samples import (
     seed_generators,
     transforms,
 )
+from sit_atconv.console import say
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
+from sit_atconv.devices import numerics
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.models.cost import count_forward_macs
@@ -99,7 +102,7 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
         if (value := getattr(settings, name)) is not None:
             options[name] = value
     with generators_kept(), torch.device(device):
-        torch.manual_seed(recipe.run.seed)
+        torch.default_generator.manual_seed(recipe.run.seed)
         try:
             model = timm.create_model(settings.name, **options)
         except InputError:
@@ -132,8 +135,10 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
     SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew.
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"), ExitStack() as stack:
         accelerator = make_accelerator(recipe)
+        drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(drawing))  # stochastic depth draws there, from seeds of its own
         if accelerator.is_fsdp2:
             raise InputError("a classifier trains under DDP or on one process; launch it without FSDP")
         recipe.check_pairs(accelerator.num_processes)
@@ -279,13 +284,16 @@ class _Classifier(Trainer):
                 self._keep_trained()
                 raise
             if self.accelerator.is_main_process:
+                for name in [name for name in ("model", "ema") if row[f"{name}_loss"] is None]:
+                    say(f"warning: step {self.step}, {name}/: the loss of held-out images is not finite; no accuracy")
                 self.evals.write(row | {"num": self.facts.held_out})
             self.trackers.log({f"eval/{key}": value for key, value in row.items()}, self.step)
 
     @torch.no_grad()
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """Loss, and the shares of the held-out images whose class is the first, or among the first five, in percent.
 
+        Each is None where the loss is not finite.
         Raises InputError where one of them cannot be read: an accuracy on the others would be another figure.
         """
         training, device, classes = model.training, self.accelerator.device, len(self.facts.class_names)
@@ -304,6 +312,8 @@ class _Classifier(Trainer):
         model.train(training)
         sharding.raise_together(error)
         loss, first, five = (self.accelerator.reduce(sums, "sum") / self.facts.held_out).tolist()
+        if not math.isfinite(loss):  # of NaN there is a greatest, too, but it says nothing of a class
+            return dict.fromkeys(("loss", "top1", "top5"))
         return {"loss": loss, "top1": 100 * first, "top5": 100 * five}
 
     def _write_checkpoint(self, trainer: dict[str, Any], facts: dict[str, Any]) -> Path:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from sit_atconv.console import progress
 from sit_atconv.data.images import EncodedImages, Packed, Unreadable
 from sit_atconv.data.plain_pickle import load_plain
 from sit_atconv.errors import InputError, speaks
@@ -81,8 +81,8 @@ class Lmdb(EncodedImages):
     def labels(self) -> np.ndarray:
         """The label of every record, -1 of one that cannot be read."""
         labels = np.full(len(self), -1)
-        progress = tqdm(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not speaks())
-        for index in progress:
+        bar = progress(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not speaks())
+        for index in bar:
             try:
                 labels[index] = self._record(index, lambda image, label: label)
             except Unreadable:

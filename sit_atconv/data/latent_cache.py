@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from sit_atconv.config import Data
+from sit_atconv.console import progress
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.errors import InputError, check_choice, speaks
@@ -90,7 +90,7 @@ def shard_problems(root: Path, index: dict[str, Any], hashes: bool) -> Iterator[
     """
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     total = sum(shard["bytes"] for shard in index["shards"])
-    bar = tqdm(total=total, desc="verify", unit="B", unit_scale=True, delay=2, leave=False, disable=not speaks())
+    bar = progress(total=total, desc="verify", unit="B", unit_scale=True, delay=2, leave=False, disable=not speaks())
     with bar, ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda shard: _problem(root / shard["file"], shard, hashes), index["shards"])
         for shard, problem in zip(index["shards"], found, strict=True):

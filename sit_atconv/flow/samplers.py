@@ -63,14 +63,24 @@ def dopri5(
     the solver by itself would step past it and interpolate, and the trial step that sets its first step is cut short.
     The public SiT code does step past the end: for score and noise prediction, whose velocity is steep there, its ends
     differ from ours by more than rounding.
+    Where the velocity is not finite there is no step size to go on with: the end is NaN then, for the whole batch.
     """
     ends = times[[0, -1]].to(x.device)
     low, high = ends.aminmax()
-    solution = odeint(
-        lambda t, x: velocity(x, t.clamp(low, high)),
-        x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]},
-    )  # fmt: skip
-    return solution[-1]
+    finite = torch.ones((), dtype=torch.bool, device=x.device)
+
+    def seen(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        nonlocal finite
+        v = velocity(x, t.clamp(low, high))
+        finite = finite & v.isfinite().all()
+        return v
+
+    try:
+        return odeint(seen, x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]})[-1]
+    except AssertionError:  # torchdiffeq's, of a step size or a state that is not finite
+        if finite:
+            raise
+        return torch.full_like(x, torch.nan)
 
 
 SAMPLERS: dict[str, Sampler] = {

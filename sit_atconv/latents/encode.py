@@ -28,6 +28,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
 from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import library_versions, sha256, sync, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
@@ -47,6 +48,7 @@ IMAGE_KEYS = (
 NOT_COMPARED = ("codec.vae", "data.root", "versions")
 
 
+@numerics(deterministic=True)
 def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4096) -> dict[str, Any]:
     """Make the cache of a recipe's images at `out`, or what is missing of it; returns its index.
 
@@ -67,8 +69,6 @@ def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4
     # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
     dataset = open_dataset(recipe.data)
     codec = open_codec(recipe.latents)
     settings = describe(recipe, dataset, codec, dtype, shard_images)

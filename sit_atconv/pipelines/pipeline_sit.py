@@ -25,7 +25,7 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.flow.times import sampling_interval
-from sit_atconv.images import to_pil, to_uint8
+from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -306,11 +306,7 @@ class SiTPipeline(DiffusionPipeline):
                 bar.update()
 
         self._current_timestep = None
-        if not latents.isfinite().all():
-            raise InputError(
-                f"the run ended in values that are not finite, with {type(self.scheduler).__name__} and a transformer "
-                f"in {self.transformer.dtype}; check the latents given, or try another scheduler or float32"
-            )
+        check_latents(latents, self.transformer.dtype, sampler=type(self.scheduler).__name__)
         images = latents if output_type == "latent" else self._to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -360,7 +356,7 @@ class SiTPipeline(DiffusionPipeline):
         if self.vae is not None:
             config = self.vae.config
             unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-            images = self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0].float()
+            images = decoded(unscaled.to(self.vae.dtype), lambda scaled: self.vae.decode(scaled, return_dict=False)[0])
         if output_type == "pil":
             return [to_pil(image) for image in to_uint8(images)]
         images = (images / 2 + 0.5).clamp(0, 1)

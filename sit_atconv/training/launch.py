@@ -3,7 +3,6 @@
 import argparse
 from datetime import timedelta
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
@@ -64,7 +63,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if train.precision == "fp16" and _is_fsdp(accelerator):
         raise InputError("train.precision=fp16 is not for FSDP; use bf16")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
     parts = accelerator.num_processes * train.gradient_accumulation_steps
     if train.batch_size % parts:
         raise InputError(

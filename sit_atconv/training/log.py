@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from sit_atconv import config
 from sit_atconv.config import Recipe
+from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import write_atomic
 
@@ -99,16 +100,13 @@ class Log:
             path, "".join(line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step)
         )
         if broken := steps[:-1].count(None):  # the last may be one that a kill cut
-            print(f"warning: {path}: {broken} lines that are no reports are left out", file=sys.stderr)
+            say(f"warning: {path}: {broken} lines that are no reports are left out")
         self.last = max((its for its in steps if its is not None and its <= step), default=None)
         self.path, self.pending, self.warned = path, "", False
         self.size = path.stat().st_size
 
     def write(self, row: dict[str, Any]) -> None:
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self.pending, self.last = self.pending + json.dumps(plain) + "\n", row["step"]
+        self.pending, self.last = self.pending + json.dumps(_plain(row), allow_nan=False) + "\n", row["step"]
         try:
             with open(self.path, "r+") as file:
                 file.seek(self.size)
@@ -116,11 +114,20 @@ class Log:
                 file.write(self.pending)
         except OSError as error:
             if not self.warned:
-                print(f"warning: {self.path} cannot be written ({error.strerror}); lines are kept", file=sys.stderr)
+                say(f"warning: {self.path} cannot be written ({error.strerror}); lines are kept")
             self.warned = True
             return
         self.size += len(self.pending.encode())
         self.pending, self.warned = "", False
+
+
+def _plain(value: Any) -> Any:
+    """A value of a row as JSON has it, which knows neither NaN nor infinity: None in their place."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str) -> int | None:
@@ -153,7 +160,7 @@ class Trackers:
             self.accelerator.log(for_trackers(row), step=step)
         except Exception as error:
             if not self.warned:
-                print(f"warning: a tracker failed at step {step}: {type(error).__name__}: {error}", file=sys.stderr)
+                say(f"warning: a tracker failed at step {step}: {type(error).__name__}: {error}")
             self.warned = True
 
 

@@ -1,25 +1,27 @@
 """The training loop: images, latents, flow loss, AdamW, EMA, and checkpoints that a restart goes on from."""
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
-from tqdm import tqdm
 
 from sit_atconv import checkpoint, config, sharding
 from sit_atconv.config import Recipe
+from sit_atconv.console import say
 from sit_atconv.data import open_dataset
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions, TrainingSamples
+from sit_atconv.devices import numerics
 from sit_atconv.ema import Averages
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import generate, save_grid
+from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.cost import count_macs
@@ -47,7 +49,7 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
     Raises InputError for whatever the user can mend. What is wrong from the start, images of the first step included,
     leaves nothing behind; data that go bad later leave a checkpoint of the steps before.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"):
         accelerator = make_accelerator(recipe)
         dataset = open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)
@@ -119,7 +121,7 @@ def _start(distillation: nn.Module, recipe: Recipe, samples: TrainingSamples, co
     errors = distillation.start(inputs)
     if speaks():
         mean = sum(errors.values()) / len(errors)
-        tqdm.write(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}", file=sys.stderr)
+        say(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}")
 
 
 def build_distillation(recipe: Recipe, facts: Facts) -> nn.Module | None:
@@ -218,7 +220,7 @@ class _Trainer(Trainer):
             self._draw_preview()
         if recipe.score.every and self.step % recipe.score.every == 0:
             self._score()
-        if recipe.ema.snapshot_every and self.step % recipe.ema.snapshot_every == 0:
+        if recipe.ema.snapshot_every and self._due(recipe.ema.snapshot_every):
             self._keep(self._snapshot)
 
     def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
@@ -256,9 +258,10 @@ class _Trainer(Trainer):
         )
         return [own, *losses]
 
-    def _sample(self, count: int, block: int) -> tuple[torch.Tensor, list[int]]:
+    def _sample(self, what: str, count: int, block: int) -> tuple[torch.Tensor, list[int]] | None:
         """EMA samples 0 to count - 1 of the classes in turn, shared out over the processes: uint8 images, labels.
 
+        None where one of them, in any process, is not finite; a warning names it, and that there is no `what`.
         block: images at once. Every process draws equally many, the last one again where there are too few: a sharded
         EMA is evaluated by all of them together.
         """
@@ -266,29 +269,36 @@ class _Trainer(Trainer):
         share = math.ceil(count / accelerator.num_processes)
         first = accelerator.process_index * share
         indices = [min(index, count - 1) for index in range(first, first + share)]
-        images = []
+        images, fault = [], None
         for start in range(0, share, block):
             part = indices[start : start + block]
             labels = [index % classes for index in part]
-            images.append(generate(self.averages.model, self.codec, part, labels, self.preview)[0])
+            try:
+                images.append(generate(self.averages.model, self.codec, part, labels, self.preview)[0])
+            except NotFinite as error:  # and on, as the others do
+                fault = fault or error
+        if said := next((str(error) for error in gather_object([fault]) if error is not None), None):
+            if accelerator.is_main_process:
+                say(f"warning: step {self.step}, {what} is left out: {said}")
+            return None
         together = accelerator.gather(torch.cat(images).to(accelerator.device))
         return together[:count].cpu(), [index % classes for index in range(count)]
 
     def _draw_preview(self) -> None:
         count = self.recipe.preview.num
-        images, _ = self._sample(count, count)
-        if self.accelerator.is_main_process:
+        drawn = self._sample("its preview", count, count)
+        if drawn and self.accelerator.is_main_process:
             file = self.run / "previews" / f"step-{self.step:07d}.png"
             try:
-                save_grid(images, math.ceil(math.sqrt(count)), file)
+                save_grid(drawn[0], math.ceil(math.sqrt(count)), file)
             except OSError as error:
-                tqdm.write(
-                    f"warning: preview {str(file)!r} cannot be written: {error.strerror or error}", file=sys.stderr
-                )
+                say(f"warning: preview {str(file)!r} cannot be written: {error.strerror or error}")
 
     def _score(self) -> None:
-        images, labels = self._sample(self.recipe.score.num, SCORE_BLOCK)
-        error = None
+        drawn = self._sample("its score", self.recipe.score.num, SCORE_BLOCK)
+        if drawn is None:
+            return
+        (images, labels), error = drawn, None
         if self.accelerator.is_main_process:
             try:
                 values = self.scorer(images, labels)
@@ -302,6 +312,7 @@ class _Trainer(Trainer):
             self.trackers.log({f"score/{name}": value for name, value in values.items()}, self.step)
 
     def _snapshot(self) -> None:
+        checkpoint.check_finite(self.step, self.averages.models)
         tensors = {name: sharding.full_tensors(average) for name, average in self.averages.models.items()}
         error = None
         if self.accelerator.is_main_process:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm import tqdm
 
 from sit_atconv import checkpoint, sharding
+from sit_atconv.console import progress, say
 from sit_atconv.data.loading import check_bad
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, write_atomic
@@ -42,6 +41,7 @@ class Trainer:
         self.run = Path(recipe.run.out)
         self.num_images = described["data"]["num_images"]
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.since_good = 1  # steps that the newest step is past the last one before it that was not skipped
         self.bad: dict[int, str] = {}  # images that could not be read, by any process
         self.images_here = 0  # seen by this process since this start
         self.last = None
@@ -87,7 +87,7 @@ class Trainer:
         self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
         # Nothing is shown before the first step, so that an error at the first image is the only line.
-        with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
+        with progress(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
             while self.step < total:
                 start = time.perf_counter()
                 batches = self._fetch(signals)
@@ -104,12 +104,42 @@ class Trainer:
                     bar.set_postfix({shown: f"{row[shown] or math.nan:.4f}"})
                     steps, seconds, waited = 0, 0.0, 0.0
                 self._after_step()
-                if self.step % recipe.checkpoint.every == 0 and self.step < total:
+                if self._due(recipe.checkpoint.every) and self.step < total:
                     self._keep(self._save)
-            if self.last != checkpoint.folder_of(self.run, self.step):  # at the end, or where a signal ends the run
+            # At the end, or where a signal ends the run.
+            if self.last != checkpoint.folder_of(self.run, self.step) and not self.skipped_in_a_row:
                 self._save()
         accelerator.end_training()
+        self._check_trained()
         return self.last
+
+    def _due(self, every: int) -> bool:
+        """Whether what is kept every so many steps is to be kept now: not before a step that is not skipped.
+
+        The weights that skipped steps begin with are those that gave no finite loss. What falls due among them waits.
+        """
+        return not self.skipped_in_a_row and self.step // every > (self.step - self.since_good) // every
+
+    def _check_trained(self) -> None:
+        """Say what a run that ends among skipped steps, or with most of them skipped, is not."""
+        row, lost = self.skipped_in_a_row, f"{self.skipped:,} of {self.step:,} steps were skipped"
+        remedy = "begin a run with a lower train.lr or with train.max_grad_norm"
+        if row and self.last is None:
+            raise InputError(
+                f"stopped at step {self.step:,}: {lost}, no checkpoint is written of those alone; {remedy}"
+            )
+        kept = f"the last checkpoint is {str(self.last)!r}"
+        if row and self.step == self.total:
+            raise InputError(
+                f"the last {row:,} of {self.step:,} steps were skipped, since loss or gradient was not finite: no "
+                f"checkpoint is written of them, {kept}; {remedy}"
+            )
+        if self.step == self.total and 2 * self.skipped > self.step:
+            raise InputError(
+                f"{lost}, since loss or gradient was not finite: this is no trained model, {kept}; {remedy}"
+            )
+        if row and self.accelerator.is_main_process:
+            say(f"warning: the last {row:,} steps, up to {self.step:,}, were skipped and are not saved; {kept}")
 
     def _begin(self) -> None:
         """Make the run's folder, or take it over, and start the trackers; what goes wrong leaves no new folder behind.
@@ -157,12 +187,12 @@ class Trainer:
 
     def _keep_trained(self) -> None:
         """Save before a fault that is not the training's ends the run: what was trained until here is good."""
-        if self.step and self.last != checkpoint.folder_of(self.run, self.step):
+        if self.step and self.last != checkpoint.folder_of(self.run, self.step) and not self.skipped_in_a_row:
             try:
                 self._save()
             except InputError as error:
                 if self.accelerator.is_main_process:
-                    tqdm.write(f"warning: {error}", file=sys.stderr)
+                    say(f"warning: {error}")
         elif self.new and not self.step and self.accelerator.is_main_process:
             shutil.rmtree(self.run, ignore_errors=True)
 
@@ -177,7 +207,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             for what, count in Counter(new.values()).items():  # of a lost disk, one text stands for many images
                 images = "another image takes its place" if count == 1 else f"others take the place of {count} images"
-                tqdm.write(f"warning: {what}; {images}", file=sys.stderr)
+                say(f"warning: {what}; {images}")
         return None
 
     def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> dict[str, Any]:
@@ -201,7 +231,8 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.train.max_grad_norm or math.inf)
         loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
         (failed,) = agree(accelerator, not (math.isfinite(loss) and math.isfinite(grad_norm)))
-        self.skipped, self.skipped_in_a_row = self.skipped + (failed > 0), (self.skipped_in_a_row + 1) * (failed > 0)
+        self.since_good = self.skipped_in_a_row + 1
+        self.skipped, self.skipped_in_a_row = self.skipped + (failed > 0), self.since_good * (failed > 0)
         for parameter in self._idle():
             parameter.grad = None  # AdamW would go on with what it gathered of them before
         if not failed:
@@ -265,7 +296,7 @@ class Trainer:
             if self.recipe.checkpoint.on_full_disk == "stop":
                 raise
             if self.accelerator.is_main_process:
-                tqdm.write(f"warning: {error}; training goes on from step {self.step}", file=sys.stderr)
+                say(f"warning: {error}; training goes on from step {self.step}")
 
     def _save(self) -> None:
         sums = self.means.reduced(self.accelerator)
@@ -274,7 +305,7 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "means": sums.tolist(),
+            "means": sums.nan_to_num().tolist(),  # of finite losses, whose sum may be none
             "bad": {str(index): self.bad[index] for index in sorted(self.bad)},
         }
         images = self.step * self.recipe.train.batch_size
@@ -285,7 +316,7 @@ class Trainer:
                 checkpoint.prune(self.run, self.step, keep.keep_last, keep.keep_every)
             except OSError as error:
                 reason = error.strerror or error
-                tqdm.write(f"warning: older checkpoints stay, they cannot be removed: {reason}", file=sys.stderr)
+                say(f"warning: older checkpoints stay, they cannot be removed: {reason}")
         self.accelerator.wait_for_everyone()
 
     def _load_trainer_state(self, folder: Path, samples, untrained=()) -> None:

@@ -57,6 +57,36 @@ def test_a_skipped_step_leaves_the_statistics_as_they_were(recipe, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(statistics[1], statistics[2], strict=True))
 
 
+def test_no_checkpoint_is_of_skipped_steps(recipe, tmp_path, monkeypatch):
+    losses = loop._Classifier._losses
+
+    def poisoned(self, batch):
+        return [loss * (float("nan") if self.step in (1, 3, 4) else 1) for loss in losses(self, batch)]
+
+    monkeypatch.setattr(loop._Classifier, "_losses", poisoned)
+    recipe.checkpoint.every, recipe.checkpoint.keep_last = 1, 9
+    with pytest.raises(InputError, match="the last 2 of 5 steps were skipped"):
+        train(recipe)
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path / "run")] == ["step-0000001", "step-0000003"]
+
+
+def test_an_accuracy_is_not_of_logits_that_are_not_finite(recipe, monkeypatch, capsys):
+    evaluate = loop._Classifier._evaluate
+
+    def broken(self, model):
+        if model is self.bare and self.step == 5:
+            monkeypatch.setattr(model, "forward", lambda image: image.new_full((len(image), 2), float("nan")))
+        return evaluate(self, model)
+
+    monkeypatch.setattr(loop._Classifier, "_evaluate", broken)
+    last = train(recipe)
+    rows = [json.loads(line) for line in (last.parent / "evals.jsonl").read_text().splitlines()]
+    assert None not in rows[0].values()
+    assert {key for key, value in rows[1].items() if value is None} == {"model_loss", "model_top1", "model_top5"}
+    assert "warning: step 5, model/: the loss of held-out images is not finite" in capsys.readouterr().err
+    assert "raw not finite;" in report(last, recipe)
+
+
 def test_an_evaluation_that_failed_is_kept_for_and_made_up_for(recipe, tmp_path):
     run = tmp_path / "run"
     whole = train(recipe)

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.images import Packed, Unreadable, center_crop, decode, is_image
-from sit_atconv.images import to_uint8
+from sit_atconv.images import NotFinite, to_uint8
 
 
 def encoded(array: np.ndarray, format: str = "PNG", **options) -> bytes:
@@ -34,6 +34,9 @@ def test_digits_are_scikit_learns_split_80_20_by_class():
 def test_uint8_rule():
     values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
     assert to_uint8(values).tolist() == [0, 0, 64, 128, 191, 255, 255]
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(NotFinite, match="not finite: no uint8 made"):
+            to_uint8(torch.tensor([0.0, value, 0.0]))
 
 
 def test_center_crop_keeps_the_middle_and_the_aspect():

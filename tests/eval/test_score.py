@@ -589,6 +589,20 @@ def test_training_scores_digits_as_the_command_does(held_out, tmp_path, classifi
     assert sorted(tmp_path.rglob("*")) == there
 
 
+def test_nan_is_recognised_as_no_class_and_no_score_is_infinite(monkeypatch, images, inception, tmp_path):
+    class Held:
+        n, labels = 2, np.array([0, 1])
+
+        def batches(self, stream):
+            yield 0, np.array([[np.nan, 0.0], [0.0, 1.0]], np.float32)
+
+    with pytest.raises(InputError, match="logits are not finite"):
+        scoring._recognised(Held(), np.zeros(2, np.int64))
+    monkeypatch.setattr(scoring, "frechet_distances", lambda *_: iter([float("inf")]))
+    with pytest.raises(InputError, match="fid is not finite"):
+        scoring.score(str(images), str(images), "fid", root=str(tmp_path / "features"))
+
+
 def test_training_scores_in_inceptions_features_in_memory(inception, images, tmp_path, alone):
     pixels = torch.from_numpy(made(N, 1)).permute(0, 3, 1, 2)
     fake, real = streams_of(made(N, 1))["pool"], streams_of(made(M, 2))["pool"]

@@ -139,6 +139,13 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, made, fails):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("loss", [None, float("nan")])
+def test_a_figure_that_is_not_finite_is_no_result(tmp_path, made, monkeypatch, fails, loss):
+    monkeypatch.setattr(ablation, "classifier_figures", lambda run: {"loss": loss, "top1": 10.0})
+    assert "loss of its EMA is not finite" in fails(ablation.main, *options(tmp_path))
+    assert not list((tmp_path / "runs").rglob("result.json"))
+
+
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, made, fails):
     (tmp_path / "out").write_text("")
     assert "cannot be written" in fails(ablation.main, *options(tmp_path))

@@ -247,6 +247,17 @@ def test_an_attnet_and_a_convnext_are_measured_alike(name, kind, recwarn):
     assert all((each["routing"]["over_samples"] > 0) == (each["kind"] == "ATConv") for each in layers)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_gives_nan_is_not_measured(value):
+    target = load("attnet_xxs")
+    target.images = randn(1, 3, 64, 64)
+    layer = next(module for module in target.model.modules() if isinstance(module, ATConv2d))
+    with torch.no_grad():
+        layer.kernel_proj.weight.view(-1)[0] = value
+    with pytest.raises(InputError, match=r"attnet_xxs: what .* gives is not finite"):
+        measure(target, 1, 1, CPU)
+
+
 @pytest.mark.parametrize(("name", "number"), [("coatnet_0_rw_224", 14), ("swin_tiny_patch4_window7_224", 0)])
 def test_attention_that_is_not_measured_is_named(name, number):
     with torch.device("meta"):

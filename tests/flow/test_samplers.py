@@ -33,6 +33,27 @@ def test_convergence_order_on_a_closed_form(name, order, backwards):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.12)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_velocity_that_is_not_finite_ends_in_nothing_finite(name, value, late):
+    x = torch.ones(2, 3, dtype=torch.float64)
+
+    def velocity(x, t):  # of the second item alone
+        v = torch.ones_like(x)
+        v[1] = value if t > 0.3 or not late else 1
+        return v
+
+    end = SAMPLERS[name](velocity, x, time_grid(0, 1, 4, torch.float64))
+    assert not end[1].isfinite().any()
+    assert name == "dopri5" or end[0].isfinite().all()
+
+
+def test_dopri5_tells_any_other_fault():
+    with pytest.raises(AssertionError):  # torchdiffeq wants two different times
+        dopri5(lambda x, t: x, torch.ones(1, 2), torch.tensor([0.5, 0.5]))
+
+
 @pytest.mark.parametrize(
     ("name", "theirs"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2"), ("heun3", "heun3")]
 )

@@ -98,6 +98,14 @@ def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child)
             assert torch.equal(image, torch.load(f"{{folder}}/{{mixer}}.pt", weights_only=True)), mixer
             assert pipe.get_label_ids("tinca TINCA") == [0]
             assert pipe.nfe == 6
+        pipe.transformer.final_layer.linear.bias.data[0] = float("nan")
+        for kind in ("pil", "np", "pt", "latent"):
+            try:
+                pipe([1], 1, output_type=kind)
+            except ValueError as error:
+                assert "image 0 is not finite as it comes from FlowMatchEuler" in str(error), error
+            else:
+                raise AssertionError(kind)
         """,
         exported,
     )

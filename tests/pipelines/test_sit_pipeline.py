@@ -30,7 +30,7 @@ from sit_atconv.flow.path import LinearPath
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
 from sit_atconv.generation import Sampling, generate
-from sit_atconv.images import to_uint8
+from sit_atconv.images import NotFinite, to_uint8
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 
 MIXERS = ("attention", "atconv", "hybrid")
@@ -216,6 +216,38 @@ def test_output_types_are_one_image(make_pipe):
         assert np.array_equal(np.array(image), expected.permute(1, 2, 0).numpy())
     (images,) = pipe([1, 4], num_inference_steps=3, generator=generators(0, 1), output_type="pt", return_dict=False)
     assert torch.equal(images, pt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_image_of_any_type(make_pipe, vae, value):
+    broken = AutoencoderKL.from_config(vae.config)
+    broken.load_state_dict(vae.state_dict())
+    with torch.no_grad():
+        broken.decoder.conv_out.bias[2] = value
+    pipe = make_pipe()
+    pipe.vae = broken
+    for kind in ("pil", "np", "pt"):
+        with pytest.raises(NotFinite, match=r"image 0 .* the autoencoder: .*another .*in float32 already"):
+            draw(pipe, output_type=kind)
+    assert draw(pipe).isfinite().all()
+    with torch.no_grad():
+        pipe.transformer.y_embedder.embedding_table.weight[4] = value  # of the second image
+    for kind in ("pil", "np", "pt", "latent"):
+        with pytest.raises(NotFinite, match="image 1 is not finite as it comes from FlowMatchEulerDiscreteScheduler"):
+            draw(pipe, output_type=kind)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_is_named(make_pipe, vae):
+    pipe = make_pipe()
+    pipe.vae = AutoencoderKL.from_config(vae.config)
+    pipe.vae.load_state_dict(vae.state_dict())
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.bias.fill_(6e4)
+        pipe.vae.decoder.conv_in.weight.mul_(1e5)
+    assert draw(pipe, output_type="pt").isfinite().all()
+    pipe.vae.to(torch.float16)
+    with pytest.raises(NotFinite, match=r"the autoencoder in float32 \(it is in float16\), since the latents"):
+        draw(pipe, output_type="pt")
 
 
 def test_labels_are_ids_or_names(make_pipe):
@@ -456,7 +488,7 @@ def test_a_training_checkpoints_ema_is_the_transformer(recipe_file, tmp_path):
         ({"sigmas": [1.0, float("nan")]}, "falling noise levels"),
         ({"sigmas": [1.0, 0.0]}, "above 0"),
         ({"latents": torch.zeros(1, 4, 0, 8)}, r"\(1, 4, 0, 8\)"),
-        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "not finite, with FlowMatchEuler"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "image 0 is not finite as it comes from FlowMatchEuler"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs='noise'"),

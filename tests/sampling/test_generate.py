@@ -28,6 +28,7 @@ from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import library_versions
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import Sampling, flow, generate, random_label, save_grid
+from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 
 
@@ -882,6 +883,48 @@ def test_what_is_not_finite_becomes_no_image(fails, tmp_path, value, capsys):
     sampling(["generate", *map(str, base), "--out", str(tmp_path / "filled")])
 
 
+def test_only_images_that_are_wanted_must_be_finite():
+    model = lively_model()
+    with torch.no_grad():
+        model.y_embedder.embedding_table.weight[1] = math.nan
+    drawn = model, IdentityCodec(), [7, 8, 9], [0, 2, 1], Sampling(steps=1)
+    with pytest.raises(NotFinite, match="image 9 is not finite as it comes from the sampler"):
+        generate(*drawn)
+    images, _ = generate(*drawn, kept=2)
+    assert torch.equal(images, generate(lively_model(), *drawn[1:], kept=2)[0])
+    assert len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("broken", "options", "says"),
+    [
+        ("weights", [], "image 0 .* the sampler: .* more steps, less guidance .*float32 already"),
+        ("weights", ["--sampler", "dopri5"], "image 0 .* the sampler: .*float32 already"),
+        ("weights", ["--scheduler", "flow-match-euler"], "image 0 .* FlowMatchEulerDiscreteScheduler: .*float32"),
+        ("range", ["--dtype", "fp16"], r"image 0 .* the sampler: .*try the network in float32 \(it is in float16\)"),
+        ("range", ["--dtype", "fp16", "--sampler", "dopri5"], r"image 0 .*try the network in float32"),
+    ],
+)
+def test_sample_makes_no_grid_of_what_is_not_finite(tmp_path, capsys, broken, options, says):
+    model = lively_model()
+    with torch.no_grad():
+        if broken == "weights":
+            model.final_layer.linear.bias.fill_(math.inf)
+        else:  # finite in fp32, over 65504 in fp16
+            model.blocks[1].mlp.fc1.weight.mul_(3e3)
+            model.blocks[1].mlp.fc2.weight.mul_(3e3)
+    model.save_pretrained(tmp_path / "model")
+    base = ["--ckpt", str(tmp_path / "model"), "--num", "3", "--steps", "1", "--cfg", "1", "--device", "cpu"]
+    out = ["--out", str(tmp_path / "grid.png")]
+    with pytest.raises(SystemExit) as stop:
+        sample.main([*base, *out, *options])
+    (line,) = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error: ")]
+    assert re.search(says, line)
+    assert (stop.value.code, (tmp_path / "grid.png").exists()) == (2, False)
+    if broken == "range":
+        sample.main([*base, *out])
+
+
 def test_an_autoencoder_that_gives_nan_is_named(tmp_path, vae_folder, capsys):
     from diffusers import AutoencoderKL
 
@@ -906,6 +949,7 @@ def test_an_autoencoder_that_gives_nan_is_named(tmp_path, vae_folder, capsys):
         sampling(["generate", *map(str, base)])
     error = capsys.readouterr().err.splitlines()[-1]
     assert "image 0 is not finite as it comes from the autoencoder" in error
+    assert "another autoencoder (it is in float32 already), since the latents are finite" in error
 
 
 def test_memory_that_is_not_there_is_one_line(generates, monkeypatch, capsys):

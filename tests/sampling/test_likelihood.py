@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -111,6 +112,20 @@ def test_an_adaptive_run_records_its_tolerances_and_the_evaluations_of_each_batc
     assert (result["rtol"], result["atol"], result["steps"]) == (1e-3, 1e-6, None)
     fixed = likelihood(run_folder, tmp_path, "--num", 1)
     assert (fixed["rtol"], fixed["atol"], fixed["steps"]) == (None, None, 3)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dopri5"])
+def test_a_likelihood_that_is_not_finite_is_refused(run_folder, tmp_path, monkeypatch, capsys, sampler):
+    def broken(velocity, data, *others):
+        return log_likelihood(lambda x, t: velocity(x, t) / (t < 0.9), data, *others)  # infinite where it begins
+
+    monkeypatch.setattr("sampling.likelihood.log_likelihood", broken)
+    out = tmp_path / "out.json"
+    base = ["likelihood", "--ckpt", run_folder, "--num", 2, "--steps", 2, "--sampler", sampler, "--out", out]
+    with pytest.raises(SystemExit):
+        sampling(list(map(str, base)))
+    assert re.search("error: image 0: its likelihood is (nan|-?inf)", capsys.readouterr().err)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "zip"])

@@ -14,9 +14,11 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe
 
+import train_sit
 from sit_atconv import checkpoint, ema
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import InputError
+from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.training import loop
 from sit_atconv.training.faults import StopSignals, agree
 
@@ -125,8 +127,17 @@ def poison_losses(monkeypatch, steps: set[int], value: float = float("nan")) -> 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_whose_loss_alone_is_not_finite_is_skipped(recipe_file, monkeypatch, value):
     poison_losses(monkeypatch, {3}, value)
-    last = run_recipe(recipe_file(), "checkpoint.every=1", "checkpoint.keep_last=9")
-    assert_same_bits(last.with_name("step-0000003"), last.with_name("step-0000004"))
+    begin, seen = loop._Trainer._begin_step, []
+
+    def beginning(self):
+        models = self.bare, self.averages.model
+        seen.append([value.clone() for model in models for value in model.state_dict().values()])
+        begin(self)
+
+    monkeypatch.setattr(loop._Trainer, "_begin_step", beginning)
+    last = run_recipe(recipe_file())
+    assert all(torch.equal(a, b) for a, b in zip(seen[3], seen[4], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[4], seen[5], strict=True))
     rows = log_rows(last.parent)
     assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert [row["update_ratio"] == 0 for row in rows] == [False] * 3 + [True] + [False] * 4
@@ -137,6 +148,84 @@ def test_the_run_of_skipped_steps_that_stops_is_the_recipes(recipe_file, monkeyp
     poison_losses(monkeypatch, set(range(2, 99)))
     with pytest.raises(InputError, match=r"for 3 steps, up to step 5"):
         run_recipe(recipe_file(), "train.max_skipped=3")
+
+
+def steps_kept(run: Path) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in checkpoint.step_folders(run)]
+
+
+def test_no_checkpoint_is_of_skipped_steps_and_one_that_falls_due_among_them_waits(recipe_file, tmp_path, monkeypatch):
+    poison_losses(monkeypatch, {3, 4, 5, 8})  # of steps 4 to 6, and 9
+    path = recipe_file(ema={"kind": "power", "snapshot_every": 3}, checkpoint={"every": 2, "keep_last": 9})
+    path.write_text(path.read_text().replace("decay: 0.9", "decay: null"))
+    last = run_recipe(path, "train.max_steps=11")
+    assert steps_kept(last.parent) == [2, 7, 8, 10, 11]
+    assert sorted({snapshot.step for snapshot in ema.read_snapshots(last.parent)}) == [3, 7, 10]
+    trainers = [json.loads((folder / "trainer.json").read_text()) for folder in checkpoint.step_folders(last.parent)]
+    assert [(each["skipped"], each["skipped_in_a_row"]) for each in trainers] == [(0, 0), *[(3, 0)] * 2, *[(4, 0)] * 2]
+    rare = run_recipe(path, "train.max_steps=11", "checkpoint.every=99", f"run.out={tmp_path / 'rare'}")
+    assert_same_bits(last, rare)
+
+
+def test_skipped_steps_do_not_push_the_last_good_checkpoint_out(recipe_file, tmp_path):
+    settings = {"train": {"lr": 1e20, "max_steps": 100, "max_skipped": 9}, "checkpoint": {"every": 1, "keep_last": 1}}
+    with pytest.raises(InputError, match="no finite loss and gradient for 9 steps, up to step 10"):
+        run_recipe(recipe_file(**settings))  # the first step has a finite loss, and its weights give no other
+    assert steps_kept(tmp_path / "run") == [1]
+
+
+def test_a_snapshot_of_weights_that_are_not_finite_is_not_written(recipe_file, tmp_path):
+    path = recipe_file(ema={"kind": "power", "snapshot_every": 1}, train={"lr": 1e39})  # over fp32's range
+    path.write_text(path.read_text().replace("decay: 0.9", "decay: null"))
+    with pytest.raises(InputError, match=r"step 1: .* is not finite, no checkpoint written"):
+        run_recipe(path)
+    assert not (tmp_path / "run/snapshots").exists()
+
+
+@pytest.mark.parametrize("poisoned", [{6, 7}, {3, 5, 6, 7}], ids=str)
+def test_a_run_does_not_end_as_trained_among_skipped_steps(recipe_file, tmp_path, monkeypatch, poisoned):
+    poison_losses(monkeypatch, poisoned)
+    last = 5 if 3 in poisoned else 4  # where step 4 is skipped, its checkpoint is of step 5
+    said = rf"the last {8 - min(poisoned - {3})} of 8 steps were skipped.*no checkpoint is written.*step-000000{last}'"
+    for _ in range(2):  # at once, and where it is asked to go on
+        with pytest.raises(InputError, match=said):
+            run_recipe(recipe_file())
+    assert steps_kept(tmp_path / "run") == [last]
+
+
+def test_a_run_of_mostly_skipped_steps_does_not_end_as_trained(recipe_file, tmp_path, monkeypatch, capsys):
+    poison_losses(monkeypatch, {0, 1, 3, 4, 6})
+    for _ in range(2):  # its last step is not skipped, and is kept; it is no trained model the next time either
+        reset_accelerate()
+        with pytest.raises(SystemExit) as stop:
+            train_sit.main([str(recipe_file()), "checkpoint.every=99"])
+        captured = capsys.readouterr()
+        assert (stop.value.code, captured.out) == (2, "")
+        assert "error: 5 of 8 steps were skipped, since loss or gradient was not finite: this is no" in captured.err
+        assert steps_kept(tmp_path / "run") == [8]
+    monkeypatch.undo()
+    reset_accelerate()
+    train_sit.main([str(recipe_file()), "train.max_steps=12"])  # of which five are not most
+    assert "trained to step 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("every", [2, 99])
+def test_a_signal_among_skipped_steps_saves_none_of_them(recipe_file, tmp_path, monkeypatch, capsys, every):
+    poison_losses(monkeypatch, {2, 3, 4, 5})
+    at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    overrides = "train.max_steps=10", f"checkpoint.every={every}"
+    if every == 99:
+        with pytest.raises(InputError, match="stopped at step 5: 3 of 5 steps were skipped, no checkpoint is written"):
+            run_recipe(recipe_file(), *overrides)
+        assert steps_kept(tmp_path / "run") == []
+    else:
+        assert run_recipe(recipe_file(), *overrides).name == "step-0000002"
+        assert "warning: the last 3 steps, up to 5, were skipped and are not saved" in capsys.readouterr().err
+        assert steps_kept(tmp_path / "run") == [2]
+    monkeypatch.undo()
+    poison_losses(monkeypatch, {2, 3, 4, 5})
+    whole = run_recipe(recipe_file(), *overrides, f"run.out={tmp_path / 'whole'}")
+    assert_same_bits(run_recipe(recipe_file(), *overrides), whole)
 
 
 @pytest.fixture
@@ -194,6 +283,15 @@ def test_too_many_bad_images_stop_the_run_and_keep_its_checkpoint(image_recipe, 
     with pytest.raises(InputError, match=r"3 of 12"):
         run_recipe(write(data={**data, "max_bad_share": 0.2}, train={"max_steps": 20}))
     assert checkpoint.newest_valid(tmp_path / "run")[0].name == "step-0000007"  # where it stopped
+
+
+def test_bad_images_among_skipped_steps_leave_the_checkpoint_before(image_recipe, tmp_path, monkeypatch):
+    write, data, files = image_recipe
+    poison_losses(monkeypatch, {4, 5, 6, 7, 8})
+    at_step(monkeypatch, 5, lambda: [file.unlink() for file in files[:3]])
+    with pytest.raises(InputError, match=r"3 of 12"):
+        run_recipe(write(data={**data, "max_bad_share": 0.2}, train={"max_steps": 20}))
+    assert steps_kept(tmp_path / "run") == [4]
 
 
 def test_too_many_bad_images_from_the_start_leave_nothing_behind(image_recipe, tmp_path):
@@ -258,6 +356,36 @@ def test_a_snapshot_that_the_disk_does_not_take_is_as_a_checkpoint(recipe_file, 
         with pytest.raises(InputError, match="No space left"):
             run_recipe(path, f"run.out={tmp_path / 'other'}", "checkpoint.on_full_disk=stop")
     assert [path.name for path in (tmp_path / "run/snapshots").iterdir()] == ["step-0000003"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_preview_or_score_that_is_not_finite_is_left_out_with_a_line(
+    recipe_file, tmp_path, monkeypatch, capsys, value
+):
+    plain = run_recipe(recipe_file(), f"run.out={tmp_path / 'plain'}")
+    capsys.readouterr()
+    decode, decoded, scored = IdentityCodec.decode, [], []
+
+    def broken(self, latents):  # the second preview, of step 4, and the score of that step
+        decoded.append(len(latents))
+        images = decode(self, latents).clone()
+        images[-1, 0, 3, 3] = value if len(decoded) in (2, 3) else 0
+        return images
+
+    monkeypatch.setattr(IdentityCodec, "decode", broken)
+    path = recipe_file(preview={"every": 2, "steps": 2, "num": 4}, score={"every": 4, "num": 12})
+    reset_accelerate()
+    drawn = loop.train(load_recipe(path), scorer=lambda images, labels: scored.append(len(images)) or {"mean": 1.0})
+    assert_same_bits(plain, drawn)
+    assert sorted(file.name for file in (tmp_path / "run/previews").iterdir()) == [
+        f"step-000000{step}.png" for step in (2, 6, 8)
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "run/scores.jsonl").read_text().splitlines()]
+    assert ([row["step"] for row in rows], scored, decoded) == ([8], [12], [4, 4, 12, 4, 4, 12])
+    said = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "warning" in line]
+    assert len(said) == 2
+    for line, what, last in zip(said, ("preview", "score"), (3, 11), strict=True):
+        assert f"warning: step 4, its {what} is left out: image {last} is not finite as it comes from the auto" in line
 
 
 def test_previews_and_scores_do_not_touch_what_is_trained(recipe_file, tmp_path):

@@ -1,6 +1,7 @@
 """Means by time, lines that a full disk keeps waiting, and what trackers are given."""
 
 import json
+import math
 import os
 
 import pytest
@@ -30,6 +31,18 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_means():
     means.add(torch.tensor([0.5, 0.51]), torch.tensor([float("nan"), 2.0]))
     row = means.row(means.sums)
     assert row["loss"] == row["loss_by_time"][5] == 2.0
+
+
+def test_no_line_has_what_json_has_not(tmp_path):
+    log = Log(tmp_path / "log.jsonl", 0)
+    log.write({"step": 1, "loss": math.inf, "bins": [1.0, math.nan, None], "sampling": {"norm": -math.inf, "steps": 2}})
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    row = json.loads(line, parse_constant=refuse)
+    assert row == {"step": 1, "loss": None, "bins": [1.0, None, None], "sampling": {"norm": None, "steps": 2}}
 
 
 def test_a_restart_drops_the_lines_past_its_step_and_the_cut_one(tmp_path):

@@ -126,6 +126,24 @@ def test_a_sharded_run_in_bf16_is_near_the_plain_one(recipe_file, tmp_path):
     assert {value.dtype for value in weights(tmp_path / "sharded/step-0000006").values()} == {torch.float32}
 
 
+BROKEN = """
+import os
+import train_sit
+from sit_atconv.latents.codecs import IdentityCodec
+decode = IdentityCodec.decode
+IdentityCodec.decode = lambda self, latents: decode(self, latents) + (float("nan") if os.environ["RANK"] == "1" else 0)
+train_sit.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_preview_that_is_not_finite_in_one_process_is_left_out_by_both(recipe_file, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    launch(2, recipe_file(preview={"every": 4, "steps": 1, "num": 4}), script=(str(tmp_path / "broken.py"),))
+    assert [row["step"] for row in log_rows(tmp_path / "run")] == list(range(1, 9))
+    assert not (tmp_path / "run/previews").exists()
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_both(recipe, tmp_path):
     for processes, rank in ((1, 0), (2, 1)):
