@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, read_head, shard_name
-from eval.sources import Source, open_source
+from eval.sources import Source, begun_as, open_source
 from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import library_versions, lock, sha256, sync, write_atomic
@@ -35,8 +35,8 @@ T = TypeVar("T")
 SHARD, BATCH = 1000, 64
 AHEAD = 3  # batches that are read before they are wanted
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
-# Of the settings: what moves no feature beyond rounding, and where the images lay.
-NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest.")
+# Of the settings: what moves no feature beyond rounding, and where images and weights lay.
+NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest.", "extractor_spec")
 FOLDER = "features folder"  # as messages call it
 REMEDY = "delete it, or choose another (--out of extract, --features of the other commands)"
 
@@ -92,7 +92,7 @@ def features_of(
 
     path: as `open_source` takes it, or a Source. shard: images per file; default: as a folder that is there has them,
     or 1,000. batch: images at once; it moves features by float rounding alone. out: the folder; default
-    SRC/features/NAME for a folder, STEM.features/NAME for an npz.
+    the one of `default_folder`.
     Every process of a distributed launch calls this, and makes its part of the missing shards.
     Raises InputError for images that cannot be read, a folder with something else in it, or that another run writes to,
     and a full disk; in every process, whichever found it.
@@ -102,7 +102,7 @@ def features_of(
         if value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
     source = path if isinstance(path, Source) else open_source(path, allow_lossy)
-    out = Path(out) if out is not None else default_folder(Path(path), extractor.name)
+    out = Path(out) if out is not None else default_folder(Path(path), extractor)
     extractor.check_images(source.name, source.image_shape)
     # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -160,14 +160,23 @@ def _claim(out: Path, settings: dict[str, Any], stated: bool) -> dict[str, Any]:
     return settings
 
 
-def default_folder(path: Path, name: str, root: str | None = None) -> Path:
-    """Where the features of images at `path`, by the extractor `name`, go unless told: by the images, or below `root`,
-    to a folder that is of this path alone."""
+def default_folder(path: Path, extractor: Extractor, root: str | None = None) -> Path:
+    """Where the features of images at `path`, by this extractor, go unless told: SRC/features/NAME for a folder,
+    STEM.features/NAME for an npz, or below `root`, in a folder that is of this path alone.
+
+    NAME is the extractor's; where features by another of that name lie there, by other weights or code, a digest of all
+    that this one's depend on follows it.
+    """
     if root is not None:
         place = path.resolve()
-        return Path(root) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}" / name
-    parent = path / "features" if path.is_dir() else path.with_suffix(".features")
-    return parent / name
+        parent = Path(root) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    else:
+        parent = path / "features" if path.is_dir() else path.with_suffix(".features")
+    plain, own = parent / extractor.name, extractor.describe()
+    if begun_as(plain).get("extractor", own) == own:
+        return plain
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return parent / f"{extractor.name}-{digest[:8]}"
 
 
 def describe(source: Source, extractor: Extractor, shard: int, batch: int) -> dict[str, Any]:
@@ -178,6 +187,7 @@ def describe(source: Source, extractor: Extractor, shard: int, batch: int) -> di
         "image_shape": list(source.image_shape),
         "class_histogram": source.class_histogram(),
         "extractor": extractor.describe(),
+        "extractor_spec": extractor.spec,
         "shard": shard,
         "batch": batch,
         "device": extractor.device.type,
@@ -314,6 +324,7 @@ def finish(out: Path, settings: dict[str, Any]) -> None:
             "streams": read_head(out / names[0])[2],
             "class_histogram": settings["class_histogram"],
             "labels": settings["class_histogram"] is not None,
+            "extractor_spec": settings.get("extractor_spec"),
             **{key: settings[key] for key in ("source", "extractor", "image_shape", "batch", "device", "versions")},
         }
         write_atomic(out / INDEX, json.dumps(info, indent=1))

@@ -6,6 +6,8 @@ import inspect
 import io
 import os
 import re
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,8 @@ from sit_atconv.vit import load_vit
 INCEPTION_PROTOCOL = "adm-inception-1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
+KINDS = ("inception", "digits", "dinov2")
+OWN = re.compile(r"\w+(\.\w+)*:\w+")
 Streams = dict[str, torch.Tensor]
 
 
@@ -35,7 +39,7 @@ class Extractor:
     name: short, also of its folder. protocol: what two scores must share to be compared. streams: the dimension of
     each stream by its name; of a module of one's own they are known after its first images. image_shape: (C, H, W)
     where only images of that shape are taken. module: uint8 (B, C, H, W) -> the streams, or the pool alone. about: what
-    else `describe` records.
+    else `describe` records. spec: what `load_extractor` makes it of again, None where it is not known.
 
     Runs in eval mode and fp32, without autocast or TF32 (cuDNN's, and that of matrix products), whatever was set, which
     is as it was afterwards; cuDNN takes deterministic algorithms. So equal batches give equal bits on one machine.
@@ -44,8 +48,9 @@ class Extractor:
 
     def __init__(
         self, name: str, protocol: str, module: nn.Module, streams: dict[str, int], device: torch.device,
-        image_shape: tuple[int, int, int] | None = None, **about: Any,
+        image_shape: tuple[int, int, int] | None = None, spec: str | None = None, **about: Any,
     ):  # fmt: skip
+        self.spec = spec
         self.name, self.protocol, self.streams, self.device = name, protocol, streams, device
         self.image_shape = image_shape
         self._module = module.eval().requires_grad_(False).to(device)
@@ -147,11 +152,10 @@ def load_extractor(spec: str, weights: str | None = None, device: str | torch.de
     Raises InputError for what is not there or does not fit.
     """
     kind, _, rest = spec.partition(":")
-    known = ("inception", "digits", "dinov2")
     if weights is not None and spec != "inception":
         raise InputError(f"--weights belongs to Inception, and the extractor is {spec!r}; leave it out")
-    if kind in known or not ("." in kind or rest):
-        check_choice('extractor (or "package.module:callable")', kind, known)
+    if kind in KINDS or not ("." in kind or rest):
+        check_choice('extractor (or "package.module:callable")', kind, KINDS)
         if rest and kind != "dinov2":
             raise InputError(f"extractor={spec!r}: {kind} takes no {rest!r}; leave it out")
     where = device if isinstance(device, torch.device) else resolve_device(device or default_device(spec))
@@ -160,6 +164,46 @@ def load_extractor(spec: str, weights: str | None = None, device: str | torch.de
     if kind == "digits":
         return _digits(where)
     return _dinov2(rest or DINOV2, where) if kind == "dinov2" else _own(spec, where)
+
+
+def kind_of(protocol: str) -> str:
+    """What an extractor of this protocol is: "inception", "digits", "dinov2", or "module" for one's own."""
+    if protocol == INCEPTION_PROTOCOL:
+        return "inception"
+    return next((kind for kind in KINDS[1:] if protocol.startswith(f"{kind}-")), "module")
+
+
+def recorded_spec(where: str, about: dict[str, Any], spec: str | None) -> str:
+    """The spec of the extractor that a file states.
+
+    where: begins an error. about: what `Extractor.describe` gave; spec: what was stored beside it, None by earlier
+    versions. A module of one's own is taken where its file is the recorded one, and is the user's and no library's:
+    a file of features must not choose what is run. Raises InputError where it is not.
+    """
+    protocol = str(about.get("protocol"))
+    kind = kind_of(protocol)
+    if kind == "dinov2":
+        stated = isinstance(spec, str) and spec.startswith("dinov2:")
+        return spec if stated else f"dinov2:{protocol.removeprefix('dinov2-').rpartition('-')[0]}"
+    if kind != "module":
+        return kind
+    own = protocol.removeprefix("module-")
+    file = _module_file(own.partition(":")[0]) if OWN.fullmatch(own) else None
+    if file is None or about.get("source_sha256") != sha256(file):
+        state = "is not on PYTHONPATH" if file is None else "was changed since, or is a library's"
+        raise InputError(f"{where} is of features by the module {own!r}, whose file {state}; name one with --extractor")
+    return own
+
+
+def _module_file(name: str) -> Path | None:
+    """The source that importing a module would run, found without running anything; None of Python's and libraries'."""
+    libraries = tuple(Path(path).resolve() for key, path in sysconfig.get_paths().items() if "lib" in key)
+    for entry in sys.path:
+        base = Path(entry or ".").joinpath(*name.split("."))
+        for file in (base / "__init__.py", base.with_suffix(".py")):
+            if file.is_file():
+                return None if any(file.resolve().is_relative_to(library) for library in libraries) else file
+    return None
 
 
 def default_device(spec: str) -> str:
@@ -220,7 +264,7 @@ def load_inception(weights: Path) -> FeatureExtractorInceptionV3:
 def _inception(weights: Path, device: torch.device) -> Extractor:
     streams = {"pool": 2048, "logits": 1008, "spatial": 2023}
     return Extractor(
-        "inception", INCEPTION_PROTOCOL, _Inception(load_inception(weights)), streams, device,
+        "inception", INCEPTION_PROTOCOL, _Inception(load_inception(weights)), streams, device, spec="inception",
         weights_sha256=sha256(weights),
         input="grey repeated to RGB; bilinear to 299 px as TensorFlow 1 does it; (x - 128) / 128",
     )  # fmt: skip
@@ -239,7 +283,7 @@ class _Digits(nn.Module):
 def _digits(device: torch.device) -> Extractor:
     classifier, accuracy = digits.train_classifier()
     return Extractor(
-        "digits", digits.PROTOCOL, _Digits(classifier), {"pool": 64, "logits": 10}, device, (1, 8, 8),
+        "digits", digits.PROTOCOL, _Digits(classifier), {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
         weights_sha256=state_digest(classifier), input="x / 255", heldout_accuracy=accuracy,
     )  # fmt: skip
 
@@ -266,7 +310,7 @@ def _dinov2(name: str, device: torch.device) -> Extractor:
     mean, std = (", ".join(f"{value:g}" for value in made[key]) for key in ("mean", "std"))
     return Extractor(
         f"dinov2-{full}", f"dinov2-{full}-1", _ClassToken(vit), {"pool": vit.embed_dim}, device,
-        weights_sha256=sha256(file),
+        spec=f"dinov2:{name}", weights_sha256=sha256(file),
         input=f"bicubic, antialiased, to {DINOV2_SIZE} px, clamped; grey repeated to RGB; mean {mean}; std {std}",
     )  # fmt: skip
 
@@ -287,7 +331,7 @@ def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
 def _own(spec: str, device: torch.device) -> Extractor:
     """A module of the user's own."""
     where = f"extractor={spec!r}"
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", spec):
+    if not OWN.fullmatch(spec):
         raise InputError(f"{where}: give package.module:callable")
     name, _, attribute = spec.partition(":")
     try:
@@ -309,7 +353,7 @@ def _own(spec: str, device: torch.device) -> Extractor:
     file = inspect.getsourcefile(module)
     source = sha256(Path(file)) if file else None
     return Extractor(
-        spec.replace(":", "-"), f"module-{spec}", network, {}, device,
+        spec.replace(":", "-"), f"module-{spec}", network, {}, device, spec=spec,
         weights_sha256=state_digest(network), source_sha256=source, input="uint8, as the module takes it",
         dtype=", ".join(sorted({str(t.dtype)[6:] for t in network.state_dict().values() if t.is_floating_point()})),
     )  # fmt: skip
@@ -320,9 +364,13 @@ def _first_line(error: Exception) -> str:
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of a module's state."""
+    """SHA-256 of the names, dtypes, shapes and values of a module's state, and of the buffers outside it."""
+    state = {**dict(module.named_buffers()), **module.state_dict()}
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, value in sorted(state.items()):
+        if not isinstance(value, torch.Tensor):  # what get_extra_state gave
+            digest.update(f"{name} {value!r}\n".encode())
+            continue
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

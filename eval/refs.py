@@ -17,7 +17,7 @@ from eval.extract import (
     features_of,
     leave,
 )
-from eval.extractor import Extractor, load_extractor
+from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
 from eval.features import INDEX, Features, is_features
 from eval.moments import GroupSums, Moments
 from eval.sources import UNREADABLE, from_arrays, is_shape, open_source
@@ -80,7 +80,7 @@ class Reference:
             "n": self.n,
             "sha256": self.sha256,
             "image_shape": self.image_shape and list(self.image_shape),
-            "kept": None if self.features is None else len(next(iter(self.features.values()))),
+            "kept": len(next(iter(self.features.values()))) if self.features else None,
             "extractor": self.extractor,
             "lossy": self.source and self.source["lossy"],
         }
@@ -115,8 +115,50 @@ def read_reference(
         return _of_statistics(path, statistics, extractor, batch, samples, root)
     source = open_source(path, allow_lossy)
     _check_shape(name, source.image_shape, samples)
-    features = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name, root))
+    features = features_of(source, extractor, batch=batch, out=default_folder(path, extractor, root))
     return _of_features(name, features, extractor, features.info["source"]["pixels_sha256"], samples)
+
+
+def recorded_extractor(ref: str) -> tuple[dict[str, Any], str | None] | None:
+    """What features, or statistics of ours, say of their extractor: `Extractor.describe`, and its spec where they state
+    it; None for images and the statistics of others. Raises InputError for a record that is damaged."""
+    path = Path(ref)
+    if is_features(path):
+        info = Features(path).info
+        return info["extractor"], info.get("extractor_spec")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            stored = arrays["meta"] if {"mu", "meta"} <= arrays.keys() else None
+    except (AttributeError, *UNREADABLE):  # no npz, or nothing there: who reads the reference says so
+        return None
+    if stored is None:
+        return None
+    meta = _read_meta(shown(path), stored)
+    return meta["extractor"], meta.get("extractor_spec")
+
+
+def reference_spec(ref: str) -> str:
+    """The extractor that a reference implies: the digits' classifier for the digits, the recorded one, else Inception.
+
+    Raises InputError for a record that cannot be followed.
+    """
+    if ref == "digits":
+        return "digits"
+    found = recorded_extractor(ref)
+    return "inception" if found is None else recorded_spec(f"reference {ref!r}", *found)
+
+
+def check_recorded(ref: str, spec: str) -> None:
+    """Raise InputError where a reference says that its features are of another kind of extractor than `spec`; those of
+    one kind are compared once they are loaded."""
+    found, kind = recorded_extractor(ref), spec.partition(":")[0]
+    if found is None or (kind not in KINDS and not OWN.fullmatch(spec)):  # which is no extractor
+        return
+    if kind_of(str(found[0].get("protocol"))) != (kind if kind in KINDS else "module"):
+        raise InputError(
+            f"--extractor {spec}: reference {ref!r} is of features with name {found[0].get('name')!r}; leave the "
+            f"option out, or build a reference of {spec}"
+        )
 
 
 def _digits(extractor: Extractor, batch: int, samples: Sequence[int] | None) -> Reference:
@@ -205,7 +247,7 @@ def _of_statistics(
         _check_shape(name, shape, samples)
 
         def extract() -> dict[str, np.ndarray]:
-            extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor.name, root))
+            extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor, root))
             return {"pool": extracted.load("pool", spread(extracted.n))}
 
     return Reference(
@@ -301,12 +343,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="REF", help="new npz file")
     add_extractor_arguments(parser)
     add_features_argument(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extractor=None)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
-    extractor = load_extractor(args.extractor, args.weights, args.device)
+    spec = args.extractor or reference_spec(args.images)  # of images, Inception
+    extractor = load_extractor(spec, args.weights, args.device)
     meta = build_reference(args.images, Path(args.out), extractor, args.batch, args.allow_lossy, args.features)
     leave()
     if speaks():
@@ -330,7 +373,7 @@ def build_reference(
         features = Features(path, verify=True)
         extractor.check_same(str(path), features.info["extractor"])
     else:
-        folder = default_folder(path, extractor.name, root)
+        folder = default_folder(path, extractor, root)
         features = features_of(path, extractor, batch=batch, out=folder, allow_lossy=allow_lossy)
     if "pool" not in features.streams:
         raise InputError(f"extractor {extractor.name} gives {sorted(features.streams)}; a reference needs 'pool'")
@@ -340,6 +383,7 @@ def build_reference(
         "n": features.n,
         "kept": len(rows),
         **{key: features.info[key] for key in ("image_shape", "class_histogram", "extractor", "source")},
+        "extractor_spec": features.info.get("extractor_spec"),
         "versions": library_versions("timm", "torch-fidelity"),
     }
     if speaks():

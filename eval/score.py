@@ -23,7 +23,7 @@ from eval.extract import (
     leave,
     together,
 )
-from eval.extractor import INCEPTION_PROTOCOL, Extractor, default_device, load_extractor
+from eval.extractor import Extractor, default_device, kind_of, load_extractor
 from eval.features import Features, is_features
 from eval.frechet import correction_needs, frechet_distances
 from eval.inception_score import inception_scores
@@ -31,7 +31,7 @@ from eval.jackknife import Estimate, design_of, jackknife
 from eval.kernel import kernel_distance
 from eval.manifold import NEAREST, manifold_scores
 from eval.moments import GroupSums, Moments
-from eval.refs import Reference, read_moments, read_reference
+from eval.refs import Reference, check_recorded, read_moments, read_reference, reference_spec
 from eval.result import bars_told, needs
 from eval.sources import Source, from_arrays, open_source
 from sit_atconv.console import progress
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ref", required=True,
         help="npz with mu and sigma (ADM's, or of build-ref), npz or folder of images, folder of features, or digits "
-        "for the real ones in their own classifier's features",
+        "for the real ones in their own classifier's features; --extractor is by default the one that it records",
     )  # fmt: skip
     parser.add_argument(
         "--metrics", metavar="LIST",
@@ -156,10 +156,14 @@ def score(
         check_choice("--metrics", each, STREAMS)
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
     vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
-    if extractor is None and asked == ["fdd"] and isinstance(source, Source):
-        extractor = vit
+    if extractor is None and isinstance(source, Source):
+        extractor = reference_spec(ref)
+        if asked == ["fdd"] and (dinov2 or extractor == "inception"):
+            extractor = vit
+    elif extractor is not None:
+        check_recorded(ref, extractor)
     wanted = [(_main_extractor(source, ref, extractor, weights, device), asked)]
-    if "fdd" in asked and _kind(wanted[0][0]) == "inception":
+    if "fdd" in asked and kind_of(wanted[0][0].protocol) == "inception":
         if isinstance(source, Features):
             raise InputError(f"fdd: {samples!r} are features of Inception; score the images, or features of DINOv2")
         others = [each for each in asked if each != "fdd"]
@@ -234,7 +238,7 @@ class _Stated(Extractor):
 
 
 def _main_extractor(source, ref: str, spec: str | None, weights: str | None, device: str | None) -> Extractor:
-    """The extractor that was asked for, else the one that samples or reference imply, else Inception."""
+    """The extractor that was asked for, else the one that made the samples' features."""
     if spec is None and ref == "digits":
         spec = "digits"
     if isinstance(source, Features) and spec is None and weights is None:
@@ -244,13 +248,9 @@ def _main_extractor(source, ref: str, spec: str | None, weights: str | None, dev
         extractor.check_same(str(source.path), source.info["extractor"])
     else:
         extractor.check_images(source.name, source.image_shape)
+        if not extractor.streams:  # of a module of one's own: what it gives decides which metrics there are
+            together(lambda: extractor(next(source.batches(0, 1))))
     return extractor
-
-
-def _kind(extractor: Extractor) -> str:
-    if extractor.protocol == INCEPTION_PROTOCOL:
-        return "inception"
-    return next((kind for kind in ("digits", "dinov2") if extractor.protocol.startswith(f"{kind}-")), "module")
 
 
 def _prepare(
@@ -258,7 +258,7 @@ def _prepare(
     allow_lossy: bool, root: str | None,
 ) -> tuple[_Pass, list[str]]:  # fmt: skip
     """A pass, and why what was not asked for by name is left out. The reference is read first: it may not do."""
-    offered = OFFERED[_kind(extractor)]
+    offered = OFFERED[kind_of(extractor.protocol)]
     for metric in asked:
         if metric not in offered:
             same = next(each for each in offered if each in FRECHET)
@@ -283,7 +283,7 @@ def _prepare(
         )
     features = source
     if isinstance(source, Source):
-        features = features_of(source, extractor, batch=batch, out=default_folder(Path(samples), extractor.name, root))
+        features = features_of(source, extractor, batch=batch, out=default_folder(Path(samples), extractor, root))
     return _Pass(extractor, features, reference, metrics), left_out
 
 
@@ -397,14 +397,16 @@ class TrainingScorer:
     """
 
     def __init__(self, ref: str, weights: str | None):
-        spec = "digits" if ref == "digits" else "inception"
+        spec = reference_spec(ref)
         self._extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
-        self._name, self._moments = ("frechet_distance" if spec == "digits" else "fid"), self._read(ref)
+        self._kind = kind_of(self._extractor.protocol)
+        self._name = next(each for each in OFFERED[self._kind] if each in FRECHET)
+        self._moments = self._read(ref)
 
     def _read(self, ref: str) -> Moments:
         path = Path(ref)
         if ref == "digits" or is_features(path):
-            return read_reference(ref, self._extractor).moments["pool"]
+            return read_reference(ref, self._extractor).need("pool", self._name)
         found = read_moments(path, self._extractor) if path.is_file() else None
         if found is not None:
             return found
@@ -418,7 +420,7 @@ class TrainingScorer:
         held = _held(source, self._extractor)
         one = np.zeros(held.n, np.int64)  # nobody asks for an error bar
         values = {self._name: frechet_metric(stream_sums(held, "pool", one), self._moments)["value"]}
-        if self._name == "frechet_distance":
+        if self._kind == "digits":
             values["recognised"] = float(_recognised(held, one)[0])
         return values
 
@@ -428,6 +430,6 @@ def training_scorer(ref: str, weights: str | None) -> TrainingScorer:
 
     ref, weights: as the command takes them. Raises InputError for what cannot be compared with.
     """
-    if ref == "digits" and weights:
-        raise InputError("score.weights belongs to Inception; score.ref=digits has a classifier of its own")
+    if weights and (spec := reference_spec(ref)) != "inception":
+        raise InputError(f"score.weights belongs to Inception, and score.ref={ref} is of {spec}; leave it out")
     return TrainingScorer(ref, weights)

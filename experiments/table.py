@@ -26,9 +26,10 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.digits import PROTOCOL as DIGITS_PROTOCOL
-from eval.extractor import INCEPTION_PROTOCOL, inception_weights, load_extractor
+from eval.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
 from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
+from eval.refs import recorded_extractor
 from eval.result import sound
 from eval.score import OFFERED
 from eval.sources import from_arrays, open_source
@@ -150,10 +151,9 @@ class Table:
         check_choice("format", self.format, FORMATS)
         if not self.metrics:
             raise InputError("metrics=[]: give at least one")
+        kind = kind_of_reference(self.ref)
         for metric in self.metrics:
-            check_choice(
-                "metrics", metric, OFFERED["digits"] if self.ref == "digits" else [*OFFERED["inception"], "fdd"]
-            )
+            check_choice("metrics", metric, OFFERED[kind] + ["fdd"] * (kind == "inception"))
         for what in ("entries", "samplers"):
             names = [each.name for each in getattr(self, what)]
             if not names or len(set(names)) < len(names):
@@ -240,11 +240,21 @@ def is_scored(samples: Path, table: Table) -> bool:
         return False
 
 
+def kind_of_reference(ref: str) -> str:
+    """The kind of extractor that scores against a reference: the recorded one's, else Inception."""
+    found = recorded_extractor(ref)
+    return "digits" if ref == "digits" else kind_of(found[0]["protocol"]) if found else "inception"
+
+
 def wanted_extractors(table: Table) -> list[tuple[str, str | None]]:
     """Protocol and SHA-256 of the weights of the extractors that the metrics take, in their order in a result; the
     digits' classifier is trained on the spot."""
-    if table.ref == "digits":
+    kind = kind_of_reference(table.ref)
+    if kind == "digits":
         return [(DIGITS_PROTOCOL, None)]
+    if kind != "inception":
+        about, _ = recorded_extractor(table.ref)
+        return [(about["protocol"], about.get("weights_sha256"))]
     found = []
     if table.metrics != ["fdd"]:
         found.append((INCEPTION_PROTOCOL, sha256(inception_weights(table.weights))))
@@ -254,7 +264,7 @@ def wanted_extractors(table: Table) -> list[tuple[str, str | None]]:
 
 
 def _extractors(result: dict[str, Any], table: Table) -> list[tuple[str, str | None]]:
-    if table.ref == "digits":
+    if kind_of_reference(table.ref) == "digits":
         return [(result["protocol"], None)]
     return [(each["protocol"], each["weights_sha256"]) for each in result["extractors"]]
 
@@ -290,6 +300,9 @@ def missing(table: Table, wanted: list[Model]) -> list[str]:
     if table.ref == "digits":
         if table.weights:
             raise InputError("weights belong to Inception, and ref=digits has a classifier of its own; leave them out")
+    elif (kind := kind_of_reference(table.ref)) != "inception":
+        if table.weights:
+            raise InputError(f"weights belong to Inception, and ref={table.ref} is of {kind} features; leave them out")
     else:
         if not Path(table.ref).exists():
             source = f"download {table.ref_url} to that place" if table.ref_url else "put it there"

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -33,6 +32,7 @@ from sit_atconv.console import say
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import DiskFull, check_space, disk_full, free_space, library_versions, settle, sha256, sync
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -274,31 +274,32 @@ class Trained:
     files: dict[str, str]
 
 
-def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
+def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
 
     Also a model folder on its own, such as a converted one, or the transformer in a pipeline's folder, whose
-    autoencoder is the codec's unless another is named. dtype: of the weights in memory.
+    autoencoder is the codec's unless another is named. dtype: of the weights in memory. variant: of those on disk, such
+    as "fp16", as diffusers takes it: of a pipeline's parts, those that have it.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
     path = Path(path).absolute()
     if not path.is_dir():
         raise InputError(f"checkpoint {str(path)!r}: no such folder; give a run, a step-... folder or its ema/ folder")
     if (path / PIPELINE_INDEX).is_file():
-        trained = load_trained(path / "transformer", dtype)
+        trained = load_trained(path / "transformer", dtype, _variant_of_pipeline(path, variant))
         if (path / "vae").is_dir():
             trained.manifest["codec"]["vae"] = str(path / "vae")
         return trained
     has_model = (path / "config.json").is_file()
     if has_model and not (path.name in ("ema", "model") and path.parent.name.startswith("step-")):
-        return _load_model_folder(path, dtype)
+        return _load_model_folder(path, dtype, variant)
     folder, which = (path.parent, path.name) if has_model else ((step_folders(path) or [path])[-1], "ema")
     manifest = read_manifest(folder, under=f"{which}/")
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
     present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
     if present != set(files):
         raise Damaged(f"checkpoint {str(folder)!r} is damaged: {MANIFEST} does not list {sorted(present ^ set(files))}")
-    return Trained(folder, which, manifest, _load_model(folder / which, dtype), files)
+    return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files)
 
 
 def read_conversion(folder: Path) -> dict[str, Any]:
@@ -323,18 +324,26 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
 
 
-def _load_model_folder(folder: Path, dtype: torch.dtype) -> Trained:
+def _variant_of_pipeline(folder: Path, variant: str | None) -> str | None:
+    """Of the transformer: None for a variant that other parts of the pipeline have, and it has not."""
+    elsewhere = any(variant in variants(part) for part in folder.iterdir() if part.is_dir())
+    return own_variant(folder / "transformer", variant) if elsewhere else variant
+
+
+def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Trained:
     if (folder / CONVERSION).is_file():
         record = read_conversion(folder)
-        which, files = record.get("weights"), record["files"]
+        model, which, files = _load_model(folder, dtype, variant), record.get("weights"), record["files"]
     else:
-        which, files = None, {path.name: sha256(path) for path in _model_files(folder)}
-    model = _load_model(folder, dtype)
+        model, which = _load_model(folder, dtype, variant), None
+        loaded = {main_file(folder, variant), *weight_files(folder, variant)}
+        mine = [path for path in _model_files(folder) if path in loaded or not path.name.startswith(STEM)]
+        files = {path.name: sha256(path) for path in mine}
     codec = {"codec": "open", "channels": model.config.in_channels}
     return Trained(folder, which, {"step": None, "codec": codec}, model, files)
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> SiTTransformer2DModel:
+def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict) or config.get("_class_name") != SiTTransformer2DModel.__name__:
@@ -344,8 +353,9 @@ def _load_model(folder: Path, dtype: torch.dtype) -> SiTTransformer2DModel:
             # diffusers' own begin with "_", but for the one with which an export names its code. It ignores any other.
             if not name.startswith("_") and name != "auto_map":
                 check_choice("option in config.json", name, options)
+        weight_files(folder, variant)  # which says what is there instead
         model, found = SiTTransformer2DModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
         )
     # Files of any content: no JSON, no tensors, values that the model refuses, tensors of other shapes.
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
@@ -361,6 +371,6 @@ def _load_model(folder: Path, dtype: torch.dtype) -> SiTTransformer2DModel:
 def load_weights(folder: Path, into: torch.nn.Module) -> None:
     """Load the model in `folder` (ema/ or model/) into one, sharded or not, strictly."""
     tensors = {}
-    for file in sorted(folder.glob(f"{Path(SAFETENSORS_WEIGHTS_NAME).stem}*.safetensors")):
+    for file in weight_files(folder):
         tensors.update(load_file(file))
     sharding.load_full(into, tensors)

@@ -26,6 +26,7 @@ from sit_atconv.files import shown
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import check_labels, check_path
 from sit_atconv.latents.codecs import check_same_codec, open_codec, reopen_codec
+from sit_atconv.vit import WEIGHTS
 
 
 @dataclass
@@ -124,8 +125,8 @@ def _load_classifier(folder: Path) -> Target:
         manifest = checkpoint.read_manifest(folder.parent, under=f"{folder.name}/")
         files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{folder.name}/")}
         facts |= {"step": manifest["step"], "which": folder.name, "recipe": manifest["recipe"], "sha256": files}
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{str(folder)!r} holds no safetensors; nothing else is read")
+    if not (folder / WEIGHTS).is_file():  # which timm prefers; without it, it would go on to pickles
+        raise InputError(f"{str(folder)!r} holds no {WEIGHTS}; nothing else is read")
     try:
         model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

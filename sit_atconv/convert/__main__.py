@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> None:
         "--form", choices=FORMS,
         help="sit, repa or dit (a DiT file looks like a SiT file); with --to public sit or repa (default: as it came)",
     )  # fmt: skip
+    parser.add_argument("--variant", metavar="NAME", help="of the weights in a diffusers folder, such as fp16")
     reading = parser.add_argument_group("reading a public checkpoint")
     reading.add_argument("--weights", choices=WEIGHTS, help="default: ema where there is one")
     reading.add_argument("--num-heads", type=int, metavar="N", help="where the width is none of the published ones")
@@ -44,10 +45,11 @@ def main(argv: list[str] | None = None) -> None:
         idle = [name for name, value in {**told, "projectors": args.projectors}.items() if value is not None]
         if idle:
             raise InputError(f"--{idle[0].replace('_', '-')} is for reading a public checkpoint; leave it out")
-        export_public(args.source, args.out, form=args.form)
+        export_public(args.source, args.out, form=args.form, variant=args.variant)
         print(args.out)
         return
-    record = convert(args.source, args.out, form=args.form, keep_projectors=args.projectors != "drop", **told)
+    keep = args.projectors != "drop"
+    record = convert(args.source, args.out, form=args.form, variant=args.variant, keep_projectors=keep, **told)
     print(f"{args.out}: {record['form']} checkpoint, {record['weights'] or 'its only'} weights")
     for line in [f"folded: {line}" for line in record["folded"]] + [f"note: {line}" for line in record["notes"]]:
         print(line)

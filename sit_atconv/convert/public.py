@@ -40,6 +40,7 @@ def read_public(
     source: str | Path,
     *,
     weights: str | None = None,
+    variant: str | None = None,
     form: str | None = None,
     num_heads: int | None = None,
     sample_size: int | tuple[int, int] | None = None,
@@ -50,7 +51,7 @@ def read_public(
 ) -> Converted:
     """Read a SiT, ATConv-SiT, REPA, fast-DiT or diffusers DiT checkpoint; see `read_source` for the containers.
 
-    weights: "ema" or "model"; None is the EMA where there is one.
+    weights: "ema" or "model"; None is the EMA where there is one. variant: of a diffusers folder, such as "fp16".
     form: "sit", "repa" or "dit"; None tells REPA and diffusers' DiT by their tensors and takes all else for SiT. The
         tensors of a DiT .pt are those of a SiT. A DiT keeps its own time, 0 to 999 with 999 noise, and predicts noise:
         its path is "ddpm", which no sampler of ours follows.
@@ -62,7 +63,7 @@ def read_public(
         check_choice("form", form, FORMS)
     told = {"num_heads": num_heads, "sample_size": sample_size, "path": path, "prediction": prediction}
     name = str(source)
-    found = read_source(source, weights)
+    found = read_source(source, weights, variant)
     actual, tensors, projectors, folded, notes = _public_layout(name, found, form, told)
     options, assumed = layout.read_options(name, tensors, found.args, told, actual)
     model = layout.build(name, tensors, options)
@@ -124,12 +125,15 @@ def convert(source: str | Path, out: str | Path, **options) -> dict[str, Any]:
     return record
 
 
-def export_public(source: str | Path, out: str | Path, *, form: str | None = None) -> None:
+def export_public(
+    source: str | Path, out: str | Path, *, form: str | None = None, variant: str | None = None
+) -> None:  # fmt: skip
     """Write a model folder, checkpoint or run of ours in the public layout: the inverse of `convert`.
 
     out: a new .pt ({"ema": state dict, "args": options}), .pth, .bin or .safetensors file, written whole or not at all.
     form: "sit" or "repa" (time reversed, 1x1 convolutions, projectors where the folder has them); None is the one that
-    a converted folder came in, else "sit". The precision is the one that it came in.
+    a converted folder came in, else "sit". The precision is the one that it came in. variant: of the weights in a model
+    folder, such as "fp16".
     Raises InputError for a model that the form cannot express, another suffix, or an `out` that exists or cannot be
     written.
     """
@@ -143,7 +147,8 @@ def export_public(source: str | Path, out: str | Path, *, form: str | None = Non
     check_choice("form", form, EXPORT_FORMS)
     check_choice(f"dtype in {CONVERSION}", dtype, DTYPES)
     dtype = DTYPES[dtype]
-    trained = load_trained(source, torch.promote_types(dtype, torch.float32) if came_in == "repa" else dtype)
+    widest = torch.promote_types(dtype, torch.float32) if came_in == "repa" else dtype
+    trained = load_trained(source, widest, variant)
     _check_expressible(trained.model, form)
     tensors = trained.model.state_dict()
     if form == "repa":

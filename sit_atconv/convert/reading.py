@@ -1,7 +1,6 @@
 """Files of other people's checkpoints -> named tensors on the CPU. Nothing that is read is executed."""
 
 import argparse
-import json
 import re
 import warnings
 import zipfile
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.weights import INDEX, json_object, read_index, read_json, weight_files
 
 WEIGHTS = ("ema", "model")
 PICKLES = (".pt", ".pth", ".bin")
@@ -36,10 +36,11 @@ class Source:
     config: dict[str, Any] | None
 
 
-def read_source(path: str | Path, weights: str | None = None) -> Source:
+def read_source(path: str | Path, weights: str | None = None, variant: str | None = None) -> Source:
     """Read a .pt, .pth, .bin or .safetensors file, or a folder of safetensors (sharded, with its index, or one file).
 
-    weights: "ema" or "model" of a file that holds both; None is the EMA where there is one.
+    Of a folder with a config.json it reads what diffusers would load. weights: "ema" or "model" of a file that holds
+    both; None is the EMA where there is one. variant: of the weights in a diffusers folder, such as "fp16".
     Raises InputError for a file that is missing, cut, or would need more than tensors, plain values and
     argparse.Namespace; for a container without the weights asked for; for names that are equal without their prefixes.
     """
@@ -48,12 +49,19 @@ def read_source(path: str | Path, weights: str | None = None) -> Source:
         check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         path = path / "transformer" if (path / "model_index.json").is_file() else path  # a diffusers pipeline
-        config = _read_json(path / "config.json") if (path / "config.json").is_file() else None
-        files = _files_of(path)
+        try:
+            config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+            files = _files_of(path) if config is None else weight_files(path, variant, pickles=True)
+        except InputError as error:
+            raise InputError(f"checkpoint {str(path)!r}: {error}") from None
     elif path.is_file():
         config, files = None, [path]
     else:
         raise InputError(f"checkpoint {str(path)!r}: no such file or folder")
+    if config is None and variant is not None:
+        raise InputError(
+            f"variant={variant!r}: {str(path)!r} is no folder of diffusers, which have variants; leave it out"
+        )
     content, args = {}, {}
     for file in files:
         if file.suffix == ".safetensors":
@@ -69,51 +77,24 @@ def read_source(path: str | Path, weights: str | None = None) -> Source:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The files of weights in a folder: what its index lists, or the one file there is."""
-    for index in _only(folder, ".index.json"):
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise InputError(f"checkpoint {str(index)!r} lists no files in weight_map")
-        for name in shards.values():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"checkpoint {str(index)!r} lists {name!r}, which is no name of a file beside it")
-            if not (folder / name).is_file():
-                raise InputError(f"checkpoint {str(folder)!r} is not whole: {index.name} lists {name!r}, not there")
-        return [folder / name for name in sorted(set(shards.values()))]
+    """The files of weights in a folder that is not of diffusers: what its index lists, or the one file there is."""
+    for index in _only(folder, INDEX):
+        return read_index(index)
     for suffix in (".safetensors", *PICKLES):
         if found := _only(folder, suffix):
             return found
-    raise InputError(f"checkpoint {str(folder)!r}: the folder holds no file of weights")
+    raise InputError("the folder holds no file of weights")
 
 
 def _only(folder: Path, suffix: str) -> list[Path]:
     """The one file of that suffix, or the one of a usual name among several; nothing where there is none."""
     found = sorted(folder.glob(f"*{suffix}"))
-    usual = [file for file in found if Path(file.name.removesuffix(".index.json")).stem in USUAL_NAMES]
+    usual = [file for file in found if Path(file.name.removesuffix(INDEX)).stem in USUAL_NAMES]
     if len(usual or found) > 1:
         raise InputError(
-            f"checkpoint {str(folder)!r} holds {[file.name for file in found]}; give a file of weights, or a folder "
-            "with one of these"
+            f"it holds {[file.name for file in found]}; give a file of weights, or a folder with one of these"
         )
     return usual or found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return _json_object(path.read_text())
-    except (OSError, ValueError):
-        raise InputError(f"checkpoint {str(path)!r} is not a JSON object; it is cut or damaged") from None
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    """Raises ValueError for whatever else the text is."""
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError("no JSON object")
-    return content
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -125,7 +106,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(path)!r} is cut or damaged: {error}") from None
     try:
-        return tensors, _json_object(args)
+        return tensors, json_object(args)
     except ValueError:
         raise InputError(f"checkpoint {str(path)!r}: args in its header are not a JSON object") from None
 

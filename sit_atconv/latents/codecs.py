@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
 from sit_atconv.errors import InputError
+from sit_atconv.weights import weight_files
 
 
 def draw_latents(moments: torch.Tensor, posterior: torch.Tensor, scale: float, shift: float) -> torch.Tensor:
@@ -48,19 +49,22 @@ class VaeCodec(nn.Module):
     """A diffusers AutoencoderKL, frozen, in fp32: latents = (posterior sample - shift) * scale, both from its config.
 
     source: hub id or local folder with config.json and safetensors weights. batch_size: images per pass.
+    variant: of the weights, such as "fp16".
     Raises InputError when the autoencoder is not there.
     """
 
     draws_posterior = True
 
-    def __init__(self, source: str, batch_size: int):
+    def __init__(self, source: str, batch_size: int, variant: str | None = None):
         from diffusers import AutoencoderKL
 
         super().__init__()
         if Path(source).exists() and not Path(source, "config.json").is_file():
             raise InputError(f"latents.vae={source!r}: the folder holds no config.json of an AutoencoderKL")
         try:
-            self.vae = AutoencoderKL.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
+            if Path(source).is_dir():
+                weight_files(Path(source), variant)  # which says what is there instead
+            self.vae = AutoencoderKL.from_pretrained(source, variant=variant, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
@@ -70,6 +74,7 @@ class VaeCodec(nn.Module):
             raise InputError(
                 f"latents.vae={source!r} normalises each channel (latents_mean); only scale and shift are known"
             )
+        self.vae.eval().requires_grad_(False)
         self.source, self.batch_size = source, batch_size
         self.scale = float(self.vae.config.scaling_factor)
         self.shift = float(self.vae.config.shift_factor or 0.0)

@@ -12,6 +12,7 @@ python -m sit_atconv.pipelines.export SRC --out DIR
 import json
 import re
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sit_atconv.pipelines.bundle import bundle, digest
 from sit_atconv.pipelines.card import model_card
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.version import __version__
+from sit_atconv.weights import STEM, own_variant
 
 NOTE = f"""This is the package sit_atconv {__version__} (MIT licence), as far as it is needed here: its modules follow
 one another, imports among them are gone, and equal names have their module's name in front."""
@@ -43,22 +45,22 @@ class Source:
     dtype: torch.dtype
 
 
-def open_source(source: str | Path, vae: str | None = None) -> Source:
+def open_source(source: str | Path, vae: str | None = None, variant: str | None = None) -> Source:
     """The pipeline in a folder of one, exported or not, or around the model of what `load_trained` takes (a run's EMA).
 
     vae: folder or hub id of the autoencoder, for a model that has one and does not come with it.
+    variant: of the weights, such as "fp16", as `DiffusionPipeline.from_pretrained` takes it: of each part that has it.
     Raises InputError for a folder that is none of these, is damaged, or needs another autoencoder.
     """
     folder = Path(source)
     is_pipeline = (folder / PIPELINE_INDEX).is_file()
-    trained = load_trained(folder)
-    weights = next(name for name in trained.files if name.endswith(".safetensors") and "diffusion_pytorch" in name)
-    with safe_open(trained.folder / weights, framework="pt") as file:
-        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    trained = load_trained(folder, variant=variant)
+    names = [name for name in trained.files if Path(name).match(f"{STEM}*.safetensors")]
+    dtype = _widest([trained.folder / name for name in names])
     if dtype != torch.float32:
-        trained = load_trained(trained.folder, dtype)
+        trained = load_trained(folder, dtype, variant)
     if is_pipeline:
-        pipeline = _open_pipeline(folder, trained.model, vae)
+        pipeline = _open_pipeline(folder, trained.model, vae, variant)
     else:
         codec = reopen_codec(trained.manifest["codec"], vae, batch_size=1)
         names = trained.manifest.get("data", {}).get("classes")
@@ -71,7 +73,18 @@ def open_source(source: str | Path, vae: str | None = None) -> Source:
     return Source(pipeline, trained.manifest, dtype)
 
 
-def _open_pipeline(folder: Path, transformer: SiTTransformer2DModel, vae: str | None) -> SiTPipeline:
+def _widest(files: list[Path]) -> torch.dtype:
+    """The narrowest dtype that holds all tensors of these files."""
+    dtypes = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            dtypes |= {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return reduce(torch.promote_types, dtypes)
+
+
+def _open_pipeline(
+    folder: Path, transformer: SiTTransformer2DModel, vae: str | None, variant: str | None
+) -> SiTPipeline:  # fmt: skip
     try:
         index = json.loads((folder / PIPELINE_INDEX).read_text())
         # A list where the folder was exported before.
@@ -81,13 +94,14 @@ def _open_pipeline(folder: Path, transformer: SiTTransformer2DModel, vae: str | 
         if library != "diffusers" or not issubclass(kind := getattr(diffusers, name, object), SchedulerMixin):
             raise InputError(f"{str(folder)!r}: the scheduler {name} is not one of diffusers")
         scheduler = kind.from_config(kind.load_config(folder / "scheduler"))
-        if vae is None and index.get("vae", [None])[0] is not None:
-            vae = folder / "vae"
+        beside = vae is None and index.get("vae", [None])[0] is not None
+        vae = folder / "vae" if beside else vae
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"pipeline {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
-    autoencoder = VaeCodec(str(vae), batch_size=1).vae if vae is not None else None
+    own = own_variant(folder / "vae", variant) if beside else None
+    autoencoder = VaeCodec(str(vae), batch_size=1, variant=own).vae if vae is not None else None
     return SiTPipeline(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))
 
 
@@ -143,12 +157,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
     parser.add_argument("--vae", metavar="FOLDER", help="the autoencoder of a latent model that comes without")
+    parser.add_argument("--variant", metavar="NAME", help="of the weights in the folder, such as fp16")
     parser.add_argument(
         "--license", default="unknown", metavar="ID", help="of the weights, for the model card (default: unknown)"
     )
     args = parser.parse_args(argv)
     _check_target(Path(args.out), args.license)  # before the weights are read
-    export(open_source(args.source, args.vae), args.out, args.license)
+    export(open_source(args.source, args.vae, args.variant), args.out, args.license)
     print(args.out)
 
 

@@ -18,6 +18,7 @@ from diffusers import (
     ImagePipelineOutput,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -98,6 +99,16 @@ def _read_labels(id2label: dict, classes: int) -> tuple[dict[str, int], dict[str
     return unique, {name: sorted(ids) for name, ids in names.items() if len(ids) > 1}
 
 
+def _take_back(name: str, tensor: torch.Tensor, handed: torch.Tensor) -> torch.Tensor:
+    """What a callback gives for a tensor that it was handed, in its dtype, on its device."""
+    if tensor.shape != handed.shape:
+        raise InputError(
+            f"callback_on_step_end gave {name} of shape {tuple(tensor.shape)}; it was handed {tuple(handed.shape)}, "
+            "which must stay"
+        )
+    return tensor.to(handed)
+
+
 class SiTPipeline(DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
@@ -135,7 +146,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale in use; a callback may set `_guidance_scale`."""
+        """The guidance scale in use; a callback may set `_guidance_scale`, to 1 or 0 for no guidance from then on."""
         return self._guidance_scale
 
     @property
@@ -230,7 +241,10 @@ class SiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["SiTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[["SiTPipeline", int, torch.Tensor, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """Images of the classes asked for: num_images_per_prompt of each, those of one class together.
@@ -244,6 +258,8 @@ class SiTPipeline(DiffusionPipeline):
         output_type: "pil" (rounded by images.UINT8_RULE), "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], "latent".
         callback_on_step_end: called (pipeline, step, timestep, tensors), where tensors holds those of
             `callback_on_step_end_tensor_inputs` ("latents", "class_labels"); what it returns takes their place.
+            diffusers' callback objects say by their `tensor_inputs` which. class_labels (images,) are the ids, without
+            those of the null class.
         Returns ImagePipelineOutput, or a tuple with the images; state and velocity are fp32, the transformer runs in
         its own dtype.
         Raises ValueError for bad labels, shapes, choices, schedulers, and for guidance without a null class.
@@ -252,6 +268,8 @@ class SiTPipeline(DiffusionPipeline):
         self._check_vae()
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("guidance_channels", guidance_channels, CHANNELS)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         if not (isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2) or not (
@@ -299,10 +317,12 @@ class SiTPipeline(DiffusionPipeline):
                 self._nfe += guided.nfe
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "class_labels": class_labels}
-                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, step, timestep, chosen) or {}
-                    latents, class_labels = tensors["latents"], tensors["class_labels"]
+                    handed = {"latents": latents, "class_labels": class_labels}
+                    chosen = {name: handed[name] for name in callback_on_step_end_tensor_inputs}
+                    taken = handed | (callback_on_step_end(self, step, timestep, chosen) or {})
+                    latents, class_labels = (_take_back(name, taken[name], old) for name, old in handed.items())
+                    if self._guidance_scale == 0 != guidance_scale:  # by which diffusers' callbacks end the guidance
+                        self._guidance_scale = 1.0
                 bar.update()
 
         self._current_timestep = None

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main as evaluate
 from eval.extract import ahead, default_folder, features_of
-from eval.extractor import Extractor, load_extractor
+from eval.extractor import Extractor, load_extractor, state_digest
 from eval.features import Features
 from eval.sources import from_arrays, open_source
 from sit_atconv.errors import InputError
@@ -125,7 +125,7 @@ def test_an_odd_batch_does_not_reach_over_a_shard(samples, own, extractor, pixel
 
 def test_what_is_there_is_not_made_again(samples, extractor, tmp_path):
     first = features_of(samples, extractor, shard=10, batch=4)
-    assert first.path == default_folder(samples, extractor.name) == tmp_path / f"samples.features/{extractor.name}"
+    assert first.path == default_folder(samples, extractor) == tmp_path / f"samples.features/{extractor.name}"
     times = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
     calls = []
     extractor._module.register_forward_hook(lambda *_: calls.append(1))
@@ -144,6 +144,40 @@ def test_what_is_there_is_not_made_again(samples, extractor, tmp_path):
         features_of(samples, extractor, shard=10, batch=4)
         assert len(calls) == 3
         assert (first.path / "shard-000003.safetensors").read_bytes() == want
+
+
+def test_two_weights_under_one_name_have_features_of_their_own(samples, own, tmp_path, pixels):
+    first, second = load_extractor(own), load_extractor(own)
+    second._module.weight.data.neg_()
+    second._about["weights_sha256"] = state_digest(second._module)
+    assert first.name == second.name
+    for _ in range(2):  # the second time they are found again
+        places = []
+        for extractor in (first, second):
+            found = features_of(samples, extractor)
+            places.append(found.path)
+            np.testing.assert_allclose(found.load("pool"), expected(extractor, pixels)["pool"], rtol=1e-5)
+            assert found.info["extractor"]["weights_sha256"] == state_digest(extractor._module)
+        assert places[0] == tmp_path / "samples.features" / first.name
+        assert places[1].parent == places[0].parent != places[1]
+        assert places[1].name.startswith(f"{first.name}-")
+    with pytest.raises(InputError, match=r"extractor\.weights_sha256"):
+        features_of(samples, second, out=places[0])
+
+
+def test_features_of_earlier_versions_are_gone_on_with(samples, extractor, tmp_path):
+    """They did not say how to load their extractor."""
+    folder = features_of(samples, extractor, shard=20).path
+    for name in ("settings.json", "features.json"):
+        stored = json.loads((folder / name).read_text())
+        assert stored.pop("extractor_spec") == extractor.spec
+        (folder / name).write_text(json.dumps(stored))
+    assert features_of(samples, extractor).path == folder
+    (folder / "shard-000001.safetensors").unlink()
+    calls = []
+    extractor._module.register_forward_hook(lambda *_: calls.append(1))
+    assert features_of(samples, extractor).n == N
+    assert len(calls) == 1
 
 
 def test_a_moved_folder_takes_its_features_along(extractor, tmp_path, pixels):

@@ -15,7 +15,15 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from eval import digits
-from eval.extractor import DINOV2_SIZE, Extractor, default_device, load_extractor
+from eval.extractor import (
+    DINOV2_SIZE,
+    INCEPTION_PROTOCOL,
+    Extractor,
+    default_device,
+    load_extractor,
+    recorded_spec,
+    state_digest,
+)
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError
 from sit_atconv.images import to_uint8
@@ -443,3 +451,36 @@ def test_specs_that_name_nothing(own):
         load_extractor("digits", weights="x.pth")
     with pytest.raises(InputError, match="--device tpu9"):
         load_extractor(f"{own}:Means", device="tpu9")
+
+
+def test_what_a_file_states_names_its_extractor_again(encoder_folder, inception_weights):
+    for about, spec, wanted in (
+        ({"protocol": INCEPTION_PROTOCOL}, None, "inception"),
+        (load_extractor("digits").describe(), None, "digits"),
+        ({"protocol": "dinov2-vit_large_patch14_dinov2.lvd142m-1"}, None, "dinov2:vit_large_patch14_dinov2.lvd142m"),
+        ({"protocol": "dinov2-a_vit.tag-1"}, "os:abort", "dinov2:a_vit.tag"),
+    ):
+        assert recorded_spec("x", about, spec) == wanted
+    vit = load_extractor(f"dinov2:local-dir:{encoder_folder}")
+    again = load_extractor(recorded_spec("x", vit.describe(), vit.spec))
+    assert again.describe() == vit.describe()
+    assert load_extractor("inception", str(inception_weights)).spec == "inception"
+
+
+def test_a_digest_is_of_all_that_a_module_keeps():
+    class Kept(nn.Module):
+        def __init__(self, stored=1.0, unstored=1.0, extra="a"):
+            super().__init__()
+            self.extra = extra
+            self.register_buffer("stored", torch.tensor(stored))
+            self.register_buffer("unstored", torch.tensor([unstored], dtype=torch.bfloat16), persistent=False)
+
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+    made = [state_digest(Kept(*given)) for given in ((), (), (2.0,), (1.0, 2.0), (1.0, 1.0, "b"))]
+    assert made[0] == made[1]
+    assert len(set(made)) == 4

@@ -1,6 +1,7 @@
 """The score command: its numbers against computations from all features at once, and what it refuses."""
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -22,11 +23,12 @@ from eval.frechet import frechet_distance
 from eval.inception_score import inception_scores
 from eval.jackknife import counted_off, jackknife
 from eval.kernel import kernel_distance
-from eval.manifold import manifold_scores
+from eval.manifold import NEAREST, manifold_scores
 from eval.moments import moments
-from eval.score import training_scorer
+from eval.score import OFFERED, training_scorer
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError
+from sit_atconv.files import sha256
 from sit_atconv.images import to_uint8
 
 N, M = 63, 50
@@ -46,6 +48,10 @@ class Own(nn.Module):
 class Pool(Own):
     def forward(self, pixels):
         return super().forward(pixels)["pool"]
+
+class Logits(Own):
+    def forward(self, pixels):
+        return {"logits": super().forward(pixels)["logits"]}
 """
 NAMES = {}
 exec(OWN, NAMES)
@@ -355,6 +361,68 @@ def test_a_module_of_ones_own(own, samples, images, capsys):
     score(samples, "--ref", images, "--extractor", f"{own}:Pool")
     assert "is" not in read(samples.with_suffix(".metrics.json"))["metrics"]
     assert "left out: is: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ref", ["npz", "images", "features"])
+def test_metrics_are_those_of_the_streams_that_ones_own_module_gives(own, samples, images, tmp_path, capsys, ref):
+    """Whatever is there already: no image of theirs may have been through the module when the metrics are chosen."""
+    for name, wanted in (("Pool", ["frechet_distance", *NEAREST, "kid"]), ("Logits", ["is"])):
+        spec, place = ("--extractor", f"{own}:{name}"), images
+        if ref == "npz" and name == "Pool":
+            place = tmp_path / "ref.npz"
+            evaluate(["build-ref", str(images), "--out", str(place), *spec])
+        elif ref == "features":
+            evaluate(["extract", str(images), "--out", str(tmp_path / name), *spec])
+            place = tmp_path / name
+        capsys.readouterr()
+        score(samples, "--ref", place, *spec)
+        assert list(read(samples.with_suffix(".metrics.json"))["metrics"]) == wanted
+        said = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+        assert said == [each for each in OFFERED["module"] if each not in [*wanted, *["pr"] * (name == "Pool")]]
+
+
+def test_a_reference_says_whose_features_it_is_of(own, samples, images, tmp_path, capsys, fails):
+    spec, ref, folder = f"{own}:Own", tmp_path / "ref.npz", tmp_path / "real"
+    evaluate(["build-ref", str(images), "--out", str(ref), "--extractor", spec])
+    evaluate(["extract", str(images), "--out", str(folder), "--extractor", spec])
+    score(samples, "--ref", images, "--extractor", spec, "--metrics", "frechet_distance,is")
+    expected = values(read(samples.with_suffix(".metrics.json")))
+    evaluate(["build-ref", str(folder), "--out", str(tmp_path / "again.npz")])
+    for each in (ref, folder, tmp_path / "again.npz"):
+        score(samples, "--ref", each, "--metrics", "frechet_distance,is")
+        found = read(samples.with_suffix(".metrics.json"))
+        assert found["protocol"] == f"module-{spec}"
+        assert values(found) == pytest.approx(expected, rel=1e-6)
+        pixels = torch.from_numpy(made(N, 1)).permute(0, 3, 1, 2)
+        trained = training_scorer(str(each), None)(pixels, [0] * N)
+        assert trained == {"frechet_distance": pytest.approx(expected["frechet_distance"], rel=1e-5)}
+        with pytest.raises(InputError, match=f"belongs to Inception, and score.ref={each} is of {spec}"):
+            training_scorer(str(each), "weights.pth")
+        capsys.readouterr()
+        for other in ("inception", "digits", "dinov2"):
+            says = fails(evaluate, "score", samples, "--ref", each, "--extractor", other)
+            assert f"--extractor {other}: reference '{each}' is of features with name '{own}-Own'" in says
+
+
+def test_a_reference_does_not_choose_what_code_is_run(own, samples, images, tmp_path, fails, capsys, monkeypatch):
+    """The module of a reference is run where its file is the recorded one; a library's, or a changed one, never."""
+    ref = tmp_path / "ref.npz"
+    evaluate(["build-ref", str(images), "--out", str(ref), "--extractor", f"{own}:Own"])
+    arrays = dict(np.load(ref))
+    meta = json.loads(str(arrays["meta"]))
+    capsys.readouterr()
+    called = []
+    monkeypatch.setattr("eval.extractor.importlib.import_module", lambda name: called.append(name))
+    for module, source in (("os:abort", inspect.getsourcefile(os)), ("timm:list_models", None), ("no/../x:y", None)):
+        meta["extractor"] |= {"protocol": f"module-{module}", "source_sha256": source and sha256(source)}
+        np.savez(ref, **arrays | {"meta": np.array(json.dumps(meta))})
+        assert f"by the module {module!r}, whose file " in fails(evaluate, "score", samples, "--ref", ref)
+    meta["extractor"] |= {"protocol": f"module-{own}:Own", "source_sha256": sha256(tmp_path / f"{own}.py")}
+    np.savez(ref, **arrays | {"meta": np.array(json.dumps(meta))})
+    (tmp_path / f"{own}.py").write_text(OWN + "\n")
+    says = fails(evaluate, "score", samples, "--ref", ref)
+    assert "was changed since, or is a library's; name one with --extractor" in says
+    assert called == []
 
 
 def test_how_features_are_split_into_files_changes_nothing(own, samples, images, tmp_path):

@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from diffusers.hooks import FirstBlockCacheConfig
 
 import train_sit
@@ -332,6 +333,68 @@ def test_callbacks_change_guidance_and_interrupt(make_pipe):
     assert pipe.nfe == 2
     draw(pipe)
     assert pipe.nfe == 6
+
+
+class Relabel(PipelineCallback):
+    tensor_inputs = ["class_labels"]  # noqa: RUF012 (diffusers' own type)
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        assert callback_kwargs.keys() >= {"class_labels"}
+        callback_kwargs["class_labels"] = torch.full_like(callback_kwargs["class_labels"], 2)
+        return callback_kwargs
+
+
+class Halve(PipelineCallback):
+    tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' own type)
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        return callback_kwargs | {"latents": (callback_kwargs["latents"] / 2).half()}  # which the state does not become
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_diffusers_callback_objects_say_themselves_which_tensors_they_take(make_pipe, scale):
+    pipe = make_pipe()
+
+    def both(pipe, step, timestep, tensors):
+        return {"class_labels": torch.tensor([2, 2]), "latents": (tensors["latents"] / 2).half().float()}
+
+    plain, names = (
+        draw(pipe, guidance_scale=scale),
+        {"callback_on_step_end_tensor_inputs": pipe._callback_tensor_inputs},
+    )
+    wanted = draw(pipe, guidance_scale=scale, callback_on_step_end=both, **names)
+    together = draw(pipe, guidance_scale=scale, callback_on_step_end=MultiPipelineCallbacks([Relabel(), Halve()]))
+    assert together.dtype == torch.float32
+    assert torch.equal(together, wanted)
+    alone = draw(pipe, guidance_scale=scale, callback_on_step_end=Relabel())
+    assert not torch.allclose(alone, plain)
+    assert not torch.allclose(alone, together)
+    with pytest.raises(ValueError, match="tensor_inputs='prompt_embeds'"):
+        draw(pipe, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+
+
+@pytest.mark.parametrize("off", [0.0, 1.0])
+def test_a_cut_off_of_guidance_as_diffusers_has_it_leaves_the_class(make_pipe, off):
+    """Their callbacks set the scale to 0 for none, which by the formula would be the null class alone."""
+
+    class CutOff(SDCFGCutoffCallback):
+        tensor_inputs = ["class_labels"]  # noqa: RUF012 (diffusers' own type)
+
+        def callback_fn(self, pipeline, *arguments):
+            found = super().callback_fn(pipeline, *arguments)
+            pipeline._guidance_scale = max(off, pipeline._guidance_scale)
+            return found
+
+    pipe = make_pipe()
+    run = {"labels": [3], "num_inference_steps": 4, "guidance_scale": 2.5, "generator": generators(5)}
+    found = draw(pipe, callback_on_step_end=CutOff(None, 1), **run)
+    assert (pipe.nfe, pipe.guidance_scale, pipe.do_classifier_free_guidance) == (2 * 2 + 2, 1.0, False)
+    assert torch.equal(found, draw(pipe, guidance_interval=(0.0, 0.3), **run | {"generator": generators(5)}))
+    unconditional = draw(pipe, **run | {"guidance_scale": 0.0, "generator": generators(5)})
+    assert pipe.guidance_scale == 0.0
+    assert not torch.allclose(unconditional, draw(pipe, **run | {"guidance_scale": 1.0, "generator": generators(5)}))
+    with pytest.raises(ValueError, match=r"gave class_labels of shape \(1,\); it was handed \(2,\)"):
+        draw(pipe, guidance_scale=2.5, callback_on_step_end=CutOff(None, 0))
 
 
 def test_the_progress_bar_reaches_its_end_and_can_be_silenced(make_pipe):

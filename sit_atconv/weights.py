@@ -1,0 +1,98 @@
+"""The files of weights in a folder: those that diffusers' `from_pretrained` would load, by one rule for all who look.
+
+The errors do not name the folder: who looks says what it is of.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from sit_atconv.errors import InputError
+
+NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
+INDEX = ".index.json"
+OF_A_VARIANT = re.compile(rf"{STEM}(?:\.safetensors\.index)?\.(\w+)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
+
+
+def weight_files(folder: Path, variant: str | None = None, pickles: bool = False) -> list[Path]:
+    """The files that diffusers loads a model of: what its index of shards lists, else the one file.
+
+    Arguments and errors as in `main_file`; InputError also for an index that is damaged, or lists what is not there.
+    """
+    main = main_file(folder, variant, pickles)
+    return read_index(main) if main.name.endswith(".json") else [main]
+
+
+def main_file(folder: Path, variant: str | None = None, pickles: bool = False) -> Path:
+    """The index of shards that diffusers would go by, where there is one, else the one file of weights.
+
+    variant: such as "fp16"; without it files of variants are passed over. pickles: whether a .bin does where there are
+    no safetensors, to be read by what runs nothing. Raises InputError where there is none; it names the
+    variants that there are.
+    """
+    for name in NAMES if pickles else NAMES[:1]:
+        for each in (name + INDEX, name):
+            if (file := folder / _of_variant(each, variant)).is_file():
+                return file
+    if others := variants(folder):
+        rule = f"there are variants {others}" + " alone" * (variant is None)
+        remedy = "name one with variant" + ", or save the model without" * (variant is None)
+    elif variant is not None:
+        rule, remedy = "there are no variants", "leave the variant out"
+    else:
+        rule = "pickles can run code" if list(folder.glob("*.bin")) else "nothing else is read"
+        remedy = "save the model with safetensors"
+    raise InputError(f"no {_of_variant(NAMES[0], variant)}, and {rule}; {remedy}")
+
+
+def variants(folder: Path) -> list[str]:
+    """The variants that a folder has safetensors of."""
+    found = (OF_A_VARIANT.fullmatch(path.name) for path in folder.glob(f"{STEM}*"))
+    return sorted({match[1] for match in found if match})
+
+
+def own_variant(folder: Path, variant: str | None) -> str | None:
+    """`variant` where the folder has it, else None: a part of a pipeline without it is loaded as it is."""
+    return variant if variant in variants(folder) else None
+
+
+def read_index(index: Path) -> list[Path]:
+    """The files that an index of shards lists. Raises InputError for one that is damaged, or not whole."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{index.name} lists no files in weight_map")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index.name} lists {name!r}, which is no name of a file beside it")
+        if not index.with_name(name).is_file():
+            raise InputError(f"it is not whole: {index.name} lists {name!r}, not there")
+    return [index.with_name(name) for name in sorted(set(shards.values()))]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError where it holds none."""
+    try:
+        return json_object(path.read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{path.name} is not a JSON object; it is cut or damaged") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object that a text is. Raises ValueError for whatever else it is."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """A file's name, with the variant before its last part."""
+    start, _, end = name.rpartition(".")
+    return name if variant is None else f"{start}.{variant}.{end}"
