@@ -19,7 +19,7 @@ from sampling.schedulers import SCHEDULERS, make_scheduler
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import InputError
-from sit_atconv.pipelines.pipeline_sit import check_scheduler
+from sit_atconv.pipelines.schedulers import check_scheduler
 from sit_atconv.training import train
 
 RECIPES = "experiments/recipes"
