@@ -173,8 +173,8 @@ def set_steps(
     if levels[0] < LEAST_START and not partial:
         raise InputError(
             f"scheduler {name}{_levels_options(scheduler)} begins at noise level {levels[0]:.4g}, and the latents are "
-            f"noise, of level 1; it must begin at {LEAST_START} or above: bring these options nearer to their "
-            "defaults, or give sigmas with latents of their level"
+            f"noise, of level 1; it must begin at {LEAST_START} or above: "
+            f"{'bring these options nearer to their defaults' if sigmas is None else 'give latents of that level'}"
         )
     return levels[: len(scheduler.timesteps)]
 
