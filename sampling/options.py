@@ -35,7 +35,8 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     sde.add_argument("--diffusion", choices=DIFFUSIONS, help=f"w(t) (default: {SDE_DEFAULTS['diffusion']})")
     sde.add_argument(
         "--diffusion-norm", type=float, metavar="NORM",
-        help=f"w(t) is multiplied by it (default: {SDE_DEFAULTS['diffusion_norm']:g})",
+        help="w(t) is multiplied by it; with --diffusion decreasing w(t) = (NORM cos(pi t) + 1)^2 / 4 "
+        f"(default: {SDE_DEFAULTS['diffusion_norm']:g})",
     )  # fmt: skip
     sde.add_argument("--last-step", choices=LAST_STEPS, help=f"default: {SDE_DEFAULTS['last_step']}")
     sde.add_argument(

@@ -52,7 +52,8 @@ def generate(
     """As `sit_atconv.generation.generate`, with `scheduler` instead of the sampler of `sampling`.
 
     The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
-    Raises InputError for a model that is not of the linear path, NotFinite as there.
+    Warns of a scheduler that is right for distilled models alone. Raises InputError for a model that is not of the
+    linear path, and for a scheduler that would not draw the model's distribution; NotFinite as there.
     """
     pipe = SiTPipeline(model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)

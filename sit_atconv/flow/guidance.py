@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from sit_atconv.flow.path import check_name
+from sit_atconv.flow.times import within
 
 CHANNELS = {"all": slice(None), "first3": slice(0, 3)}
 
@@ -20,7 +21,7 @@ class GuidedVelocity:
     network: called with x (B, C, H, W), t (B,) and labels (B,), gives the velocity (B, C, H, W).
     labels (B,): the classes wanted. null_label: the class that means "none"; None for a network without one.
     channels: "all", or "first3" as the public SiT code does (the other channels keep v_cond).
-    interval: guidance acts where interval[0] <= t <= interval[1], with t = 0 noise and t = 1 data.
+    interval: guidance acts where t lies `within` it, both ends included, with t = 0 noise and t = 1 data.
     `nfe` is the number of network evaluations per image so far: two where guidance acts, else one.
     Raises ValueError for guidance without a null class, and for unknown channels.
     """
@@ -44,7 +45,7 @@ class GuidedVelocity:
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         times = t.to(x.device).expand(len(x))
-        if self.scale == 1 or not self.interval[0] <= t <= self.interval[1]:
+        if self.scale == 1 or not within(t, self.interval):
             self.nfe += 1
             return self.network(x, times, self.labels)
         self.nfe += 2

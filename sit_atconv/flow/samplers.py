@@ -61,8 +61,8 @@ def dopri5(
 
     Of `times` the ends count alone. The network is never asked beyond them: a step ends exactly at the last one, where
     the solver by itself would step past it and interpolate, and the trial step that sets its first step is cut short.
-    The public SiT code does step past the end: for score and noise prediction, whose velocity is steep there, its ends
-    differ from ours by more than rounding.
+    The public SiT code does step past the end: its ends differ from ours by more than rounding, within the tolerances
+    for velocity prediction, by more for score and noise prediction, whose velocity is steep there.
     Where the velocity is not finite there is no step size to go on with: the end is NaN then, for the whole batch.
     """
     ends = times[[0, -1]].to(x.device)

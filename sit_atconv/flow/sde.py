@@ -13,14 +13,14 @@ import torch
 
 from sit_atconv.flow.path import Path, Velocity, check_name
 
-# w(t), before it is multiplied by the norm.
-DIFFUSIONS: dict[str, Callable[[Path, torch.Tensor], torch.Tensor]] = {
-    "constant": lambda path, t: torch.ones_like(t),
-    "sbdm": lambda path, t: path.drift_variance(t),
-    "sigma": lambda path, t: path.sigma(t),
-    "linear": lambda path, t: 1 - t,
-    "decreasing": lambda path, t: ((math.pi * t).cos() + 1).square() / 4,
-    "increasing-decreasing": lambda path, t: (math.pi * t).sin().square(),
+# w(t) with its norm: a factor, but in the decreasing form, as in the public SiT code, that of the cosine.
+DIFFUSIONS: dict[str, Callable[[Path, torch.Tensor, float], torch.Tensor]] = {
+    "constant": lambda path, t, norm: norm * torch.ones_like(t),
+    "sbdm": lambda path, t, norm: norm * path.drift_variance(t),
+    "sigma": lambda path, t, norm: norm * path.sigma(t),
+    "linear": lambda path, t, norm: norm * (1 - t),
+    "decreasing": lambda path, t, norm: (norm * (math.pi * t).cos() + 1).square() / 4,
+    "increasing-decreasing": lambda path, t, norm: norm * (math.pi * t).sin().square(),
 }
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
@@ -29,7 +29,7 @@ Draw = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True)
 class SDE:
-    """w(t) = norm * DIFFUSIONS[diffusion](t) on a path. Raises ValueError for an unknown form."""
+    """w(t) = DIFFUSIONS[diffusion](path, t, norm). Raises ValueError for an unknown form."""
 
     path: Path
     diffusion: str = "sigma"
@@ -40,7 +40,7 @@ class SDE:
 
     def w(self, t: torch.Tensor) -> torch.Tensor:
         """The diffusion at t. Raises ValueError for the SBDM form where alpha is 0."""
-        return self.norm * DIFFUSIONS[self.diffusion](self.path, t)
+        return DIFFUSIONS[self.diffusion](self.path, t, self.norm)
 
     def drift(self, velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """v + w score, from the velocity at x (B, ...) and t: (B, ...). Raises ValueError where sigma is 0."""

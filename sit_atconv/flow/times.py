@@ -10,6 +10,7 @@ from sit_atconv.flow.sde import DIFFUSIONS
 SAMPLE_EPSILON = 1e-3  # how far sampling keeps from an end where it must
 # With the SBDM form where alpha vanishes: w(t) is about 1 / t there, and a first step from 1e-3 throws x far away.
 SBDM_EPSILON = 0.04
+TIME_TOLERANCE = 1e-6  # a time of a grid in fp32 misses the number that it stands for by some 1e-7
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 
 
@@ -64,6 +65,12 @@ def time_grid(start: float, end: float, steps: int, dtype: torch.dtype = torch.f
     On the CPU: a loop over it costs a device no synchronisation.
     """
     return torch.linspace(start, end, steps + 1, dtype=dtype)
+
+
+def within(t: torch.Tensor | float, interval: tuple[float, float]) -> bool:
+    """Whether t, a number or a 0-d tensor, lies in the closed interval, to TIME_TOLERANCE at either end."""
+    low, high = interval
+    return low - TIME_TOLERANCE <= float(t) <= high + TIME_TOLERANCE
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,14 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    ImagePipelineOutput,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -28,47 +20,9 @@ from sit_atconv.flow.path import LinearPath
 from sit_atconv.flow.times import sampling_interval
 from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
+from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-# What the schedulers that can follow the linear flow must be set to.
-FLOW = {"use_dynamic_shifting": False, "invert_sigmas": False}
-MULTISTEP = FLOW | {
-    "use_flow_sigmas": True,
-    "prediction_type": "flow_prediction",
-    "predict_x0": True,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
-SCHEDULERS = {
-    FlowMatchEulerDiscreteScheduler: FLOW,
-    FlowMatchHeunDiscreteScheduler: FLOW,
-    FlowMatchLCMScheduler: FLOW,
-    UniPCMultistepScheduler: MULTISTEP,
-    DPMSolverMultistepScheduler: MULTISTEP,
-}
-
-
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError for a scheduler that does not follow the linear flow from sigma = 1, noise, to 0, data.
-
-    One of SCHEDULERS, or of a class derived from it, with the options given there as far as it has them.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    needed = next((needed for kind, needed in SCHEDULERS.items() if isinstance(scheduler, kind)), None)
-    if needed is None:
-        raise InputError(
-            f"scheduler {name} is not one for flow matching; use FlowMatchEulerDiscreteScheduler, "
-            "FlowMatchHeunDiscreteScheduler or FlowMatchLCMScheduler, or UniPCMultistepScheduler or "
-            "DPMSolverMultistepScheduler with use_flow_sigmas=True, prediction_type='flow_prediction'"
-        )
-    for option, value in needed.items():
-        if config.get(option, value) != value:
-            raise InputError(
-                f"scheduler {name} with {option}={config.get(option)!r} does not follow the flow of this model; make "
-                f"it with {option}={value!r}"
-            )
 
 
 def _flatten(labels) -> list[int | str]:
@@ -113,8 +67,8 @@ class SiTPipeline(DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
     transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in
-    [-1, 1]. scheduler: a flow-matching one, see `check_scheduler`. id2label: names of the classes by id; one with
-    commas stands for each of its parts, as ImageNet's do.
+    [-1, 1]. scheduler: a flow-matching one, see `schedulers.check_scheduler`. id2label: names of the classes by id; one
+    with commas stands for each of its parts, as ImageNet's do.
     Time: the scheduler's sigma is 1 - t, and what it integrates, noise - data, is minus the velocity.
     Raises ValueError for a transformer or scheduler that does not fit.
     """
@@ -253,7 +207,8 @@ class SiTPipeline(DiffusionPipeline):
             FlowMatchEulerDiscreteScheduler they are uniform down to 0 unless `sigmas` says otherwise.
         guidance_scale: 1 is none. guidance_channels: "all" or "first3" as the public SiT code. guidance_interval:
             guidance acts for t in it, t = 0 noise, t = 1 data.
-        sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added.
+        sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added. They may
+            begin lower for `latents` of that level.
         generator: for the noise, one per image or one for all. latents: that noise itself, (images, C, H, W).
         output_type: "pil" (rounded by images.UINT8_RULE), "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], "latent".
         callback_on_step_end: called (pipeline, step, timestep, tensors), where tensors holds those of
@@ -262,9 +217,11 @@ class SiTPipeline(DiffusionPipeline):
             those of the null class.
         Returns ImagePipelineOutput, or a tuple with the images; state and velocity are fp32, the transformer runs in
         its own dtype.
+        Warns of a scheduler that is right for distilled models alone.
         Raises ValueError for bad labels, shapes, choices, schedulers, and for guidance without a null class.
         """
-        check_scheduler(self.scheduler)
+        if caution := check_scheduler(self.scheduler):
+            warnings.warn(caution, stacklevel=3)  # of the caller: torch.no_grad is between
         self._check_vae()
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_choice("guidance_channels", guidance_channels, CHANNELS)
@@ -291,10 +248,10 @@ class SiTPipeline(DiffusionPipeline):
 
         self._guidance_scale, self._interrupt, self._nfe = guidance_scale, False, 0
         ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
-        latents = self.prepare_latents(len(ids), generator, latents)
+        given, latents = latents, self.prepare_latents(len(ids), generator, latents)
         class_labels = torch.tensor(ids, device=latents.device)
         path, prediction = LinearPath(), self.transformer.config.prediction
-        timesteps, times = self._schedule(num_inference_steps, sigmas)
+        timesteps, times = self._schedule(num_inference_steps, sigmas, given is not None)
         times = times.clamp(*sampling_interval(path, prediction))  # where the prediction gives a velocity
         self._num_timesteps = len(timesteps)
         # A list of generators is for schedulers that draw, too.
@@ -349,26 +306,17 @@ class SiTPipeline(DiffusionPipeline):
         with self.transformer.cache_context(f"batch of {len(x)}"):
             return self.transformer(x.to(self.transformer.dtype), t, labels, return_dict=False)[0].float()
 
-    def _schedule(self, steps: int, sigmas: Sequence[float] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scheduler's timesteps, and t = 1 - sigma of each on the CPU."""
-        scheduler, device = self.scheduler, self._execution_device
+    def _schedule(self, steps: int, sigmas: Sequence[float] | None, given: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scheduler's timesteps, and t = 1 - sigma of each on the CPU. given: the latents were given."""
         if steps < 1:
             raise InputError(f"num_inference_steps={steps}: must be at least 1")
         if sigmas is not None and not (
             len(sigmas) and sigmas[0] <= 1 and sigmas[-1] > 0 and all(a > b for a, b in pairwise(sigmas))
         ):
             raise InputError(f"sigmas={sigmas}: give falling noise levels, from 1 at the most and above 0; 0 is added")
-        if sigmas is None and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            sigmas = np.linspace(1, 1 / steps, steps)  # its own default stops at the smallest sigma of training
-        if sigmas is None:
-            scheduler.set_timesteps(steps, device=device)
-        elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(sigmas=sigmas, device=device)
-        else:
-            raise InputError(f"{type(scheduler).__name__} takes no sigmas; leave them out, or take another scheduler")
-        scheduler.set_begin_index(0)
-        times = 1 - scheduler.sigmas[: len(scheduler.timesteps)].cpu()
-        return scheduler.timesteps, times
+        levels = set_steps(self.scheduler, steps, sigmas, self._execution_device, given and sigmas is not None)
+        self.scheduler.set_begin_index(0)
+        return self.scheduler.timesteps, 1 - levels
 
     def _to_images(self, latents: torch.Tensor, output_type: str):
         """latents (B, C, h, w) -> images of that type."""

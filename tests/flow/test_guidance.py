@@ -7,6 +7,8 @@ from golden_vectors import assert_golden, golden
 from sit_atconv import create_model
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.samplers import SAMPLERS
+from sit_atconv.flow.times import time_grid
 
 
 def network(x, t, labels):
@@ -26,6 +28,16 @@ def test_guidance_interval_is_in_t_and_saves_evaluations():
     outputs = [velocity(torch.zeros(1, 1, 1, 1), torch.tensor(t)).item() for t in (0.0, 0.25, 0.5, 0.75)]
     assert outputs == [2, 6, 6, 2]
     assert velocity.nfe == 1 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "guided"),
+    [(50, (0.2, 1), 40), (50, (0, 0.7), 36), (10, (0.3, 0.7), 5), (30, (0.1, 0.9), 25), (3, (1 / 3, 2 / 3), 2)],
+)
+def test_both_ends_of_the_interval_are_guided(steps, interval, guided):
+    velocity = GuidedVelocity(network, torch.tensor([2]), null_label=0, scale=3.0, interval=interval)
+    SAMPLERS["euler"](velocity, torch.zeros(1, 1, 1, 1), time_grid(0, 1, steps))
+    assert velocity.nfe == steps + guided
 
 
 def test_scale_one_is_the_conditional_network_alone():

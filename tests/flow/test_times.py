@@ -1,10 +1,11 @@
 """Intervals against the table of the method, and the distribution of t against its quantiles."""
 
+import numpy as np
 import pytest
 import torch
 
 from sit_atconv.flow.path import PATHS, GVPPath, LinearPath, VPPath
-from sit_atconv.flow.times import TimeSampling, sampling_interval, time_grid, training_interval
+from sit_atconv.flow.times import TimeSampling, sampling_interval, time_grid, training_interval, within
 
 U = torch.rand(1000, generator=torch.Generator().manual_seed(0))
 
@@ -90,3 +91,21 @@ def test_shift_maps_the_noise_level(kind):
 def test_the_interval_comes_after_the_shift():
     t = TimeSampling((0.2, 0.6), shift=3.0)(U)
     torch.testing.assert_close(t, 0.2 + 0.4 * TimeSampling(shift=3.0)(U))
+
+
+@pytest.mark.parametrize("steps", [*range(1, 61), 100, 250, 1000])
+def test_an_end_of_an_interval_that_is_a_time_of_the_grid_is_in_it(steps):
+    ours = time_grid(0, 1, steps)
+    sigmas = torch.from_numpy(np.linspace(1, 1 / steps, steps)).float()  # a flow-matching scheduler's
+    ends = range(0, steps + 1, max(1, steps // 50))
+    for times in (ours, 1 - sigmas):
+        for low in ends:
+            for high in (low, steps):
+                inside = [step for step, t in enumerate(times) if within(t, (low / steps, high / steps))]
+                assert inside == list(range(low, min(high, len(times) - 1) + 1))
+
+
+def test_what_lies_outside_an_interval_by_more_than_rounding_is_not_in_it():
+    interval = (0.2, 0.7)
+    assert [within(torch.tensor(t), interval) for t in (0.2 - 9e-7, 0.7 + 9e-7)] == [True, True]
+    assert [within(torch.tensor(t), interval) for t in (0.2 - 2e-6, 0.7 + 2e-6, 0.0, 1.0)] == [False] * 4

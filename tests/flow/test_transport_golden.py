@@ -53,7 +53,11 @@ def test_ode(key):
         return
     # The golden solver steps past the end and interpolates. So does torchdiffeq; ours ends there and comes nearer to
     # the solution, from which both are away by what the tolerances allow.
-    assert_golden(odeint(lambda t, x: velocity(x, t), z, times, rtol=1e-3, atol=1e-6, method="dopri5")[-1], end)
+    factor = (
+        2 if prediction == "noise" else 1
+    )  # its velocity is so steep on VP that step sizes follow the CPU's rounding
+    theirs = odeint(lambda t, x: velocity(x, t), z, times, rtol=1e-3, atol=1e-6, method="dopri5")[-1]
+    assert_golden(theirs, end, factor)
     ours, ends = dopri5(velocity, z, times), times[[0, -1]]
     options = {"method": "dopri5", "options": {"step_t": times[-1:]}}
     assert_golden(ours, odeint(lambda t, x: velocity(x, t), z, ends, rtol=1e-3, atol=1e-6, **options)[-1])

@@ -98,6 +98,22 @@ def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child)
             assert torch.equal(image, torch.load(f"{{folder}}/{{mixer}}.pt", weights_only=True)), mixer
             assert pipe.get_label_ids("tinca TINCA") == [0]
             assert pipe.nfe == 6
+        # and it asks the same of a scheduler and of an interval
+        transformer, scheduler = pipe.transformer, pipe.scheduler
+        pipe([1], num_inference_steps=50, guidance_interval=(0.2, 1), output_type="latent")
+        assert pipe.nfe == 50 + 40
+        from diffusers import DPMSolverMultistepScheduler
+        flow = {{"use_flow_sigmas": True, "prediction_type": "flow_prediction"}}
+        pipe.scheduler = DPMSolverMultistepScheduler(**flow, use_lu_lambdas=True)
+        transformer.forward = None  # not to be called
+        try:
+            pipe([1])
+        except ValueError as error:
+            assert "with use_lu_lambdas=True does not follow the flow" in str(error)
+        else:
+            raise AssertionError("it was accepted")
+        del transformer.forward
+        pipe.scheduler = scheduler
         pipe.transformer.final_layer.linear.bias.data[0] = float("nan")
         for kind in ("pil", "np", "pt", "latent"):
             try:

@@ -111,6 +111,21 @@ def test_flow_match_euler_is_our_euler(make_pipe, mixer, guidance):
     assert (actual - noise).abs().max() > 0.1  # a network that gives zeros would pass any of this
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "interval", "guided"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), (0.2, 1.0), 40),
+        (FlowMatchEulerDiscreteScheduler(), (0.0, 0.7), 36),
+        (FlowMatchHeunDiscreteScheduler(num_train_timesteps=50), (0.3, 1.0), 70),  # two calls of each of 35 levels
+    ],
+    ids=["euler, low", "euler, high", "heun"],
+)
+def test_a_level_at_an_end_of_the_guidance_interval_is_guided(make_pipe, scheduler, interval, guided):
+    pipe = make_pipe("atconv", scheduler=scheduler)
+    draw(pipe, (1,), num_inference_steps=50, guidance_interval=interval)
+    assert pipe.nfe == pipe.num_timesteps + guided
+
+
 @pytest.mark.parametrize("prediction", ["score", "noise"])
 def test_other_predictions_become_velocities(make_pipe, prediction):
     pipe = make_pipe(prediction=prediction)
@@ -148,7 +163,8 @@ def test_every_deterministic_scheduler_follows_the_same_flow(make_pipe, name):
 def test_a_few_step_scheduler_draws_from_the_generators_and_ends_in_data(make_pipe):
     pipe = make_pipe(scheduler=FlowMatchLCMScheduler())
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    first, second = (draw(pipe, latents=noise, num_inference_steps=4) for _ in range(2))
+    with pytest.warns(UserWarning, match="FlowMatchLCMScheduler draws new noise at every step"):
+        first, second = (draw(pipe, latents=noise, num_inference_steps=4) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, draw(pipe, latents=noise, num_inference_steps=4, generator=generators(8, 9)))
     one_step = draw(pipe, latents=noise, num_inference_steps=1)  # x + v at t = 0: the data expected there
