@@ -103,7 +103,7 @@ class GridHook:
                 module._gradient_checkpointing_func = _CheckpointOnGrid(self.reference, function)
 
 
-class GridScope:
+class Scope:
     """Two hooks of a module within which a grid holds: what a call changes of it, its end takes back."""
 
     def __init__(self, reference: GridReference):
@@ -112,7 +112,7 @@ class GridScope:
     def put_on(self, module: nn.Module) -> None:
         """Register them, unless a scope of the same grid is on the module."""
         there = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        if not any(isinstance(each, GridScope) and each.reference is self.reference for each in there):
+        if not any(isinstance(each, Scope) and each.reference is self.reference for each in there):
             module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True)
             module.register_forward_hook(self.leave, always_call=True)
 
@@ -126,7 +126,16 @@ class GridScope:
             now.shape, now.outer = now.outer
 
 
-class BlockScope(GridScope):
+class PassScope(Scope):
+    """Of the module that a pass goes through. With the last pass of a thread goes what it knew of a grid."""
+
+    def leave(self, module: nn.Module, args: tuple, output) -> None:
+        super().leave(module, args, output)
+        if self.reference.now.outer is None:
+            self.reference.now.shape = None
+
+
+class BlockScope(Scope):
     """Of a layer and the blocks around it, which may be checkpointed: run again, they get the grid of their tokens.
 
     By the tokens, since nothing else is the same: the backward pass may run in a thread of autograd's own, among other
@@ -152,7 +161,7 @@ class BlockScope(GridScope):
 
 # torch.compile(model) calls the model's hooks outside of its graph, and would make graphs of these by themselves, for
 # every resolution. Where a hook is traced as part of a graph (of a U-Net, say) this changes nothing.
-for _hook in (GridHook.__call__, GridScope.enter, GridScope.leave, BlockScope.enter, BlockScope.leave):
+for _hook in (GridHook.__call__, Scope.enter, Scope.leave, PassScope.leave, BlockScope.enter, BlockScope.leave):
     set_code_exec_strategy(_hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
@@ -176,7 +185,7 @@ def remove_hooks(module: nn.Module, used: set[int]) -> None:
     ):
         for key, hook in list(hooks.items()):
             ours = getattr(hook, "__self__", hook)
-            if isinstance(ours, GridHook | GridScope) and id(ours.reference) not in used:
+            if isinstance(ours, GridHook | Scope) and id(ours.reference) not in used:
                 for each in (hooks, *marks):
                     each.pop(key, None)
     function = getattr(module, "_gradient_checkpointing_func", None)
