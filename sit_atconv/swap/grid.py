@@ -1,6 +1,7 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
+from torch.utils.hooks import RemovableHandle
 
 from sit_atconv.errors import InputError
 
@@ -141,6 +143,15 @@ class BlockScope(Scope):
     By the tokens, since nothing else is the same: the backward pass may run in a thread of autograd's own, among other
     passes, and whatever checkpoints a block calls it again with the tokens of before, if detached.
     """
+
+    # One key on all modules: a compiled block, in whose graph its hooks are, would guard one of its own, and blocks
+    # that share a graph would not.
+    key = RemovableHandle(OrderedDict()).id
+
+    def put_on(self, module: nn.Module) -> None:
+        module._forward_pre_hooks[self.key], module._forward_hooks[self.key] = self.enter, self.leave
+        module._forward_pre_hooks.move_to_end(self.key, last=False)
+        module._forward_pre_hooks_with_kwargs[self.key] = module._forward_hooks_always_called[self.key] = True
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():

