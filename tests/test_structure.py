@@ -19,10 +19,11 @@ ALLOWED = {
     "claims": BASE | {"files"},
     "vit": BASE,
     "weights": BASE,
+    "hooks": set(),
     "flow": set(),
     "config": BASE | {"flow"},
     "ops": BASE,
-    "layers": BASE | {"ops"},
+    "layers": BASE | {"ops", "hooks"},
     "models": BASE | {"ops", "layers", "flow"},
     "images": BASE,
     "data": CORE | {"files"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "checkpoint": CORE | {"models", "files", "sharding", "weights"},
     "posthoc": BASE | {"config", "ema", "checkpoint", "files", "models"},
     "generation": CORE | {"models", "data", "images", "latents"},
-    "distill": CORE | {"models", "layers", "checkpoint", "swap"},
+    "distill": CORE | {"models", "layers", "checkpoint", "swap", "hooks"},
     "plan": CORE | {"models", "data", "latents", "generation", "ema", "distill"},
     "training": CORE
     | {
@@ -54,7 +55,7 @@ ALLOWED = {
     "convert": CORE | {"models", "layers", "checkpoint", "files", "weights"},
     "pipelines": BASE | {"flow", "models", "images", "checkpoint", "files", "latents", "config", "ema", "weights"},
     "classification": CORE | {"models", "data", "checkpoint", "training", "sharding"},
-    "swap": CORE | {"ops", "layers", "models", "files", "claims"},
+    "swap": CORE | {"ops", "layers", "models", "files", "claims", "hooks"},
     "__init__": {"layers", "models", "pipelines", "swap", "version"},
 }
 LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))

@@ -36,7 +36,6 @@ class SwapAdapter:
     example: keyword arguments of one forward pass on random inputs of the model's own size, for calibration where none
         is given; None if there is no telling.
     mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
-    checkpointed: pattern of the blocks that the model checkpoints by means of its own; None for diffusers' means.
     check: given the model and the settings of a swap to come, raises InputError where they do not go together.
     """
 
@@ -46,7 +45,6 @@ class SwapAdapter:
     grid: Reader | None = None
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
-    checkpointed: str | None = None
     check: Callable[[nn.Module, dict], None] = check_nothing
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
@@ -243,7 +241,6 @@ register_adapter(
         "patch_embed",
         patch_grid,
         _vit_example,
-        checkpointed=r"blocks\.\d+",
         check=check_vit,
     )
 )

@@ -1,48 +1,87 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
+from torch.utils.hooks import RemovableHandle
 
 from sit_atconv.errors import InputError
 
+HALVES = (torch.bfloat16, torch.float16)  # FluxPipeline rounds ids to its own: 257 to 256 in bf16
 Reader = Callable[[nn.Module, tuple, dict], tuple[int, int]]  # module, its arguments -> (H, W) in tokens
 
 
+class _Pass(threading.local):
+    """What a thread knows of its pass through a model: the grid, and what it knew before (shape, outer)."""
+
+    shape: torch.Tensor | None = None
+    outer: tuple | None = None
+
+
 class GridReference:
-    """The grid (H, W) of the forward pass under way, as the shape of a tensor without elements.
+    """The grid (H, W) of the forward pass under way in this thread, as the shape of a tensor without elements.
 
     A shape and not two numbers: torch.compile then takes H and W as it takes the size of any input, and does not
-    compile anew for every resolution. The layers of a model share one, in deep copies and pickles too.
+    compile anew for every resolution. The layers of a model share one, in deep copies and pickles too. Passes in other
+    threads, and passes within a pass, have grids of their own.
     """
 
     def __init__(self, beside: "GridReference | None" = None):
         """beside: another one of the same model, at another resolution."""
-        self.shape: torch.Tensor | None = None
         self.first: list[tuple[int, int]] = [] if beside is None else beside.first  # the first grid of the model
+        self._reset()
+
+    def _reset(self) -> None:
+        self.now = _Pass()
+        self.last: torch.Tensor | None = None  # of whatever thread: for a layer that is called outside of any pass,
+        self.by_count: dict[int, tuple[int, int]] = {}  # where the number of tokens tells the grid
+        self.ambiguous = False
+        self.of_tokens = WeakKeyDictionary()  # storage of what a block was called with -> the grid that it lies on
+
+    def __getstate__(self) -> dict:
+        return {"first": self.first}
+
+    def __setstate__(self, state: dict) -> None:
+        self.first = state["first"]
+        self._reset()
 
     def set(self, grid: tuple[int, int], device: torch.device) -> None:
-        self.shape = torch.empty((*grid, 0), device=device)
-        if torch.compiler.is_compiling():
+        """Tell the grid of the pass under way in this thread, or of calls of the layers on their own."""
+        self.now.shape = torch.empty((*grid, 0), device=device)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         # Compiled blocks: one graph for the first grid, and one for all the others, of whatever resolution.
         if not self.first:
             self.first.append(tuple(grid))
         if tuple(grid) != self.first[0]:
-            torch._dynamo.maybe_mark_dynamic(self.shape, (0, 1))
+            torch._dynamo.maybe_mark_dynamic(self.now.shape, (0, 1))
+        self.last = self.now.shape
+        self.ambiguous |= self.by_count.setdefault(grid[0] * grid[1], tuple(grid)) != tuple(grid)
 
     def get(self) -> tuple[int, int]:
         """The grid (H, W). Raises InputError where no forward pass has told one."""
-        if self.shape is None:
-            raise InputError(
-                "a swapped layer was called on its own, and knows no grid; call the model that it is part of, "
-                "or tell it: layer.reference.set((H, W), device)"
-            )
-        return self.shape.shape[0], self.shape.shape[1]
+        shape = self.now.shape
+        if shape is None:  # part of a block that something else than the model checkpoints, say, computed anew
+            shape = self.last
+            if shape is None:
+                raise InputError(
+                    "a swapped layer was called on its own, and knows no grid; call the model that it is part of, "
+                    "or tell it: layer.reference.set((H, W), device)"
+                )
+            if self.ambiguous:
+                raise InputError(
+                    "a swapped layer was called on its own, after grids of as many tokens and other sides; call the "
+                    "model that it is part of (to checkpoint: the model's own checkpointing, or its blocks, "
+                    "uncompiled), or tell it: layer.reference.set((H, W), device)"
+                )
+        return shape.shape[0], shape.shape[1]
 
 
 class GridHook:
@@ -65,42 +104,104 @@ class GridHook:
             if not isinstance(function, _CheckpointOnGrid):
                 module._gradient_checkpointing_func = _CheckpointOnGrid(self.reference, function)
 
-    def remove_from(self, module: nn.Module) -> None:
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is self:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(function, _CheckpointOnGrid):
-            module._gradient_checkpointing_func = function.checkpoint
 
-
-# torch.compile(model) calls the model's hooks outside of its graph, and would make graphs of this one by itself, for
-# every resolution. Where the hook is traced as part of a graph (of a U-Net, say) this changes nothing.
-set_code_exec_strategy(GridHook.__call__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
-
-
-class GridKeeper:
-    """A forward hook of a block that its model checkpoints by itself: the backward pass begins on the forward's grid.
-
-    The gradient reaches a block's output before anything of the block is computed anew, whatever other resolutions
-    have passed through the model in between.
-    """
+class Scope:
+    """Two hooks of a module within which a grid holds: what a call changes of it, its end takes back."""
 
     def __init__(self, reference: GridReference):
         self.reference = reference
 
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if output.requires_grad and not torch.compiler.is_compiling():
-            output.register_hook(partial(self._tell, self.reference.shape))
+    def put_on(self, module: nn.Module) -> None:
+        """Register them, unless a scope of the same grid is on the module."""
+        there = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        if not any(isinstance(each, Scope) and each.reference is self.reference for each in there):
+            module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True)
+            module.register_forward_hook(self.leave, always_call=True)
 
-    def _tell(self, shape: torch.Tensor, _) -> None:
-        self.reference.shape = shape
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        now = self.reference.now
+        now.outer = (now.shape, now.outer)
 
-    def remove_from(self, module: nn.Module) -> None:
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is self:
-                del module._forward_hooks[key]
+    def leave(self, module: nn.Module, args: tuple, output) -> None:
+        now = self.reference.now
+        if now.outer is not None:
+            now.shape, now.outer = now.outer
+
+
+class PassScope(Scope):
+    """Of the module that a pass goes through. With the last pass of a thread goes what it knew of a grid."""
+
+    def leave(self, module: nn.Module, args: tuple, output) -> None:
+        super().leave(module, args, output)
+        if self.reference.now.outer is None:
+            self.reference.now.shape = None
+
+
+class BlockScope(Scope):
+    """Of a layer and the blocks around it, which may be checkpointed: run again, they get the grid of their tokens.
+
+    By the tokens, since nothing else is the same: the backward pass may run in a thread of autograd's own, among other
+    passes, and whatever checkpoints a block calls it again with the tokens of before, if detached.
+    """
+
+    # One key on all modules: a compiled block, in whose graph its hooks are, would guard one of its own, and blocks
+    # that share a graph would not.
+    key = RemovableHandle(OrderedDict()).id
+
+    def put_on(self, module: nn.Module) -> None:
+        module._forward_pre_hooks[self.key], module._forward_hooks[self.key] = self.enter, self.leave
+        module._forward_pre_hooks.move_to_end(self.key, last=False)
+        module._forward_pre_hooks_with_kwargs[self.key] = module._forward_hooks_always_called[self.key] = True
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():
+            return
+        super().enter(module, args, kwargs)
+        storage, now = _storage_of_tokens(args, kwargs), self.reference.now
+        if storage is None:
+            return
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+            now.shape = self.reference.of_tokens.get(storage, now.shape)
+        elif now.shape is not None:
+            self.reference.of_tokens[storage] = now.shape
+
+    def leave(self, module: nn.Module, args: tuple, output) -> None:
+        if not torch.compiler.is_compiling():
+            super().leave(module, args, output)
+
+
+# torch.compile(model) calls the model's hooks outside of its graph, and would make graphs of these by themselves, for
+# every resolution. Where a hook is traced as part of a graph (of a U-Net, say) this changes nothing.
+for _hook in (GridHook.__call__, Scope.enter, Scope.leave, PassScope.leave, BlockScope.enter, BlockScope.leave):
+    set_code_exec_strategy(_hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+
+
+def _storage_of_tokens(args: tuple, kwargs: dict) -> torch.UntypedStorage | None:
+    """The storage of the tokens (B, N, dim) that a block is called with; None within torch.func, where there is none.
+
+    Detached tensors share it, and it is the same object as long as there is a tensor on it.
+    """
+    tensors = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor) and each.ndim > 2)
+    tokens = next(tensors, None)
+    if tokens is None or torch._C._functorch.is_functorch_wrapped_tensor(tokens):
+        return None
+    return tokens.untyped_storage()
+
+
+def remove_hooks(module: nn.Module, used: set[int]) -> None:
+    """Take off the hooks that tell a grid to nobody. used: ids of the references that layers have."""
+    for hooks, *marks in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+    ):
+        for key, hook in list(hooks.items()):
+            ours = getattr(hook, "__self__", hook)
+            if isinstance(ours, GridHook | Scope) and id(ours.reference) not in used:
+                for each in (hooks, *marks):
+                    each.pop(key, None)
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if isinstance(function, _CheckpointOnGrid) and id(function.reference) not in used:
+        module._gradient_checkpointing_func = function.checkpoint
 
 
 class _CheckpointOnGrid:
@@ -110,14 +211,15 @@ class _CheckpointOnGrid:
         self.reference, self.checkpoint = reference, checkpoint
 
     def __call__(self, function: Callable, *args, **kwargs):
-        return self.checkpoint(partial(self._on, self.reference.shape, function), *args, **kwargs)
+        return self.checkpoint(partial(self._on, self.reference.now.shape, function), *args, **kwargs)
 
     def _on(self, shape: torch.Tensor, function: Callable, *args, **kwargs):
-        before, self.reference.shape = self.reference.shape, shape
+        now = self.reference.now  # of the thread that runs it: not always the one that it was checkpointed in
+        before, now.shape = now.shape, shape
         try:
             return function(*args, **kwargs)
         finally:
-            self.reference.shape = before
+            now.shape = before
 
 
 def argument(name: str, args: tuple, kwargs: dict, position: int = 0):
@@ -152,14 +254,22 @@ def raster_of_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, in
             f"{found} number {images.unique().numel()} images (column 0), which make no single grid; a swapped model "
             "takes one image at a time"
         )
-    width = int((rows == rows[0]).sum())
+    ends = (columns.diff() < 0).nonzero()  # of the rows but the last; rounded, neighbours may be equal, but never fall
+    width = int(ends[0]) + 1 if len(ends) else 1 if columns.eq(columns[0]).all() else len(ids)
     height = len(ids) // width
     table = ids[: height * width, 1:].unflatten(0, (height, width))
     raster = torch.stack([rows[::width, None].expand(-1, width)[:height], columns[:width].expand(height, -1)], -1)
-    rising = (rows[::width].diff() > 0).all() and (columns[:width].diff() > 0).all()
-    if len(ids) != height * width or not rising or not torch.equal(table, raster):
+    if len(ids) != height * width or not (_rises(rows[::width]) and _rises(columns[:width]) and table.equal(raster)):
         raise InputError(
             f"{found} have rows {rows.min():g} to {rows.max():g} and columns {columns.min():g} to {columns.max():g}, "
             "but are no full raster, row by row; a swapped model needs every token of a rectangle"
         )
     return height, width
+
+
+def _rises(sides: torch.Tensor) -> bool:
+    """Whether coordinates (n,) rise, or rose in equal steps before they were rounded to half precision."""
+    if (sides.diff() > 0).all():
+        return True
+    even = sides[0] + (sides[1] - sides[0]) * torch.arange(len(sides), dtype=sides.dtype)
+    return bool(sides[1] > sides[0]) and any(sides.equal(even.to(each).double()) for each in HALVES)

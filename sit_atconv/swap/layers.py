@@ -9,7 +9,17 @@ from sit_atconv.ops.atconv import dynamic_depthwise_conv
 from sit_atconv.swap.grid import GridReference
 
 
-class SelfATConv(KernelGenerator):
+class SwappedLayer(KernelGenerator):
+    """The base of the layers whose grid `reference` tells, which a hook of their model sets in every call."""
+
+    def __prepare_scriptable__(self):
+        raise InputError(
+            "torch.jit.script: a swapped layer gets its grid from hooks in Python, which a script cannot hold; use "
+            "torch.export.export or torch.jit.trace"
+        )
+
+
+class SelfATConv(SwappedLayer):
     """to_out(K2 * to_v(x)), called as diffusers calls an attention: hidden_states (B, N, dim) -> (B, N, out_dim).
 
     K2 (B, K, inner_dim) as `KernelGenerator` makes it from x; `*` is the depthwise convolution on the grid that

@@ -55,8 +55,9 @@ class _Pool(torch.autograd.Function):
 
 
 def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
-    if torch.compiler.is_compiling():
+    """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses; in a
+    trace of torch.jit too, which holds no autograd.Function."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return reference.pool_tokens(x, grid, kernel_size, pool)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _pool(x, grid, kernel_size, pool)
