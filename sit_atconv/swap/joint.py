@@ -11,10 +11,10 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from sit_atconv.errors import InputError
-from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 from sit_atconv.swap.grafts import Graft, LayerOptions, linear_refusal
 from sit_atconv.swap.grid import GridReference
+from sit_atconv.swap.layers import SwappedLayer
 
 IMAGE_MAPS = ("to_q", "to_k", "to_v")
 TEXT_MAPS = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -69,7 +69,7 @@ def project_sequence(module: nn.Module, length: int, hidden_states, image_rotary
     return Heads(q[:, :length], k[:, :length], v[:, :length]), Heads(q[:, length:], k[:, length:], v[:, length:])
 
 
-class JointATConv(KernelGenerator):
+class JointATConv(SwappedLayer):
     """A joint attention whose cost is linear in image tokens. With text T, image I and g = sigmoid(text_share):
 
         text   softmax(q_T [k_T, k_I]) [v_T, v_I]                      as the attention

@@ -1,5 +1,7 @@
 """ATConv in the place of self-attention, with the argument and parameter names of diffusers' attention."""
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -9,7 +11,36 @@ from sit_atconv.ops.atconv import dynamic_depthwise_conv
 from sit_atconv.swap.grid import GridReference
 
 
-class SelfATConv(KernelGenerator):
+class SwappedLayer(KernelGenerator):
+    """What the layers in the place of attention have in common: their weights load into such a layer, and no other.
+
+    A class that makes a network of parts of another, as ControlNets do in diffusers, loads those parts without asking
+    for all of their weights: from a swapped model it would keep random attention and say nothing.
+    """
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] = OfSwappedLayer(destination._metadata[prefix[:-1]])
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        super()._load_from_state_dict(state_dict, prefix, dict(local_metadata), *others)
+
+
+class OfSwappedLayer(OrderedDict):
+    """The metadata of such a layer in a state dict; `Module.load_state_dict` has every module that loads ask them."""
+
+    def get(self, *_):
+        raise InputError(
+            "these weights are of a layer swapped for ATConv, and the module that loads them is another; make "
+            "ControlNets and the like from the unswapped model, or leave the swapped layers out of the state dict"
+        )
+
+    def __reduce__(self):  # in files it is what torch has there
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+class SelfATConv(SwappedLayer):
     """to_out(K2 * to_v(x)), called as diffusers calls an attention: hidden_states (B, N, dim) -> (B, N, out_dim).
 
     K2 (B, K, inner_dim) as `KernelGenerator` makes it from x; `*` is the depthwise convolution on the grid that

@@ -8,13 +8,13 @@ from timm.layers import Attention, PatchDropout
 from torch import nn
 
 from sit_atconv.errors import InputError
-from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 from sit_atconv.swap.grafts import Graft, LayerOptions, input_of, linear_refusal, take_over, value_of, without_bias
 from sit_atconv.swap.grid import GridReference
+from sit_atconv.swap.layers import SwappedLayer
 
 
-class PrefixATConv(KernelGenerator):
+class PrefixATConv(SwappedLayer):
     """proj([softmax(q_P k) v, K2 * v_I]) for x (B, P + N, dim): P prefix tokens, N patches -> (B, P + N, out_dim).
 
     q_P = q_norm(q_proj(x_P)), k = k_norm(k_proj(x)), v = v_proj(x); K2 as `KernelGenerator` makes it from the patches,
