@@ -81,6 +81,13 @@ class Graft:
         return layer.reference.get()
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether an attention computes queries, keys and values as one; of `Attention`, whose mark unfusing leaves, its
+    processor tells."""
+    old = isinstance(module, Attention) and not type(module.processor).__name__.startswith("Fused")
+    return getattr(module, "fused_projections", False) and not old
+
+
 def kind_of(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
@@ -170,7 +177,6 @@ class SelfAttentionGraft(Graft):
             "rescales its output": attention.rescale_output_factor != 1,
             "is causal": attention.is_causal,
             "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
-            "has fused projections (call unfuse_qkv_projections)": attention.fused_projections,
         }.items():
             if present:
                 return f"{trait}: ATConv does not stand for that"

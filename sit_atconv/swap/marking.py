@@ -48,14 +48,16 @@ def kinds_of(module: nn.Module) -> dict[str, str]:
 
 
 class NoSaving:
-    """`save_pretrained` of a swapped model whose class would read its weights without the swapped layers."""
+    """What stores a swapped model whose class would read its weights without the swapped layers."""
+
+    methods = ("save_pretrained", "push_to_hub")
 
     def __init__(self, name: str):
         self.name = name
 
     def __call__(self, *_, **__):
         raise InputError(
-            f"save_pretrained: {self.name} would load what it saves without the swapped layers; store these by "
+            f"{self.name} would load what it saves here without the swapped layers; store these by "
             "sit_atconv.swap.save_delta(model, path) and load them onto the original by load_delta, or revert the swap"
         )
 
@@ -80,10 +82,12 @@ def mark_nothing(model: nn.Module) -> None:
     """For a model whose class and configuration say nothing of its attention: it is not saved as what it is not."""
     record = model._swap_record
     if record.config["layers"]:
-        if hasattr(record.model_class, "save_pretrained"):
-            model.save_pretrained = NoSaving(record.model_class.__name__)
+        for name in NoSaving.methods:
+            if hasattr(record.model_class, name):
+                setattr(model, name, NoSaving(record.model_class.__name__))
     else:
-        vars(model).pop("save_pretrained", None)
+        for name in NoSaving.methods:
+            vars(model).pop(name, None)
         del model._swap_record
 
 

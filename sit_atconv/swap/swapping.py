@@ -29,7 +29,7 @@ from sit_atconv.swap.calibration import (
     run_over,
 )
 from sit_atconv.swap.choosing import Select, choose
-from sit_atconv.swap.grafts import Graft, LayerOptions
+from sit_atconv.swap.grafts import Graft, LayerOptions, is_fused
 from sit_atconv.swap.grid import GridHook, GridKeeper, GridReference
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.start import TapFit, set_kernels
@@ -108,7 +108,7 @@ class AttentionSwap:
         if not self.active:
             raise InputError("there is nothing to revert: this swap was reverted already, or was a dry run")
         self.follow()
-        if any(getattr(module, "fused_projections", False) for module in self.model.modules()):
+        if any(is_fused(module) for module in self.model.modules()):
             raise InputError("the model has fused projections; call unfuse_qkv_projections before revert")
         inside = (each for site in self.sites for each in site.layer.named_modules(prefix=site.name))
         adapted = next((name for name, module in inside if hasattr(module, "base_layer")), None)
@@ -542,8 +542,8 @@ def told_of(model: nn.Module, what: str, inputs: list) -> Iterator[None]:
         if not other or not re.search("type|device", str(error)) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(
-            f"{', '.join(list(other)[:4])}: {next(iter(other.values()))}, and the model is {dtype} on {device} and does "
-            f"not take them; give it what it takes, such as value.to({str(device)!r}, {dtype})"
+            f"{', '.join(list(other)[:4])}: {next(iter(other.values()))}, which the model in {dtype} on {device} does "
+            f"not take; give it what it takes, such as value.to({str(device)!r}, {dtype})"
         ) from error
 
 
