@@ -113,8 +113,10 @@ def _dit_example(model: DiTTransformer2DModel, generator: torch.Generator) -> di
     }
 
 
-def _pixart_example(model: PixArtTransformer2DModel, generator: torch.Generator) -> dict:
+def _pixart_example(model: PixArtTransformer2DModel, generator: torch.Generator) -> dict | None:
     config, extra = model.config, {"resolution": None, "aspect_ratio": None}
+    if config.caption_channels is None:
+        return None  # what it takes for captions, its configuration does not tell
     if model.use_additional_conditions:
         extra = {"resolution": torch.full((2, 2), 8.0 * config.sample_size), "aspect_ratio": torch.ones(2, 1)}
     return {
@@ -127,8 +129,10 @@ def _pixart_example(model: PixArtTransformer2DModel, generator: torch.Generator)
 
 def _unet_example(model: UNet2DConditionModel, generator: torch.Generator) -> dict | None:
     config = model.config
-    if config.addition_embed_type or config.class_embed_type or not isinstance(config.cross_attention_dim, int):
+    if config.addition_embed_type or model.class_embedding is not None or model.encoder_hid_proj is not None:
         return None  # conditions of the model's own making
+    if not isinstance(config.cross_attention_dim, int):
+        return None
     if config.sample_size is None:
         return None
     return {

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.layers.atconv import KernelGenerator
-from sit_atconv.swap.grafts import Graft
+from sit_atconv.swap.grafts import Graft, foreign_maps
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.start import TapFit
 
@@ -186,7 +186,14 @@ def call_model(model: nn.Module, each) -> None:
 
 
 def parameters_of(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """How many weights; of linears that keep theirs packed, those that they stand for."""
+    count = sum(parameter.numel() for parameter in module.parameters())
+    for each in foreign_maps(module).values() if isinstance(module, KernelGenerator) else ():
+        if hasattr(each, "in_features"):
+            bias = each.bias() if callable(each.bias) else each.bias
+            count += each.in_features * each.out_features + (0 if bias is None else each.out_features)
+            count -= sum(parameter.numel() for parameter in each.parameters())
+    return count
 
 
 def _materialised(site: Site) -> tuple[tuple, dict]:
@@ -217,9 +224,28 @@ def macs_of(module: nn.Module, site: Site) -> int:
 
     count_flash._get_raw = True
     mapping = {aten._scaled_dot_product_flash_attention_for_cpu: count_flash}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        module(*args, **kwargs)
-    return counter.get_total_flops() // 2
+    counter, before, unseen = FlopCounterMode(display=False, custom_mapping=mapping), [], []
+
+    def start(*_):
+        before.append(counter.get_total_flops())
+
+    def end(_, inputs, output):
+        if counter.get_total_flops() == before.pop():  # kernels of quantised weights, which torch has no formula for
+            unseen.append(inputs[0].numel() * output.shape[-1])
+
+    foreign = foreign_maps(module).values() if module is site.layer else ()
+    handles = [
+        handle
+        for each in foreign
+        for handle in (each.register_forward_pre_hook(start), each.register_forward_hook(end))
+    ]
+    try:
+        with counter:
+            module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.get_total_flops() // 2 + sum(unseen)
 
 
 def latency_of(site: Site) -> list[float]:

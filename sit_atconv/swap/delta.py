@@ -9,7 +9,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.files import new_path
-from sit_atconv.swap.swapping import AttentionSwap, fingerprint, model_of, swap_as_stored
+from sit_atconv.swap.swapping import AttentionSwap, check_unwrapped, fingerprint, model_of, swap_as_stored, uncompiled
 
 KEY = "sit_atconv_delta"
 
@@ -19,20 +19,25 @@ def save_delta(model_or_pipeline, path: str | Path) -> None:
 
     Its metadata hold the settings of the swap, what identifies the original model, and a fingerprint of the weights
     outside of the layers: those are not in the file. A file that is there is replaced.
-    Raises InputError where no layer is swapped or one carries an adapter, and where the disk does not take the file.
+    Raises InputError where no layer is swapped, where the model carries what it had not at the swap (adapters, an
+    IP-Adapter, quantised or sharded weights), and where the disk does not take the file.
     """
-    _, model = model_of(model_or_pipeline)
+    model = uncompiled(model_of(model_or_pipeline)[1])
     record = getattr(model, "_swap_record", None)
     if record is None:
         raise InputError(f"{type(model).__name__} has no swapped layers to save; swap_attention(model) first")
+    check_unwrapped(model)
     layers = record.config["layers"]
     if gone := [name for name in layers if name not in dict(model.named_modules())]:
         raise InputError(f"{gone[0]} was cut off since the swap, and a delta is for the whole model; save before that")
-    tensors = {name: each.contiguous() for name, each in model.state_dict().items() if _is_in(name, layers)}
-    wrapped = next((name for name in tensors if ".base_layer." in name), None)
+    inside = {name: each for name, each in model.state_dict().items() if _is_in(name, layers)}
+    wrapped = next((name for name in inside if ".base_layer." in name), None)
     if wrapped is not None:
         raise InputError(f"{wrapped}: an adapter is on a swapped layer; fuse or unload it first")
+    if change := record.change(model):
+        raise InputError(f"{change}, and a delta fits the model of the swap alone; save it before, or take that off")
     stored = {**record.config, "rest": fingerprint(_rest(model, layers))}
+    tensors = {name: each.contiguous() for name, each in inside.items()}
     path = Path(path)
     with new_path(path, "delta") as unfinished:
         # A single key: safetensors writes several in an order that changes from process to process.

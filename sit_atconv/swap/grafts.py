@@ -15,7 +15,7 @@ from torch import nn
 
 import sit_atconv.layers.attention as sit_attention
 from sit_atconv.errors import InputError
-from sit_atconv.layers.atconv import ATConv, KernelGenerator
+from sit_atconv.layers.atconv import ATConv, KernelGenerator, TapLinear
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.layers import SelfATConv
 
@@ -81,21 +81,52 @@ class Graft:
         return layer.reference.get()
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether an attention computes queries, keys and values as one; of `Attention`, whose mark unfusing leaves, its
+    processor tells."""
+    old = isinstance(module, Attention) and not type(module.processor).__name__.startswith("Fused")
+    return getattr(module, "fused_projections", False) and not old
+
+
+def kind_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
 def linear_refusal(attention: nn.Module, *names: str) -> str | None:
     """Why the maps of that name cannot be taken over: an adapter, a quantisation, or a sharded weight is on them."""
     for name in names:
         linear = attention.get_submodule(name)
         if type(linear) is not nn.Linear:
-            kind = f"{type(linear).__module__}.{type(linear).__name__}"
             return (
-                f"has {name} of type {kind}, not torch's Linear; swap before adapters and quantisation (fuse or "
-                "unload a LoRA first)"
+                f"has {name} of type {kind_of(linear)}, not torch's Linear; swap before adapters and quantisation "
+                "(unload a LoRA first, fused or not: fusing alone keeps its modules)"
             )
         if type(linear.weight) is not nn.Parameter:
             return f"has {name} with weights of type {type(linear.weight).__name__}; swap before sharding or quantising"
         if linear.weight.dtype.itemsize < 2:
             return f"has {name} with weights in {linear.weight.dtype}; swap before casting layerwise"
+        if hasattr(linear, "_diffusers_hook") and linear._diffusers_hook.hooks:
+            return f"has {name} under diffusers' hook {next(iter(linear._diffusers_hook.hooks))!r}; swap before that"
     return None
+
+
+def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
+    """What others have put in the place of a layer's linear maps, or quantised, by name; of an adapter, what is below.
+
+    An adapter upon a map that is its plain self is none of these.
+    """
+    maps = {}
+    for name, child in layer.named_children():
+        parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
+        maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
+    foreign = {}
+    for name, module in maps.items():
+        while hasattr(module, "base_layer"):
+            module = module.base_layer
+        plain = type(module) in (nn.Linear, TapLinear) and type(module.weight) is nn.Parameter
+        if "norm" not in name and not plain:
+            foreign[name] = module
+    return foreign
 
 
 def take_over(attention_value: nn.Linear, attention_out: nn.Linear, value: nn.Linear, out: nn.Linear) -> None:
@@ -146,7 +177,6 @@ class SelfAttentionGraft(Graft):
             "rescales its output": attention.rescale_output_factor != 1,
             "is causal": attention.is_causal,
             "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
-            "has fused projections (call unfuse_qkv_projections)": attention.fused_projections,
         }.items():
             if present:
                 return f"{trait}: ATConv does not stand for that"

@@ -12,7 +12,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
-from sit_atconv.swap.grafts import Graft, LayerOptions, linear_refusal
+from sit_atconv.swap.grafts import Graft, LayerOptions, is_fused, linear_refusal
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.layers import SwappedLayer
 
@@ -192,7 +192,7 @@ class JointGraft(Graft):
             return f"is a {type(attention).__name__}, not {self.cls.__name__}; register a Graft for it"
         if type(attention.processor) is not self.processor:
             return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
-        if attention.fused_projections:
+        if is_fused(attention):
             return "has fused projections; call unfuse_qkv_projections first"
         missing = next((name for name in self.maps if getattr(attention, name.split(".")[0], None) is None), None)
         if missing is not None:

@@ -1,5 +1,7 @@
 """ATConv in the place of self-attention, with the argument and parameter names of diffusers' attention."""
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -10,13 +12,40 @@ from sit_atconv.swap.grid import GridReference
 
 
 class SwappedLayer(KernelGenerator):
-    """The base of the layers whose grid `reference` tells, which a hook of their model sets in every call."""
+    """The base of the layers in the place of attention, whose grid `reference` tells: a hook of their model sets it.
+
+    Their weights load into such a layer, and into no other module.
+
+    A class that makes a network of parts of another, as ControlNets do in diffusers, loads those parts without asking
+    for all of their weights: from a swapped model it would keep random attention and say nothing.
+    """
 
     def __prepare_scriptable__(self):
         raise InputError(
             "torch.jit.script: a swapped layer gets its grid from hooks in Python, which a script cannot hold; use "
             "torch.export.export or torch.jit.trace"
         )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] = OfSwappedLayer(destination._metadata[prefix[:-1]])
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        super()._load_from_state_dict(state_dict, prefix, dict(local_metadata), *others)
+
+
+class OfSwappedLayer(OrderedDict):
+    """The metadata of such a layer in a state dict; `Module.load_state_dict` has every module that loads ask them."""
+
+    def get(self, *_):
+        raise InputError(
+            "these weights are of a layer swapped for ATConv, and the module that loads them is another; make "
+            "ControlNets and the like from the unswapped model, or leave the swapped layers out of the state dict"
+        )
+
+    def __reduce__(self):  # in files it is what torch has there
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 class SelfATConv(SwappedLayer):

@@ -2,6 +2,7 @@
 
 import copy
 
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from sit_atconv.errors import InputError
@@ -17,6 +18,48 @@ class SwapRecord:
     def __init__(self, model: nn.Module, config: dict):
         self.model_class, self.config_before = type(model), getattr(model, "_internal_dict", None)
         self.config = copy.deepcopy(config)
+        self.kinds = kinds_of(model)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Take note that `module` stands at `name` from now on."""
+        self.kinds = {each: kind for each, kind in self.kinds.items() if not each.startswith(f"{name}.")}
+        self.kinds |= {f"{name}.{each}": kind for each, kind in kinds_of(module).items()}
+
+    def change(self, model: nn.Module) -> str | None:
+        """What others have put on the model since, or taken off it, by the first of its tensors; None: nothing."""
+        now = kinds_of(model)
+        for name in {**now, **self.kinds}:
+            if name not in now:
+                return f"{name} is gone since the swap"
+            if name not in self.kinds:
+                return f"{name} is new since the swap"
+            if now[name] != self.kinds[name]:
+                return f"{name} is a {now[name]} since the swap"
+        return None
+
+
+def kinds_of(module: nn.Module) -> dict[str, str]:
+    """The class of every entry of the state dict: adapters bring entries, quantisation and sharding classes; or the
+    dtype where it is one of 8 bits, in which weights are stored and not computed with."""
+    return {
+        name: str(value.dtype) if str(getattr(value, "dtype", "")).startswith("torch.float8") else type(value).__name__
+        for name, value in module.state_dict().items()
+    }
+
+
+class NoSaving:
+    """What stores a swapped model whose class would read its weights without the swapped layers."""
+
+    methods = ("save_pretrained", "push_to_hub")
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *_, **__):
+        raise InputError(
+            f"{self.name} would load what it saves here without the swapped layers; store these by "
+            "sit_atconv.swap.save_delta(model, path) and load them onto the original by load_delta, or revert the swap"
+        )
 
 
 def check_nothing(model: nn.Module, config: dict) -> None:
@@ -36,9 +79,26 @@ def check_thin(model: nn.Module, config: dict) -> None:
 
 
 def mark_nothing(model: nn.Module) -> None:
-    """For a model whose class and configuration say nothing of its attention."""
-    if not model._swap_record.config["layers"]:
+    """For a model whose class and configuration say nothing of its attention: it is not saved as what it is not."""
+    record = model._swap_record
+    if record.config["layers"]:
+        for name in NoSaving.methods:
+            if hasattr(record.model_class, name):
+                setattr(model, name, NoSaving(record.model_class.__name__))
+    else:
+        for name in NoSaving.methods:
+            vars(model).pop(name, None)
         del model._swap_record
+
+
+def configure(model: nn.Module, without: str | None = None, **entries) -> None:
+    """`register_to_config`, which keeps what others set as attributes of the configuration, as IP-Adapter does."""
+    before = model._internal_dict
+    after = FrozenDict({name: value for name, value in {**before, **entries}.items() if name != without})
+    for name, value in vars(before).items():
+        if name in after and name not in entries and before[name] is not value:
+            setattr(after, name, value)
+    model._internal_dict = after
 
 
 def mark_thin(model: nn.Module) -> None:
@@ -46,9 +106,10 @@ def mark_thin(model: nn.Module) -> None:
     record = model._swap_record
     if record.config["layers"]:
         model.__class__ = THIN[record.model_class]
-        model.register_to_config(atconv=copy.deepcopy(record.config))
+        configure(model, atconv=copy.deepcopy(record.config))
     else:
-        model.__class__, model._internal_dict = record.model_class, record.config_before
+        model.__class__ = record.model_class
+        configure(model, without="atconv")
         del model._swap_record
 
 
@@ -59,7 +120,8 @@ def mark_sit(model: nn.Module) -> None:
     for block, mixer in zip(model.blocks, mixers, strict=True):
         block.__class__ = SiTATConvBlock if mixer == "atconv" else SiTBlock
     if record.config["layers"]:
-        model.register_to_config(
+        configure(
+            model,
             token_mixer=mixers,
             pos_embed=model.pos_embed is not None,
             qk_norm=record.config_before["qk_norm"] and "attention" in mixers,
@@ -67,7 +129,8 @@ def mark_sit(model: nn.Module) -> None:
             kernel_size=record.config["kernel_size"],
         )
     else:
-        model._internal_dict = record.config_before
+        changed = ("token_mixer", "pos_embed", "qk_norm", "pool", "kernel_size")
+        configure(model, **{name: record.config_before[name] for name in changed})
         del model._swap_record
 
 

@@ -81,6 +81,21 @@ class _Swapped:
                 )
         return (model, info) if wanted else model
 
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As diffusers' own. Raises InputError where `from_pretrained` would not read the weights: adapters, an
+        IP-Adapter and fused projections bring others than the configuration tells of."""
+        with torch.device("meta"):
+            wanted = type(self).from_config(self.config).state_dict().keys()
+        found = {name for name, each in self.state_dict().items() if type(each) is torch.Tensor}
+        if getattr(self, "hf_quantizer", None) is None and wanted != found:
+            name = min(wanted ^ found)
+            raise InputError(
+                f"save_pretrained: {name} is {'new' if name in found else 'gone, or no plain tensor any more'}, and "
+                f"from_pretrained of {type(self).__name__} would not read these weights ({len(wanted ^ found)} such in "
+                "all); save before quantising, and without adapters (unload_lora, a pipeline's unload_ip_adapter)"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def set_attention_backend(self, backend: str) -> None:
         """As diffusers' own, for the text's part of joint layers too."""
         super().set_attention_backend(backend)
@@ -98,6 +113,21 @@ class _Swapped:
 
     def enable_parallelism(self, *args, **kwargs):
         raise InputError(f"{type(self).__name__} has no context or tensor parallelism: swapped layers need all tokens")
+
+
+class _TakesNoImagePrompt:
+    """For the subclasses of models whose IP-Adapters work in the attention that is swapped: SD3, Flux's double blocks.
+
+    diffusers counts the attentions that are there, and would give them the weights of others.
+    """
+
+    def _load_ip_adapter_weights(self, *args, **kwargs):
+        for name in self.config["atconv"]["layers"]:
+            if not name.startswith("single_transformer_blocks."):
+                raise InputError(
+                    f"an IP-Adapter works in the attention {name}, which is swapped; use it with the unswapped model"
+                )
+        super()._load_ip_adapter_weights(*args, **kwargs)
 
 
 class _TakesLoRA:
@@ -176,11 +206,11 @@ class ATConvPixArtTransformer2DModel(_Swapped, PixArtTransformer2DModel):
     """PixArt with ATConv in place of the self-attention."""
 
 
-class ATConvSD3Transformer2DModel(_TakesLoRA, _Swapped, SD3Transformer2DModel):
+class ATConvSD3Transformer2DModel(_TakesNoImagePrompt, _TakesLoRA, _Swapped, SD3Transformer2DModel):
     """SD3 with ATConv in place of the second attention of its dual blocks, or of all image queries ("split")."""
 
 
-class ATConvFluxTransformer2DModel(_TakesLoRA, _Swapped, FluxTransformer2DModel):
+class ATConvFluxTransformer2DModel(_TakesNoImagePrompt, _TakesLoRA, _Swapped, FluxTransformer2DModel):
     """Flux with ATConv for its image queries."""
 
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.hooks import recorded
 from sit_atconv.swap.calibration import Site, call_model
-from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, checked_inputs
+from sit_atconv.swap.grafts import foreign_maps, kind_of
+from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, check_unhooked, checked_inputs, told_of
 
 
 def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 500, lr: float = 1e-3) -> list[float]:
@@ -33,8 +34,17 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
     if steps < 1 or not lr > 0:
         raise InputError(f"steps={steps}, lr={lr}: both must be greater than 0")
     source = itertools.cycle(checked_inputs("inputs", inputs, steps)) if inputs is not None else _synthetic(swap)
+    check_unhooked(swap.model, allowed=())
     swap.follow()
     model, layers, attentions = swap.model, swap.layers, swap.attentions
+    for name, layer in layers.items():
+        for each, module in foreign_maps(layer).items():
+            weight = getattr(module, "weight", None)
+            learns = type(weight) in (torch.Tensor, nn.Parameter) and weight.requires_grad
+            if not learns and module is layer.get_submodule(each):  # and not below an adapter, which learns
+                raise InputError(
+                    f"{name} has {each} quantised ({kind_of(module)}), which does not learn; regress before"
+                )
     parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("the swapped layers are frozen: for layer in swap.layers.values(): layer.requires_grad_()")
@@ -50,8 +60,8 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
             for _ in tqdm(range(steps), "regression", disable=not speaks()):
                 _put(model, attentions)
                 model.eval()
-                with torch.no_grad():
-                    call_model(model, next(source))
+                with torch.no_grad(), told_of(model, "inputs", each := [next(source)]):
+                    call_model(model, each[0])
                 _put(model, layers)
                 with torch.enable_grad(), _native_attention(layers.values() if halves else ()):
                     loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()

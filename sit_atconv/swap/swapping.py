@@ -4,7 +4,8 @@ import copy
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from sit_atconv.swap.calibration import (
     run_over,
 )
 from sit_atconv.swap.choosing import Select, choose
-from sit_atconv.swap.grafts import Graft, LayerOptions
+from sit_atconv.swap.grafts import Graft, LayerOptions, is_fused
 from sit_atconv.swap.grid import BlockScope, GridHook, GridReference, PassScope, remove_hooks
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.start import TapFit, set_kernels
@@ -82,10 +83,13 @@ class AttentionSwap:
     def follow(self) -> None:
         """Move and cast the attentions, which the model does not hold, to where it went; of a dry run the layers.
 
-        Raises InputError where the layers have no data, and an attention that followed them would lose its own.
+        Raises InputError where the layers have no data, and an attention that followed them would lose its own, and
+        where hooks or wrappers stand between them and the model.
         """
+        check_unhooked(self.model)
+        check_unwrapped(self.model)
         for site in self.sites:
-            inside, outside = (site.layer, site.attention) if self.active else (self.model, site.layer)
+            inside, outside = (site.layer, site.attention) if self.active else (site.attention, site.layer)
             weight = next(inside.parameters())
             if weight.is_meta:
                 raise InputError(
@@ -95,18 +99,30 @@ class AttentionSwap:
             outside.to(weight.device, weight.dtype)
 
     def revert(self) -> None:
-        """Put the attentions back, where the layers are now (device and dtype).
+        """Put the attentions back, where the layers are now (device and dtype), as they were when they were replaced:
+        with the processors of then, and not quantised.
 
-        Raises InputError if that was done, or where the model is offloaded.
+        Raises InputError if that was done, where the model is offloaded or runs hooks, and where it has got fused
+        projections or the layers an adapter such as a LoRA, which would not come to the attentions.
         """
         if not self.active:
             raise InputError("there is nothing to revert: this swap was reverted already, or was a dry run")
         self.follow()
+        if any(is_fused(module) for module in self.model.modules()):
+            raise InputError("the model has fused projections; call unfuse_qkv_projections before revert")
+        inside = (each for site in self.sites for each in site.layer.named_modules(prefix=site.name))
+        adapted = next((name for name, module in inside if hasattr(module, "base_layer")), None)
+        if adapted is not None:
+            raise InputError(
+                f"{adapted} carries an adapter (LoRA), which the attention that comes back would not have; unload it "
+                "first (unload_lora() of the model, unload_lora_weights() of a pipeline), and load it after"
+            )
         here = {name: module for name, module in self.model.named_modules() if name in self.layers}
         for site in self.sites:
             if site.name in here:  # of a model that was cut short since
                 site.attention.train(site.layer.training)
                 self.model.set_submodule(site.name, site.attention)
+                self.model._swap_record.replace(site.name, site.attention)
         _sweep(self.model)
         record = self.model._swap_record
         left = self.adapter.find(self.model).keys() - self.layers.keys()
@@ -149,7 +165,8 @@ def swap_attention(
     writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
     layers can be trained, those of a frozen model too.
     Raises InputError, the model untouched, for a class without adapter, nothing to swap, an attention that ATConv does
-    not stand for, adapters, offloading or parallelism on it, calibration that is not finite, or an unknown option.
+    not stand for, adapters or quantisation on it, hooks, offloading or parallelism on the model, calibration that is
+    not finite or of another dtype, or an unknown option.
     """
     check_choice("init", init, INITS)
     check_choice("joint", joint, JOINTS)
@@ -192,7 +209,8 @@ def swap_attention(
     inputs = calibration_inputs(model, adapter, calib, needed=init == "closed_form" or select == "auto")
     try:
         sites = _build(model, adapter, {name: grafts[name] for name in names}, config)
-        _start(model, sites, init, inputs)
+        with told_of(model, "calib", inputs):
+            _start(model, sites, init, inputs)
         if select == "auto":
             default = MAX_ERROR if max_error is None and speedup is None else None
             sites = ranked(model, sites, inputs, max_error or default, speedup)
@@ -234,6 +252,7 @@ def _put_in(swap: AttentionSwap, record: SwapRecord | None) -> None:
     record.config = {**swap.config, "layers": sorted({*record.config["layers"], *layers}, key=order.index)}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+        record.replace(name, layer)
     swap.config, swap.active = copy.deepcopy(record.config), True
     swap.adapter.mark(model)
     _register(swap._pipeline, model)
@@ -322,13 +341,17 @@ def _revision(path: str, hub_id: str) -> str | None:
     return found[1] if found else hub_id.partition("@")[2] or None
 
 
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+def fingerprint(state: Mapping) -> str:
     """SHA-256 over name, shape and some 4,096 evenly spaced values of every tensor, as bf16.
 
-    It tells revisions apart in little time, and is the same for fp32 and bf16 copies of the same weights.
+    It tells revisions apart in little time, and is the same for fp32 and bf16 copies of the same weights. Quantised
+    weights count by the tensors that they are made of, and what is no tensor by its representation.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in (each for entry in sorted(state.items()) for each in _plain(*entry)):
+        if not isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor!r} ".encode())
+            continue
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
@@ -336,11 +359,34 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _plain(name: str, value) -> Iterator[tuple[str, object]]:
+    """An entry of a state dict as plain tensors, and what is none: of quantised weights the tensors within them."""
+    if isinstance(value, tuple | list):
+        for index, each in enumerate(value):
+            yield from _plain(f"{name}.{index}", each)
+    elif not isinstance(value, torch.Tensor):
+        yield name, value
+    elif type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # a subclass around others
+        inner = {key: each for key, each in vars(value).items() if isinstance(each, torch.Tensor)}
+        if hasattr(value, "__tensor_flatten__"):
+            inner = {key: getattr(value, key) for key in value.__tensor_flatten__()[0]}
+        yield name, (type(value).__name__, tuple(value.shape))
+        for key in sorted(inner):
+            yield from _plain(f"{name}.{key}", inner[key])
+    else:
+        yield name, value.dequantize() if value.is_quantized else value
+
+
 def _register(pipeline, model: nn.Module) -> None:
     """Have the pipeline's configuration name the class that the model has now."""
-    if pipeline is not None:
-        component = next(name for name, module in pipeline.components.items() if module is model)
-        pipeline.register_modules(**{component: model})
+    for name, module in pipeline.components.items() if pipeline is not None else ():
+        if uncompiled(module) is model:
+            pipeline.register_modules(**{name: module})
+
+
+def uncompiled(module):
+    """What torch.compile(module) wraps, or the module."""
+    return module._orig_mod if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) else module
 
 
 def model_of(model_or_pipeline) -> tuple:
@@ -354,7 +400,33 @@ def model_of(model_or_pipeline) -> tuple:
     raise InputError(f"{type(model_or_pipeline).__name__}: give a model, or a pipeline with a `transformer` or `unet`")
 
 
+CASTING = {"layerwise_casting", "peft_autocast_disable"}  # hooks of diffusers that leave what a module does
+
+
+def check_unhooked(model: nn.Module, allowed: Collection[str] = CASTING) -> None:
+    """Raises InputError where diffusers' hooks offload the model by groups, cache or skip what its modules give."""
+    for name, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks = sorted(set(registry.hooks) - set(allowed)) if registry is not None else ()
+        if hooks:
+            raise InputError(
+                f"{name or 'the model'} runs diffusers' hook {hooks[0]!r}; swap, report, regress and revert without "
+                "such hooks, and put them on after (disable_cache() takes caches off; an offloaded model, load anew)"
+            )
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises InputError where torch.compile has renamed parts of the model."""
+    wrapped = torch._dynamo.eval_frame.OptimizedModule
+    name = next((name for name, module in model.named_modules() if isinstance(module, wrapped)), None)
+    if name is not None:
+        raise InputError(
+            f"{name} is wrapped by torch.compile; put the module itself back, and use its compile() method"
+        )
+
+
 def _check_unsharded(model: nn.Module) -> None:
+    check_unhooked(model)
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or any(
         module._compiled_call_impl is not None for module in model.modules()
     ):
@@ -463,15 +535,48 @@ def checked_inputs(what: str, inputs: Iterable, most: int | None = None) -> list
     return found
 
 
+@contextmanager
+def told_of(model: nn.Module, what: str, inputs: list) -> Iterator[None]:
+    """An error of torch's within, over inputs of another dtype or device than the model's, becomes an InputError."""
+    try:
+        yield
+    except RuntimeError as error:
+        device, dtype = next(model.parameters()).device, dtype_of(model)
+        other = {
+            f"{what}[{index}][{name!r}]": f"{value.dtype} on {value.device}"
+            for index, each in enumerate(inputs)
+            for name, value in (each.items() if isinstance(each, dict) else enumerate(each))
+            if isinstance(value, torch.Tensor)
+            and (value.device != device or (value.is_floating_point() and value.dtype != dtype))
+        }
+        if not other or not re.search("type|device", str(error)) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{', '.join(list(other)[:4])}: {next(iter(other.values()))}, which the model in {dtype} on {device} does "
+            f"not take; give it what it takes, such as value.to({str(device)!r}, {dtype})"
+        ) from error
+
+
+def _takes_images(model: nn.Module) -> bool:
+    """Whether an IP-Adapter is on it, whose images no configuration tells of."""
+    return any("IPAdapter" in type(getattr(module, "processor", None)).__name__ for module in model.modules())
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What the model computes in: the dtype of its first weight that is neither quantised nor stored in 8 bits."""
+    weights = (each.dtype for each in model.parameters())
+    return next((each for each in weights if each.is_floating_point and each.itemsize > 1), torch.float32)
+
+
 def calibration_inputs(
     model: nn.Module, adapter: SwapAdapter, calib: Iterable | None, needed: bool, seed: int = 0
 ) -> list:
     """Calibration inputs: those given, else synthetic ones of a seed, else none if they are not needed."""
     if calib is not None:
         return checked_inputs("calib", calib)
-    generator, weight = torch.Generator().manual_seed(seed), next(model.parameters())
+    generator, device, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).device, dtype_of(model)
     examples = []
-    if adapter.example is not None:
+    if adapter.example is not None and not _takes_images(model):
         examples = [adapter.example(model, generator) for _ in range(EXAMPLES if needed else 1)]
         examples = [each for each in examples if each is not None]
     if needed and not examples:
@@ -483,6 +588,6 @@ def calibration_inputs(
     def placed(value):
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     return [tree_map(placed, each) for each in examples]
