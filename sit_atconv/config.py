@@ -316,7 +316,7 @@ class Distill:
     """A teacher whose attention is distilled into ATConv; see sit_atconv.distill. The model is then a copy of it."""
 
     teacher: str | None = None  # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
-    select: Any = "all"  # of the teacher's attentions: all, odd, a share, a regular expression or a list of names
+    select: Any = "all"  # of the teacher's attentions: all, even, odd, a share, a regular expression or names
     exclude: list[str] = field(default_factory=list)
     init: str = "closed_form"  # or copy_vo, random: see swap_attention
     control: bool = False  # attention in the place of ATConv, fresh: what the recipe itself costs
@@ -344,7 +344,9 @@ class Distill:
         if self.blockwise_lr is not None and not self.blockwise_lr > 0:
             raise InputError(f"distill.blockwise_lr={self.blockwise_lr}: must be greater than 0")
         if self.select is None or isinstance(self.select, dict):
-            raise InputError(f"distill.select={self.select!r}: give all, odd, a share, a regular expression or names")
+            raise InputError(
+                f"distill.select={self.select!r}: give all, even, odd, a share, a regular expression or names"
+            )
         if self.select == "auto" or isinstance(self.select, bool):
             raise InputError(f"distill.select={self.select!r}: a run does not depend on a clock; name the layers")
         if self.control and self.init != "random":

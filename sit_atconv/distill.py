@@ -58,7 +58,9 @@ def swapped_names(teacher: SiTTransformer2DModel, settings: config.Distill) -> l
     attentions = {name: module for name, module in teacher.named_modules() if isinstance(module, Attention)}
     if not attentions:
         raise InputError(f"distill.teacher={settings.teacher!r} has no attention to distil; give one that has")
-    return choose(attentions, settings.select, settings.exclude)
+    return choose(
+        attentions, settings.select, settings.exclude, [f"blocks.{i}.attn" for i in range(len(teacher.blocks))]
+    )
 
 
 class Distillation(nn.Module):

@@ -2,12 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
@@ -17,44 +19,98 @@ from sit_atconv.swap.grafts import Graft, foreign_maps
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.start import TapFit
 
+ROUNDS = (8, 100)  # of a timing, at least and at most
+ROUND_SECONDS = 1e-3  # that one of the two is run for in a round, at least
+TIMING_SECONDS = 5.0  # after which a timing ends that has its least number of rounds
+STEADY = 1.05  # a quarter of the rounds, at least, within this factor of the fastest
+
 
 @dataclass
 class LayerReport:
-    """One layer: parameters, multiply-accumulates of the call seen in calibration, milliseconds, relative error."""
+    """One layer: parameters, multiply-accumulates and milliseconds of the call seen in calibration, relative errors.
+
+    ms_*: medians over rounds, with the interquartile ranges ms_spread_*. error: of the layer's own output.
+    output_error: of the model's output where this layer alone is swapped. chosen: whether it is swapped, in a table
+    over all layers; reason: why not. None: not measured.
+    """
 
     name: str
-    params_before: int
-    params_after: int
+    params_before: int | None
+    params_after: int | None
     macs_before: int | None = None
     macs_after: int | None = None
     ms_before: float | None = None
     ms_after: float | None = None
     error: float | None = None
+    ms_spread_before: float | None = None
+    ms_spread_after: float | None = None
+    output_error: float | None = None
+    chosen: bool | None = None
+    reason: str | None = None
 
 
 @dataclass
 class SwapReport:
-    """What a swap did, a row per layer; printed as a table in Markdown."""
+    """What a swap did, a row per layer; printed as a table in Markdown.
+
+    output_error: relative, of the model's output with all chosen layers swapped. refusal: why none is chosen.
+    """
 
     layers: list[LayerReport]
+    output_error: float | None = None
+    refusal: str | None = None
 
     def __str__(self) -> str:
-        def pair(before, after, scale=1.0, digits=1):
-            if before is None:
-                return "not measured"
-            return f"{before / scale:,.{digits}f} -> {after / scale:,.{digits}f}"
+        titles, rows = self._cells()
+        lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+        lines += ["| " + " | ".join([f"`{name}`", *cells]) + " |" for name, *cells in rows]
+        return "\n\n".join(["\n".join(lines), *self._summary()])
 
-        lines = ["| layer | params (k) | MACs (M) | latency (ms) | error |", "|---|---|---|---|---|"]
-        for row in self.layers:
-            cells = [
-                f"`{row.name}`",
+    def line(self) -> str:
+        """The same in one line, for an error message."""
+        titles, rows = self._cells()
+        told = (
+            f"{name}: " + ", ".join(f"{title} {cell}" for title, cell in zip(titles[1:], cells, strict=True))
+            for name, *cells in rows
+        )
+        return "; ".join(told)
+
+    def _summary(self) -> list[str]:
+        if self.refusal is not None:
+            return [f"None is chosen: {self.refusal}."]
+        if self.output_error is None:
+            return []
+        return [f"Error of the model's output with all chosen layers swapped: {self.output_error:.3g}"]
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """The titles of the columns, and what stands in them."""
+
+        def pair(before, after, scale=1.0, digits=1, spreads=(None, None)):
+            if before is None or after is None:
+                return "not measured"
+            told = (
+                f"{value / scale:,.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+                for value, spread in zip((before, after), spreads, strict=True)
+            )
+            return " -> ".join(told)
+
+        titles = ["layer", "params (k)", "MACs (M)", "latency (ms)", "error"]
+        rows = [
+            [
+                row.name,
                 pair(row.params_before, row.params_after, 1e3),
                 pair(row.macs_before, row.macs_after, 1e6),
-                pair(row.ms_before, row.ms_after, digits=3),
+                pair(row.ms_before, row.ms_after, digits=3, spreads=(row.ms_spread_before, row.ms_spread_after)),
                 "not measured" if row.error is None else f"{row.error:.3f}",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+            for row in self.layers
+        ]
+        if any(row.chosen is not None for row in self.layers):
+            titles += ["output error", "chosen"]
+            for row, cells in zip(self.layers, rows, strict=True):
+                cells.append("not measured" if row.output_error is None else f"{row.output_error:.3g}")
+                cells.append("yes" if row.chosen else f"no ({row.reason})" if row.reason else "no")
+        return titles, rows
 
 
 @dataclass
@@ -75,18 +131,33 @@ class Site:
     @property
     def error(self) -> float | None:
         """Relative to the attention's output in norm; of one that gives zeros, 0 or infinite. None: not measured."""
-        if self.call is None:
-            return None
-        if self.squares[1] == 0:
-            return 0.0 if self.squares[0] == 0 else math.inf
-        return (self.squares[0] / self.squares[1]) ** 0.5
+        return None if self.call is None else relative(*self.squares)
+
+
+def relative(error: float, whole: float) -> float:
+    """The root of the ratio of two sums of squares; of a whole of 0, 0 or infinite."""
+    if whole == 0:
+        return 0.0 if error == 0 else math.inf
+    return (error / whole) ** 0.5
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """All in evaluation mode while this is open, and every submodule as it was after."""
+    training = {each: each.training for module in modules for each in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 @torch.no_grad()
 def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable, title: str) -> None:
     """Run the model over the inputs, in evaluation mode, and `visit(site, args, kwargs, output)` every attention."""
     visiting = False
-    training = {module: module.training for module in model.modules()}
 
     def watch(site: Site):
         def hook(_, args, kwargs, output):
@@ -102,17 +173,13 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
         return site.attention.register_forward_hook(hook, with_kwargs=True)
 
     handles = [watch(site) for site in sites]
-    model.eval()
-    for site in sites:
-        site.layer.eval()
     try:
-        for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not speaks()):
-            call_model(model, each)
+        with evaluating(model, *(site.layer for site in sites)):
+            for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not speaks()):
+                call_model(model, each)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
 
 
 def read_share(site: Site, args: tuple, kwargs: dict, _) -> None:
@@ -145,44 +212,9 @@ def _check_finite(site: Site, output: torch.Tensor) -> None:
         )
 
 
-def ranked(
-    model: nn.Module, sites: list[Site], inputs: list, max_error: float | None, speedup: float | None
-) -> list[Site]:
-    """The layers worth swapping: by error per millisecond saved, up to a speed-up of the model or an error of a layer.
-
-    Raises InputError where none saves time within the error.
-    """
-    saved = {site.name: before - after for site in sites for before, after in [latency_of(site)]}
-    order = sorted((site for site in sites if saved[site.name] > 0), key=lambda site: site.error / saved[site.name])
-    whole = _milliseconds([lambda: call_model(model, inputs[0])])[0] if speedup is not None else 0.0
-    taken, left = set(), whole
-    for site in order:
-        if speedup is not None and whole >= speedup * left:
-            break
-        if max_error is None or site.error <= max_error:
-            taken.add(site.name)
-            left -= saved[site.name]
-    if not order:
-        raise InputError(
-            f"select='auto': at this size attention is the faster one in all {len(sites)} layers; calibrate on larger "
-            "inputs, or name the layers by select"
-        )
-    if not taken or (speedup is not None and whole < speedup * left):
-        best = min(sites, key=lambda site: site.error)
-        given = {"raise max_error": max_error, "lower speedup": speedup}
-        remedy = " or ".join(each for each, value in given.items() if value is not None)
-        within = "" if max_error is None else f" with an error of at most {max_error:g}"
-        wanted = "no layer saves time" if speedup is None else f"all that save time do not give {speedup:g}x"
-        raise InputError(
-            f"select='auto': {wanted}{within} (least error: {best.error:.3f}, {best.name}; {len(order)} of "
-            f"{len(sites)} save time); {remedy}, or name the layers by select"
-        )
-    return [site for site in sites if site.name in taken]
-
-
-def call_model(model: nn.Module, each) -> None:
+def call_model(model: nn.Module, each):
     """A forward pass on an input: a dict of keyword arguments, or a tuple of arguments."""
-    model(**each) if isinstance(each, dict) else model(*each)
+    return model(**each) if isinstance(each, dict) else model(*each)
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -217,6 +249,12 @@ def _materialised(site: Site) -> tuple[tuple, dict]:
 @torch.no_grad()
 def macs_of(module: nn.Module, site: Site) -> int:
     args, kwargs = _materialised(site)
+    return macs_of_call(module, lambda: module(*args, **kwargs))
+
+
+@torch.no_grad()
+def macs_of_call(module: nn.Module, call: Callable) -> int:
+    """Multiply-accumulates of a call of `module`."""
     aten = torch.ops.aten
 
     def count_flash(*args, out_val=None, **kwargs) -> int:  # torch has the formula, and does not know it for CPUs
@@ -233,35 +271,121 @@ def macs_of(module: nn.Module, site: Site) -> int:
         if counter.get_total_flops() == before.pop():  # kernels of quantised weights, which torch has no formula for
             unseen.append(inputs[0].numel() * output.shape[-1])
 
-    foreign = foreign_maps(module).values() if module is site.layer else ()
     handles = [
         handle
-        for each in foreign
+        for each in _foreign_linears(module)
         for handle in (each.register_forward_pre_hook(start), each.register_forward_hook(end))
     ]
     try:
         with counter:
-            module(*args, **kwargs)
+            call()
     finally:
         for handle in handles:
             handle.remove()
     return counter.get_total_flops() // 2 + sum(unseen)
 
 
-def latency_of(site: Site) -> list[float]:
-    """Milliseconds of the attention and of the layer."""
+def _foreign_linears(module: nn.Module) -> set[nn.Module]:
+    """The linear maps of a model or a layer that others have put in, or quantised."""
+    layers = (each for each in module.modules() if isinstance(each, KernelGenerator))
+    foreign = {each for layer in layers for each in foreign_maps(layer).values()}
+    linears = (each for each in module.modules() if isinstance(each, nn.Linear))
+    return foreign | {each for each in linears if type(each.weight) is not nn.Parameter}
+
+
+@dataclass
+class Timing:
+    """Milliseconds of an attention and of its layer: medians over rounds, and interquartile ranges.
+
+    slowdown: the layer's least time over the attention's, since other work on a machine only ever adds to a time; None
+    where these are no steady floor: fewer than a quarter of the rounds come within 5% of it.
+    """
+
+    before: float
+    after: float
+    spread_before: float
+    spread_after: float
+    slowdown: float | None
+
+
+@dataclass
+class Cost:
+    """Multiply-accumulates of an attention and of its layer, and their timing."""
+
+    macs_before: int
+    macs_after: int
+    timing: Timing
+
+    @property
+    def saved(self) -> int:
+        return self.macs_before - self.macs_after
+
+
+def cost_of(site: Site, known: dict[Hashable, Cost]) -> Cost:
+    """What a call as seen in calibration costs, in evaluation mode: from `known`, or measured for all of its shape."""
+    shape = _shape_of(site)
+    if shape not in known:
+        with evaluating(site.attention, site.layer):
+            macs = [macs_of(module, site) for module in (site.attention, site.layer)]
+            known[shape] = Cost(*macs, timing_of(site))
+    return known[shape]
+
+
+def _shape_of(site: Site) -> Hashable:
+    """What sites have in common that take the same time: classes, sizes, dtypes, device, grid."""
+    modules = (site.attention, site.layer)
+    return (
+        site.grid,
+        site.graft.heads(site.attention),
+        type(getattr(site.attention, "processor", None)),
+        tuple(type(each) for module in modules for each in module.modules()),
+        tuple((type(p), p.shape, p.dtype, p.device) for module in modules for p in module.parameters()),
+        tuple((each.shape, each.dtype) for each in tree_leaves(site.call) if isinstance(each, torch.Tensor)),
+    )
+
+
+def row_of(site: Site, costs: dict[Hashable, Cost] | None) -> LayerReport:
+    """The row of a layer, with what it costs, from `costs` or measured; without where `costs` is None."""
+    row = LayerReport(site.name, parameters_of(site.attention), parameters_of(site.layer), error=site.error)
+    if costs is not None and site.call is not None:
+        cost = cost_of(site, costs)
+        row.macs_before, row.macs_after = cost.macs_before, cost.macs_after
+        row.ms_before, row.ms_after = cost.timing.before, cost.timing.after
+        row.ms_spread_before, row.ms_spread_after = cost.timing.spread_before, cost.timing.spread_after
+    return row
+
+
+def timing_of(site: Site) -> Timing:
     args, kwargs = _materialised(site)
-    return _milliseconds([lambda: site.attention(*args, **kwargs), lambda: site.layer(*args, **kwargs)])
+    return settled(_rounds([lambda: site.attention(*args, **kwargs), lambda: site.layer(*args, **kwargs)]))
+
+
+def settled(rounds: Iterable[tuple[float, float]]) -> Timing:
+    """The timing of rounds of (attention, layer) in seconds, of which no more are taken than make it steady."""
+    seen, steady = [], False
+    for each in rounds:
+        seen.append(each)
+        ordered = [sorted(times) for times in zip(*seen, strict=True)]
+        steady = all(times[len(times) // 4] <= STEADY * times[0] for times in ordered)
+        if len(seen) >= ROUNDS[0] and steady:
+            break
+    quartiles = [[1e3 * each for each in statistics.quantiles(times, method="inclusive")] for times in ordered]
+    (low, before, high), (low_after, after, high_after) = quartiles
+    slowdown = ordered[1][0] / ordered[0][0] if steady else None
+    return Timing(before, after, high - low, high_after - low_after, slowdown)
 
 
 @torch.no_grad()
-def _milliseconds(functions: list[Callable], rounds: int = 5) -> list[float]:
-    """Medians over rounds in which the functions take turns."""
+def _rounds(functions: list[Callable]) -> Iterator[tuple[float, ...]]:
+    """Seconds a call, round by round, in which the functions take turns."""
     from torch.utils.benchmark import Timer  # which looks for compilers, and warns where CUDA is half there
 
     timers = [
         Timer("function()", globals={"function": each}, num_threads=torch.get_num_threads()) for each in functions
     ]
-    runs = [max(1, int(0.02 / max(timer.timeit(1).mean, 1e-9))) for timer in timers]
-    times = [[timer.timeit(count).mean for timer, count in zip(timers, runs, strict=True)] for _ in range(rounds)]
-    return [1e3 * statistics.median(each) for each in zip(*times, strict=True)]
+    runs = [max(1, int(ROUND_SECONDS / max(timer.timeit(1).mean, 1e-9))) for timer in timers]
+    start = time.monotonic()
+    for index in range(ROUNDS[1]):
+        if index >= ROUNDS[0] and time.monotonic() - start > TIMING_SECONDS:
+            return
+        yield tuple(timer.timeit(count).mean for timer, count in zip(timers, runs, strict=True))

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,16 +16,13 @@ from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import POOLS
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
 from sit_atconv.swap.calibration import (
-    LayerReport,
+    Cost,
     Site,
     SwapReport,
     compare_site,
     fit_site,
-    latency_of,
-    macs_of,
-    parameters_of,
-    ranked,
     read_share,
+    row_of,
     run_over,
 )
 from sit_atconv.swap.choosing import Select, choose
@@ -33,12 +30,13 @@ from sit_atconv.swap.grafts import Graft, LayerOptions, is_fused
 from sit_atconv.swap.grid import BlockScope, GridHook, GridReference, PassScope, remove_hooks
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.start import TapFit, set_kernels
+from sit_atconv.swap.survey import Survey, survey_of
 
 SCHEMA = 1
 INITS = ("closed_form", "copy_vo", "random")
 JOINTS = ("keep", "split")
 PREFIXES = ("attend", "error")
-MAX_ERROR = 0.2  # relative error of a layer's output up to which select="auto" takes it, if no target is given
+MAX_ERROR = 0.2  # relative error of the model's output up to which select="auto" takes layers, if no target is given
 EXAMPLES = 4  # synthetic calibration inputs
 
 
@@ -47,10 +45,22 @@ class AttentionSwap:
 
     It holds the attentions that were replaced, outside the model, whose state dict and copies know nothing of them;
     drop it to free their memory. config: what `save_pretrained` and `save_delta` write, see `swap_attention`.
+    sites: the chosen layers. candidates: those that the report is on, all of the model after a dry run.
     """
 
-    def __init__(self, model: nn.Module, adapter: SwapAdapter, sites: list[Site], config: dict, pipeline=None):
-        self.model, self.adapter, self.config, self.sites, self._pipeline = model, adapter, config, sites, pipeline
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: SwapAdapter,
+        candidates: list[Site],
+        config: dict,
+        pipeline=None,
+        survey: Survey | None = None,
+    ):
+        self.model, self.adapter, self.config, self._pipeline = model, adapter, config, pipeline
+        self.candidates, self._survey = candidates, survey
+        chosen = [site.name for site in candidates] if survey is None else survey.choice.names
+        self.sites = [site for site in candidates if site.name in chosen]
         self.active = False
 
     @property
@@ -66,19 +76,17 @@ class AttentionSwap:
     def report(self, measure: bool = True) -> SwapReport:
         """Parameters, MACs, latency and calibration error of every layer, before and after.
 
-        MACs and latency are measured now (`measure`), on random inputs of the shapes seen in calibration; before and
-        after alternate, and the median of rounds counts. Left out where there was no calibration. Raises InputError
-        where the model is offloaded.
+        After a dry run it is on all layers of the model that could be swapped, and says which are chosen; where calls
+        were calibrated, the error of the model's output is measured with each of them alone, and with all chosen ones.
+        MACs and latency are measured now (`measure`), on random inputs of the shapes seen in calibration, once for all
+        layers of a shape; before and after alternate, and medians of rounds count, with their interquartile ranges.
+        What select="auto" measured to choose by is shown as it was. Left out where there was no calibration. Raises
+        InputError where the model is offloaded.
         """
         self.follow()
-        rows = []
-        for site in self.sites:
-            row = LayerReport(site.name, parameters_of(site.attention), parameters_of(site.layer), error=site.error)
-            if measure and site.call is not None:
-                row.macs_before, row.macs_after = (macs_of(module, site) for module in (site.attention, site.layer))
-                row.ms_before, row.ms_after = latency_of(site)
-            rows.append(row)
-        return SwapReport(rows)
+        costs: dict[Hashable, Cost] = {} if self._survey is None else dict(self._survey.costs)
+        rows = [row_of(site, costs if measure else None) for site in self.candidates]
+        return SwapReport(rows) if self._survey is None else self._survey.report(rows)
 
     def follow(self) -> None:
         """Move and cast the attentions, which the model does not hold, to where it went; of a dry run the layers.
@@ -88,7 +96,7 @@ class AttentionSwap:
         """
         check_unhooked(self.model)
         check_unwrapped(self.model)
-        for site in self.sites:
+        for site in self.candidates:
             inside, outside = (site.layer, site.attention) if self.active else (site.attention, site.layer)
             weight = next(inside.parameters())
             if weight.is_meta:
@@ -148,25 +156,29 @@ def swap_attention(
 ) -> AttentionSwap:
     """Replace self-attention by ATConv in a model of diffusers, timm or this library, or in a pipeline's model.
 
-    select: "all"; "odd" (every second); a share in (0, 1]; a regular expression found in the name of an attention; a
-        list of names; a callable (name, module) -> bool; or "auto": layers ranked by calibration error per millisecond
-        saved, those with an error of at most `max_error` (0.2 if neither is given) taken until the model is `speedup`
-        times as fast, if that is given. exclude: names, or regular expressions found in them; these keep their
-        attention.
+    select: "all"; "even" or "odd" (by 0-based place among the model's layers, those swapped before among them); a
+        share in (0, 1]; a regular expression found in the name of an attention; a list of names; a callable
+        (name, module) -> bool; or "auto", see `choose_best`: the layers with the least error at the model's output, on
+        the calibration inputs, per multiply-accumulate saved; as many as keep that error within `max_error` with all
+        of them swapped (0.2 if neither is given), until the model has `speedup` times fewer multiply-accumulates, if
+        that is given. A clock has a veto alone: a layer that is clearly slower than its attention is not taken.
+        exclude: names, or regular expressions found in them; these keep their attention.
     init: "closed_form" (value and output maps of the attention, kernels fitted to what it did on `calib`), "copy_vo"
         (the maps, and box kernels) or "random".
     calib: calibration inputs, each a dict of keyword arguments or a tuple of arguments of the model; None: four random
         ones of the model's own size.
     joint: "keep" leaves attention over text and image together alone; "split" swaps it, where the adapter can.
     prefix: what a ViT's class and register tokens do: "attend" (softmax over all tokens), "error" (refuse them).
-    pool, kernel_size: of `ATConv`. dry_run: build, calibrate and measure, and leave the model as it is.
+    pool, kernel_size: of `ATConv`. dry_run: build, calibrate and measure all layers, selected or not, for `report()`,
+        and leave the model as it is; "auto" may then choose none.
 
     The model is changed in place, and a diffusers model's class becomes its ATConv subclass, so `save_pretrained`
     writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
     layers can be trained, those of a frozen model too.
     Raises InputError, the model untouched, for a class without adapter, nothing to swap, an attention that ATConv does
     not stand for, adapters or quantisation on it, hooks, offloading or parallelism on the model, calibration that is
-    not finite or of another dtype, or an unknown option.
+    not finite or of another dtype, or an unknown option; and, with the report's table, where "auto" finds no layers
+    that do, or a model's output is all zeros.
     """
     check_choice("init", init, INITS)
     check_choice("joint", joint, JOINTS)
@@ -199,24 +211,34 @@ def swap_attention(
                     "has one setting; revert them, or use theirs"
                 )
     grafts = _candidates(model, adapter, joint, record, select)
-    names = choose({name: model.get_submodule(name) for name in grafts}, select, exclude)
-    for name in names:
+    counted = [name for name, graft in adapter.find(model).items() if joint == "split" or not graft.joint]
+    names = choose({name: model.get_submodule(name) for name in grafts}, select, exclude, counted)
+    refused = {}
+    for name in grafts if dry_run else names:
         reason = grafts[name].refusal(model.get_submodule(name))
-        if reason is not None:
+        if reason is not None and name in names:
             raise InputError(f"{name} {reason}; or leave it out by exclude={name!r}")
+        if reason is not None:
+            refused[name] = reason
     adapter.check(model, config)
 
     inputs = calibration_inputs(model, adapter, calib, needed=init == "closed_form" or select == "auto")
+    if select == "auto" and max_error is None and speedup is None:
+        max_error = MAX_ERROR
     try:
-        sites = _build(model, adapter, {name: grafts[name] for name in names}, config)
+        looked_at = [name for name in grafts if name not in refused] if dry_run else names
+        sites = _build(model, adapter, {name: grafts[name] for name in looked_at}, config)
+        survey = None
         with told_of(model, "calib", inputs):
             _start(model, sites, init, inputs)
-        if select == "auto":
-            default = MAX_ERROR if max_error is None and speedup is None else None
-            sites = ranked(model, sites, inputs, max_error or default, speedup)
-        config["layers"] = [site.name for site in sites]
-        swap = AttentionSwap(model, adapter, sites, config, pipeline)
+            if dry_run or select == "auto":
+                target = (max_error, speedup) if select == "auto" else None
+                survey = survey_of(model, sites, inputs, names, refused, target)
+        swap = AttentionSwap(model, adapter, sites, config, pipeline, survey)
+        config["layers"] = [site.name for site in swap.sites]
         if not dry_run:
+            if not swap.sites:
+                raise InputError(f"select='auto': {survey.choice.refusal}. The layers: {swap.report().line()}")
             _put_in(swap, record)
     finally:
         _sweep(model)
@@ -246,6 +268,7 @@ def _put_in(swap: AttentionSwap, record: SwapRecord | None) -> None:
     model, layers = swap.model, swap.layers
     for site in swap.sites:
         site.layer.train(site.attention.training)
+    swap.candidates = swap.sites
     order = list(swap.adapter.find(model))
     if record is None:
         record = model._swap_record = SwapRecord(model, swap.config)

@@ -14,10 +14,10 @@ from conftest import assert_same_bits, log_rows, run_recipe, weights
 from experiments import distill_swap
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.checkpoint import load_trained
-from sit_atconv.config import load_recipe
+from sit_atconv.config import Distill, load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.samples import TrainingSamples
-from sit_atconv.distill import Distillation, load_teacher, relative_error, rising, student_of
+from sit_atconv.distill import Distillation, load_teacher, relative_error, rising, student_of, swapped_names
 from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
 from sit_atconv.layers.attention import Attention
@@ -358,3 +358,14 @@ def test_in_half_precision_the_losses_differ_by_rounding(recipe, tmp_path):
         assert len(whole) == len(half) == count
         assert half == pytest.approx(whole, rel=0.05, abs=2e-5), name
         assert half != whole
+
+
+@pytest.mark.parametrize(("select", "layers"), [("even", [0, 2]), ("all", [0, 2]), (0.5, [2])])
+def test_even_counts_the_blocks_of_a_hybrid_teacher(select, layers):
+    teacher = SiTTransformer2DModel(
+        sample_size=8, hidden_size=16, depth=4, num_heads=2, num_classes=10, token_mixer="hybrid"
+    )
+    settings = Distill(select=select)
+    assert swapped_names(teacher, settings) == [f"blocks.{index}.attn" for index in layers]
+    with pytest.raises(InputError, match="leave nothing to swap"):
+        swapped_names(teacher, Distill(select="odd"))
