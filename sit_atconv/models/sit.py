@@ -230,7 +230,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
     def _is_own(self, grid: tuple[int, int]) -> bool:
         """Whether the model was made for that grid; False where a graph leaves the grid open, which this keeps so."""
-        return all(statically_known_true(a == b) for a, b in zip(grid, self._grid(*self.latent_size), strict=True))
+        known = bool if torch.jit.is_tracing() else statically_known_true  # sizes are tensors for torch.jit.trace
+        return all(known(a == b) for a, b in zip(grid, self._grid(*self.latent_size), strict=True))
 
     def _position_embedding(self, grid: tuple[int, int]) -> torch.Tensor:
         if self._is_own(grid):

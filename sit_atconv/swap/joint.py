@@ -4,7 +4,6 @@ import copy
 from typing import NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -12,6 +11,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.layers.attention import dispatch
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 from sit_atconv.swap.grafts import Graft, LayerOptions, linear_refusal
 from sit_atconv.swap.grid import GridReference
@@ -107,7 +107,7 @@ class JointATConv(KernelGenerator):
     def attend(self, q: torch.Tensor, *others: Heads) -> torch.Tensor:
         """softmax attention of q over the tokens of `others`."""
         k, v = (torch.cat([getattr(each, name) for each in others], 1) for name in "kv")
-        return dispatch_attention_fn(q, k, v, backend=self.backend).to(v.dtype)
+        return dispatch(q, k, v, self.backend).to(v.dtype)
 
     def mix(self, text: Heads, image: Heads, image_tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Text (B, T, channels), None if it has no queries, and image (B, N, channels), before the output maps."""
