@@ -9,23 +9,15 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.layers.linear import linear
-from sit_atconv.ops.forward_mode import forward_mode
+from sit_atconv.layers.norm import norm
+from sit_atconv.ops.forward_mode import exact_derivatives, forward_mode
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), with the share `dropout` of the weights dropped.
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend=None, parallel_config=None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, N, heads, d) by the backend that diffusers is set to.
 
-    SDPA's fused kernels have no forward-mode derivatives, and their gradients have no gradients; its plain form has.
-    """
-    if forward_mode():
-        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, None, dropout)[0]
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-
-
-def dispatch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend=None, parallel_config=None) -> torch.Tensor:
-    """`attend` for (B, N, heads, d) by the backend that diffusers is set to; in forward mode by SDPA's plain form.
-
-    Raises RuntimeError for a context-parallel model in forward mode.
+    In forward mode (`torch.func.jvp`, dual tensors) on plain torch calls: fused kernels have no such derivatives.
+    Raises RuntimeError for a context-parallel model there.
     """
     if not forward_mode():
         return dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel_config)
@@ -34,7 +26,8 @@ def dispatch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend=None, pa
             "context-parallel attention has no forward-mode derivatives (torch.func.jvp, dual tensors); "
             "take them of a model without it"
         )
-    return attend(*(each.transpose(1, 2) for each in (q, k, v))).transpose(1, 2)
+    with exact_derivatives():
+        return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v))).transpose(1, 2)
 
 
 class SiTAttnProcessor:
@@ -46,8 +39,8 @@ class SiTAttnProcessor:
     def __call__(self, attn: "Attention", hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states (B, N, C) -> (B, N, C)."""
         q, k, v = rearrange(attn.qkv(hidden_states), "b n (three h d) -> three b n h d", three=3, h=attn.num_heads)
-        q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
-        mixed = dispatch(q, k, v, self._attention_backend, self._parallel_config)
+        q, k = norm(attn.q_norm, q).to(v.dtype), norm(attn.k_norm, k).to(v.dtype)
+        mixed = attend(q, k, v, self._attention_backend, self._parallel_config)
         return linear(attn.proj, mixed.flatten(2))
 
 

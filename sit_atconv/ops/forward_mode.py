@@ -1,7 +1,13 @@
-"""Whether forward-mode derivatives are being taken: `torch.func.jvp` and what is made of it, or dual tensors."""
+"""Forward-mode derivatives (`torch.func.jvp` and what is made of it, dual tensors): whether they are being taken, and
+plain forms of torch's functions that lack them or have wrong ones.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 
 @torch.compiler.assume_constant_result  # torch.compile guards the level itself
@@ -14,3 +20,53 @@ def forward_mode() -> bool:
 def levels() -> bool:
     """Whether a transform of torch.func is at work here: `grad`, `vjp`, `jvp` or `vmap`."""
     return torch._C._are_functorch_transforms_active()
+
+
+def exact_derivatives() -> AbstractContextManager:
+    """A context in which, in forward mode, modules run on plain torch calls where torch's own functions fail.
+
+    Its fused attention has no forward mode. Its layer norm, and its batch norm in training, have one that takes the
+    statistics for constants when the tangents are differentiated again. Outside forward mode nothing changes.
+    """
+    return _PlainForms() if forward_mode() else nullcontext()
+
+
+class _PlainForms(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return _PLAIN.get(function, function)(*args, **(kwargs or {}))
+
+
+def _standardise(x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) over the dimensions, in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+# The arguments have torch's names and defaults.
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    y = _standardise(input, list(range(-len(normalized_shape), 0)), eps)
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
+
+
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return y
+    # That was for the running statistics.
+    scale, shift = (each if each is None else each.reshape(-1, *[1] * (input.ndim - 2)) for each in (weight, bias))
+    plain = _standardise(input, [dim for dim in range(input.ndim) if dim != 1], eps)
+    plain = plain if scale is None else plain * scale
+    return (plain if shift is None else plain + shift).to(y.dtype)
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    form = torch.ops.aten._scaled_dot_product_attention_math
+    return form(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+
+
+_PLAIN = {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, F.scaled_dot_product_attention: _attention}
