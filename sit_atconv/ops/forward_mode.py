@@ -2,10 +2,12 @@
 plain forms of torch's functions that lack them or have wrong ones.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -63,10 +65,43 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    form = torch.ops.aten._scaled_dot_product_attention_math
-    return form(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (each.to(wide) for each in (query, key, value))
+    if enable_gqa:
+        k, v = (each.repeat_interleave(q.shape[-3] // each.shape[-3], -3) for each in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        allowed = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
+    # Not torch's softmax: of dual tensors it overwrites what the gradient of its tangent needs.
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = F.dropout(weights / weights.sum(-1, keepdim=True), dropout_p)
+    return (weights @ v).to(query.dtype)
 
 
 _PLAIN = {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, F.scaled_dot_product_attention: _attention}
+
+
+def checkpointed(run: Callable, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """run(module, *inputs), where `run` is what torch.utils.checkpoint makes: tangents are inputs and outputs too.
+
+    The recomputation comes when the level of the tangents is gone, so it opens one of its own.
+    """
+    if not forward_mode():
+        return run(module, *inputs)
+    primals, tangents = zip(*(forward_ad.unpack_dual(each) for each in inputs), strict=True)
+    if all(each is None for each in tangents):
+        return run(module, *inputs)
+    tangents = [torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
+    transform = levels()
+
+    def pushed_forward(*arguments):
+        arguments = arguments[: len(inputs)], arguments[len(inputs) :]
+        if transform:
+            return torch.func.jvp(module, *arguments)
+        with nullcontext() if forward_mode() else forward_ad.dual_level():
+            return tuple(forward_ad.unpack_dual(module(*map(forward_ad.make_dual, *arguments))))
+
+    return forward_ad.make_dual(*run(pushed_forward, *primals, *tangents))
