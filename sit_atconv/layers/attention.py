@@ -1,6 +1,7 @@
 """Multi-head self-attention with the parameter names of the public SiT checkpoints."""
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
@@ -8,6 +9,25 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.layers.linear import linear
+from sit_atconv.layers.norm import norm
+from sit_atconv.ops.forward_mode import exact_derivatives, forward_mode
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend=None, parallel_config=None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, N, heads, d) by the backend that diffusers is set to.
+
+    In forward mode (`torch.func.jvp`, dual tensors) on plain torch calls: fused kernels have no such derivatives.
+    Raises RuntimeError for a context-parallel model there.
+    """
+    if not forward_mode():
+        return dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel_config)
+    if parallel_config is not None:
+        raise RuntimeError(
+            "context-parallel attention has no forward-mode derivatives (torch.func.jvp, dual tensors); "
+            "take them of a model without it"
+        )
+    with exact_derivatives():
+        return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v))).transpose(1, 2)
 
 
 class SiTAttnProcessor:
@@ -19,8 +39,8 @@ class SiTAttnProcessor:
     def __call__(self, attn: "Attention", hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states (B, N, C) -> (B, N, C)."""
         q, k, v = rearrange(attn.qkv(hidden_states), "b n (three h d) -> three b n h d", three=3, h=attn.num_heads)
-        q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
-        mixed = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+        q, k = norm(attn.q_norm, q).to(v.dtype), norm(attn.k_norm, k).to(v.dtype)
+        mixed = attend(q, k, v, self._attention_backend, self._parallel_config)
         return linear(attn.proj, mixed.flatten(2))
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sit_atconv.layers.linear import linear
+from sit_atconv.layers.norm import norm
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -63,9 +64,9 @@ class SiTBlock(nn.Module):
         x = hidden_states
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None, None].chunk(6, -1)
         grid = x.shape[1:3]
-        mixed = self.attn(modulate(self.norm1(x), shift1, scale1).flatten(1, 2), grid=grid)
+        mixed = self.attn(modulate(norm(self.norm1, x), shift1, scale1).flatten(1, 2), grid=grid)
         x = gated_residual(x, gate1, mixed.unflatten(1, grid))
-        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        return gated_residual(x, gate2, self.mlp(modulate(norm(self.norm2, x), shift2, scale2)))
 
 
 class SiTATConvBlock(SiTBlock):
@@ -86,4 +87,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None, None].chunk(2, -1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulate(norm(self.norm_final, x), shift, scale))

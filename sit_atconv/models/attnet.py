@@ -28,6 +28,7 @@ from torch import nn
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv, flatten_pointwise_weights
 from sit_atconv.layers.embedders import sincos_position_embedding
+from sit_atconv.ops.forward_mode import exact_derivatives
 
 __all__ = ["AttNet"]
 
@@ -158,6 +159,12 @@ class AttNetStage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self._run(x)
+        with exact_derivatives():
+            return self._run(x)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
         # Again: timm's feature extractors call stem and stages one by one, without what comes before them.
         x = self.downsample(x.contiguous(memory_format=torch.channels_last))
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -345,7 +352,11 @@ class AttNet(nn.Module):
         return taken
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pos_embed(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if torch.jit.is_scripting():
+            return self.pos_embed(self.stem(x))
+        with exact_derivatives():
+            return self.pos_embed(self.stem(x))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) -> the last stage's feature map."""
@@ -353,7 +364,10 @@ class AttNet(nn.Module):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Feature map -> pooled, normed features (`pre_logits`), or logits."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+        if torch.jit.is_scripting():
+            return self.head(x, pre_logits=pre_logits)
+        with exact_derivatives():
+            return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))

@@ -21,6 +21,7 @@ from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
 from sit_atconv.layers.blocks import FinalLayer, SiTATConvBlock, SiTBlock
 from sit_atconv.layers.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+from sit_atconv.ops.forward_mode import checkpointed
 
 TOKEN_MIXERS = ("attention", "atconv", "hybrid")
 PATCH_SIZES = (1, 2, 4, 8)
@@ -214,7 +215,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             if foreign_grid:
                 torch._dynamo.maybe_mark_dynamic(x, (1, 2))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, c)
+                x = checkpointed(self._gradient_checkpointing_func, block, x, c)
             else:
                 x = block(x, c)
         patches, p = self.final_layer(x, c), self.config.patch_size
@@ -230,7 +231,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
     def _is_own(self, grid: tuple[int, int]) -> bool:
         """Whether the model was made for that grid; False where a graph leaves the grid open, which this keeps so."""
-        return all(statically_known_true(a == b) for a, b in zip(grid, self._grid(*self.latent_size), strict=True))
+        known = bool if torch.jit.is_tracing() else statically_known_true  # sizes are tensors for torch.jit.trace
+        return all(known(a == b) for a, b in zip(grid, self._grid(*self.latent_size), strict=True))
 
     def _position_embedding(self, grid: tuple[int, int]) -> torch.Tensor:
         if self._is_own(grid):

@@ -4,13 +4,14 @@ import copy
 from typing import NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
 from sit_atconv.errors import InputError
+from sit_atconv.layers.attention import attend
+from sit_atconv.layers.norm import norm
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 from sit_atconv.swap.grafts import Graft, LayerOptions, is_fused, linear_refusal
 from sit_atconv.swap.grid import GridReference
@@ -36,11 +37,11 @@ def project_streams(
     if encoder_hidden_states is None:
         raise InputError("a joint attention was called without encoder_hidden_states; the split needs the text tokens")
 
-    def heads(linear: nn.Linear | None, norm: nn.Module | None, tokens, tables=None):
+    def heads(linear: nn.Linear | None, normalise: nn.Module | None, tokens, tables=None):
         if linear is None:
             return None
         made = linear(tokens).unflatten(-1, (module.heads, -1))
-        made = made if norm is None else norm(made)
+        made = made if normalise is None else norm(normalise, made)
         return made if tables is None else apply_rotary_emb(made, tables, sequence_dim=1)
 
     length = encoder_hidden_states.shape[1]
@@ -63,7 +64,7 @@ def project_streams(
 def project_sequence(module: nn.Module, length: int, hidden_states, image_rotary_emb=None) -> tuple[Heads, Heads]:
     """As `project_streams`, for one sequence that begins with `length` text tokens."""
     q, k, v = (getattr(module, name)(hidden_states).unflatten(-1, (module.heads, -1)) for name in IMAGE_MAPS)
-    q, k = module.norm_q(q), module.norm_k(k)
+    q, k = norm(module.norm_q, q), norm(module.norm_k, k)
     if image_rotary_emb is not None:
         q, k = (apply_rotary_emb(each, image_rotary_emb, sequence_dim=1) for each in (q, k))
     return Heads(q[:, :length], k[:, :length], v[:, :length]), Heads(q[:, length:], k[:, length:], v[:, length:])
@@ -107,7 +108,7 @@ class JointATConv(SwappedLayer):
     def attend(self, q: torch.Tensor, *others: Heads) -> torch.Tensor:
         """softmax attention of q over the tokens of `others`."""
         k, v = (torch.cat([getattr(each, name) for each in others], 1) for name in "kv")
-        return dispatch_attention_fn(q, k, v, backend=self.backend).to(v.dtype)
+        return attend(q, k, v, self.backend).to(v.dtype)
 
     def mix(self, text: Heads, image: Heads, image_tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Text (B, T, channels), None if it has no queries, and image (B, N, channels), before the output maps."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.ops.forward_mode import exact_derivatives
 from sit_atconv.swap.grafts import Graft, LayerOptions, input_of, linear_refusal, take_over, value_of, without_bias
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.layers import SwappedLayer
@@ -63,7 +64,8 @@ class PrefixATConv(SwappedLayer):
             for each in (self.q_proj(x[:, : self.prefix]), self.k_proj(x), v)
         )
         dropout = self.attn_drop.p if self.training else 0.0
-        read = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=dropout)
+        with exact_derivatives():
+            read = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=dropout)
         return read.transpose(1, 2).flatten(2)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from sit_atconv.ops.atconv import reference
 from sit_atconv.ops.atconv.native import sum_dtype
+from sit_atconv.ops.forward_mode import forward_mode
 
 
 def _store(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,4 +73,6 @@ def _grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], 
 
 def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """v (B, N, C), kernels (B, K, C) -> (B, N, C)."""
+    if forward_mode():  # torch.compile takes no autograd.Function that has a forward rule; plain calls have their own
+        return _Convolution.forward(v, kernels, *grid)
     return _Convolution.apply(v, kernels, *grid)

@@ -1,23 +1,29 @@
 """The dynamic depthwise convolution as one torch operator over the backends, and the rule that chooses among them.
 
 `sit_atconv::dynamic_depthwise_conv` and `sit_atconv::dynamic_depthwise_conv_grad_kernels` differentiate into each
-other, so gradients of any order exist and every one of them runs on the backend of the forward.
+other, so derivatives of any order exist, reverse and forward, and every one of them runs on the backend of the forward.
 """
 
 import importlib.util
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from sit_atconv.errors import check_choice
 from sit_atconv.ops.atconv import conv, inlined, native, reference
+from sit_atconv.ops.forward_mode import forward_mode, levels
 
 # Of the operators in torch.ops. An exported pipeline's source has one of its own (`pipelines.bundle`), since it may be
 # loaded beside this package or beside an export of another version.
 NAMESPACE = "sit_atconv"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
 BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
 CONV_VALUES = 2**16  # values of a sample from which `conv` is the faster one on a CPU
@@ -56,34 +62,76 @@ def _fake_grad_kernels(v, grad_y, height, width, kernel_size, backend):
     return torch.empty((v.shape[0], kernel_size**2, v.shape[2]), dtype=v.dtype, device=v.device)
 
 
-def _save_convolution(ctx, inputs, output):
-    v, kernels, *ctx.settings = inputs
-    # Each gradient needs the other's tensor alone.
-    ctx.save_for_backward(v if ctx.needs_input_grad[1] else None, kernels if ctx.needs_input_grad[0] else None)
-    ctx.kernel_size = math.isqrt(kernels.shape[1])
-
-
 def _differentiate_convolution(ctx, upstream):
     (v, kernels), (height, width, flip, backend) = ctx.saved_tensors, ctx.settings
     to_v = convolution(upstream, kernels, height, width, not flip, backend) if kernels is not None else None
     to_kernels = None
     if v is not None:
         source, above = (upstream, v) if flip else (v, upstream)
-        to_kernels = grad_kernels(source, above, height, width, ctx.kernel_size, backend)
-    return to_v, to_kernels, None, None, None, None
-
-
-def _save_grad_kernels(ctx, inputs, output):
-    v, grad_y, ctx.height, ctx.width, _, ctx.backend = inputs
-    ctx.save_for_backward(v if ctx.needs_input_grad[1] else None, grad_y if ctx.needs_input_grad[0] else None)
+        to_kernels = grad_kernels(source, above, height, width, math.isqrt(ctx.rows), backend)
+    return to_v, to_kernels
 
 
 def _differentiate_grad_kernels(ctx, upstream):
-    v, grad_y = ctx.saved_tensors
-    settings = (ctx.height, ctx.width)
-    to_v = convolution(grad_y, upstream, *settings, True, ctx.backend) if grad_y is not None else None
-    to_grad_y = convolution(v, upstream, *settings, False, ctx.backend) if v is not None else None
-    return to_v, to_grad_y, None, None, None, None
+    (v, grad_y), (height, width, _, backend) = ctx.saved_tensors, ctx.settings
+    to_v = convolution(grad_y, upstream, height, width, True, backend) if grad_y is not None else None
+    to_grad_y = convolution(v, upstream, height, width, False, backend) if v is not None else None
+    return to_v, to_grad_y
+
+
+def _differentiable(operator, differentiate: Callable) -> Callable:
+    """What `operator` (first, second, *settings), linear in each of its two tensors, does under the key Autograd.
+
+    `custom_op.register_autograd` knows no forward mode: without a gradient to keep it drops tangents without a word,
+    and it refuses the transforms of torch.func. As there, the function runs only where something is to be kept.
+    """
+
+    def below(keyset, arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    class Bilinear(_SingleLevelFunction):
+        @staticmethod
+        def forward(keyset, grad, tangents, *arguments):
+            if not levels():
+                return below(keyset, arguments)
+            # The levels below this one differentiate on; `apply` has switched that off for all of them.
+            with torch.set_grad_enabled(grad), _set_fwd_grad_enabled(tangents):
+                return below(keyset, arguments)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            _, _, ctx.tangents, first, second, *ctx.settings = inputs
+            ctx.rows = second.shape[1]
+            *_, needs_first, needs_second = ctx.needs_input_grad[:5]
+            # Each gradient needs the other's tensor alone.
+            ctx.save_for_backward(first if needs_second else None, second if needs_first else None)
+            ctx.save_for_forward(first, second)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, None, None, *differentiate(ctx, upstream), *(None for _ in ctx.settings)
+
+        @staticmethod
+        def jvp(ctx, keyset, grad, tangents, to_first, to_second, *_):
+            # Torch switches tangents off here, and a jvp of a jvp would lose the outer one's. With them on, what
+            # was saved must not bring its own.
+            with _set_fwd_grad_enabled(ctx.tangents):
+                first, second = (unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors)
+                parts = [] if to_first is None else [operator(to_first, second, *ctx.settings)]
+                if to_second is not None:
+                    parts.append(operator(first, to_second, *ctx.settings))
+                return sum(parts[1:], parts[0])
+
+    def kernel(keyset, *arguments):
+        transformed = levels()
+        if transformed or forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            state = keyset, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+            with enable_single_level_autograd_function() if transformed else nullcontext():
+                return Bilinear.apply(*state, *arguments)
+        return below(keyset, arguments)
+
+    return kernel
 
 
 def _batched(operator):
@@ -108,14 +156,14 @@ def _grad_kernels_flops(v_shape, grad_y_shape, height, width, kernel_size, *_, *
     return 2 * math.prod(v_shape) * kernel_size**2
 
 
-def _operator(name: str, function: Callable, fake: Callable, save: Callable, differentiate: Callable, flops: Callable):
+def _operator(name: str, function: Callable, fake: Callable, differentiate: Callable, flops: Callable):
     """The torch operator NAMESPACE::name, defined unless it is there already: this source may be imported twice."""
     operators = getattr(torch.ops, NAMESPACE)
     if not hasattr(operators, name):
         defined = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
         defined.register_fake(fake)
-        defined.register_autograd(differentiate, setup_context=save)
         defined.register_vmap(_batched(defined))
+        LIBRARY.impl(name, _differentiable(getattr(operators, name).default, differentiate), "Autograd", with_keyset=True)
         register_flop_formula(getattr(operators, name))(flops)
     return getattr(operators, name).default
 
@@ -124,7 +172,6 @@ convolution = _operator(
     "dynamic_depthwise_conv",
     _convolve,
     _fake_convolution,
-    _save_convolution,
     _differentiate_convolution,
     _convolution_flops,
 )
@@ -132,7 +179,6 @@ grad_kernels = _operator(
     "dynamic_depthwise_conv_grad_kernels",
     _correlate,
     _fake_grad_kernels,
-    _save_grad_kernels,
     _differentiate_grad_kernels,
     _grad_kernels_flops,
 )
@@ -200,8 +246,9 @@ def dynamic_depthwise_conv(
 ) -> torch.Tensor:
     """The operator on arguments that fit; see `sit_atconv.ops.atconv.dynamic_depthwise_conv`."""
     chosen = choose_backend(v, backend)
-    # Inductor sees nothing of a custom operator; of the plain forms it makes loops of its own, with sums in fp32.
-    if chosen == "native" and torch.compiler.is_compiling():
+    # Inductor sees nothing of a custom operator; of the plain forms it makes loops of its own, with sums in fp32. And a
+    # custom operator cannot see that its graph makes dual tensors, unless a transform of torch.func does.
+    if torch.compiler.is_compiling() and (chosen == "native" or (forward_mode() and not levels())):
         return inlined.dynamic_depthwise_conv(v, kernels, grid)
     if chosen == "reference":
         return reference.dynamic_depthwise_conv(v, kernels, grid)

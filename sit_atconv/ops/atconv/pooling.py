@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sit_atconv.ops.atconv import reference
+from sit_atconv.ops.forward_mode import forward_mode
 
 
 def _pool(x: torch.Tensor, grid: tuple[int, int], k: int, pool: str) -> torch.Tensor:
@@ -51,7 +52,14 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return _Pool.apply(upstream, *ctx.settings, not ctx.transposed), None, None, None, None
+        return _differentiable(upstream, *ctx.settings, not ctx.transposed), None, None, None, None
+
+
+def _differentiable(x: torch.Tensor, grid: tuple[int, int], k: int, pool: str, transposed: bool) -> torch.Tensor:
+    """The pooling or its transpose; by plain torch calls where that is all, or in forward mode, which they have."""
+    if forward_mode() or not (x.requires_grad and torch.is_grad_enabled()):
+        return (_unpool if transposed else _pool)(x, grid, k, pool)
+    return _Pool.apply(x, grid, k, pool, transposed)
 
 
 def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
@@ -59,6 +67,4 @@ def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: 
     trace of torch.jit too, which holds no autograd.Function."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return reference.pool_tokens(x, grid, kernel_size, pool)
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return _pool(x, grid, kernel_size, pool)
-    return _Pool.apply(x, grid, kernel_size, pool, False)
+    return _differentiable(x, grid, kernel_size, pool, False)
