@@ -131,8 +131,8 @@ def check_scheduler(scheduler: SchedulerMixin) -> str | None:
         worst = falls.argmax()
         raise InputError(
             f"scheduler {name}{_levels_options(fine)} goes from noise level {fine.sigmas[worst]:.3g} to "
-            f"{fine.sigmas[worst + 1]:.3g} in a single step, even of {FINE_STEPS}; more steps would not follow the "
-            "flow there: bring these options nearer to their defaults"
+            f"{fine.sigmas[worst + 1]:.3g} in a single step, even of {FINE_STEPS}, and {LARGEST_FALL} is the "
+            "most: bring these options nearer to their defaults"
         )
     return None
 
