@@ -12,7 +12,7 @@ from joint_models import HEAD_DIM, HEADS, TEXT, flux, flux_inputs, raster, sd3, 
 
 from sit_atconv import swap_attention
 from sit_atconv.errors import InputError
-from sit_atconv.swap import regress
+from sit_atconv.swap import calibration, regress
 from sit_atconv.swap.joint import JointATConv
 from sit_atconv.swap.models import ATConvFluxTransformer2DModel, ATConvSD3Transformer2DModel
 
@@ -492,3 +492,19 @@ def test_flux_within_a_traced_function_says_to_compile_its_blocks():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile_repeated_blocks"):
         torch.compile(lambda **inputs: model(**inputs), fullgraph=True, backend="eager")(**flux_inputs((3, 4)))
+
+
+@pytest.mark.parametrize(("kind", "grid"), [("sd3", (3, 4)), ("flux", (16, 16))])
+def test_auto_states_the_error_of_the_whole_model(kind, grid, monkeypatch):
+    """Alone and together the layers give text and image as in the model that is swapped in the end."""
+    monkeypatch.setattr(calibration, "_rounds", lambda functions: [(2.0, 1.0)] * 8)
+    make, inputs = {"sd3": (sd3, sd3_inputs), "flux": (flux, flux_inputs)}[kind]
+    model, call = make(), inputs(grid)
+    with torch.no_grad():
+        before = model(**call).sample.double()
+        swap = swap_attention(model, "auto", joint="split", calib=[call], max_error=10)
+        off = (model(**call).sample.double() - before).norm() / before.norm()
+    report = swap.report(measure=False)
+    assert len(report.layers) > 1
+    assert report.output_error == pytest.approx(off.item(), rel=1e-5)
+    assert 0 < min(row.output_error for row in report.layers) < report.output_error
