@@ -63,22 +63,21 @@ def dopri5(
     the solver by itself would step past it and interpolate, and the trial step that sets its first step is cut short.
     The public SiT code does step past the end: its ends differ from ours by more than rounding, within the tolerances
     for velocity prediction, by more for score and noise prediction, whose velocity is steep there.
-    Where the velocity is not finite there is no step size to go on with: the end is NaN then, for the whole batch.
+    Where the velocity is not finite, or too steep, there is no step size to go on with: the end is NaN, of all items.
     """
     ends = times[[0, -1]].to(x.device)
     low, high = ends.aminmax()
-    finite = torch.ones((), dtype=torch.bool, device=x.device)
+    begun = False
 
-    def seen(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        nonlocal finite
-        v = velocity(x, t.clamp(low, high))
-        finite = finite & v.isfinite().all()
-        return v
+    def within(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        nonlocal begun
+        begun = True
+        return velocity(x, t.clamp(low, high))
 
     try:
-        return odeint(seen, x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]})[-1]
-    except AssertionError:  # torchdiffeq's, of a step size or a state that is not finite
-        if finite:
+        return odeint(within, x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]})[-1]
+    except AssertionError:  # torchdiffeq's, of a step size of 0 or NaN; before it begins, of its arguments
+        if not begun:
             raise
         return torch.full_like(x, torch.nan)
 
