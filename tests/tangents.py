@@ -13,10 +13,10 @@ def differences(f, x, dx, step=1e-5):
     return (ends[0] - ends[1]) / (2 * step)
 
 
-def assert_tangent(f, x, dx, tolerance=1e-6):
+def assert_tangent(f, x, dx, tolerance=1e-6, step=1e-5):
     """torch.func.jvp against central differences, relative to the largest value."""
     x, dx = tuple(x), tuple(dx)
-    expected = differences(f, x, dx)
+    expected = differences(f, x, dx, step)
     assert expected.abs().max() > 0
     torch.testing.assert_close(jvp(f, x, dx)[1], expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
@@ -42,15 +42,15 @@ def double_backward(f, x, dx, parameters):
         return gradient(tangent.square().sum(), parameters)
 
 
-def assert_reverse_over_forward(f, x, dx, parameters):
+def assert_reverse_over_forward(f, x, dx, parameters, tolerance=1e-9, step=1e-5):
     """Against double backward, and along one direction against differences of the tangent."""
     actual = reverse_over_forward(f, x, dx, parameters)
     expected = double_backward(f, x, dx, parameters)
     scale = expected.abs().max().item()
     assert scale > 0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * scale)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
     generator = torch.Generator().manual_seed(0)
-    steps = [1e-5 * torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in parameters]
+    steps = [step * torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in parameters]
 
     def moved(sign):
         for parameter, step in zip(parameters, steps, strict=True):
@@ -60,4 +60,4 @@ def assert_reverse_over_forward(f, x, dx, parameters):
     change = (moved(1) - moved(-2)) / 2
     moved(1)
     along = (actual * torch.cat([step.flatten() for step in steps])).sum().item()
-    assert abs(along - change) <= 1e-4 * abs(change) + 1e-9 * scale
+    assert abs(along - change) <= 1e-3 * abs(change), (along, change)

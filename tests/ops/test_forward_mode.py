@@ -108,9 +108,13 @@ def test_transforms_nest_as_they_do_around_the_oracle(backend, nested):
 def test_both_operators_have_forward_rules(backend, flip):
     (v, kernels), _ = problem()
     v, kernels = v[:1, :, :2].clone().requires_grad_(), kernels[:1, :, :2].clone().requires_grad_()
+    grad_y = (2 * v.detach()).requires_grad_()
     forms = {
         "convolution": (lambda a, b: operator.convolution(a, b, *GRID, flip, backend), (v, kernels)),
-        "grad_kernels": (lambda a, b: operator.grad_kernels(a, b, *GRID, 3, backend), (v, (2 * v.detach()).requires_grad_())),
+        "grad_kernels": (
+            lambda a, b: operator.grad_kernels(a, b, *GRID, 3, backend),
+            (v, grad_y),
+        ),
     }
     for form, leaves in forms.values():
         assert gradcheck(form, leaves, check_forward_ad=True, check_batched_grad=True)

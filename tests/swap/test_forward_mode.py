@@ -13,15 +13,16 @@ from sit_atconv import swap_attention
 from sit_atconv.ops.forward_mode import exact_derivatives
 
 
-def check(model, x, rest):
+def check(model, x, rest, **rough):
     def f(x):
         with exact_derivatives():
             y = model(x, **rest)
         return getattr(y, "sample", y)
 
     dx = x.flip(-1).roll(1, 1)
-    assert_tangent(f, (x,), (dx,))
-    assert_reverse_over_forward(f, x, dx, [each for each in model.parameters() if each.numel() > 1])
+    assert_tangent(f, (x,), (dx,), **rough)
+    parameters = [each for each in model.parameters() if each.numel() > 1]
+    assert_reverse_over_forward(f, x, dx, parameters, **({"tolerance": 1e-5, "step": 1e-4} if rough else {}))
 
 
 @pytest.mark.parametrize("kind", ["dit", "pixart", "unet"])
@@ -37,7 +38,8 @@ def test_joint(kind):
     model, _, inputs = swapped_joint(kind, dtype=torch.float64)
     stir_joint(model)
     x, *rest = inputs((3, 4)).items()
-    check(model, x[1], dict(rest))
+    # Their norms and angles are worked out in fp32.
+    check(model, x[1], dict(rest), tolerance=1e-3, step=1e-3)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
