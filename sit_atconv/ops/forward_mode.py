@@ -49,8 +49,7 @@ def _standardise(x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     y = _standardise(input, list(range(-len(normalized_shape), 0)), eps)
     y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
+    return (y if bias is None else y + bias).to(input.dtype)
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

@@ -91,8 +91,8 @@ class JointATConv(SwappedLayer):
             linear = getattr(attention, name, None)
             setattr(self, name, None if linear is None or name in without else _fresh(linear))
         for name in NORMS:
-            norm = getattr(attention, name, None)
-            setattr(self, name, None if norm is None or name in without else copy.deepcopy(norm).requires_grad_())
+            each = getattr(attention, name, None)
+            setattr(self, name, None if each is None or name in without else copy.deepcopy(each).requires_grad_())
         out = getattr(attention, "to_out", None)
         self.to_out = None if out is None else nn.ModuleList([_fresh(out[0]), nn.Dropout(out[1].p)])
         self.reset_parameters()
@@ -101,8 +101,8 @@ class JointATConv(SwappedLayer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.text_share.zero_()
-        for norm in (getattr(self, name) for name in NORMS):
-            for name, parameter in norm.named_parameters() if norm is not None else ():
+        for each in (getattr(self, name) for name in NORMS):
+            for name, parameter in each.named_parameters() if each is not None else ():
                 parameter.fill_(0 if name.endswith("bias") else 1)
 
     def attend(self, q: torch.Tensor, *others: Heads) -> torch.Tensor:

@@ -138,3 +138,19 @@ def test_the_operator_runs_on_triton_through_the_front():
         results.append((y, *first, *second))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_through_the_front():
+    """A tangent, and its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    v, kernels, dv, dkernels = (torch.randn(2, rows, 5, generator=generator) for rows in (12, 9, 12, 9))
+    kernels.requires_grad_()
+    results = []
+    for backend in ("triton", "reference"):
+        y, tangent = torch.func.jvp(
+            lambda v, taps: front.dynamic_depthwise_conv(v * v, taps * kernels, (3, 4), backend),  # noqa: B023
+            (v, kernels.detach()),
+            (dv, dkernels),
+        )
+        results.append((y, tangent, *torch.autograd.grad(tangent.square().sum(), kernels)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -54,8 +54,8 @@ def dynamic_depthwise_conv(
 
     v (B, N, C) with N = H * W tokens in raster order, kernels (B, K, C) with K = k * k, k odd -> (B, N, C).
     y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c]: zero padding, stride 1,
-    cross-correlation. fp32, bf16, fp16 (summed in fp32) and fp64; differentiable any number of times (compiled: once),
-    and under vmap.
+    cross-correlation. fp32, bf16, fp16 (summed in fp32) and fp64; differentiable any number of times in reverse and
+    forward mode (compiled: once in reverse), and under vmap.
 
     backend: "reference" (the oracle), "conv" (grouped convolution), "native" (token layout; under torch.compile one
     fused loop), "triton" (CUDA; no fp64) or "auto", which takes the environment variable SIT_ATCONV_BACKEND, else

@@ -163,7 +163,9 @@ def _operator(name: str, function: Callable, fake: Callable, differentiate: Call
         defined = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
         defined.register_fake(fake)
         defined.register_vmap(_batched(defined))
-        LIBRARY.impl(name, _differentiable(getattr(operators, name).default, differentiate), "Autograd", with_keyset=True)
+        LIBRARY.impl(
+            name, _differentiable(getattr(operators, name).default, differentiate), "Autograd", with_keyset=True
+        )
         register_flop_formula(getattr(operators, name))(flops)
     return getattr(operators, name).default
 

@@ -56,8 +56,9 @@ class _Pool(torch.autograd.Function):
 
 
 def _differentiable(x: torch.Tensor, grid: tuple[int, int], k: int, pool: str, transposed: bool) -> torch.Tensor:
-    """The pooling or its transpose; by plain torch calls where that is all, or in forward mode, which they have."""
-    if forward_mode() or not (x.requires_grad and torch.is_grad_enabled()):
+    """The pooling or its transpose; by plain torch calls where the function is of no use: without a gradient, in
+    forward mode, which they have, and for torch.jit.trace, which cannot save a function of Python's."""
+    if forward_mode() or torch.jit.is_tracing() or not (x.requires_grad and torch.is_grad_enabled()):
         return (_unpool if transposed else _pool)(x, grid, k, pool)
     return _Pool.apply(x, grid, k, pool, transposed)
 
