@@ -13,19 +13,17 @@ STORED = ROOT / "experiments/results/error_bars"
 
 
 def test_stated_errors_are_those_of_repeated_draws(monkeypatch):
-    """Every metric of images of classes in turn; without labels the same images have a bound.
-
-    What asks whether any image is near has a jackknife error that is too large, never too small (Efron and Stein 1981).
-    """
+    """Every metric of images of classes in turn, to what 40 draws can tell; without labels the same have a bound."""
     monkeypatch.setattr("eval.kernel.SUBSETS", 3)
-    monkeypatch.setattr("experiments.error_bars.REAL", 100)
+    monkeypatch.setattr("experiments.error_bars.REAL", 300)
     known, unknown = (error_bars(Draw("5 a class", 32, known=known), 40, 160) for known in (True, False))
     assert (known["error_bars"]["design"], known["error_bars"]["groups"]) == ("stratified", 5)
     for name, metric in known["metrics"].items():
-        assert 0.7 < metric["ratio"] < (2 if name in ("recall", "coverage") else 1.4), name
+        assert 0.65 < metric["ratio"] < 1.5, name
     assert unknown["error_bars"]["upper_bound"]
-    assert unknown["metrics"]["frechet_distance"]["spread"] == known["metrics"]["frechet_distance"]["spread"]
-    assert unknown["metrics"]["frechet_distance"]["ratio"] > 1.2 * known["metrics"]["frechet_distance"]["ratio"]
+    one, other = (found["metrics"]["frechet_distance"] for found in (known, unknown))
+    assert other["spread"] == pytest.approx(one["spread"])
+    assert other["stated"] != pytest.approx(one["stated"], rel=1e-3)
 
 
 def test_a_corrected_distance_is_given_from_ten_images_a_feature_on():
