@@ -24,6 +24,7 @@ from sit_atconv.files import write_atomic
 
 FEATURES, IMAGES, REAL = 16, 400, 1000
 METRICS = ("frechet_distance", "is", "precision", "recall", "density", "coverage", "kid", "recognised")
+DISTANCE = ("true distance", "mean", "mean corrected")  # columns
 RATIOS = (0.5, 1, 2, 5, 10, 15, 25)  # images a feature, of the corrected distance
 WIDE = 64  # features of it
 
@@ -137,16 +138,18 @@ def correction(ratio: float, repeats: int) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"Stated error over the spread of {result['repeats']} repeated draws of {IMAGES} images, {FEATURES} features. "
-        "Stated: root mean square over the repeats. Right is 1; ≤: scoring says that it is an upper bound.",
+        "Stated: root mean square over the repeats. Right is 1. ≤: scoring says that the error is an upper bound, and "
+        "≥ that the corrected distance is a lower one.",
         "",
-        f"| draw | groups | {' | '.join(name.replace('_', ' ') for name in METRICS)} |",
-        f"| --- | --- |{' ---: |' * len(METRICS)}",
+        f"| {' | '.join(['draw', 'groups', *(name.replace('_', ' ') for name in METRICS), *DISTANCE])} |",
+        f"| --- | --- |{' ---: |' * (len(METRICS) + len(DISTANCE))}",
     ]
     for row in result["error_bars"]:
-        bars = row["error_bars"]
-        mark = "≤ " * bars["upper_bound"]
+        bars, distance = row["error_bars"], row["distance"]
+        most, least = ("≤ ", "≥ ") if bars["upper_bound"] else ("", "")
         ratios = [row["metrics"].get(name, {}).get("ratio") for name in METRICS]
-        cells = ["" if ratio is None else f"{mark}{ratio:.2f}" for ratio in ratios]
+        cells = ["" if ratio is None else f"{most}{ratio:.2f}" for ratio in ratios]
+        cells += [f"{distance['truth']:.2f}", f"{distance['value']:.2f}", f"{least}{distance['corrected']:.2f}"]
         lines.append(f"| {row['draw']} | {bars['groups']} {bars['design']} | {' | '.join(cells)} |")
     lines += [
         "",
