@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from swap.test_joint import KINDS, random_weights
+from joint_models import random_weights
+from swap.test_joint import KINDS
 from swap.test_joint import stir as stir_joint
 from swap.test_joint import swapped as swapped_joint
 from swap.test_vit import PREFIXES, images, stir
