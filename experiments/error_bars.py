@@ -139,7 +139,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"Stated error over the spread of {result['repeats']} repeated draws of {IMAGES} images, {FEATURES} features. "
         "Stated: root mean square over the repeats. Right is 1. ≤: scoring says that the error is an upper bound, and "
-        "≥ that the corrected distance is a lower one.",
+        "≥ that the corrected distance is a lower one. Recall and coverage ask whether any image is near, which the "
+        "images left out change by more than their share: their errors are rough, the more so the fewer the groups.",
         "",
         f"| {' | '.join(['draw', 'groups', *(name.replace('_', ' ') for name in METRICS), *DISTANCE])} |",
         f"| --- | --- |{' ---: |' * (len(METRICS) + len(DISTANCE))}",
