@@ -21,6 +21,7 @@ from eval import digits
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import sha256
+from sit_atconv.hooks import recorded
 from sit_atconv.vit import load_vit
 
 INCEPTION_PROTOCOL = "adm-inception-1"
@@ -205,15 +206,13 @@ class _Inception(nn.Module):
 
     def __init__(self, model: FeatureExtractorInceptionV3):
         super().__init__()
-        self.model, self._spatial = model, None
-        model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs, output: torch.Tensor) -> None:
-        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+        self.model = model
 
     def forward(self, pixels: torch.Tensor) -> Streams:
-        pool, logits = self.model(pixels.expand(-1, 3, -1, -1))
-        return {"pool": pool, "logits": logits, "spatial": self._spatial}
+        with recorded({"branch": self.model.Mixed_6d.branch1x1}) as seen:
+            pool, logits = self.model(pixels.expand(-1, 3, -1, -1))
+        spatial = seen["branch"][2][:, :7].permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "logits": logits, "spatial": spatial}
 
 
 def inception_weights(path: str | None) -> Path:

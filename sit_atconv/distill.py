@@ -9,9 +9,9 @@ from torch import nn
 from sit_atconv import config
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.errors import InputError
+from sit_atconv.hooks import recorded
 from sit_atconv.layers.attention import Attention
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.swap.calibration import recorded
 from sit_atconv.swap.choosing import choose
 from sit_atconv.swap.swapping import swap_attention, teacher_of
 
@@ -172,14 +172,9 @@ def _with_hidden(
     model: SiTTransformer2DModel, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """The output, and the hidden states after every block."""
-    hidden: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda _, __, output: hidden.append(output)) for block in model.blocks]
-    try:
+    with recorded(dict(enumerate(model.blocks))) as seen:
         (output,) = model(x, t, labels, return_dict=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return output, hidden
+    return output, [seen[index][2] for index in range(len(model.blocks))]
 
 
 def _fresh(attention: Attention) -> Attention:

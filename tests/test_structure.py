@@ -17,10 +17,11 @@ ALLOWED = {
     "files": BASE,
     "claims": BASE | {"files"},
     "vit": BASE,
+    "hooks": set(),
     "flow": set(),
     "config": BASE | {"flow"},
     "ops": BASE,
-    "layers": BASE | {"ops"},
+    "layers": BASE | {"ops", "hooks"},
     "models": BASE | {"ops", "layers", "flow"},
     "images": set(),
     "data": CORE | {"files"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "checkpoint": CORE | {"models", "files", "sharding"},
     "posthoc": BASE | {"config", "ema", "checkpoint", "files", "models"},
     "generation": CORE | {"models", "data", "images", "latents"},
-    "distill": CORE | {"models", "layers", "checkpoint", "swap"},
+    "distill": CORE | {"models", "layers", "checkpoint", "swap", "hooks"},
     "plan": CORE | {"models", "data", "latents", "generation", "ema", "distill"},
     "training": CORE
     | {
@@ -51,7 +52,7 @@ ALLOWED = {
     "convert": CORE | {"models", "layers", "checkpoint", "files"},
     "pipelines": BASE | {"flow", "models", "images", "checkpoint", "files", "latents", "config", "ema"},
     "classification": CORE | {"models", "data", "checkpoint", "training", "sharding"},
-    "swap": CORE | {"ops", "layers", "models", "files", "claims"},
+    "swap": CORE | {"ops", "layers", "models", "files", "claims", "hooks"},
     "__init__": {"layers", "models", "pipelines", "swap", "version"},
 }
 LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))

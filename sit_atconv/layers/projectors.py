@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sit_atconv.errors import InputError
+from sit_atconv.hooks import recorded
 
 FILE = "projectors.safetensors"
 
@@ -65,16 +66,11 @@ class Projectors(nn.Module):
         Gradients of z reach the model. Raises InputError for a model with fewer blocks than the encoder depth.
         """
         self.check_model(model)
-        tokens = []
-        # Removed before a backward pass, in which gradient checkpointing calls the block again. A compiled block calls
+        # Closed before a backward pass, in which gradient checkpointing calls the block again. A compiled block calls
         # its hooks outside of its graph.
-        block = model.blocks[self.encoder_depth - 1]
-        hook = block.register_forward_hook(lambda _module, _inputs, output: tokens.append(output.flatten(1, 2)))
-        try:
+        with recorded({"block": model.blocks[self.encoder_depth - 1]}) as seen:
             velocity = model(x, t, labels).sample
-        finally:
-            hook.remove()
-        return velocity, self(tokens[0])
+        return velocity, self(seen["block"][2].flatten(1, 2))
 
     def check_model(self, model: nn.Module) -> None:
         """Raise InputError unless the model has the block whose tokens are projected."""

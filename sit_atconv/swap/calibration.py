@@ -2,8 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -114,23 +113,6 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-
-
-@contextmanager
-def recorded(attentions: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple]]:
-    """By name, (arguments, keyword arguments, output) of the latest call of each attention while this is open."""
-    seen: dict[str, tuple] = {}
-    handles = [
-        attention.register_forward_hook(
-            lambda _, args, kwargs, output, name=name: seen.update({name: (args, kwargs, output)}), with_kwargs=True
-        )
-        for name, attention in attentions.items()
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def read_share(site: Site, args: tuple, kwargs: dict, _) -> None:

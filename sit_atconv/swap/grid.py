@@ -1,6 +1,7 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
+from torch.utils.hooks import RemovableHandle
 
 from sit_atconv.errors import InputError
 
@@ -103,7 +105,7 @@ class GridHook:
                 module._gradient_checkpointing_func = _CheckpointOnGrid(self.reference, function)
 
 
-class GridScope:
+class Scope:
     """Two hooks of a module within which a grid holds: what a call changes of it, its end takes back."""
 
     def __init__(self, reference: GridReference):
@@ -112,7 +114,7 @@ class GridScope:
     def put_on(self, module: nn.Module) -> None:
         """Register them, unless a scope of the same grid is on the module."""
         there = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        if not any(isinstance(each, GridScope) and each.reference is self.reference for each in there):
+        if not any(isinstance(each, Scope) and each.reference is self.reference for each in there):
             module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True)
             module.register_forward_hook(self.leave, always_call=True)
 
@@ -126,12 +128,30 @@ class GridScope:
             now.shape, now.outer = now.outer
 
 
-class BlockScope(GridScope):
+class PassScope(Scope):
+    """Of the module that a pass goes through. With the last pass of a thread goes what it knew of a grid."""
+
+    def leave(self, module: nn.Module, args: tuple, output) -> None:
+        super().leave(module, args, output)
+        if self.reference.now.outer is None:
+            self.reference.now.shape = None
+
+
+class BlockScope(Scope):
     """Of a layer and the blocks around it, which may be checkpointed: run again, they get the grid of their tokens.
 
     By the tokens, since nothing else is the same: the backward pass may run in a thread of autograd's own, among other
     passes, and whatever checkpoints a block calls it again with the tokens of before, if detached.
     """
+
+    # One key on all modules: a compiled block, in whose graph its hooks are, would guard one of its own, and blocks
+    # that share a graph would not.
+    key = RemovableHandle(OrderedDict()).id
+
+    def put_on(self, module: nn.Module) -> None:
+        module._forward_pre_hooks[self.key], module._forward_hooks[self.key] = self.enter, self.leave
+        module._forward_pre_hooks.move_to_end(self.key, last=False)
+        module._forward_pre_hooks_with_kwargs[self.key] = module._forward_hooks_always_called[self.key] = True
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
@@ -152,7 +172,7 @@ class BlockScope(GridScope):
 
 # torch.compile(model) calls the model's hooks outside of its graph, and would make graphs of these by themselves, for
 # every resolution. Where a hook is traced as part of a graph (of a U-Net, say) this changes nothing.
-for _hook in (GridHook.__call__, GridScope.enter, GridScope.leave, BlockScope.enter, BlockScope.leave):
+for _hook in (GridHook.__call__, Scope.enter, Scope.leave, PassScope.leave, BlockScope.enter, BlockScope.leave):
     set_code_exec_strategy(_hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
@@ -176,7 +196,7 @@ def remove_hooks(module: nn.Module, used: set[int]) -> None:
     ):
         for key, hook in list(hooks.items()):
             ours = getattr(hook, "__self__", hook)
-            if isinstance(ours, GridHook | GridScope) and id(ours.reference) not in used:
+            if isinstance(ours, GridHook | Scope) and id(ours.reference) not in used:
                 for each in (hooks, *marks):
                     each.pop(key, None)
     function = getattr(module, "_gradient_checkpointing_func", None)

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
-from sit_atconv.swap.calibration import Site, call_model, recorded
+from sit_atconv.hooks import recorded
+from sit_atconv.swap.calibration import Site, call_model
 from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, checked_inputs
 
 

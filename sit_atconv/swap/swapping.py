@@ -29,7 +29,7 @@ from sit_atconv.swap.calibration import (
 )
 from sit_atconv.swap.choosing import Select, choose
 from sit_atconv.swap.grafts import Graft, LayerOptions
-from sit_atconv.swap.grid import BlockScope, GridHook, GridReference, GridScope, remove_hooks
+from sit_atconv.swap.grid import BlockScope, GridHook, GridReference, PassScope, remove_hooks
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.start import TapFit, set_kernels
 
@@ -434,7 +434,7 @@ def _keep_grid(layer: nn.Module, reference: GridReference, owner: nn.Module, mod
     for end in range(len(parts) - 1, -1, -1):
         above = model.get_submodule(".".join(parts[:end]))
         if above is owner or above is model:
-            GridScope(reference).put_on(above)
+            PassScope(reference).put_on(above)
             return
         if not isinstance(above, nn.ModuleList | nn.Sequential):
             BlockScope(reference).put_on(above)
