@@ -237,7 +237,7 @@ def test_replicas_share_a_grid_with_nobody(tiny, kind):
     with torch.no_grad():
         alone = [swapped.call(swapped.inputs(grid)) for grid in (WIDE, HIGH)]
         meeting = threading.Barrier(2, timeout=60)
-        swapped.blocks[-1].register_forward_pre_hook(lambda *_: met(meeting))
+        swapped.blocks[0].register_forward_pre_hook(lambda *_: met(meeting))
 
         def replica():
             made = {each: each._replicate_for_data_parallel() for each in swapped.model.modules()}

@@ -64,8 +64,7 @@ def _differentiable(x: torch.Tensor, grid: tuple[int, int], k: int, pool: str, t
 
 
 def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses; in a
-    trace of torch.jit too, which holds no autograd.Function."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
+    if torch.compiler.is_compiling():
         return reference.pool_tokens(x, grid, kernel_size, pool)
     return _differentiable(x, grid, kernel_size, pool, False)
