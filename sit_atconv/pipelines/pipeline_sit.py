@@ -32,7 +32,7 @@ def _flatten(labels) -> list[int | str]:
         return [int(labels)]
     if isinstance(labels, torch.Tensor | np.ndarray):
         return _flatten(labels.tolist())
-    if isinstance(labels, list | tuple):
+    if isinstance(labels, Sequence):
         return [label for part in labels for label in _flatten(part)]
     raise InputError(f"class_labels holds {labels!r}; give ids (integers) or names")
 
@@ -199,7 +199,7 @@ class SiTPipeline(DiffusionPipeline):
         | PipelineCallback
         | MultiPipelineCallbacks
         | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """Images of the classes asked for: num_images_per_prompt of each, those of one class together.
 
@@ -227,7 +227,8 @@ class SiTPipeline(DiffusionPipeline):
         check_choice("guidance_channels", guidance_channels, CHANNELS)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        for name in callback_on_step_end_tensor_inputs:
+        handed_over = callback_on_step_end_tensor_inputs or ()
+        for name in handed_over:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         if not (isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2) or not (
             0 <= guidance_interval[0] <= guidance_interval[1] <= 1
@@ -275,7 +276,7 @@ class SiTPipeline(DiffusionPipeline):
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]
                 if callback_on_step_end is not None:
                     handed = {"latents": latents, "class_labels": class_labels}
-                    chosen = {name: handed[name] for name in callback_on_step_end_tensor_inputs}
+                    chosen = {name: handed[name] for name in handed_over}
                     taken = handed | (callback_on_step_end(self, step, timestep, chosen) or {})
                     latents, class_labels = (_take_back(name, taken[name], old) for name, old in handed.items())
                     if self._guidance_scale == 0 != guidance_scale:  # by which diffusers' callbacks end the guidance

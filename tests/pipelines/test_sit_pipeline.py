@@ -273,6 +273,7 @@ def test_labels_are_ids_or_names(make_pipe):
     assert pipe.get_label_ids(["Goldfish", 3, "tinca tinca", "tench", "tench, Tinca tinca"]) == [1, 3, 0, 0, 0]
     assert pipe.get_label_ids([[1], ["umbrella"]]) == pipe.get_label_ids(torch.tensor([1, 4])) == [1, 4]
     assert pipe.get_label_ids(np.int64(2)) == [2]
+    assert pipe.get_label_ids(range(1, 3)) == [1, 2]
     assert torch.equal(draw(pipe, ("goldfish", "umbrella")), draw(pipe, (1, 4)))
     assert torch.equal(pipe(4, **{"generator": generators(0), "output_type": "latent"}).images, pipe(
         "umbrella", generator=generators(0), output_type="latent").images)  # fmt: skip
@@ -315,6 +316,10 @@ def test_callbacks_see_and_change_the_tensors(make_pipe):
     seen.clear()
     draw(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=everything)
     assert seen[0][2] == sorted(everything)
+
+    seen.clear()
+    draw(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=None)
+    assert [names for _, _, names in seen] == [[]] * 3
 
     def clear_at_the_end(pipe, step, timestep, tensors):
         if step == pipe.num_timesteps - 1:
