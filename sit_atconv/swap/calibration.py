@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
+from sit_atconv.hooks import of_this_thread
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.swap.grafts import Graft, foreign_maps
 from sit_atconv.swap.grid import GridReference
@@ -170,7 +171,7 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
             finally:
                 visiting = False
 
-        return site.attention.register_forward_hook(hook, with_kwargs=True)
+        return site.attention.register_forward_hook(of_this_thread(hook), with_kwargs=True)
 
     handles = [watch(site) for site in sites]
     try:
@@ -264,16 +265,19 @@ def macs_of_call(module: nn.Module, call: Callable) -> int:
     mapping = {aten._scaled_dot_product_flash_attention_for_cpu: count_flash}
     counter, before, unseen = FlopCounterMode(display=False, custom_mapping=mapping), [], []
 
+    def total() -> int:
+        return counter.get_total_flops() // 2 + sum(unseen)
+
     def start(*_):
-        before.append(counter.get_total_flops())
+        before.append(total())
 
     def end(_, inputs, output):
-        if counter.get_total_flops() == before.pop():  # kernels of quantised weights, which torch has no formula for
+        if total() == before.pop():  # kernels of quantised weights, which torch has no formula for
             unseen.append(inputs[0].numel() * output.shape[-1])
 
     handles = [
         handle
-        for each in _foreign_linears(module)
+        for each in _linears(module)
         for handle in (each.register_forward_pre_hook(start), each.register_forward_hook(end))
     ]
     try:
@@ -282,15 +286,14 @@ def macs_of_call(module: nn.Module, call: Callable) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return counter.get_total_flops() // 2 + sum(unseen)
+    return total()
 
 
-def _foreign_linears(module: nn.Module) -> set[nn.Module]:
-    """The linear maps of a model or a layer that others have put in, or quantised."""
+def _linears(module: nn.Module) -> set[nn.Module]:
+    """The linear maps of a model or a layer, whoever's class they are of."""
     layers = (each for each in module.modules() if isinstance(each, KernelGenerator))
     foreign = {each for layer in layers for each in foreign_maps(layer).values()}
-    linears = (each for each in module.modules() if isinstance(each, nn.Linear))
-    return foreign | {each for each in linears if type(each.weight) is not nn.Parameter}
+    return foreign | {each for each in module.modules() if hasattr(each, "in_features")}
 
 
 @dataclass

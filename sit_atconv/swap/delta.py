@@ -35,7 +35,7 @@ def save_delta(model_or_pipeline, path: str | Path) -> None:
     if wrapped is not None:
         raise InputError(f"{wrapped}: an adapter is on a swapped layer; fuse or unload it first")
     if change := record.change(model):
-        raise InputError(f"{change}, and a delta fits the model of the swap alone; save it before, or take that off")
+        raise InputError(f"{change}, and a delta fits the model of the swap alone; save it before, or undo that")
     stored = {**record.config, "rest": fingerprint(_rest(model, layers))}
     tensors = {name: each.contiguous() for name, each in inside.items()}
     path = Path(path)

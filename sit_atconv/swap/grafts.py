@@ -15,6 +15,7 @@ from torch import nn
 
 import sit_atconv.layers.attention as sit_attention
 from sit_atconv.errors import InputError
+from sit_atconv.hooks import recorded
 from sit_atconv.layers.atconv import ATConv, KernelGenerator, TapLinear
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.layers import SelfATConv
@@ -145,13 +146,10 @@ def take_over(attention_value: nn.Linear, attention_out: nn.Linear, value: nn.Li
 
 def input_of(module: nn.Module, call) -> torch.Tensor:
     """What `module` is given while `call()` runs."""
-    seen = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    try:
+    with recorded({"module": module}) as seen:
         call()
-    finally:
-        handle.remove()
-    return seen[0]
+    (given, *_), _, _ = seen["module"]
+    return given.detach()
 
 
 def without_bias(linear: nn.Linear, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -162,7 +162,7 @@ class BlockScope(Scope):
             return
         if torch._C._current_graph_task_id() != -1:  # within a backward pass
             now.shape = self.reference.of_tokens.get(storage, now.shape)
-        elif now.shape is not None:
+        if now.shape is not None:  # there too: a pass that is run again may checkpoint its blocks
             self.reference.of_tokens[storage] = now.shape
 
     def leave(self, module: nn.Module, args: tuple, output) -> None:

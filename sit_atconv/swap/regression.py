@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
-from sit_atconv.hooks import recorded
-from sit_atconv.swap.calibration import Site, call_model
+from sit_atconv.swap.calibration import Site, run_over
 from sit_atconv.swap.grafts import foreign_maps, kind_of
 from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, check_unhooked, checked_inputs, told_of
 
@@ -53,33 +52,32 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    history = []
-    training = {module: module.training for module in model.modules()}
+    history, seen = [], {}
+
+    def keep(site: Site, args: tuple, kwargs: dict, output) -> None:
+        seen[site.name] = site.graft.grid(site.layer, args, kwargs), args, kwargs, output
+
     try:
-        with recorded(attentions) as seen:
-            for _ in tqdm(range(steps), "regression", disable=not speaks()):
-                _put(model, attentions)
-                model.eval()
-                with torch.no_grad(), told_of(model, "inputs", each := [next(source)]):
-                    call_model(model, each[0])
-                _put(model, layers)
-                with torch.enable_grad(), _native_attention(layers.values() if halves else ()):
-                    loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
-                if not loss.isfinite():
-                    raise InputError(
-                        f"the error is {loss.item()} in step {len(history) + 1} of the regression: the model's "
-                        "attentions or the inputs are not finite, or lr is too large; the layers are as the step "
-                        "before left them"
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                history.append(loss.item())
+        for _ in tqdm(range(steps), "regression", disable=not speaks()):
+            _put(model, attentions)
+            with told_of(model, "inputs", each := [next(source)]):
+                run_over(model, swap.sites, each, keep, "")
+            _put(model, layers)
+            with torch.enable_grad(), _native_attention(layers.values() if halves else ()):
+                loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
+            if not loss.isfinite():
+                raise InputError(
+                    f"the error is {loss.item()} in step {len(history) + 1} of the regression: the model's "
+                    "attentions or the inputs are not finite, or lr is too large; the layers are as the step "
+                    "before left them"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            history.append(loss.item())
     finally:
         _put(model, layers)
-        for module, mode in training.items():
-            module.training = mode
         optimizer.zero_grad()
         for parameter, dtype in halves.items():
             parameter.data = parameter.data.to(dtype)
@@ -114,8 +112,10 @@ def _at_least_fp32(value):
     return value.float() if half else value
 
 
-def _error(site: Site, args: tuple, kwargs: dict, output) -> torch.Tensor:
+def _error(site: Site, grid: tuple[int, int], args: tuple, kwargs: dict, output) -> torch.Tensor:
     """Squared error of a layer relative to the attention's output, where ATConv has a part in it."""
+    if site.reference is not None:
+        site.reference.set(grid, next(site.layer.parameters()).device)
     args, kwargs = tree_map(_at_least_fp32, (args, kwargs))
     ours, theirs = (site.graft.approximated(site.layer, each) for each in (site.layer(*args, **kwargs), output))
     return (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum().clamp_min(1e-12)

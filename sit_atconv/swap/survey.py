@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError, speaks
+from sit_atconv.hooks import of_this_thread
 from sit_atconv.swap.calibration import (
     Cost,
     LayerReport,
@@ -71,7 +72,7 @@ def _standing_in(sites: list[Site]) -> Iterator[None]:
 
     def stand_in(site: Site):
         return site.attention.register_forward_hook(
-            lambda _, args, kwargs, output: site.layer(*args, **kwargs), with_kwargs=True
+            of_this_thread(lambda _, args, kwargs, output: site.layer(*args, **kwargs)), with_kwargs=True
         )
 
     handles = [stand_in(site) for site in sites]
@@ -125,12 +126,14 @@ def survey_of(
     inputs: list,
     names: list[str],
     refused: dict[str, str],
+    refusal: str | None,
     target: tuple[float | None, float | None] | None,
 ) -> Survey:
     """Measure the model's output on the inputs with each layer alone in its place, and with those chosen of `names`.
 
     One pass of the model for each layer and input, and a few for the choice. target: (max_error, speedup) of
-    `choose_best`, which then chooses; None: all of `names` are. Raises InputError where the output is not finite.
+    `choose_best`, which then chooses; None: all of `names` are. refusal: why none can be, some of them being `refused`.
+    Raises InputError where the output is not finite.
     """
     survey = Survey({}, {}, Choice(names), refused)
     outputs = Outputs(model, inputs) if inputs else None
@@ -142,7 +145,9 @@ def survey_of(
         title = "measuring errors of the output"
         for site in tqdm(sites, title, leave=False, disable=len(sites) < 2 or not speaks()):
             survey.errors[site.name] = error([site.name])
-    if target is None:
+    if refusal is not None:
+        survey.choice = Choice([], None, dict.fromkeys(names, "not with those that cannot be swapped"), refusal)
+    elif target is None:
         survey.choice.error = error(names) if survey.errors else None
     elif outputs.refusal is not None:
         survey.choice = Choice([], refusal=f"{outputs.refusal}; name the layers by select")

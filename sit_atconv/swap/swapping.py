@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.atconv import KernelGenerator
@@ -91,8 +91,8 @@ class AttentionSwap:
     def follow(self) -> None:
         """Move and cast the attentions, which the model does not hold, to where it went; of a dry run the layers.
 
-        Raises InputError where the layers have no data, and an attention that followed them would lose its own, and
-        where hooks or wrappers stand between them and the model.
+        Raises InputError where the layers have no data, and an attention that followed them would lose its own; where
+        attentions that are in the model are stored in 8 bits; and where hooks or wrappers stand between.
         """
         check_unhooked(self.model)
         check_unwrapped(self.model)
@@ -103,6 +103,11 @@ class AttentionSwap:
                 raise InputError(
                     f"{site.name} has no data here (offloaded, or a meta tensor); end the offloading first "
                     "(accelerate.hooks.remove_hook_from_submodules, or a pipeline's remove_all_hooks)"
+                )
+            if weight.dtype.itemsize < 2:
+                raise InputError(
+                    f"{site.name} has weights in {weight.dtype}, which no layer is computed in; report before casting "
+                    "layerwise or quantising"
                 )
             outside.to(weight.device, weight.dtype)
 
@@ -170,7 +175,7 @@ def swap_attention(
     joint: "keep" leaves attention over text and image together alone; "split" swaps it, where the adapter can.
     prefix: what a ViT's class and register tokens do: "attend" (softmax over all tokens), "error" (refuse them).
     pool, kernel_size: of `ATConv`. dry_run: build, calibrate and measure all layers, selected or not, for `report()`,
-        and leave the model as it is; "auto" may then choose none.
+        and leave the model as it is; none is chosen where "auto" finds none or a selected attention cannot be swapped.
 
     The model is changed in place, and a diffusers model's class becomes its ATConv subclass, so `save_pretrained`
     writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
@@ -213,13 +218,12 @@ def swap_attention(
     grafts = _candidates(model, adapter, joint, record, select)
     counted = [name for name, graft in adapter.find(model).items() if joint == "split" or not graft.joint]
     names = choose({name: model.get_submodule(name) for name in grafts}, select, exclude, counted)
-    refused = {}
-    for name in grafts if dry_run else names:
-        reason = grafts[name].refusal(model.get_submodule(name))
-        if reason is not None and name in names:
-            raise InputError(f"{name} {reason}; or leave it out by exclude={name!r}")
-        if reason is not None:
-            refused[name] = reason
+    reasons = {name: grafts[name].refusal(model.get_submodule(name)) for name in (grafts if dry_run else names)}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    wrong = next((name for name in names if name in refused), None)
+    refusal = None if wrong is None else f"{wrong} {refused[wrong]}; or leave it out by exclude={wrong!r}"
+    if refusal is not None and not dry_run:
+        raise InputError(refusal)
     adapter.check(model, config)
 
     inputs = calibration_inputs(model, adapter, calib, needed=init == "closed_form" or select == "auto")
@@ -233,7 +237,7 @@ def swap_attention(
             _start(model, sites, init, inputs)
             if dry_run or select == "auto":
                 target = (max_error, speedup) if select == "auto" else None
-                survey = survey_of(model, sites, inputs, names, refused, target)
+                survey = survey_of(model, sites, inputs, names, refused, refusal, target)
         swap = AttentionSwap(model, adapter, sites, config, pipeline, survey)
         config["layers"] = [site.name for site in swap.sites]
         if not dry_run:
@@ -255,11 +259,13 @@ def _start(model: nn.Module, sites: list[Site], init: str, inputs: list) -> None
         if joint and inputs:
             run_over(model, joint, inputs, read_share, "reading text shares")
             for site in joint:
-                site.graft.settle(site.layer, torch.stack(site.shares).mean(0))
+                if site.shares:
+                    site.graft.settle(site.layer, torch.stack(site.shares).mean(0))
     if init == "closed_form":
         run_over(model, sites, inputs, fit_site, "fitting kernels")
         for site in sites:
-            set_kernels(site.layer, site.fit.expressible())
+            if site.fit.gram.any():  # else the inputs do not reach it
+                set_kernels(site.layer, site.fit.expressible())
     if inputs:
         run_over(model, sites, inputs, compare_site, "measuring errors")
 
@@ -566,9 +572,9 @@ def told_of(model: nn.Module, what: str, inputs: list) -> Iterator[None]:
     except RuntimeError as error:
         device, dtype = next(model.parameters()).device, dtype_of(model)
         other = {
-            f"{what}[{index}][{name!r}]": f"{value.dtype} on {value.device}"
+            f"{what}[{index}]{keystr(path)}": f"{value.dtype} on {value.device}"
             for index, each in enumerate(inputs)
-            for name, value in (each.items() if isinstance(each, dict) else enumerate(each))
+            for path, value in tree_leaves_with_path(each)
             if isinstance(value, torch.Tensor)
             and (value.device != device or (value.is_floating_point() and value.dtype != dtype))
         }

@@ -398,6 +398,25 @@ def test_auto_that_cannot_be_leaves_the_model_alone_and_shows_the_table(tiny, cl
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("select", ["auto", "all"])
+def test_a_dry_run_shows_what_cannot_be_swapped(tiny, clock, select):
+    model, names = tiny.model("dit"), tiny.layers["dit"]
+    clock(dict.fromkeys(names, 0.5))
+    model.transformer_blocks[1].attn1.is_causal = True
+    planned = swap_attention(model, select, dry_run=True)
+    with pytest.raises(InputError, match=r"attn1 is causal: .*; or leave it out by exclude=") as info:
+        swap_attention(model, select)
+    report = planned.report()
+    assert report.refusal == str(info.value)
+    assert planned.sites == planned.config["layers"] == []
+    assert {row.name for row in report.layers} == set(names)
+    for row in report.layers:
+        assert not row.chosen
+        assert row.reason
+        assert row.name == names[1] or (row.macs_before and row.error > 0 and row.output_error > 0)
+    assert swap_attention(model, select, exclude=names[1], max_error=None, dry_run=True).report().refusal is None
+
+
 def test_exclude_goes_with_auto(tiny, fast):
     names = tiny.layers["dit"]
     assert list(swap_attention(tiny.model("dit"), max_error=10, exclude=names[1]).layers) == [names[0], names[2]]

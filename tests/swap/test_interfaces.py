@@ -22,6 +22,7 @@ from diffusers import (
     UNetMotionModel,
 )
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
 from torch import nn
@@ -39,6 +40,7 @@ from sit_atconv.swap import (
     save_delta,
     swap_attention,
 )
+from sit_atconv.swap.calibration import macs_of_call
 from sit_atconv.swap.grid import latent_grid
 from sit_atconv.swap.swapping import fingerprint
 
@@ -284,6 +286,29 @@ def test_a_quantised_model_is_swapped_where_it_is_not_quantised(tiny, tmp_path, 
     assert torch.equal(tiny.run(model, "dit"), tiny.run(plain, "dit"))
 
 
+class Around(nn.Module):
+    """An adapter that is switched off."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@quantised
+def test_a_quantised_model_has_the_multiply_accumulates_of_a_plain_one(tiny, how):
+    """By which speedup counts, and once for all modules around a map."""
+    model = tiny.model("dit")
+    plain = macs_of_call(model, lambda: tiny.run(model, "dit"))
+    quantise(model, how, ".ff.")
+    for name, module in list(model.named_modules()):
+        if name.endswith("net.2"):
+            model.set_submodule(name, Around(module))
+    assert macs_of_call(model, lambda: tiny.run(model, "dit")) == plain
+
+
 @quantised
 def test_a_swapped_model_that_was_quantised(tiny, tmp_path, how):
     model = tiny.model("dit")
@@ -364,6 +389,14 @@ def test_weights_cast_layerwise(tiny, tmp_path):
     swap.revert()
     assert (tiny.run(model, "dit") - plain).norm() < 0.1 * plain.norm()
     assert {each.dtype for each in model.transformer_blocks[0].attn1.parameters()} == {torch.float32}
+    model = tiny.model("dit")
+    planned = swap_attention(model, "all", dry_run=True)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(
+        InputError, match=r"attn1 has weights in torch\.float8_e4m3fn.*; report before casting layerwise"
+    ):
+        planned.report()
+    assert {each.dtype for layer in planned.layers.values() for each in layer.parameters()} == {torch.float32}
     model = tiny.model("dit")
     model.enable_layerwise_casting(torch.bfloat16, torch.float32)
     refused(tiny, "has to_q under diffusers' hook 'layerwise_casting'", lambda: swap_attention(model, "all"), model)
@@ -541,6 +574,24 @@ def test_calibration_of_another_dtype(tiny, kind):
     swap = swap_attention(model, "all", calib=[cast(inputs, torch.bfloat16)])
     with pytest.raises(InputError, match=r"inputs\[0\]\['\w+'\].*: torch\.float32 on cpu"):
         regress(swap, [inputs], steps=1)
+
+
+def test_calibration_of_another_dtype_within_containers(monkeypatch):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention(query_dim=16, heads=2, dim_head=8)
+
+        def forward(self, steps, given):
+            return self.attention(given["tokens"][0])
+
+    monkeypatch.setattr(adapters, "_ADAPTERS", list(adapters._ADAPTERS))
+    register_adapter(SwapAdapter(Nested, {"attention": SelfAttentionGraft()}, Nested, lambda *_: (3, 4)))
+    calls = [(torch.tensor([3]), {"tokens": [torch.randn(1, 12, 16)]})]
+    with pytest.raises(
+        InputError, match=r"calib\[0\]\[1\]\['tokens'\]\[0\]: torch\.float32 on cpu, which the model in"
+    ):
+        swap_attention(Nested().bfloat16(), "all", calib=calls)
 
 
 def test_errors_that_are_not_of_the_dtype_stay(tiny):

@@ -508,3 +508,15 @@ def test_auto_states_the_error_of_the_whole_model(kind, grid, monkeypatch):
     assert len(report.layers) > 1
     assert report.output_error == pytest.approx(off.item(), rel=1e-5)
     assert 0 < min(row.output_error for row in report.layers) < report.output_error
+
+
+@pytest.mark.parametrize("init", ["closed_form", "copy_vo"])
+def test_layers_that_calibration_does_not_reach_have_box_kernels(init):
+    """A joint one and one over the image alone, in a block that the inputs leave out."""
+    model, calls = sd3(), [sd3_inputs((3, 4)) | {"skip_layers": [0]}]
+    swap = swap_attention(model, "all", joint="split", init=init, calib=calls)
+    for name in ("transformer_blocks.0.attn", "transformer_blocks.0.attn2"):
+        layer = swap.layers[name]
+        kernels = layer.kernels(torch.randn(2, 12, 16), (3, 4))
+        torch.testing.assert_close(kernels, torch.full_like(kernels, 1 / 9))
+    assert [row.error is None for row in swap.report(measure=False).layers] == [True, True, False, False]

@@ -211,6 +211,19 @@ def test_timms_reentrant_checkpointing(tiny):
         timm.layers.config.set_reentrant_ckpt(before)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_whole_pass_that_is_run_again_checkpoints_its_blocks(tiny, reentrant):
+    swapped = Swapped(tiny, "vit")
+    plain = swapped.gradients([swapped.loss(grid) for grid in (WIDE, HIGH)])
+    swapped.model.set_grad_checkpointing()
+
+    def loss(grid):
+        image = swapped.inputs(grid)["x"].requires_grad_()
+        return checkpoint(swapped.model, image, use_reentrant=reentrant).square().sum()
+
+    assert_same(swapped.gradients([loss(grid) for grid in (WIDE, HIGH)]), plain)
+
+
 def test_what_no_block_tells_is_told_by_the_number_of_tokens_or_refused(tiny):
     """A layer that is called outside of any pass, as something does that computes a part of a block anew."""
     swapped = Swapped(tiny, "dit")
@@ -328,6 +341,25 @@ def test_recorded_calls_are_those_of_the_thread():
     in_threads(lambda: run(1), lambda: run(2))
     assert results == {1: True, 2: True}
     assert not linear._forward_hooks
+
+
+def test_a_dry_run_is_of_its_thread(tiny):
+    """Neither does it learn of passes of others, nor do these run its layers."""
+    model, calls, found, ours = tiny.model("dit"), [tiny.inputs("dit", seed=3)], [], threading.get_ident()
+
+    def planned():
+        return swap_attention(model, "all", calib=calls, dry_run=True).report(measure=False)
+
+    def beside(*_):
+        if threading.get_ident() == ours:
+            found.extend(in_threads(lambda: tiny.run(model, "dit")))
+
+    alone, plain = planned(), tiny.run(model, "dit")
+    for block in model.transformer_blocks:
+        block.attn1.to_out[0].register_forward_pre_hook(beside)
+    assert planned() == alone
+    assert found
+    assert all(torch.equal(each, plain) for each in found)
 
 
 def rounded(grid, dtype):

@@ -29,6 +29,15 @@ def test_its_loss_is_of_the_tokens_that_are_approximated():
     assert regress(swap, inputs, steps=1) == [pytest.approx(squared_errors(swap), rel=1e-5)]
 
 
+def test_its_losses_are_on_the_grids_of_the_inputs(tiny):
+    """Of as many tokens and other sides: the number tells nothing."""
+    inputs = [tiny.inputs("pixart", size) for size in ((4, 12), (12, 4))]
+    wanted = [swap_attention(tiny.model("pixart"), "all", init="copy_vo", calib=[each]) for each in inputs]
+    swap = swap_attention(tiny.model("pixart"), "all", init="copy_vo")
+    found = regress(swap, inputs, steps=2, lr=1e-12)
+    assert found == [pytest.approx(squared_errors(each), rel=1e-5) for each in wanted]
+
+
 def test_its_learning_rate_falls_by_a_cosine(tiny, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
 
