@@ -181,7 +181,7 @@ def recorded_spec(where: str, about: dict[str, Any], spec: str | None) -> str:
     versions. A module of one's own is taken where its file is the recorded one, and is the user's and no library's:
     a file of features must not choose what is run. Raises InputError where it is not.
     """
-    protocol = str(about.get("protocol"))
+    protocol = about["protocol"]
     kind = kind_of(protocol)
     if kind == "dinov2":
         stated = isinstance(spec, str) and spec.startswith("dinov2:")
@@ -351,10 +351,11 @@ def _own(spec: str, device: torch.device) -> Extractor:
         raise InputError(f"{where} gave a {type(network).__name__}; an nn.Module is needed")
     file = inspect.getsourcefile(module)
     source = sha256(Path(file)) if file else None
+    floats = (t for t in network.state_dict().values() if isinstance(t, torch.Tensor) and t.is_floating_point())
     return Extractor(
         spec.replace(":", "-"), f"module-{spec}", network, {}, device, spec=spec,
         weights_sha256=state_digest(network), source_sha256=source, input="uint8, as the module takes it",
-        dtype=", ".join(sorted({str(t.dtype)[6:] for t in network.state_dict().values() if t.is_floating_point()})),
+        dtype=", ".join(sorted({str(t.dtype)[6:] for t in floats})),
     )  # fmt: skip
 
 
@@ -368,7 +369,9 @@ def state_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         if not isinstance(value, torch.Tensor):  # what get_extra_state gave
-            digest.update(f"{name} {value!r}\n".encode())
+            stored = io.BytesIO()
+            torch.save(value, stored)
+            digest.update(f"{name} {stored.tell()}\n".encode() + stored.getvalue())
             continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

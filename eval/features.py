@@ -135,7 +135,7 @@ def _read_index(path: Path) -> dict[str, Any]:
             and all(type(dimension) is int for dimension in info["streams"].values())
             and is_shape(info["image_shape"])
             and {"device", "batch"} <= info.keys()
-            and {"name", "protocol"} <= info["extractor"].keys()
+            and all(isinstance(info["extractor"][key], str) for key in ("name", "protocol"))
             and {"pixels_sha256", "labels_sha256", "lossy", "manifest", "manifest_sha256"} <= info["source"].keys()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

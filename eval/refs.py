@@ -154,10 +154,10 @@ def check_recorded(ref: str, spec: str) -> None:
     found, kind = recorded_extractor(ref), spec.partition(":")[0]
     if found is None or (kind not in KINDS and not OWN.fullmatch(spec)):  # which is no extractor
         return
-    if kind_of(str(found[0].get("protocol"))) != (kind if kind in KINDS else "module"):
+    if kind_of(found[0]["protocol"]) != (kind if kind in KINDS else "module"):
         raise InputError(
-            f"--extractor {spec}: reference {ref!r} is of features with name {found[0].get('name')!r}; leave the "
-            f"option out, or build a reference of {spec}"
+            f"--extractor {spec}: reference {ref!r} is of features with name {found[0]['name']!r}; leave the option "
+            f"out, or build a reference of {spec}"
         )
 
 
@@ -311,6 +311,7 @@ def _read_meta(name: str, meta: np.ndarray) -> dict[str, Any]:
         version = read["format_version"]
         whole = version != FORMAT_VERSION or (
             [type(read[key]) for key in ("extractor", "n", "source")] == [dict, int, dict]
+            and all(isinstance(read["extractor"][key], str) for key in ("name", "protocol"))
             and is_shape(read["image_shape"])
             and {"pixels_sha256", "lossy"} <= read["source"].keys()
         )

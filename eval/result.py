@@ -1,5 +1,6 @@
 """What is certain in a result of `eval score`, whatever version of this package wrote it."""
 
+from types import NoneType
 from typing import Any
 
 from eval.digits import PROTOCOL as DIGITS
@@ -20,7 +21,9 @@ def sound(result: dict[str, Any]) -> dict[str, Any]:
     """
     stated = result.get("error_bars")
     if stated is not None:
-        if stated["design"] not in ("stratified", "random", None) or not isinstance(stated["upper_bound"], bool):
+        whole = isinstance(stated["upper_bound"], bool) and isinstance(stated["why"], str)
+        counted = type(stated["groups"]) is (int if stated["design"] else NoneType)
+        if not (whole and counted and stated["design"] in ("stratified", "random", None)):
             raise ValueError(f"error_bars is {stated!r}")
         return result
     n, manifest = result.get("n"), result.get("samples_manifest") or {}

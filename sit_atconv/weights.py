@@ -15,7 +15,7 @@ from sit_atconv.errors import InputError
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
 INDEX = ".index.json"
-OF_A_VARIANT = re.compile(rf"{STEM}(?:\.safetensors\.index)?\.(\w+)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
+OF_A_VARIANT = re.compile(rf"{STEM}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
 
 
 def weight_files(folder: Path, variant: str | None = None, pickles: bool = False) -> list[Path]:

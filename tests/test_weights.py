@@ -18,7 +18,7 @@ from sit_atconv.latents.codecs import VaeCodec
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.export import export, open_source
 from sit_atconv.pipelines.export import main as export_main
-from sit_atconv.weights import variants, weight_files
+from sit_atconv.weights import own_variant, variants, weight_files
 
 SHAPE = {"sample_size": 8, "num_classes": 3, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2}
 MARK = "x_embedder.proj.bias"
@@ -152,6 +152,16 @@ def test_parts_of_a_pipeline_without_the_variant_are_loaded_as_they_are(vae_fold
     with pytest.raises(InputError, match=r"variants \['fp16'\] alone"):
         VaeCodec(str(tmp_path / "pipe" / "vae"), 1)
     assert VaeCodec(str(tmp_path / "pipe" / "vae"), 1, "fp16").vae.decoder.conv_out.bias[0] == 5
+
+
+def test_a_variant_may_have_a_hyphen(tmp_path):
+    folder = lay(tmp_path / "plain", ["file"])
+    for options in ({}, SHARDED):
+        made = folder if not options else tmp_path / "shards"
+        model(7.0).save_pretrained(made, variant="fp8-e4m3", **options)
+        assert variants(made) == ["fp8-e4m3"]
+        assert own_variant(made, "fp8-e4m3") == "fp8-e4m3"
+        assert mark(load_trained(made, variant="fp8-e4m3").model.state_dict()) == 7.0
 
 
 def test_pickles_are_refused_where_they_would_be_run(tmp_path, fails):

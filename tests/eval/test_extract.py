@@ -377,7 +377,8 @@ def test_a_damaged_folder_is_not_read(samples, extractor, tmp_path):
     assert "features.json is damaged" in refusal()
     for changed in (
         {"n": "43"}, {"streams": []}, {"streams": {"pool": None}}, {"image_shape": None}, {"image_shape": [3, "4", 4]},
-        {"extractor": None}, {"extractor": {}}, {"source": None}, {"source": {}}, {"class_histogram": []},
+        {"extractor": None}, {"extractor": {}},
+        {"extractor": {"name": "own", "protocol": 5}}, {"source": None}, {"source": {}}, {"class_histogram": []},
         {"labels": None}, {"shards": []},
     ):  # fmt: skip
         index.write_text(json.dumps({**info, **changed}))

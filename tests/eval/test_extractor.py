@@ -346,6 +346,10 @@ class Means(nn.Module):
     def forward(self, pixels):
         return {"pool": self.dropout(self.scale * pixels.float().mean((2, 3))), "logits": pixels.float().amax((2, 3))}
 
+class Extra(Means):
+    def get_extra_state(self):
+        return {"said": "no tensor"}
+
 class Plain(Means):
     def forward(self, pixels):
         return super().forward(pixels)["pool"]
@@ -416,6 +420,7 @@ def test_a_module_of_ones_own(own, tmp_path, images):
     assert load_extractor(f"{own}:half").describe()["dtype"] == "float16"
     assert load_extractor(f"{own}:half").describe()["weights_sha256"] != about["weights_sha256"]
     assert load_extractor(f"{own}:Plain")(images).keys() == {"pool"}
+    assert load_extractor(f"{own}:Extra").describe()["dtype"] == "float32"
     for name, found in (
         ("Flat", r"'pool' is torch.float32 \(\)"), ("Twice", r"torch.float32 \(6, 3\)"), ("Few", r"\(1, 3\)"),
         ("Narrow", r"\(3, 0\)"), ("Whole", r"torch.uint8 \(3, 20\)"), ("Text", r"str \(\)"),
@@ -467,6 +472,9 @@ def test_what_a_file_states_names_its_extractor_again(encoder_folder, inception_
     assert load_extractor("inception", str(inception_weights)).spec == "inception"
 
 
+MIDDLE = torch.tensor([2000])
+
+
 def test_a_digest_is_of_all_that_a_module_keeps():
     class Kept(nn.Module):
         def __init__(self, stored=1.0, unstored=1.0, extra="a"):
@@ -484,3 +492,6 @@ def test_a_digest_is_of_all_that_a_module_keeps():
     made = [state_digest(Kept(*given)) for given in ((), (), (2.0,), (1.0, 2.0), (1.0, 1.0, "b"))]
     assert made[0] == made[1]
     assert len(set(made)) == 4
+    extras = [{"w": torch.arange(4000)}, {"w": torch.arange(4000)}, {"w": torch.arange(4000).index_fill(0, MIDDLE, 0)}]
+    first, same, other = (state_digest(Kept(extra=extra)) for extra in extras)
+    assert first == same != other  # though they are printed alike

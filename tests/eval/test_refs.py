@@ -269,6 +269,8 @@ def test_statistics_that_are_none(tmp_path):
     crooked, holed, negative = np.eye(3), np.eye(3), np.eye(3)
     indefinite = 2 * np.eye(3) - 1  # variances of 1, and an eigenvalue of -1
     crooked[0, 1], holed[0, 0], negative[2, 2] = 0.1, np.nan, -1
+    source = {"pixels_sha256": "0", "lossy": False}
+    meta = {"format_version": 1, "n": 3, "image_shape": [1, 2, 2], "source": source}
     for changed, says in (
         ({"mu": np.zeros(4), "sigma": np.eye(4)}, "mu (4,) and sigma (4, 4); tiny's pool has 3 features"),
         ({"sigma": np.eye(3)[:, :2]}, "sigma (3, 2)"),
@@ -286,6 +288,10 @@ def test_statistics_that_are_none(tmp_path):
         ({"sigma": None}, "has mu alone"),
         ({"meta": np.array("{")}, "its meta is damaged"),
         ({"meta": np.array('{"n": 3}')}, "its meta is damaged"),
+        *(
+            ({"meta": np.array(json.dumps(meta | {"extractor": about}))}, "its meta is damaged")
+            for about in ({}, {"name": "tiny"}, {"name": "tiny", "protocol": 1})
+        ),
         ({"meta": np.array(json.dumps({"format_version": 9, "extractor": {}, "n": 3, "image_shape": [1, 2, 2]}))},
          "of format 9, this version reads 1"),
         ({"mu": np.array([None, 1, 2])}, "cannot be read"),

@@ -525,6 +525,7 @@ def damaged_line(run):
                 '{"samples_manifest": {"codec": "vae"}}',
                 '{"metrics": {"fid": 3}}',
                 '{"metrics": null}',
+                '{"metrics": {}, "error_bars": {"design": "random", "upper_bound": true}}',
             )
         ),
         (lambda run: (run / "step-0000030/manifest.json").write_text("x"), "is not JSON"),

@@ -120,7 +120,15 @@ def test_how_sure_a_number_is_is_said(result, tmp_path):
     assert "fid, corrected: needs N >= 20,480 images for 2,048 features." in text
 
 
-@pytest.mark.parametrize("error_bars", [5, {}, {"design": "other", "upper_bound": False}, {"design": "random"}])
+BARS = {"design": "random", "groups": 10, "upper_bound": False, "why": "classes are unknown"}
+ODD_BARS = (
+    5, {}, {"design": "random"}, {"design": "random", "upper_bound": True}, BARS | {"design": "other"},
+    BARS | {"design": None}, BARS | {"groups": None}, BARS | {"groups": "10"}, BARS | {"why": None},
+    BARS | {"upper_bound": 1},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error_bars", ODD_BARS, ids=str)
 def test_odd_error_bars_are_refused(result, error_bars):
     with pytest.raises(InputError, match="is no result of `eval score`"):
         tabulate([result(error_bars=error_bars)])

@@ -275,7 +275,8 @@ def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch)
         result = {
             "samples_manifest_sha256": sha256(samples / "manifest.json"), "extractors": listed,
             "protocol": listed[0]["protocol"], "metrics": dict.fromkeys(metrics.split(", ")),
-            "reference": {"sha256": sha256(tmp_path / "ref.npz")}, "error_bars": {"design": None, "upper_bound": False},
+            "reference": {"sha256": sha256(tmp_path / "ref.npz")},
+            "error_bars": {"design": None, "groups": None, "upper_bound": False, "why": "few images"},
         }  # fmt: skip
         (samples / "metrics.json").write_text(json.dumps(result))
         assert is_scored(samples, load_table(file)) == is_it, (metrics, listed)
