@@ -282,6 +282,33 @@ def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch)
         assert is_scored(samples, load_table(file)) == is_it, (metrics, listed)
 
 
+def test_a_reference_that_says_whose_features_it_is_of_decides_the_metrics(tmp_path):
+    def write(metrics, protocol, weights=""):
+        about = {"name": "x", "protocol": protocol, "weights_sha256": "own"}
+        source = {"pixels_sha256": "0", "lossy": False}
+        meta = {"format_version": 1, "n": 2, "image_shape": [1, 8, 8], "extractor": about, "source": source}
+        np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3), meta=np.array(json.dumps(meta)))
+        (tmp_path / "t.yaml").write_text(
+            f"out: o\nruns: r\nnum: 20\nref: {tmp_path / 'ref.npz'}\nmetrics: [{metrics}]\n{weights}\n"
+            "entries: [{name: a, ckpts: [x]}]\nsamplers: [{name: s, sampler: euler, cfg: 1.5}]\n"
+        )
+        return load_table(tmp_path / "t.yaml")
+
+    for metrics, protocol, wanted, other in (
+        ("frechet_distance, is", "module-a:b", [("module-a:b", "own")], "fid"),
+        ("frechet_distance, recognised", digits.PROTOCOL, [(digits.PROTOCOL, None)], "fdd"),
+        ("fdd, kid", "dinov2-a_vit-1", [("dinov2-a_vit-1", "own")], "is"),
+    ):
+        assert table.wanted_extractors(write(metrics, protocol)) == wanted
+        with pytest.raises(InputError, match=f"metrics='{other}'"):
+            write(other, protocol)
+        found = write(metrics, protocol, "weights: w.pth")
+        with pytest.raises(InputError, match="weights belong to Inception, and ref="):
+            table.missing(found, [])
+        found.weights = None
+        assert table.missing(found, []) == []
+
+
 def test_what_is_scored_is_scored_of_these_samples_against_this_reference(small, tmp_path):
     path, _ = small
     plan, samples = load_table(path), tmp_path / "samples"
