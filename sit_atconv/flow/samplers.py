@@ -67,17 +67,14 @@ def dopri5(
     """
     ends = times[[0, -1]].to(x.device)
     low, high = ends.aminmax()
-    begun = False
-
-    def within(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        nonlocal begun
-        begun = True
-        return velocity(x, t.clamp(low, high))
-
     try:
-        return odeint(within, x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]})[-1]
-    except AssertionError:  # torchdiffeq's, of a step size of 0 or NaN; before it begins, of its arguments
-        if not begun:
+        solution = odeint(
+            lambda t, x: velocity(x, t.clamp(low, high)),
+            x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]},
+        )  # fmt: skip
+        return solution[-1]
+    except AssertionError as error:  # torchdiffeq's: one of these, or of its arguments; or the network's own
+        if not str(error).startswith(("underflow in dt", "non-finite values in state")):
             raise
         return torch.full_like(x, torch.nan)
 

@@ -40,7 +40,8 @@ class Trainer:
         self.accelerator, self.recipe, self.described, self.new, self.total = accelerator, recipe, described, new, total
         self.run = Path(recipe.run.out)
         self.num_images = described["data"]["num_images"]
-        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.step, self.skipped = 0, 0
+        self.skipped_in_a_row = 0  # the newest steps; what the gradient scaler alone has lost begins no row
         self.since_good = 1  # steps that the newest step is past the last one before it that was not skipped
         self.bad: dict[int, str] = {}  # images that could not be read, by any process
         self.images_here = 0  # seen by this process since this start
@@ -122,22 +123,15 @@ class Trainer:
 
     def _check_trained(self) -> None:
         """Say what a run that ends among skipped steps, or with most of them skipped, is not."""
-        row, lost = self.skipped_in_a_row, f"{self.skipped:,} of {self.step:,} steps were skipped"
+        row, lost = self.skipped_in_a_row, "steps were skipped, since loss or gradient was not finite"
+        kept = f"the last checkpoint is {str(self.last)!r}" if self.last else "and there is none before"
         remedy = "begin a run with a lower train.lr or with train.max_grad_norm"
-        if row and self.last is None:
+        if row and (self.step == self.total or self.last is None):
             raise InputError(
-                f"stopped at step {self.step:,}: {lost}, no checkpoint is written of those alone; {remedy}"
-            )
-        kept = f"the last checkpoint is {str(self.last)!r}"
-        if row and self.step == self.total:
-            raise InputError(
-                f"the last {row:,} of {self.step:,} steps were skipped, since loss or gradient was not finite: no "
-                f"checkpoint is written of them, {kept}; {remedy}"
+                f"the last {row:,} of {self.step:,} {lost}: no checkpoint is written of them, {kept}; {remedy}"
             )
         if self.step == self.total and 2 * self.skipped > self.step:
-            raise InputError(
-                f"{lost}, since loss or gradient was not finite: this is no trained model, {kept}; {remedy}"
-            )
+            raise InputError(f"{self.skipped:,} of {self.step:,} {lost}: this is no trained model, {kept}; {remedy}")
         if row and self.accelerator.is_main_process:
             say(f"warning: the last {row:,} steps, up to {self.step:,}, were skipped and are not saved; {kept}")
 
@@ -230,9 +224,14 @@ class Trainer:
             sums.append(loss.detach())
         norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.train.max_grad_norm or math.inf)
         loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
-        (failed,) = agree(accelerator, not (math.isfinite(loss) and math.isfinite(grad_norm)))
+        losses, norms = agree(accelerator, not math.isfinite(loss), not math.isfinite(grad_norm))
+        failed = losses + norms > 0
         self.since_good = self.skipped_in_a_row + 1
-        self.skipped, self.skipped_in_a_row = self.skipped + (failed > 0), self.since_good * (failed > 0)
+        self.skipped += failed
+        if not failed:
+            self.skipped_in_a_row = 0
+        elif losses or self.skipped_in_a_row or not self._scaled():
+            self.skipped_in_a_row += 1
         for parameter in self._idle():
             parameter.grad = None  # AdamW would go on with what it gathered of them before
         if not failed:
@@ -252,6 +251,14 @@ class Trainer:
         if not failed:
             self._average()
         return {"grad_norm": grad_norm, "lr": lr, "update_ratio": ratio}
+
+    def _scaled(self) -> bool:
+        """Whether fp16's scaler makes gradients larger: that they overflow says nothing of the weights, but of it.
+
+        Such a step is skipped, but begins no streak of them. It scales less from each to the next, so they are few.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
 
     def _update_ratio(self) -> float:
         """|w' - w| / |w| of the step just taken, over all weights."""

@@ -214,13 +214,57 @@ def test_a_run_of_mostly_skipped_steps_does_not_end_as_trained(recipe_file, tmp_
     assert "trained to step 12" in capsys.readouterr().out
 
 
+def scale_losses(monkeypatch, scale: float, overflows: set[int]) -> None:
+    """Train with a gradient scaler, as in fp16, and let the gradients of these steps (0-based) overflow."""
+    make, losses = loop.make_accelerator, loop._Trainer._losses
+
+    def making(recipe):
+        accelerator = make(recipe)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+        return accelerator
+
+    def overflowing(self, batch):
+        found = losses(self, batch)
+        if self.step in overflows:
+            found[0].register_hook(lambda gradient: gradient * float("inf"))
+        return found
+
+    monkeypatch.setattr(loop, "make_accelerator", making)
+    monkeypatch.setattr(loop._Trainer, "_losses", overflowing)
+
+
+def test_what_the_gradient_scaler_loses_delays_no_checkpoint_and_ends_no_run(recipe_file, monkeypatch):
+    scale_losses(monkeypatch, 2.0**4, {0, 1, 4, 7})
+    path = recipe_file(train={"max_skipped": 1}, checkpoint={"every": 1, "keep_last": 9})
+    last = run_recipe(path)
+    assert [row["skipped"] for row in log_rows(last.parent)] == [1, 2, 2, 2, 3, 3, 3, 4]
+    assert steps_kept(last.parent) == list(range(1, 9))
+    trainer = json.loads((last / "trainer.json").read_text())
+    assert (trainer["skipped_in_a_row"], trainer["scaler"]["scale"]) == (0, 1.0)
+    assert run_recipe(path) == last  # which is trained
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "both"])
+def test_a_scale_that_is_not_why_excuses_no_step(recipe_file, tmp_path, monkeypatch, what):
+    """A loss that is not finite, and a gradient that overflows even where the scale has come down to 1."""
+    if what != "gradient":
+        poison_losses(monkeypatch, {3} if what == "both" else set(range(3, 99)))
+    scale_losses(monkeypatch, 2.0, set() if what == "loss" else set(range(4 if what == "both" else 3, 99)))
+    settings = {"train": {"max_skipped": 3, "max_steps": 99}, "checkpoint": {"every": 1, "keep_last": 99}}
+    first = 5 if what == "gradient" else 4  # that counts: with a scale of 2, a fourth is the scaler's
+    with pytest.raises(InputError, match=f"for 3 steps, up to step {first + 2};"):
+        run_recipe(recipe_file(**settings))
+    assert steps_kept(tmp_path / "run") == list(range(1, first))
+
+
 @pytest.mark.parametrize("every", [2, 99])
 def test_a_signal_among_skipped_steps_saves_none_of_them(recipe_file, tmp_path, monkeypatch, capsys, every):
     poison_losses(monkeypatch, {2, 3, 4, 5})
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     overrides = "train.max_steps=10", f"checkpoint.every={every}"
     if every == 99:
-        with pytest.raises(InputError, match="stopped at step 5: 3 of 5 steps were skipped, no checkpoint is written"):
+        with pytest.raises(InputError, match=r"the last 3 of 5 steps.* of them, and there is none before;"):
             run_recipe(recipe_file(), *overrides)
         assert steps_kept(tmp_path / "run") == []
     else:
