@@ -344,7 +344,7 @@ def test_the_attention_backend_is_the_texts_too(kind, monkeypatch):
         with torch.no_grad():
             return model(**inputs(GRIDS[0])).sample
 
-    monkeypatch.setattr("sit_atconv.swap.joint.dispatch_attention_fn", recording)
+    monkeypatch.setattr("sit_atconv.layers.attention.dispatch_attention_fn", recording)
     expected = output()
     layers = sum(isinstance(each, JointATConv) for each in model.modules())
     assert len(used) >= layers > 1
@@ -373,7 +373,7 @@ def test_regression_in_half_precision_asks_no_backend_for_fp32(kind, monkeypatch
         used.append((query.dtype, backend))
         return dispatch_attention_fn(query, *args, backend=backend, **kwargs)
 
-    monkeypatch.setattr("sit_atconv.swap.joint.dispatch_attention_fn", recording)
+    monkeypatch.setattr("sit_atconv.layers.attention.dispatch_attention_fn", recording)
     history = regress(swap, [given], steps=2)
     assert len(history) == 2
     assert set(used) == {(torch.float32, AttentionBackendName.NATIVE)}
