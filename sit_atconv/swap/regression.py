@@ -25,8 +25,9 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
     evenly. The rest of the model is not trained; of layers with an adapter on them, what the adapter left trainable.
     AdamW at `lr`, falling to 0 by a cosine: 1e-3 is for widths of hundreds of channels up, tens take 1e-2. Layers in
     half precision are trained in fp32 and then rounded.
-    Raises InputError for a swap that was reverted, inputs that are none, frozen layers, an offloaded model, and where
-    the model has no synthetic inputs; and for an error that is not finite, with the weights of the step before it.
+    A step is on the layers that the model calls on its input. Raises InputError for a swap that was reverted, inputs
+    that are none or reach no layer, frozen layers, an offloaded model, and where the model has no synthetic inputs; and
+    for an error that is not finite, with the weights of the step before it.
     """
     if not swap.active:
         raise InputError("this swap was reverted, or was a dry run; swap first")
@@ -60,11 +61,18 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
     try:
         for _ in tqdm(range(steps), "regression", disable=not speaks()):
             _put(model, attentions)
+            seen.clear()
             with told_of(model, "inputs", each := [next(source)]):
                 run_over(model, swap.sites, each, keep, "")
             _put(model, layers)
+            reached = [site for site in swap.sites if site.name in seen]
+            if not reached:
+                raise InputError(
+                    f"step {len(history) + 1} of the regression: the model calls none of the swapped layers on its "
+                    "input; give inputs that reach them"
+                )
             with torch.enable_grad(), _native_attention(layers.values() if halves else ()):
-                loss = torch.stack([_error(site, *seen[site.name]) for site in swap.sites]).mean()
+                loss = torch.stack([_error(site, *seen[site.name]) for site in reached]).mean()
             if not loss.isfinite():
                 raise InputError(
                     f"the error is {loss.item()} in step {len(history) + 1} of the regression: the model's "

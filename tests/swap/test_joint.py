@@ -520,3 +520,13 @@ def test_layers_that_calibration_does_not_reach_have_box_kernels(init):
         kernels = layer.kernels(torch.randn(2, 12, 16), (3, 4))
         torch.testing.assert_close(kernels, torch.full_like(kernels, 1 / 9))
     assert [row.error is None for row in swap.report(measure=False).layers] == [True, True, False, False]
+
+
+def test_regression_is_on_the_layers_that_an_input_reaches():
+    whole, none = sd3_inputs((3, 4)), sd3_inputs((3, 4)) | {"skip_layers": [0, 1, 2]}
+    swap = swap_attention(sd3(), "all", joint="split", init="copy_vo", calib=[whole])
+    wanted = [site.error**2 for site in swap.sites]
+    found = regress(swap, [whole, whole | {"skip_layers": [1, 2]}], steps=2, lr=1e-12)
+    assert found == [pytest.approx(sum(wanted) / 4, rel=1e-5), pytest.approx(sum(wanted[:2]) / 2, rel=1e-5)]
+    with pytest.raises(InputError, match="step 2 of the regression: the model calls none of the swapped layers"):
+        regress(swap, [whole, none], steps=2)
