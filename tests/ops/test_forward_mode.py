@@ -1,5 +1,10 @@
 """Forward-mode derivatives of operator and pooling: alone, nested, mapped, compiled; and torch's functions mended."""
 
+import gc
+import types
+from functools import partialmethod
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,6 +124,22 @@ def test_both_operators_have_forward_rules(backend, flip):
     for form, leaves in forms.values():
         assert gradcheck(form, leaves, check_forward_ad=True, check_batched_grad=True)
         assert gradgradcheck(form, leaves, check_fwd_over_rev=True)
+
+
+def test_the_source_may_be_loaded_again_and_no_kernel_takes_anothers_place(monkeypatch):
+    """As the code of an export may be; and torch 2.9 refuses a second kernel for a key."""
+    strict = partialmethod(torch.library.Library.impl, allow_override=False)
+    monkeypatch.setattr(torch.library.Library, "impl", strict)
+    source = Path(operator.__file__).read_text().replace('NAMESPACE = "sit_atconv"', 'NAMESPACE = "sit_atconv_again"')
+    module = types.ModuleType("again")
+    x, dx = problem()
+    for _ in range(2):
+        exec(compile(source, "again", "exec"), vars(module))
+        gc.collect()
+        form = lambda *x: module.dynamic_depthwise_conv(*x, GRID, "native")  # noqa: E731
+        assert_tangent(form, x, dx)
+        assert gradcheck(form, [each.requires_grad_() for each in x])
+        x = [each.detach() for each in x]
 
 
 @pytest.mark.parametrize("pool", ["raster", "grid"])

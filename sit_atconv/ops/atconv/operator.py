@@ -23,7 +23,6 @@ from sit_atconv.ops.forward_mode import forward_mode, levels
 # Of the operators in torch.ops. An exported pipeline's source has one of its own (`pipelines.bundle`), since it may be
 # loaded beside this package or beside an export of another version.
 NAMESPACE = "sit_atconv"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
 BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
 CONV_VALUES = 2**16  # values of a sample from which `conv` is the faster one on a CPU
@@ -160,13 +159,16 @@ def _operator(name: str, function: Callable, fake: Callable, differentiate: Call
     """The torch operator NAMESPACE::name, defined unless it is there already: this source may be imported twice."""
     operators = getattr(torch.ops, NAMESPACE)
     if not hasattr(operators, name):
-        defined = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
-        defined.register_fake(fake)
-        defined.register_vmap(_batched(defined))
-        LIBRARY.impl(
-            name, _differentiable(getattr(operators, name).default, differentiate), "Autograd", with_keyset=True
-        )
-        register_flop_formula(getattr(operators, name))(flops)
+        # Not torch.library.custom_op: it takes the key Autograd, and torch 2.9 refuses a second kernel there.
+        library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+        packet = getattr(operators, name)
+        packet.library = library  # its end would be the operator's: it outlives this module
+        library.impl(name, function, "CompositeExplicitAutograd")
+        library.impl(name, _differentiable(packet.default, differentiate), "Autograd", with_keyset=True)
+        torch.library.register_fake(packet.default, fake, lib=library)
+        torch.library.register_vmap(packet.default, _batched(packet.default), lib=library)
+        register_flop_formula(packet)(flops)
     return getattr(operators, name).default
 
 
