@@ -33,6 +33,7 @@ from tqdm import tqdm
 from experiments.drill.child import DONE
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
 from sit_atconv import checkpoint
+from sit_atconv.files import scratch
 
 EVERY_STEP = "run.log_every=1"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -464,7 +465,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30, help="runs of each trainer that are killed with SIGKILL")
     parser.add_argument("--out", type=Path, default=Path("runs/drill"))
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
+    scratch(args.out)
     start = time.perf_counter()
     names = [args.subject] if args.subject else list(SUBJECTS)
     rows = [row for name in names for row in drilled(name, args.out / name, args.runs)]
