@@ -349,6 +349,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
+    check_out(args.out, force=args.force)  # before anything is loaded
     spec = args.extractor or reference_spec(args.images)  # of images, Inception
     extractor = load_extractor(spec, args.weights, args.device)
     meta = build_reference(

@@ -116,7 +116,7 @@ def clear_leftovers(out: Path, name: str = "--out") -> None:
 
 
 def write_whole(path: Path, content: bytes, name: str = "--out") -> None:
-    """Write a file of a claimed folder so that it is there whole or not at all, even where two processes write the same.
+    """Write a file of a claimed folder, there whole or not at all even where two processes write the same.
 
     Raises InputError where the disk does not take it.
     """

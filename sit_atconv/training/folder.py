@@ -41,7 +41,7 @@ def claim(
     if accelerator.is_main_process:
         try:
             # Before looking: another process may be at work there.
-            held = lock(run) if (run / "recipe.yaml").exists() else None
+            held = lock(run) if (run / LOCK).exists() else None
             try:
                 start[0] = look(run)
             except InputError:
@@ -75,6 +75,8 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Fou
             f"run.out={str(run)!r} has no whole checkpoint left; remove its step-... folders to begin anew"
         )
     try:
+        if not found and not any((run / name).exists() for name in (LOCK, "log.jsonl")):
+            raise FileNotFoundError("a recipe that lies there is the user's")
         stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
     except OSError:
         if run.is_dir() and all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in run.iterdir()):

@@ -27,7 +27,7 @@ from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import library_versions
 from sit_atconv.flow.path import PATHS
-from sit_atconv.generation import Sampling, flow, generate, random_label, save_grid
+from sit_atconv.generation import Sampling, flow, generate, grid_png, random_label
 from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 
@@ -1004,13 +1004,13 @@ def test_random_labels_follow_their_index(run_folder, tmp_path):
 
 def test_a_grid_shows_the_pixels_enlarged_and_large_images_as_they_are(tmp_path):
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    save_grid(images, 2, tmp_path / "grid.png")
+    (tmp_path / "grid.png").write_bytes(grid_png(images, 2))
     grid = np.array(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 68 + 4, 2 * 68 + 4, 3)
     second = grid[4 : 4 + 64, 72 : 72 + 64]
     assert np.array_equal(second[::8, ::8], images[1].permute(1, 2, 0).numpy())
     assert np.array_equal(second[7::8, 7::8], second[::8, ::8])
-    save_grid(torch.zeros(2, 3, 100, 100, dtype=torch.uint8), 1, tmp_path / "large.png")
+    (tmp_path / "large.png").write_bytes(grid_png(torch.zeros(2, 3, 100, 100, dtype=torch.uint8), 1))
     assert Image.open(tmp_path / "large.png").size == (108, 212)
 
 
