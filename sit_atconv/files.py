@@ -46,7 +46,8 @@ def resolved(path: str | Path, what: str = "--out") -> Path:
         full = Path(path).resolve()
         full.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, links in a circle
-        raise InputError(f"{what} {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{what} {str(path)!r} cannot be written: {reason}; choose another place") from None
     return Path(shown(full))
 
 
@@ -143,11 +144,13 @@ def check_out(
             if not (out.is_dir() or out.is_file()):
                 raise InputError(f"{what} {str(out)!r} is neither file nor folder; choose a new name")
             if not (force or (out.is_file() and ours(out))):
-                is_one = "is a folder" if out.is_dir() else "exists already"
-                raise InputError(f"{what} {str(out)!r}: {is_one}; choose a new name, or {flag}, which sets it aside")
+                is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
+                raise InputError(f"{what} {str(out)!r}: {is_there}; choose a new name, or {flag}, which sets it aside")
         above = next(path for path in out.absolute().parents if path.exists())
         if not above.is_dir():
-            raise InputError(f"{what} {str(out)!r} cannot be written: {str(above)!r} is no folder")
+            raise InputError(
+                f"{what} {str(out)!r} cannot be written: {str(above)!r} is no folder; choose another place"
+            )
         tempfile.TemporaryFile(dir=above).close()
         out.exists()
     except OSError as error:

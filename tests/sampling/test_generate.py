@@ -705,7 +705,7 @@ def test_samples_that_another_command_completes_meanwhile_are_complete(generates
         ("--num", 0, "--num 0: must be at least 1"),
         ("--out", "", "--out '': give the name of a new folder"),
         ("--labels", "", "--labels '': choose from ['balanced', 'random'] or give a file"),
-        ("--out", "x" * 300, "x' cannot be written: File name too long; mend it, or choose another place"),
+        ("--out", "x" * 300, "x' cannot be written: File name too long; choose another place"),
     ],
 )
 def test_options_that_cannot_be_are_told(fails, run_folder, tmp_path, monkeypatch, option, value, says):
