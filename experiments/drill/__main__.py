@@ -114,7 +114,8 @@ class Drill:
     def expect_same(self, run: Path, whole: Path | None = None) -> None:
         """Raise Failed unless a run's folder is that of the run left alone, to the bit."""
         whole = whole or self.whole
-        expect(not list(run.rglob("*.tmp")), f"left behind: {[path.name for path in run.rglob('*.tmp')]}")
+        left = [path.name for path in run.rglob("*") if path.suffix in (".tmp", ".unfinished")]
+        expect(not left, f"left behind: {left}")
         own, other = contents(run), contents(whole)
         expect(own.keys() == other.keys(), f"other files: {sorted(own.keys() ^ other.keys())[:4]}")
         changed = [name for name in own if own[name] != other[name]]

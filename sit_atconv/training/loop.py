@@ -33,7 +33,7 @@ from sit_atconv.training.folder import check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.log import Log, Means
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
-from sit_atconv.training.trainer import Trainer
+from sit_atconv.training.trainer import PREVIEWS, Trainer
 
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 
@@ -293,7 +293,7 @@ class _Trainer(Trainer):
         count = self.recipe.preview.num
         drawn = self._sample("its preview", count, count)
         if drawn and self.accelerator.is_main_process:
-            file = self.run / "previews" / f"step-{self.step:07d}.png"
+            file = self.run / PREVIEWS / f"step-{self.step:07d}.png"
             try:
                 write_atomic(file, grid_png(drawn[0], math.ceil(math.sqrt(count))))
             except OSError as error:

@@ -16,12 +16,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from sit_atconv import checkpoint, sharding
 from sit_atconv.console import progress, say
 from sit_atconv.data.loading import check_bad
+from sit_atconv.ema import SNAPSHOTS
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import lock
 from sit_atconv.training.log import Log, Trackers, peak_flops, peak_memory
 from sit_atconv.training.optimizer import step_and_weight_squares
+
+PREVIEWS = "previews"
 
 
 class Trainer:
@@ -152,7 +155,9 @@ class Trainer:
                 self.lock = self.lock or lock(self.run)
                 if self.last is None and checkpoint.step_folders(self.run):
                     raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
-                clear_leftovers(self.run)
+                for folder in (self.run, *self.run.glob(PREVIEWS)):
+                    clear_leftovers(folder)
+                checkpoint.clear_unfinished(self.run / SNAPSHOTS)
                 write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
                 self.log = Log(self.run / "log.jsonl", self.step)
                 self._open_logs()

@@ -642,7 +642,7 @@ def test_complete_samples_are_said_to_be_and_left_alone(generates, run_folder, m
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     (out / "blocks").mkdir()  # of a process that was killed between the manifest and its end
     (out / "blocks" / "000000.json").write_text("{}")
-    (out / "settings.json").write_text("{}")
+    (out / "settings.json").write_bytes((out / "manifest.json").read_bytes())  # which has all settings
     capsys.readouterr()
     monkeypatch.setattr(generate_command, "library_versions", lambda: {"torch": "99"})
     made = count_blocks(monkeypatch)
