@@ -11,8 +11,9 @@ from sampling.options import add_sampling_options, setup
 from sampling.schedulers import SCHEDULERS, make_scheduler
 from sampling.schedulers import generate as generate_scheduled
 from sit_atconv.devices import numerics
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.generation import check_labels, generate, random_label, save_grid
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import REPORT, check_out, write_out
+from sit_atconv.generation import check_labels, generate, grid_png, random_label
 
 
 @command
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.set_defaults(sampler=None)  # told from one that was asked for
     parser.add_argument("--out", default="grid.png", help="PNG file (default: grid.png)")
+    add_force(parser)
     args = parser.parse_args(argv)
     if args.num < 1 or args.rows < 1:
         raise InputError(f"--num {args.num} --rows {args.rows}: must be at least 1")
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--rows {args.rows} goes with --classes")
     if Path(args.out).suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: must end in .png")
+    check_out(args.out, force=args.force, ours=REPORT)
     if args.scheduler and args.sampler:
         raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
     if args.scheduler and args.epsilon is not None:
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.update(len(part))
     seconds = (time.perf_counter() - start) / len(labels)
     columns = len(args.classes) if args.classes else max(1, round(len(labels) ** 0.5))
-    save_grid(torch.cat(images), columns, Path(args.out))
+    write_out(args.out, grid_png(torch.cat(images), columns), force=args.force)
     print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}, {seconds:.3f} s per image")
 
 

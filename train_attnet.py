@@ -1,4 +1,4 @@
-"""accelerate launch train_attnet.py RECIPE [key=value ...] [--dry-run | --resume]: train AttNet on images, or go on."""
+"""accelerate launch train_attnet.py RECIPE [key=value ...] [--dry-run | --resume | --force]: train AttNet, or go on."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(dry_run(recipe))
         return
-    last = train(recipe, must_resume=args.resume)
+    last = train(recipe, must_resume=args.resume, force=args.force)
     if speaks():
         print(report(last, recipe))
 

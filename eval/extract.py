@@ -28,8 +28,8 @@ from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, begun_as, open_source
 from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
-from sit_atconv.errors import InputError, speaks
-from sit_atconv.files import library_versions, lock, sha256, sync, write_atomic
+from sit_atconv.errors import InputError, add_force, speaks
+from sit_atconv.files import library_versions, lock, resolved, sha256, sync, write_atomic
 
 T = TypeVar("T")
 SHARD, BATCH = 1000, 64
@@ -44,6 +44,7 @@ REMEDY = "delete it, or choose another (--out of extract, --features of the othe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of images (with its manifest.json), or npz with arr_0")
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
+    add_force(parser)
     parser.add_argument("--shard", type=int, metavar="N", help=f"images per file (default: the folder's, or {SHARD})")
     add_extractor_arguments(parser)
     parser.set_defaults(run=run)
@@ -72,7 +73,7 @@ def add_features_argument(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Extract, and say what is there. Raises InputError for what cannot be extracted."""
     extractor = load_extractor(args.extractor, args.weights, args.device)
-    features = features_of(args.source, extractor, args.shard, args.batch, args.out, args.allow_lossy)
+    features = features_of(args.source, extractor, args.shard, args.batch, args.out, args.allow_lossy, args.force)
     leave()
     if speaks():
         dimensions = ", ".join(f"{name} {dimension}" for name, dimension in features.streams.items())
@@ -86,13 +87,13 @@ def leave() -> None:
 
 def features_of(
     path: str | Path | Source, extractor: Extractor, shard: int | None = None, batch: int = BATCH,
-    out: str | Path | None = None, allow_lossy: bool = False,
+    out: str | Path | None = None, allow_lossy: bool = False, force: bool = False,
 ) -> Features:  # fmt: skip
     """The features of the images at `path`, extracted unless they are there, whole and of these images.
 
     path: as `open_source` takes it, or a Source. shard: images per file; default: as a folder that is there has them,
     or 1,000. batch: images at once; it moves features by float rounding alone. out: the folder; default
-    the one of `default_folder`.
+    the one of `default_folder`. force: what is there and would be refused is set aside.
     Every process of a distributed launch calls this, and makes its part of the missing shards.
     Raises InputError for images that cannot be read, a folder with something else in it, or that another run writes to,
     and a full disk; in every process, whichever found it.
@@ -102,7 +103,7 @@ def features_of(
         if value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
     source = path if isinstance(path, Source) else open_source(path, allow_lossy)
-    out = Path(out) if out is not None else default_folder(Path(path), extractor)
+    out = resolved(out if out is not None else default_folder(Path(path), extractor), FOLDER)
     extractor.check_images(source.name, source.image_shape)
     # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -110,7 +111,7 @@ def features_of(
     with ExitStack() as held:
 
         def begin() -> tuple[dict[str, Any], list[tuple[int, int, int]]]:
-            settings = _claim(out, describe(source, extractor, shard, batch), stated)
+            settings = _claim(out, describe(source, extractor, shard, batch), stated, force)
             if (out / INDEX).is_file() and not missing_shards(out, settings):
                 return settings, []  # nothing to write: others may read at the same time, and the disk be read-only
             with writing(out, FOLDER):
@@ -149,11 +150,11 @@ def _first(state: PartialState, task: Callable[[], T]) -> T:
     return broadcast_object_list(answer)[0]
 
 
-def _claim(out: Path, settings: dict[str, Any], stated: bool) -> dict[str, Any]:
+def _claim(out: Path, settings: dict[str, Any], stated: bool, force: bool) -> dict[str, Any]:
     """The settings of the folder, this one's or those that it was begun with; stated: whether its images per file are
     asked for, and not just to be as they are there."""
     not_compared = NOT_COMPARED if stated else (*NOT_COMPARED, "shard")
-    settings = claim(out, settings, not_compared, "features", FOLDER, REMEDY)
+    settings = claim(out, settings, not_compared, "features", FOLDER, REMEDY, force)
     shard = settings.get("shard")
     if type(shard) is not int or shard < 1:
         raise InputError(f"{FOLDER} {str(out)!r}: its settings.json has {shard!r} images per file; {REMEDY}")

@@ -22,8 +22,8 @@ from eval.features import INDEX, Features, is_features
 from eval.moments import GroupSums, Moments
 from eval.sources import UNREADABLE, from_arrays, is_shape, open_source
 from sit_atconv.data.digits import Digits
-from sit_atconv.errors import InputError, speaks
-from sit_atconv.files import check_new, library_versions, new_path, sha256, shown
+from sit_atconv.errors import InputError, add_force, speaks
+from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
 
 FORMAT_VERSION = 1
@@ -342,6 +342,7 @@ def _pixels(image_shape: Sequence[int]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", help="folder or npz of images, or a folder of their features")
     parser.add_argument("--out", required=True, metavar="REF", help="new npz file")
+    add_force(parser)
     add_extractor_arguments(parser)
     add_features_argument(parser)
     parser.set_defaults(run=run, extractor=None)
@@ -349,9 +350,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
+    check_out(args.out, force=args.force)  # before anything is loaded
     spec = args.extractor or reference_spec(args.images)  # of images, Inception
     extractor = load_extractor(spec, args.weights, args.device)
-    meta = build_reference(args.images, Path(args.out), extractor, args.batch, args.allow_lossy, args.features)
+    meta = build_reference(
+        args.images, Path(args.out), extractor, args.batch, args.allow_lossy, args.features, args.force
+    )
     leave()
     if speaks():
         print(f"{args.out}: statistics of {meta['n']:,} images in {extractor.name}'s features, {meta['kept']:,} kept")
@@ -359,16 +363,17 @@ def run(args: argparse.Namespace) -> None:
 
 def build_reference(
     images: str, out: Path, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False,
-    root: str | None = None,
+    root: str | None = None, force: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the statistics of all images, and the pool of up to 10,000, as an npz; returns its meta.
 
     Arrays: mu, sigma (and mu_s, sigma_s) float64, unbiased, under the names that ADM's evaluator reads; pool (M, D)
     fp32 of images floor(i n / M); meta, a JSON string. images: a folder or npz of images, or a folder of features.
     root: the folder that features go below, see `default_folder`.
+    force: what is at `out` is set aside.
     Every process of a distributed launch calls this; the first writes. Raises InputError.
     """
-    check_new(out)
+    check_out(out, force=force)
     path = Path(images)
     if is_features(path):
         features = Features(path, verify=True)
@@ -391,7 +396,7 @@ def build_reference(
         arrays = {"pool": features.load("pool", rows), "meta": np.array(json.dumps(meta))}
         for stream in ARRAYS.keys() & features.streams.keys():
             arrays |= zip(ARRAYS[stream], stream_moments(features, stream), strict=True)
-        with new_path(out) as unfinished, open(unfinished, "wb") as file:
+        with new_path(out, force=force) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, **arrays)
     return meta
 

@@ -36,8 +36,8 @@ from eval.result import bars_told, needs
 from eval.sources import Source, from_arrays, open_source
 from sit_atconv.console import progress
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import InputError, check_choice, speaks
-from sit_atconv.files import check_writable, library_versions, shown, write_atomic
+from sit_atconv.errors import InputError, add_force, check_choice, speaks
+from sit_atconv.files import check_out, library_versions, made_here, shown, write_out
 
 # What can be asked for, the stream of features that it takes, and what each kind of extractor offers.
 STREAMS = {
@@ -56,6 +56,7 @@ PARTS = dict.fromkeys(NEAREST, "pr")
 # What comes of it, in the order of a result.
 NAMES = (*FRECHET, "is", *NEAREST, "kid", "recognised", "classifier_heldout_accuracy")
 
+RESULT = made_here("protocol", "metrics")
 Metric = dict[str, float | None]  # of a result: value, se and corrected, and perhaps corrected_needs
 
 
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_features_argument(parser)
     parser.add_argument("--dinov2", metavar="NAME", help="the ViT for fdd beside fid, as --extractor dinov2:NAME")
     parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the folder, or STEM.metrics.json")
+    add_force(parser)
     parser.set_defaults(run=run, extractor=None)
 
 
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.samples)
     default = path / "metrics.json" if path.is_dir() else path.with_suffix(".metrics.json")
     out = Path(args.out) if args.out else default
-    _check_out(out)
+    check_out(out, force=args.force, ours=RESULT)
     scored = score(
         args.samples, args.ref, args.metrics, args.extractor, args.weights, args.dinov2, args.device, args.batch,
         args.allow_lossy, args.features,
@@ -90,29 +92,12 @@ def run(args: argparse.Namespace) -> None:
     if scored is None:
         return
     result, notes = scored
-    try:
-        write_atomic(out, json.dumps(result, indent=1, allow_nan=False))
-    except OSError as error:
-        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
+    write_out(out, json.dumps(result, indent=1, allow_nan=False), force=args.force, ours=RESULT)
     print(table(result["metrics"], result["error_bars"]["upper_bound"]))
     for note in notes:
         print(note)
     print(bars_told(result["error_bars"]))
     print(f"written to {out}")
-
-
-def _check_out(out: Path) -> None:
-    """Raise InputError where no result can be written, before anything is scored; only a result is overwritten."""
-    if out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a folder; give a file")
-    check_writable(out)
-    if out.exists():
-        try:
-            is_result = {"protocol", "metrics"} <= json.loads(out.read_text()).keys()
-        except (OSError, ValueError, AttributeError):
-            is_result = False
-        if not is_result:
-            raise InputError(f"--out {str(out)!r} is there, and no result of this command; choose another name")
 
 
 def table(metrics: dict[str, Metric], upper_bound: bool = False) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from eval.result import bars_told, named, needs, sound
-from sit_atconv.errors import InputError
-from sit_atconv.files import sha256, write_atomic
+from sit_atconv.errors import InputError, add_force
+from sit_atconv.files import check_out, made_here, sha256, write_out
 
+TABLE = made_here("common", "differs", "rows", "published", "claimed")
 PUBLISHED = Path(__file__).with_name("published.yaml")
 PUBLISHED_METRICS = ("fid", "sfid", "is", "precision", "recall")
 # Facts of the samples without which two results cannot be told apart: how they were drawn, decoded and rounded.
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="metrics.json files, one per trained model; NAME: what it is called, where its training does not say it",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="MD", help="Markdown file; a JSON of the same name beside it")
+    add_force(parser)
     parser.add_argument(
         "--mix", action="store_true",
         help="tabulate results that cannot be compared (protocol, reference, count, sampler, ...); the table says so",
@@ -49,13 +51,13 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix != ".md":
         raise InputError(f"--out {args.out}: must end in .md")
+    for file in (out, out.with_suffix(".json")):
+        check_out(file, force=args.force, ours=TABLE)
     table = tabulate(args.results, args.mix)
     text = markdown(table)
-    try:
-        write_atomic(out.with_suffix(".json"), json.dumps(table, indent=1, allow_nan=False) + "\n")
-        write_atomic(out, text)
-    except OSError as error:
-        raise InputError(f"--out {args.out} cannot be written: {error.strerror or error}") from None
+    content = json.dumps(table, indent=1, allow_nan=False) + "\n"
+    write_out(out.with_suffix(".json"), content, force=args.force, ours=TABLE)
+    write_out(out, text, force=args.force, ours=TABLE)
     print(text, end="")
 
 

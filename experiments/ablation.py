@@ -30,8 +30,8 @@ from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import check_writable, library_versions, write_atomic
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
@@ -39,6 +39,7 @@ from sit_atconv.ops.atconv import POOLS
 
 TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]
 RESULT = "result.json"
+OURS = made_here("system", "seeds", "versions", "results")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
         "system": system.name, "arm": arm.name, **arm.options(), "seed": seed, **figures, "command": words,
         "step": manifest["step"], "weights_sha256": weights, "versions": manifest["versions"],
     }  # fmt: skip
-    write_atomic(file, json.dumps(result, indent=1, allow_nan=False))
+    write_out(file, json.dumps(result, indent=1, allow_nan=False), "result", ours=made_here("system", "arm", "seed"))
     return result
 
 
@@ -227,10 +228,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/ablation"))
+    add_force(parser)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once (default: one per core)")
     parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
     args = parser.parse_args(argv)
-    check_writable(args.out / "sit.json")
+    for name, end in itertools.product(args.systems, (".md", ".json", ".png")):
+        check_out(args.out / f"{name}{end}", force=args.force, ours=OURS)
     if args.processes < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise InputError(
             f"--processes {args.processes} --seeds {args.seeds}: at least one, and different ones from 0 on"
@@ -250,13 +253,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             continue
         report = table(system, results)
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(args.out / f"{system.name}.md", report + "\n")
         facts = {"system": system.name, "seeds": args.seeds, "versions": library_versions(), "results": results}
-        write_atomic(args.out / f"{system.name}.json", json.dumps(facts, indent=1, allow_nan=False))
-        draw(
-            system.name, system.figures["loss"], [arm.name for arm in arms()], results, args.out / f"{system.name}.png"
-        )
+        picture = draw(system.name, system.figures["loss"], [arm.name for arm in arms()], results)
+        stated = json.dumps(facts, indent=1, allow_nan=False)
+        for end, content in ((".md", report), (".json", stated), (".png", picture)):
+            write_out(args.out / f"{system.name}{end}", content, force=args.force, ours=OURS)
         print(f"{system.name}\n\n{report}\n")
 
 

@@ -1,15 +1,15 @@
 """The figure of an ablation: every run a dot, every arm a line with its mean."""
 
-from pathlib import Path
-
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from sit_atconv.files import figure_png
 
 COLOURS = {"learned": "#0072b2", "full": "#d55e00", "none": "#666666"}  # of the inhibition
 
 
-def draw(system: str, what: str, arms: list[str], results: list[dict], file: Path) -> None:
-    """Write a PNG: a line per arm from best to worst, dots of its seeds, a bar at their mean. The lower the better."""
+def draw(system: str, what: str, arms: list[str], results: list[dict]) -> bytes:
+    """A PNG: a line per arm from best to worst, dots of its seeds, a bar at their mean. The lower the better."""
     values = {arm: [each["loss"] for each in results if each["arm"] == arm] for arm in arms}
     ordered = sorted(arms, key=lambda arm: sum(values[arm]) / len(values[arm]), reverse=True)
     figure = Figure(figsize=(8, 0.32 * len(arms) + 1.3), layout="constrained")
@@ -33,5 +33,4 @@ def draw(system: str, what: str, arms: list[str], results: list[dict], file: Pat
         for name, marker in (("adaptive", "o"), ("static", "s"))
     ]
     axes.legend(handles=handles, fontsize=8, loc="best")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    return figure_png(figure)

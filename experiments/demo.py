@@ -2,10 +2,11 @@
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from sit_atconv.files import scratch
 
 OUT = Path("runs/demo")
 
@@ -19,7 +20,7 @@ def call(line: str) -> None:
 
 
 def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
+    scratch(OUT)
     run, grid, samples, speed = OUT / "run", OUT / "grid.png", OUT / "samples", OUT / "speed"
     call(f"train_sit.py experiments/recipes/digits_sit_atconv.yaml run.out={run}")
     call(f"sample.py --ckpt {run} --classes 0 1 2 3 4 5 6 7 8 9 --rows 8 --steps 20 --out {grid}")

@@ -19,8 +19,8 @@ from eval.moments import Moments
 from eval.refs import Reference
 from eval.score import Held, Metric, frechet_metric, other_metrics, stream_sums
 from eval.sources import class_histogram
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import write_atomic
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import check_out, made_here, write_out
 
 FEATURES, IMAGES, REAL = 16, 400, 1000
 METRICS = ("frechet_distance", "is", "precision", "recall", "density", "coverage", "kid", "recognised")
@@ -177,9 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.error_bars", description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=100, help="draws of each kind (default: 100)")
     parser.add_argument("--out", default="experiments/results/error_bars", metavar="DIR", help="of its table and JSON")
+    add_force(parser)
     args = parser.parse_args(argv)
     if args.repeats < 2:
         raise InputError(f"--repeats {args.repeats}: one draw has no spread; give at least 2")
+    ours = made_here("command", "repeats", "error_bars", "corrected")
+    files = [check_out(Path(args.out) / f"error_bars{end}", force=args.force, ours=ours) for end in (".json", ".md")]
     result = {
         "command": "python -m experiments.error_bars",
         "repeats": args.repeats,
@@ -187,8 +190,8 @@ def main(argv: list[str] | None = None) -> None:
         "corrected": [correction(ratio, args.repeats) for ratio in RATIOS],
     }
     text = markdown(result)
-    write_atomic(Path(args.out) / "error_bars.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(Path(args.out) / "error_bars.md", text)
+    for file, content in zip(files, (json.dumps(result, indent=1) + "\n", text), strict=True):
+        write_out(file, content, force=args.force, ours=ours)
     print(text, end="")
 
 

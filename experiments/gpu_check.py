@@ -1,13 +1,14 @@
 """make test-gpu: the gpu tests, then 20 bf16 steps, a resume, a sample and the timings on the device."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-RUN = Path("runs/gpu_check")
+from sit_atconv.files import scratch
+
+RUN = Path("runs/gpu_check/run")
 
 
 def call(*arguments: str) -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("skipped: no CUDA device on this machine")
         return
-    shutil.rmtree(RUN, ignore_errors=True)
+    scratch(RUN.parent)
     train = ("train_sit.py", "experiments/recipes/digits_sit_atconv.yaml", f"run.out={RUN}", "train.precision=bf16")
     call("-m", "pytest", "-m", "gpu")
     call(*train, "train.lr_schedule=constant", "train.max_steps=20")

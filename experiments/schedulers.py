@@ -23,8 +23,8 @@ from diffusers import (
 )
 
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
-from sit_atconv.errors import InputError, command
-from sit_atconv.files import write_atomic
+from sit_atconv.errors import InputError, add_force, command
+from sit_atconv.files import check_out, made_here, write_out
 from sit_atconv.pipelines.schedulers import check_scheduler
 
 MEANS, STDS = (0.5, -0.3), (1.28, 0.4)  # of the data, one channel each
@@ -197,10 +197,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.schedulers", description=__doc__.splitlines()[0])
     default = Path(__file__).parent / "results" / "schedulers"
     parser.add_argument("--out", type=Path, default=default, help="folder (default: experiments/results/schedulers)")
+    add_force(parser)
     args = parser.parse_args(argv)
+    ours = made_here("scheduler", "options")
+    files = [check_out(args.out / f"schedulers{end}", force=args.force, ours=ours) for end in (".json", ".md")]
     measured = list(rows())
-    write_atomic(args.out / "schedulers.json", "[\n" + ",\n".join(map(json.dumps, measured)) + "\n]\n")
-    write_atomic(args.out / "schedulers.md", f"# diffusers' schedulers against a closed form\n\n{table(measured)}\n")
+    stated = "[\n" + ",\n".join(map(json.dumps, measured)) + "\n]\n"
+    told = f"# diffusers' schedulers against a closed form\n\n{table(measured)}\n"
+    for file, content in zip(files, (stated, told), strict=True):
+        write_out(file, content, force=args.force, ours=ours)
     refused = sum("refused" in row for row in measured)
     print(f"{len(measured) - refused} settings measured, {refused} refused: {args.out}")
 

@@ -31,7 +31,7 @@ from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
 from eval.refs import recorded_extractor
 from eval.result import sound
-from eval.score import OFFERED
+from eval.score import OFFERED, RESULT
 from eval.sources import from_arrays, open_source
 from sampling import generate
 from sampling.labels import RULES, sample_labels
@@ -41,7 +41,7 @@ from sit_atconv import checkpoint, config
 from sit_atconv.claims import SETTINGS
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
-from sit_atconv.files import sha256, write_atomic
+from sit_atconv.files import sha256, write_out
 from sit_atconv.generation import Sampling
 from sit_atconv.images import to_uint8
 
@@ -445,10 +445,7 @@ def copy_result(source: Path, target: Path) -> None:
             return [seen(inner) for inner in value]
         return value.removeprefix(here) if isinstance(value, str) else value
 
-    try:
-        write_atomic(target, json.dumps(seen(json.loads(source.read_text())), indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{str(target)!r} cannot be written: {error.strerror or error}") from None
+    write_out(target, json.dumps(seen(json.loads(source.read_text())), indent=1) + "\n", "result", ours=RESULT)
 
 
 def generate_words(table: Table, model: Model, sampler: Sampler) -> list[str]:

@@ -17,7 +17,7 @@ from sampling.options import Setup, add_sampling_options, sampling_asked, setup
 from sampling.processes import Interrupted, Processes
 from sampling.samples import FORMATS, MOST, PLACES, Samples, difference
 from sit_atconv.devices import numerics
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import library_versions, shown
 from sit_atconv.generation import generate
 from sit_atconv.images import UINT8_RULE
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="new folder for the images, or one that the same command began"
     )
+    add_force(parser)
     parser.add_argument(
         "--labels", default="balanced", metavar="balanced|random|FILE",
         help="image i has class i mod classes, one drawn from (seed, i), or that of line i + 1 of a file "
@@ -105,7 +106,7 @@ class _Work:
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         self.labels = sample_labels(args.labels, args.num, total, self.ready.sampling.seed, config.num_classes)
-        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]))
+        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]), args.force)
         return self.samples.settings
 
     def _check_equal(self, settings: list[dict[str, Any]]) -> None:

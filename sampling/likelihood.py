@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -15,8 +14,8 @@ from sit_atconv.config import make_recipe
 from sit_atconv.data import Digits, Folder, open_dataset
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
-from sit_atconv.files import check_new, library_versions, write_atomic
+from sit_atconv.errors import InputError, add_force
+from sit_atconv.files import check_out, library_versions, new_path
 from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
@@ -40,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file: the mean and every image's")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: must be at least 0")
     check_one_process()
-    check_new(Path(args.out))
+    check_out(args.out, force=args.force)
     device = resolve_device(args.device)
     trained = load_trained(args.ckpt)
     check_path(trained.model)
@@ -150,6 +150,7 @@ def run(args: argparse.Namespace) -> None:
         "versions": library_versions(),
         "each": bits,
     }
-    write_atomic(Path(args.out), json.dumps(result, indent=1, allow_nan=False))
+    with new_path(args.out, force=args.force) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False))
     shown = "" if error is None else f" +- {error:.4f}"
     print(f"{args.out}: {args.num} images of {args.split}, {mean:.4f}{shown} bits/dim, NFE {result['nfe']:g}")

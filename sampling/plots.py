@@ -1,14 +1,14 @@
 """The plot that the timing commands draw."""
 
-from pathlib import Path
+from sit_atconv.files import figure_png
 
 LIMIT = ", GEMM limit"  # a line of this name is dashed, in the colour of the line that it limits
 
 
 def plot_latency(
-    panels: dict[str, dict[str, list[tuple[float, float]]]], title: str, x_label: str, y_label: str, path: Path
-) -> None:
-    """Write a PNG: a panel per entry, in it a line through the points (x, y) of each name; both axes logarithmic."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]], title: str, x_label: str, y_label: str
+) -> bytes:
+    """A PNG: a panel per entry, in it a line through the points (x, y) of each name; both axes logarithmic."""
     from matplotlib.figure import Figure  # here: slow to import, and commands that draw nothing do without
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -32,7 +32,4 @@ def plot_latency(
     columns = min(2 * len(panels), len(shown))
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, fontsize="small")
     figure.suptitle(title, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    return figure_png(figure)

@@ -14,11 +14,12 @@ import hashlib
 import io
 import json
 import math
-import shutil
+import os
+import re
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sit_atconv.claims import SETTINGS, short
+from sit_atconv.claims import SETTINGS, clear_the_way, short
 from sit_atconv.errors import InputError
-from sit_atconv.files import LOCK, check_new, lock, sync, write_atomic
+from sit_atconv.files import LEFTOVER, LOCK, check_out, clear_leftovers, lock, resolved, sync, temporary, write_atomic
 from sit_atconv.images import to_pil
 
 FORMATS = ("png", "npz")
 MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
+BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier versions left of a kill
 MOST = 10_000_000  # images; their labels are in memory, and in the manifest
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
@@ -42,10 +44,11 @@ class Samples:
     """The samples at `path`, made in blocks; nothing is touched before `claim`.
 
     settings: what decides the images, as the manifest will have it: num, block, format and labels among them.
+    force: what is there and is something else is set aside.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, settings: dict[str, Any], force: bool = False):
+        self.path, self.force = resolved(path), force
         self.settings = json.loads(json.dumps(settings))
         self.num, self.block = settings["num"], settings["block"]
         self._lock = None
@@ -66,10 +69,21 @@ class Samples:
         where another command is at work; this one has the folder until `close`.
         """
         try:
+            return self._taken_over()
+        except InputError:
+            if self._lock is not None or not self.force or not os.path.lexists(self.path):
+                raise
+            clear_the_way(self.path)
+        return self._taken_over()
+
+    def _taken_over(self) -> list[int] | None:
+        try:
             if self._is_complete():
                 return None
             if not self._is_mine():
-                check_new(self.path)
+                check_out(self.path)
+            if self.force and (self.path / SETTINGS).is_file():  # set aside, a folder is no other command's
+                self._check_same(SETTINGS, versions=True)
             self._lock = lock(self.path, f"--out {str(self.path)!r}")
             if self._is_complete():  # meanwhile
                 return None
@@ -79,8 +93,7 @@ class Samples:
                 write_atomic(self.path / SETTINGS, json.dumps(self.settings, indent=1))
             (self.path / BLOCKS).mkdir(exist_ok=True)
             for folder in (self.path, self.path / BLOCKS):
-                for leftover in folder.glob("*.tmp"):
-                    leftover.unlink()
+                clear_leftovers(folder)
         except OSError as error:
             raise self._unwritten(error, "mend it, or choose another place") from None
         with ThreadPoolExecutor() as pool:
@@ -100,7 +113,7 @@ class Samples:
         """Whether a command of this kind began the folder; one that was killed at once has left nothing in it."""
         return self.path.is_dir() and (
             (self.path / SETTINGS).is_file()
-            or all(path.name == LOCK or path.suffix == ".tmp" for path in self.path.iterdir())
+            or all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in self.path.iterdir())
         )
 
     def close(self) -> None:
@@ -161,9 +174,25 @@ class Samples:
 
     def _clear(self) -> None:
         """Remove what only unfinished samples need; another command may be doing the same."""
-        shutil.rmtree(self.path / BLOCKS, ignore_errors=True)
-        for leftover in (self.path / SETTINGS, *self.path.glob("*.tmp"), self.path / LOCK):
-            leftover.unlink(missing_ok=True)
+        blocks = self.path / BLOCKS
+        if blocks.is_dir():
+            clear_leftovers(blocks)
+            for path in blocks.iterdir():
+                if BLOCK_FILE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: there are other people's files in it
+                blocks.rmdir()
+        clear_leftovers(self.path)
+        if self._is_begun():
+            (self.path / SETTINGS).unlink(missing_ok=True)
+        (self.path / LOCK).unlink(missing_ok=True)
+
+    def _is_begun(self) -> bool:
+        """Whether there is a settings.json, and it is one of samples."""
+        try:
+            return self.settings.keys() <= json.loads((self.path / SETTINGS).read_text()).keys()
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def _check_same(self, name: str, versions: bool) -> None:
         try:
@@ -226,10 +255,10 @@ class Samples:
     def _write_npz(self, image_shape: list[int]) -> None:
         """One pass over the blocks, of which one is in memory at a time; stored, as numpy's own savez does it."""
         channels, height, width = image_shape
-        temporary = self.path / f"{NPZ}.tmp"
+        unfinished = temporary(self.path / NPZ)
         labels = np.array(self.settings["labels"], np.int64)
         try:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                     _write_header(member, np.dtype(np.uint8), (self.num, height, width, channels))
                     for number in tqdm(range(self.blocks), desc=NPZ, unit="block", delay=1):
@@ -240,10 +269,10 @@ class Samples:
                 with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
                     _write_header(member, labels.dtype, labels.shape)
                     member.write(labels.tobytes())
-            sync(temporary)
-            temporary.rename(self.path / NPZ)
+            sync(unfinished)
+            unfinished.rename(self.path / NPZ)
         finally:
-            temporary.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -295,9 +324,9 @@ def _write_header(file, dtype: np.dtype, shape: tuple[int, ...]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all; what a crash of the machine cuts, its digest tells."""
-    temporary = path.with_name(path.name + ".tmp")
+    unfinished = temporary(path)
     try:
-        temporary.write_bytes(content)
-        temporary.rename(path)
+        unfinished.write_bytes(content)
+        unfinished.rename(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)

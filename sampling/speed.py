@@ -15,8 +15,8 @@ from sampling.options import DTYPES, add_device_options, add_sampler_options, sa
 from sampling.plots import LIMIT, plot_latency
 from sampling.timing import commit, device_name, interleaved, peak_bytes
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import check_writable, library_versions, write_atomic
+from sit_atconv.errors import InputError, add_force, check_choice
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.generation import Sampling, flow
 from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
@@ -25,6 +25,7 @@ from sit_atconv.ops.atconv import BACKEND_VARIABLE
 PIXELS_PER_LATENT = 8  # of the Stable-Diffusion autoencoders
 PASSES = ("forward", "backward", "sampling")
 BASELINES = ("attention", "paper", "gemm")
+OURS = made_here("rounds", "compiled", "backend", "sampling", "rows")
 PAPER = " (paper's form)"
 # Largest distance of an output from another form of the same function, over its norm.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, of the baselines too")
     parser.add_argument("--rounds", type=int, default=10, help="measurements of each, in turn (default: 10)")
     parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json, STEM.md and STEM.png")
+    add_force(parser)
     add_sampler_options(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
@@ -291,8 +293,8 @@ def to_markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict, path: Path) -> None:
-    """ms/NFE against resolution, a panel per pass; dashed: the model's matrix products alone."""
+def plot(result: dict) -> bytes:
+    """A PNG: ms/NFE against resolution, a panel per pass; dashed: the model's matrix products alone."""
     panels: dict[str, dict[str, list]] = {}
     for row in result["rows"]:
         lines = panels.setdefault("forward and backward" if row["pass"] == "backward" else row["pass"], {})
@@ -301,7 +303,7 @@ def plot(result: dict, path: Path) -> None:
             lines.setdefault(row["model"] + LIMIT, []).append((row["size"], row["gemm_ms"]))
     mode = "compiled" if result["compiled"] else "eager"
     title = f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}"
-    plot_latency(panels, title, "image size (px)", "ms per network evaluation", path)
+    return plot_latency(panels, title, "image size (px)", "ms per network evaluation")
 
 
 @numerics()
@@ -314,10 +316,12 @@ def run(args: argparse.Namespace) -> None:
     )
     result = setting.describe() | {"rows": []}
     stem = Path(args.out)
-    check_writable(stem)
+    files = [
+        check_out(stem.with_name(stem.name + end), force=args.force, ours=OURS) for end in (".json", ".md", ".png")
+    ]
     for size in args.sizes:
         result["rows"] += measure(args.models, size, setting)
-        write_atomic(stem.with_name(stem.name + ".json"), json.dumps(result, indent=1, allow_nan=False))
-        write_atomic(stem.with_name(stem.name + ".md"), to_markdown(result))
-        plot(result, stem.with_name(stem.name + ".png"))
+        contents = [json.dumps(result, indent=1, allow_nan=False), to_markdown(result), plot(result)]
+        for file, content in zip(files, contents, strict=True):
+            write_out(file, content, force=args.force, ours=OURS)
     print(to_markdown(result), end="")

@@ -16,10 +16,11 @@ files.
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,20 @@ from safetensors.torch import load_file
 from sit_atconv import sharding
 from sit_atconv.console import say
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import DiskFull, check_space, disk_full, free_space, library_versions, settle, sha256, sync
+from sit_atconv.files import (
+    DiskFull,
+    Lease,
+    check_space,
+    disk_full,
+    free_space,
+    lease,
+    library_versions,
+    set_aside,
+    settle,
+    sha256,
+    sync,
+    unleased,
+)
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
 
@@ -38,6 +52,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONVERSION = "conversion.json"
 PIPELINE_INDEX = "model_index.json"
+DAMAGED = "damaged"  # the suffix of checkpoints that are set aside
+UNFINISHED = re.compile(r"\.step-\d+\.unfinished")
+ASIDE = re.compile(rf"step-(\d+)\.{DAMAGED}(-\d+)?")
 
 
 class Damaged(InputError):
@@ -75,7 +92,7 @@ def save(
     parts = {**models, "projectors": projectors} if projectors else dict(models)
     check_finite(step, parts)
     final = folder_of(run, step)
-    temporary = final.with_name(final.name + ".tmp")
+    temporary = unfinished(final)
     stored = [part.state_dict() for part in parts.values()] + [sharding.optimizer_tensors(trained, optimizer)]
     needed = sum(tensor.numel() * tensor.element_size() for tensors in stored for tensor in tensors.values())
 
@@ -120,7 +137,7 @@ def save(
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
             settle(temporary)
             if final.exists():  # left invalid by a fault: a valid one would have been resumed from
-                shutil.rmtree(final)
+                set_aside(final, DAMAGED)
             temporary.rename(final)
             sync(run)
     return final
@@ -168,26 +185,73 @@ def load_optimizer(
     sharding.load_optimizer(folder, trained, optimizer, untrained)
 
 
+def unfinished(final: Path) -> Path:
+    """Where a folder step-XXXXXXX of a run is written, or was when it is removed, as `clear_unfinished` knows it."""
+    return final.with_name(f".{final.name}.unfinished")
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what an interrupted save or removal left in a run's folder. Call it on the main process alone."""
+    for path in folder.glob(".step-*.unfinished"):
+        if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None) -> None:
     """Keep the last `keep_last` checkpoints up to step `newest`, which is whole, and the multiples of `keep_every`.
 
-    The rest goes: older ones, what an interrupted save left, and folders of later steps, since a run that is at
-    `newest` found those damaged. Call it on the main process alone, after `save`.
+    Older ones go, but for one that a reader has a lease of, which goes later. Folders of later steps, which a run that
+    is at `newest` found damaged, become step-XXXXXXX.damaged, and go once a checkpoint of their step or a later one is
+    whole. What holds a file that no manifest lists stays under another name. What an interrupted save left goes.
+    Call it on the main process alone, after `save`, or before a run goes on.
     """
-    known = [folder for folder in step_folders(run) if step_of(folder) <= newest]
+    clear_unfinished(run)
+    folders = step_folders(run)
+    known = [folder for folder in folders if step_of(folder) <= newest]
     kept = {*known[-keep_last:], *(folder for folder in known if keep_every and step_of(folder) % keep_every == 0)}
-    for path in [*step_folders(run), *run.glob("step-*.tmp")]:
-        if path not in kept:
-            doomed = path.with_suffix(".tmp")  # killed in the middle, it is no damaged checkpoint but a leftover
-            if path != doomed:
-                shutil.rmtree(doomed, ignore_errors=True)
-                path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    for folder in folders:
+        if step_of(folder) > newest:
+            say(f"warning: {str(folder)!r} is damaged, and set aside as {str(set_aside(folder, DAMAGED))!r}")
+        elif folder not in kept and not _remove(folder):
+            say(f"warning: {str(folder)!r} holds more than a checkpoint, and is now {str(set_aside(folder))!r}")
+    for aside in run.glob(f"step-*.{DAMAGED}*"):
+        found = ASIDE.fullmatch(aside.name)
+        if found and int(found[1]) <= newest:
+            _remove(aside)
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a checkpoint, at one blow, unless a reader has a lease of it; False for a folder that holds anything else,
+    which stays."""
+    try:
+        listed = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if not listed.issuperset(path.relative_to(folder).as_posix() for path in paths):
+        return False
+    if unread := unleased(folder / MANIFEST):
+        doomed = folder.with_name(f".{folder.name.partition('.')[0]}.unfinished")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)  # killed in the middle, it is no damaged checkpoint but a leftover
+        shutil.rmtree(doomed, ignore_errors=True)
+        del unread
+    return True
 
 
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / f"step-{step:07d}"
+
+
+def newest_leased(run: Path) -> tuple[Path, Lease | None] | None:
+    """The newest checkpoint of a run, None where there is none, and its lease: as long as that is there, a training run
+    that goes on does not remove the folder."""
+    while folders := step_folders(run):
+        held = lease(folders[-1] / MANIFEST)
+        if held is not None or folders[-1].exists():
+            return folders[-1], held
+    return None
 
 
 def step_of(folder: Path) -> int:
@@ -272,6 +336,7 @@ class Trained:
     manifest: dict[str, Any]
     model: SiTTransformer2DModel
     files: dict[str, str]
+    lease: Lease | None = field(default=None, repr=False, compare=False)  # of the checkpoint, while this is there
 
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Trained:
@@ -293,13 +358,15 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: 
     has_model = (path / "config.json").is_file()
     if has_model and not (path.name in ("ema", "model") and path.parent.name.startswith("step-")):
         return _load_model_folder(path, dtype, variant)
-    folder, which = (path.parent, path.name) if has_model else ((step_folders(path) or [path])[-1], "ema")
+    which = path.name if has_model else "ema"
+    newest = None if has_model else newest_leased(path)
+    folder, held = newest or ((own := path.parent if has_model else path), lease(own / MANIFEST))
     manifest = read_manifest(folder, under=f"{which}/")
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
     present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
     if present != set(files):
         raise Damaged(f"checkpoint {str(folder)!r} is damaged: {MANIFEST} does not list {sorted(present ^ set(files))}")
-    return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files)
+    return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files, held)
 
 
 def read_conversion(folder: Path) -> dict[str, Any]:

@@ -4,14 +4,16 @@ settings.json comes first and decides what the folder may become; a command with
 """
 
 import json
-import uuid
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sit_atconv import files
 from sit_atconv.errors import InputError
-from sit_atconv.files import LOCK, sync, write_atomic
+from sit_atconv.files import LEFTOVER, LOCK, lock, set_aside, sync, temporary, write_atomic
 
 SETTINGS = "settings.json"
 
@@ -31,14 +33,35 @@ def writing(out: Path, name: str = "--out") -> Iterator[None]:
 
 def claim(
     out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str = "--out",
-    remedy: str = "choose another folder",
+    remedy: str = "choose another folder", force: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the folder of these settings, or take over the one that is there; the settings that it was begun with.
 
-    not_compared: beginnings of the flat keys that may be otherwise, see `flat`. what: the folder holds, "features".
-    name: what `out` is; remedy: where it is something else.
+    out: a path that is `files.resolved`. not_compared: beginnings of the flat keys that may be otherwise, see `flat`.
+    what: the folder holds, "features". name: what `out` is; remedy: where it is something else. force: what would be
+    refused is set aside, and the folder begun anew.
     Raises InputError for a file, a folder of something else, or one with other settings: in one line, what differs.
     """
+    try:
+        return _taken_over(out, settings, not_compared, what, name, remedy)
+    except InputError:
+        if not force or not os.path.lexists(out):
+            raise
+        clear_the_way(out, name)
+    return _taken_over(out, settings, not_compared, what, name, remedy)
+
+
+def clear_the_way(out: Path, name: str = "--out") -> None:
+    """Set aside what lies at `out`, and say so. Raises InputError where a process is at work there."""
+    with writing(out, name):
+        if (out / LOCK).exists():
+            lock(out, f"{name} {str(out)!r}").close()
+        print(f"{name} {str(out)!r}: what was there is now {str(set_aside(out))!r}", file=sys.stderr)
+
+
+def _taken_over(
+    out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str, remedy: str
+) -> dict[str, Any]:  # fmt: skip
     if out.exists() and not out.is_dir():
         raise InputError(f"{name} {str(out)!r} is a file; give a new folder, or one to go on with")
     try:
@@ -50,7 +73,8 @@ def claim(
     if stored is None:
         with writing(out, name):
             out.mkdir(parents=True, exist_ok=True)
-            if strays := sorted(path.name for path in out.iterdir() if path.suffix != ".tmp" and path.name != LOCK):
+            names = sorted(path.name for path in out.iterdir())
+            if strays := [each for each in names if each != LOCK and not LEFTOVER.fullmatch(each)]:
                 raise InputError(f"{name} {str(out)!r} holds {strays[0]!r} and is no folder of {what}; {remedy}")
             write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
         return settings
@@ -86,25 +110,22 @@ def short(value: Any) -> str:
 
 
 def clear_leftovers(out: Path, name: str = "--out") -> None:
-    """Remove what killed processes were writing. Call it while no other process writes."""
+    """`files.clear_leftovers` of a claimed folder. Call it while no other process writes."""
     with writing(out, name):
-        for leftover in out.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+        files.clear_leftovers(out)
 
 
 def write_whole(path: Path, content: bytes, name: str = "--out") -> None:
-    """Write a file so that it is there whole or not at all, even where two processes write the same.
+    """Write a file of a claimed folder, there whole or not at all even where two processes write the same.
 
     Raises InputError where the disk does not take it.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    unfinished = temporary(path)
     with writing(path.parent, name):
         try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                sync(temporary)
-            temporary.rename(path)
+            unfinished.write_bytes(content)
+            sync(unfinished)
+            unfinished.rename(path)
             sync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from torch import nn
 
 from sit_atconv import config
 from sit_atconv.errors import InputError
-from sit_atconv.files import DiskFull, disk_full, settle, sync
+from sit_atconv.files import DiskFull, disk_full, set_aside, settle, sync
 from sit_atconv.sharding import local
 
 DEFAULT_DECAY, DEFAULT_STDS = 0.9999, (0.05, 0.1)
@@ -128,7 +128,7 @@ class Averages:
         Raises DiskFull where the disk has no room, InputError where it does not take it; then nothing is left.
         """
         final = run / SNAPSHOTS / f"step-{step:07d}"
-        temporary = final.with_name(final.name + ".tmp")
+        temporary = final.with_name(f".{final.name}.unfinished")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
@@ -145,7 +145,10 @@ class Averages:
                 save_file(tensors[name], temporary / f"{name}.safetensors", {METADATA: json.dumps(facts)})
             settle(temporary)
             if final.exists():
-                shutil.rmtree(final)
+                if not all(_is_snapshot(path) for path in final.iterdir()):
+                    set_aside(final)
+                else:
+                    shutil.rmtree(final)
             temporary.rename(final)
             sync(final.parent)
         except (OSError, SafetensorError) as error:
@@ -156,6 +159,14 @@ class Averages:
                 f"snapshot {str(final)!r} cannot be written: {reason}; make room, then go on from the last checkpoint"
             ) from None
         return final
+
+
+def _is_snapshot(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _width_name(std: float) -> str:

@@ -42,6 +42,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that writes to --out."""
+    parser.add_argument(
+        "--force", action="store_true", help="set aside (NAME.aside) what is at --out and would be refused"
+    )
+
+
 def command(main: Callable) -> Callable:
     """Decorator for the entry point of a command: an InputError becomes one line on stderr and exit status 2."""
 

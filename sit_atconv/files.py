@@ -1,105 +1,358 @@
-"""Files that are there whole or not at all, and what identifies them."""
+"""Files that are there whole or not at all, whose they are, and what identifies them.
+
+The one rule, also in docs/files.md: a path is resolved first; only what carries this program's mark, or what this
+process made, is replaced or removed; anything else is refused, or by force set aside under another name.
+"""
 
 import errno
 import fcntl
 import hashlib
 import importlib.metadata
+import io
+import json
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 
 from sit_atconv.errors import InputError
 from sit_atconv.version import __version__
 
 LOCK = ".lock"
+MARK = "sit_atconv"
+OWNER = f".{MARK}"  # in a folder that this program may clear: what lies beside it there is its own
+# Names of what a killed process was writing: .NAME.(12 hex digits).unfinished; of earlier versions NAME.(12 or 32).tmp.
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.unfinished|.+\.(?:[0-9a-f]{12}|[0-9a-f]{32})\.tmp", re.DOTALL)
+MARKDOWN = f"<!-- made by {MARK} -->"
+LARGEST_RESULT = 1 << 28  # bytes of a file that is read to see whose it is
+_held: set[Path] = set()  # what this process is writing, as system locks do not part its threads
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all, even where two processes do; makes the folders above.
+def resolved(path: str | Path, what: str = "--out") -> Path:
+    """The path without links and "..", relative where it lies below the current folder. Raises InputError for a path
+    that cannot be; what: its name there."""
+    try:
+        full = Path(path).resolve()
+        full.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{what} {str(path)!r} cannot be written: {reason}; choose another place") from None
+    return Path(shown(full))
 
-    What a killed process leaves is named NAME.SOMETHING.tmp; after an error nothing is left.
+
+def set_aside(path: Path, suffix: str = "aside") -> Path:
+    """Rename a file or folder to NAME.SUFFIX, or NAME.SUFFIX-2 and so on; the new path. Nothing is lost.
+
+    Raises InputError for the current folder and those above it, OSError where the disk does not take it.
+    """
+    if Path.cwd().is_relative_to(path.absolute()):
+        raise InputError(f"{str(path)!r} is the current folder, or above it, and stays; choose another name")
+    names = (f"{path.name}.{suffix}", *(f"{path.name}.{suffix}-{number}" for number in range(2, 10_000)))
+    aside = next(each for name in names if not os.path.lexists(each := path.with_name(name)))
+    path.rename(aside)
+    return aside
+
+
+class Made:
+    """Folders and files that this process made: `take_back` removes these, and no folder that holds anything else."""
+
+    def __init__(self):
+        self.paths: list[Path] = []
+
+    def folder(self, path: Path) -> bool:
+        """Make a folder and those above it; whether it is new."""
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        for each in reversed(missing):
+            each.mkdir()
+            self.paths.append(each)
+        return bool(missing)
+
+    def take_back(self) -> None:
+        for path in reversed(self.paths):
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        self.paths = []
+
+
+def made_here(*keys: str) -> Callable[[Path], bool]:
+    """Says of a file whether it is a result that the same command may write anew: of JSON, an object with these keys or
+    a list of such; of Markdown, HTML and PNG, one with this program's mark."""
+
+    def is_ours(path: Path) -> bool:
+        try:
+            if path.stat().st_size > LARGEST_RESULT:
+                return False
+            if path.suffix == ".json":
+                stored = json.loads(path.read_text())
+                each = stored if isinstance(stored, list) else [stored]
+                return bool(keys and each) and all(set(keys) <= one.keys() for one in each)
+            if path.suffix == ".md":
+                return path.read_text().rstrip().endswith(MARKDOWN)
+            if path.suffix in (".html", ".htm"):
+                return f'content="{MARK}' in path.read_text()[:4096]
+            if path.suffix.lower() == ".png":
+                with Image.open(path, formats=["PNG"]) as image:
+                    return image.info.get("Software") == MARK
+        except (OSError, ValueError, AttributeError, SyntaxError, RecursionError, Image.DecompressionBombError):
+            pass  # of another kind, whatever it is
+        return False
+
+    return is_ours
+
+
+REPORT = made_here()
+
+
+def png(image: Image.Image) -> bytes:
+    """A PNG with this program's mark."""
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", MARK)
+    image.save(buffer, "png", pnginfo=info)
+    return buffer.getvalue()
+
+
+def figure_png(figure) -> bytes:
+    """A figure of matplotlib as a PNG with this program's mark."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": MARK})
+    return buffer.getvalue()
+
+
+def check_out(
+    out: str | Path, what: str = "--out", force: bool = False, ours: Callable[[Path], bool] = lambda path: False
+) -> Path:
+    """Where a command writes to, `resolved`; nothing is changed there.
+
+    ours: says of a file that it may be replaced. force: whatever is there may be set aside; see `put`.
+    Raises InputError where something else is there, and where nothing can be written.
+    """
+    out = resolved(out, what)
+    flag = "--force" if what.startswith("--") else "force=True"
+    try:
+        if os.path.lexists(out):
+            if not (out.is_dir() or out.is_file()):
+                raise InputError(f"{what} {str(out)!r} is neither file nor folder; choose a new name")
+            if not (force or (out.is_file() and ours(out))):
+                is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
+                raise InputError(f"{what} {str(out)!r}: {is_there}; choose a new name, or {flag}, which sets it aside")
+        above = next(path for path in out.absolute().parents if path.exists())
+        if not above.is_dir():
+            raise InputError(
+                f"{what} {str(out)!r} cannot be written: {str(above)!r} is no folder; choose another place"
+            )
+        tempfile.TemporaryFile(dir=above).close()
+        out.exists()
+    except OSError as error:
+        raise InputError(f"{what} {str(out)!r} cannot be written: {error.strerror or error}") from None
+    return out
+
+
+def put(new: Path, out: Path, what: str, force: bool, ours: Callable[[Path], bool]) -> None:
+    """Give a file or folder the name `out`. There, what is `ours` is replaced, and what is not is set aside by force.
+
+    Raises InputError as `check_out`.
+    """
+    check_out(out, what, force, ours)
+    if os.path.lexists(out) and not (out.is_file() and new.is_file() and ours(out)):
+        aside = set_aside(out)
+        print(f"{what} {str(out)!r}: what was there is now {str(aside)!r}", file=sys.stderr)
+    new.rename(out)
+    sync(out.parent)
+
+
+def _short(name: str) -> str:
+    """The beginning of a name, so that there is room for more in the 255 bytes of a file's."""
+    return os.fsdecode(os.fsencode(name)[:200])
+
+
+def temporary(path: Path) -> Path:
+    """A new name beside `path`, which `is_leftover` knows."""
+    return path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex[:12]}.unfinished")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder of this program. Call it while no other one writes."""
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file in a folder of this program so that it is there whole or not at all, even where two processes do;
+    makes the folders above.
+
+    What a killed process leaves goes by `clear_leftovers`; after an error nothing is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    unfinished = temporary(path)
     try:
-        with open(temporary, "x") as file:
-            file.write(text)
+        with open(unfinished, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        unfinished.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def lock(folder: Path, name: str) -> TextIO:
+def write_out(
+    out: str | Path, content: str | bytes, what: str = "--out", force: bool = False,
+    ours: Callable[[Path], bool] = REPORT,
+) -> None:  # fmt: skip
+    """Write a result, whole or not at all, which the next call may replace: see `put`. Markdown gets its mark here.
+
+    Raises InputError where something else is there, and where the disk does not take it.
+    """
+    out = Path(out)
+    if out.suffix == ".md":
+        content = f"{content.rstrip()}\n\n{MARKDOWN}\n"
+    with new_path(out, what, force, ours) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def lock(folder: Path, name: str, file: str = LOCK) -> TextIO:
     """Take a folder for this process, as long as the file that this returns is open; makes the folder.
 
     name: of the folder, for the InputError that is raised where another process has it. A process that is killed lets
     go of it, and so does one that ends; its children do not have it. File systems without locks are passed over.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / LOCK, "a+")  # noqa: SIM115 (stays open)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = open(folder / file, "a+")  # noqa: SIM115 (stays open)
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                held.close()
+                raise InputError(
+                    f"{name} is in use by another process; end that one, or choose another folder"
+                ) from None
+        if _is_same(held.fileno(), folder / file):
+            return held
+        held.close()  # the one that had it has removed it since
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise InputError(f"{name} is in use by another process; end that one, or choose another folder") from None
-    return file
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
 
 
-def check_new(out: Path) -> None:
-    """Raise InputError where `out` exists, or what should be a folder above it is none."""
+class Lease:
+    """Keeps others from removing what a file stands for, as long as this object is there: see `lease`, `unleased`."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+
+    def __del__(self):
+        os.close(self._descriptor)
+
+
+def _flocked(file: Path, kind: int) -> Lease | None:
+    """An open file with its lock, or None where another kind of lock is on it, or there is none. File systems without
+    locks are passed over."""
     try:
-        exists, above = out.exists(), next(path for path in out.absolute().parents if path.exists())
-    except OSError as error:
-        raise InputError(f"--out {str(out)!r}: {error.strerror}") from None
-    if exists:
-        raise InputError(f"--out {str(out)!r}: exists already; choose a new name")
-    if not above.is_dir():
-        raise InputError(f"--out {str(out)!r}: {str(above)!r} is no folder; choose another place")
-
-
-def check_writable(out: Path) -> None:
-    """Raise InputError where no file can be made at `out`: one is made in the nearest folder there is, and goes."""
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return None
+    lease = Lease(descriptor)
     try:
-        above = next(path for path in out.absolute().parents if path.exists())
-        tempfile.TemporaryFile(dir=above).close()
-    except OSError as error:
-        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError:
+        pass
+    return lease if _is_same(descriptor, file) else None
+
+
+def lease(file: Path) -> Lease | None:
+    """What keeps a file that is read from removal; None where it is gone, or about to go. Any number may have one."""
+    return _flocked(file, fcntl.LOCK_SH)
+
+
+def unleased(file: Path) -> Lease | None:
+    """Keeps readers off a file that is to be removed; None where one has a lease."""
+    return _flocked(file, fcntl.LOCK_EX)
 
 
 @contextmanager
-def new_path(out: Path, what: str = "--out") -> Iterator[Path]:
-    """A path beside `out` to write a file or folder to, which then becomes `out`; after a fault nothing is left of it.
+def new_path(
+    out: str | Path, what: str = "--out", force: bool = False, ours: Callable[[Path], bool] = lambda path: False
+) -> Iterator[Path]:
+    """A path to write a file or folder to, which then becomes `out`, see `put`; after a fault nothing is left of it.
 
-    Makes the folders above. Raises InputError where the disk does not take it; what: the name of `out` there.
+    It lies in the folder .NAME.unfinished beside `out`, which is one process's: another one that writes to `out` is
+    refused, and the next one clears what a killed one left. Makes the folders above.
+    Raises InputError as `check_out`, and where the disk does not take it; what: the name of `out` there.
     """
-    out = out.absolute()
-    unfinished = out.with_name(f".{out.name}.unfinished")
-
-    def clear() -> None:
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
-
+    out, made = check_out(out, what, force, ours), Made()
+    claimed = out.with_name(f".{_short(out.name)}.unfinished")
+    key = claimed.absolute()
+    if key in _held:
+        raise InputError(f"{what} {str(out)!r} is being written by another thread; wait for it, or choose a new name")
+    _held.add(key)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        clear()
-        try:
-            yield unfinished
-            for path in [*unfinished.rglob("*"), unfinished]:
-                sync(path)
-            unfinished.rename(out)
-        finally:
-            clear()
-    except OSError as error:
-        raise InputError(f"{what} {str(out)!r} cannot be written: {error.strerror or error}") from None
+        made.folder(out.parent)
+        if os.path.lexists(claimed) and not is_cleared_by_us(claimed):
+            raise InputError(f"{what} {str(out)!r}: {str(claimed)!r} is in the way; move it, or choose a new name")
+        with lock(claimed, f"{what} {str(out)!r}", OWNER):
+            try:
+                empty(claimed)
+                yield claimed / out.name
+                for path in [*(claimed / out.name).rglob("*"), claimed / out.name]:
+                    sync(path)
+                put(claimed / out.name, out, what, force, ours)
+            finally:
+                empty(claimed)
+                (claimed / OWNER).unlink()
+                claimed.rmdir()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer raises its own error where a file's says that the disk is full.
+        fault = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(fault, (OSError, SafetensorError)):
+            raise
+        reason = getattr(fault, "strerror", None) or fault
+        raise InputError(f"{what} {str(out)!r} cannot be written: {reason}") from None
+    finally:
+        _held.discard(key)
+        if not os.path.lexists(out):
+            made.take_back()
+
+
+def is_cleared_by_us(folder: Path) -> bool:
+    """Whether a folder says that this program may clear it, or holds nothing."""
+    return folder.is_dir() and not folder.is_symlink() and ((folder / OWNER).is_file() or not any(folder.iterdir()))
+
+
+def empty(folder: Path) -> None:
+    """Remove what lies in a folder that says that this program may clear it."""
+    for path in folder.iterdir():
+        if path.name != OWNER:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def scratch(folder: str | Path) -> Path:
+    """An empty folder for what is made anew each time: one that says that this program may clear it is cleared, and
+    any other is set aside."""
+    folder = resolved(folder, "folder")
+    if os.path.lexists(folder) and not is_cleared_by_us(folder):
+        print(f"{str(folder)!r} is now {str(set_aside(folder))!r}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OWNER).write_text("What lies here is removed by the next run of the command that made it.\n")
+    empty(folder)
+    return folder
 
 
 def free_space(path: Path) -> int:
@@ -146,7 +399,7 @@ def settle(folder: Path) -> None:
 
     safetensors makes its files for their owner alone, whatever the umask.
     """
-    probe = folder / f".{uuid.uuid4().hex}.tmp"  # os.umask tells by changing it, for all threads
+    probe = temporary(folder / "probe")  # os.umask tells by changing it, for all threads
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()

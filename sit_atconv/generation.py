@@ -4,21 +4,21 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from sit_atconv import draws
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.files import png
 from sit_atconv.flow import samplers
 from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval, time_grid
-from sit_atconv.images import check_latents, decoded, to_uint8
+from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 SAMPLERS = (*samplers.SAMPLERS, *SDE_SAMPLERS)
@@ -175,12 +175,11 @@ def random_label(seed: int, index: int, num_classes: int) -> int:
 GRID_PIXELS = 64
 
 
-def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels."""
+def grid_png(images: torch.Tensor, columns: int) -> bytes:
+    """uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels."""
     factor = max(1, GRID_PIXELS // images.shape[-1])
     enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(make_grid(enlarged.float() / 255, nrow=columns, padding=4, pad_value=1.0), path)
+    return png(to_pil(make_grid(enlarged, nrow=columns, padding=4, pad_value=255)))
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from sit_atconv import checkpoint
 from sit_atconv.ema import SAMPLED, Snapshot, gamma_of, read_snapshots
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import check_new, new_path, sha256
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import check_out, new_path, sha256
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 # Relative, in L2. Up to it, averages of weights that drift, decay or swing come out within about 1e-3, and noise that
@@ -130,33 +130,35 @@ def reconstruct(snapshots: list[Snapshot], std: float, step: int) -> tuple[dict[
     return combine(found), found
 
 
-def write_model(run: Path, std: float, step: int | None, out: Path) -> Fit:
+def write_model(run: Path, std: float, step: int | None, out: Path, force: bool = False) -> Fit:
     """Write the average of width `std` after `step` (None: of the newest snapshot) as a model folder, whole or not.
 
     `out` holds what `SiTTransformer2DModel.save_pretrained` writes, of the configuration in the run's newest
     checkpoint, and conversion.json: std, step, profile error, snapshots with their weights, SHA-256 of every file.
+    force: what is at `out` is set aside.
     Raises InputError as `reconstruct`, for a run without a checkpoint, and for an `out` that exists or cannot be
     written.
     """
-    check_new(out)
+    check_out(out, force=force)
     if not run.is_dir():
         raise InputError(f"run {str(run)!r}: no such folder")
     snapshots = read_snapshots(run)
     if step is None:
         step = max((snapshot.step for snapshot in snapshots), default=0)
     found = fit(snapshots, std, step)
-    folders = checkpoint.step_folders(run)
-    if not folders:
+    newest = checkpoint.newest_leased(run)
+    if newest is None:
         raise InputError(f"run {str(run)!r} has no checkpoint yet, which says what the model is; train on to one")
-    checkpoint.read_manifest(folders[-1], under=f"{SAMPLED}/config.json")
-    options = SiTTransformer2DModel.load_config(folders[-1] / SAMPLED, local_files_only=True)
+    folder, _lease = newest
+    checkpoint.read_manifest(folder, under=f"{SAMPLED}/config.json")
+    options = SiTTransformer2DModel.load_config(folder / SAMPLED, local_files_only=True)
     with torch.device("meta"):
         model = SiTTransformer2DModel.from_config(options)
     try:
         model.load_state_dict(combine(found), strict=True, assign=True)
     except RuntimeError as error:
         raise InputError(f"the snapshots of {str(run)!r} do not fit its model: {error}") from None
-    with new_path(out) as unfinished:
+    with new_path(out, force=force) as unfinished:
         unfinished.mkdir()
         model.save_pretrained(unfinished)
         record = _record(found, run)
@@ -195,8 +197,9 @@ def main(argv: list[str] | None = None) -> None:
         "--step", type=int, metavar="N", help="where it ends; there must be a snapshot (default: newest)"
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
+    add_force(parser)
     args = parser.parse_args(argv)
-    found = write_model(Path(args.run), args.std, args.step, Path(args.out))
+    found = write_model(Path(args.run), args.std, args.step, Path(args.out), args.force)
     print(
         f"{args.out}: std {found.std:g} at step {found.step:,} out of {len(found.snapshots)} snapshots, "
         f"relative error of the profile {found.error:.1e}"

@@ -35,6 +35,15 @@ def assert_same_bits(a: Path, b: Path) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first), which
 
 
+def unmarked(file: Path) -> str:
+    """A Markdown file of a command, without the mark that says whose it is."""
+    from sit_atconv.files import MARKDOWN
+
+    text = file.read_text()
+    assert text.endswith(f"\n\n{MARKDOWN}\n")
+    return text.removesuffix(f"\n{MARKDOWN}\n")
+
+
 def log_rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 

@@ -358,18 +358,22 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
 def test_prune_keeps_the_newest_and_clears_unfinished_ones(tmp_path):
     for number in (5, 10, 15):
         save(tmp_path, number)
-    shutil.copytree(tmp_path / "step-0000005", tmp_path / "step-0000020.tmp")
+    shutil.copytree(tmp_path / "step-0000005", tmp_path / ".step-0000020.unfinished")
+    shutil.copytree(tmp_path / "step-0000005", tmp_path / "step-0000005.tmp")  # a copy of the user's
     checkpoint.prune(tmp_path, newest=15, keep_last=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000010", "step-0000015"]
+    left = ["step-0000005.tmp", "step-0000010", "step-0000015"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_prune_never_removes_what_is_kept_for_good(tmp_path):
     for number in (5, 10, 15, 20, 25, 30):
-        checkpoint.folder_of(tmp_path, number).mkdir()
+        (folder := checkpoint.folder_of(tmp_path, number)).mkdir()
+        (folder / "manifest.json").write_text('{"files": {}}')
     checkpoint.prune(tmp_path, newest=25, keep_last=2, keep_every=10)
-    assert names(tmp_path) == ["step-0000010", "step-0000020", "step-0000025"]  # 30, later than the newest, is damaged
+    damaged = "step-0000030.damaged"  # later than the newest
+    assert names(tmp_path) == ["step-0000010", "step-0000020", "step-0000025", damaged]
     checkpoint.prune(tmp_path, newest=25, keep_last=1)
-    assert names(tmp_path) == ["step-0000025"]
+    assert names(tmp_path) == ["step-0000025", damaged]
 
 
 @pytest.mark.parametrize("moment", range(4))
@@ -407,7 +411,68 @@ def test_prune_never_prefers_a_damaged_later_folder(tmp_path):
         save(tmp_path, number)
     damage(tmp_path / "step-0000009", "truncated")
     checkpoint.prune(tmp_path, newest=6, keep_last=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]
+    assert names(tmp_path) == ["step-0000006", "step-0000009.damaged"]
+
+
+def test_a_damaged_checkpoint_stays_until_a_whole_one_of_its_step_has_followed(tmp_path):
+    for number in (5, 9):
+        save(tmp_path, number)
+    (tmp_path / "step-0000009" / "optimizer.safetensors").unlink()
+    weights = (tmp_path / "step-0000009/ema/diffusion_pytorch_model.safetensors").read_bytes()
+    aside = tmp_path / "step-0000009.damaged"
+    checkpoint.prune(tmp_path, newest=5, keep_last=1)
+    assert (aside / "ema/diffusion_pytorch_model.safetensors").read_bytes() == weights
+    save(tmp_path, 7)
+    checkpoint.prune(tmp_path, newest=7, keep_last=1)
+    assert names(tmp_path) == ["step-0000007", "step-0000009.damaged"]
+    (tmp_path / "step-0000009").mkdir()  # and another one, whose manifest is gone: nothing says what it is
+    checkpoint.prune(tmp_path, newest=7, keep_last=1)
+    assert names(tmp_path) == ["step-0000007", "step-0000009.damaged", "step-0000009.damaged-2"]
+    save(tmp_path, 9)
+    checkpoint.prune(tmp_path, newest=9, keep_last=1)
+    assert names(tmp_path) == ["step-0000009", "step-0000009.damaged-2"]
+
+
+def test_what_a_user_put_into_a_checkpoint_does_not_go_with_it(tmp_path):
+    for number in (5, 10, 15):
+        save(tmp_path, number)
+    (tmp_path / "step-0000005/ema/thesis.txt").write_text("mine")
+    (tmp_path / "step-0000002").mkdir()
+    (tmp_path / "step-0000002/notes.txt").write_text("mine")
+    (tmp_path / ".step-notes.unfinished").mkdir()
+    checkpoint.prune(tmp_path, newest=15, keep_last=1)
+    asides = ["step-0000002.aside", "step-0000005.aside"]
+    assert names(tmp_path) == [".step-notes.unfinished", *sorted(["step-0000015", *asides])]
+    assert (tmp_path / "step-0000005.aside/ema/thesis.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_that_is_read_is_removed_only_after_that(tmp_path):
+    for number in (5, 10):
+        save(tmp_path, number)
+    other = checkpoint.load_trained(tmp_path / "step-0000005/ema")  # by name
+    trained = checkpoint.load_trained(tmp_path)
+    for number in (15, 20):
+        save(tmp_path, number)
+        checkpoint.prune(tmp_path, newest=number, keep_last=1)
+    assert names(tmp_path) == ["step-0000005", "step-0000010", "step-0000020"]
+    assert (trained.folder / "ema/config.json").is_file()
+    del trained, other
+    checkpoint.prune(tmp_path, newest=20, keep_last=1)
+    assert names(tmp_path) == ["step-0000020"]
+
+
+def test_a_reader_goes_on_to_the_next_where_the_newest_went_between(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+    lease = checkpoint.lease
+
+    def meanwhile(file):
+        if "step-0000005" in str(file) and file.exists():
+            save(tmp_path, 10)
+            checkpoint.prune(tmp_path, newest=10, keep_last=1)
+        return lease(file)
+
+    monkeypatch.setattr(checkpoint, "lease", meanwhile)
+    assert checkpoint.load_trained(tmp_path).folder.name == "step-0000010"
 
 
 def test_a_non_finite_weight_is_never_written(tmp_path):

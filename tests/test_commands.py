@@ -161,8 +161,10 @@ def test_train_refuses_another_autoencoder_in_the_same_place(recipe_file, tmp_pa
 
 def test_a_folder_of_a_start_killed_at_its_first_file_is_taken(recipe_file, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml.tmp").write_text("run: {o")
+    for name in (".recipe.yaml.0123456789ab.unfinished", "recipe.yaml.0123456789ab.tmp"):  # today's and an earlier one
+        (tmp_path / "run" / name).write_text("run: {o")
     train_sit.main([str(recipe_file())])
+    assert not list((tmp_path / "run").glob("*0123456789ab*"))
     assert (tmp_path / "run" / "step-0000008").is_dir()
 
 

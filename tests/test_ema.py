@@ -240,15 +240,19 @@ def test_a_snapshot_says_what_it_is(tmp_path):
 def test_a_snapshot_is_written_again_with_the_same_bytes(tmp_path):
     averages, tensors, folder = written(tmp_path)
     digests = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
-    (folder / "ema.safetensors").write_bytes(b"cut")
-    (folder / "stray").touch()
-    left = folder.with_name(folder.name + ".tmp")
+    left = folder.with_name(f".{folder.name}.unfinished")
     left.mkdir()
     (left / "ema-0.300.safetensors").touch()
     reordered = {name: dict(reversed(part.items())) for name, part in tensors.items()}
     averages.write_snapshot(tmp_path, 10, reordered, 9)
     assert {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()} == digests
     assert list(folder.parent.iterdir()) == [folder]
+    # With a file that is damaged, or of the user's, what was there is set aside.
+    (folder / "stray").write_text("mine")
+    averages.write_snapshot(tmp_path, 10, reordered, 9)
+    assert {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()} == digests
+    assert (folder.with_name(f"{folder.name}.aside") / "stray").read_text() == "mine"
+    assert len(read_snapshots(tmp_path)) == 2
 
 
 def test_metadata_has_one_key_since_several_come_in_any_order(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from sit_atconv import files
 from sit_atconv.errors import InputError
-from sit_atconv.files import check_writable, lock, write_atomic
+from sit_atconv.files import check_out, lock, write_atomic
 
 
 def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
@@ -61,9 +61,17 @@ def test_a_folder_is_one_processs_until_it_ends(tmp_path):
 
 
 def test_a_place_is_tried_and_left_as_it_was(tmp_path):
-    check_writable(tmp_path / "new/folder/a.json")
+    check_out(tmp_path / "new/folder/a.json")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    for out in (tmp_path / "file/a.json", "/proc/a.json", tmp_path / ("x" * 300) / "a.json"):
-        with pytest.raises(InputError, match="cannot be written"):
-            check_writable(type(tmp_path)(out))
+    places = (
+        tmp_path / "file/a.json",
+        "/proc/a.json",
+        tmp_path / ("x" * 300) / "a.json",
+        tmp_path / ("y" * 256),
+        "a\0",
+    )
+    for out in (*places, "/dev/null", tmp_path, "."):
+        with pytest.raises(InputError) as raised:
+            check_out(out)
+        assert str(raised.value).startswith(f"--out {str(out)!r}") or out == "."

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from eval.report.page import render
 from eval.report.runs import read_runs
-from sit_atconv.errors import InputError
-from sit_atconv.files import new_path
+from sit_atconv.errors import InputError, add_force
+from sit_atconv.files import REPORT, check_out, write_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run, or of samples")
     parser.add_argument("--out", required=True, metavar="HTML", help="the page to write")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
@@ -24,15 +25,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix not in (".html", ".htm"):
         raise InputError(f"--out {args.out!r}: must end in .html")
-    try:
-        if out.is_dir():
-            raise InputError(f"--out {args.out!r} is a folder; give a file")
-        above = next(path for path in out.absolute().parents if path.exists())
-    except OSError as error:
-        raise InputError(f"--out {args.out!r}: {error.strerror}; choose another place") from None
-    if not above.is_dir():
-        raise InputError(f"--out {args.out!r}: {str(above)!r} is no folder; choose another place")
+    check_out(out, force=args.force, ours=REPORT)
     page = render(read_runs(args.runs))
-    with new_path(out) as path:
-        path.write_text(page, encoding="ascii")
+    write_out(out, page.encode("ascii"), force=args.force)
     print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")

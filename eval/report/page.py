@@ -16,6 +16,7 @@ from eval.report.pictures import CLASSES, PER_CLASS, Picture, grid, preview
 from eval.report.runs import Run, SampleSet, at, flat, number
 from eval.result import bars_told, needs
 from eval.score import FRECHET
+from sit_atconv.files import MARK
 
 STYLE = Path(__file__).with_name("style.css")
 UNMEASURED = tag("span", "not measured", class_="none")
@@ -87,6 +88,7 @@ def render(runs: Sequence[Run]) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="generator", content=MARK),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
         tag("style", Markup(style)),

@@ -6,6 +6,7 @@ with ours before the clock. Then the multiply-accumulates of the whole family, c
 
 import argparse
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from sampling.options import DTYPES
 from sampling.speed import TOLERANCE, assert_close
 from sampling.timing import commit, device_name, interleaved
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
-from sit_atconv.files import check_writable, library_versions, write_atomic
+from sit_atconv.errors import ArgumentParser, InputError, add_force, check_choice, command
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
 from sit_atconv.models.cost import count_forward_macs
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
     )
+    add_force(parser)
 
 
 class PaperATConv2d(nn.Module):
@@ -277,7 +279,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.size < STRIDE or args.size % STRIDE:
         raise InputError(f"--size {args.size}: give a multiple of {STRIDE} pixels")
     folder = Path(args.out)
-    check_writable(folder / "latency.json")
+    ours, stems = made_here("size", "commit", "rows"), ("latency", "cost")
+    for stem, end in itertools.product(stems, (".json", ".md")):
+        check_out(folder / f"{stem}{end}", force=args.force, ours=ours)
     made = {"commit": commit(), "versions": library_versions()}
     latency = {
         "device": device_name(device), "dtype": args.dtype, "size": args.size, "batch": args.batch,
@@ -285,10 +289,10 @@ def main(argv: list[str] | None = None) -> None:
         "rows": measure(args.models, args.size, args.batch, args.dtype, device, args.rounds),
     }  # fmt: skip
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}
-    folder.mkdir(parents=True, exist_ok=True)
     for stem, result, markdown in (("latency", latency, latency_markdown), ("cost", cost, cost_markdown)):
-        write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-        write_atomic(folder / f"{stem}.md", markdown(result))
+        stated = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        write_out(folder / f"{stem}.json", stated, force=args.force, ours=ours)
+        write_out(folder / f"{stem}.md", markdown(result), force=args.force)
         print(markdown(result))
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from sampling.timing import device_name
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.errors import ArgumentParser, add_force, command
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.latents.encode import finish, write_shard
 
 SHAPE = (8, 32, 32)  # moments of a latent of ImageNet at 256 pixels
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each storage, in turn (default: 3)")
     parser.add_argument("--folder", metavar="DIR", help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--out", default="runs/cache", metavar="STEM", help="writes STEM.json and .md")
+    add_force(parser)
 
 
 def synthetic(rows: np.ndarray) -> np.ndarray:
@@ -274,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     least = 2 * args.batch
     if min(args.batch, args.rounds) < 1 or args.workers < 0 or args.latents < least or args.latents % 2:
         parser.error(f"--latents {args.latents}: an even number, at least two batches; --batch and --rounds at least 1")
+    ours = made_here("machine", "latents", "goal", "rows")
+    files = [check_out(f"{args.out}{end}", force=args.force, ours=ours) for end in (".json", ".md")]
     rates, peaks = {name: [] for name in STORAGES}, {name: {"pss": 0, "rss": 0} for name in STORAGES}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
@@ -294,8 +297,8 @@ def main(argv: list[str] | None = None) -> None:
         ],
         "versions": library_versions("datasets"),
     }  # fmt: skip
-    write_atomic(Path(f"{args.out}.json"), json.dumps(result, indent=1, allow_nan=False))
-    write_atomic(Path(f"{args.out}.md"), to_markdown(result))
+    for file, content in zip(files, (json.dumps(result, indent=1, allow_nan=False), to_markdown(result)), strict=True):
+        write_out(file, content, force=args.force, ours=ours)
     print(to_markdown(result))
     print(json.dumps(result))
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from experiments.bench.cache import make_cache
 from sampling.timing import device_name
 from sit_atconv.config import make_recipe
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import library_versions, write_atomic
+from sit_atconv.errors import ArgumentParser, add_force, command
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.training import loop, train
 
 LATENTS = 8192
@@ -125,13 +125,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny-steps", type=int, default=2000, help="steps over which memory is watched")
     parser.add_argument("--out", default="runs/loop.json", metavar="JSON")
+    add_force(parser)
     args = parser.parse_args(argv)
+    ours = made_here("loop", "memory", "versions")
+    check_out(args.out, force=args.force, ours=ours)
     with tempfile.TemporaryDirectory() as folder:
         memory = growth(Path(folder), args.tiny_steps)
         loop_part = overhead(Path(folder), args.batch, args.steps, args.rounds)
     device = device_name(torch.device("cpu"))
     result = {"device": device, "loop": loop_part, "memory": memory, "versions": library_versions()}
-    write_atomic(Path(args.out), json.dumps(result, indent=1, allow_nan=False))
+    write_out(args.out, json.dumps(result, indent=1, allow_nan=False), force=args.force, ours=ours)
     print("\n".join(report(result)))
 
 

@@ -17,8 +17,8 @@ from sampling.speed import TOLERANCE, assert_close
 from sampling.timing import append_csv, commit, device_name, interleaved, peak_bytes
 from sit_atconv import ATConv
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import check_writable, library_versions, write_atomic
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.layers.attention import Attention
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="backward: forward and backward")
     parser.add_argument("--rounds", type=int, default=10, help="measurements of each, in turn (default: 10)")
     parser.add_argument("--out", default="runs/op", metavar="STEM", help="writes STEM.json, .md, .csv and .png")
+    add_force(parser)
     add_device_options(parser)
 
 
@@ -201,14 +202,14 @@ def to_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    """ms per image against tokens per image, a panel per pass."""
+def plot(rows: list[dict], title: str) -> bytes:
+    """A PNG: ms per image against tokens per image, a panel per pass."""
     panels: dict[str, dict[str, list]] = {}
     for row in rows:
         batch, height, width, _ = map(int, row["shape"].split("x"))
         lines = panels.setdefault("forward and backward" if row["pass"] == "backward" else row["pass"], {})
         lines.setdefault(row["what"], []).append((height * width, row["ms"] / batch))
-    plot_latency(panels, title, "tokens per image", "ms per image", path)
+    return plot_latency(panels, title, "tokens per image", "ms per image")
 
 
 @command
@@ -225,17 +226,18 @@ def main(argv: list[str] | None = None) -> None:
     for shape in args.shapes:
         parse_shape(shape)
     stem = Path(args.out)
-    check_writable(stem)
+    ours = made_here("device", "commit", "rounds", "rows")
+    for end in (".json", ".md", ".png"):
+        check_out(stem.with_name(stem.name + end), force=args.force, ours=ours)
     result = {"device": device_name(device), "commit": commit(), "rounds": args.rounds, "versions": library_versions()}
     rows = []
     for shape in args.shapes:
         new = measure(shape, args.dim, args.dtype, device, args.passes, args.rounds)
         rows += new
-        write_atomic(
-            stem.with_name(stem.name + ".json"), json.dumps({**result, "rows": rows}, indent=1, allow_nan=False)
-        )
-        write_atomic(stem.with_name(stem.name + ".md"), to_markdown(rows))
-        plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}", stem.with_name(stem.name + ".png"))
+        stated = json.dumps({**result, "rows": rows}, indent=1, allow_nan=False)
+        picture = plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}")
+        for end, content in ((".json", stated), (".md", to_markdown(rows)), (".png", picture)):
+            write_out(stem.with_name(stem.name + end), content, force=args.force, ours=ours)
         append_csv(stem.with_name(stem.name + ".csv"), csv_rows(new, device))
     print(to_markdown(rows), end="")
 

@@ -13,8 +13,8 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
 from sampling.timing import device_name
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import check_writable, library_versions, write_atomic
+from sit_atconv.errors import ArgumentParser, add_force, command
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.swap import swap_attention
 
 TEXT = 512  # tokens of Flux's text
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="runs/swap", metavar="STEM", help="writes STEM.json and .md")
+    add_force(parser)
 
 
 def dit(side: int, batch: int) -> tuple[torch.nn.Module, dict]:
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     stem = Path(args.out)
-    check_writable(stem)
+    ours = made_here("device", "dtype", "rows", "versions")
+    files = [check_out(stem.with_suffix(end), force=args.force, ours=ours) for end in (".json", ".md")]
     rows = []
     for name, make, sides in (("DiT-XL/2", dit, (16, 32, 64)), ("Flux", flux, (16, 32, 64))):
         for side in sides:
@@ -111,9 +113,10 @@ def main(argv: list[str] | None = None) -> None:
         "device": device_name(device), "dtype": args.dtype, "batch": args.batch, "rows": rows,
         "versions": library_versions(),
     }  # fmt: skip
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(stem.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_atomic(stem.with_suffix(".md"), markdown(result))
+    for file, content in zip(
+        files, (json.dumps(result, indent=1, allow_nan=False) + "\n", markdown(result)), strict=True
+    ):
+        write_out(file, content, force=args.force, ours=ours)
     print(markdown(result), end="")
 
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from experiments.drill.child import DONE
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
 from sit_atconv import checkpoint
+from sit_atconv.files import scratch
 
 EVERY_STEP = "run.log_every=1"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -113,7 +114,8 @@ class Drill:
     def expect_same(self, run: Path, whole: Path | None = None) -> None:
         """Raise Failed unless a run's folder is that of the run left alone, to the bit."""
         whole = whole or self.whole
-        expect(not list(run.rglob("*.tmp")), f"left behind: {[path.name for path in run.rglob('*.tmp')]}")
+        left = [path.name for path in run.rglob("*") if path.suffix in (".tmp", ".unfinished")]
+        expect(not left, f"left behind: {left}")
         own, other = contents(run), contents(whole)
         expect(own.keys() == other.keys(), f"other files: {sorted(own.keys() ^ other.keys())[:4]}")
         changed = [name for name in own if own[name] != other[name]]
@@ -464,7 +466,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30, help="runs of each trainer that are killed with SIGKILL")
     parser.add_argument("--out", type=Path, default=Path("runs/drill"))
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
+    scratch(args.out)
     start = time.perf_counter()
     names = [args.subject] if args.subject else list(SUBJECTS)
     rows = [row for name in names for row in drilled(name, args.out / name, args.runs)]

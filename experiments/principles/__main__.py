@@ -14,8 +14,8 @@ from experiments.principles.report import measure, table
 from experiments.principles.targets import load, show
 from sampling.timing import commit, device_name
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import check_writable, library_versions, write_atomic
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import check_out, library_versions, made_here, write_out
 
 
 @command
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images at once (default: 8)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs/principles"), help="folder (default: runs/principles)")
+    add_force(parser)
     args = parser.parse_args(argv)
     for option, value, least in (("num", args.num, 2), ("times", args.times, 1), ("batch", args.batch, 1)):
         if value < least:
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: must be at least 0")
     device = resolve_device(args.device)
-    check_writable(args.out / "principles.json")
+    ours = made_here("command", "commit", "targets")
+    for name in ("principles.json", "principles.md", *plots.FIGURES):
+        check_out(args.out / name, force=args.force, ours=ours)
     targets = [load(target, args.weights, args.seed) for target in args.targets]
     for target in targets:
         find_layers(target.model)  # before anything is measured: a model without any is refused here
@@ -52,10 +55,10 @@ def main(argv: list[str] | None = None) -> None:
         "command": shlex.join(map(str, words)), "seed": args.seed, "batch": args.batch, "device": device_name(device),
         "commit": commit(), "versions": library_versions("timm", "matplotlib"), "targets": reports,
     }  # fmt: skip
-    write_atomic(args.out / "principles.json", json.dumps(facts, allow_nan=False))
+    write_out(args.out / "principles.json", json.dumps(facts, allow_nan=False), force=args.force, ours=ours)
     text = "\n\n".join(f"## {report['target']}\n\n{table(report)}" for report in reports)
-    write_atomic(args.out / "principles.md", f"# Routing and inhibition, layer by layer\n\n{text}\n")
-    plots.draw(reports, args.out)
+    write_out(args.out / "principles.md", f"# Routing and inhibition, layer by layer\n\n{text}\n", force=args.force)
+    plots.draw(reports, args.out, args.force)
     print(f"{text}\n\nwritten to {args.out}: principles.json, principles.md, {', '.join(plots.written(args.out))}")
 
 

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sit_atconv.files import REPORT, figure_png, write_out
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666", "#e69f00", "#56b4e9")  # of the targets
 MARKS = {"ATConv": "o", "static ATConv": "D", "depthwise": "s", "attention": "^"}
 DASHES = {"ATConv": "-", "static ATConv": "-.", "depthwise": ":", "attention": "--"}
@@ -25,14 +27,22 @@ def distinct(names: list[str]) -> list[str]:
     ]
 
 
-def draw(reports: list[dict], out: Path) -> None:
+def draw(reports: list[dict], out: Path, force: bool = False) -> None:
     """Write FIGURES of the reports of one or several targets to the folder `out`; one that shows nothing is removed."""
+
+    def save(figure: Figure | None, name: str) -> None:
+        path = out / name
+        if figure is not None:
+            write_out(path, figure_png(figure), force=force)
+        elif REPORT(path):
+            path.unlink()
+
     routing = {"differ between samples": lambda layer: layer["routing"]["over_samples"]}
     if any(layer["routing"]["over_times"] is not None for report in reports for layer in report["layers"]):
         routing["differ between times t"] = lambda layer: layer["routing"]["over_times"]
     if any(layer["kind"] == "attention" for report in reports for layer in report["layers"]):
         routing["differ between positions"] = lambda layer: layer["routing"]["over_positions"]
-    _save(_curves(reports, routing, "share of the kernels' mean square", "Adaptive routing"), out / "routing.png")
+    save(_curves(reports, routing, "share of the kernels' mean square", "Adaptive routing"), "routing.png")
     redundancy = {
         "kernels: mean cosine of pairs": lambda layer: layer["kernel_redundancy"]["cosine"],
         "kernels: rms cosine of pairs": lambda layer: layer["kernel_redundancy"]["cosine_rms"],
@@ -41,15 +51,15 @@ def draw(reports: list[dict], out: Path) -> None:
         "channels: rms cosine of pairs": lambda layer: layer["channel_redundancy"]["cosine_rms"],
         "channels: effective rank / its limit": _rank("channel_redundancy"),
     }
-    _save(_curves(reports, redundancy, "", "Redundancy of kernels and of what they give"), out / "redundancy.png")
+    save(_curves(reports, redundancy, "", "Redundancy of kernels and of what they give"), "redundancy.png")
     radii = {
         f"{share} % of the squared gradient": lambda layer, share=share: layer["receptive_field"][f"share_{share}"]
         for share in (50, 90)
     }
     title = "Effective receptive field, from the model's input to the layer"
-    _save(_curves(reports, radii, "radius / half of the image's side", title), out / "field_radius.png")
-    _save(_inhibition(reports), out / "inhibition.png")
-    _save(_fields(reports), out / "fields.png")
+    save(_curves(reports, radii, "radius / half of the image's side", title), "field_radius.png")
+    save(_inhibition(reports), "inhibition.png")
+    save(_fields(reports), "fields.png")
 
 
 def written(out: Path) -> list[str]:
@@ -59,17 +69,6 @@ def written(out: Path) -> list[str]:
 
 def _rank(key: str) -> Value:
     return lambda layer: layer[key]["rank"] / layer[key]["rank_limit"]
-
-
-def _save(figure: Figure | None, path: Path) -> None:
-    """The figure as a PNG, there whole or not at all; none, and a figure of an earlier call goes."""
-    if figure is None:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
 
 
 def _curves(reports: list[dict], panels: dict[str, Value], label: str, title: str) -> Figure:

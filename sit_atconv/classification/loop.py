@@ -128,11 +128,12 @@ def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), macs
 
 
-def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
+def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = False) -> Path:
     """Train to the end of `train.epochs`, going on from the newest valid checkpoint in `run.out`; the last one.
 
     A checkpoint's ema/ and model/ are what `timm.create_model("local-dir:...", pretrained=True)` loads.
-    SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew.
+    SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew. force: what is
+    at `run.out` and is no run to go on from is set aside.
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
     with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"), ExitStack() as stack:
@@ -160,7 +161,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
                 check_same_data(run, found[1], described)
             return found
 
-        claimed = claim(accelerator, recipe.run.out, look, must_resume)
+        claimed = claim(accelerator, recipe.run.out, look, must_resume, force)
         samples = ClassifierSamples(dataset, training, recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
         held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes)
         trainer = _Classifier(accelerator, recipe, described, facts, shown, samples, held_out, model, macs, claimed)

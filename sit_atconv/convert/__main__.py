@@ -2,7 +2,7 @@
 
 from sit_atconv.convert.public import FORMS, convert, export_public
 from sit_atconv.convert.reading import WEIGHTS
-from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 
 
@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", required=True, metavar="PATH", help="new folder; with --to public, .pt or .safetensors"
     )
+    add_force(parser)
     parser.add_argument("--to", choices=("ours", "public"), default="ours", help="default: ours")
     parser.add_argument(
         "--form", choices=FORMS,
@@ -45,11 +46,12 @@ def main(argv: list[str] | None = None) -> None:
         idle = [name for name, value in {**told, "projectors": args.projectors}.items() if value is not None]
         if idle:
             raise InputError(f"--{idle[0].replace('_', '-')} is for reading a public checkpoint; leave it out")
-        export_public(args.source, args.out, form=args.form, variant=args.variant)
+        export_public(args.source, args.out, form=args.form, variant=args.variant, force=args.force)
         print(args.out)
         return
     keep = args.projectors != "drop"
-    record = convert(args.source, args.out, form=args.form, variant=args.variant, keep_projectors=keep, **told)
+    told |= {"form": args.form, "variant": args.variant, "keep_projectors": keep}
+    record = convert(args.source, args.out, args.force, **told)
     print(f"{args.out}: {record['form']} checkpoint, {record['weights'] or 'its only'} weights")
     for line in [f"folded: {line}" for line in record["folded"]] + [f"note: {line}" for line in record["notes"]]:
         print(line)

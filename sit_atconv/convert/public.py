@@ -13,7 +13,7 @@ from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion
 from sit_atconv.convert import forms, layout
 from sit_atconv.convert.reading import PICKLES, Source, read_source
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import check_new, library_versions, new_path, sha256
+from sit_atconv.files import check_out, library_versions, new_path, sha256
 from sit_atconv.layers.projectors import FILE as PROJECTORS_FILE
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -100,17 +100,16 @@ def load_public(source: str | Path, **options) -> SiTTransformer2DModel:
     return converted.model
 
 
-def convert(source: str | Path, out: str | Path, **options) -> dict[str, Any]:
+def convert(source: str | Path, out: str | Path, force: bool = False, **options) -> dict[str, Any]:
     """Write a public checkpoint as a folder of ours, whole or not at all; options and errors as in `read_public`.
 
     `out` holds config.json and safetensors (SiTTransformer2DModel.from_pretrained(out) loads it), conversion.json, and
-    projectors.safetensors of a REPA checkpoint. Returns what conversion.json says. Raises InputError when `out` exists
-    or cannot be written.
+    projectors.safetensors of a REPA checkpoint. Returns what conversion.json says. force: what is at `out` is set
+    aside. Raises InputError when `out` exists or cannot be written.
     """
-    out = Path(out)
-    check_new(out)
+    check_out(out, force=force)
     converted = read_public(source, **options)
-    with new_path(out) as unfinished:
+    with new_path(out, force=force) as unfinished:
         unfinished.mkdir()
         converted.model.save_pretrained(unfinished)
         if converted.projectors is not None:
@@ -126,21 +125,21 @@ def convert(source: str | Path, out: str | Path, **options) -> dict[str, Any]:
 
 
 def export_public(
-    source: str | Path, out: str | Path, *, form: str | None = None, variant: str | None = None
+    source: str | Path, out: str | Path, *, form: str | None = None, variant: str | None = None, force: bool = False
 ) -> None:  # fmt: skip
     """Write a model folder, checkpoint or run of ours in the public layout: the inverse of `convert`.
 
     out: a new .pt ({"ema": state dict, "args": options}), .pth, .bin or .safetensors file, written whole or not at all.
     form: "sit" or "repa" (time reversed, 1x1 convolutions, projectors where the folder has them); None is the one that
     a converted folder came in, else "sit". The precision is the one that it came in. variant: of the weights in a model
-    folder, such as "fp16".
+    folder, such as "fp16". force: what is at `out` is set aside.
     Raises InputError for a model that the form cannot express, another suffix, or an `out` that exists or cannot be
     written.
     """
     source, out = Path(source), Path(out)
     if out.suffix not in (*PICKLES, ".safetensors"):
         raise InputError(f"{str(out)!r}: the name must end in {', '.join([*PICKLES, '.safetensors'])}")
-    check_new(out)
+    check_out(out, force=force)
     record = read_conversion(source) if (source / CONVERSION).is_file() else {}
     came_in, dtype = record.get("form", "sit"), record.get("dtype", "float32")
     form = form or ("repa" if came_in == "repa" else "sit")
@@ -162,12 +161,14 @@ def export_public(
     args = {"form": "dit" if trained.model.config.path == "ddpm" else form, **_args(trained.model)}
     if form == "repa" and projectors:
         args["encoder_depth"] = projectors.encoder_depth
-    with new_path(out) as unfinished:
-        unfinished.touch()  # where the disk refuses, this says so in fewer words than the writers
+    with new_path(out, force=force) as unfinished:
         if out.suffix == ".safetensors":
             save_file(tensors, unfinished, metadata={"format": "pt", "args": json.dumps(args)})
         else:
-            torch.save({"ema": tensors, "args": args}, unfinished)
+            with open(
+                unfinished, "wb"
+            ) as file:  # which tells of a full disk as an OSError; torch's own writer does not
+                torch.save({"ema": tensors, "args": args}, file)
 
 
 def _public_layout(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sit_atconv.config import load_recipe
 from sit_atconv.data.latent_cache import DTYPES, read_index, shard_problems
-from sit_atconv.errors import ArgumentParser, command, speaks
+from sit_atconv.errors import ArgumentParser, add_force, command, speaks
 from sit_atconv.latents.encode import encode
 
 
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     make.add_argument("recipe", help="YAML file with the images and the vae, see experiments/recipes")
     make.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. latents.vae=DIR")
     make.add_argument("--out", required=True, metavar="DIR", help="new folder, or that of a cache to go on with")
+    add_force(make)
     make.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored moments (default: fp16)")
     make.add_argument("--shard-images", type=int, default=4096, metavar="N", help="images per file (default: 4096)")
     verify = commands.add_parser("verify", help="compare every shard with its SHA-256; exit status 2 if one differs")
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "verify":
         _verify(Path(args.cache))
         return
-    index = encode(load_recipe(args.recipe, [*args.overrides, *late]), Path(args.out), args.dtype, args.shard_images)
+    recipe = load_recipe(args.recipe, [*args.overrides, *late])
+    index = encode(recipe, Path(args.out), args.dtype, args.shard_images, args.force)
     if speaks():
         size = sum(shard["bytes"] for shard in index["shards"])
         print(f"{args.out}: {index['num_images']:,} images, {len(index['shards'])} shards, {size / 1e9:.2f} GB")

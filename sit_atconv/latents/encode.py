@@ -30,7 +30,7 @@ from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, sh
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import library_versions, sha256, sync, write_atomic
+from sit_atconv.files import library_versions, resolved, sha256, sync, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
 
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
@@ -49,14 +49,18 @@ NOT_COMPARED = ("codec.vae", "data.root", "versions")
 
 
 @numerics(deterministic=True)
-def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4096) -> dict[str, Any]:
+def encode(
+    recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4096, force: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Make the cache of a recipe's images at `out`, or what is missing of it; returns its index.
 
-    dtype: "fp16" or "fp32". shard_images: images per shard. Every process of a distributed launch runs this, and makes
+    dtype: "fp16" or "fp32". shard_images: images per shard. force: what is at `out` and would be
+    refused is set aside. Every process of a distributed launch runs this, and makes
     its part of the missing shards; the first one makes the index, the others return without its shards.
     Raises InputError for a recipe without an autoencoder, a folder with something else in it, an image that cannot be
     read or encoded, and a full disk. The shards made so far stay.
     """
+    out = resolved(out)
     check_choice("--dtype", dtype, DTYPES)
     if shard_images < 1:
         raise InputError(f"--shard-images {shard_images}: must be at least 1")
@@ -75,7 +79,7 @@ def encode(recipe: Recipe, out: Path, dtype: str = "fp16", shard_images: int = 4
     start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
     if state.is_main_process:
         try:
-            settings = claim(out, settings, NOT_COMPARED, "latents")
+            settings = claim(out, settings, NOT_COMPARED, "latents", force=force)
             start = [settings, missing_shards(out, settings), None]
         except InputError as error:
             start[2] = InputError(str(error))  # every process is about to know it

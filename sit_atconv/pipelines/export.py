@@ -22,8 +22,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from sit_atconv.checkpoint import PIPELINE_INDEX, load_trained
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import check_new, new_path
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import check_out, new_path
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.bundle import bundle, digest
@@ -105,19 +105,19 @@ def _open_pipeline(
     return SiTPipeline(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))
 
 
-def export(source: Source, out: str | Path, license: str = "unknown") -> None:
-    """Write the folder `out`, whole or not at all. license: of the weights, as the Hub spells it.
+def export(source: Source, out: str | Path, license: str = "unknown", force: bool = False) -> None:
+    """Write the folder `out`, whole or not at all. license: of the weights, as the Hub spells it. force: what is at
+    `out` is set aside.
 
     Raises InputError when `out` exists or cannot be written, or the license is no identifier.
     """
-    out = Path(out)
-    _check_target(out, license)
-    with new_path(out) as unfinished:
-        _write(source, unfinished, out.absolute().name, license)
+    _check_target(out, license, force)
+    with new_path(out, force=force) as unfinished:
+        _write(source, unfinished, unfinished.name, license)
 
 
-def _check_target(out: Path, license: str) -> None:
-    check_new(out)
+def _check_target(out: str | Path, license: str, force: bool) -> None:
+    check_out(out, force=force)
     if not re.fullmatch(r"[A-Za-z0-9.-]+", license):
         raise InputError(f"--license {license!r}: give one identifier, such as mit, cc-by-nc-4.0 or other")
 
@@ -156,14 +156,15 @@ def main(argv: list[str] | None = None) -> None:
         "source", metavar="SRC", help="run, checkpoint, converted or model folder, or a pipeline's save_pretrained"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    add_force(parser)
     parser.add_argument("--vae", metavar="FOLDER", help="the autoencoder of a latent model that comes without")
     parser.add_argument("--variant", metavar="NAME", help="of the weights in the folder, such as fp16")
     parser.add_argument(
         "--license", default="unknown", metavar="ID", help="of the weights, for the model card (default: unknown)"
     )
     args = parser.parse_args(argv)
-    _check_target(Path(args.out), args.license)  # before the weights are read
-    export(open_source(args.source, args.vae, args.variant), args.out, args.license)
+    _check_target(args.out, args.license, args.force)  # before the weights are read
+    export(open_source(args.source, args.vae, args.variant), args.out, args.license, args.force)
     print(args.out)
 
 

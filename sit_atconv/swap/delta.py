@@ -14,11 +14,12 @@ from sit_atconv.swap.swapping import AttentionSwap, check_unwrapped, fingerprint
 KEY = "sit_atconv_delta"
 
 
-def save_delta(model_or_pipeline, path: str | Path) -> None:
+def save_delta(model_or_pipeline, path: str | Path, force: bool = False) -> None:
     """Write the weights of the swapped layers to `path`, a safetensors file, for `load_delta`.
 
     Its metadata hold the settings of the swap, what identifies the original model, and a fingerprint of the weights
-    outside of the layers: those are not in the file. A file that is there is replaced.
+    outside of the layers: those are not in the file. A delta that is there is replaced. force: what is there and is no
+    delta is set aside.
     Raises InputError where no layer is swapped, where the model carries what it had not at the swap (adapters, an
     IP-Adapter, quantised or sharded weights), and where the disk does not take the file.
     """
@@ -38,8 +39,7 @@ def save_delta(model_or_pipeline, path: str | Path) -> None:
         raise InputError(f"{change}, and a delta fits the model of the swap alone; save it before, or undo that")
     stored = {**record.config, "rest": fingerprint(_rest(model, layers))}
     tensors = {name: each.contiguous() for name, each in inside.items()}
-    path = Path(path)
-    with new_path(path, "delta") as unfinished:
+    with new_path(path, "delta", force, _is_delta) as unfinished:
         # A single key: safetensors writes several in an order that changes from process to process.
         save_file(tensors, unfinished, metadata={KEY: json.dumps(stored)})
 
@@ -69,6 +69,14 @@ def load_delta(model_or_pipeline, path: str | Path) -> AttentionSwap:
             )
 
     return swap_as_stored(model_or_pipeline, stored, tensors, check)
+
+
+def _is_delta(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _is_in(tensor: str, layers: list[str]) -> bool:

@@ -1,5 +1,6 @@
 """Whose a run's folder is, and what it holds to go on from."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,8 +11,9 @@ from accelerate.utils import broadcast_object_list
 
 from sit_atconv import checkpoint, config, files
 from sit_atconv.config import Recipe
+from sit_atconv.console import say
 from sit_atconv.errors import InputError
-from sit_atconv.files import LOCK
+from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
 
 # What a cache of latents stands for: these keys of the recipe that it was encoded by.
@@ -27,28 +29,36 @@ Found = tuple[Path, dict[str, Any]] | None
 
 
 def claim(
-    accelerator: Accelerator, out: str, look: Callable[[Path], Found], must_resume: bool
-) -> tuple[Found, bool, TextIO | None]:
-    """What a run's folder holds to go on from, whether it is new, and its lock: of the main process, told to all.
+    accelerator: Accelerator, out: str, look: Callable[[Path], Found], must_resume: bool, force: bool = False
+) -> tuple[Found, TextIO | None]:
+    """What a run's folder holds to go on from, and its lock: of the main process, told to all.
 
-    look: gives the checkpoint, or raises InputError for a folder that is not this run's. Raises that in every process,
-    and where `must_resume` and there is nothing to go on from.
+    look: gives the checkpoint, or raises InputError for a folder that is not this run's; by `force`, that is set aside,
+    and a new run begins. Raises that in every process, and where `must_resume` and there is nothing to go on from.
     """
-    run, held = Path(out), None
-    start = [None, None, None]  # checkpoint, whether the folder is new, error
+    run, held = files.resolved(out, "run.out"), None
+    start = [None, None]  # checkpoint, error
     if accelerator.is_main_process:
         try:
             # Before looking: another process may be at work there.
-            held = lock(run) if (run / "recipe.yaml").exists() else None
-            start = [look(run), not run.exists(), None]
+            held = lock(run) if (run / LOCK).exists() else None
+            try:
+                start[0] = look(run)
+            except InputError:
+                if not force or not os.path.lexists(run):
+                    raise
+                held = held and held.close()
+                say(f"run.out={str(run)!r}: what was there is now {str(files.set_aside(run))!r}")
         except InputError as error:
-            start[2] = error
-    found, new, error = broadcast_object_list(start)
+            start[1] = error
+        except OSError as error:
+            start[1] = InputError(f"run.out={str(run)!r}: {error.strerror or error}; choose another place")
+    found, error = broadcast_object_list(start)
     if error is not None:
         raise error
     if must_resume and not found:
         raise InputError(f"--resume: there is no checkpoint in {str(run)!r} to go on from")
-    return found, new, held
+    return found, held
 
 
 def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Found:
@@ -65,9 +75,11 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Fou
             f"run.out={str(run)!r} has no whole checkpoint left; remove its step-... folders to begin anew"
         )
     try:
+        if not found and not any((run / name).exists() for name in (LOCK, "log.jsonl")):
+            raise FileNotFoundError("a recipe that lies there is the user's")
         stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
     except OSError:
-        if run.is_dir() and all(path.name == LOCK or path.match("recipe.yaml*.tmp") for path in run.iterdir()):
+        if run.is_dir() and all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in run.iterdir()):
             return None  # killed at once
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -14,6 +14,7 @@ from accelerate.utils import (
 
 from sit_atconv.config import Recipe
 from sit_atconv.errors import ArgumentParser, InputError
+from sit_atconv.files import resolved
 
 # How long processes wait for one that works alone: at a score, a checkpoint's hashes, a slow disk. torch's own ten
 # minutes would end a run.
@@ -27,13 +28,16 @@ DISTRIBUTED = (
 
 
 def training_arguments(prog: str, about: str, argv: list[str] | None) -> argparse.Namespace:
-    """The command line of a trainer: recipe, overrides, and dry_run or resume. Raises InputError for a wrong one."""
+    """The command line of a trainer: recipe, overrides, and what to do. Raises InputError for a wrong one."""
     parser = ArgumentParser(prog=prog, description=about)
     parser.add_argument("recipe", help="YAML file, see experiments/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print size, compute, memory and schedule, then stop")
     mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
+    mode.add_argument(
+        "--force", action="store_true", help="set aside (NAME.aside) what is at run.out and is not this run, and begin"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -49,7 +53,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             mixed_precision={"bf16": "bf16", "fp16": "fp16"}.get(train.precision, "no"),
             gradient_accumulation_plugin=plugin,
             log_with=recipe.run.trackers or None,
-            project_dir=recipe.run.out,
+            project_dir=str(resolved(recipe.run.out, "run.out")),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:

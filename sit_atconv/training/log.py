@@ -16,7 +16,7 @@ from sit_atconv import config
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.errors import InputError
-from sit_atconv.files import write_atomic
+from sit_atconv.files import resolved, write_atomic
 
 TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
 
@@ -165,7 +165,7 @@ class Trackers:
 
 
 def _start(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
-    run = Path(recipe.run.out)
+    run = resolved(recipe.run.out, "run.out")
     options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
     if accelerator.is_main_process and "wandb" in recipe.run.trackers:
         file = run / "trackers.json"

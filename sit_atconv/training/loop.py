@@ -18,9 +18,10 @@ from sit_atconv.data.samples import RankPositions, TrainingSamples
 from sit_atconv.devices import numerics
 from sit_atconv.ema import Averages
 from sit_atconv.errors import InputError, speaks
+from sit_atconv.files import write_atomic
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
-from sit_atconv.generation import generate, save_grid
+from sit_atconv.generation import generate, grid_png
 from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.layers.projectors import Projectors
@@ -32,7 +33,7 @@ from sit_atconv.training.folder import check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.log import Log, Means
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
-from sit_atconv.training.trainer import Trainer
+from sit_atconv.training.trainer import PREVIEWS, Trainer
 
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 
@@ -40,11 +41,14 @@ SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
 
 
-def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = None) -> Path:
+def train(
+    recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = None, force: bool = False
+) -> Path:  # fmt: skip
     """Train until `train.max_steps`, going on from the newest valid checkpoint in `run.out`; returns the last one.
 
     SIGTERM and SIGINT end it early, after the step and a checkpoint, which is then what it returns.
-    must_resume: refuse to begin anew. scorer: what `score.every` asks for; called on the main process.
+    must_resume: refuse to begin anew. scorer: what `score.every` asks for; called on the main process. force: what is
+    at `run.out` and is no run to go on from is set aside.
 
     Raises InputError for whatever the user can mend. What is wrong from the start, images of the first step included,
     leaves nothing behind; data that go bad later leave a checkpoint of the steps before.
@@ -70,9 +74,10 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
             "processes": accelerator.num_processes,
         }
         encoded = dataset.index["data"] if dataset.moments else None
-        found, new, held = claim(
-            accelerator, recipe.run.out, lambda run: check_run_folder(run, recipe, described, encoded), must_resume
-        )
+        found, held = claim(
+            accelerator, recipe.run.out, lambda run: check_run_folder(run, recipe, described, encoded), must_resume,
+            force,
+        )  # fmt: skip
         samples = TrainingSamples(
             dataset,
             facts.latent_shape,
@@ -90,7 +95,7 @@ def train(recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = Non
         if distillation is not None and not found:
             _start(distillation, recipe, samples, codec)
         trainer = _Trainer(
-            accelerator, recipe, described, samples, codec, model, aligned, distillation, encoder, preview, found, new,
+            accelerator, recipe, described, samples, codec, model, aligned, distillation, encoder, preview, found,
             held, scorer,
         )  # fmt: skip
         return trainer.run_to_the_end(signals)
@@ -137,9 +142,9 @@ def build_distillation(recipe: Recipe, facts: Facts) -> nn.Module | None:
 class _Trainer(Trainer):
     def __init__(
         self, accelerator, recipe, described, samples, codec, model, aligned, distillation, encoder, preview, found,
-        new, held, scorer,
+        held, scorer,
     ):  # fmt: skip
-        super().__init__(accelerator, recipe, described, found, new, held, recipe.train.max_steps)
+        super().__init__(accelerator, recipe, described, found, held, recipe.train.max_steps)
         self.codec, self.encoder, self.preview, self.scorer = codec, encoder, preview, scorer
         self.path = PATHS[recipe.flow.path]()
         self.bare, self.projectors = model, aligned and aligned.projectors
@@ -288,9 +293,9 @@ class _Trainer(Trainer):
         count = self.recipe.preview.num
         drawn = self._sample("its preview", count, count)
         if drawn and self.accelerator.is_main_process:
-            file = self.run / "previews" / f"step-{self.step:07d}.png"
+            file = self.run / PREVIEWS / f"step-{self.step:07d}.png"
             try:
-                save_grid(drawn[0], math.ceil(math.sqrt(count)), file)
+                write_atomic(file, grid_png(drawn[0], math.ceil(math.sqrt(count))))
             except OSError as error:
                 say(f"warning: preview {str(file)!r} cannot be written: {error.strerror or error}")
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,28 +16,31 @@ from accelerate.utils import broadcast_object_list, gather_object
 from sit_atconv import checkpoint, sharding
 from sit_atconv.console import progress, say
 from sit_atconv.data.loading import check_bad
+from sit_atconv.ema import SNAPSHOTS
 from sit_atconv.errors import InputError
-from sit_atconv.files import DiskFull, write_atomic
+from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import lock
 from sit_atconv.training.log import Log, Trackers, peak_flops, peak_memory
 from sit_atconv.training.optimizer import step_and_weight_squares
+
+PREVIEWS = "previews"
 
 
 class Trainer:
     """A run of `total` optimisation steps. A subclass brings the model and its losses.
 
     recipe: any with the sections run, data, train and checkpoint. described: what a manifest says of the run.
-    found: the checkpoint to go on from, with its manifest; new: whether the run's folder is; held: its lock.
+    found: the checkpoint to go on from, with its manifest; held: the lock of the run's folder.
     A subclass sets, before `run_to_the_end`:
     bare, the model whose averages are kept; trained, what has the parameters; model and optimizer, those prepared;
     weights, of the losses by name; means of these; batches, an iterator with `pop_bad`; flops_per_image or None.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe, described: dict[str, Any], found, new, held, total: int):
+    def __init__(self, accelerator: Accelerator, recipe, described: dict[str, Any], found, held, total: int):
         self.lock = held
-        self.accelerator, self.recipe, self.described, self.new, self.total = accelerator, recipe, described, new, total
-        self.run = Path(recipe.run.out)
+        self.accelerator, self.recipe, self.described, self.total = accelerator, recipe, described, total
+        self.run, self.made = resolved(recipe.run.out, "run.out"), Made()
         self.num_images = described["data"]["num_images"]
         self.step, self.skipped = 0, 0
         self.skipped_in_a_row = 0  # the newest steps; what the gradient scaler alone has lost begins no row
@@ -143,22 +145,27 @@ class Trainer:
         recipe, error = self.recipe, None
         try:
             if self.accelerator.is_main_process:
+                new = self.made.folder(self.run)
                 self.lock = self.lock or lock(self.run)
                 if self.last is None and checkpoint.step_folders(self.run):
-                    self.new = False
                     raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
+                for folder in (self.run, *self.run.glob(PREVIEWS)):
+                    clear_leftovers(folder)
+                checkpoint.clear_unfinished(self.run / SNAPSHOTS)
                 write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
                 self.log = Log(self.run / "log.jsonl", self.step)
                 self._open_logs()
                 checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
             self.trackers = Trackers(self.accelerator, recipe, self.step)
+            if self.accelerator.is_main_process and new:
+                self.made.paths += sorted(self.run.rglob("*"))
         except OSError as fault:
             reason = fault.strerror or fault
             error = InputError(f"run.out={str(self.run)!r} cannot be written: {reason}; choose another place")
         except InputError as fault:
             error = fault
-        if error is not None and self.new and self.lock is not None:
-            shutil.rmtree(self.run, ignore_errors=True)
+        if error is not None:
+            self._take_back_folder()
         sharding.raise_together(error)
 
     def _fetch(self, signals: StopSignals) -> list[dict[str, torch.Tensor]] | None:
@@ -187,8 +194,14 @@ class Trainer:
             except InputError as error:
                 if self.accelerator.is_main_process:
                     say(f"warning: {error}")
-        elif self.new and not self.step and self.accelerator.is_main_process:
-            shutil.rmtree(self.run, ignore_errors=True)
+        elif not self.step:
+            self._take_back_folder()
+
+    def _take_back_folder(self) -> None:
+        """Remove what this process made of a run that ends before its first step."""
+        for folder in [path for path in self.made.paths if path.parent == self.run and path.is_dir()]:
+            self.made.paths += sorted(folder.rglob("*"))  # a tracker's, which has gone on writing
+        self.made.take_back()
 
     def _count_bad(self, found: dict[int, str]) -> InputError | None:
         """Add what all processes found to the unreadable images, name new ones, and say when there are too many."""

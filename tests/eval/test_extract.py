@@ -309,7 +309,7 @@ def test_images_per_file_are_those_of_the_folder_unless_stated(samples, extracto
 def test_a_folder_that_another_run_writes_to_is_left_alone(samples, extractor, tmp_path):
     folder = tmp_path / "f"
     fail(samples, extractor, folder)
-    (folder / "shard-000000.safetensors.1.tmp").write_bytes(b"the other's")
+    (folder / ".shard-000000.safetensors.0123456789ab.unfinished").write_bytes(b"the other's")
     held, end = os.pipe(), os.pipe()
     if not (pid := os.fork()):
         file = lock(folder, "it")
@@ -320,11 +320,11 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(samples, extractor, t
     os.read(held[0], 1)
     with pytest.raises(InputError, match=r"features folder '.*f' is in use by another process; end that one"):
         features_of(samples, extractor, shard=10, out=folder)
-    assert (folder / "shard-000000.safetensors.1.tmp").exists()
+    assert (folder / ".shard-000000.safetensors.0123456789ab.unfinished").exists()
     os.write(end[1], b"x")
     os.waitpid(pid, 0)
     features_of(samples, extractor, shard=10, out=folder)
-    assert not (folder / "shard-000000.safetensors.1.tmp").exists()
+    assert not (folder / ".shard-000000.safetensors.0123456789ab.unfinished").exists()
     # What is whole is there for any number of readers, on a disk that takes nothing.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("eval.extract.lock", lambda *_: pytest.fail("took the lock"))
@@ -457,12 +457,12 @@ def test_two_processes_and_a_kill_between_give_the_same_bits(run, own, samples, 
     assert codes == [-signal.SIGKILL], log
     times = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.safetensors")}
     assert len(times) == 2
-    assert len(list(killed.glob("*.tmp"))) == 1
+    assert len(list(killed.glob(".*.unfinished"))) == 1
     with pytest.raises(InputError, match="not whole"):
         Features(killed)
     assert run(samples, killed, own, 0)[0] == [0]
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    assert not list(killed.glob("*.tmp"))
+    assert not list(killed.glob(".*.unfinished"))
     same_bits(tmp_path / "one", killed)
     # Two processes; and two, of which one is killed, gone on with by two.
     codes, log = run(samples, tmp_path / "two", own, 0, 0)

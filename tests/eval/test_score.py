@@ -216,8 +216,8 @@ def test_only_a_result_is_overwritten_and_the_place_is_tried_first(inception, sa
     (tmp_path / "list.json").write_text("[]")
     there = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for out, says in (
-        (samples, "no result of this command"), (images, "no result of this command"),
-        (tmp_path / "own.json", "no result"), (tmp_path / "list.json", "no result"),
+        (samples, "exists already"), (images, "exists already"),
+        (tmp_path / "own.json", "exists already"), (tmp_path / "list.json", "exists already"),
         (samples / "a.json", "cannot be written"), ("/proc/a.json", "cannot be written"),
     ):  # fmt: skip
         assert says in fails(evaluate, "score", samples, "--ref", images, "--out", out)

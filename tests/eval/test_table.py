@@ -6,6 +6,7 @@ import math
 import statistics
 
 import pytest
+from conftest import unmarked
 
 from eval.__main__ import main as evaluate
 from eval.table import markdown as to_markdown
@@ -85,7 +86,7 @@ def test_a_row_is_mean_and_spread_over_training_seeds(result, tmp_path, capsys):
     other = {"samples_manifest__training__name": "SiT-ATConv-XL/2", "samples_manifest__training__params": 637_700_000}
     files.append(result({"fid": 16.9, "is": 120.0}, **other))
     evaluate(["table", *map(str, files), "--out", str(tmp_path / "table.md")])
-    text, table = (tmp_path / "table.md").read_text(), json.loads((tmp_path / "table.json").read_text())
+    text, table = unmarked(tmp_path / "table.md"), json.loads((tmp_path / "table.json").read_text())
     assert capsys.readouterr().out == text
     first, second = table["rows"]
     assert (first["seeds"], second["seeds"]) == ([0, 1, 2], [0])

@@ -104,7 +104,9 @@ def test_a_killed_cache_ends_as_an_uninterrupted_one(recipe, recipe_path, proces
         codes, said = processes(tmp_path, arguments, *ranks)
         assert -9 in codes, said
         names = [path.name for path in out.iterdir()]
-        left.append((sum(name.endswith(".safetensors") for name in names), any(n.endswith(".tmp") for n in names)))
+        left.append(
+            (sum(name.endswith(".safetensors") for name in names), any(n.endswith(".unfinished") for n in names))
+        )
         assert "index.json" not in names
     assert left[0] == (0, True)
     assert left[-1] == (6, True)  # the index was about to get its name

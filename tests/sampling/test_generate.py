@@ -27,7 +27,7 @@ from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import library_versions
 from sit_atconv.flow.path import PATHS
-from sit_atconv.generation import Sampling, flow, generate, random_label, save_grid
+from sit_atconv.generation import Sampling, flow, generate, grid_png, random_label
 from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 
@@ -642,7 +642,7 @@ def test_complete_samples_are_said_to_be_and_left_alone(generates, run_folder, m
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     (out / "blocks").mkdir()  # of a process that was killed between the manifest and its end
     (out / "blocks" / "000000.json").write_text("{}")
-    (out / "settings.json").write_text("{}")
+    (out / "settings.json").write_bytes((out / "manifest.json").read_bytes())  # which has all settings
     capsys.readouterr()
     monkeypatch.setattr(generate_command, "library_versions", lambda: {"torch": "99"})
     made = count_blocks(monkeypatch)
@@ -705,7 +705,7 @@ def test_samples_that_another_command_completes_meanwhile_are_complete(generates
         ("--num", 0, "--num 0: must be at least 1"),
         ("--out", "", "--out '': give the name of a new folder"),
         ("--labels", "", "--labels '': choose from ['balanced', 'random'] or give a file"),
-        ("--out", "x" * 300, "x' cannot be written: File name too long; mend it, or choose another place"),
+        ("--out", "x" * 300, "x' cannot be written: File name too long; choose another place"),
     ],
 )
 def test_options_that_cannot_be_are_told(fails, run_folder, tmp_path, monkeypatch, option, value, says):
@@ -1004,13 +1004,13 @@ def test_random_labels_follow_their_index(run_folder, tmp_path):
 
 def test_a_grid_shows_the_pixels_enlarged_and_large_images_as_they_are(tmp_path):
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    save_grid(images, 2, tmp_path / "grid.png")
+    (tmp_path / "grid.png").write_bytes(grid_png(images, 2))
     grid = np.array(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 68 + 4, 2 * 68 + 4, 3)
     second = grid[4 : 4 + 64, 72 : 72 + 64]
     assert np.array_equal(second[::8, ::8], images[1].permute(1, 2, 0).numpy())
     assert np.array_equal(second[7::8, 7::8], second[::8, ::8])
-    save_grid(torch.zeros(2, 3, 100, 100, dtype=torch.uint8), 1, tmp_path / "large.png")
+    (tmp_path / "large.png").write_bytes(grid_png(torch.zeros(2, 3, 100, 100, dtype=torch.uint8), 1))
     assert Image.open(tmp_path / "large.png").size == (108, 212)
 
 

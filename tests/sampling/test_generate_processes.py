@@ -93,7 +93,7 @@ def test_killed_samples_end_as_uninterrupted_ones(model_folder, processes, whole
         assert not (out / "manifest.json").exists()
     last = [kill("replace", 1), {}]  # the images are there, and the manifest is about to get its name
     assert -9 in processes(tmp_path, arguments, *last)[0]
-    assert list(out.glob("manifest.json*.tmp"))
+    assert list(out.glob(".manifest.json.*.unfinished"))
     codes, said = processes(tmp_path, arguments, {}, {})
     assert codes == [0, 0], said
     assert content(out) == whole[kind]

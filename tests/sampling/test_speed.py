@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from conftest import unmarked
 from PIL import Image
 
 from sampling import speed
@@ -50,7 +51,7 @@ def test_every_model_meets_its_baselines_and_the_columns_follow_from_the_times(t
         assert (row["gemm_ms"] is not None) == alone
         if alone:
             assert row["of_gemm_limit"] == pytest.approx(row["gemm_ms"] / row["ms"])
-    table = (tmp_path / "speed.md").read_text()
+    table = unmarked(tmp_path / "speed.md")
     assert table.count("| SiT-ATConv-S/8 | ") == 6
     assert capsys.readouterr().out == table
     with Image.open(tmp_path / "speed.png") as image:

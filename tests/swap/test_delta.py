@@ -105,7 +105,7 @@ def test_a_delta_is_replaced_whole(tiny, tmp_path):
     assert len(stored_in(path)[0]["layers"]) == 3
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").write_text("")
-    with pytest.raises(InputError, match=r"^delta '/.*/folder' cannot be written"):
+    with pytest.raises(InputError, match=r"^delta '/.*/folder': exists already, and is a folder"):
         save_delta(swapped(tiny, "dit"), tmp_path / "folder")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["delta", "folder"]
 
