@@ -13,6 +13,8 @@ import yaml
 from eval.result import bars_told, named, needs, sound
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256, write_atomic
+from sit_atconv.markdown import plain
+from sit_atconv.reading import read_json
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 PUBLISHED_METRICS = ("fid", "sfid", "is", "precision", "recall")
@@ -105,7 +107,7 @@ def _read(file: str) -> dict[str, Any]:
     name, _, file = ("", "", file) if Path(file).is_file() else file.rpartition("=")
     path = Path(file)
     try:
-        stored = sound(json.loads(path.read_text()))
+        stored = sound(read_json(path))
         manifest = stored["samples_manifest"]
         training = manifest.get("training") or {}
         metrics = {
@@ -327,8 +329,8 @@ def markdown(table: dict[str, Any]) -> str:
         *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in table["error_bars"]),
         *(f"{shown[name]}, corrected: {needs(images)}." for name, images in lacking),
         "",
-        f"Common to all rows: scored against {Path(table['reference']).name}; "
-        + "; ".join(f"{key} {_fact(value)}" for key, value in common.items() if value is not None)
+        f"Common to all rows: scored against {plain(Path(table['reference']).name)}; "
+        + "; ".join(f"{key} {plain(_fact(value))}" for key, value in common.items() if value is not None)
         + ".",
     ]
     unknown = [key for key in NEVER_NONE if common.get(key, "") is None]
@@ -384,4 +386,4 @@ def _plain(value: Any) -> str:
 def _lines(head: list[str], rows: list[list[str]], texts: Sequence[str] = ()) -> list[str]:
     """A Markdown table; the columns of TEXTS and `texts` are text, the others numbers."""
     rule = ["---" if name in (*TEXTS, *texts) else "---:" for name in head]
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, rule, *rows)]
+    return [f"| {' | '.join(map(plain, cells))} |" for cells in (head, rule, *rows)]
