@@ -71,8 +71,10 @@ class Array:
 
 
 def arrays_of(path: Path, wanted: Collection[str]) -> dict[str, Array]:
-    """Those of the wanted arrays that an npz holds, by name. Raises one of UNREADABLE for a file that is none, or an entry that is larger than
-    its file allows."""
+    """Those of the wanted arrays that an npz holds, by name.
+
+    Raises one of UNREADABLE for a file that is none, or an entry that states more bytes than its file can hold.
+    """
     with opened(path) as held, zipfile.ZipFile(held) as archive:
         size = os.fstat(held.fileno()).st_size
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}

@@ -336,7 +336,7 @@ def _decode(file: Path, allow_lossy: bool) -> tuple[np.ndarray, bool]:
     wanted = "give 8-bit grey or RGB images without alpha"
     try:
         content = read_bytes(file, MOST_BYTES)
-        with open_image(content, Loading.max_pixels, (*LOSSLESS, *LOSSY)) as image:
+        with open_image(content, formats=(*LOSSLESS, *LOSSY)) as image:
             lossy, mode = image.format not in LOSSLESS, image.mode
             deep = image.format == "PNG" and content[24] == 16  # bits, of which Pillow drops half for RGB, and says 8
             clear = "transparency" in image.info

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
 MOST_ENTRIES = 1_000_000  # lists and objects of a JSON
-MOST_YAML = 1 << 20  # bytes
+MOST_YAML = 1 << 17  # bytes
 MOST_NODES = 10_000  # of a YAML, an alias counted as what it stands for
 MOST_NESTED = 50  # lists and objects, one in the other
 KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}

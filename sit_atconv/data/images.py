@@ -46,7 +46,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def open_image(file: bytes | BinaryIO, max_pixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def open_image(
+    file: bytes | BinaryIO, max_pixels: int = Loading.max_pixels, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
     """An image of one of these formats, not yet decoded. Every image comes through here.
 
     Raises one of DAMAGED for what is none of them, or has more pixels than its header may say.

@@ -120,11 +120,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[name]:
                 raise InputError(f"{name}={value!r:.40}: must be a whole number from 1 to {MOST[name]:,}")
-        if not (
-            isinstance(mlp_ratio, int | float) and 0 < mlp_ratio <= MOST_MLP_RATIO and hidden_size * mlp_ratio >= 1
-        ):
+        if not (isinstance(mlp_ratio, int | float) and 1 <= hidden_size * mlp_ratio <= hidden_size * MOST_MLP_RATIO):
             raise InputError(
-                f"mlp_ratio={mlp_ratio!r:.40}: must be a number up to {MOST_MLP_RATIO} that leaves the MLP at least one unit"
+                f"mlp_ratio={mlp_ratio!r:.40}: must be a number that leaves the MLP at least one unit, and at most "
+                f"{MOST_MLP_RATIO}"
             )
         mixers = mixer_names(token_mixer, depth)
         check_choice("patch_size", patch_size, PATCH_SIZES)
@@ -134,13 +133,16 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         if not 0 <= class_dropout_prob < 1:
             raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")
         grid = self._grid(*self.latent_size)
-        if (
-            grid[0] * grid[1] * hidden_size > MOST_NUMBERS
-            or hidden_size**2 * depth * (6 + 2 * mlp_ratio) > MOST_NUMBERS
-        ):
+        present = "attention" in mixers if pos_embed == "auto" else bool(pos_embed)
+        if present * grid[0] * grid[1] * hidden_size > MOST_POSITIONS:
             raise InputError(
-                f"sample_size={sample_size}, patch_size={patch_size}, hidden_size={hidden_size}, depth={depth}, "
-                f"mlp_ratio={mlp_ratio}: tokens or weights would be over {MOST_NUMBERS:.0e} numbers; choose smaller ones"
+                f"sample_size={sample_size} with hidden_size={hidden_size}: the position embedding would have over "
+                f"{MOST_POSITIONS:,} numbers; lower one"
+            )
+        if depth * hidden_size**2 * (6 + 2 * mlp_ratio) > MOST_WEIGHTS:
+            raise InputError(
+                f"depth={depth}, hidden_size={hidden_size}, mlp_ratio={mlp_ratio}: these are over {MOST_WEIGHTS:,} "
+                "weights; lower one"
             )
         self.gradient_checkpointing = False
 
