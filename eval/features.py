@@ -1,6 +1,5 @@
 """A folder of features: shards of consecutive images, and features.json, which is written last."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from eval.sources import begun_as, class_histogram, is_shape
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
+from sit_atconv.reading import read_json
 
 INDEX = "features.json"
 
@@ -126,7 +126,7 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"features {str(path)!r}: no {INDEX}, so they are not whole; run `extract` again, which goes on"
         )
     try:
-        info = json.loads((path / INDEX).read_text())
+        info = read_json(path / INDEX)
         whole = (
             type(info["n"]) is int
             and isinstance(info["labels"], bool)

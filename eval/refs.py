@@ -20,15 +20,18 @@ from eval.extract import (
 from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
 from eval.features import INDEX, Features, is_features
 from eval.moments import GroupSums, Moments
-from eval.sources import UNREADABLE, from_arrays, is_shape, open_source
+from eval.npz import UNREADABLE, Array, arrays_of
+from eval.sources import from_arrays, is_shape, open_source
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError, add_force, speaks
 from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
+from sit_atconv.reading import parse_json
 
 FORMAT_VERSION = 1
 ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of a stream, as ADM's evaluator names them
 KEPT = 10_000  # images whose features are kept for precision, recall and KID: as many as ADM's reference has
+MOST_META = 1 << 24  # characters
 SYMMETRY = 1e-5  # of the largest covariance: what fp32 statistics may be off by
 NEGATIVE = 1e-3  # of the largest eigenvalue: likewise
 
@@ -127,9 +130,9 @@ def recorded_extractor(ref: str) -> tuple[dict[str, Any], str | None] | None:
         info = Features(path).info
         return info["extractor"], info.get("extractor_spec")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            stored = arrays["meta"] if {"mu", "meta"} <= arrays.keys() else None
-    except (AttributeError, *UNREADABLE):  # no npz, or nothing there: who reads the reference says so
+        arrays = arrays_of(path, ("mu", "meta"))
+        stored = _meta(arrays["meta"]) if {"mu", "meta"} <= arrays.keys() else None
+    except UNREADABLE:  # no npz, or nothing there: who reads the reference says so
         return None
     if stored is None:
         return None
@@ -208,19 +211,14 @@ def spread(n: int, kept: int = KEPT) -> np.ndarray:
     return np.arange(kept) * n // kept
 
 
-def _read_statistics(path: Path) -> dict[str, np.ndarray | None] | None:
-    """The arrays of an npz with mu, of which arr_0 is not read (None); None for an npz without mu."""
-    wanted = ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta")
+def _read_statistics(path: Path) -> dict[str, Array] | None:
+    """The arrays of an npz with mu, of which none is read; None for an npz without mu."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if "mu" not in arrays:
-                return None
-            found = {key: arrays[key] for key in wanted if key in arrays}
-            if "arr_0" in arrays:
-                found["arr_0"] = None
+        found = arrays_of(path, ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta", "arr_0"))
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"reference {str(path)!r} cannot be read: {reason}; give an npz that is whole") from None
+        raise _unreadable(str(path), error) from None
+    if "mu" not in found:
+        return None
     for keys in ARRAYS.values():
         there = [key for key in keys if key in found]
         if len(there) == 1:
@@ -228,8 +226,20 @@ def _read_statistics(path: Path) -> dict[str, np.ndarray | None] | None:
     return found
 
 
+def _unreadable(name: str, error: Exception) -> InputError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InputError(f"reference {name!r} cannot be read: {reason}; give an npz that is whole")
+
+
+def _read(name: str, array: Array) -> np.ndarray:
+    try:
+        return array.read()
+    except UNREADABLE as error:
+        raise _unreadable(name, error) from None
+
+
 def _of_statistics(
-    path: Path, arrays: dict[str, np.ndarray], extractor: Extractor, batch: int, samples: Sequence[int] | None,
+    path: Path, arrays: dict[str, Array], extractor: Extractor, batch: int, samples: Sequence[int] | None,
     root: str | None,
 ) -> Reference:  # fmt: skip
     """Of an npz with mu and sigma: ADM's, whose arr_0 are images, or ours, whose features are there."""
@@ -255,7 +265,7 @@ def _of_statistics(
     )  # fmt: skip
 
 
-def _moments(name: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Moments]:
+def _moments(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Moments]:
     """Of the streams that the extractor gives too; of a module of one's own they may not be known yet."""
     return {
         stream: _check_moments(name, keys, arrays, extractor, stream)
@@ -274,7 +284,7 @@ def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extracto
         )
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise InputError(f"reference {name!r}: {keys[0]} is {mu.dtype}, {keys[1]} {sigma.dtype}; floats are needed")
-    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    mu, sigma = (_read(name, array).astype(np.float64, copy=False) for array in (mu, sigma))
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"reference {name!r}: {keys[0]} or {keys[1]} is not finite; take the statistics again")
     if np.abs(sigma - sigma.T).max() > SYMMETRY * np.abs(sigma).max() or sigma.diagonal().min() < 0:
@@ -290,24 +300,37 @@ def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extracto
     return Moments(mu, sigma)
 
 
-def _check_kept(name: str, pool: np.ndarray, dim: int) -> np.ndarray:
-    if pool.dtype != np.float32 or pool.ndim != 2 or pool.shape[1] != dim or not np.isfinite(pool).all():
-        raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
-    return pool
+def _check_kept(name: str, pool: Array, dim: int) -> np.ndarray:
+    if pool.dtype == np.float32 and pool.ndim == 2 and pool.shape[1] == dim:
+        kept = _read(name, pool)
+        if np.isfinite(kept).all():
+            return kept
+    raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
 
 
-def _checked_meta(name: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> dict[str, Any]:
+def _checked_meta(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Any]:
     """What a file of ours says of itself, {} of another's. Raises InputError for that of another extractor."""
     if "meta" not in arrays:
         return {}
-    meta = _read_meta(name, arrays["meta"])
+    try:
+        stored = _meta(arrays["meta"])
+    except UNREADABLE as error:
+        raise _unreadable(name, error) from None
+    meta = _read_meta(name, stored)
     extractor.check_same(f"reference {name!r}", meta["extractor"])
     return meta
 
 
-def _read_meta(name: str, meta: np.ndarray) -> dict[str, Any]:
+def _meta(array: Array) -> str:
+    """The text of `meta`, whose characters take four bytes each. Raises one of UNREADABLE."""
+    if array.nbytes > 4 * MOST_META:
+        raise ValueError(f"meta is longer than {MOST_META:,} characters")
+    return str(array.read())
+
+
+def _read_meta(name: str, meta: str) -> dict[str, Any]:
     try:
-        read = json.loads(str(meta))
+        read = parse_json(meta)
         version = read["format_version"]
         whole = version != FORMAT_VERSION or (
             [type(read[key]) for key in ("extractor", "n", "source")] == [dict, int, dict]

@@ -1,11 +1,10 @@
 """Images to be scored, from wherever they lie, never all in memory: npz files, folders, arrays."""
 
 import hashlib
-import json
+import math
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -14,22 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from eval.npz import UNREADABLE, Array, arrays_of, fill, read_header
 from sit_atconv.claims import SETTINGS
-from sit_atconv.data.archive import LOCAL_HEADER
-from sit_atconv.data.images import DAMAGED
+from sit_atconv.config import Loading
+from sit_atconv.data.images import DAMAGED, MOST_BYTES, image_files, open_image
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
+from sit_atconv.reading import read_bytes, read_json
 
-# What numpy and zipfile raise for a file that is no npz, or a broken one.
-UNREADABLE = (
-    OSError, EOFError, TypeError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 LOSSLESS, LOSSY = ("PNG", "BMP"), ("JPEG", "WEBP")
 SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp")
 MANIFEST, SAMPLES = "manifest.json", "samples.npz"
 CHUNK = 1 << 22  # bytes that are hashed at once
+MOST_BATCH = 1 << 32  # bytes of a batch
 WANTED = "give an npz with arr_0, uint8 (N, H, W, C) with 1 or 3 channels"
 
 
@@ -49,6 +46,10 @@ class Source:
         self.manifest_sha256 = None if manifest is None else sha256(manifest)
         if n < 2:
             raise InputError(f"{name}: {n} image{'s' * (n != 1)} make no distribution; give at least 2")
+        if (pixels := self.image_shape[1] * self.image_shape[2]) > Loading.max_pixels:
+            raise InputError(
+                f"{name}: images of {pixels:,} pixels; at most {Loading.max_pixels:,} are scored: give smaller ones"
+            )
         if self.manifest is not None:
             labels = self._agree_with_manifest(labels)
         self.labels = None if labels is None else _check_labels(name, labels, n)
@@ -82,6 +83,10 @@ class Source:
         Raises InputError for an image that cannot be read, or is not like the others.
         """
         stop = self.n if stop is None else stop
+        if min(size, stop - start) * math.prod(self.image_shape) > MOST_BATCH:
+            raise InputError(
+                f"{self.name}: {size} images of {self.image_shape} at once are over 4 GiB; lower the batch"
+            )
         for first in range(start, stop, size):
             yield torch.from_numpy(self._read(first, min(first + size, stop))).permute(0, 3, 1, 2)
 
@@ -154,7 +159,7 @@ def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
 def begun_as(path: Path) -> dict[str, Any]:
     """The settings.json of a folder, which says what it is going to be; {} where there is none that can be read."""
     try:
-        settings = json.loads((path / SETTINGS).read_text())
+        settings = read_json(path / SETTINGS)
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -193,23 +198,21 @@ class _Npz(Source):
         name = f"images {str(path)!r}"
         self._path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                self._member = archive.getinfo("arr_0.npy")
-                self._stored = self._member.compress_type == zipfile.ZIP_STORED
-                with archive.open(self._member) as file:
-                    shape, fortran, dtype = _read_header(file)
-                    self._header = file.tell()
-                archive.fp.seek(self._member.header_offset)
-                lengths = LOCAL_HEADER.unpack(archive.fp.read(LOCAL_HEADER.size))[1:]
-            self._offset = self._member.header_offset + LOCAL_HEADER.size + sum(lengths) + self._header
-            with np.load(path, allow_pickle=False) as arrays:
-                labels = arrays.get("arr_1")
+            arrays = arrays_of(path, ("arr_0", "arr_1"))
+            pixels, labels = arrays["arr_0"], arrays.get("arr_1")
+            shape, dtype, fortran = pixels.shape, pixels.dtype, pixels.fortran
+            if labels is not None:
+                _check_kind(name, labels, shape[0] if shape else 0)
+                labels = labels.read()
+        except InputError:
+            raise
         except UNREADABLE as error:
             raise InputError(f"{name} cannot be read: {_said(error)}; {WANTED}") from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
             raise InputError(f"{name}: arr_0 is {dtype} {shape}{', in Fortran order' * fortran}; {WANTED}")
-        self._row, n = int(np.prod(shape[1:])), shape[0]
-        if self._member.file_size != self._header + n * self._row:
+        self._member, self._offset, self._header = pixels.entry, pixels.place, pixels.start
+        self._row, n = math.prod(shape[1:]), shape[0]
+        if not pixels.whole:
             raise InputError(f"{name} is truncated: arr_0 holds fewer bytes than {shape} needs; make it again")
         self._stream, self._next = None, 0  # of compressed pixels, and the image that it stands at
         super().__init__(name, n, (shape[3], *shape[1:3]), labels, manifest)
@@ -218,15 +221,15 @@ class _Npz(Source):
         channels, *size = self.image_shape
         images = np.empty((stop - start, *size, channels), np.uint8)
         try:
-            if self._stored:  # read, not mapped: a file that shrinks is an error then, not a fatal signal
+            if self._offset is not None:  # read, not mapped: a file that shrinks is an error then, not a fatal signal
                 with open(self._path, "rb", buffering=0) as file:
                     file.seek(self._offset + start * self._row)
-                    _fill(file, images)
+                    fill(file, images)
             else:
                 if self._stream is None or self._next > start:
                     self._open()
                 self._stream.seek((start - self._next) * self._row, os.SEEK_CUR)  # reads what it passes over
-                _fill(self._stream, images)
+                fill(self._stream, images)
                 self._next = stop
         except UNREADABLE as error:
             raise self._damaged(error) from None
@@ -237,7 +240,7 @@ class _Npz(Source):
         archive = zipfile.ZipFile(self._path)  # stays open as long as the member does
         self._stream, self._next = archive.open(self._member), 0
         archive.close()
-        _read_header(self._stream)
+        read_header(self._stream)
 
     def close(self) -> None:
         """Close the file, which the next read opens again."""
@@ -259,25 +262,6 @@ class _Npz(Source):
         return InputError(f"{self.name} is truncated or damaged: {_said(error)}; make it again", every_rank=True)
 
 
-def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of a .npy, which `file` then stands behind."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f".npy of version {version}")
-
-
-def _fill(file, array: np.ndarray) -> None:
-    view = memoryview(array).cast("B")
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise EOFError("the file ends early")
-        view = view[count:]
-
-
 def _said(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
@@ -287,11 +271,23 @@ class _Folder(Source):
 
     def __init__(self, path: Path, manifest: Path | None, allow_lossy: bool):
         name = f"images {str(path)!r}"
-        found = path.iterdir() if manifest else path.rglob("*")
-        files = sorted(file for file in found if file.suffix.lower() in SUFFIXES and not _hidden(file, path))
+        try:
+            if manifest:
+                found = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+            else:
+                found = map(Path, image_files(path))
+            files = sorted(found)
+        except OSError as error:
+            raise InputError(f"{name} cannot be read: {error}; make all of it readable") from None
         if not files:
             raise InputError(f"{name}: the folder holds no images ({', '.join(SUFFIXES)})")
-        self._formats, self._allow_lossy = (*LOSSLESS, *LOSSY), allow_lossy
+        for file in files:
+            if file.suffix.lower() not in SUFFIXES:
+                raise InputError(
+                    f"image {str(file)!r}: {', '.join(SUFFIXES)} are scored, and no image is left out; convert it, or "
+                    "take it away"
+                )
+        self._allow_lossy = allow_lossy
         self._files = _by_index(name, files, _read_manifest(manifest)["num"]) if manifest else files
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "images")
         height, width, *channels = _decode(self._files[0], self._allow_lossy)[0].shape
@@ -313,10 +309,6 @@ class _Folder(Source):
         return images
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
 def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]} x {image.shape[0]} {'RGB' if image.shape[2] == 3 else 'grey'}"
 
@@ -330,9 +322,9 @@ def _by_index(name: str, files: list[Path], num: int) -> list[Path]:
         other = by_index.setdefault(int(file.stem), file)
         if other is not file:
             raise InputError(f"{name}: index {int(file.stem)} is there twice, {other.name} and {file.name}; remove one")
-    missing = [index for index in range(num) if index not in by_index]
-    if missing or len(by_index) != num:
-        which = f"index {missing[0]} is missing" if missing else f"index {max(by_index)} is beyond"
+    missing = next((index for index in range(num) if index not in by_index), None)
+    if missing is not None or len(by_index) != num:
+        which = f"index {max(by_index)} is beyond" if missing is None else f"index {missing} is missing"
         raise InputError(
             f"{name}: {len(by_index)} images, but its manifest says {num}: {which}; make the samples again"
         )
@@ -343,9 +335,10 @@ def _decode(file: Path, allow_lossy: bool) -> tuple[np.ndarray, bool]:
     """Pixels (H, W, 1 or 3) of an 8-bit grey or RGB image, and whether its format loses something."""
     wanted = "give 8-bit grey or RGB images without alpha"
     try:
-        with Image.open(file, formats=(*LOSSLESS, *LOSSY)) as image:
-            lossy, mode = image.format in LOSSY, image.mode
-            deep = image.format == "PNG" and _png_depth(file) == 16  # of which Pillow drops half for RGB, and says 8
+        content = read_bytes(file, MOST_BYTES)
+        with open_image(content, formats=(*LOSSLESS, *LOSSY)) as image:
+            lossy, mode = image.format not in LOSSLESS, image.mode
+            deep = image.format == "PNG" and content[24] == 16  # bits, of which Pillow drops half for RGB, and says 8
             clear = "transparency" in image.info
             if mode in ("L", "RGB") and not deep and not clear and (allow_lossy or not lossy):
                 pixels = np.asarray(image)
@@ -363,15 +356,9 @@ def _decode(file: Path, allow_lossy: bool) -> tuple[np.ndarray, bool]:
     raise InputError(f"image {str(file)!r} is {what}; {wanted}", every_rank=True)
 
 
-def _png_depth(file: Path) -> int:
-    """Bits per sample, of the IHDR chunk, which is the first."""
-    with open(file, "rb") as png:
-        return png.read(25)[24]
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         num, labels, shape = manifest["num"], manifest["labels"], manifest.get("image_shape")
         if type(num) is not int or not isinstance(labels, list | None) or not (shape is None or is_shape(shape)):
             raise TypeError
@@ -385,16 +372,21 @@ def is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(side) is int and side > 0 for side in value)
 
 
+def _check_kind(name: str, array: np.ndarray | Array, n: int) -> None:
+    """Raise InputError unless it is integers (n,)."""
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{name}: labels must be integers, not {array.dtype}; give one class id per image")
+    if array.shape != (n,):
+        raise InputError(f"{name}: {n} images but labels of shape {array.shape}; give one class id per image")
+
+
 def _check_labels(name: str, labels, n: int) -> np.ndarray:
     """int64 (n,), not negative."""
     try:
         array = np.asarray(labels)
     except ValueError:
         array = np.empty(0, object)
-    if array.dtype.kind not in "iu":
-        raise InputError(f"{name}: labels must be integers, not {array.dtype}; give one class id per image")
-    if array.shape != (n,):
-        raise InputError(f"{name}: {n} images but labels of shape {array.shape}; give one class id per image")
+    _check_kind(name, array, n)
     if array.min() < 0:
         raise InputError(f"{name}: label {array.min()} is below 0; give class ids")
     if array.max() > np.iinfo(np.int64).max:

@@ -13,6 +13,8 @@ import yaml
 from eval.result import bars_told, named, needs, sound
 from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import check_out, made_here, sha256, write_out
+from sit_atconv.markdown import plain
+from sit_atconv.reading import read_json
 
 TABLE = made_here("common", "differs", "rows", "published", "claimed")
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -107,7 +109,7 @@ def _read(file: str) -> dict[str, Any]:
     name, _, file = ("", "", file) if Path(file).is_file() else file.rpartition("=")
     path = Path(file)
     try:
-        stored = sound(json.loads(path.read_text()))
+        stored = sound(read_json(path))
         manifest = stored["samples_manifest"]
         training = manifest.get("training") or {}
         metrics = {
@@ -306,7 +308,7 @@ def markdown(table: dict[str, Any]) -> str:
     common, rows, differs = table["common"], table["rows"], table["differs"]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     corrected = [n for n in names if any((row["metrics"].get(n) or {}).get("corrected") is not None for row in rows)]
-    shown = {name: name.replace("_", " ") for name in names}
+    shown = {name: plain(name.replace("_", " ")) for name in names}
     head = ["model", *differs, "params (M)", "step", "NFE", "seeds", *shown.values()]
     head += [f"{shown[name]}, corrected" for name in corrected]
     lacking = dict.fromkeys(
@@ -326,11 +328,11 @@ def markdown(table: dict[str, Any]) -> str:
         "seed. Corrected: without the part of the bias that is proportional to 1/N; the reference's own sampling error "
         "is in neither.",
         "",
-        *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in table["error_bars"]),
+        *(f"{plain(sentence[0].upper() + sentence[1:])}." for sentence in table["error_bars"]),
         *(f"{shown[name]}, corrected: {needs(images)}." for name, images in lacking),
         "",
-        f"Common to all rows: scored against {Path(table['reference']).name}; "
-        + "; ".join(f"{key} {_fact(value)}" for key, value in common.items() if value is not None)
+        f"Common to all rows: scored against {plain(Path(table['reference']).name)}; "
+        + "; ".join(f"{key} {plain(_fact(value))}" for key, value in common.items() if value is not None)
         + ".",
     ]
     unknown = [key for key in NEVER_NONE if common.get(key, "") is None]
@@ -358,8 +360,8 @@ def _cells(row: dict, differs: list[str], names: list[str], corrected: list[str]
     seeds = ", ".join("?" if seed is None else str(seed) for seed in row["seeds"])
     metrics = row["metrics"]
     return [
-        row["method"],
-        *(_fact(row[key]) for key in differs),
+        plain(row["method"]),
+        *(plain(_fact(row[key])) for key in differs),
         params,
         _plain(row["step"]),
         "" if row["nfe"] is None else f"{row['nfe']:g}",
@@ -386,4 +388,4 @@ def _plain(value: Any) -> str:
 def _lines(head: list[str], rows: list[list[str]], texts: Sequence[str] = ()) -> list[str]:
     """A Markdown table; the columns of TEXTS and `texts` are text, the others numbers."""
     rule = ["---" if name in (*TEXTS, *texts) else "---:" for name in head]
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, rule, *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]

@@ -20,8 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +27,7 @@ from eval.digits import PROTOCOL as DIGITS_PROTOCOL
 from eval.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
 from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
+from eval.npz import UNREADABLE, arrays_of
 from eval.refs import recorded_extractor
 from eval.result import sound
 from eval.score import OFFERED, RESULT
@@ -44,6 +43,7 @@ from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import sha256, write_out
 from sit_atconv.generation import Sampling
 from sit_atconv.images import to_uint8
+from sit_atconv.reading import read_json, read_yaml
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
@@ -163,12 +163,14 @@ class Table:
 def load_table(path: Path) -> Table:
     """Read and check a table's file. Raises InputError in one line."""
     try:
-        stated = OmegaConf.create(path.read_text())
-        _check_keys(OmegaConf.to_container(stated), Table)
+        stated = read_yaml(path)
+        _check_keys(stated, Table)
         table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Table), stated))
     except OSError as error:
         raise InputError(f"table {str(path)!r}: {error.strerror}; see experiments/tables") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, AttributeError, TypeError) as error:
+    except InputError:
+        raise
+    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"table {str(path)!r}: {key}{str(error).splitlines()[0]}") from None
     return table
@@ -228,7 +230,7 @@ def is_scored(samples: Path, table: Table) -> bool:
     """Whether metrics.json is of these samples, this reference, these weights and these metrics, and whatever version
     wrote it, its errors and corrected values hold."""
     try:
-        result = json.loads((samples / "metrics.json").read_text())
+        result = read_json(samples / "metrics.json")
         return (
             result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
             and _extractors(result, table) == wanted_extractors(table)
@@ -284,11 +286,16 @@ def reference_digest(ref: str) -> str:
         return from_arrays(to_uint8(digits.images), digits.labels, ref).digest()
     if is_features(path):
         return sha256(path / INDEX)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            if "mu" in arrays:
-                return sha256(path)
+    if path.suffix == ".npz" and _has_statistics(path):
+        return sha256(path)
     return open_source(path).digest()
+
+
+def _has_statistics(path: Path) -> bool:
+    try:
+        return bool(arrays_of(path, ("mu",)))
+    except UNREADABLE:  # which opening it as images tells
+        return False
 
 
 def missing(table: Table, wanted: list[Model]) -> list[str]:
@@ -445,7 +452,7 @@ def copy_result(source: Path, target: Path) -> None:
             return [seen(inner) for inner in value]
         return value.removeprefix(here) if isinstance(value, str) else value
 
-    write_out(target, json.dumps(seen(json.loads(source.read_text())), indent=1) + "\n", "result", ours=RESULT)
+    write_out(target, json.dumps(seen(read_json(source)), indent=1) + "\n", "result", ours=RESULT)
 
 
 def generate_words(table: Table, model: Model, sampler: Sampler) -> list[str]:
@@ -462,7 +469,7 @@ def stored_settings(samples: Path) -> tuple[dict[str, Any], bool] | None:
     for name in (MANIFEST, SETTINGS):
         try:
             if (samples / name).is_file():
-                return dict(json.loads((samples / name).read_text())), name == MANIFEST
+                return dict(read_json(samples / name)), name == MANIFEST
         except (OSError, ValueError, TypeError):
             raise InputError(f"{str(samples / name)!r} is damaged; remove {str(samples)!r}") from None
     return None

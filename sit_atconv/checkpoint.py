@@ -46,6 +46,7 @@ from sit_atconv.files import (
     unleased,
 )
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.reading import read_json
 from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
@@ -270,7 +271,7 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
     Raises Damaged naming the first thing that is missing or changed, InputError for another format.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         version, files = manifest["format_version"], dict(manifest["files"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
@@ -375,9 +376,9 @@ def read_conversion(folder: Path) -> dict[str, Any]:
     Raises Damaged naming the first thing that is missing or changed, or files that it does not list.
     """
     try:
-        record = json.loads((folder / CONVERSION).read_text())
+        record = read_json(folder / CONVERSION)
         files = dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise Damaged(f"{str(folder)!r} holds no valid {CONVERSION}; convert again") from None
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
@@ -412,7 +413,7 @@ def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) ->
 
 def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("_class_name") != SiTTransformer2DModel.__name__:
             raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
         options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]

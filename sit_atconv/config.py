@@ -17,6 +17,7 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
+from sit_atconv.reading import check_literal, read_yaml
 
 Schema = TypeVar("Schema")
 
@@ -28,6 +29,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 TRACKERS = ("tensorboard", "wandb")
 EMA_KINDS = ("constant", "warmup", "power")
 ON_FULL_DISK = ("stop", "continue")
+MAX_PIXELS = 178_956_970
 MAX_EMA_STD = 0.288  # just under 12^-1/2, where the profile of a power of the step ends (exponent 0)
 
 
@@ -69,10 +71,13 @@ class Loading:
     workers: int = 0  # loader processes per training process
     worker_timeout: float = 600.0  # seconds without a batch after which a loader process counts as hung
     max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
+    max_pixels: int = 89_478_485  # of an image: a larger one counts as unreadable before it is decoded
 
     def __post_init__(self):
         at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
-        at_least("data", worker_timeout=(self.worker_timeout, 1))
+        at_least("data", worker_timeout=(self.worker_timeout, 1), max_pixels=(self.max_pixels, 1))
+        if self.max_pixels > MAX_PIXELS:
+            raise InputError(f"data.max_pixels={self.max_pixels}: at most {MAX_PIXELS}, which is as far as Pillow goes")
 
 
 @dataclass
@@ -479,15 +484,18 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:
     """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line.
 
-    A file may name another with `base:`, relative to itself, whose keys it takes over and its own win against.
+    A file may name another with `base:`, relative to itself, whose keys it takes over and its own win against: a
+    recipe's file, of which no message tells the content. Nothing is worked out: "${...}" is refused.
     """
     for override in overrides:
         if "=" not in override:
             raise InputError(f"override {override!r} is not of the form key=value")
-    stated = _read_with_base(Path(path), ())
+    stated = _read_with_base(Path(path), (), schema)
     try:
-        stated = OmegaConf.merge(stated, OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides]))
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
+        check_literal(OmegaConf.to_container(laid_over))
+        stated = OmegaConf.merge(stated, laid_over)
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated, schema)
 
@@ -515,28 +523,46 @@ def _is_text(wanted: Any) -> bool:
     return wanted in (str, str | None)
 
 
-def _read_with_base(path: Path, above: tuple[Path, ...]) -> Any:
+def _read_with_base(path: Path, above: tuple[Path, ...], schema: type) -> Any:
     """The keys of a recipe file over those of its base; above: the files that led here."""
-    if path.resolve() in above:
-        raise InputError(f"recipe {str(path)!r}: its base leads back to it; leave one `base` out")
+    where = f"recipe {str(path)!r}"
     try:
-        stated = OmegaConf.create(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
-        raise InputError(f"recipe {str(path)!r}: {reason}; see experiments/recipes") from None
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
-        raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
-    if not OmegaConf.is_dict(stated) or "base" not in stated:
+        stated, place = read_yaml(path, regular=bool(above)), path.resolve()
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror}; see experiments/recipes") from None
+    except ValueError as error:
+        raise InputError(f"{where} cannot be read: {error}") from None
+    if place in above:
+        raise InputError(f"{where}: its base leads back to it; leave one `base` out")
+    if above:
+        _check_base(where, stated, schema)
+    if not isinstance(stated, dict):
+        raise InputError(f"{where} holds no sections; see experiments/recipes")
+    base = stated.pop("base", None)
+    if base is None:
         return stated
-    base = stated.pop("base")
-    if not isinstance(base, str):
-        raise InputError(f"recipe {str(path)!r}: base={base!r}: give the path of one recipe file")
-    return OmegaConf.merge(_read_with_base(path.parent / base, (*above, path.resolve())), stated)
+    if not isinstance(base, str) or not base.endswith((".yaml", ".yml")):
+        raise InputError(f"{where}: base={base!r}: give the path of one recipe file, which ends in .yaml")
+    return OmegaConf.merge(_read_with_base(path.parent / base, (*above, place), schema), stated)
+
+
+def _check_base(where: str, stated: Any, schema: type) -> None:
+    """Raise InputError unless a base holds keys of a recipe alone, with values of their types; it tells neither."""
+    try:
+        keys = {key: value for key, value in stated.items() if key != "base"}
+        _check_keys(keys, schema)
+        OmegaConf.merge(OmegaConf.structured(schema), keys)
+    except (InputError, OmegaConfBaseException, AttributeError, TypeError, ValueError):
+        raise InputError(f"{where} is no recipe, and a base has to be one; `--dry-run` of it alone says why") from None
 
 
 def make_recipe(stated: Any, schema: type[Schema] = Recipe) -> Schema:
     """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values."""
     keys = OmegaConf.to_container(OmegaConf.create(stated))
+    try:
+        check_literal(keys)
+    except ValueError as error:
+        raise InputError(f"recipe: {error}") from None
     _check_keys(keys, schema)
     for section, switch in (("repa", "encoder"), ("distill", "teacher")):
         if keys.get(section) and switch not in keys[section]:
@@ -569,8 +595,8 @@ MUTABLE = (
     "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped",
     # where things lie and how the work is cut up: what is computed stays the same, to float rounding
     "data.root", "data.source", "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share",
-    "latents.vae", "latents.batch_size", "repa.encoder", "distill.teacher", "train.gradient_accumulation_steps",
-    "train.gradient_checkpointing", "train.compile", "ema.snapshot_every",
+    "data.max_pixels", "latents.vae", "latents.batch_size", "repa.encoder", "distill.teacher",
+    "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.compile", "ema.snapshot_every",
     # what follows from the data, and is checked against them at every start
     "data.num_images", "model.sample_size", "model.in_channels", "model.num_classes",
 )  # fmt: skip

@@ -3,7 +3,6 @@
 The errors do not name the folder: who looks says what it is of.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from sit_atconv.errors import InputError
+from sit_atconv.reading import MOST_JSON, parse_json, read_bytes
 
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
@@ -76,17 +76,14 @@ def read_index(index: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where it holds none."""
     try:
-        return json_object(path.read_text())
+        return json_object(read_bytes(path, MOST_JSON))
     except (OSError, ValueError):
         raise InputError(f"{path.name} is not a JSON object; it is cut or damaged") from None
 
 
-def json_object(text: str) -> dict[str, Any]:
+def json_object(text: str | bytes) -> dict[str, Any]:
     """The JSON object that a text is. Raises ValueError for whatever else it is."""
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        content = None
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content

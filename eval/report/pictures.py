@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from eval.report.runs import SampleSet
-from sit_atconv.data.images import DAMAGED
+from sit_atconv.data.images import DAMAGED, MOST_BYTES, open_image
 from sit_atconv.errors import InputError
 from sit_atconv.images import to_pil
+from sit_atconv.reading import read_bytes
 
 CLASSES, PER_CLASS = 10, 8
 BUDGET = 1_300_000  # bytes of a page's pictures as PNG; base64 makes a third more of them
@@ -61,7 +62,7 @@ def grid(samples: SampleSet, share: float) -> list[tuple[int | None, list[tuple[
 def preview(path: Path, share: float) -> Picture:
     """A preview's picture. Raises InputError where it does not decode."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with open_image(read_bytes(path, MOST_BYTES), formats=("PNG",)) as image:
             return _fit([image.convert("RGB")], PREVIEW_SIDES, share * BUDGET)[0]
     except DAMAGED as error:
         raise InputError(f"preview {str(path)!r} does not decode ({error}); take it away") from None

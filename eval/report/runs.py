@@ -1,6 +1,5 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -9,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.result import sound
 from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
 from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
+from sit_atconv.reading import opened, parse_json, read_json, read_yaml
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
@@ -193,7 +191,7 @@ def _read_set(folder: Path) -> SampleSet:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not JSON ({error}); make it again, or take it away") from None
     if not isinstance(value, dict):
@@ -206,8 +204,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        recipe = read_yaml(path, regular=True)
+    except ValueError as error:
         raise InputError(f"{str(path)!r} is not YAML ({error}); mend it, or take it away") from None
     if not isinstance(recipe, dict):
         raise InputError(f"{str(path)!r} is no recipe: it holds no sections; mend it, or take it away")
@@ -219,9 +217,11 @@ def _read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     rows: list[Row] = []
-    for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+    with opened(path) as file:
+        lines = file.readlines()
+    for index, line in enumerate(lines):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             if not line.endswith(b"\n"):  # which only the last can lack
                 break

@@ -55,7 +55,7 @@ class Data(Loading):
         return tuple(
             config.Data(
                 kind=self.kind, root=root, image_size=1, split=split, subset=self.subset, revision=self.revision,
-                image_key=self.image_key, label_key=self.label_key,
+                image_key=self.image_key, label_key=self.label_key, max_pixels=self.max_pixels,
             )
             for root, split in ((self.root, self.split), (self.val_root or self.root, held_out))
         )  # fmt: skip
@@ -232,7 +232,7 @@ class ClassifierRecipe:
 # What a later start of the same run may state differently.
 MUTABLE = (
     "run.out", "run.log_every", "run.trackers", "data.root", "data.val_root", "data.workers", "data.worker_timeout",
-    "data.max_bad_share", "train.max_skipped", "train.gradient_checkpointing", "train.compile",
+    "data.max_bad_share", "data.max_pixels", "train.max_skipped", "train.gradient_checkpointing", "train.compile",
 )  # fmt: skip
 MUTABLE_SECTIONS = ("checkpoint", "eval")
 

@@ -37,4 +37,6 @@ def open_dataset(data: Data) -> Dataset:
     gives itself in another order by `shuffled(seed)`.
     Raises InputError when the images are not there.
     """
-    return DATASETS[data.kind](data)
+    dataset = DATASETS[data.kind](data)
+    dataset.max_pixels = data.max_pixels
+    return dataset

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sit_atconv.data.images import EncodedImages, Packed, Unreadable, check_classes, is_hidden, is_image
+from sit_atconv.data.images import MOST_BYTES, EncodedImages, Packed, Unreadable, check_classes, is_hidden, is_image
 from sit_atconv.errors import InputError
+from sit_atconv.reading import opened
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field
@@ -46,11 +47,11 @@ class Zip(EncodedImages):
     def __init__(self, root: str, image_size: int):
         where = f"data.root={root!r}"
         try:
-            with zipfile.ZipFile(root) as archive:
+            with opened(root) as file, zipfile.ZipFile(file) as archive:
                 listed = {_place(entry): entry for entry in archive.infolist()}
         except OSError as error:
             raise InputError(f"{where}: {error.strerror}; give a zip archive of a folder per class") from None
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, MemoryError) as error:
             raise InputError(f"{where} is no zip archive, or damaged: {error}") from None
         images = [(tuple(place.split("/")), entry) for place, entry in listed.items() if is_image(place)]
         paths = [path for path, _ in images]
@@ -74,8 +75,13 @@ class Zip(EncodedImages):
         self.root = root
         self._names = Packed(entry.filename.encode() for entry in entries)
         self._places = np.array(
-            [(e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type) for e in entries], np.int64
-        )
+            [
+                (min(e.header_offset, 1 << 62), *(min(n, MOST_BYTES + 1) for n in (e.compress_size, e.file_size)),
+                 e.CRC, e.compress_type)
+                for e in entries
+            ],
+            np.int64,
+        )  # fmt: skip
         self._file = None  # opened by the first read; `pread` moves no place that processes would share
 
     def name(self, index: int) -> str:
@@ -83,6 +89,8 @@ class Zip(EncodedImages):
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         offset, compressed, size, crc, method = self._places[index].tolist()
+        if max(compressed, size) > MOST_BYTES:
+            raise Unreadable(f"image {self.name(index)!r} states more than {MOST_BYTES:,} bytes; make the archive anew")
         try:
             if self._file is None:
                 self._file = open(self.root, "rb", buffering=0)  # noqa: SIM115 (stays open)
@@ -95,7 +103,7 @@ class Zip(EncodedImages):
             reason = "damaged"
         except OSError as error:
             whole, reason = False, error.strerror
-        except (struct.error, zlib.error):
+        except (struct.error, zlib.error, OverflowError):
             whole, reason = False, "damaged"
         if not whole:
             raise Unreadable(f"image {self.name(index)!r} cannot be read ({reason}); make the archive anew")

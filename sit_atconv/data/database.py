@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from sit_atconv.console import progress
-from sit_atconv.data.images import EncodedImages, Packed, Unreadable
+from sit_atconv.data.images import MOST_BYTES, EncodedImages, Packed, Unreadable
 from sit_atconv.data.plain_pickle import load_plain
 from sit_atconv.errors import InputError, speaks
 
 CLASSES = "classes.txt"
+MOST_CLASSES = 1 << 20
 _OPEN: dict[str, tuple[int, Any]] = {}  # by root: the process that opened it, and the LMDB
 
 
@@ -102,8 +103,10 @@ class Lmdb(EncodedImages):
                 image, label = record
                 if not isinstance(image, bytes | memoryview | bytearray):
                     raise ValueError("its image is not the bytes of a file")
-                if not isinstance(label, int) or not 0 <= label < 1 << 31:
-                    raise ValueError(f"its label is {label!r}, not an integer from 0 on")
+                if not isinstance(label, int) or not 0 <= label < MOST_CLASSES:
+                    raise ValueError(f"its label is {label!r:.20}, not an integer from 0 to {MOST_CLASSES - 1:,}")
+                if len(image) > MOST_BYTES:
+                    raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
                 return take(image, label)
         except InputError:  # of all the images
             raise
@@ -116,13 +119,7 @@ class Lmdb(EncodedImages):
         return f"{self.root}:{self._keys[index].decode(errors='backslashreplace')}"
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        encoded, label = self._record(index, lambda image, label: (bytes(image), label))
-        if label >= len(self.class_names):
-            raise Unreadable(
-                f"image {self.name(index)!r} has the label {label}, and {CLASSES} names {len(self.class_names)} "
-                "classes; correct one of them"
-            )
-        return encoded, label
+        return self._record(index, lambda image, label: (bytes(image), label))
 
 
 def _environment(root: str) -> Any:

@@ -1,50 +1,54 @@
 """Images in folders, one per class."""
 
+import os
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 
-from sit_atconv.data.images import EncodedImages, Packed, Unreadable, check_classes, is_hidden, is_image
+from sit_atconv.data.images import (
+    MOST_BYTES,
+    EncodedImages,
+    Packed,
+    Unreadable,
+    check_classes,
+    image_files,
+    is_hidden,
+)
 from sit_atconv.errors import InputError
-
-
-class _Visible(ImageFolder):
-    """Without hidden folders, such as notebooks leave behind."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = sorted(
-            entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not is_hidden(entry.name)
-        )
-        check_classes(f"data.root={directory!r}", names, names)
-        return names, {name: label for label, name in enumerate(names)}
+from sit_atconv.reading import read_bytes
 
 
 class Folder(EncodedImages):
     """One folder per class, of images at any depth. Raises InputError for a missing or empty folder."""
 
     def __init__(self, root: str, image_size: int):
+        where = f"data.root={root!r}"
         if not Path(root).is_dir():
-            raise InputError(f"data.root={root!r}: no such folder; give one with a subfolder of images per class")
+            raise InputError(f"{where}: no such folder; give one with a subfolder of images per class")
         try:
-            folder = _Visible(root, is_valid_file=lambda path: is_image(path.removeprefix(root)), allow_empty=True)
+            with os.scandir(root) as entries:
+                classes = sorted(each.name for each in entries if os.path.isdir(each.path) and not is_hidden(each.name))
+            # By the folder, then by the name: the order that os.walk has, sorted.
+            found = [sorted(map(os.path.split, image_files(os.path.join(root, name)))) for name in classes]
         except OSError as error:
-            raise InputError(f"data.root={root!r}: {error}") from None
-        check_classes(f"data.root={root!r}", folder.classes, {folder.classes[label] for label in set(folder.targets)})
-        super().__init__(image_size, folder.classes)
+            raise InputError(f"{where}: {error}") from None
+        check_classes(where, classes, {name for name, files in zip(classes, found, strict=True) if files})
+        super().__init__(image_size, classes)
         self.root = root
-        self.labels = np.array(folder.targets)
-        self._paths = Packed(path.encode("utf-8", "surrogateescape") for path, _ in folder.samples)
+        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
+        paths = (os.path.join(*parts) for files in found for parts in files)
+        self._paths = Packed(path.encode("utf-8", "surrogateescape") for path in paths)
 
     def name(self, index: int) -> str:
         return self._paths[index].decode("utf-8", "surrogateescape")
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         try:
-            return Path(self.name(index)).read_bytes(), int(self.labels[index])
-        except OSError as error:
+            return read_bytes(self.name(index), MOST_BYTES), int(self.labels[index])
+        except (OSError, ValueError) as error:
             if not Path(self.root).is_dir():
                 raise InputError(
                     f"data.root={self.root!r} is no longer there; bring it back", every_rank=True
                 ) from None
-            raise Unreadable(f"image {self.name(index)!r} cannot be read ({error.strerror}); bring it back") from None
+            reason = getattr(error, "strerror", None) or error
+            raise Unreadable(f"image {self.name(index)!r} cannot be read ({reason}); bring it back") from None

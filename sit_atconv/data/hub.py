@@ -1,7 +1,11 @@
 """Hugging Face datasets: by the id of a repository, or from a local folder; stored, or streamed."""
 
 import hashlib
+import lzma
 import os
+import tarfile
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from copy import copy
@@ -14,13 +18,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sit_atconv.config import Data
-from sit_atconv.data.images import EncodedImages, Unreadable, decode
+from sit_atconv.config import Data, Loading
+from sit_atconv.data.images import MOST_BYTES, EncodedImages, Unreadable, check_label, check_labels, decode
 from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.reading import bounded, read_bytes
 
 SHUFFLE_BUFFER = 10_000
 ONE_CLASS = ("all",)  # where there are no labels
+ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")  # of fsspec and `datasets`: files in a file
+BACKENDS = (
+    OSError, ValueError, LookupError, RuntimeError, EOFError, ImportError, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError, tarfile.TarError,
+)  # fmt: skip
 
 
 def open_hub(data: Data) -> "HubImages | HubStream":
@@ -37,9 +47,7 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     try:
         if saved:
             found = datasets.load_from_disk(data.root)
-            splits = found if isinstance(found, dict) else {str(found.split or data.split or "train"): found}
-            check_choice("data.split", data.split or "train", splits)
-            table = splits[data.split or "train"]
+            table = _split(found if isinstance(found, dict) else {str(found.split or "train"): found}, data.split)
             number = len(table)
             table = table.to_iterable_dataset() if data.streaming else table
         else:
@@ -81,20 +89,74 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     return HubStream(data, table, image, label, names, number)
 
 
-def _file(value: Any, name: str) -> bytes:
-    """An image file's bytes, from what a column holds: the bytes, or their path. Raises Unreadable."""
+def _split(splits: dict[str, Any], wanted: str | None) -> Any:
+    """What data.split asks for of the splits of a saved dataset: one of them, parts ("train[:10%]"), or a sum."""
+    import datasets
+
+    wanted = wanted or "train"
+    if wanted in splits:
+        return splits[wanted]
+    try:
+        sizes = {name: len(table) for name, table in splits.items()}
+        parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(sizes)
+    except (ValueError, AssertionError):
+        check_choice("data.split", wanted, splits)
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where the files of a dataset lie: what a record may name as its image, and nothing else.
+
+    folders: local ones. repository: the beginnings of their addresses on the hub.
+    """
+
+    folders: tuple[str, ...] = ()
+    repository: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, root: str) -> "_Files":
+        """Of a local folder, what is in it; of a repository, its files, and what `datasets` has stored of them."""
+        import datasets
+        from huggingface_hub import constants
+
+        if os.path.exists(root):
+            return cls((os.path.abspath(root), os.path.realpath(root)))
+        stored = Path(constants.HF_HUB_CACHE) / f"datasets--{root.replace('/', '--')}"
+        folders = map(os.path.abspath, (stored, datasets.config.DOWNLOADED_DATASETS_PATH))
+        return cls(tuple(folders), (f"hf://datasets/{root}/", f"hf://datasets/{root}@"))
+
+    def has(self, path: str) -> bool:
+        """Whether a path, as fsspec takes it, is that of a file of the dataset, or of one in an archive of it."""
+        *inside, place = path.split("::")
+        if ".." in place.split("/") or any(part.partition("://")[0] not in ARCHIVES for part in inside):
+            return False
+        if "://" in place:
+            return place.startswith(self.repository) if self.repository else False
+        return any(Path(os.path.abspath(place)).is_relative_to(folder) for folder in self.folders)
+
+
+def _file(value: Any, name: str, files: _Files = _Files()) -> bytes:
+    """An image file's bytes, from what a column holds: the bytes, or their path in the dataset. Raises Unreadable."""
     import fsspec
 
     held = value if isinstance(value, dict) else {"bytes": value, "path": None}
     if held["bytes"] is not None:
         return held["bytes"]
-    if held["path"] is None:
+    path = held["path"]
+    if path is None:
         raise Unreadable(f"image {name!r} is missing: its record is empty")
+    if not files.has(path):
+        raise Unreadable(
+            f"image {path!r} of {name!r} is no file of the dataset, and is not opened; put its bytes into the dataset"
+        )
     try:
-        with fsspec.open(held["path"], "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise Unreadable(f"image {held['path']!r} of {name!r} cannot be read ({error}); bring it back") from None
+        if "://" not in path:
+            return read_bytes(path, MOST_BYTES)
+        with fsspec.open(path, "rb") as file:
+            return bounded(file, MOST_BYTES)
+    except BACKENDS as error:
+        raise Unreadable(f"image {path!r} of {name!r} cannot be read ({error}); bring it back") from None
 
 
 class HubImages(EncodedImages):
@@ -110,15 +172,15 @@ class HubImages(EncodedImages):
             stored = np.zeros(len(table), np.int64)
         else:
             stored = np.asarray(table.select_columns([label_key]).with_format("numpy")[:][label_key])
-        if stored.ndim != 1 or stored.dtype.kind not in "iuUT" or (names is not None and stored.min() < 0):
+        if stored.ndim != 1 or stored.dtype.kind not in "iuUT":
             raise InputError(
-                f"data.label_key={label_key!r}: the column must hold an integer or a string for every image, and not "
-                "-1 for unknown ones"
+                f"data.label_key={label_key!r}: the column must hold an integer or a string for every image"
             )
         if names is None:
             names, stored = np.unique(stored, return_inverse=True)
         super().__init__(data.image_size, map(str, names))
-        self.labels = stored.astype(np.int64)
+        self.labels, self._files = stored.astype(np.int64), _Files.of(data.root)
+        check_labels(f"data.root={data.root!r}, data.label_key={label_key!r}", self.labels, self.class_names)
         self._table, self._image_key = table, image_key
         self._name = f"{data.root}[{data.split or 'train'}]"
 
@@ -130,7 +192,7 @@ class HubImages(EncodedImages):
             value = self._table[int(index)][self._image_key]
         except (OSError, ValueError) as error:
             raise Unreadable(f"image {self.name(index)!r} cannot be read ({error}); make the dataset anew") from None
-        return _file(value, self.name(index)), int(self.labels[index])
+        return _file(value, self.name(index), self._files), int(self.labels[index])
 
 
 class HubStream(Dataset):
@@ -143,7 +205,7 @@ class HubStream(Dataset):
     An image has no index here: what is unreadable is counted by a digest of its content.
     """
 
-    channels, moments, in_order = 3, False, True
+    channels, moments, in_order, max_pixels = 3, False, True, Loading.max_pixels
 
     def __init__(
         self,
@@ -158,6 +220,7 @@ class HubStream(Dataset):
         self.image_size, self.class_names = data.image_size, tuple(names)
         self.seed, self.buffer = seed, data.shuffle_buffer or SHUFFLE_BUFFER
         self._table, self._keys, self._num_images, self._root = table, (image_key, label_key), num_images, data.root
+        self._files = _Files.of(data.root)
         # By process: one from before a fork has lost its threads. It is kept, for closing it would wait for them.
         self._walks: dict[int, _Walk] = {}
 
@@ -175,9 +238,8 @@ class HubStream(Dataset):
         value, label = self._row(position)
         name = f"{self._root}[epoch {position // len(self)}, place {position % len(self)}]"
         try:
-            if label is None or not 0 <= label < len(self.class_names):
-                raise Unreadable(f"image {name!r} has the label {label}, which is no class; correct it")
-            return decode(_file(value, name), self.image_size, flip, name), label
+            check_label(label, self.class_names, name)
+            return decode(_file(value, name, self._files), self.image_size, flip, name, self.max_pixels), label
         except Unreadable as error:
             error.image = _digest(value)
             raise

@@ -1,9 +1,12 @@
 """From an image file to the tensor that a codec takes: RGB, ADM's centre crop, [-1, 1]. What all file formats share."""
 
+import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -11,13 +14,16 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from sit_atconv.config import Loading
 from sit_atconv.errors import InputError
 
 # What Pillow raises over bytes of any kind.
 DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # of the others Pillow hands some to other programs
+MOST_BYTES = 1 << 28  # of an image file
 OF_16_BITS = ("PNG", "PPM")  # at most, though Pillow may hold them in 32
 MAX_ASPECT = 200  # a line of pixels, scaled until its short side is that of the crop, would fill the memory
 
@@ -40,22 +46,47 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def decode(encoded: bytes, size: int, flip: bool, name: str) -> torch.Tensor:
+def open_image(
+    file: bytes | BinaryIO, max_pixels: int = Loading.max_pixels, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
+    """An image of one of these formats, not yet decoded. Every image comes through here.
+
+    Raises one of DAMAGED for what is none of them, or has more pixels than its header may say.
+    """
+    image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+    if image.width * image.height > max_pixels:
+        size = f"{image.width} x {image.height}"
+        image.close()
+        raise ValueError(f"{size} pixels, and no more than {max_pixels:,} are decoded")
+    return image
+
+
+def decode(encoded: bytes, size: int, flip: bool, name: str, max_pixels: int = Loading.max_pixels) -> torch.Tensor:
     """An image file's bytes -> (3, size, size) in [-1, 1]. Raises Unreadable, which says `name`."""
-    pixels = np.array(picture(encoded, name, lambda image: center_crop(image, size)))
+    pixels = np.array(picture(encoded, name, lambda image: center_crop(image, size), max_pixels))
     tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
     return tensor.flip(2) if flip else tensor
 
 
-def picture(encoded: bytes, name: str, work: Callable[[Image.Image], Image.Image] = Image.Image.copy) -> Image.Image:
-    """An image file's bytes -> `work` of the RGB image. Raises Unreadable, which says `name`."""
+def picture(
+    encoded: bytes,
+    name: str,
+    work: Callable[[Image.Image], Image.Image] = Image.Image.copy,
+    max_pixels: int = Loading.max_pixels,
+) -> Image.Image:
+    """An image file's bytes -> `work` of the RGB image. Raises Unreadable, which says `name`.
+
+    max_pixels: as a recipe's data.max_pixels.
+    """
     try:
-        with Image.open(BytesIO(encoded)) as image:
+        with open_image(encoded, max_pixels) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels")
             return work(_rgb(image))
     except UnidentifiedImageError:
-        raise Unreadable(f"image {name!r} does not decode (no known format); repair or remove it") from None
+        raise Unreadable(
+            f"image {name!r} does not decode (no known format: {', '.join(FORMATS)}); repair or remove it"
+        ) from None
     except DAMAGED as error:
         reason = str(error) or type(error).__name__
         raise Unreadable(f"image {name!r} does not decode ({reason}); repair or remove it") from None
@@ -85,6 +116,46 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def image_files(root: str | Path) -> Iterator[str]:
+    """The paths of all images below `root`, with `root` in front, by name: what `is_image` says, hidden ones left out.
+
+    Links are followed, but not to a folder that they lie in. What is no file (a FIFO, a broken link) is among them: who
+    reads it names it. Raises OSError for a folder that cannot be read.
+    """
+    folders = [(os.fspath(root), ())]
+    while folders:
+        folder, above = folders.pop()
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in above:
+            continue
+        above = (*above, (place.st_dev, place.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                    if not is_hidden(entry.name):
+                        folders.append((entry.path, above))
+                elif is_image(entry.name):
+                    yield entry.path
+
+
+def check_label(label: int | None, class_names: Sequence[str], name: str) -> None:
+    """Raise Unreadable, which says `name`, for a label that is no class: len(class_names) would be the null class."""
+    if label is None or not 0 <= label < len(class_names):
+        raise Unreadable(
+            f"image {name!r} has the label {label}, and there are {len(class_names)} classes, from 0 on; correct it"
+        )
+
+
+def check_labels(where: str, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Raise InputError, beginning with `where`, where one of the labels (N,) of all images is none of the classes."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    if len(wrong):
+        raise InputError(
+            f"{where}: image {wrong[0]} has the label {labels[wrong[0]]} ({len(wrong):,} images have such), and there "
+            f"are {len(class_names)} classes, from 0 on; correct the labels, or leave those images out"
+        )
+
+
 def check_classes(where: str, folders: Iterable[str], filled: Iterable[str]) -> None:
     """Raise InputError, beginning with `where`, unless there are class folders and each is among the filled ones."""
     empty = sorted(set(folders) - set(filled))
@@ -101,10 +172,11 @@ def check_classes(where: str, folders: Iterable[str], filled: Iterable[str]) -> 
 class EncodedImages(Dataset):
     """Images that lie as image files somewhere; a subclass reads the bytes. Items (index, flip) -> (image, label).
 
-    labels: the class of every image, int64 (N,).
+    labels: the class of every image, int64 (N,). max_pixels: as a recipe's data.max_pixels.
     """
 
     channels = 3
+    max_pixels = Loading.max_pixels
     moments = False
     labels: np.ndarray
 
@@ -122,15 +194,20 @@ class EncodedImages(Dataset):
         """An image file's bytes, and the label. Raises Unreadable."""
         raise NotImplementedError
 
+    def _labelled(self, index: int) -> tuple[bytes, int]:
+        encoded, label = self.encoded(index)
+        check_label(label, self.class_names, self.name(index))
+        return encoded, label
+
     def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
         index, flip = key
-        encoded, label = self.encoded(index)
-        return decode(encoded, self.image_size, flip, self.name(index)), label
+        encoded, label = self._labelled(index)
+        return decode(encoded, self.image_size, flip, self.name(index), self.max_pixels), label
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
         """The whole image in RGB, and the label. Raises Unreadable."""
-        encoded, label = self.encoded(index)
-        return picture(encoded, self.name(index)), label
+        encoded, label = self._labelled(index)
+        return picture(encoded, self.name(index), max_pixels=self.max_pixels), label
 
 
 class Packed:

@@ -15,7 +15,6 @@ webdataset reads tar files from front to back and shuffles within a buffer, so n
 place where a run was interrupted can be asked for. SHA-256 runs at 1.6 GB/s on a core.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +26,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from sit_atconv.config import Data
+from sit_atconv.config import Data, Loading
 from sit_atconv.console import progress
 from sit_atconv.data import open_dataset
-from sit_atconv.data.images import Unreadable
+from sit_atconv.data.images import Unreadable, check_labels
 from sit_atconv.errors import InputError, check_choice, speaks
 from sit_atconv.files import sha256
+from sit_atconv.reading import read_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -61,7 +61,7 @@ def read_index(root: Path) -> dict[str, Any]:
     """What a finished cache says of itself. Raises InputError where there is none, or none that this library reads."""
     where = f"cache of latents {str(root)!r}"
     try:
-        index = json.loads((root / INDEX).read_text())
+        index = read_json(root / INDEX)
     except OSError as error:
         raise InputError(f"{where}: {INDEX}: {error.strerror}; if it is a cache yet to be finished, {REMEDY}") from None
     except ValueError:
@@ -120,7 +120,7 @@ class LatentCache(Dataset):
     Raises InputError for a cache that is not there or not whole.
     """
 
-    moments = True
+    moments, max_pixels = True, Loading.max_pixels
 
     def __init__(self, root: str, verify: bool, image_size: int | None = None, source: str | None = None):
         self.root, self.source = Path(root).absolute(), source
@@ -144,8 +144,7 @@ class LatentCache(Dataset):
             self.labels = np.concatenate([self._open(number)[1] for number in range(len(index["shards"]))])
         except Unreadable as error:
             raise InputError(str(error)) from None
-        if not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
-            raise InputError(f"cache of latents {root!r}: a label is none of its classes; {REMEDY}")
+        check_labels(f"cache of latents {root!r}", self.labels, self.class_names)
 
     def __len__(self) -> int:
         return self.index["num_images"]
@@ -179,7 +178,7 @@ class LatentCache(Dataset):
         stored = self.index["data"]
         root = {} if self.source is None else {"root": self.source}
         try:
-            images = open_dataset(Data(**{**stored, **root}))
+            images = open_dataset(Data(**{**stored, **root, "max_pixels": self.max_pixels}))
         except InputError as error:
             raise InputError(f"{error}; data.source says where the images of the cache lie today") from None
         if (len(images), images.class_names) != (len(self), self.class_names):

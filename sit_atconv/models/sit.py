@@ -1,7 +1,6 @@
 """SiT: a flow-matching transformer over a latent grid, with attention, ATConv or both as token mixers."""
 
 import inspect
-import math
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -27,6 +26,13 @@ TOKEN_MIXERS = ("attention", "atconv", "hybrid")
 PATCH_SIZES = (1, 2, 4, 8)
 # "ddpm": a converted DiT, which predicts noise at times 0 to 999, 999 being noise; our samplers do not follow it.
 MODEL_PATHS = (*PATHS, "ddpm")
+# Far beyond every model there is: a configuration that is damaged, or made to, takes no memory.
+MOST = {
+    "sample_size": 1 << 12, "in_channels": 1 << 14, "hidden_size": 1 << 16, "depth": 1000, "num_heads": 1 << 12,
+    "num_classes": 1 << 20,
+}  # fmt: skip
+MOST_MLP_RATIO = 100
+MOST_POSITIONS, MOST_WEIGHTS = 1 << 28, 10**11
 
 
 def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
@@ -112,10 +118,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             ("num_heads", num_heads),
             ("num_classes", num_classes),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value!r}: must be a positive whole number")
-        if not (isinstance(mlp_ratio, int | float) and math.isfinite(mlp_ratio) and hidden_size * mlp_ratio >= 1):
-            raise InputError(f"mlp_ratio={mlp_ratio!r}: must be a number that leaves the MLP at least one unit")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[name]:
+                raise InputError(f"{name}={value!r:.40}: must be a whole number from 1 to {MOST[name]:,}")
+        if not (isinstance(mlp_ratio, int | float) and 1 <= hidden_size * mlp_ratio <= hidden_size * MOST_MLP_RATIO):
+            raise InputError(
+                f"mlp_ratio={mlp_ratio!r:.40}: must be a number that leaves the MLP at least one unit, and at most "
+                f"{MOST_MLP_RATIO}"
+            )
         mixers = mixer_names(token_mixer, depth)
         check_choice("patch_size", patch_size, PATCH_SIZES)
         check_choice("pos_embed", pos_embed, ("auto", True, False))
@@ -124,12 +133,22 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         if not 0 <= class_dropout_prob < 1:
             raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")
         grid = self._grid(*self.latent_size)
+        present = "attention" in mixers if pos_embed == "auto" else bool(pos_embed)
+        if present * grid[0] * grid[1] * hidden_size > MOST_POSITIONS:
+            raise InputError(
+                f"sample_size={sample_size} with hidden_size={hidden_size}: the position embedding would have over "
+                f"{MOST_POSITIONS:,} numbers; lower one"
+            )
+        if depth * hidden_size**2 * (6 + 2 * mlp_ratio) > MOST_WEIGHTS:
+            raise InputError(
+                f"depth={depth}, hidden_size={hidden_size}, mlp_ratio={mlp_ratio}: these are over {MOST_WEIGHTS:,} "
+                "weights; lower one"
+            )
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
-        present = "attention" in mixers if pos_embed == "auto" else bool(pos_embed)
         self.register_buffer("pos_embed", sincos_position_embedding(grid, hidden_size) if present else None)
 
         atconv = {

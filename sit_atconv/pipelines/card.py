@@ -6,6 +6,7 @@ import torch
 
 from sit_atconv import config, ema
 from sit_atconv.files import library_versions
+from sit_atconv.markdown import plain
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, mixer_names
 from sit_atconv.pipelines.bundle import third_party
@@ -43,7 +44,7 @@ def model_card(
     }
     header = HEADER.format(license=license, mixer=mixer if isinstance(mixer, str) else "hybrid")
     body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text)
-    return f"{header}\n# {name}\n\n{_summary(model)}\n\n{body}"
+    return f"{header}\n# {plain(name)}\n\n{_summary(model)}\n\n{body}"
 
 
 def _preset(model: SiTTransformer2DModel) -> str | None:
@@ -143,7 +144,7 @@ def _training(manifest: dict[str, Any]) -> str:
         "weights": f"EMA, {ema.describe(config.Ema(**recipe['ema']))}",
         "trained with": trained_with,
     }
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    return "\n".join(f"- {name}: {plain(value)}" for name, value in facts.items())
 
 
 def _limits(pipeline: SiTPipeline, license: str) -> str:

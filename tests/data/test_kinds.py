@@ -378,7 +378,7 @@ def test_an_lmdb_that_is_cut_before_a_process_opens_it_is_a_lost_dataset(folder,
         (("x", 1), "not the bytes of a file"),
         ((b"x", "1"), "label is '1'"),
         ((b"x", -1), "label is -1"),
-        ((b"x", 3), "has the label 3, and classes.txt names 3 classes"),
+        ((b"x", 3), "has the label 3, and there are 3 classes, from 0 on"),
         ((b"x", 1), "does not decode"),
     ],
 )
@@ -418,7 +418,7 @@ def test_what_is_no_such_lmdb_is_refused(folder, tmp_path):
     refuse(kinds.write_lmdb(tmp_path / "c", [(b"x", 1)], __len__=pickle.dumps(7)), "__len__ is 7, __keys__ lists 1")
     root = kinds.write_lmdb(tmp_path / "d", [(b"x", 1)])
     (root / "classes.txt").write_text("\n")
-    refuse(root, "names 0 classes")
+    refuse(root, "is empty; write a class name a line")
 
 
 # Hugging Face datasets

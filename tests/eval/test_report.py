@@ -675,5 +675,6 @@ def test_the_report_never_sees_a_model():
         "sit_atconv.errors",
         "sit_atconv.files",
         "sit_atconv.images",
+        "sit_atconv.reading",
         "sit_atconv.data.images",
     }

@@ -1,0 +1,17 @@
+"""Small files that ask for a lot of memory: each is refused in one line before the memory is taken."""
+
+import sys
+
+import pytest
+
+from experiments.bombs import bombs, measure
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child's peak memory is Linux's")
+@pytest.mark.filterwarnings("ignore")
+def test_every_bomb_is_refused_before_it_takes_memory(tmp_path):
+    for name, (path, read) in bombs(tmp_path).items():
+        taken = measure(name, path, read)
+        assert taken.said, name
+        assert "\n" not in taken.said
+        assert taken.memory < 48 << 20, taken

@@ -1,0 +1,144 @@
+"""Files of others: what is bounded, what is not worked out, and text that does nothing in a table."""
+
+import json
+import os
+
+import pytest
+
+from sit_atconv.config import load_recipe, make_recipe
+from sit_atconv.errors import InputError
+from sit_atconv.markdown import plain
+from sit_atconv.reading import (
+    MOST_NESTED,
+    check_literal,
+    opened,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_yaml,
+)
+
+RECIPE = "run: {out: here}\n"
+
+
+def nested(depth: int, inner: str = "1") -> str:
+    return "[" * depth + inner + "]" * depth
+
+
+def test_json_is_what_json_says_up_to_the_bounds():
+    value = {"a": [1, 2.5, None, True, "[{"], "b": {"c": []}}
+    assert parse_json(json.dumps(value)) == parse_json(json.dumps(value).encode()) == value
+    assert parse_json(nested(MOST_NESTED)) == json.loads(nested(MOST_NESTED))
+    for text in (nested(MOST_NESTED + 1), nested(100_000), "[" * 100_000, '{"a":' * 100_000, f"[{'{},' * 1_000_001}0]"):
+        with pytest.raises(ValueError, match=r"nested|lists and objects"):
+            parse_json(text)
+    for text in (b"\xff", "", "[1", f"[{'9' * 5000}]"):
+        with pytest.raises(ValueError, match="."):
+            parse_json(text)
+
+
+def test_only_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "file").write_bytes(b"12345")
+    for name, said in (
+        ("fifo", "it is a FIFO"),
+        ("device", "it is a device"),
+        ("nul\0", "no name"),
+        (".", "directory"),
+    ):
+        with pytest.raises(OSError, match=said):
+            opened(f"{tmp_path}/{name}")
+        with pytest.raises(OSError, match=said):
+            read_json(f"{tmp_path}/{name}")
+    assert read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(ValueError, match="larger than 4 bytes"):
+        read_bytes(tmp_path / "file", 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:SECRET}", "a${oc.env:SECRET}b", "\\${oc.env:SECRET}", "${oc.decode:${oc.env:SECRET}}",
+        "${oc.create:[1]}", "${${run.out}:SECRET}", "${run.out}", "${oc.env:NOWHERE,SECRET}",
+    ],
+)  # fmt: skip
+def test_nothing_in_a_recipe_is_worked_out(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    file, quoted = tmp_path / "recipe.yaml", json.dumps(text)
+    for content, overrides in (
+        (f"{RECIPE}data: {{root: {quoted}}}", ()),
+        (f"{RECIPE}train: {{betas: [0.9, {quoted}]}}", ()),
+        (f"{RECIPE}{quoted}: 1", ()),
+        (RECIPE, [f"run.out={text}"]),
+        (RECIPE, [f"train.betas=[0.9,{quoted}]"]),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=r"is not worked out") as error:
+            load_recipe(file, overrides)
+        assert "s3cr3t" not in str(error.value)
+    with pytest.raises(InputError, match=r"is not worked out"):  # as stored in a manifest
+        make_recipe({"run": {"out": text}})
+
+
+def test_a_base_is_a_recipe_and_its_content_is_not_told(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for name, content in (
+        ("base.txt", "root:x:0:0"), ("key.yaml", "hunter2: 5"), ("value.yaml", "train: {lr: hunter2}"),
+        ("text.yaml", "data: {root: 2, split: hunter2}"), ("list.yaml", "- hunter2"), ("word.yaml", "hunter2"),
+        ("broken.yaml", "hunter2: [\n"), ("tag.yaml", "run: !hunter2 {}"), ("env.yaml", "run: {out: '${hunter2}'}"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        recipe.write_text(f"base: {name}\n{RECIPE}")
+        with pytest.raises(InputError, match=name) as error:
+            load_recipe(recipe)
+        assert "hunter2" not in str(error.value)
+        assert "root:x" not in str(error.value)
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for name, said in (("fifo.yaml", "it is a FIFO"), ("a\0.yaml", "no name")):
+        recipe.write_text(f"base: {json.dumps(name)}\n{RECIPE}")
+        with pytest.raises(InputError, match=said):
+            load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5", "- 1", "hunter", "[" * 100_000, nested(60), "a: &a [*a]", "a: &a {<<: *a}", "a: 1\n---\nb: 2", "? [1]\n: 2",
+     "a: !!python/object:os.system x", "a0: &a0 [1]\n" + "\n".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]"
+                                                                   for n in range(1, 9)),
+     "\0", "a: " + "9" * 5000],
+)  # fmt: skip
+def test_a_yaml_that_is_no_recipe_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_yaml_keeps_aliases_numbers_and_pipes(tmp_path):
+    assert parse_yaml("a: &x {b: 1e-4}\nc: *x\nd: {<<: *x, e: [1, two]}") == {
+        "a": {"b": 1e-4}, "c": {"b": 1e-4}, "d": {"b": 1e-4, "e": [1, "two"]},
+    }  # fmt: skip
+    assert parse_yaml("") == {}
+    check_literal({"a": ["$5", "{x}", "$ {x}"]})
+    reading, writing = os.pipe()
+    os.write(writing, RECIPE.encode())
+    os.close(writing)
+    assert read_yaml(f"/dev/fd/{reading}") == {"run": {"out": "here"}}
+    os.close(reading)
+
+
+def test_text_of_others_does_nothing_in_a_table():
+    markdown_it = pytest.importorskip("markdown_it")
+    for text in (
+        "<script>alert(1)</script>", "<b>bold</b>", "a\n| new | row |\n# head", "a | b", "[x](http://y)", "![x](http://y)",
+        "`code`", "&lt;b&gt;", "\\", "a\\|b", "**b**", "~~x~~", "<http://y>", "a\r\nb", "a\u2028b", "\x1b[31mred",
+    ):  # fmt: skip
+        page = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
+        tokens = page.parse(f"| h | i |\n|---|---|\n| {plain(text)} | z |\n")
+        assert [token.type for token in tokens].count("td_open") == 2
+        (cell, _) = [token for token in tokens if token.type == "inline"][2:]
+        assert {child.type for child in cell.children} <= {"text", "text_special"}, text
+        shown = "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+        assert "".join(child.content for child in cell.children) == shown.strip()
+    assert plain("SiT-B/2 guidance_scale 1.5, 3 x 256") == "SiT-B/2 guidance_scale 1.5, 3 x 256"
