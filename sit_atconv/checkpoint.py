@@ -171,11 +171,15 @@ def load_optimizer(
 def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None) -> None:
     """Keep the last `keep_last` checkpoints up to step `newest`, which is whole, and the multiples of `keep_every`.
 
+    Where a multiple is not there, as its step was skipped or the disk full, the first one before the next multiple is.
     The rest goes: older ones, what an interrupted save left, and folders of later steps, since a run that is at
     `newest` found those damaged. Call it on the main process alone, after `save`.
     """
     known = [folder for folder in step_folders(run) if step_of(folder) <= newest]
-    kept = {*known[-keep_last:], *(folder for folder in known if keep_every and step_of(folder) % keep_every == 0)}
+    kept = set(known[-keep_last:])
+    if keep_every:
+        firsts = {step_of(folder) // keep_every: folder for folder in reversed(known)}
+        kept |= {folder for number, folder in firsts.items() if number}
     for path in [*step_folders(run), *run.glob("step-*.tmp")]:
         if path not in kept:
             doomed = path.with_suffix(".tmp")  # killed in the middle, it is no damaged checkpoint but a leftover
