@@ -201,6 +201,7 @@ def clear_unfinished(folder: Path) -> None:
 def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None) -> None:
     """Keep the last `keep_last` checkpoints up to step `newest`, which is whole, and the multiples of `keep_every`.
 
+    Where a multiple is not there, as its step was skipped or the disk full, the first one before the next multiple is.
     Older ones go, but for one that a reader has a lease of, which goes later. Folders of later steps, which a run that
     is at `newest` found damaged, become step-XXXXXXX.damaged, and go once a checkpoint of their step or a later one is
     whole. What holds a file that no manifest lists stays under another name. What an interrupted save left goes.
@@ -209,7 +210,10 @@ def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None)
     clear_unfinished(run)
     folders = step_folders(run)
     known = [folder for folder in folders if step_of(folder) <= newest]
-    kept = {*known[-keep_last:], *(folder for folder in known if keep_every and step_of(folder) % keep_every == 0)}
+    kept = set(known[-keep_last:])
+    if keep_every:
+        firsts = {step_of(folder) // keep_every: folder for folder in reversed(known)}
+        kept |= {folder for number, folder in firsts.items() if number}
     for folder in folders:
         if step_of(folder) > newest:
             say(f"warning: {str(folder)!r} is damaged, and set aside as {str(set_aside(folder, DAMAGED))!r}")

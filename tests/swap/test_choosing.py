@@ -398,6 +398,14 @@ def test_auto_that_cannot_be_leaves_the_model_alone_and_shows_the_table(tiny, cl
     assert "\n" not in str(info.value)
 
 
+def test_a_dry_run_goes_where_the_model_goes_with_all_its_layers(tiny, fast):
+    model = tiny.model("dit")
+    planned = swap_attention(model, "odd", dry_run=True)
+    model.double()
+    assert all(row.macs_after > 0 for row in planned.report().layers)
+    assert {each.dtype for site in planned.candidates for each in site.layer.parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize("select", ["auto", "all"])
 def test_a_dry_run_shows_what_cannot_be_swapped(tiny, clock, select):
     model, names = tiny.model("dit"), tiny.layers["dit"]

@@ -167,6 +167,12 @@ def test_no_checkpoint_is_of_skipped_steps_and_one_that_falls_due_among_them_wai
     assert_same_bits(last, rare)
 
 
+def test_what_is_kept_for_good_is_kept_where_its_step_was_skipped(recipe_file, monkeypatch):
+    poison_losses(monkeypatch, {3})  # of step 4, whose checkpoint is of step 5
+    last = run_recipe(recipe_file(checkpoint={"every": 2, "keep_last": 1, "keep_every": 4}), "train.max_steps=10")
+    assert steps_kept(last.parent) == [5, 8, 10]
+
+
 def test_skipped_steps_do_not_push_the_last_good_checkpoint_out(recipe_file, tmp_path):
     settings = {"train": {"lr": 1e20, "max_steps": 100, "max_skipped": 9}, "checkpoint": {"every": 1, "keep_last": 1}}
     with pytest.raises(InputError, match="no finite loss and gradient for 9 steps, up to step 10"):
