@@ -56,12 +56,16 @@ def set_aside(path: Path, suffix: str = "aside") -> Path:
 
     Raises InputError for the current folder and those above it, OSError where the disk does not take it.
     """
-    if Path.cwd().is_relative_to(path.absolute()):
-        raise InputError(f"{str(path)!r} is the current folder, or above it, and stays; choose another name")
+    _check_movable(path)
     names = (f"{path.name}.{suffix}", *(f"{path.name}.{suffix}-{number}" for number in range(2, 10_000)))
     aside = next(each for name in names if not os.path.lexists(each := path.with_name(name)))
     path.rename(aside)
     return aside
+
+
+def _check_movable(path: Path) -> None:
+    if Path.cwd().is_relative_to(path.absolute()):
+        raise InputError(f"{str(path)!r} is the current folder, or above it, and stays; choose another name")
 
 
 class Made:
@@ -143,6 +147,7 @@ def check_out(
         if os.path.lexists(out):
             if not (out.is_dir() or out.is_file()):
                 raise InputError(f"{what} {str(out)!r} is neither file nor folder; choose a new name")
+            _check_movable(out)
             if not (force or (out.is_file() and ours(out))):
                 is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
                 raise InputError(f"{what} {str(out)!r}: {is_there}; choose a new name, or {flag}, which sets it aside")

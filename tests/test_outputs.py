@@ -398,13 +398,14 @@ def model_folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_grid_is_drawn_again_and_a_photo_is_not_drawn_over(model_folder, tmp_path, fails):
+def test_a_grid_is_drawn_again_and_a_photo_is_not_drawn_over(model_folder, tmp_path, fails, capsys):
     out = tmp_path / "grid.png"
     arguments = ["--ckpt", model_folder, "--num", 1, "--steps", 1, "--cfg", 1, "--out", out]
     for _ in range(2):
         sample.main([str(argument) for argument in arguments])
     Image.new("L", (3, 3)).save(out)
     photo = out.read_bytes()
+    capsys.readouterr()
     assert "exists already" in fails(sample.main, *arguments)
     sample.main([*map(str, arguments), "--force"])
     assert (tmp_path / "grid.png.aside").read_bytes() == photo

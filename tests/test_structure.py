@@ -35,7 +35,7 @@ ALLOWED = {
     "sharding": BASE,
     "checkpoint": CORE | {"models", "files", "sharding", "weights"},
     "posthoc": BASE | {"config", "ema", "checkpoint", "files", "models"},
-    "generation": CORE | {"models", "data", "images", "latents"},
+    "generation": CORE | {"models", "data", "files", "images", "latents"},
     "distill": CORE | {"models", "layers", "checkpoint", "swap", "hooks"},
     "plan": CORE | {"models", "data", "latents", "generation", "ema", "distill"},
     "training": CORE
