@@ -62,7 +62,7 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]
-    for _ in range(MOST_NESTED + 1):
+    for _ in range(MOST_NESTED):
         level = [inner for each in level for inner in _inside(each) if isinstance(inner, list | dict)]
     if level:
         raise ValueError(f"it is nested deeper than {MOST_NESTED} lists and objects")

@@ -34,7 +34,7 @@ def test_json_is_what_json_says_up_to_the_bounds():
         with pytest.raises(ValueError, match=r"nested|lists and objects"):
             parse_json(text)
     for text in (b"\xff", "", "[1", f"[{'9' * 5000}]"):
-        with pytest.raises(ValueError, match=r"."):
+        with pytest.raises(ValueError, match=r"\w"):
             parse_json(text)
 
 
@@ -42,12 +42,7 @@ def test_only_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "file").write_bytes(b"12345")
-    for name, said in (
-        ("fifo", "it is a FIFO"),
-        ("device", "it is a device"),
-        ("nul\0", "no name"),
-        (".", "directory"),
-    ):
+    for name, said in (("fifo", "a FIFO"), ("device", "a device"), ("nul\0", "no name"), (".", "directory")):
         with pytest.raises(OSError, match=said):
             opened(f"{tmp_path}/{name}")
         with pytest.raises(OSError, match=said):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import statistics
 
 import pytest
@@ -375,3 +376,17 @@ def test_files_that_are_no_results_are_refused(tmp_path, fails, text):
         evaluate, "table", tmp_path / "nowhere.json", "--out", tmp_path / "t.md"
     )
     assert "must end in .md" in fails(evaluate, "table", tmp_path / "m.json", "--out", tmp_path / "t.txt")
+
+
+def test_names_of_others_do_nothing_in_the_table(result):
+    evil = "x\n\n# head | y <script>alert(1)</script> ![i](http://h/i) `c`"
+    changes = {"samples_manifest__training__name": evil, "samples_manifest__sampler": evil}
+    changes |= {"reference__name": f"/data/{evil}", "extractors": [{"name": evil, "protocol": evil}]}
+    changes |= {"error_bars__why": evil}
+    other = {**changes, "samples_manifest__sampler": f"{evil}2"}
+    text = to_markdown(tabulate([str(result({evil: 1.0}, **changes)), str(result({evil: 1.0}, **other))], mix=True))
+    assert not [line for line in text.splitlines() if line.startswith("# ")]
+    assert not re.search(r"<script|(?<!\\)!?\[i(?<!\\)\]|(?<!\\)`", text)
+    assert text.count("&lt;script&gt;") >= 6
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1

@@ -18,6 +18,7 @@ import train_sit
 from sit_atconv import SiTPipeline, create_model
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.pipelines.bundle import PACKAGE, bundle
+from sit_atconv.pipelines.card import _training
 from sit_atconv.pipelines.export import export, main, open_source
 
 MIXERS = ("attention", "atconv", "hybrid")
@@ -316,6 +317,20 @@ def test_a_run_gives_its_ema_its_class_names_and_its_facts(recipe_file, tmp_path
         assert fact in card
     for path in out.rglob("*"):  # no path of this machine
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_manifest_of_others_writes_nothing_else_into_the_card():
+    evil = "x\n# head\n- <script>alert(1)</script> [a](http://b)"
+    manifest = {
+        "recipe": {"train": {"batch_size": 1, "lr": 1.0, "precision": evil}, "data": {"kind": evil}, "ema": {}},
+        "data": {"num_images": evil, "classes": []}, "step": evil, "images_seen": evil,
+        "versions": dict.fromkeys(("sit_atconv", "torch", "diffusers"), evil),
+    }  # fmt: skip
+    text = _training(manifest)
+    assert len(text.splitlines()) == 6
+    assert all(line.startswith("- ") for line in text.splitlines())
+    assert "<script" not in text
+    assert "[a](" not in text.replace("\\[", "(")
 
 
 def test_a_latent_model_takes_its_autoencoder_along(vae_folder, tmp_path, fails):
