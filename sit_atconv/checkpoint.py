@@ -229,7 +229,7 @@ def _remove(folder: Path) -> bool:
     """Remove a checkpoint, at one blow, unless a reader has a lease of it; False for a folder that holds anything else,
     which stays."""
     try:
-        listed = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]}
+        listed = {MANIFEST, *read_json(folder / MANIFEST)["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
     paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
