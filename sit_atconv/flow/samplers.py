@@ -67,17 +67,19 @@ def dopri5(
     """
     ends = times[[0, -1]].to(x.device)
     low, high = ends.aminmax()
-    begun = False
+    stepping = False
 
     def within(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        nonlocal begun
-        begun = True
-        return velocity(x, t.clamp(low, high))
+        nonlocal stepping
+        stepping = False
+        v = velocity(x, t.clamp(low, high))
+        stepping = True
+        return v
 
     try:
         return odeint(within, x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]})[-1]
     except AssertionError:  # torchdiffeq's, of a step size of 0 or NaN; before it begins, of its arguments
-        if not begun:
+        if not stepping:  # or the velocity's own
             raise
         return torch.full_like(x, torch.nan)
 

@@ -53,6 +53,13 @@ def test_dopri5_tells_any_other_fault():
     with pytest.raises(AssertionError):  # torchdiffeq wants two different times
         dopri5(lambda x, t: x, torch.ones(1, 2), torch.tensor([0.5, 0.5]))
 
+    def broken(x, t):
+        assert t < 0.5, "the network's own"
+        return x
+
+    with pytest.raises(AssertionError, match="the network's own"):
+        dopri5(broken, torch.ones(1, 2), torch.tensor([0.0, 1.0]))
+
 
 @pytest.mark.parametrize(
     ("name", "theirs"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2"), ("heun3", "heun3")]
