@@ -67,14 +67,19 @@ def dopri5(
     """
     ends = times[[0, -1]].to(x.device)
     low, high = ends.aminmax()
+    stepping = False
+
+    def within(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        nonlocal stepping
+        stepping = False
+        v = velocity(x, t.clamp(low, high))
+        stepping = True
+        return v
+
     try:
-        solution = odeint(
-            lambda t, x: velocity(x, t.clamp(low, high)),
-            x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]},
-        )  # fmt: skip
-        return solution[-1]
-    except AssertionError as error:  # torchdiffeq's: one of these, or of its arguments; or the network's own
-        if not str(error).startswith(("underflow in dt", "non-finite values in state")):
+        return odeint(within, x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]})[-1]
+    except AssertionError:  # torchdiffeq's, of a step size of 0 or NaN; before it begins, of its arguments
+        if not stepping:  # or the velocity's own
             raise
         return torch.full_like(x, torch.nan)
 

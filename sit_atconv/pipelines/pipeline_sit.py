@@ -53,14 +53,19 @@ def _read_labels(id2label: dict, classes: int) -> tuple[dict[str, int], dict[str
     return unique, {name: sorted(ids) for name, ids in names.items() if len(ids) > 1}
 
 
-def _take_back(name: str, tensor: torch.Tensor, handed: torch.Tensor) -> torch.Tensor:
+def _form(given) -> str:
+    if not isinstance(given, torch.Tensor):
+        return f"a {type(given).__name__}"
+    return f"{'floats' if given.is_floating_point() else 'integers'} of shape {tuple(given.shape)}"
+
+
+def _take_back(name: str, given, handed: torch.Tensor) -> torch.Tensor:
     """What a callback gives for a tensor that it was handed, in its dtype, on its device."""
-    if tensor.shape != handed.shape:
+    if _form(given) != _form(handed):
         raise InputError(
-            f"callback_on_step_end gave {name} of shape {tuple(tensor.shape)}; it was handed {tuple(handed.shape)}, "
-            "which must stay"
+            f"callback_on_step_end gave {_form(given)} for {name}; give a tensor of {_form(handed)}, as it was handed"
         )
-    return tensor.to(handed)
+    return given.to(handed)
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -279,6 +284,7 @@ class SiTPipeline(DiffusionPipeline):
                     chosen = {name: handed[name] for name in handed_over}
                     taken = handed | (callback_on_step_end(self, step, timestep, chosen) or {})
                     latents, class_labels = (_take_back(name, taken[name], old) for name, old in handed.items())
+                    self._check_label_ids(class_labels)
                     if self._guidance_scale == 0 != guidance_scale:  # by which diffusers' callbacks end the guidance
                         self._guidance_scale = 1.0
                 bar.update()
@@ -301,6 +307,13 @@ class SiTPipeline(DiffusionPipeline):
             )
         if getattr(config, "latents_mean", None) is not None:
             raise InputError("the vae normalises each channel (latents_mean); only scale and shift are known")
+
+    def _check_label_ids(self, ids: torch.Tensor) -> None:
+        """Raise InputError for an id that a callback gave and the transformer has no row for."""
+        null = self.transformer.null_label
+        last = self.transformer.config.num_classes - 1 if null is None else null
+        if outside := [label for label in ids.tolist() if not 0 <= label <= last]:
+            raise InputError(f"callback_on_step_end gave class id {outside[0]}; this model has ids 0 to {last}")
 
     def _network(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # Caches keep states of one shape each: batches with and without guidance are contexts of their own.

@@ -394,6 +394,31 @@ def test_diffusers_callback_objects_say_themselves_which_tensors_they_take(make_
         draw(pipe, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("class_labels", torch.tensor([2, 6]), "class id 6; this model has ids 0 to 5"),
+        ("class_labels", torch.tensor([-1, 2]), "class id -1"),
+        (
+            "class_labels",
+            torch.tensor([2.0, 3.0]),
+            r"floats of shape \(2,\) for class_labels; give a tensor of integers",
+        ),
+        ("class_labels", [2, 3], "a list for class_labels; give a tensor of integers"),
+        ("latents", None, "a NoneType for latents; give a tensor of floats"),
+    ],
+)
+def test_what_a_callback_gives_is_looked_at(make_pipe, name, given, says):
+    with pytest.raises(ValueError, match=says):
+        draw(make_pipe(), callback_on_step_end=lambda *_: {name: given})
+
+
+def test_a_callback_may_give_the_null_class(make_pipe):
+    pipe = make_pipe()
+    null = torch.full((2,), pipe.transformer.null_label)
+    assert draw(pipe, guidance_scale=1.0, callback_on_step_end=lambda *_: {"class_labels": null}).isfinite().all()
+
+
 @pytest.mark.parametrize("off", [0.0, 1.0])
 def test_a_cut_off_of_guidance_as_diffusers_has_it_leaves_the_class(make_pipe, off):
     """Their callbacks set the scale to 0 for none, which by the formula would be the null class alone."""
@@ -414,7 +439,7 @@ def test_a_cut_off_of_guidance_as_diffusers_has_it_leaves_the_class(make_pipe, o
     unconditional = draw(pipe, **run | {"guidance_scale": 0.0, "generator": generators(5)})
     assert pipe.guidance_scale == 0.0
     assert not torch.allclose(unconditional, draw(pipe, **run | {"guidance_scale": 1.0, "generator": generators(5)}))
-    with pytest.raises(ValueError, match=r"gave class_labels of shape \(1,\); it was handed \(2,\)"):
+    with pytest.raises(ValueError, match=r"gave integers of shape \(1,\) for class_labels; .* of shape \(2,\)"):
         draw(pipe, guidance_scale=2.5, callback_on_step_end=CutOff(None, 0))
 
 
