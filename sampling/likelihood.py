@@ -54,7 +54,7 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
         raise InputError("a model without its training checkpoint does not say what its images are; give a run")
     if codec != "identity":
         raise InputError("the likelihood of latents is not that of images; give the checkpoint of a pixel model")
-    data = make_recipe(trained.manifest["recipe"]).data
+    data = make_recipe(trained.manifest["recipe"], stored=True).data
     if split == "test":
         if data.kind != "digits":
             raise InputError(f"--split test: data.kind={data.kind} holds no images back; use --split train")
