@@ -14,6 +14,7 @@ from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
 from sampling.options import DTYPES, add_device_options, add_sampler_options, sampling_of
 from sampling.plots import LIMIT, plot_latency
 from sampling.timing import commit, device_name, interleaved, peak_bytes
+from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import check_writable, library_versions, write_atomic
@@ -32,8 +33,15 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="presets, such as SiT-ATConv-XL/2")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[256], metavar="PX", help="image sizes (default: 256)")
-    parser.add_argument("--batch", type=int, default=1, help="images per network evaluation (default: 1)")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        **limits.Range(1, 8_192, "attention over the tokens of more pixels fits no memory").flag,
+        default=[256],
+        metavar="PX",
+        help="image sizes (default: 256)",
+    )
+    parser.add_argument("--batch", **limits.BATCH.flag, default=1, help="images per network evaluation (default: 1)")
     parser.add_argument(
         "--passes", nargs="+", choices=PASSES, default=["forward"],
         help="forward; backward (forward and backward); sampling (a whole guided run); default: forward",
@@ -44,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its matrix products alone (default: all)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, of the baselines too")
-    parser.add_argument("--rounds", type=int, default=10, help="measurements of each, in turn (default: 10)")
+    parser.add_argument(
+        "--rounds", **limits.ROUNDS.flag, default=10, help="measurements of each, in turn (default: 10)"
+    )
     parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json, STEM.md and STEM.png")
     add_sampler_options(parser)
     add_device_options(parser)
@@ -53,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a run share. Raises InputError for a value out of range."""
+    """What all rows of a run share."""
 
     batch: int
     rounds: int
@@ -63,11 +73,6 @@ class Setting:
     passes: tuple[str, ...]
     baselines: tuple[str, ...]
     sampling: Sampling
-
-    def __post_init__(self):
-        for option, value in (("--batch", self.batch), ("--rounds", self.rounds)):
-            if value < 1:
-                raise InputError(f"{option} {value}: must be at least 1")
 
     def describe(self) -> dict:
         """What a file of results says about how they came about."""

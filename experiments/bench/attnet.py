@@ -18,6 +18,7 @@ from torch import nn
 from sampling.options import DTYPES
 from sampling.speed import TOLERANCE, assert_close
 from sampling.timing import commit, device_name, interleaved
+from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import check_writable, library_versions, write_atomic
@@ -38,11 +39,15 @@ TOP1_SOURCES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["attnet_t2"], metavar="NAME", help="default: attnet_t2")
-    parser.add_argument("--size", type=int, default=224, metavar="PX", help=f"a multiple of {STRIDE} (default: 224)")
-    parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
+    parser.add_argument(
+        "--size", **limits.PIXELS.flag, default=224, metavar="PX", help=f"a multiple of {STRIDE} (default: 224)"
+    )
+    parser.add_argument("--batch", **limits.BATCH.flag, default=8, help="images per call (default: 8)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of each, in turn (default: 15)")
+    parser.add_argument(
+        "--rounds", **limits.ROUNDS.flag, default=15, help="measurements of each, in turn (default: 15)"
+    )
     parser.add_argument(
         "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
     )
@@ -271,9 +276,6 @@ def main(argv: list[str] | None = None) -> None:
     device = resolve_device(args.device)
     for name in args.models:
         check_choice("--models", name, FAMILY)
-    for option in ("batch", "rounds"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
     if args.size < STRIDE or args.size % STRIDE:
         raise InputError(f"--size {args.size}: give a multiple of {STRIDE} pixels")
     folder = Path(args.out)

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
 from sampling.timing import device_name
+from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import check_writable, library_versions, write_atomic
@@ -21,7 +22,7 @@ TEXT = 512  # tokens of Flux's text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=1, help="default: 1")
+    parser.add_argument("--batch", **limits.BATCH.flag, default=1, help="default: 1")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="runs/swap", metavar="STEM", help="writes STEM.json and .md")

@@ -251,9 +251,9 @@ class _Classifier(Trainer):
         for buffer, before in zip(self.bare.buffers(), self.statistics, strict=True):
             buffer.copy_(before)  # of a batch that is not finite they never recover
 
-    def _learning_rate(self) -> float:
+    def _learning_rates(self) -> list[float]:
         self.schedule.step_update(self.step)
-        return self.optimizer.param_groups[0]["lr"]
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
         image, label, seed = batch["image"], batch["label"], self.recipe.run.seed

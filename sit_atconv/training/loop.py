@@ -203,10 +203,11 @@ class _Trainer(Trainer):
     def _open_logs(self) -> None:
         self.scores = Log(self.run / "scores.jsonl", self.step) if self.recipe.score.every else None
 
-    def _learning_rate(self) -> float:
+    def _learning_rates(self) -> list[float]:
+        rate = learning_rate(self.step, self.recipe.train)
         if self.distillation is not None and self.distillation.blockwise(self.step):
-            return self.recipe.distill.blockwise_lr or learning_rate(self.step, self.recipe.train)
-        return learning_rate(self.step, self.recipe.train)
+            rate = self.recipe.distill.blockwise_lr or rate
+        return [rate for _ in self.optimizer.param_groups]
 
     def _idle(self) -> list[nn.Parameter]:
         return self.distillation.idle(self.step) if self.distillation is not None else []
