@@ -13,9 +13,9 @@ import torch
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
 from sampling.options import DTYPES, add_device_options, add_sampler_options, sampling_of
 from sampling.plots import LIMIT, plot_latency
-from sampling.timing import commit, device_name, interleaved, peak_bytes
+from sampling.timing import caption, commit, device_name, interleaved, memory_kept, peak_bytes
 from sit_atconv import limits
-from sit_atconv.devices import numerics, resolve_device
+from sit_atconv.devices import import_compiler, numerics, resolve_device
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import check_writable, library_versions, write_atomic
 from sit_atconv.generation import Sampling, flow
@@ -80,6 +80,7 @@ class Setting:
             "dtype": self.dtype,
             "batch": self.batch,
             "rounds": self.rounds,
+            "memory_kept": memory_kept(self.device),
             "compiled": self.compiled,
             "backend": os.environ.get(BACKEND_VARIABLE, "auto"),
             "sampling": self.sampling.describe(),
@@ -219,6 +220,7 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
             if device.type != "cuda":
                 facts[name]["peak_mib"] = peaks(model)
             if setting.compiled:
+                import_compiler()
                 model.compile_repeated_blocks(fullgraph=True)
                 check(f"{name} at {size} px, compiled", results(model, inputs, setting.passes), expected, setting.dtype)
             if device.type == "cuda":
@@ -275,7 +277,7 @@ def to_markdown(result: dict) -> str:
     steps = f", {s['steps']} steps" if s["steps"] else ""
     lines = [
         f"{result['device']}; {result['dtype']}, {'compiled blocks' if result['compiled'] else 'eager'}, batch "
-        f"{result['batch']}; medians of {result['rounds']} interleaved rounds, memory kept. ms/NFE: one network "
+        f"{result['batch']}; medians of {result['rounds']} interleaved rounds{caption(result)}. ms/NFE: one network "
         "evaluation of the batch; in the pass `backward`, forward and backward together. images/s: of a run with "
         f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling`, else from ms/NFE. "
         "Peak memory: weights, inputs and what is alive at once; on a CPU of the eager form, and without what an "

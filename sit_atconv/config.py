@@ -39,6 +39,11 @@ def expand_home(section: Any, *names: str) -> None:
             setattr(section, name, os.path.expanduser(value))
 
 
+def idle(key: str, nothing: str = "null") -> str:
+    """What to do about a key that acts on nothing: in a file, and over a file on a command line."""
+    return f"leave it out, or state {key}={nothing}"
+
+
 @dataclass
 class Run:
     """Where a run lies, what its randomness starts from, and what it reports."""
@@ -95,7 +100,7 @@ class Data(Loading):
         for name in ("root", "image_size"):
             value = getattr(self, name)
             if self.kind == "digits" and value is not None:
-                raise InputError(f"data.{name}={value}: data.kind=digits has its own; leave it out")
+                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
             # A cache of latents knows the size of its images, which is checked against this.
             if value is None and not (self.kind == "digits" or (self.kind, name) == ("latents", "image_size")):
                 raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
@@ -112,9 +117,10 @@ class Data(Loading):
         ):
             value = getattr(self, name)
             if value not in (None, False) and not acts:
-                raise InputError(f"data.{name}={value} goes with {where}; leave it out")
+                nothing = idle(f"data.{name}", "false" if value is True else "null")
+                raise InputError(f"data.{name}={value} goes with {where}; {nothing}")
         if not self.verify and not latents:
-            raise InputError("data.verify=False goes with data.kind=latents; leave it out")
+            raise InputError(f"data.verify=False goes with data.kind=latents; {idle('data.verify', 'true')}")
         if self.streaming and self.sampling == "balanced":
             raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
 
@@ -131,7 +137,8 @@ class Latents:
         expand_home(self, "vae")
         check_choice("latents.codec", self.codec, CODECS)
         if self.codec == "identity" and self.vae is not None:
-            raise InputError(f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae; leave it out")
+            said = f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae"
+            raise InputError(f"{said}; {idle('latents.vae')}")
 
 
 @dataclass
@@ -200,13 +207,15 @@ class Flow:
         check_choice("flow.time_sampling", self.time_sampling, TIME_SAMPLINGS)
         if self.prediction == "velocity" and self.loss_weight != "none":
             raise InputError(
-                f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; leave it out, or "
-                "predict score or noise"
+                f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; "
+                f"{idle('flow.loss_weight', 'none')}, or predict score or noise"
             )
         for name in ("time_mean", "time_std"):
             value = getattr(self, name)
             if self.time_sampling == "uniform" and value is not None:
-                raise InputError(f"flow.{name}={value} goes with flow.time_sampling=logit-normal; leave it out")
+                raise InputError(
+                    f"flow.{name}={value} goes with flow.time_sampling=logit-normal; {idle(f'flow.{name}')}"
+                )
 
 
 @dataclass(kw_only=True)
@@ -269,7 +278,7 @@ class Ema:
         for name, acts in (("decay", not power), ("stds", power), ("snapshot_every", power)):
             if getattr(self, name) is not None and not acts:
                 raise InputError(
-                    f"ema.{name}={getattr(self, name)} does nothing with ema.kind={self.kind}; leave it out"
+                    f"ema.{name}={getattr(self, name)} does nothing with ema.kind={self.kind}; {idle(f'ema.{name}')}"
                 )
         if self.stds is not None and not (self.stds and len(set(self.stds)) == len(self.stds)):
             raise InputError(f"ema.stds={self.stds}: give different numbers")
@@ -393,8 +402,8 @@ class Recipe:
         self._check_codec()
         if self.data.source is not None and self.repa.encoder is None:
             raise InputError(
-                f"data.source={self.data.source!r}: only a loss that looks at images needs them; leave it out, or name "
-                "repa.encoder"
+                f"data.source={self.data.source!r}: only a loss that looks at images needs them; "
+                f"{idle('data.source')}, or name repa.encoder"
             )
         if self.distill.teacher is not None:
             self._check_distill()
@@ -406,11 +415,16 @@ class Recipe:
         stated = [name for name in ("name", *self.model.options()) if getattr(self.model, name) is not None]
         stated = [name for name in stated if name not in decided]
         if stated:
-            raise InputError(f"model.{stated[0]}: with distill.teacher the model is the teacher's copy; leave it out")
+            key = f"model.{stated[0]}"
+            raise InputError(f"{key}: with distill.teacher the model is the teacher's copy; {idle(key)}")
         if self.repa.encoder is not None:
-            raise InputError("repa.encoder with distill.teacher: one teacher at a time; leave one out")
+            raise InputError(
+                "repa.encoder with distill.teacher: one teacher at a time; leave one out, or state it =null"
+            )
         if self.train.compile:
-            raise InputError("train.compile with distill.teacher: its layers change places; leave it out")
+            raise InputError(
+                f"train.compile with distill.teacher: its layers change places; {idle('train.compile', 'false')}"
+            )
         if self.distill.blockwise_steps >= self.train.max_steps:
             raise InputError(
                 f"distill.blockwise_steps={self.distill.blockwise_steps}: must be less than train.max_steps="

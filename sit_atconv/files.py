@@ -1,7 +1,6 @@
 """Files that are there whole or not at all, and what identifies them."""
 
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -47,12 +46,25 @@ def lock(folder: Path, name: str) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / LOCK, "a+")  # noqa: SIM115 (stays open)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise InputError(f"{name} is in use by another process; end that one, or choose another folder") from None
     return file
+
+
+def _lock(file: TextIO) -> None:
+    """Lock a file for this process, or raise OSError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def check_new(out: Path) -> None:
@@ -135,7 +147,9 @@ def shown(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
+    """Force a file or folder to the disk; Windows opens no folder, and needs no more than its files."""
+    if os.name != "posix" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -100,8 +100,8 @@ class _Number(argparse.Action):
 
 def _short(value: Any) -> str:
     """A value for a message: of a long one, its beginning."""
-    if isinstance(value, int) and value.bit_length() > 999:
-        return f"a whole number of {value.bit_length():,} bits"  # Python refuses to write so many digits
+    if isinstance(value, int) and value.bit_length() > 999:  # Python refuses to write many digits
+        return f"(a number of {value.bit_length():,} bits)"
     text = str(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
@@ -119,7 +119,7 @@ SHARE_UNDER_1 = number(0, 1, "it is a share, and at 1 nothing would be left", un
 LEARNING_RATE = number(1e-12, 1e30, "with any other, a step in fp32 moves no weight, or every one to infinity")
 WEIGHT = number(0, 1e6, "beside a loss of this weight no other one counts in fp32")
 EPOCHS = number(0, 100_000, "more of them take longer than any run", over=True)
-BLOCKS = Range(1, 1_000, "every block is weights, in memory, and its own pass")
+BLOCKS = Range(1, 1_000, "the weights of each are in memory")
 MLP_RATIO = number(0, 1_000, "the hidden width is this many times the block's", over=True)
 CLASSES = Range(1, 10_000_000, "each has a row of weights")
 GLOBAL_BATCH = Range(1, 1_000_000, "a step goes through all of them before the weights move")

@@ -17,7 +17,7 @@ from torch import nn
 
 from sampling.options import DTYPES
 from sampling.speed import TOLERANCE, assert_close
-from sampling.timing import commit, device_name, interleaved
+from sampling.timing import caption, commit, device_name, interleaved, memory_kept
 from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
@@ -233,7 +233,7 @@ def latency_markdown(result: dict) -> str:
     first = result["rows"][0]["model"]
     lines = [
         f"{result['device']}, {result['dtype']}, {result['size']} px, batch {result['batch']}, eager inference with "
-        f"random weights; medians of {result['rounds']} interleaved rounds, memory kept. The paper's form runs "
+        f"random weights; medians of {result['rounds']} interleaved rounds{caption(result)}. The paper's form runs "
         "`kernel_proj` on every position and pools after, with one grouped convolution for the batch; its memory "
         "format is what timm's norms leave behind, or NCHW throughout. The ratio to it is to the faster of the two. "
         + TOP1_SOURCES,
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     made = {"commit": commit(), "versions": library_versions()}
     latency = {
         "device": device_name(device), "dtype": args.dtype, "size": args.size, "batch": args.batch,
-        "rounds": args.rounds, "top1": TOP1_SOURCES, **made,
+        "rounds": args.rounds, "memory_kept": memory_kept(device), "top1": TOP1_SOURCES, **made,
         "rows": measure(args.models, args.size, args.batch, args.dtype, device, args.rounds),
     }  # fmt: skip
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}

@@ -58,7 +58,7 @@ def rows_of(name: str, make, side: int, args: argparse.Namespace, device: torch.
     torch.manual_seed(0)
     model, call = make(side, args.batch)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model.to(device, dtype).eval()
+    torch.nn.Module.to(model, device, dtype).eval()  # diffusers' own warns, with nothing to keep in fp32 too
     call = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in call.items()}
     swap = swap_attention(model, "all", init="copy_vo", calib=[call], joint="split")
     return [

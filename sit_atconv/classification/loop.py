@@ -37,7 +37,7 @@ from sit_atconv.classification.samples import (
 from sit_atconv.console import say
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.devices import numerics
+from sit_atconv.devices import import_compiler, numerics
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.models.cost import count_forward_macs
@@ -194,6 +194,7 @@ class _Classifier(Trainer):
             model, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, betas=tuple(settings.betas)
         )
         if settings.compile:
+            import_compiler()
             model.compile()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.schedule = CosineLRScheduler(

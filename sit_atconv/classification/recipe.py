@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sit_atconv import config, limits
-from sit_atconv.config import Checkpoint, Loading, Optimisation, Run, expand_home
+from sit_atconv.config import Checkpoint, Loading, Optimisation, Run, expand_home, idle
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.limits import Range, number, ranged
 
@@ -38,12 +38,13 @@ class Data(Loading):
         for name in ("root", "val_root"):
             value = getattr(self, name)
             if self.kind == "digits" and value is not None:
-                raise InputError(f"data.{name}={value}: data.kind=digits has its own; leave it out")
+                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
             if value is None and self.kind != "digits" and (self.kind, name) != ("hf", "val_root"):
                 raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
         for name in ("split", "val_split", "subset", "revision", "image_key", "label_key"):
             if getattr(self, name) is not None and self.kind != "hf":
-                raise InputError(f"data.{name}={getattr(self, name)} goes with data.kind=hf; leave it out")
+                said = f"data.{name}={getattr(self, name)} goes with data.kind=hf"
+                raise InputError(f"{said}; {idle(f'data.{name}')}")
         if self.label_key == "":
             raise InputError("data.label_key='': a classifier needs classes; name their column")
 
@@ -100,7 +101,8 @@ class Augment:
             ("switch_prob", self.mixup > 0 and self.cutmix > 0, "both augment.mixup and cutmix"),
         ):
             if getattr(self, name) is not None and not acts:
-                raise InputError(f"augment.{name}={getattr(self, name)} does nothing without {where}; leave it out")
+                said = f"augment.{name}={getattr(self, name)} does nothing without {where}"
+                raise InputError(f"{said}; {idle(f'augment.{name}')}")
         if self.auto_augment is not None and self.color_jitter:
             raise InputError(
                 f"augment.color_jitter={self.color_jitter} beside augment.auto_augment={self.auto_augment}, which has "

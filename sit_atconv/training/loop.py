@@ -15,7 +15,7 @@ from sit_atconv.console import say
 from sit_atconv.data import open_dataset
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions, TrainingSamples
-from sit_atconv.devices import numerics
+from sit_atconv.devices import import_compiler, numerics
 from sit_atconv.ema import Averages
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.flow.loss import flow_loss
@@ -26,7 +26,15 @@ from sit_atconv.latents.codecs import open_codec
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.plan import Facts, build_model, check_stated, measured_facts, preview_sampling, time_sampling
+from sit_atconv.plan import (
+    Facts,
+    build_model,
+    check_kernel,
+    check_stated,
+    measured_facts,
+    preview_sampling,
+    time_sampling,
+)
 from sit_atconv.training.faults import StopSignals
 from sit_atconv.training.folder import check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
@@ -131,6 +139,7 @@ def build_distillation(recipe: Recipe, facts: Facts) -> nn.Module | None:
     from sit_atconv.distill import Distillation, load_teacher, student_of  # with diffusers' models, which take seconds
 
     teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
+    check_kernel("distill.kernel_size", recipe.distill.kernel_size, teacher)
     return Distillation(student_of(teacher, recipe.distill, recipe.run.seed), teacher, recipe.distill)
 
 
@@ -162,6 +171,7 @@ class _Trainer(Trainer):
         if recipe.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if recipe.train.compile:
+            import_compiler()
             model.compile_repeated_blocks()
         teacher = self.distillation and self.distillation.teacher
         if teacher is not None and accelerator.is_fsdp2:
