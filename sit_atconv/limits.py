@@ -4,6 +4,7 @@ A key of a dataclass is declared as `num: int = ranged(16, PICTURE)`, a flag as 
 """
 
 import argparse
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -35,19 +36,25 @@ class Range:
         return {"type": int if self.whole else float, "action": _Number, "within": self}
 
     def check(self, name: str, value: Any, most: float | None = None) -> None:
-        """Raise InputError unless a number, or every number of a list, lies in the range; None and text are let by.
+        """Raise InputError unless a number, or every number in a list or mapping, lies in the range.
+
+        None and text are let by.
 
         name: of the setting as the message begins, with what parts it from its value. most: where it is another
         field's value.
         """
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            end = self.most if most is None else most
-            above = number > self.least if self.over else number >= self.least
-            if not (above and (number < end if self.under else number <= end)):
-                shown = " ".join(map(str, value)) if name.startswith("--") and number is not value else value
-                raise InputError(f"{name}{_short(shown)}: must be {self.text(end)}, since {self.why}")
+        end = self.most if most is None else most
+        if not self._holds(value, end):
+            shown = " ".join(map(str, value)) if name.startswith("--") and isinstance(value, list) else value
+            raise InputError(f"{name}{_short(shown)}: must be {self.text(end)}, since {self.why}")
+
+    def _holds(self, value: Any, end: float) -> bool:
+        if isinstance(value, list | tuple | dict):
+            return all(self._holds(part, end) for part in (value.values() if isinstance(value, dict) else value))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        above = value > self.least if self.over else value >= self.least
+        return above and (value < end if self.under else value <= end)
 
     def text(self, end: float) -> str:
         """The range in words."""
@@ -62,9 +69,9 @@ def number(least: float, most: float | str, why: str, over: bool = False, under:
 
 
 def ranged(default: Any, limits: Range) -> Any:
-    """A dataclass field with a default, whose number, or whose list's numbers, lie in a range."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: [*default], metadata={RANGE: limits})
+    """A dataclass field with a default, whose number, or the numbers in whose list or mapping, lie in a range."""
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={RANGE: limits})
     return dataclasses.field(default=default, metadata={RANGE: limits})
 
 
@@ -84,6 +91,16 @@ def check(schema: type, values: Mapping[str, Any], prefix: str = "", stored: boo
                 least, most = (limits.least if limits.whole else -math.inf), math.inf
                 limits = dataclasses.replace(limits, least=least, over=not limits.whole, under=True)
             limits.check(f"{prefix}{entry.name}=", value, most)
+
+
+def check_kernel(name: str, kernel_size: Any, grid: tuple[int, int]) -> None:
+    """Raise InputError for a kernel that is larger than the grid of tokens; ATConv's 3 is taken on every grid."""
+    most = max(3, min(grid))
+    if isinstance(kernel_size, int) and kernel_size > most:
+        raise InputError(
+            f"{name}={kernel_size}: must be at most {most}, since the grid has {grid[0]} x {grid[1]} tokens, and a "
+            "kernel is pooled from them"
+        )
 
 
 class _Number(argparse.Action):
@@ -136,6 +153,7 @@ WORKERS = Range(0, 1_024, "each is a process with memory of its own")
 PROCESSES = Range(1, 1_024, "each is a process with memory of its own")
 ROUNDS = Range(1, 1_000_000, "all their times are kept, and a median settles after a few")
 EVALUATIONS = Range(1, 100_000, "each step is a pass of the network or several, and more steps do not change an image")
+OPTION = number(-65_536, 65_536, "a layer that wide has more weights than fit in memory")
 CLASS_ID = Range(0, CLASSES.most - 1, "classes are counted from 0")
 IMAGES = Range(1, 10_000_000, "their labels are in memory, and in the manifest")
 SHARD_IMAGES = Range(1, 1_000_000, "what is stored of them is in memory until their file is written")

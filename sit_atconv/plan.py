@@ -13,10 +13,9 @@ from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.times import TimeSampling, training_interval
 from sit_atconv.generation import Sampling
 from sit_atconv.latents.codecs import open_codec
+from sit_atconv.limits import check_kernel
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
-
-DEFAULT_KERNEL = 3  # of ATConv, taken on a grid of any size
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
         from sit_atconv.distill import load_teacher, student_of  # with diffusers' models, which take seconds
 
         teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
-        check_kernel("distill.kernel_size", recipe.distill.kernel_size, teacher)
+        check_kernel("distill.kernel_size", recipe.distill.kernel_size, grid_of(teacher))
         return student_of(teacher, recipe.distill, recipe.run.seed)
     size = height if height == width else (height, width)
     options = recipe.model.options() | {
@@ -88,7 +87,7 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.run.seed)
         model = create_model(recipe.model.name, **options)
-    check_kernel("model.kernel_size", recipe.model.kernel_size, model)
+    check_kernel("model.kernel_size", recipe.model.kernel_size, grid_of(model))
     if recipe.repa.encoder is not None and recipe.repa.depth > len(model.blocks):
         raise InputError(
             f"repa.depth={recipe.repa.depth}: the model has {len(model.blocks)} blocks; choose one of them"
@@ -96,15 +95,10 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     return model
 
 
-def check_kernel(key: str, kernel_size: int | None, model: SiTTransformer2DModel) -> None:
-    """Raise InputError for a kernel that is larger than the model's grid of tokens; a key's default is let by."""
+def grid_of(model: SiTTransformer2DModel) -> tuple[int, int]:
+    """Height and width of the tokens that a model was made for."""
     height, width = (side // model.config.patch_size for side in model.latent_size)
-    most = max(DEFAULT_KERNEL, min(height, width))
-    if kernel_size is not None and kernel_size > most:
-        raise InputError(
-            f"{key}={kernel_size}: must be at most {most}, since the grid has {height} x {width} tokens, and a kernel "
-            "is pooled from them"
-        )
+    return height, width
 
 
 def time_sampling(flow: Flow) -> TimeSampling:

@@ -22,7 +22,6 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import Dataset
 
-import sit_atconv.models.attnet  # noqa: F401 (registers the family)
 from sit_atconv import checkpoint, config, sharding
 from sit_atconv.classification.recipe import ClassifierRecipe, differences
 from sit_atconv.classification.samples import (
@@ -40,6 +39,8 @@ from sit_atconv.data.samples import RankPositions
 from sit_atconv.devices import import_compiler, numerics
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.limits import check_kernel
+from sit_atconv.models.attnet import AttNet  # which registers the family
 from sit_atconv.models.cost import count_forward_macs
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import Found, check_same_data, claim, stored_run
@@ -109,6 +110,9 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
             raise
         except (TypeError, AssertionError, KeyError, ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"model.name={settings.name} refuses its options {options}: {error}") from None
+    if isinstance(model, AttNet):
+        side = settings.input_size // model.feature_info[-1]["reduction"]  # of the last stage
+        check_kernel("model.options.kernel_size", settings.options.get("kernel_size"), (side, side))
     if recipe.train.gradient_checkpointing:
         try:
             model.set_grad_checkpointing()

@@ -124,7 +124,7 @@ class Model:
     drop_path_rate: float | None = ranged(None, limits.SHARE_UNDER_1)  # left out, the model's own
     # dropout before the classifier; left out, the model's own
     drop_rate: float | None = ranged(None, limits.SHARE_UNDER_1)
-    options: dict[str, Any] = field(default_factory=dict)  # of the model's constructor, over those of its name
+    options: dict[str, Any] = ranged({}, limits.OPTION)  # of the model's constructor, over those of its name
     # evaluation: input_size is this share of the resized image
     crop_pct: float = ranged(
         0.875, number(0.01, 1, "the image is made as many times larger, and no crop is larger than it")

@@ -24,13 +24,14 @@ from sit_atconv.generation import generate, save_grid
 from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.layers.projectors import Projectors
+from sit_atconv.limits import check_kernel
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.plan import (
     Facts,
     build_model,
-    check_kernel,
     check_stated,
+    grid_of,
     measured_facts,
     preview_sampling,
     time_sampling,
@@ -139,7 +140,7 @@ def build_distillation(recipe: Recipe, facts: Facts) -> nn.Module | None:
     from sit_atconv.distill import Distillation, load_teacher, student_of  # with diffusers' models, which take seconds
 
     teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
-    check_kernel("distill.kernel_size", recipe.distill.kernel_size, teacher)
+    check_kernel("distill.kernel_size", recipe.distill.kernel_size, grid_of(teacher))
     return Distillation(student_of(teacher, recipe.distill, recipe.run.seed), teacher, recipe.distill)
 
 
