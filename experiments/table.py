@@ -36,7 +36,7 @@ from eval.sources import from_arrays, open_source
 from sampling import generate
 from sampling.labels import RULES, sample_labels
 from sampling.options import DTYPES
-from sampling.samples import FORMATS, MANIFEST, MOST, difference
+from sampling.samples import FORMATS, MANIFEST, difference
 from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
 from sit_atconv.data.digits import Digits
@@ -145,8 +145,10 @@ class Table:
     samplers: list[Sampler] = MISSING
 
     def __post_init__(self):
-        if not 2 <= self.num <= MOST:
-            raise InputError(f"num={self.num}: one sample is no distribution; give at least 2 and at most {MOST:,}")
+        if not 2 <= self.num <= limits.IMAGES.most:
+            raise InputError(
+                f"num={self.num}: one sample is no distribution; give at least 2 and at most {limits.IMAGES.most:,}"
+            )
         check_choice("format", self.format, FORMATS)
         if not self.metrics:
             raise InputError("metrics=[]: give at least one")
