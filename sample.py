@@ -10,6 +10,7 @@ from tqdm import tqdm
 from sampling.options import add_sampling_options, setup
 from sampling.schedulers import SCHEDULERS, make_scheduler
 from sampling.schedulers import generate as generate_scheduled
+from sit_atconv import limits
 from sit_atconv.devices import numerics
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import REPORT, check_out, write_out
@@ -22,10 +23,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="sample.py", description=__doc__)
     add_sampling_options(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--classes", type=int, nargs="+", metavar="ID", help="one image of each, in this order")
-    which.add_argument("--num", type=int, default=16, help="images of random classes (default: 16)")
+    which.add_argument(
+        "--classes", **limits.CLASS_ID.flag, nargs="+", metavar="ID", help="one image of each, in this order"
+    )
+    which.add_argument("--num", **limits.PICTURE.flag, default=16, help="images of random classes (default: 16)")
     parser.add_argument(
-        "--rows", type=int, default=1, help="with --classes: rows of the grid, one image per class each"
+        "--rows", **limits.PICTURE.flag, default=1, help="with --classes: rows of the grid, one image per class each"
     )
     parser.add_argument(
         "--scheduler", choices=SCHEDULERS, help="a diffusers scheduler in the place of --sampler; --steps are its steps"
@@ -34,8 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="grid.png", help="PNG file (default: grid.png)")
     add_force(parser)
     args = parser.parse_args(argv)
-    if args.num < 1 or args.rows < 1:
-        raise InputError(f"--num {args.num} --rows {args.rows}: must be at least 1")
     if args.rows != 1 and not args.classes:
         raise InputError(f"--rows {args.rows} goes with --classes")
     if Path(args.out).suffix.lower() != ".png":
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         draw = partial(generate_scheduled, make_scheduler(args.scheduler, ready.trained.model))
     classes = ready.trained.model.config.num_classes
     labels = args.rows * args.classes if args.classes else []
+    if len(labels) > limits.PICTURE.most:
+        raise InputError(
+            f"--rows {args.rows}: {len(labels):,} images; one picture holds at most {limits.PICTURE.most:,}"
+        )
     check_labels(labels, classes)
     labels = labels or [random_label(args.seed, index, classes) for index in range(args.num)]
 

@@ -17,11 +17,11 @@ def main(argv: list[str] | None = None) -> None:
     args = training_arguments("train_attnet.py", __doc__, argv)
     recipe = load_recipe(args.recipe, args.overrides, ClassifierRecipe)
     if args.dry_run:
-        print(dry_run(recipe))
-        return
-    last = train(recipe, must_resume=args.resume, force=args.force)
+        plan, last = dry_run(recipe), None
+    else:
+        plan, last = None, train(recipe, must_resume=args.resume, force=args.force)
     if speaks():
-        print(report(last, recipe))
+        print(plan or report(last, recipe))
 
 
 def report(last: Path, recipe: ClassifierRecipe) -> str:
@@ -33,11 +33,12 @@ def report(last: Path, recipe: ClassifierRecipe) -> str:
     if step < total or found["step"] != step:  # it may have been stopped in a step that was evaluated
         return f"stopped at step {step:,}, saved as {last}; the same command goes on from there"
     ema, raw = (
-        "not finite" if (top1 := found[f"{name}_top1"]) is None else f"{top1:.2f}%" for name in ("ema", "model")
+        "not finite" if (top1 := found[f"{which}_top1"]) is None else f"{top1:.2f}%" for which in ("ema", "model")
     )
+    name = f"local-dir:{last / 'ema'}"
     return (
         f"top-1 on {found['num']:,} held-out images: EMA {ema}, raw {raw}; "
-        f"load with timm.create_model('local-dir:{last / 'ema'}', pretrained=True)"
+        f"load with timm.create_model({name!r}, pretrained=True)"
     )
 
 

@@ -1,6 +1,7 @@
 """accelerate launch train_sit.py RECIPE [key=value ...] [--dry-run | --resume | --force]: train a SiT, or go on."""
 
 from collections.abc import Callable
+from shlex import quote
 
 from eval.score import training_scorer
 from sit_atconv.checkpoint import step_of
@@ -22,7 +23,7 @@ def run(prog: str, about: str, argv: list[str] | None, check: Callable[[Recipe],
         # Scores are the first process's business alone, and so are its reference and weights.
         scorer = training_scorer(recipe.score.ref, recipe.score.weights) if recipe.score.every and speaks() else None
         last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force)
-        report = f"trained to step {recipe.train.max_steps:,}; sample with: python sample.py --ckpt {last}"
+        report = f"trained to step {recipe.train.max_steps:,}; sample with: python sample.py --ckpt {quote(str(last))}"
         if step_of(last) < recipe.train.max_steps:
             report = f"stopped at step {step_of(last):,}, saved as {last}; the same command goes on from there"
     if speaks():

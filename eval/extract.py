@@ -27,6 +27,7 @@ from tqdm import tqdm
 from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, begun_as, open_source
+from sit_atconv import limits
 from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
 from sit_atconv.errors import InputError, add_force, speaks
 from sit_atconv.files import library_versions, lock, resolved, sha256, sync, write_atomic
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of images (with its manifest.json), or npz with arr_0")
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
     add_force(parser)
-    parser.add_argument("--shard", type=int, metavar="N", help=f"images per file (default: the folder's, or {SHARD})")
+    parser.add_argument(
+        "--shard", **limits.SHARD_IMAGES.flag, metavar="N", help=f"images per file (default: the folder's, or {SHARD})"
+    )
     add_extractor_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -58,7 +61,9 @@ def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
         '"package.module:callable" for a module of your own',
     )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})")
+    parser.add_argument(
+        "--batch", **limits.BATCH.flag, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})"
+    )
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--allow-lossy", action="store_true", help="let JPEG and WebP in")
 
@@ -99,9 +104,8 @@ def features_of(
     and a full disk; in every process, whichever found it.
     """
     stated, shard = shard is not None, SHARD if shard is None else shard
-    for name, value in (("--shard", shard), ("--batch", batch)):
-        if value < 1:
-            raise InputError(f"{name} {value}: must be at least 1")
+    limits.SHARD_IMAGES.check("--shard ", shard)
+    limits.BATCH.check("--batch ", batch)
     source = path if isinstance(path, Source) else open_source(path, allow_lossy)
     out = resolved(out if out is not None else default_folder(Path(path), extractor), FOLDER)
     extractor.check_images(source.name, source.image_shape)

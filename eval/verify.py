@@ -12,6 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from eval.extract import BATCH, add_features_argument
 from eval.extractor import load_extractor
 from eval.score import score, table
+from sit_atconv import limits
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import sha256
 
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, metavar="FILE", help="Inception weights of torch-fidelity")
     parser.add_argument("--adm", metavar="FOLDER", help=f"with {SAMPLES} and {REFERENCE}: score them too")
     parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})")
+    parser.add_argument(
+        "--batch", **limits.BATCH.flag, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})"
+    )
     add_features_argument(parser)
     parser.set_defaults(run=run)
 

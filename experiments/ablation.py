@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.ablation_plot import draw
-from sit_atconv import checkpoint, config, draws
+from sit_atconv import checkpoint, config, draws, limits
 from sit_atconv.classification.loop import steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, load_recipe
@@ -225,11 +225,13 @@ def spread(values: list[float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--systems", nargs="+", choices=[system.name for system in SYSTEMS], default=["sit", "attnet"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", **limits.SEED.flag, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/ablation"))
     add_force(parser)
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once (default: one per core)")
+    parser.add_argument(
+        "--processes", **limits.PROCESSES.flag, default=os.cpu_count(), help="runs at once (default: one per core)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
     args = parser.parse_args(argv)
     for name, end in itertools.product(args.systems, (".md", ".json", ".png")):

@@ -19,6 +19,7 @@ from eval.moments import Moments
 from eval.refs import Reference
 from eval.score import Held, Metric, frechet_metric, other_metrics, stream_sums
 from eval.sources import class_histogram
+from sit_atconv import limits
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import check_out, made_here, write_out
 
@@ -175,7 +176,12 @@ def markdown(result: dict[str, Any]) -> str:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.error_bars", description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=100, help="draws of each kind (default: 100)")
+    parser.add_argument(
+        "--repeats",
+        **limits.Range(2, 100_000, "a spread needs two draws, and each takes seconds").flag,
+        default=100,
+        help="draws of each kind (default: 100)",
+    )
     parser.add_argument("--out", default="experiments/results/error_bars", metavar="DIR", help="of its table and JSON")
     add_force(parser)
     args = parser.parse_args(argv)

@@ -35,8 +35,8 @@ from eval.sources import from_arrays, open_source
 from sampling import generate
 from sampling.labels import RULES, sample_labels
 from sampling.options import DTYPES
-from sampling.samples import FORMATS, MANIFEST, MOST, difference
-from sit_atconv import checkpoint, config
+from sampling.samples import FORMATS, MANIFEST, difference
+from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
@@ -114,8 +114,7 @@ class Sampler:
             Sampling(**given)
             if self.dtype is not None:
                 check_choice("dtype", self.dtype, DTYPES)
-            if self.batch is not None and self.batch < 1:
-                raise InputError(f"batch={self.batch}: must be at least 1")
+            limits.BATCH.check("batch=", self.batch)
             if self.labels not in RULES and not Path(self.labels).is_file():
                 raise InputError(f"labels={self.labels!r}: no such file; choose from {list(RULES)} or give a file")
         except InputError as error:
@@ -146,8 +145,10 @@ class Table:
     samplers: list[Sampler] = MISSING
 
     def __post_init__(self):
-        if not 2 <= self.num <= MOST:
-            raise InputError(f"num={self.num}: one sample is no distribution; give at least 2 and at most {MOST:,}")
+        if not 2 <= self.num <= limits.IMAGES.most:
+            raise InputError(
+                f"num={self.num}: one sample is no distribution; give at least 2 and at most {limits.IMAGES.most:,}"
+            )
         check_choice("format", self.format, FORMATS)
         if not self.metrics:
             raise InputError("metrics=[]: give at least one")
@@ -384,11 +385,11 @@ def call(words: list[str]) -> tuple[int, signal.Signals | None]:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.table", description=__doc__.split("\n")[0])
     parser.add_argument("file", help="YAML file of a table, see experiments/tables")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes per command (default: 1)")
+    parser.add_argument(
+        "--processes", **limits.PROCESSES.flag, default=1, metavar="N", help="processes per command (default: 1)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
     args = parser.parse_args(argv)
-    if args.processes < 1:
-        raise InputError(f"--processes {args.processes}: must be at least 1")
     table = load_table(Path(args.file))
     wanted = models(table)
     lacking = missing(table, wanted)

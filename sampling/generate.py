@@ -15,7 +15,8 @@ from tqdm import tqdm
 from sampling.labels import labels_rule, sample_labels
 from sampling.options import Setup, add_sampling_options, sampling_asked, setup
 from sampling.processes import Interrupted, Processes
-from sampling.samples import FORMATS, MOST, PLACES, Samples, difference
+from sampling.samples import FORMATS, PLACES, Samples, difference
+from sit_atconv import limits
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import library_versions, shown
@@ -26,7 +27,7 @@ from sit_atconv.models.cost import count_parameters
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser)
-    parser.add_argument("--num", type=int, required=True, help="number of images")
+    parser.add_argument("--num", **limits.IMAGES.flag, required=True, help="number of images")
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="new folder for the images, or one that the same command began"
     )
@@ -50,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
     Raises InputError for a folder of something else or with other settings, samples that are not finite, a disk that
     does not take them, and whatever `setup` finds; the blocks made so far stay.
     """
-    if not 1 <= args.num <= MOST:
-        raise InputError(f"--num {args.num}: must be at least 1 and at most {MOST:,}")
     if not args.out:
         raise InputError("--out '': give the name of a new folder, or of one that the same command began")
     with Processes() as processes:

@@ -8,14 +8,14 @@ import torch
 from tqdm import tqdm
 
 from sampling.options import check_one_process
-from sit_atconv import draws
+from sit_atconv import draws, limits
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.config import make_recipe
 from sit_atconv.data import Digits, Folder, open_dataset
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, add_force
-from sit_atconv.files import check_out, library_versions, new_path
+from sit_atconv.files import check_out, library_versions, new_path, shown
 from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
@@ -27,16 +27,25 @@ LEVELS = {"digits": 1 / 8}  # between two neighbouring grey levels, in [-1, 1]; 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, or its ema/ folder")
-    parser.add_argument("--num", type=int, required=True, help="the first N images of the split")
+    parser.add_argument("--num", **limits.IMAGES.flag, required=True, help="the first N images of the split")
     parser.add_argument(
         "--split", choices=("test", "train"), default="test",
         help="held-out images, which the digits have, or those that the model was trained on (default: test)",
     )  # fmt: skip
-    parser.add_argument("--probes", type=int, default=1, help="random probes per image (default: 1)")
+    parser.add_argument(
+        "--probes",
+        **limits.Range(1, 10_000, "each is a backward pass in every network call").flag,
+        default=1,
+        help="random probes per image (default: 1)",
+    )
     parser.add_argument("--sampler", choices=SAMPLERS, default="dopri5", help="ODE solver (default: dopri5)")
-    parser.add_argument("--steps", type=int, default=50, help="dopri5 sets its own (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="probes of image i are drawn from (seed, i) (default: 0)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
+    parser.add_argument("--steps", **limits.EVALUATIONS.flag, default=50, help="dopri5 sets its own (default: 50)")
+    parser.add_argument(
+        "--seed", **limits.SEED.flag, default=0, help="probes of image i are drawn from (seed, i) (default: 0)"
+    )
+    parser.add_argument(
+        "--batch", **limits.BATCH.flag, default=64, metavar="N", help="images per network call (default: 64)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file: the mean and every image's")
     add_force(parser)
@@ -54,7 +63,7 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
         raise InputError("a model without its training checkpoint does not say what its images are; give a run")
     if codec != "identity":
         raise InputError("the likelihood of latents is not that of images; give the checkpoint of a pixel model")
-    data = make_recipe(trained.manifest["recipe"]).data
+    data = make_recipe(trained.manifest["recipe"], stored=True).data
     if split == "test":
         if data.kind != "digits":
             raise InputError(f"--split test: data.kind={data.kind} holds no images back; use --split train")
@@ -69,13 +78,8 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
 def run(args: argparse.Namespace) -> None:
     """Write `--out` and print its mean; the model is given the class of every image, without guidance, in fp32.
 
-    Raises InputError for options out of range, a likelihood that is not finite, and whatever checkpoint and data lack.
+    Raises InputError for a likelihood that is not finite, and for whatever checkpoint and data lack.
     """
-    for option in ("num", "probes", "steps", "batch"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: must be at least 0")
     check_one_process()
     check_out(args.out, force=args.force)
     device = resolve_device(args.device)
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "batch": args.batch,
         "device": args.device,
-        "checkpoint": str(trained.folder),
+        "checkpoint": shown(trained.folder),
         "weights": trained.which,
         "checkpoint_sha256": trained.files,
         "step": trained.manifest["step"],
@@ -152,5 +156,5 @@ def run(args: argparse.Namespace) -> None:
     }
     with new_path(args.out, force=args.force) as unfinished:
         unfinished.write_text(json.dumps(result, indent=1, allow_nan=False))
-    shown = "" if error is None else f" +- {error:.4f}"
-    print(f"{args.out}: {args.num} images of {args.split}, {mean:.4f}{shown} bits/dim, NFE {result['nfe']:g}")
+    spread = "" if error is None else f" +- {error:.4f}"
+    print(f"{args.out}: {args.num} images of {args.split}, {mean:.4f}{spread} bits/dim, NFE {result['nfe']:g}")

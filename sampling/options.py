@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sampling.processes import Processes
+from sit_atconv import limits
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
@@ -28,23 +29,23 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="default: euler")
     parser.add_argument(
-        "--steps", type=int, default=50,
+        "--steps", **limits.EVALUATIONS.flag, default=50,
         help="steps from noise to data, an SDE's last step included; dopri5 sets its own (default: 50)",
     )  # fmt: skip
     sde = parser.add_argument_group(f"SDE samplers ({', '.join(SDE_SAMPLERS)})")
     sde.add_argument("--diffusion", choices=DIFFUSIONS, help=f"w(t) (default: {SDE_DEFAULTS['diffusion']})")
     sde.add_argument(
-        "--diffusion-norm", type=float, metavar="NORM",
+        "--diffusion-norm", **limits.DIFFUSION_NORM.flag, metavar="NORM",
         help="w(t) is multiplied by it; with --diffusion decreasing w(t) = (NORM cos(pi t) + 1)^2 / 4 "
         f"(default: {SDE_DEFAULTS['diffusion_norm']:g})",
     )  # fmt: skip
     sde.add_argument("--last-step", choices=LAST_STEPS, help=f"default: {SDE_DEFAULTS['last_step']}")
     sde.add_argument(
-        "--last-step-size", type=float, metavar="H",
+        "--last-step-size", **limits.LAST_STEP_SIZE.flag, metavar="H",
         help=f"the last step goes from t = 1 - H to 1 (default: {SDE_DEFAULTS['last_step_size']:g})",
     )  # fmt: skip
     parser.add_argument(
-        "--cfg", type=float, default=1.5, metavar="SCALE", help="guidance scale; 1 is none (default: 1.5)"
+        "--cfg", **limits.GUIDANCE.flag, default=1.5, metavar="SCALE", help="guidance scale; 1 is none (default: 1.5)"
     )
 
 
@@ -55,16 +56,20 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add_sampler_options(parser)
     parser.add_argument("--cfg-channels", choices=CHANNELS, default="all", help="latent channels guided (default: all)")
     parser.add_argument(
-        "--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        "--cfg-interval", **limits.TIME.flag, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="guidance acts for t in it, t = 0 noise, t = 1 data (default: 0 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--epsilon", type=float, metavar="E",
+        "--epsilon", **limits.EPSILON.flag, metavar="E",
         help=f"how far t keeps from 0 or 1 where the flow is singular there (default: {SAMPLE_EPSILON:g}; "
         f"{SBDM_EPSILON:g} with --diffusion sbdm where alpha vanishes)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="noise of image i is drawn from (seed, i) (default: 0)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per network call (default: 64)")
+    parser.add_argument(
+        "--seed", **limits.SEED.flag, default=0, help="noise of image i is drawn from (seed, i) (default: 0)"
+    )
+    parser.add_argument(
+        "--batch", **limits.BATCH.flag, default=64, metavar="N", help="images per network call (default: 64)"
+    )
     parser.add_argument(
         "--vae", metavar="PATH", help="the autoencoder of a model alone, or of a checkpoint's that moved"
     )
@@ -112,8 +117,6 @@ def setup(args: argparse.Namespace, processes: Processes | None = None) -> Setup
     sampling = sampling_asked(args)
     if processes is None:
         check_one_process()
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch}: must be at least 1")
     device = resolve_device(args.device if processes is None else processes.own_device(args.device))
     trained = load_trained(args.ckpt, DTYPES[args.dtype])
     sampling.check_model(trained.model)

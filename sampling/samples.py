@@ -35,7 +35,6 @@ from sit_atconv.images import to_pil
 FORMATS = ("png", "npz")
 MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
 BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier versions left of a kill
-MOST = 10_000_000  # images; their labels are in memory, and in the manifest
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
 

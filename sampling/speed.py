@@ -13,8 +13,9 @@ import torch
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
 from sampling.options import DTYPES, add_device_options, add_sampler_options, sampling_of
 from sampling.plots import LIMIT, plot_latency
-from sampling.timing import commit, device_name, interleaved, peak_bytes
-from sit_atconv.devices import numerics, resolve_device
+from sampling.timing import caption, commit, device_name, interleaved, memory_kept, peak_bytes
+from sit_atconv import limits
+from sit_atconv.devices import import_compiler, numerics, resolve_device
 from sit_atconv.errors import InputError, add_force, check_choice
 from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.generation import Sampling, flow
@@ -33,8 +34,15 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="presets, such as SiT-ATConv-XL/2")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[256], metavar="PX", help="image sizes (default: 256)")
-    parser.add_argument("--batch", type=int, default=1, help="images per network evaluation (default: 1)")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        **limits.Range(1, 8_192, "attention over the tokens of more pixels fits no memory").flag,
+        default=[256],
+        metavar="PX",
+        help="image sizes (default: 256)",
+    )
+    parser.add_argument("--batch", **limits.BATCH.flag, default=1, help="images per network evaluation (default: 1)")
     parser.add_argument(
         "--passes", nargs="+", choices=PASSES, default=["forward"],
         help="forward; backward (forward and backward); sampling (a whole guided run); default: forward",
@@ -45,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its matrix products alone (default: all)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, of the baselines too")
-    parser.add_argument("--rounds", type=int, default=10, help="measurements of each, in turn (default: 10)")
+    parser.add_argument(
+        "--rounds", **limits.ROUNDS.flag, default=10, help="measurements of each, in turn (default: 10)"
+    )
     parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json, STEM.md and STEM.png")
     add_force(parser)
     add_sampler_options(parser)
@@ -55,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a run share. Raises InputError for a value out of range."""
+    """What all rows of a run share."""
 
     batch: int
     rounds: int
@@ -66,17 +76,13 @@ class Setting:
     baselines: tuple[str, ...]
     sampling: Sampling
 
-    def __post_init__(self):
-        for option, value in (("--batch", self.batch), ("--rounds", self.rounds)):
-            if value < 1:
-                raise InputError(f"{option} {value}: must be at least 1")
-
     def describe(self) -> dict:
         """What a file of results says about how they came about."""
         return {
             "dtype": self.dtype,
             "batch": self.batch,
             "rounds": self.rounds,
+            "memory_kept": memory_kept(self.device),
             "compiled": self.compiled,
             "backend": os.environ.get(BACKEND_VARIABLE, "auto"),
             "sampling": self.sampling.describe(),
@@ -216,6 +222,7 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
             if device.type != "cuda":
                 facts[name]["peak_mib"] = peaks(model)
             if setting.compiled:
+                import_compiler()
                 model.compile_repeated_blocks(fullgraph=True)
                 check(f"{name} at {size} px, compiled", results(model, inputs, setting.passes), expected, setting.dtype)
             if device.type == "cuda":
@@ -272,7 +279,7 @@ def to_markdown(result: dict) -> str:
     steps = f", {s['steps']} steps" if s["steps"] else ""
     lines = [
         f"{result['device']}; {result['dtype']}, {'compiled blocks' if result['compiled'] else 'eager'}, batch "
-        f"{result['batch']}; medians of {result['rounds']} interleaved rounds, memory kept. ms/NFE: one network "
+        f"{result['batch']}; medians of {result['rounds']} interleaved rounds{caption(result)}. ms/NFE: one network "
         "evaluation of the batch; in the pass `backward`, forward and backward together. images/s: of a run with "
         f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling`, else from ms/NFE. "
         "Peak memory: weights, inputs and what is alive at once; on a CPU of the eager form, and without what an "

@@ -58,6 +58,16 @@ def keep_memory() -> bool:
     return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
+def memory_kept(device: torch.device) -> bool:
+    """Whether `interleaved` measures there with freed memory kept, for the record beside its times."""
+    return device.type == "cuda" or (device.type == "cpu" and keep_memory())
+
+
+def caption(result: dict) -> str:
+    """What a caption says of that after "interleaved rounds"; records of before it had memory kept."""
+    return ", memory kept" if result.get("memory_kept", True) else ", memory not kept"
+
+
 def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, label: str) -> list[Timing]:
     """The timing of each call. Every round measures each once, in turn, so a drift of the machine meets all alike.
 

@@ -5,7 +5,7 @@
         model/projectors.safetensors   where REPA's loss was used
         optimizer.safetensors "<parameter name>.<state name>"; of a sharded run optimizer/, a file per process
         trainer.json          skipped steps, gradient scaler
-        manifest.json         step, images seen, processes, recipe, data, codec, library versions, SHA-256 of every file
+        manifest.json         step, images seen, processes, threads, recipe, data, codec, versions, SHA-256 of files
 
 A sharded run needs a file system that all its machines share.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -13,10 +12,12 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sit_atconv import limits
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
+from sit_atconv.limits import Range, number, ranged
 from sit_atconv.reading import check_literal, read_yaml
 
 Schema = TypeVar("Schema")
@@ -30,14 +31,6 @@ TRACKERS = ("tensorboard", "wandb")
 EMA_KINDS = ("constant", "warmup", "power")
 ON_FULL_DISK = ("stop", "continue")
 MAX_PIXELS = 178_956_970
-MAX_EMA_STD = 0.288  # just under 12^-1/2, where the profile of a power of the step ends (exponent 0)
-
-
-def at_least(section: str, **limits) -> None:
-    """Check fields of a section: name=(value, least allowed)."""
-    for name, (value, least) in limits.items():
-        if not (math.isfinite(value) and value >= least):
-            raise InputError(f"{section}.{name}={value}: must be a finite number, at least {least}")
 
 
 def expand_home(section: Any, *names: str) -> None:
@@ -48,18 +41,22 @@ def expand_home(section: Any, *names: str) -> None:
             setattr(section, name, os.path.expanduser(value))
 
 
+def idle(key: str, nothing: str = "null") -> str:
+    """What to do about a key that acts on nothing: in a file, and over a file on a command line."""
+    return f"leave it out, or state {key}={nothing}"
+
+
 @dataclass
 class Run:
     """Where a run lies, what its randomness starts from, and what it reports."""
 
     out: str = MISSING  # folder of the run: recipe, log, checkpoints, previews
-    seed: int = 0
-    log_every: int = 10  # steps between two lines of log.jsonl
+    seed: int = ranged(0, limits.SEED)
+    log_every: int = ranged(10, limits.STEPS)  # steps between two lines of log.jsonl
     trackers: list[str] = field(default_factory=list)  # besides log.jsonl: tensorboard, wandb
 
     def __post_init__(self):
         expand_home(self, "out")
-        at_least("run", seed=(self.seed, 0), log_every=(self.log_every, 1))
         for tracker in self.trackers:
             check_choice("run.trackers", tracker, TRACKERS)
 
@@ -68,16 +65,13 @@ class Run:
 class Loading:
     """How images are read, whatever they are for: a part of a section `data`."""
 
-    workers: int = 0  # loader processes per training process
-    worker_timeout: float = 600.0  # seconds without a batch after which a loader process counts as hung
-    max_bad_share: float = 0.001  # of the images: how many may turn out unreadable before training stops
-    max_pixels: int = 89_478_485  # of an image: a larger one counts as unreadable before it is decoded
-
-    def __post_init__(self):
-        at_least("data", workers=(self.workers, 0), max_bad_share=(self.max_bad_share, 0))
-        at_least("data", worker_timeout=(self.worker_timeout, 1), max_pixels=(self.max_pixels, 1))
-        if self.max_pixels > MAX_PIXELS:
-            raise InputError(f"data.max_pixels={self.max_pixels}: at most {MAX_PIXELS}, which is as far as Pillow goes")
+    workers: int = ranged(0, limits.WORKERS)  # loader processes per training process
+    # seconds without a batch after which a loader process counts as hung
+    worker_timeout: float = ranged(600.0, number(1, 86_400, "a batch may take a second, and nobody waits a day"))
+    # of the images: how many may turn out unreadable before training stops
+    max_bad_share: float = ranged(0.001, limits.SHARE)
+    # of an image: a larger one counts as unreadable before it is decoded
+    max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "which is as far as Pillow goes"))
 
 
 @dataclass
@@ -86,32 +80,31 @@ class Data(Loading):
 
     kind: str = "digits"
     root: str | None = None  # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
-    image_size: int | None = None  # pixels after the centre crop; digits and latents have their own
+    # pixels after the centre crop; digits and latents have their own
+    image_size: int | None = ranged(None, limits.PIXELS)
     split: str | None = None  # hf: left out, "train"
     subset: str | None = None  # hf: the configuration of a dataset that has several
     revision: str | None = None  # hf: branch, tag or commit; left out, the newest
     image_key: str | None = None  # hf: the column of the images; left out, "image"
     label_key: str | None = None  # hf: the column of the classes; left out, "label"; "" for a single class
     streaming: bool = False  # hf: read the dataset in its order, shuffled within a buffer, instead of storing it
-    shuffle_buffer: int | None = None  # hf, streaming: images in the buffer; left out, 10,000
+    # hf, streaming: images in the buffer; left out, 10,000
+    shuffle_buffer: int | None = ranged(None, Range(1, 1_000_000, "all of them are held in memory"))
     sampling: str = "natural"  # every image once an epoch; or balanced: every class equally often
     flip: bool = False  # mirror half of the images
-    num_images: int | None = None  # checked against the data; lets --dry-run work without them
+    # checked against the data; lets --dry-run work without them
+    num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"))
     source: str | None = None  # latents, where a loss needs the images: their root today, if it has moved
     verify: bool = True  # latents: compare every shard with its SHA-256 at the start
 
     def __post_init__(self):
-        super().__post_init__()
         expand_home(self, "root", "source")
         check_choice("data.kind", self.kind, DATA_KINDS)
         check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
-        for name in ("image_size", "num_images", "shuffle_buffer"):
-            if getattr(self, name) is not None:
-                at_least("data", **{name: (getattr(self, name), 1)})
         for name in ("root", "image_size"):
             value = getattr(self, name)
             if self.kind == "digits" and value is not None:
-                raise InputError(f"data.{name}={value}: data.kind=digits has its own; leave it out")
+                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
             # A cache of latents knows the size of its images, which is checked against this.
             if value is None and not (self.kind == "digits" or (self.kind, name) == ("latents", "image_size")):
                 raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
@@ -128,9 +121,10 @@ class Data(Loading):
         ):
             value = getattr(self, name)
             if value not in (None, False) and not acts:
-                raise InputError(f"data.{name}={value} goes with {where}; leave it out")
+                nothing = idle(f"data.{name}", "false" if value is True else "null")
+                raise InputError(f"data.{name}={value} goes with {where}; {nothing}")
         if not self.verify and not latents:
-            raise InputError("data.verify=False goes with data.kind=latents; leave it out")
+            raise InputError(f"data.verify=False goes with data.kind=latents; {idle('data.verify', 'true')}")
         if self.streaming and self.sampling == "balanced":
             raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
 
@@ -141,14 +135,14 @@ class Latents:
 
     codec: str = "identity"  # identity: pixels are the latents; vae: a diffusers AutoencoderKL
     vae: str | None = None  # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
-    batch_size: int = 16  # images per pass through the VAE
+    batch_size: int = ranged(16, limits.BATCH)  # images per pass through the VAE
 
     def __post_init__(self):
         expand_home(self, "vae")
         check_choice("latents.codec", self.codec, CODECS)
-        at_least("latents", batch_size=(self.batch_size, 1))
         if self.codec == "identity" and self.vae is not None:
-            raise InputError(f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae; leave it out")
+            said = f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae"
+            raise InputError(f"{said}; {idle('latents.vae')}")
 
 
 @dataclass
@@ -160,22 +154,22 @@ class Model:
     """
 
     name: str | None = None
-    sample_size: Any = None
-    patch_size: int | None = None
-    in_channels: int | None = None
-    hidden_size: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
-    num_classes: int | None = None
-    class_dropout_prob: float | None = None
+    sample_size: Any = ranged(None, limits.PIXELS)
+    patch_size: int | None = ranged(None, limits.PIXELS)
+    in_channels: int | None = ranged(None, limits.CHANNELS)
+    hidden_size: int | None = ranged(None, limits.CHANNELS)
+    depth: int | None = ranged(None, limits.BLOCKS)
+    num_heads: int | None = ranged(None, limits.CHANNELS)
+    mlp_ratio: float | None = ranged(None, limits.MLP_RATIO)
+    num_classes: int | None = ranged(None, limits.CLASSES)
+    class_dropout_prob: float | None = ranged(None, limits.SHARE_UNDER_1)
     learn_sigma: bool | None = None
     token_mixer: Any = None
     pos_embed: Any = None
     pool: str | None = None
     routing: str | None = None
     inhibition: str | None = None
-    kernel_size: int | None = None
+    kernel_size: int | None = ranged(None, limits.KERNEL)
     activation: str | None = None
     qk_norm: bool | None = None
 
@@ -202,10 +196,13 @@ class Flow:
     prediction: str = "velocity"
     loss_weight: str = "none"  # of score and noise prediction: none, velocity, likelihood
     time_sampling: str = "uniform"  # or logit-normal
-    time_mean: float | None = None  # logit-normal: of logit(t), t = 1 is data; left out, 0
-    time_std: float | None = None  # logit-normal: left out, 1
+    # logit-normal: of logit(t), t = 1 is data; left out, 0
+    time_mean: float | None = ranged(None, number(-10, 10, "beyond it nearly all t lie within 0.0001 of one end"))
+    # logit-normal: left out, 1
+    time_std: float | None = ranged(None, number(0.001, 100, "t would be one value, or 0 and 1 alone"))
     time_stratified: bool = False  # one t from every equal part of a batch's distribution, for less noise in the loss
-    time_shift: float = 1.0  # s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise
+    # s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise
+    time_shift: float = ranged(1.0, number(0.001, 1_000, "nearly all t would lie at one end"))
 
     def __post_init__(self):
         check_choice("flow.path", self.path, PATHS)
@@ -214,66 +211,58 @@ class Flow:
         check_choice("flow.time_sampling", self.time_sampling, TIME_SAMPLINGS)
         if self.prediction == "velocity" and self.loss_weight != "none":
             raise InputError(
-                f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; leave it out, or "
-                "predict score or noise"
+                f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; "
+                f"{idle('flow.loss_weight', 'none')}, or predict score or noise"
             )
         for name in ("time_mean", "time_std"):
             value = getattr(self, name)
             if self.time_sampling == "uniform" and value is not None:
-                raise InputError(f"flow.{name}={value} goes with flow.time_sampling=logit-normal; leave it out")
-        if self.time_mean is not None and not math.isfinite(self.time_mean):
-            raise InputError(f"flow.time_mean={self.time_mean}: must be a finite number")
-        for name in ("time_std", "time_shift"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"flow.{name}={value}: must be a positive number")
+                raise InputError(
+                    f"flow.{name}={value} goes with flow.time_sampling=logit-normal; {idle(f'flow.{name}')}"
+                )
 
 
 @dataclass(kw_only=True)
 class Optimisation:
     """What every trainer has of a section `train`; each has its own defaults, and its own schedule."""
 
-    batch_size: int = 256  # global: all processes and accumulation steps together
-    gradient_accumulation_steps: int = 1
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0  # on matrices; vectors (biases, norms, difference_control) are never decayed
-    max_grad_norm: float | None = None
+    batch_size: int = ranged(256, limits.GLOBAL_BATCH)  # global: all processes and accumulation steps together
+    gradient_accumulation_steps: int = ranged(1, Range(1, "batch_size", "each takes a share of the batch"))
+    lr: float = ranged(1e-4, limits.LEARNING_RATE)
+    betas: list[float] = ranged([0.9, 0.999], limits.SHARE_UNDER_1)
+    # on matrices; vectors (biases, norms, difference_control) are never decayed
+    weight_decay: float = ranged(0.0, limits.WEIGHT_DECAY)
+    max_grad_norm: float | None = ranged(
+        None,
+        number(
+            1e-6,
+            1e6,
+            "AdamW adds 1e-8 to a gradient's size: clipped to less it trains nothing; left out, none is clipped",
+        ),
+    )
     precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
-    max_skipped: int = 20  # steps in a row without a finite loss and gradient after which training stops
+    # steps in a row without a finite loss and gradient after which training stops
+    max_skipped: int = ranged(20, limits.STEPS)
     gradient_checkpointing: bool = False
     compile: bool = False
 
     def __post_init__(self):
         check_choice("train.precision", self.precision, PRECISIONS)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2:
             raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
-        at_least(
-            "train",
-            batch_size=(self.batch_size, 1),
-            gradient_accumulation_steps=(self.gradient_accumulation_steps, 1),
-            lr=(self.lr, 0),
-            max_skipped=(self.max_skipped, 1),
-            weight_decay=(self.weight_decay, 0),
-        )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise InputError(
-                f"train.max_grad_norm={self.max_grad_norm}: must be positive; leave it out for no clipping"
-            )
 
 
 @dataclass
 class Train(Optimisation):
     """The optimisation."""
 
-    max_steps: int = 400_000
-    warmup_steps: int = 0
+    max_steps: int = ranged(400_000, limits.STEPS)
+    warmup_steps: int = ranged(0, Range(0, "max_steps", "a longer warm-up never gets to train.lr"))
     lr_schedule: str = "constant"  # after the warm-up: constant, or linear or cosine down to 0 at max_steps
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        at_least("train", max_steps=(self.max_steps, 1), warmup_steps=(self.warmup_steps, 0))
 
 
 @dataclass
@@ -281,9 +270,11 @@ class Ema:
     """The moving average of the weights, which is what gets sampled."""
 
     kind: str = "constant"  # or warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.ema
-    decay: float | None = None  # constant and warmup: left out, 0.9999
-    stds: list[float] | None = None  # power: widths relative to the step; the first is sampled; left out, [0.05, 0.1]
-    snapshot_every: int | None = None  # power: steps between two snapshots for other widths post hoc; left out, none
+    decay: float | None = ranged(None, limits.SHARE_UNDER_1)  # constant and warmup: left out, 0.9999
+    # power: widths relative to the step; the first is sampled; left out, [0.05, 0.1]
+    stds: list[float] | None = ranged(None, limits.EMA_STD)
+    # power: steps between two snapshots for other widths post hoc; left out, none
+    snapshot_every: int | None = ranged(None, limits.STEPS)
 
     def __post_init__(self):
         check_choice("ema.kind", self.kind, EMA_KINDS)
@@ -291,16 +282,10 @@ class Ema:
         for name, acts in (("decay", not power), ("stds", power), ("snapshot_every", power)):
             if getattr(self, name) is not None and not acts:
                 raise InputError(
-                    f"ema.{name}={getattr(self, name)} does nothing with ema.kind={self.kind}; leave it out"
+                    f"ema.{name}={getattr(self, name)} does nothing with ema.kind={self.kind}; {idle(f'ema.{name}')}"
                 )
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise InputError(f"ema.decay={self.decay}: must be in [0, 1)")
-        if self.stds is not None and not (
-            self.stds and len(set(self.stds)) == len(self.stds) and all(0 < std < MAX_EMA_STD for std in self.stds)
-        ):
-            raise InputError(f"ema.stds={self.stds}: give different numbers over 0 and under {MAX_EMA_STD}")
-        if self.snapshot_every is not None:
-            at_least("ema", snapshot_every=(self.snapshot_every, 1))
+        if self.stds is not None and not (self.stds and len(set(self.stds)) == len(self.stds)):
+            raise InputError(f"ema.stds={self.stds}: give different numbers")
 
 
 @dataclass
@@ -308,12 +293,9 @@ class Repa:
     """REPA's loss: hidden tokens of one block, projected, point where a frozen image encoder's features point."""
 
     encoder: str | None = None  # a timm ViT by name, or a folder as timm's local-dir:; left out, no such loss
-    depth: int = 8  # the block (1-based) whose tokens are compared
-    weight: float = 0.5
-    projector_dim: int = 2048  # width inside the projector
-
-    def __post_init__(self):
-        at_least("repa", depth=(self.depth, 1), weight=(self.weight, 0), projector_dim=(self.projector_dim, 1))
+    depth: int = ranged(8, limits.BLOCKS)  # the block (1-based) whose tokens are compared
+    weight: float = ranged(0.5, limits.WEIGHT)
+    projector_dim: int = ranged(2048, limits.CHANNELS)  # width inside the projector
 
 
 @dataclass
@@ -326,28 +308,22 @@ class Distill:
     init: str = "closed_form"  # or copy_vo, random: see swap_attention
     control: bool = False  # attention in the place of ATConv, fresh: what the recipe itself costs
     pool: str = "raster"
-    kernel_size: int = 3
-    calib: int = 256  # training samples that a closed-form start is fitted to
-    blockwise_steps: int = 1000  # at the beginning: the swapped layers alone, on the teacher's inputs
-    blockwise_lr: float | None = None  # of those steps; left out, the schedule of train.lr
-    output_weight: float = 0.5  # of the loss against the teacher's output, in later steps
-    feature_weight: float = 0.5  # of the loss against its hidden states
-    shares: list[float] = field(default_factory=lambda: [0.5, 1.0])  # of the swapped layers that take part, in turn
-    share_steps: int = 500  # steps of every share but the last
+    kernel_size: int = ranged(3, limits.KERNEL)
+    # training samples that a closed-form start is fitted to
+    calib: int = ranged(256, Range(1, 1_000_000, "their latents are held in memory"))
+    # at the beginning: the swapped layers alone, on the teacher's inputs
+    blockwise_steps: int = ranged(1000, limits.STEPS_OR_NONE)
+    # of those steps; left out, the schedule of train.lr
+    blockwise_lr: float | None = ranged(None, limits.LEARNING_RATE)
+    output_weight: float = ranged(0.5, limits.WEIGHT)  # of the loss against the teacher's output, in later steps
+    feature_weight: float = ranged(0.5, limits.WEIGHT)  # of the loss against its hidden states
+    # of the swapped layers that take part, in turn
+    shares: list[float] = ranged([0.5, 1.0], number(0, 1, "it is a share of the layers, and 0 trains none", over=True))
+    share_steps: int = ranged(500, limits.STEPS)  # steps of every share but the last
 
     def __post_init__(self):
         expand_home(self, "teacher")
         check_choice("distill.init", self.init, ("closed_form", "copy_vo", "random"))
-        at_least(
-            "distill",
-            calib=(self.calib, 1),
-            blockwise_steps=(self.blockwise_steps, 0),
-            share_steps=(self.share_steps, 1),
-            output_weight=(self.output_weight, 0),
-            feature_weight=(self.feature_weight, 0),
-        )
-        if self.blockwise_lr is not None and not self.blockwise_lr > 0:
-            raise InputError(f"distill.blockwise_lr={self.blockwise_lr}: must be greater than 0")
         if self.select is None or isinstance(self.select, dict):
             raise InputError(
                 f"distill.select={self.select!r}: give all, even, odd, a share, a regular expression or names"
@@ -358,8 +334,8 @@ class Distill:
             raise InputError(f"distill.init={self.init} with distill.control: fresh attention starts at random; say so")
         if self.control and (self.pool, self.kernel_size) != ("raster", 3):
             raise InputError("distill.pool and distill.kernel_size do nothing with distill.control; leave them out")
-        if not self.shares or sorted(self.shares) != self.shares or not all(0 < share <= 1 for share in self.shares):
-            raise InputError(f"distill.shares={self.shares}: give rising shares in (0, 1]")
+        if not self.shares or sorted(self.shares) != self.shares:
+            raise InputError(f"distill.shares={self.shares}: give rising shares")
         if self.shares[-1] != 1:
             raise InputError(f"distill.shares={self.shares}: the last must be 1, or layers stay that were not trained")
 
@@ -368,15 +344,14 @@ class Distill:
 class Checkpoint:
     """How often the run is saved, and how much of it is kept."""
 
-    every: int = 10_000  # steps; the last step is always kept
-    keep_last: int = 3
-    keep_every: int | None = None  # steps: checkpoints of its multiples are never removed
+    every: int = ranged(10_000, limits.STEPS)  # steps; the last step is always kept
+    keep_last: int = ranged(3, limits.STEPS)
+    keep_every: int | None = ranged(None, limits.STEPS)  # steps: checkpoints of its multiples are never removed
     on_full_disk: str = "stop"  # or continue: go on training, and try again at the next checkpoint
 
     def __post_init__(self):
-        at_least("checkpoint", every=(self.every, 1), keep_last=(self.keep_last, 1))
         check_choice("checkpoint.on_full_disk", self.on_full_disk, ON_FULL_DISK)
-        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+        if self.keep_every is not None and self.keep_every % self.every:
             raise InputError(
                 f"checkpoint.keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}"
             )
@@ -386,32 +361,28 @@ class Checkpoint:
 class Preview:
     """Grids of samples drawn while training."""
 
-    every: int = 10_000  # steps between two grids of EMA samples; 0 draws none
-    num: int = 16
+    every: int = ranged(10_000, limits.STEPS_OR_NONE)  # steps between two grids of EMA samples; 0 draws none
+    num: int = ranged(16, limits.PICTURE)
     sampler: str = "euler"
-    steps: int = 50
-    guidance_scale: float = 1.5
+    steps: int = ranged(50, limits.EVALUATIONS)
+    guidance_scale: float = ranged(1.5, limits.GUIDANCE)
     diffusion: str | None = None  # this and the next three: SDE samplers alone, see generation.Sampling
-    diffusion_norm: float | None = None
+    diffusion_norm: float | None = ranged(None, limits.DIFFUSION_NORM)
     last_step: str | None = None
-    last_step_size: float | None = None
-
-    def __post_init__(self):
-        at_least("preview", every=(self.every, 0), num=(self.num, 1))
+    last_step_size: float | None = ranged(None, limits.LAST_STEP_SIZE)
 
 
 @dataclass
 class Score:
     """Scores of EMA samples while training, drawn as the previews are."""
 
-    every: int = 0  # steps between two scores; 0 computes none
-    num: int = 1000
+    every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two scores; 0 computes none
+    num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))
     ref: str = "digits"  # as `python -m eval score --ref` takes it
     weights: str | None = None  # Inception weights; left out, torch's hub cache
 
     def __post_init__(self):
         expand_home(self, "ref", "weights")
-        at_least("score", every=(self.every, 0), num=(self.num, 2))
 
 
 @dataclass
@@ -435,8 +406,8 @@ class Recipe:
         self._check_codec()
         if self.data.source is not None and self.repa.encoder is None:
             raise InputError(
-                f"data.source={self.data.source!r}: only a loss that looks at images needs them; leave it out, or name "
-                "repa.encoder"
+                f"data.source={self.data.source!r}: only a loss that looks at images needs them; "
+                f"{idle('data.source')}, or name repa.encoder"
             )
         if self.distill.teacher is not None:
             self._check_distill()
@@ -448,11 +419,16 @@ class Recipe:
         stated = [name for name in ("name", *self.model.options()) if getattr(self.model, name) is not None]
         stated = [name for name in stated if name not in decided]
         if stated:
-            raise InputError(f"model.{stated[0]}: with distill.teacher the model is the teacher's copy; leave it out")
+            key = f"model.{stated[0]}"
+            raise InputError(f"{key}: with distill.teacher the model is the teacher's copy; {idle(key)}")
         if self.repa.encoder is not None:
-            raise InputError("repa.encoder with distill.teacher: one teacher at a time; leave one out")
+            raise InputError(
+                "repa.encoder with distill.teacher: one teacher at a time; leave one out, or state it =null"
+            )
         if self.train.compile:
-            raise InputError("train.compile with distill.teacher: its layers change places; leave it out")
+            raise InputError(
+                f"train.compile with distill.teacher: its layers change places; {idle('train.compile', 'false')}"
+            )
         if self.distill.blockwise_steps >= self.train.max_steps:
             raise InputError(
                 f"distill.blockwise_steps={self.distill.blockwise_steps}: must be less than train.max_steps="
@@ -490,6 +466,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
     for override in overrides:
         if "=" not in override:
             raise InputError(f"override {override!r} is not of the form key=value")
+        if "???" in override.partition("=")[2]:  # which would give way to whatever the file says
+            raise InputError(f"override {override!r}: ??? stands for a value that is missing; state it")
     stated = _read_with_base(Path(path), (), schema)
     try:
         laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
@@ -517,6 +495,12 @@ def _type_of(key: str, schema: type) -> Any:
         )
         found = fields.get(name)
     return found
+
+
+def _lacks_value(value: Any) -> bool:
+    """Whether OmegaConf's mark of a missing value is left in a recipe's value."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value == "???" or any(map(_lacks_value, parts))
 
 
 def _is_text(wanted: Any) -> bool:
@@ -556,8 +540,11 @@ def _check_base(where: str, stated: Any, schema: type) -> None:
         raise InputError(f"{where} is no recipe, and a base has to be one; `--dry-run` of it alone says why") from None
 
 
-def make_recipe(stated: Any, schema: type[Schema] = Recipe) -> Schema:
-    """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values."""
+def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False) -> Schema:
+    """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values.
+
+    stored: it was accepted by an earlier version, whose ranges may have been wider, see `limits.check`.
+    """
     keys = OmegaConf.to_container(OmegaConf.create(stated))
     try:
         check_literal(keys)
@@ -571,7 +558,9 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe) -> Schema:
                 "none"
             )
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), stated))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), stated)
+        limits.check(schema, OmegaConf.to_container(merged), stored=stored)
+        recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"recipe: {key}{str(error).splitlines()[0]}") from None
@@ -586,6 +575,10 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
         check_choice("recipe key", f"{prefix}{key}", [f"{prefix}{name}" for name in fields])
         if dataclasses.is_dataclass(fields[key]):
             _check_keys(value, fields[key], f"{prefix}{key}.")
+        elif _lacks_value(value):
+            raise InputError(f"recipe: {prefix}{key}={value}: ??? stands for a value that is missing; state it")
+        elif fields[key] is bool and not (isinstance(value, bool | str) or value in (0, 1)):
+            raise InputError(f"recipe: {prefix}{key}={value!r}: give true or false")
         elif _is_text(fields[key]) and not isinstance(value, str | None):
             raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
 
@@ -611,7 +604,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     mutable = {*MUTABLE}
     if new["train"]["lr_schedule"] != "constant":  # it ends at max_steps: with another one the rate would jump
         mutable.remove("train.max_steps")
-    return changes(make_recipe(old), new, mutable, MUTABLE_SECTIONS)
+    return changes(make_recipe(old, stored=True), new, mutable, MUTABLE_SECTIONS)
 
 
 def changes(old: Any, new: dict[str, Any], mutable: Collection[str], mutable_sections: Collection[str]) -> list[str]:

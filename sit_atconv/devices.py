@@ -1,5 +1,7 @@
 """The device that a command runs on, and torch's switches of precision."""
 
+import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +27,17 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what speaks of "the current device", such as events and memory counts, means it
     return device
+
+
+def import_compiler() -> None:
+    """Import what torch.compile imports on a CPU: later, it says on stderr that CUDA_HOME's CUDA finds no device."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        importlib.import_module(logger.name)
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ process made, is replaced or removed; anything else is refused, or by force set 
 """
 
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -236,7 +235,7 @@ def lock(folder: Path, name: str, file: str = LOCK) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         held = open(folder / file, "a+")  # noqa: SIM115 (stays open)
         try:
-            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(held)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 held.close()
@@ -255,6 +254,19 @@ def _is_same(descriptor: int, path: Path) -> bool:
         return False
 
 
+def _lock(file: TextIO) -> None:
+    """Lock a file for this process, or raise OSError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Lease:
     """Keeps others from removing what a file stands for, as long as this object is there: see `lease`, `unleased`."""
 
@@ -265,7 +277,7 @@ class Lease:
         os.close(self._descriptor)
 
 
-def _flocked(file: Path, kind: int) -> Lease | None:
+def _flocked(file: Path, exclusive: bool = False) -> Lease | None:
     """An open file with its lock, or None where another kind of lock is on it, or there is none. File systems without
     locks are passed over."""
     try:
@@ -274,22 +286,24 @@ def _flocked(file: Path, kind: int) -> Lease | None:
         return None
     lease = Lease(descriptor)
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        import fcntl
+
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
-    except OSError:
+    except (OSError, ImportError):
         pass
     return lease if _is_same(descriptor, file) else None
 
 
 def lease(file: Path) -> Lease | None:
     """What keeps a file that is read from removal; None where it is gone, or about to go. Any number may have one."""
-    return _flocked(file, fcntl.LOCK_SH)
+    return _flocked(file)
 
 
 def unleased(file: Path) -> Lease | None:
     """Keeps readers off a file that is to be removed; None where one has a lease."""
-    return _flocked(file, fcntl.LOCK_EX)
+    return _flocked(file, exclusive=True)
 
 
 @contextmanager
@@ -393,7 +407,9 @@ def shown(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
+    """Force a file or folder to the disk; Windows opens no folder, and needs no more than its files."""
+    if os.name != "posix" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,7 +1,6 @@
 """From indices and labels to images: the one sampling routine of previews, sample.py and `python -m sampling`."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torchvision.utils import make_grid
 
-from sit_atconv import draws
+from sit_atconv import draws, limits
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import png
@@ -19,12 +18,12 @@ from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval, time_grid
 from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
+from sit_atconv.limits import ranged
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 SAMPLERS = (*samplers.SAMPLERS, *SDE_SAMPLERS)
 # As the public SiT code evaluates. "last_step_size" has no default of its own where there is no last step.
 SDE_DEFAULTS = {"diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04}
-LEAST_EPSILON = 1e-6  # under it, fp32 soon tells no t from 1
 
 
 @dataclass(frozen=True)
@@ -41,37 +40,31 @@ class Sampling:
     """
 
     sampler: str = "euler"
-    steps: int = 50
-    guidance_scale: float = 1.5
+    steps: int = ranged(50, limits.EVALUATIONS)
+    guidance_scale: float = ranged(1.5, limits.GUIDANCE)
     guidance_channels: str = "all"
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    seed: int = 0
+    guidance_interval: tuple[float, float] = ranged((0.0, 1.0), limits.TIME)
+    seed: int = ranged(0, limits.SEED)
     diffusion: str | None = None
-    diffusion_norm: float | None = None
+    diffusion_norm: float | None = ranged(None, limits.DIFFUSION_NORM)
     last_step: str | None = None
-    last_step_size: float | None = None
-    epsilon: float | None = None
+    last_step_size: float | None = ranged(None, limits.LAST_STEP_SIZE)
+    epsilon: float | None = ranged(None, limits.EPSILON)
 
     def __post_init__(self):
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("guidance channels", self.guidance_channels, CHANNELS)
+        limits.check(Sampling, vars(self))
         self._settle_sde()
         if self.steps < self.least_steps:
-            also = "" if self.least_steps == 1 else " with a last step, which is one of them"
-            raise InputError(f"steps={self.steps}: must be at least {self.least_steps}{also}")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed}: must be at least 0")
-        if not math.isfinite(self.guidance_scale):
-            raise InputError(f"guidance scale {self.guidance_scale}: must be a finite number")
+            raise InputError(f"steps={self.steps}: must be at least 2 with a last step, which is one of them")
         low, high = self.guidance_interval
-        if not 0 <= low <= high <= 1:
+        if low > high:
             raise InputError(f"guidance interval {low} to {high}: give 0 <= LOW <= HIGH <= 1 (t = 0 noise, t = 1 data)")
         for name, default in (("channels", "all"), ("interval", (0.0, 1.0))):
             value = getattr(self, f"guidance_{name}")
             if self.guidance_scale == 1 and value != default:
                 raise InputError(f"guidance {name} {value}: with guidance scale 1 nothing is guided; leave it out")
-        if self.epsilon is not None and not LEAST_EPSILON <= self.epsilon < 0.5:
-            raise InputError(f"epsilon={self.epsilon}: must be at least {LEAST_EPSILON:g} and under 0.5")
 
     def _settle_sde(self) -> None:
         """Put the defaults in, refuse what is idle, check the rest."""
@@ -90,12 +83,6 @@ class Sampling:
             return
         check_choice("diffusion", self.diffusion, DIFFUSIONS)
         check_choice("last_step", self.last_step, LAST_STEPS)
-        if not (math.isfinite(self.diffusion_norm) and self.diffusion_norm > 0):
-            raise InputError(
-                f"diffusion_norm={self.diffusion_norm}: must be a positive number; without noise, use an ODE"
-            )
-        if self.last_step_size is not None and not 0 < self.last_step_size < 1 - SAMPLE_EPSILON:
-            raise InputError(f"last_step_size={self.last_step_size}: must be over 0 and under {1 - SAMPLE_EPSILON}")
 
     @property
     def least_steps(self) -> int:

@@ -13,6 +13,7 @@ from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.times import TimeSampling, training_interval
 from sit_atconv.generation import Sampling
 from sit_atconv.latents.codecs import open_codec
+from sit_atconv.limits import check_kernel
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
 
@@ -73,6 +74,7 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
         from sit_atconv.distill import load_teacher, student_of  # with diffusers' models, which take seconds
 
         teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
+        check_kernel("distill.kernel_size", recipe.distill.kernel_size, grid_of(teacher))
         return student_of(teacher, recipe.distill, recipe.run.seed)
     size = height if height == width else (height, width)
     options = recipe.model.options() | {
@@ -85,11 +87,18 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.run.seed)
         model = create_model(recipe.model.name, **options)
+    check_kernel("model.kernel_size", recipe.model.kernel_size, grid_of(model))
     if recipe.repa.encoder is not None and recipe.repa.depth > len(model.blocks):
         raise InputError(
             f"repa.depth={recipe.repa.depth}: the model has {len(model.blocks)} blocks; choose one of them"
         )
     return model
+
+
+def grid_of(model: SiTTransformer2DModel) -> tuple[int, int]:
+    """Height and width of the tokens that a model was made for."""
+    height, width = (side // model.config.patch_size for side in model.latent_size)
+    return height, width
 
 
 def time_sampling(flow: Flow) -> TimeSampling:

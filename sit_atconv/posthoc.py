@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from sit_atconv import checkpoint
+from sit_atconv import checkpoint, limits
 from sit_atconv.ema import SAMPLED, Snapshot, gamma_of, read_snapshots
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import check_out, new_path, sha256
@@ -192,9 +192,11 @@ def _record(found: Fit, run: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m sit_atconv.posthoc", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run with snapshots")
-    parser.add_argument("--std", type=float, required=True, help="width of the average, relative to the step")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="where it ends; there must be a snapshot (default: newest)"
+        "--std", **limits.EMA_STD.flag, required=True, help="width of the average, relative to the step"
+    )
+    parser.add_argument(
+        "--step", **limits.STEPS.flag, metavar="N", help="where it ends; there must be a snapshot (default: newest)"
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the model")
     add_force(parser)

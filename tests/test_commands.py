@@ -1,6 +1,7 @@
 """Bad input at the command line: one line on stderr, exit status 2, nothing left behind."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,11 +73,11 @@ def test_dry_run_counts_every_average_and_names_them(capsys):
         (["data.kind=imagefolder", "data.root=/nowhere", "data.image_size=8"], "'/nowhere': no such folder"),
         (["train.batch_size=9", "train.gradient_accumulation_steps=2"], "train.batch_size=9 is not divisible by 1"),
         (["model.class_dropout_prob=0", "preview.every=1"], "preview: guidance scale 1.5 needs a null class"),
-        (["model.depth=0"], "depth=0: must be a positive whole number"),
+        (["model.depth=0"], "model.depth=0: must be at least 1"),
         (["model.token_mixer=5"], "token_mixer=5"),
         (["train.lr=.nan"], "train.lr=nan"),
         (["train.max_grad_norm=.nan"], "train.max_grad_norm=nan"),
-        (["preview.guidance_scale=.inf"], "guidance scale inf"),
+        (["preview.guidance_scale=.inf"], "preview.guidance_scale=inf"),
         (["--resume"], "there is no checkpoint"),
         (["model.num_classes=11"], "the recipe says 11, data and codec say 10"),
         (["model.sample_size=16"], "model.sample_size"),
@@ -105,6 +106,13 @@ def test_train_refuses(fails, recipe_file, tmp_path, overrides, says):
 )
 def test_dry_run_refuses_what_training_would(fails, overrides, says):
     assert says in fails(train_sit.main, f"{RECIPES}/imagenet256_sit_xl2_atconv.yaml", "--dry-run", *overrides)
+
+
+def test_a_printed_command_can_be_pasted(recipe_file, tmp_path, capsys):
+    out = tmp_path / "it's a run; $HOME"
+    train_sit.main([str(recipe_file()), f"run.out='{str(out).replace(chr(39), chr(39) * 2)}'", "train.max_steps=1"])
+    words = shlex.split(capsys.readouterr().out.partition("sample with: ")[2])
+    assert words == ["python", "sample.py", "--ckpt", str(out / "step-0000001")]
 
 
 def test_train_refuses_a_missing_recipe(fails):
@@ -204,11 +212,12 @@ def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
     ("options", "says"),
     [
         (["--classes", "0", "10"], "class id 10 is out of range; this model has classes 0 to 9"),
-        (["--classes", "-1"], "class id -1"),
+        (["--classes", "-1"], "--classes -1: must be at least 0"),
         (["--num", "0"], "--num 0"),
         (["--num", "4", "--rows", "2"], "--rows 2 goes with --classes"),
+        (["--classes", *"0123456789", "--rows", "4096"], "40,960 images; one picture holds at most 4,096"),
         (["--num", "2", "--classes", "1"], "not allowed with"),
-        (["--steps", "0"], "steps=0"),
+        (["--steps", "0"], "--steps 0"),
         (["--sampler", "rk5"], "rk5"),
         (["--diffusion", "sigma"], "diffusion='sigma' would do nothing: sampler='euler' is not one of"),
         (["--sampler", "rk4", "--diffusion-norm", "1"], "diffusion_norm=1.0 would do nothing"),
@@ -219,18 +228,18 @@ def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
             "last_step_size=0.1 would do nothing: there is no last step",
         ),
         (["--sampler", "sde-heun", "--diffusion", "sigmoid"], "sigmoid"),
-        (["--sampler", "sde-heun", "--diffusion-norm", "0"], "diffusion_norm=0.0: must be a positive number"),
-        (["--sampler", "euler-maruyama", "--last-step-size", "1"], "last_step_size=1.0: must be over 0"),
+        (["--sampler", "sde-heun", "--diffusion-norm", "0"], "--diffusion-norm 0.0: must be over 0"),
+        (["--sampler", "euler-maruyama", "--last-step-size", "1"], "--last-step-size 1.0: must be over 0"),
         (["--sampler", "euler-maruyama", "--steps", "1"], "steps=1: must be at least 2 with a last step"),
         (["--cfg-interval", "0.7", "0.2"], "LOW <= HIGH"),
-        (["--seed", "-3"], "seed=-3"),
+        (["--seed", "-3"], "--seed -3"),
         (["--out", "grid.jpeg"], "must end in .png"),
         (["--scheduler", "ddim"], "ddim"),
         (["--scheduler", "unipc", "--sampler", "euler"], "--sampler euler does nothing with --scheduler unipc"),
         (["--scheduler", "unipc", "--diffusion", "sigma"], "would do nothing"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--device", "meta"], "--device meta"),
-        (["--cfg", "nan"], "guidance scale nan"),
+        (["--cfg", "nan"], "--cfg nan"),
     ],
 )
 def test_sample_refuses(fails, trained, tmp_path, options, says):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,22 @@ def test_a_folder_is_one_processs_until_it_ends(tmp_path):
         lock(tmp_path / "f", "'f'")
     holder.communicate("")
     lock(tmp_path / "f", "'f'").close()
+
+
+def test_a_system_without_fcntl_locks_by_its_own_means(tmp_path, monkeypatch):
+    held = []
+
+    def locking(descriptor, mode, length):
+        if held:
+            raise OSError(13, "Permission denied")
+        held.append((os.fstat(descriptor).st_ino, mode, length))
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with lock(tmp_path, "'f'"):
+        assert held == [((tmp_path / files.LOCK).stat().st_ino, 2, 1)]
+        with pytest.raises(InputError, match="'f' is in use by another process"):
+            lock(tmp_path, "'f'")
 
 
 def test_a_place_is_tried_and_left_as_it_was(tmp_path):

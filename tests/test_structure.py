@@ -7,13 +7,14 @@ import pytest
 from conftest import ROOT
 
 # What a part of the library may import from the rest of it.
-BASE = {"errors", "version", "reading", "markdown"}
+BASE = {"errors", "version", "limits", "reading", "markdown"}
 CORE = BASE | {"config", "flow", "draws", "console", "devices"}
 ALLOWED = {
     "errors": set(),
     "version": set(),
     "reading": set(),
     "markdown": set(),
+    "limits": {"errors"},
     "draws": BASE,
     "console": set(),
     "devices": BASE,
@@ -112,6 +113,13 @@ def test_every_part_of_the_library_has_its_place():
 def test_only_the_library_is_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["packages"]["find"] == {"include": ["sit_atconv*"]}
+
+
+def test_nothing_is_imported_that_one_system_lacks():
+    for path in LIBRARY:
+        at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in at_import for alias in node.names}
+        assert not names & {"fcntl", "msvcrt", "pwd", "grp", "resource", "termios"}, path
 
 
 def test_nothing_is_unpickled():

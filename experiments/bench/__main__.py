@@ -7,7 +7,7 @@ import torch
 from experiments.bench import op
 from sampling import speed
 from sampling.options import DTYPES
-from sampling.timing import append_csv, device_name, interleaved
+from sampling.timing import append_csv, caption, device_name, interleaved, memory_kept
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.files import write_atomic
 from sit_atconv.generation import Sampling
@@ -52,11 +52,12 @@ def main() -> None:
             new = op.measure(shape, DIM, dtype, device, op.PASSES, rounds)
             append_csv(HERE / "bench.csv", op.csv_rows(new, device))
             rows += new
+    memory = caption({"memory_kept": memory_kept(device)})
     left_out = "" if "bf16" in measured else " Here bf16 is slower than fp32, and left out."
     text = [
         f"One ATConv layer (C = {DIM}) and its operator alone, as multiples of the layer's two linears; "
-        f"{device_name(device)}; medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} interleaved rounds, "
-        f"memory kept; `backward` is forward and backward.{left_out}\n",
+        f"{device_name(device)}; medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} interleaved rounds"
+        f"{memory}; `backward` is forward and backward.{left_out}\n",
         op.to_markdown(rows),
     ]
     for dtype in measured:

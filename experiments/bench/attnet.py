@@ -18,7 +18,8 @@ from torch import nn
 
 from sampling.options import DTYPES
 from sampling.speed import TOLERANCE, assert_close
-from sampling.timing import commit, device_name, interleaved
+from sampling.timing import caption, commit, device_name, interleaved, memory_kept
+from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, check_choice, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
@@ -39,11 +40,15 @@ TOP1_SOURCES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["attnet_t2"], metavar="NAME", help="default: attnet_t2")
-    parser.add_argument("--size", type=int, default=224, metavar="PX", help=f"a multiple of {STRIDE} (default: 224)")
-    parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
+    parser.add_argument(
+        "--size", **limits.PIXELS.flag, default=224, metavar="PX", help=f"a multiple of {STRIDE} (default: 224)"
+    )
+    parser.add_argument("--batch", **limits.BATCH.flag, default=8, help="images per call (default: 8)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of each, in turn (default: 15)")
+    parser.add_argument(
+        "--rounds", **limits.ROUNDS.flag, default=15, help="measurements of each, in turn (default: 15)"
+    )
     parser.add_argument(
         "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
     )
@@ -230,7 +235,7 @@ def latency_markdown(result: dict) -> str:
     first = result["rows"][0]["model"]
     lines = [
         f"{result['device']}, {result['dtype']}, {result['size']} px, batch {result['batch']}, eager inference with "
-        f"random weights; medians of {result['rounds']} interleaved rounds, memory kept. The paper's form runs "
+        f"random weights; medians of {result['rounds']} interleaved rounds{caption(result)}. The paper's form runs "
         "`kernel_proj` on every position and pools after, with one grouped convolution for the batch; its memory "
         "format is what timm's norms leave behind, or NCHW throughout. The ratio to it is to the faster of the two. "
         + TOP1_SOURCES,
@@ -273,9 +278,6 @@ def main(argv: list[str] | None = None) -> None:
     device = resolve_device(args.device)
     for name in args.models:
         check_choice("--models", name, FAMILY)
-    for option in ("batch", "rounds"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
     if args.size < STRIDE or args.size % STRIDE:
         raise InputError(f"--size {args.size}: give a multiple of {STRIDE} pixels")
     folder = Path(args.out)
@@ -285,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     made = {"commit": commit(), "versions": library_versions()}
     latency = {
         "device": device_name(device), "dtype": args.dtype, "size": args.size, "batch": args.batch,
-        "rounds": args.rounds, "top1": TOP1_SOURCES, **made,
+        "rounds": args.rounds, "memory_kept": memory_kept(device), "top1": TOP1_SOURCES, **made,
         "rows": measure(args.models, args.size, args.batch, args.dtype, device, args.rounds),
     }  # fmt: skip
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sampling.timing import device_name
+from sit_atconv import limits
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
@@ -40,10 +41,17 @@ Read = Callable[[list[int]], torch.Tensor]  # numbers of latents -> moments (B, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--latents", type=int, default=100_000, help="two per image (default: 100000, 1.6 GB)")
-    parser.add_argument("--batch", type=int, default=256, help="latents per batch (default: 256)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="epochs of each storage, in turn (default: 3)")
+    parser.add_argument(
+        "--latents",
+        **limits.Range(2, 10**9, "each takes 16 kB of the disk").flag,
+        default=100_000,
+        help="two per image (default: 100000, 1.6 GB)",
+    )
+    parser.add_argument("--batch", **limits.BATCH.flag, default=256, help="latents per batch (default: 256)")
+    parser.add_argument("--workers", **limits.WORKERS.flag, default=2, help="loader processes (default: 2)")
+    parser.add_argument(
+        "--rounds", **limits.ROUNDS.flag, default=3, help="epochs of each storage, in turn (default: 3)"
+    )
     parser.add_argument("--folder", metavar="DIR", help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--out", default="runs/cache", metavar="STEM", help="writes STEM.json and .md")
     add_force(parser)

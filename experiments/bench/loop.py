@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from experiments.bench.cache import make_cache
 from sampling.timing import device_name
+from sit_atconv import limits
 from sit_atconv.config import make_recipe
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
@@ -120,10 +121,10 @@ def report(result: dict) -> Iterator[str]:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.loop", description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=5, help="real steps of a round (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tiny-steps", type=int, default=2000, help="steps over which memory is watched")
+    parser.add_argument("--batch", **limits.BATCH.flag, default=32)
+    parser.add_argument("--steps", **limits.ROUNDS.flag, default=5, help="real steps of a round (default: 5)")
+    parser.add_argument("--rounds", **limits.ROUNDS.flag, default=3)
+    parser.add_argument("--tiny-steps", **limits.ROUNDS.flag, default=2000, help="steps over which memory is watched")
     parser.add_argument("--out", default="runs/loop.json", metavar="JSON")
     add_force(parser)
     args = parser.parse_args(argv)

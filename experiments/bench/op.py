@@ -15,7 +15,7 @@ from sampling.options import DTYPES, add_device_options
 from sampling.plots import plot_latency
 from sampling.speed import TOLERANCE, assert_close
 from sampling.timing import append_csv, commit, device_name, interleaved, peak_bytes
-from sit_atconv import ATConv
+from sit_atconv import ATConv, limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
@@ -30,9 +30,13 @@ LINEARS, ATTENTION, PAPER = "two linears", "attention", "paper's form"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxHxW", help=f"default: {' '.join(SHAPES)}")
-    parser.add_argument("--dim", type=int, default=1152, help=f"channels, a multiple of {HEAD} (default: 1152)")
+    parser.add_argument(
+        "--dim", **limits.CHANNELS.flag, default=1152, help=f"channels, a multiple of {HEAD} (default: 1152)"
+    )
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="backward: forward and backward")
-    parser.add_argument("--rounds", type=int, default=10, help="measurements of each, in turn (default: 10)")
+    parser.add_argument(
+        "--rounds", **limits.ROUNDS.flag, default=10, help="measurements of each, in turn (default: 10)"
+    )
     parser.add_argument("--out", default="runs/op", metavar="STEM", help="writes STEM.json, .md, .csv and .png")
     add_force(parser)
     add_device_options(parser)
@@ -219,8 +223,6 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
-    if args.rounds < 1:
-        raise InputError(f"--rounds {args.rounds}: must be at least 1")
     if args.dim < HEAD or args.dim % HEAD:
         raise InputError(f"--dim {args.dim}: give a multiple of {HEAD}, the channels of a head")
     for shape in args.shapes:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
 from sampling.timing import device_name
+from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
@@ -21,7 +22,7 @@ TEXT = 512  # tokens of Flux's text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=1, help="default: 1")
+    parser.add_argument("--batch", **limits.BATCH.flag, default=1, help="default: 1")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="runs/swap", metavar="STEM", help="writes STEM.json and .md")
@@ -58,7 +59,7 @@ def rows_of(name: str, make, side: int, args: argparse.Namespace, device: torch.
     torch.manual_seed(0)
     model, call = make(side, args.batch)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model.to(device, dtype).eval()
+    torch.nn.Module.to(model, device, dtype).eval()  # diffusers' own warns, with nothing to keep in fp32 too
     call = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in call.items()}
     swap = swap_attention(model, "all", init="copy_vo", calib=[call], joint="split")
     return [

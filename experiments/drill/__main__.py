@@ -8,7 +8,6 @@ checkpoint, a deleted shard of a cache of latents, deleted images. Prints a tabl
 with status 1 where something was.
 """
 
-import argparse
 import json
 import os
 import random
@@ -32,7 +31,8 @@ from tqdm import tqdm
 
 from experiments.drill.child import DONE
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
-from sit_atconv import checkpoint
+from sit_atconv import checkpoint, limits
+from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import scratch
 
 EVERY_STEP = "run.log_every=1"
@@ -460,10 +460,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.drill", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m experiments.drill", description=__doc__.splitlines()[0])
     parser.add_argument("subject", nargs="?", choices=SUBJECTS, help="one trainer alone; left out, both")
-    parser.add_argument("--runs", type=int, default=30, help="runs of each trainer that are killed with SIGKILL")
+    parser.add_argument(
+        "--runs", **limits.ROUNDS.flag, default=30, help="runs of each trainer that are killed with SIGKILL"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/drill"))
     args = parser.parse_args()
     scratch(args.out)

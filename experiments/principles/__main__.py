@@ -13,8 +13,9 @@ from experiments.principles.layers import find_layers
 from experiments.principles.report import measure, table
 from experiments.principles.targets import load, show
 from sampling.timing import commit, device_name
+from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
 
 
@@ -26,19 +27,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="digits, a folder of images, or a recipe (default: that of the checkpoint)")
     parser.add_argument("--weights", help="safetensors for a name of timm (default: drawn at random)")
     parser.add_argument("--vae", help="a SiT's autoencoder, if not where it was (default: as the checkpoint says)")
-    parser.add_argument("--num", type=int, default=64, help="images (default: 64)")
-    parser.add_argument("--times", type=int, default=5, help="values of t, for a SiT (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of which images, noise and random weights (default: 0)")
-    parser.add_argument("--batch", type=int, default=8, help="images at once (default: 8)")
+    parser.add_argument(
+        "--num",
+        **limits.Range(2, 100_000, "a spread needs two, and all of them are held in memory").flag,
+        default=64,
+        help="images (default: 64)",
+    )
+    parser.add_argument(
+        "--times",
+        **limits.Range(1, 1_000, "every image passes the network at each").flag,
+        default=5,
+        help="values of t, for a SiT (default: 5)",
+    )
+    parser.add_argument(
+        "--seed", **limits.SEED.flag, default=0, help="of which images, noise and random weights (default: 0)"
+    )
+    parser.add_argument("--batch", **limits.BATCH.flag, default=8, help="images at once (default: 8)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs/principles"), help="folder (default: runs/principles)")
     add_force(parser)
     args = parser.parse_args(argv)
-    for option, value, least in (("num", args.num, 2), ("times", args.times, 1), ("batch", args.batch, 1)):
-        if value < least:
-            raise InputError(f"--{option} {value}: must be at least {least}")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: must be at least 0")
     device = resolve_device(args.device)
     ours = made_here("command", "commit", "targets")
     for name in ("principles.json", "principles.md", *plots.FIGURES):

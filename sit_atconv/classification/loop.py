@@ -22,7 +22,6 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import Dataset
 
-import sit_atconv.models.attnet  # noqa: F401 (registers the family)
 from sit_atconv import checkpoint, config, sharding
 from sit_atconv.classification.recipe import ClassifierRecipe, differences
 from sit_atconv.classification.samples import (
@@ -37,9 +36,11 @@ from sit_atconv.classification.samples import (
 from sit_atconv.console import say
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.devices import numerics
+from sit_atconv.devices import import_compiler, numerics
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.limits import check_kernel
+from sit_atconv.models.attnet import AttNet  # which registers the family
 from sit_atconv.models.cost import count_forward_macs
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import Found, check_same_data, claim, stored_run
@@ -109,6 +110,9 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
             raise
         except (TypeError, AssertionError, KeyError, ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"model.name={settings.name} refuses its options {options}: {error}") from None
+    if isinstance(model, AttNet):
+        side = settings.input_size // model.feature_info[-1]["reduction"]  # of the last stage
+        check_kernel("model.options.kernel_size", settings.options.get("kernel_size"), (side, side))
     if recipe.train.gradient_checkpointing:
         try:
             model.set_grad_checkpointing()
@@ -195,6 +199,7 @@ class _Classifier(Trainer):
             model, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, betas=tuple(settings.betas)
         )
         if settings.compile:
+            import_compiler()
             model.compile()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.schedule = CosineLRScheduler(
@@ -252,9 +257,9 @@ class _Classifier(Trainer):
         for buffer, before in zip(self.bare.buffers(), self.statistics, strict=True):
             buffer.copy_(before)  # of a batch that is not finite they never recover
 
-    def _learning_rate(self) -> float:
+    def _learning_rates(self) -> list[float]:
         self.schedule.step_update(self.step)
-        return self.optimizer.param_groups[0]["lr"]
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
         image, label, seed = batch["image"], batch["label"], self.recipe.run.seed

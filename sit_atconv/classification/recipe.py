@@ -1,16 +1,19 @@
 """The recipe of a classifier: its schema over that of `sit_atconv.config`."""
 
-import math
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from sit_atconv import config
-from sit_atconv.config import Checkpoint, Loading, Optimisation, Run, at_least, expand_home
+from sit_atconv import config, limits
+from sit_atconv.config import Checkpoint, Loading, Optimisation, Run, expand_home, idle
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.limits import Range, number, ranged
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASING_MODES = ("const", "rand", "pixel")
+PROBABILITY = number(0, 1, "it is a probability")
+MIXING = number(0, 1_000, "with a larger alpha all images are mixed half and half")
 
 
 @dataclass
@@ -26,22 +29,22 @@ class Data(Loading):
     revision: str | None = None  # hf: branch, tag or commit; left out, the newest
     image_key: str | None = None  # hf: the column of the images; left out, "image"
     label_key: str | None = None  # hf: the column of the classes; left out, "label"
-    repeats: int = 1  # of every image of an epoch, each augmented anew, and as many times fewer images in it
+    # of every image of an epoch, each augmented anew, and as many times fewer images in it
+    repeats: int = ranged(1, Range(1, 1_000, "an epoch shows as many times fewer images"))
 
     def __post_init__(self):
-        super().__post_init__()
         expand_home(self, "root", "val_root")
         check_choice("data.kind", self.kind, DATA_KINDS)
-        at_least("data", repeats=(self.repeats, 1))
         for name in ("root", "val_root"):
             value = getattr(self, name)
             if self.kind == "digits" and value is not None:
-                raise InputError(f"data.{name}={value}: data.kind=digits has its own; leave it out")
+                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
             if value is None and self.kind != "digits" and (self.kind, name) != ("hf", "val_root"):
                 raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
         for name in ("split", "val_split", "subset", "revision", "image_key", "label_key"):
             if getattr(self, name) is not None and self.kind != "hf":
-                raise InputError(f"data.{name}={getattr(self, name)} goes with data.kind=hf; leave it out")
+                said = f"data.{name}={getattr(self, name)} goes with data.kind=hf"
+                raise InputError(f"{said}; {idle(f'data.{name}')}")
         if self.label_key == "":
             raise InputError("data.label_key='': a classifier needs classes; name their column")
 
@@ -65,32 +68,30 @@ class Data(Loading):
 class Augment:
     """What training does to an image, by timm's create_transform and Mixup."""
 
-    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the image's area in a crop
-    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # of a crop's width to its height
-    hflip: float = 0.5  # probability
-    vflip: float = 0.0
-    color_jitter: float = 0.0  # brightness, contrast, saturation; not beside auto_augment
+    # share of the image's area in a crop
+    scale: list[float] = ranged(
+        [0.08, 1.0], number(0, 1, "it is a share of the image, and a crop is some of it", over=True)
+    )
+    # of a crop's width to its height
+    ratio: list[float] = ranged([3 / 4, 4 / 3], number(0.01, 100, "a crop would be a line"))
+    hflip: float = ranged(0.5, PROBABILITY)
+    vflip: float = ranged(0.0, PROBABILITY)
+    # brightness, contrast, saturation; not beside auto_augment
+    color_jitter: float = ranged(0.0, number(0, 10, "they are multiplied by up to 1 and that"))
     auto_augment: str | None = None  # as timm writes it, e.g. rand-m9-mstd0.5-inc1
     interpolation: str = "bicubic"  # of a crop: bilinear, bicubic, or random for either
-    erasing: float = 0.0  # probability that a rectangle is erased
+    erasing: float = ranged(0.0, PROBABILITY)  # probability that a rectangle is erased
     erasing_mode: str | None = None  # filled with const 0, one rand colour, or a random value per pixel (left out)
-    mixup: float = 0.0  # alpha of the beta distribution; 0 mixes none
-    cutmix: float = 0.0
-    mix_prob: float | None = None  # that a batch is mixed at all; left out, 1
-    switch_prob: float | None = None  # of cutmix, where both are on; left out, 0.5
-    smoothing: float = 0.1  # share of the target that all classes have alike
+    mixup: float = ranged(0.0, MIXING)  # alpha of the beta distribution; 0 mixes none
+    cutmix: float = ranged(0.0, MIXING)
+    mix_prob: float | None = ranged(None, PROBABILITY)  # that a batch is mixed at all; left out, 1
+    switch_prob: float | None = ranged(None, PROBABILITY)  # of cutmix, where both are on; left out, 0.5
+    smoothing: float = ranged(0.1, limits.SHARE_UNDER_1)  # share of the target that all classes have alike
 
     def __post_init__(self):
         for name, values in (("scale", self.scale), ("ratio", self.ratio)):
-            if len(values) != 2 or not 0 < values[0] <= values[1]:
-                raise InputError(f"augment.{name}={values}: give two rising numbers over 0")
-        for name in ("hflip", "vflip", "erasing", "mix_prob", "switch_prob"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"augment.{name}={value}: a probability is in [0, 1]")
-        at_least("augment", mixup=(self.mixup, 0), cutmix=(self.cutmix, 0), color_jitter=(self.color_jitter, 0))
-        if not 0 <= self.smoothing < 1:
-            raise InputError(f"augment.smoothing={self.smoothing}: choose a share in [0, 1)")
+            if len(values) != 2 or not values[0] <= values[1]:
+                raise InputError(f"augment.{name}={values}: give two rising numbers")
         check_choice("augment.interpolation", self.interpolation, INTERPOLATIONS)
         if self.erasing_mode is not None:
             check_choice("augment.erasing_mode", self.erasing_mode, ERASING_MODES)
@@ -100,7 +101,8 @@ class Augment:
             ("switch_prob", self.mixup > 0 and self.cutmix > 0, "both augment.mixup and cutmix"),
         ):
             if getattr(self, name) is not None and not acts:
-                raise InputError(f"augment.{name}={getattr(self, name)} does nothing without {where}; leave it out")
+                said = f"augment.{name}={getattr(self, name)} does nothing without {where}"
+                raise InputError(f"{said}; {idle(f'augment.{name}')}")
         if self.auto_augment is not None and self.color_jitter:
             raise InputError(
                 f"augment.color_jitter={self.color_jitter} beside augment.auto_augment={self.auto_augment}, which has "
@@ -118,26 +120,20 @@ class Model:
     """A timm model by name; see `sit_atconv.models.attnet` for ours and their options."""
 
     name: str = "attnet_t2"
-    input_size: int = 224  # pixels, of training and evaluation
-    drop_path_rate: float | None = None  # left out, the model's own
-    drop_rate: float | None = None  # dropout before the classifier; left out, the model's own
-    options: dict[str, Any] = field(default_factory=dict)  # of the model's constructor, over those of its name
-    crop_pct: float = 0.875  # evaluation: input_size is this share of the resized image
-    mean: list[float] | None = None  # that images are normalised by, of [0, 1]; left out, ImageNet's
-    std: list[float] | None = None
+    input_size: int = ranged(224, limits.PIXELS)  # pixels, of training and evaluation
+    drop_path_rate: float | None = ranged(None, limits.SHARE_UNDER_1)  # left out, the model's own
+    # dropout before the classifier; left out, the model's own
+    drop_rate: float | None = ranged(None, limits.SHARE_UNDER_1)
+    options: dict[str, Any] = ranged({}, limits.OPTION)  # of the model's constructor, over those of its name
+    # evaluation: input_size is this share of the resized image
+    crop_pct: float = ranged(
+        0.875, number(0.01, 1, "the image is made as many times larger, and no crop is larger than it")
+    )
+    # that images are normalised by, of [0, 1]; left out, ImageNet's
+    mean: list[float] | None = ranged(None, number(-100, 100, "pixels are numbers from 0 to 1"))
+    std: list[float] | None = ranged(None, number(1e-4, 1e4, "pixels are numbers from 0 to 1, and are divided by it"))
 
     def __post_init__(self):
-        at_least("model", input_size=(self.input_size, 1))
-        for name in ("drop_path_rate", "drop_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise InputError(f"model.{name}={value}: choose a share in [0, 1)")
-        if self.std is not None and not all(0 < value < math.inf for value in self.std):
-            raise InputError(f"model.std={self.std}: give numbers over 0")
-        if self.mean is not None and not all(map(math.isfinite, self.mean)):
-            raise InputError(f"model.mean={self.mean}: give finite numbers")
-        if not 0 < self.crop_pct <= 1:
-            raise InputError(f"model.crop_pct={self.crop_pct}: choose a share in (0, 1]")
         for name in ("in_chans", "num_classes", "drop_path_rate", "drop_rate"):
             if name in self.options:
                 where = "follows from the data" if name in ("in_chans", "num_classes") else f"is model.{name}"
@@ -151,56 +147,35 @@ class Model:
 class Train(Optimisation):
     """The optimisation: AdamW, linear warm-up, cosine."""
 
-    epochs: float = 300
-    warmup_epochs: float = 5
-    batch_size: int = 4096
-    lr: float = 4e-3
-    min_lr: float = 1e-6  # at the end
-    warmup_lr: float | None = None  # at the beginning; left out, 1e-6
-    weight_decay: float = 0.05
+    epochs: float = ranged(300, limits.EPOCHS)
+    warmup_epochs: float = ranged(5, number(0, "epochs", "a longer warm-up never gets to train.lr", under=True))
+    batch_size: int = ranged(4096, limits.GLOBAL_BATCH)
+    lr: float = ranged(4e-3, limits.LEARNING_RATE)
+    min_lr: float = ranged(1e-6, number(0, "lr", "it is what train.lr falls to"))  # at the end
+    # at the beginning; left out, 1e-6
+    warmup_lr: float | None = ranged(None, dataclasses.replace(limits.LEARNING_RATE, least=0))
+    weight_decay: float = ranged(0.05, limits.WEIGHT_DECAY)
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(
-            "train",
-            warmup_epochs=(self.warmup_epochs, 0),
-            min_lr=(self.min_lr, 0),
-        )
-        if self.warmup_lr is not None:
-            at_least("train", warmup_lr=(self.warmup_lr, 0))
-            if not self.warmup_epochs:
-                raise InputError(f"train.warmup_lr={self.warmup_lr} does nothing without train.warmup_epochs")
-        if self.min_lr > self.lr:
-            raise InputError(f"train.min_lr={self.min_lr} is more than train.lr={self.lr}, to which it is to fall")
-        if not (math.isfinite(self.epochs) and self.epochs > self.warmup_epochs):
-            raise InputError(
-                f"train.epochs={self.epochs}: must be more than train.warmup_epochs={self.warmup_epochs}, and finite"
-            )
+        if self.warmup_lr is not None and not self.warmup_epochs:
+            raise InputError(f"train.warmup_lr={self.warmup_lr} does nothing without train.warmup_epochs")
 
 
 @dataclass
 class Ema:
     """The moving average of weights and statistics, timm's ModelEmaV3."""
 
-    decay: float = 0.99995
+    decay: float = ranged(0.99995, limits.SHARE_UNDER_1)
     warmup: bool = False  # the decay grows to its value
-
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise InputError(f"ema.decay={self.decay}: must be in [0, 1)")
 
 
 @dataclass
 class Eval:
     """Accuracy on the held-out images while training; at the end in any case."""
 
-    every_epochs: float = 1.0
-    batch_size: int = 256  # of every process
-
-    def __post_init__(self):
-        at_least("eval", batch_size=(self.batch_size, 1))
-        if not 0 < self.every_epochs < math.inf:
-            raise InputError(f"eval.every_epochs={self.every_epochs}: must be greater than 0, and finite")
+    every_epochs: float = ranged(1.0, limits.EPOCHS)
+    batch_size: int = ranged(256, limits.BATCH)  # of every process
 
 
 @dataclass
@@ -239,4 +214,4 @@ MUTABLE_SECTIONS = ("checkpoint", "eval")
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps two recipes from being the same run, see `config.differences`."""
-    return config.changes(config.make_recipe(old, ClassifierRecipe), new, MUTABLE, MUTABLE_SECTIONS)
+    return config.changes(config.make_recipe(old, ClassifierRecipe, stored=True), new, MUTABLE, MUTABLE_SECTIONS)

@@ -1,5 +1,6 @@
 """python -m sit_atconv.convert SRC --out DIR: a public checkpoint as a folder of ours; --to public goes back."""
 
+from sit_atconv import limits
 from sit_atconv.convert.public import FORMS, convert, export_public
 from sit_atconv.convert.reading import WEIGHTS
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
@@ -22,16 +23,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variant", metavar="NAME", help="of the weights in a diffusers folder, such as fp16")
     reading = parser.add_argument_group("reading a public checkpoint")
     reading.add_argument("--weights", choices=WEIGHTS, help="default: ema where there is one")
-    reading.add_argument("--num-heads", type=int, metavar="N", help="where the width is none of the published ones")
     reading.add_argument(
-        "--sample-size", type=int, nargs="+", metavar="SIZE",
+        "--num-heads", **limits.CHANNELS.flag, metavar="N", help="where the width is none of the published ones"
+    )
+    reading.add_argument(
+        "--sample-size", **limits.PIXELS.flag, nargs="+", metavar="SIZE",
         help="latent size, or height and width, where no position embedding gives it",
     )  # fmt: skip
     reading.add_argument("--path", choices=PATHS, help="default: as stored, else linear")
     reading.add_argument("--prediction", choices=PREDICTIONS, help="default: as stored, else velocity")
     reading.add_argument("--projectors", choices=("keep", "drop"), help="REPA's, beside the model (default: keep)")
     reading.add_argument(
-        "--encoder-depth", type=int, metavar="N", help="blocks before them (default: as stored, else 8)"
+        "--encoder-depth", **limits.BLOCKS.flag, metavar="N", help="blocks before them (default: as stored, else 8)"
     )
     args = parser.parse_args(argv)
     told = {

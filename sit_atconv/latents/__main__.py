@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from sit_atconv import limits
 from sit_atconv.config import load_recipe
 from sit_atconv.data.latent_cache import DTYPES, read_index, shard_problems
 from sit_atconv.errors import ArgumentParser, add_force, command, speaks
@@ -19,7 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     make.add_argument("--out", required=True, metavar="DIR", help="new folder, or that of a cache to go on with")
     add_force(make)
     make.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored moments (default: fp16)")
-    make.add_argument("--shard-images", type=int, default=4096, metavar="N", help="images per file (default: 4096)")
+    make.add_argument(
+        "--shard-images", **limits.SHARD_IMAGES.flag, default=4096, metavar="N", help="images per file (default: 4096)"
+    )
     verify = commands.add_parser("verify", help="compare every shard with its SHA-256; exit status 2 if one differs")
     verify.add_argument("cache", metavar="DIR")
     args, late = parser.parse_known_args(argv)  # late: overrides after an option, which argparse does not place

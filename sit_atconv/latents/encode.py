@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
+from sit_atconv import limits
 from sit_atconv.claims import claim, clear_leftovers, flat, write_whole, writing
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
@@ -62,8 +63,7 @@ def encode(
     """
     out = resolved(out)
     check_choice("--dtype", dtype, DTYPES)
-    if shard_images < 1:
-        raise InputError(f"--shard-images {shard_images}: must be at least 1")
+    limits.SHARD_IMAGES.check("--shard-images ", shard_images)
     if recipe.data.kind == "latents":
         raise InputError("data.kind=latents is encoded already; give the recipe of the images")
     if recipe.data.streaming:

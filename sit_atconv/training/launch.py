@@ -33,7 +33,11 @@ def training_arguments(prog: str, about: str, argv: list[str] | None) -> argpars
     parser.add_argument("recipe", help="YAML file, see experiments/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", action="store_true", help="print size, compute, memory and schedule, then stop")
+    mode.add_argument(
+        "--dry-run", action="store_true",
+        help="print size, compute, memory and schedule, then stop; data and vae are opened where the recipe does not "
+        "state what they decide",
+    )  # fmt: skip
     mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
     mode.add_argument(
         "--force", action="store_true", help="set aside (NAME.aside) what is at run.out and is not this run, and begin"

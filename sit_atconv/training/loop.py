@@ -15,7 +15,7 @@ from sit_atconv.console import say
 from sit_atconv.data import open_dataset
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions, TrainingSamples
-from sit_atconv.devices import numerics
+from sit_atconv.devices import import_compiler, numerics
 from sit_atconv.ema import Averages
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import write_atomic
@@ -25,9 +25,18 @@ from sit_atconv.generation import generate, grid_png
 from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.layers.projectors import Projectors
+from sit_atconv.limits import check_kernel
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.plan import Facts, build_model, check_stated, measured_facts, preview_sampling, time_sampling
+from sit_atconv.plan import (
+    Facts,
+    build_model,
+    check_stated,
+    grid_of,
+    measured_facts,
+    preview_sampling,
+    time_sampling,
+)
 from sit_atconv.training.faults import StopSignals
 from sit_atconv.training.folder import check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
@@ -136,6 +145,7 @@ def build_distillation(recipe: Recipe, facts: Facts) -> nn.Module | None:
     from sit_atconv.distill import Distillation, load_teacher, student_of  # with diffusers' models, which take seconds
 
     teacher = load_teacher(recipe, facts.latent_shape, facts.num_classes)
+    check_kernel("distill.kernel_size", recipe.distill.kernel_size, grid_of(teacher))
     return Distillation(student_of(teacher, recipe.distill, recipe.run.seed), teacher, recipe.distill)
 
 
@@ -167,6 +177,7 @@ class _Trainer(Trainer):
         if recipe.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if recipe.train.compile:
+            import_compiler()
             model.compile_repeated_blocks()
         teacher = self.distillation and self.distillation.teacher
         if teacher is not None and accelerator.is_fsdp2:
@@ -208,10 +219,11 @@ class _Trainer(Trainer):
     def _open_logs(self) -> None:
         self.scores = Log(self.run / "scores.jsonl", self.step) if self.recipe.score.every else None
 
-    def _learning_rate(self) -> float:
+    def _learning_rates(self) -> list[float]:
+        rate = learning_rate(self.step, self.recipe.train)
         if self.distillation is not None and self.distillation.blockwise(self.step):
-            return self.recipe.distill.blockwise_lr or learning_rate(self.step, self.recipe.train)
-        return learning_rate(self.step, self.recipe.train)
+            rate = self.recipe.distill.blockwise_lr or rate
+        return [rate for _ in self.optimizer.param_groups]
 
     def _idle(self) -> list[nn.Parameter]:
         return self.distillation.idle(self.step) if self.distillation is not None else []

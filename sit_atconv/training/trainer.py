@@ -39,7 +39,8 @@ class Trainer:
 
     def __init__(self, accelerator: Accelerator, recipe, described: dict[str, Any], found, held, total: int):
         self.lock = held
-        self.accelerator, self.recipe, self.described, self.total = accelerator, recipe, described, total
+        self.accelerator, self.recipe, self.total = accelerator, recipe, total
+        self.described = described | {"threads": torch.get_num_threads()}
         self.run, self.made = resolved(recipe.run.out, "run.out"), Made()
         self.num_images = described["data"]["num_images"]
         self.step, self.skipped = 0, 0
@@ -50,14 +51,20 @@ class Trainer:
         self.last = None
         if found:
             self.last, self.step = found[0], found[1]["step"]
+            before, now = found[1].get("threads"), self.described["threads"]
+            if before not in (None, now) and accelerator.device.type == "cpu" and accelerator.is_main_process:
+                say(
+                    f"warning: until step {self.step:,} the run had {before} CPU threads, now {now}: it is that of "
+                    f"before to float rounding, to the bit with OMP_NUM_THREADS={before}"
+                )
         self.images_before = self.step * recipe.train.batch_size
 
     def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
         """The losses (B,) of a micro-batch, in the order of `weights`; None for one that this step has not."""
         raise NotImplementedError
 
-    def _learning_rate(self) -> float:
-        """Of the step to come."""
+    def _learning_rates(self) -> list[float]:
+        """Of the step to come, for each of the optimiser's groups; the log has the first."""
         raise NotImplementedError
 
     def _begin_step(self) -> None:
@@ -221,9 +228,9 @@ class Trainer:
         """One optimisation step; its gradient norm, learning rate and, where it `reports`, update_ratio."""
         recipe, accelerator = self.recipe, self.accelerator
         self._begin_step()
-        lr = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        rates = self._learning_rates()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         sums = []
         for cpu_batch in batches:
             batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in cpu_batch.items()}
@@ -263,7 +270,7 @@ class Trainer:
             )
         if not failed:
             self._average()
-        return {"grad_norm": grad_norm, "lr": lr, "update_ratio": ratio}
+        return {"grad_norm": grad_norm, "lr": rates[0], "update_ratio": ratio}
 
     def _scaled(self) -> bool:
         """Whether fp16's scaler makes gradients larger: that they overflow says nothing of the weights, but of it.

@@ -1,6 +1,7 @@
 """train_attnet.py: what a step computes, that a run goes on to the same bits, and that timm loads what it leaves."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -409,15 +410,16 @@ def test_bad_input_costs_one_line_and_nothing_else(classifier_file, fails, tmp_p
         (["model.options.depth=3"], "attnet_xxs refuses its options"),
         (["model.options.pretrained=true"], "begins with new weights"),
         (["model.options={dims: [1, 8]}"], "give at least 2"),
-        (["model.std=[0.0]"], "give numbers over 0"),
-        (["model.mean=[.nan]"], "give finite numbers"),
+        (["model.options.kernel_size=5"], "model.options.kernel_size=5: must be at most 4, since the grid has 4 x 4"),
+        (["model.std=[0.0]"], "model.std=[0.0]: must be at least 0.0001"),
+        (["model.mean=[.nan]"], "model.mean=[nan]: must be at least -100"),
         (["augment.erasing=0", "augment.erasing_mode=rand"], "does nothing without augment.erasing"),
         (["augment.mixup=0", "augment.cutmix=0", "augment.mix_prob=0.5"], "does nothing without augment.mixup"),
         (["augment.mixup=0", "augment.switch_prob=0.5"], "does nothing without both"),
         (["train.warmup_epochs=0", "train.warmup_lr=1e-5"], "does nothing without train.warmup_epochs"),
-        (["train.min_lr=1.0"], "is more than train.lr=0.001"),
+        (["train.min_lr=1.0"], "train.min_lr=1.0: must be at least 0 and at most lr=0.001"),
         (["data.image_key=img"], "goes with data.kind=hf"),
-        (["eval.every_epochs=.inf"], "and finite"),
+        (["eval.every_epochs=.inf"], "eval.every_epochs=inf: must be over 0"),
         (
             [*folders, "data.val_root=/nowhere"],
             "the held-out images (data.val_root, data.val_split): data.root='/nowhere'",
@@ -489,6 +491,28 @@ def test_dry_run_says_what_it_would_cost(classifier_file, capsys):
     assert "attnet_t2, 26.50 M parameters, 4.73 GMACs at 224 px" in said  # 27.01 M with 1,000 classes and 3 channels
     assert "1,437 images of 10 classes, 360 held out" in said
     assert "9 steps of 32 = 0.2 epochs" in said
+
+
+def test_one_process_of_a_launch_prints_the_plan(classifier_file, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    train_attnet.main([str(classifier_file()), "--dry-run"])
+    assert capsys.readouterr().out == ""
+
+
+def test_every_group_of_the_optimiser_keeps_its_own_rate(classifier_file, monkeypatch):
+    seen, create = [], loop.create_optimizer_v2
+
+    def two_rates(*arguments, **options):
+        optimizer = create(*arguments, **options)
+        assert len(optimizer.param_groups) == 2
+        optimizer.param_groups[1]["lr"] *= 0.1
+        optimizer.register_step_pre_hook(lambda it, *_: seen.append([group["lr"] for group in it.param_groups]))
+        return optimizer
+
+    monkeypatch.setattr(loop, "create_optimizer_v2", two_rates)
+    train(load_recipe(classifier_file(train={"warmup_epochs": 0, "min_lr": 0.0}), schema=ClassifierRecipe))
+    cosine = [(1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]  # from the recipe's rate to 0
+    assert seen == [pytest.approx([1e-3 * share, 1e-4 * share]) for share in cosine]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

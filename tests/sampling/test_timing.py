@@ -33,6 +33,14 @@ def test_medians_are_interleaved_and_per_call(monkeypatch):
     assert (fast.iqr, slow.iqr) == (4.0, 4.0)
 
 
+@pytest.mark.parametrize(("glibc", "says"), [(True, ", memory kept"), (False, ", memory not kept")])
+def test_memory_that_was_not_kept_is_not_said_to_be(monkeypatch, glibc, says):
+    monkeypatch.setattr(timing, "keep_memory", lambda: glibc)
+    assert timing.caption({"memory_kept": timing.memory_kept(CPU)}) == says
+    assert timing.caption({}) == ", memory kept"  # of before it was recorded
+    assert timing.memory_kept(torch.device("cuda"))
+
+
 def test_short_calls_are_repeated_within_a_measurement(monkeypatch):
     clock, calls = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])

@@ -29,6 +29,19 @@ from sit_atconv.training.loop import make_optimizer, train
 from sit_atconv.training.optimizer import learning_rate
 
 
+def test_other_threads_are_recorded_and_said(recipe_file, capsys, monkeypatch):
+    first = run_recipe(recipe_file(), "train.max_steps=2")
+    before = torch.get_num_threads()
+    assert json.loads((first / "manifest.json").read_text())["threads"] == before
+    run_recipe(recipe_file(), "train.max_steps=3")
+    assert "threads" not in capsys.readouterr().err
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
+    last = run_recipe(recipe_file(), "train.max_steps=4")
+    said = f"until step 3 the run had {before} CPU threads, now {before + 1}"
+    assert said in capsys.readouterr().err
+    assert json.loads((last / "manifest.json").read_text())["threads"] == before + 1
+
+
 def test_two_steps_equal_a_loop_written_out(recipe_file):
     """AdamW, EMA, draws, class dropout and schedule against plain torch."""
     model_options = {"class_dropout_prob": 0.5}
