@@ -367,6 +367,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(recipe_file, tmp_path):
 def test_a_damaged_recipe_in_the_folder_is_named(recipe_file, tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_bytes(content)
+    (tmp_path / "run" / "log.jsonl").touch()
     with pytest.raises(InputError, match=r"its recipe\.yaml is damaged"):
         run_recipe(recipe_file())
 
