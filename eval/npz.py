@@ -54,14 +54,18 @@ class Array:
     def whole(self) -> bool:
         return self.entry.file_size == self.start + self.nbytes
 
-    def read(self) -> np.ndarray:
-        """The values. Raises one of UNREADABLE, and before memory is taken ValueError for more than MOST_BYTES."""
+    def check(self) -> None:
+        """Raise ValueError for what `read` does not read: objects, what is truncated, more than MOST_BYTES."""
         if self.dtype.hasobject:
             raise ValueError(f"{self.entry.filename} holds Python objects, which allow_pickle=False does not read")
         if not self.whole:
             raise ValueError(f"{self.entry.filename} is truncated: it holds fewer bytes than {self.shape} needs")
         if self.nbytes > MOST_BYTES:
             raise ValueError(f"{self.entry.filename} takes {self.nbytes:,} bytes, over {MOST_BYTES:,}")
+
+    def read(self) -> np.ndarray:
+        """The values. Raises one of UNREADABLE, and before memory is taken what `check` raises."""
+        self.check()
         values = np.empty(self.shape, self.dtype, "F" if self.fortran else "C")
         with opened(self.path) as held, zipfile.ZipFile(held) as archive, archive.open(self.entry) as file:
             read_header(file)

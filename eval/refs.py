@@ -215,6 +215,8 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
     """The arrays of an npz with mu, of which none is read; None for an npz without mu."""
     try:
         found = arrays_of(path, ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta", "arr_0"))
+        for name in found.keys() - {"arr_0"} if "mu" in found else ():
+            found[name].check()
     except UNREADABLE as error:
         raise _unreadable(str(path), error) from None
     if "mu" not in found:
