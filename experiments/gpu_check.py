@@ -23,9 +23,10 @@ def main() -> None:
         return
     scratch(RUN.parent)
     train = ("train_sit.py", "experiments/recipes/digits_sit_atconv.yaml", f"run.out={RUN}", "train.precision=bf16")
+    train += ("train.lr_schedule=constant", "train.warmup_steps=0")
     call("-m", "pytest", "-m", "gpu")
-    call(*train, "train.lr_schedule=constant", "train.max_steps=20")
-    call(*train, "train.lr_schedule=constant", "train.max_steps=30")
+    call(*train, "train.max_steps=20")
+    call(*train, "train.max_steps=30")
     call("sample.py", "--ckpt", str(RUN), "--classes", *map(str, range(10)), "--dtype", "bf16", "--out", f"{RUN}.png")
     call("-m", "experiments.bench.op", "--dtype", "bf16", "--out", f"{RUN}-op")
     speed = ("--models", "SiT-ATConv-XL/2", "--dtype", "bf16", "--compile", "--out", f"{RUN}-speed")

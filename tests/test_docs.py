@@ -40,6 +40,7 @@ def run(line: str) -> None:
         recipe, *overrides = shlex.split(line.removeprefix(DISTIL))
         short = (
             "train.max_steps=3",
+            "train.warmup_steps=0",
             "distill.blockwise_steps=1",
             "distill.share_steps=1",
             "preview.every=0",
