@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from eval.sources import open_source
+from sit_atconv import limits
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
 from sit_atconv.data.database import MOST_CLASSES, Lmdb
@@ -85,8 +87,8 @@ def test_large_images_are_read_where_a_recipe_allows_them(tmp_path):
         for take in (lambda dataset=dataset: dataset[0, False], lambda dataset=dataset: dataset.picture(0)):
             with nullcontext() if read else pytest.raises(Unreadable, match="40 x 30 pixels, and no more than 1,199"):
                 take()
-    with pytest.raises(InputError, match="at most 178956970"):
-        Data("imagefolder", str(tmp_path), 8, max_pixels=1 << 30)
+    with pytest.raises(InputError, match="data.max_pixels=1073741824: must be at least 1 and at most 178956970"):
+        limits.check(Data, asdict(Data("imagefolder", str(tmp_path), 8, max_pixels=1 << 30)), "data.")
 
 
 # Folders
