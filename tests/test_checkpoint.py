@@ -274,7 +274,7 @@ def test_what_the_disk_does_not_give_counts_as_damaged_by_nobody(tmp_path, monke
 
         return call
 
-    monkeypatch.setattr(Path, "read_text", failing(Path.read_text))
+    monkeypatch.setattr(checkpoint, "read_json", failing(checkpoint.read_json))
     monkeypatch.setattr(checkpoint, "sha256", failing(checkpoint.sha256))
     with pytest.raises(InputError, match=rf"step-0000020': {name} cannot be read: Input/output error; mend the disk"):
         checkpoint.newest_valid(tmp_path)
