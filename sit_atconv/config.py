@@ -71,7 +71,7 @@ class Loading:
     # of the images: how many may turn out unreadable before training stops
     max_bad_share: float = ranged(0.001, limits.SHARE)
     # of an image: a larger one counts as unreadable before it is decoded
-    max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "which is as far as Pillow goes"))
+    max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"))
 
 
 @dataclass

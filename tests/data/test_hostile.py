@@ -87,7 +87,7 @@ def test_large_images_are_read_where_a_recipe_allows_them(tmp_path):
         for take in (lambda dataset=dataset: dataset[0, False], lambda dataset=dataset: dataset.picture(0)):
             with nullcontext() if read else pytest.raises(Unreadable, match="40 x 30 pixels, and no more than 1,199"):
                 take()
-    with pytest.raises(InputError, match="data.max_pixels=1073741824: must be at least 1 and at most 178956970"):
+    with pytest.raises(InputError, match="max_pixels=1073741824: must be at least 1 and at most 178,956,970"):
         limits.check(Data, asdict(Data("imagefolder", str(tmp_path), 8, max_pixels=1 << 30)), "data.")
 
 
