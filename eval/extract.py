@@ -29,7 +29,7 @@ from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, begun_as, open_source
 from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
 from sit_atconv.errors import InputError, speaks
-from sit_atconv.files import library_versions, lock, sha256, sync, write_atomic
+from sit_atconv.files import Malformed, library_versions, lock, read_json, sha256, sync, write_atomic
 
 T = TypeVar("T")
 SHARD, BATCH = 1000, 64
@@ -221,8 +221,8 @@ def _take_back(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, int]
 
 def _digests(index: Path) -> dict[str, str]:
     try:
-        return json.loads(index.read_text())["shards"] if index.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(index, {"shards": {str: str}})["shards"] if index.is_file() else {}
+    except (OSError, Malformed):
         return {}
 
 

@@ -20,10 +20,20 @@ from eval.extract import (
 from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
 from eval.features import INDEX, Features, is_features
 from eval.moments import GroupSums, Moments
-from eval.sources import UNREADABLE, from_arrays, is_shape, open_source
+from eval.sources import UNREADABLE, from_arrays, open_source
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError, speaks
-from sit_atconv.files import check_new, library_versions, new_path, sha256, shown
+from sit_atconv.files import (
+    POSITIVE,
+    SHAPE,
+    Malformed,
+    check_new,
+    library_versions,
+    new_path,
+    parse_json,
+    sha256,
+    shown,
+)
 from sit_atconv.images import to_uint8
 
 FORMAT_VERSION = 1
@@ -305,24 +315,24 @@ def _checked_meta(name: str, arrays: dict[str, np.ndarray], extractor: Extractor
     return meta
 
 
+META_FORM = {
+    "n": POSITIVE,
+    "image_shape": SHAPE,
+    "extractor": {"name": str, "protocol": str},
+    "source": {"pixels_sha256": str, "lossy": object},
+}
+
+
 def _read_meta(name: str, meta: np.ndarray) -> dict[str, Any]:
     try:
-        read = json.loads(str(meta))
-        version = read["format_version"]
-        whole = version != FORMAT_VERSION or (
-            [type(read[key]) for key in ("extractor", "n", "source")] == [dict, int, dict]
-            and is_shape(read["image_shape"])
-            and {"pixels_sha256", "lossy"} <= read["source"].keys()
-        )
-    except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise InputError(f"reference {name!r}: its meta is damaged; build it anew with build-ref")
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"reference {name!r} is of format {version!r}, this version reads {FORMAT_VERSION}; build it anew"
-        )
-    return read
+        version = parse_json(str(meta), "meta", {"format_version": object})["format_version"]
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"reference {name!r} is of format {version!r}, this version reads {FORMAT_VERSION}; build it anew"
+            )
+        return parse_json(str(meta), "meta", META_FORM)
+    except Malformed as error:
+        raise InputError(f"reference {name!r}: its meta is damaged ({error}); build it anew with build-ref") from None
 
 
 def _check_shape(name: str, image_shape: tuple[int, int, int], samples: Sequence[int] | None) -> None:

@@ -37,7 +37,7 @@ from eval.sources import Source, from_arrays, open_source
 from sit_atconv.console import progress
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import InputError, check_choice, speaks
-from sit_atconv.files import check_writable, library_versions, shown, write_atomic
+from sit_atconv.files import Malformed, check_writable, library_versions, read_json, shown, write_atomic
 
 # What can be asked for, the stream of features that it takes, and what each kind of extractor offers.
 STREAMS = {
@@ -108,11 +108,11 @@ def _check_out(out: Path) -> None:
     check_writable(out)
     if out.exists():
         try:
-            is_result = {"protocol", "metrics"} <= json.loads(out.read_text()).keys()
-        except (OSError, ValueError, AttributeError):
-            is_result = False
-        if not is_result:
-            raise InputError(f"--out {str(out)!r} is there, and no result of this command; choose another name")
+            read_json(out, {"protocol": object, "metrics": object})
+        except (OSError, Malformed):
+            raise InputError(
+                f"--out {str(out)!r} is there, and no result of this command; choose another name"
+            ) from None
 
 
 def table(metrics: dict[str, Metric], upper_bound: bool = False) -> str:

@@ -1,7 +1,6 @@
 """Images to be scored, from wherever they lie, never all in memory: npz files, folders, arrays."""
 
 import hashlib
-import json
 import os
 import re
 import zipfile
@@ -20,7 +19,7 @@ from sit_atconv.claims import SETTINGS
 from sit_atconv.data.archive import LOCAL_HEADER
 from sit_atconv.data.images import DAMAGED
 from sit_atconv.errors import InputError
-from sit_atconv.files import sha256
+from sit_atconv.files import POSITIVE, SHAPE, Malformed, read_json, sha256
 
 # What numpy and zipfile raise for a file that is no npz, or a broken one.
 UNREADABLE = (
@@ -154,10 +153,9 @@ def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
 def begun_as(path: Path) -> dict[str, Any]:
     """The settings.json of a folder, which says what it is going to be; {} where there is none that can be read."""
     try:
-        settings = json.loads((path / SETTINGS).read_text())
-    except (OSError, ValueError):
+        return read_json(path / SETTINGS)
+    except (OSError, Malformed):
         return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def from_arrays(pixels: torch.Tensor | Sequence[torch.Tensor], labels=None, name: str = "images") -> Source:
@@ -369,20 +367,16 @@ def _png_depth(file: Path) -> int:
         return png.read(25)[24]
 
 
+MANIFEST_FORM = {"num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE, None), "labels_rule?": (str, None)}
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text())
-        num, labels, shape = manifest["num"], manifest["labels"], manifest.get("image_shape")
-        if type(num) is not int or not isinstance(labels, list | None) or not (shape is None or is_shape(shape)):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{str(path)!r} is not the manifest of samples; take it away, or make them again") from None
-    return manifest
-
-
-def is_shape(value: Any) -> bool:
-    """Whether it is [C, H, W], as JSON has it."""
-    return isinstance(value, list) and len(value) == 3 and all(type(side) is int and side > 0 for side in value)
+        return read_json(path, MANIFEST_FORM)
+    except (OSError, Malformed) as error:
+        raise InputError(
+            f"{str(path)!r} is not the manifest of samples ({error}); take it away, or make them again"
+        ) from None
 
 
 def _check_labels(name: str, labels, n: int) -> np.ndarray:

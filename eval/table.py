@@ -12,7 +12,7 @@ import yaml
 
 from eval.result import bars_told, named, needs, sound
 from sit_atconv.errors import InputError
-from sit_atconv.files import sha256, write_atomic
+from sit_atconv.files import read_json, sha256, write_atomic
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 PUBLISHED_METRICS = ("fid", "sfid", "is", "precision", "recall")
@@ -105,7 +105,7 @@ def _read(file: str) -> dict[str, Any]:
     name, _, file = ("", "", file) if Path(file).is_file() else file.rpartition("=")
     path = Path(file)
     try:
-        stored = sound(json.loads(path.read_text()))
+        stored = sound(read_json(path))
         manifest = stored["samples_manifest"]
         training = manifest.get("training") or {}
         metrics = {

@@ -28,12 +28,24 @@ from tqdm import tqdm
 
 from sit_atconv.claims import SETTINGS, short
 from sit_atconv.errors import InputError
-from sit_atconv.files import LOCK, check_new, lock, sync, write_atomic
+from sit_atconv.files import (
+    COUNT,
+    LOCK,
+    POSITIVE,
+    SHA256,
+    Malformed,
+    check_new,
+    lock,
+    read_json,
+    sync,
+    write_atomic,
+)
 from sit_atconv.images import to_pil
 
 FORMATS = ("png", "npz")
 MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
 MOST = 10_000_000  # images; their labels are in memory, and in the manifest
+RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "seconds": float}
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
 
@@ -167,11 +179,11 @@ class Samples:
 
     def _check_same(self, name: str, versions: bool) -> None:
         try:
-            stored = json.loads((self.path / name).read_text())
-            if not isinstance(stored, dict):
-                raise ValueError("no object")
-        except ValueError:
-            raise InputError(f"--out {str(self.path)!r}: its {name} is damaged; choose another folder") from None
+            stored = read_json(self.path / name)
+        except (OSError, Malformed) as error:
+            raise InputError(
+                f"--out {str(self.path)!r}: its {name} is damaged ({error}); choose another folder"
+            ) from None
         # What is complete stays as good when a library is renewed; half of it by another version would not be one set.
         passed_over = PLACES if versions else PLACES | {("versions",)}
         stored = {key: stored.get(key) for key in self.settings}
@@ -206,9 +218,8 @@ class Samples:
 
     def _read_record(self, number: int) -> dict[str, Any] | None:
         try:
-            record = json.loads(self._record_path(number).read_text())
-            return record if record.keys() >= {"image_shape", "sha256", "nfe", "seconds"} else None
-        except (OSError, ValueError, AttributeError):
+            return read_json(self._record_path(number), RECORD_FORM)
+        except (OSError, Malformed):
             return None
 
     def _record(self, number: int) -> dict[str, Any] | None:

@@ -30,7 +30,23 @@ from safetensors.torch import load_file
 from sit_atconv import sharding
 from sit_atconv.console import say
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.files import DiskFull, check_space, disk_full, free_space, library_versions, settle, sha256, sync
+from sit_atconv.files import (
+    COUNT,
+    FILE,
+    INSIDE,
+    POSITIVE,
+    SHA256,
+    DiskFull,
+    Malformed,
+    check_space,
+    disk_full,
+    free_space,
+    library_versions,
+    read_json,
+    settle,
+    sha256,
+    sync,
+)
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
 
@@ -38,6 +54,29 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONVERSION = "conversion.json"
 PIPELINE_INDEX = "model_index.json"
+
+# What the files hold that are read back, see `files.parse_json`. That of a manifest is of its format version.
+CODEC_FORM = (
+    {"codec": "identity"},
+    {"codec": "vae", "vae": str, "sha256": str, "scale": float, "shift": float},
+)
+RECIPE_FORM = {
+    "run?": {"seed?": COUNT},
+    "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float},
+    "model?": {"name?": (str, None)},
+    "data?": {"kind?": str},
+    "ema?": dict,
+    "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
+}
+MANIFEST_FORM = {
+    "step": COUNT,
+    "files": {INSIDE: SHA256},
+    "recipe?": (RECIPE_FORM, None),
+    "data?": {"num_images": POSITIVE, "classes": [str]},
+    "codec?": CODEC_FORM,
+    "images_seen?": COUNT,
+}
+CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": str, "dtype?": str}
 
 
 class Damaged(InputError):
@@ -206,21 +245,22 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
     Raises Damaged naming the first thing that is missing or changed, InputError for another format.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, files = manifest["format_version"], dict(manifest["files"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        version = read_json(folder / MANIFEST, {"format_version": object})["format_version"]
+        manifest = read_json(folder / MANIFEST, MANIFEST_FORM if version == FORMAT_VERSION else dict)
+    except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
+    except Malformed as error:
+        raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST} ({error})") from None
     except OSError as error:
         raise _out_of_reach(folder, MANIFEST, error) from None
     if version != FORMAT_VERSION:
-        raise InputError(f"{str(folder)!r} has checkpoint format {version}; this library reads {FORMAT_VERSION}")
-    for name, digest in files.items():
+        raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
+    for name, digest in manifest["files"].items():
         if name.startswith(under):
-            path = folder / name
-            if not path.is_file():
-                raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
             try:
-                same = sha256(path) == digest
+                same = sha256(folder / name) == digest
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing") from None
             except OSError as error:
                 raise _out_of_reach(folder, name, error) from None
             if not same:
@@ -235,7 +275,7 @@ def _check_complete(folder: Path, manifest: dict[str, Any]) -> None:
     for name in ("ema/config.json", "model/config.json", "trainer.json"):
         if name not in manifest["files"]:
             raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} lists no {name}")
-    if not isinstance(manifest.get("recipe"), dict):
+    if not manifest.get("recipe"):
         raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} has no recipe")
 
 
@@ -273,6 +313,12 @@ class Trained:
     model: SiTTransformer2DModel
     files: dict[str, str]
 
+    def stated(self, name: str) -> Any:
+        """What the manifest says under a name. Raises Damaged where it says nothing."""
+        if not self.manifest.get(name):
+            raise Damaged(f"checkpoint {str(self.folder)!r} is damaged: its {MANIFEST} has no {name}")
+        return self.manifest[name]
+
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
@@ -282,7 +328,14 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: 
     as "fp16", as diffusers takes it: of a pipeline's parts, those that have it.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
-    path = Path(path).absolute()
+    try:
+        return _load_trained(Path(path).absolute(), dtype, variant)
+    except OSError as error:
+        reason = f"{error.filename or path!r} cannot be read: {error.strerror or error}"
+        raise InputError(f"checkpoint {str(path)!r}: {reason}; make it readable") from None
+
+
+def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Trained:
     if not path.is_dir():
         raise InputError(f"checkpoint {str(path)!r}: no such folder; give a run, a step-... folder or its ema/ folder")
     if (path / PIPELINE_INDEX).is_file():
@@ -308,10 +361,10 @@ def read_conversion(folder: Path) -> dict[str, Any]:
     Raises Damaged naming the first thing that is missing or changed, or files that it does not list.
     """
     try:
-        record = json.loads((folder / CONVERSION).read_text())
-        files = dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise Damaged(f"{str(folder)!r} holds no valid {CONVERSION}; convert again") from None
+        record = read_json(folder / CONVERSION, CONVERSION_FORM)
+    except Malformed as error:
+        raise Damaged(f"{str(folder)!r} holds no valid {CONVERSION} ({error}); convert again") from None
+    files = record["files"]
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise Damaged(f"model {str(folder)!r} is damaged: {name} is missing, was changed or cut; convert again")
@@ -345,8 +398,8 @@ def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) ->
 
 def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict) or config.get("_class_name") != SiTTransformer2DModel.__name__:
+        config = read_json(folder / "config.json")
+        if config.get("_class_name") != SiTTransformer2DModel.__name__:
             raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
         options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]
         for name in config:

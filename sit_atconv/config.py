@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import MOST, InputError, check_choice
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
@@ -476,6 +477,18 @@ class Recipe:
                 )
 
 
+# What YAML of any content ends in: the parser's own errors, and Python's of numbers and brackets without end.
+UNREADABLE = (
+    yaml.YAMLError,
+    OmegaConfBaseException,
+    AttributeError,
+    TypeError,
+    ValueError,
+    RecursionError,
+    AssertionError,
+)
+
+
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:
     """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line.
 
@@ -487,7 +500,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
     stated = _read_with_base(Path(path), ())
     try:
         stated = OmegaConf.merge(stated, OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides]))
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+    except UNREADABLE as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated, schema)
 
@@ -524,12 +537,14 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise InputError(f"recipe {str(path)!r}: {reason}; see experiments/recipes") from None
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+    except UNREADABLE as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
-    if not OmegaConf.is_dict(stated) or "base" not in stated:
+    if not OmegaConf.is_dict(stated):
+        raise InputError(f"recipe {str(path)!r} must be a mapping of sections; see experiments/recipes")
+    if "base" not in stated:
         return stated
     base = stated.pop("base")
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise InputError(f"recipe {str(path)!r}: base={base!r}: give the path of one recipe file")
     return OmegaConf.merge(_read_with_base(path.parent / base, (*above, path.resolve())), stated)
 
@@ -538,6 +553,7 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe) -> Schema:
     """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values."""
     keys = OmegaConf.to_container(OmegaConf.create(stated))
     _check_keys(keys, schema)
+    _check_values(keys)
     for section, switch in (("repa", "encoder"), ("distill", "teacher")):
         if keys.get(section) and switch not in keys[section]:
             raise InputError(
@@ -562,6 +578,19 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
             _check_keys(value, fields[key], f"{prefix}{key}.")
         elif _is_text(fields[key]) and not isinstance(value, str | None):
             raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
+
+
+def _check_values(stated: Any, key: str = "") -> None:
+    """Raise InputError for numbers that torch has no room for, and texts that no file holds, wherever they are."""
+    if isinstance(stated, dict | list):
+        for name, value in stated.items() if isinstance(stated, dict) else enumerate(stated):
+            _check_values(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(stated, int) and not -(2**63) <= stated < 2**63:
+        raise InputError(f"recipe: {key}={reprlib.repr(stated)}: must be a whole number of 64 bits")
+    elif isinstance(stated, float) and MOST < abs(stated) < math.inf:
+        raise InputError(f"recipe: {key}={stated}: must be a number that fp32 holds, at most {MOST:.1e}")
+    elif isinstance(stated, str) and "\0" in stated:
+        raise InputError(f"recipe: {key}={stated!r} has a NUL in it; leave it out")
 
 
 # What a later start of the same run may state differently; max_steps with a constant learning rate alone.

@@ -18,7 +18,7 @@ ALLOWED = {
     "files": BASE,
     "claims": BASE | {"files"},
     "vit": BASE,
-    "weights": BASE,
+    "weights": BASE | {"files"},
     "hooks": set(),
     "flow": set(),
     "config": BASE | {"flow"},

@@ -1,6 +1,5 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
 from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.errors import InputError
-from sit_atconv.files import sha256
+from sit_atconv.files import Malformed, parse_json, read_json, sha256
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
@@ -193,11 +192,9 @@ def _read_set(folder: Path) -> SampleSet:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not JSON ({error}); make it again, or take it away") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} is JSON, but no object; make it again, or take it away")
+        value = read_json(path)
+    except Malformed as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); make it again, or take it away") from None
     return value
 
 
@@ -221,8 +218,8 @@ def _read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = parse_json(line, "the line", object)
+        except Malformed as error:
             if not line.endswith(b"\n"):  # which only the last can lack
                 break
             raise InputError(

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.weights import INDEX, json_object, read_index, read_json, weight_files
+from sit_atconv.files import Malformed, parse_json, read_json
+from sit_atconv.weights import INDEX, read_index, weight_files
 
 WEIGHTS = ("ema", "model")
 PICKLES = (".pt", ".pth", ".bin")
@@ -52,7 +53,7 @@ def read_source(path: str | Path, weights: str | None = None, variant: str | Non
         try:
             config = read_json(path / "config.json") if (path / "config.json").is_file() else None
             files = _files_of(path) if config is None else weight_files(path, variant, pickles=True)
-        except InputError as error:
+        except (OSError, InputError) as error:
             raise InputError(f"checkpoint {str(path)!r}: {error}") from None
     elif path.is_file():
         config, files = None, [path]
@@ -106,9 +107,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(path)!r} is cut or damaged: {error}") from None
     try:
-        return tensors, json_object(args)
-    except ValueError:
-        raise InputError(f"checkpoint {str(path)!r}: args in its header are not a JSON object") from None
+        return tensors, parse_json(args, "args in its header")
+    except Malformed as error:
+        raise InputError(f"checkpoint {str(path)!r}: {error}") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:

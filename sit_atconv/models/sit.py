@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import reprlib
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,6 +26,10 @@ from sit_atconv.ops.forward_mode import checkpointed
 
 TOKEN_MIXERS = ("attention", "atconv", "hybrid")
 PATCH_SIZES = (1, 2, 4, 8)
+# Far beyond any model that was ever trained, and little enough to be told at once what it comes to: a depth is built
+# block by block, and an embedding of positions is computed before any memory is asked for.
+MOST = {"in_channels": 2**16, "hidden_size": 2**16, "depth": 1000, "num_heads": 2**16, "num_classes": 2**24}
+MOST_TOKENS, MOST_MLP, MOST_POSITIONS = 2**20, 2**20, 2**31
 # "ddpm": a converted DiT, which predicts noise at times 0 to 999, 999 being noise; our samplers do not follow it.
 MODEL_PATHS = (*PATHS, "ddpm")
 
@@ -114,8 +119,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r}: must be a positive whole number")
-        if not (isinstance(mlp_ratio, int | float) and math.isfinite(mlp_ratio) and hidden_size * mlp_ratio >= 1):
-            raise InputError(f"mlp_ratio={mlp_ratio!r}: must be a number that leaves the MLP at least one unit")
+            if value > MOST.get(name, value):
+                raise InputError(f"{name}={reprlib.repr(value)}: {MOST[name]:,} is the most; choose a smaller one")
+        if not (isinstance(mlp_ratio, int | float) and 1 <= hidden_size * mlp_ratio <= MOST_MLP):
+            raise InputError(
+                f"mlp_ratio={reprlib.repr(mlp_ratio)}: must be a number that leaves the MLP at least one unit, and at "
+                f"most {MOST_MLP:,}"
+            )
         mixers = mixer_names(token_mixer, depth)
         check_choice("patch_size", patch_size, PATCH_SIZES)
         check_choice("pos_embed", pos_embed, ("auto", True, False))
@@ -124,6 +134,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         if not 0 <= class_dropout_prob < 1:
             raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")
         grid = self._grid(*self.latent_size)
+        if math.prod(grid) > MOST_TOKENS or math.prod(grid) * hidden_size > MOST_POSITIONS:
+            raise InputError(
+                f"sample_size={sample_size!r}: in patches of {patch_size} these are {math.prod(grid):,} tokens of "
+                f"{hidden_size}; {min(MOST_TOKENS, MOST_POSITIONS // hidden_size):,} of them are the most: choose a "
+                "smaller one, or larger patches"
+            )
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
