@@ -42,7 +42,11 @@ class Malformed(InputError):
 
 def read_json(path: Path, form: Any = dict) -> Any:
     """The JSON document in a file; see `parse_json`. Raises Malformed, and OSError for a file that cannot be read."""
-    return parse_json(path.read_bytes(), path.name, form)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"{path.name} is no JSON that can be read: {error}") from None
+    return parse_json(text, path.name, form)
 
 
 def parse_json(text: str | bytes, name: str, form: Any = dict) -> Any:

@@ -135,7 +135,8 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False) -> Path:
     SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew.
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
-    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"), ExitStack() as stack:
+    precise = numerics(tf32=recipe.train.precision == "tf32")
+    with sharding.lost_processes_told(), StopSignals() as signals, precise, ExitStack() as stack:
         accelerator = make_accelerator(recipe)
         drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(drawing))  # stochastic depth draws there, from seeds of its own

@@ -112,12 +112,24 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         raise InputError(f"checkpoint {str(path)!r}: {error}") from None
 
 
+def _compressed(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+
+
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about protocols and TorchScript, both refused here
+            if (zipped := zipfile.is_zipfile(path)) and _compressed(path):
+                raise InputError(
+                    f"checkpoint {str(path)!r} was compressed after torch.save, which stores tensors as they are: "
+                    "unpack it and pack it without compression (zip -0), or save it again"
+                )
             # Mapped, the optimiser's state beside the weights takes no memory.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:  # bytes of any kind: the restricted unpickler fails in every way there is
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
