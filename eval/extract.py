@@ -31,6 +31,7 @@ from sit_atconv import limits
 from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
 from sit_atconv.errors import InputError, add_force, speaks
 from sit_atconv.files import library_versions, lock, resolved, sha256, sync, write_atomic
+from sit_atconv.reading import Malformed, read_json
 
 T = TypeVar("T")
 SHARD, BATCH = 1000, 64
@@ -226,8 +227,8 @@ def _take_back(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, int]
 
 def _digests(index: Path) -> dict[str, str]:
     try:
-        return json.loads(index.read_text())["shards"] if index.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(index, {"shards": {str: str}})["shards"] if index.is_file() else {}
+    except (OSError, Malformed):
         return {}
 
 

@@ -1,5 +1,6 @@
 """A folder of features: shards of consecutive images, and features.json, which is written last."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,24 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from eval.sources import begun_as, class_histogram, is_shape
+from eval.sources import begun_as, class_histogram
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.reading import read_json
+from sit_atconv.reading import COUNT, FILE, POSITIVE, SHA256, SHAPE, Malformed, read_json
 
 INDEX = "features.json"
+
+
+HISTOGRAM = ({re.compile("[0-9]+"): COUNT}, None)
+SOURCE_FORM = {
+    "pixels_sha256": SHA256, "labels_sha256": (SHA256, None), "lossy": object, "manifest": (dict, None),
+    "manifest_sha256": (SHA256, None),
+}  # fmt: skip
+INFO_FORM = {
+    "n": POSITIVE, "labels": bool, "class_histogram": HISTOGRAM, "shards": {FILE: SHA256}, "streams": {str: POSITIVE},
+    "image_shape": SHAPE, "device": str, "batch": POSITIVE, "extractor": {"name": str, "protocol": str},
+    "source": SOURCE_FORM,
+}  # fmt: skip
 
 
 def shard_name(number: int) -> str:
@@ -126,25 +139,8 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"features {str(path)!r}: no {INDEX}, so they are not whole; run `extract` again, which goes on"
         )
     try:
-        info = read_json(path / INDEX)
-        whole = (
-            type(info["n"]) is int
-            and isinstance(info["labels"], bool)
-            and isinstance(info["class_histogram"], dict | None)
-            and all(map(_plain, info["shards"].keys()))
-            and all(type(dimension) is int for dimension in info["streams"].values())
-            and is_shape(info["image_shape"])
-            and {"device", "batch"} <= info.keys()
-            and all(isinstance(info["extractor"][key], str) for key in ("name", "protocol"))
-            and {"pixels_sha256", "labels_sha256", "lossy", "manifest", "manifest_sha256"} <= info["source"].keys()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"features {str(path)!r}: {INDEX} is damaged; delete the folder, extract anew")
-    return info
-
-
-def _plain(name: str) -> bool:
-    """Whether it is a file's name, and no way to another folder."""
-    return Path(name).name == name
+        return read_json(path / INDEX, INFO_FORM)
+    except (OSError, Malformed) as error:
+        raise InputError(
+            f"features {str(path)!r}: {INDEX} is damaged ({error}); delete the folder, extract anew"
+        ) from None

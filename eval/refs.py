@@ -21,12 +21,12 @@ from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recor
 from eval.features import INDEX, Features, is_features
 from eval.moments import GroupSums, Moments
 from eval.npz import UNREADABLE, Array, arrays_of
-from eval.sources import from_arrays, is_shape, open_source
+from eval.sources import from_arrays, open_source
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError, add_force, speaks
 from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
-from sit_atconv.reading import parse_json
+from sit_atconv.reading import POSITIVE, SHAPE, Malformed, parse_json
 
 FORMAT_VERSION = 1
 ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of a stream, as ADM's evaluator names them
@@ -323,6 +323,14 @@ def _checked_meta(name: str, arrays: dict[str, Array], extractor: Extractor) -> 
     return meta
 
 
+META_FORM = {
+    "n": POSITIVE,
+    "image_shape": SHAPE,
+    "extractor": {"name": str, "protocol": str},
+    "source": {"pixels_sha256": str, "lossy": object},
+}
+
+
 def _meta(array: Array) -> str:
     """The text of `meta`, whose characters take four bytes each. Raises one of UNREADABLE."""
     if array.nbytes > 4 * MOST_META:
@@ -332,23 +340,14 @@ def _meta(array: Array) -> str:
 
 def _read_meta(name: str, meta: str) -> dict[str, Any]:
     try:
-        read = parse_json(meta)
-        version = read["format_version"]
-        whole = version != FORMAT_VERSION or (
-            [type(read[key]) for key in ("extractor", "n", "source")] == [dict, int, dict]
-            and all(isinstance(read["extractor"][key], str) for key in ("name", "protocol"))
-            and is_shape(read["image_shape"])
-            and {"pixels_sha256", "lossy"} <= read["source"].keys()
-        )
-    except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise InputError(f"reference {name!r}: its meta is damaged; build it anew with build-ref")
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"reference {name!r} is of format {version!r}, this version reads {FORMAT_VERSION}; build it anew"
-        )
-    return read
+        version = parse_json(meta, "meta", {"format_version": object})["format_version"]
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"reference {name!r} is of format {version!r}, this version reads {FORMAT_VERSION}; build it anew"
+            )
+        return parse_json(meta, "meta", META_FORM)
+    except Malformed as error:
+        raise InputError(f"reference {name!r}: its meta is damaged ({error}); build it anew with build-ref") from None
 
 
 def _check_shape(name: str, image_shape: tuple[int, int, int], samples: Sequence[int] | None) -> None:

@@ -20,7 +20,7 @@ from sit_atconv.config import Loading
 from sit_atconv.data.images import DAMAGED, MOST_BYTES, image_files, open_image
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.reading import read_bytes, read_json
+from sit_atconv.reading import POSITIVE, SHAPE, Malformed, read_bytes, read_json
 
 LOSSLESS, LOSSY = ("PNG", "BMP"), ("JPEG", "WEBP")
 SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp")
@@ -159,10 +159,9 @@ def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
 def begun_as(path: Path) -> dict[str, Any]:
     """The settings.json of a folder, which says what it is going to be; {} where there is none that can be read."""
     try:
-        settings = read_json(path / SETTINGS)
-    except (OSError, ValueError):
+        return read_json(path / SETTINGS)
+    except (OSError, Malformed):
         return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def from_arrays(pixels: torch.Tensor | Sequence[torch.Tensor], labels=None, name: str = "images") -> Source:
@@ -356,20 +355,16 @@ def _decode(file: Path, allow_lossy: bool) -> tuple[np.ndarray, bool]:
     raise InputError(f"image {str(file)!r} is {what}; {wanted}", every_rank=True)
 
 
+MANIFEST_FORM = {"num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE, None), "labels_rule?": (str, None)}
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = read_json(path)
-        num, labels, shape = manifest["num"], manifest["labels"], manifest.get("image_shape")
-        if type(num) is not int or not isinstance(labels, list | None) or not (shape is None or is_shape(shape)):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{str(path)!r} is not the manifest of samples; take it away, or make them again") from None
-    return manifest
-
-
-def is_shape(value: Any) -> bool:
-    """Whether it is [C, H, W], as JSON has it."""
-    return isinstance(value, list) and len(value) == 3 and all(type(side) is int and side > 0 for side in value)
+        return read_json(path, MANIFEST_FORM)
+    except (OSError, Malformed) as error:
+        raise InputError(
+            f"{str(path)!r} is not the manifest of samples ({error}); take it away, or make them again"
+        ) from None
 
 
 def _check_kind(name: str, array: np.ndarray | Array, n: int) -> None:

@@ -174,13 +174,17 @@ def describe_training(ready: Setup) -> dict[str, Any]:
     trained = ready.trained
     recipe = trained.manifest.get("recipe")
     repa = recipe and recipe.get("repa")
+
+    def said(section: str, key: str) -> Any:
+        return recipe and recipe.get(section, {}).get(key)
+
     return {
-        "name": recipe and recipe["model"]["name"],
+        "name": said("model", "name"),
         "token_mixer": trained.model.config.token_mixer,
-        "seed": recipe and recipe["run"]["seed"],
+        "seed": said("run", "seed"),
         "run": recipe and shown(trained.folder.parent),
         "images_seen": trained.manifest.get("images_seen"),
-        "precision": recipe and recipe["train"]["precision"],
+        "precision": said("train", "precision"),
         "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa and repa["encoder"] else None,
         "params": count_parameters(trained.model),
     }

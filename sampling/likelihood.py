@@ -58,18 +58,18 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
     Raises InputError for a latent model or one outside a run, for held-out images that there are not, and where the
     images changed.
     """
-    codec = trained.manifest["codec"]["codec"]
+    codec = trained.stated("codec")["codec"]
     if codec == "open":
         raise InputError("a model without its training checkpoint does not say what its images are; give a run")
     if codec != "identity":
         raise InputError("the likelihood of latents is not that of images; give the checkpoint of a pixel model")
-    data = make_recipe(trained.manifest["recipe"], stored=True).data
+    data = make_recipe(trained.stated("recipe"), stored=True).data
     if split == "test":
         if data.kind != "digits":
             raise InputError(f"--split test: data.kind={data.kind} holds no images back; use --split train")
         return Digits("test"), LEVELS["digits"]
     dataset = open_dataset(data)
-    if trained.manifest["data"] != {"num_images": len(dataset), "classes": list(dataset.class_names)}:
+    if trained.stated("data") != {"num_images": len(dataset), "classes": list(dataset.class_names)}:
         raise InputError(f"data.root={data.root!r}: the images are not those that the model was trained on")
     return dataset, LEVELS.get(data.kind, LEVEL_8_BIT)
 

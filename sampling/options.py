@@ -120,6 +120,6 @@ def setup(args: argparse.Namespace, processes: Processes | None = None) -> Setup
     device = resolve_device(args.device if processes is None else processes.own_device(args.device))
     trained = load_trained(args.ckpt, DTYPES[args.dtype])
     sampling.check_model(trained.model)
-    codec = reopen_codec(trained.manifest["codec"], args.vae, VAE_BATCH).to(device)
+    codec = reopen_codec(trained.stated("codec"), args.vae, VAE_BATCH).to(device)
     trained.model.to(device)
     return Setup(trained, codec, sampling)

@@ -31,10 +31,12 @@ from sit_atconv.claims import SETTINGS, clear_the_way, short
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK, check_out, clear_leftovers, lock, resolved, sync, temporary, write_atomic
 from sit_atconv.images import to_pil
+from sit_atconv.reading import COUNT, POSITIVE, SHA256, Malformed, read_json
 
 FORMATS = ("png", "npz")
 MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
 BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier versions left of a kill
+RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "seconds": float}
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
 
@@ -189,17 +191,17 @@ class Samples:
     def _is_begun(self) -> bool:
         """Whether there is a settings.json, and it is one of samples."""
         try:
-            return self.settings.keys() <= json.loads((self.path / SETTINGS).read_text()).keys()
-        except (OSError, ValueError, AttributeError):
+            return self.settings.keys() <= read_json(self.path / SETTINGS).keys()
+        except (OSError, Malformed):
             return False
 
     def _check_same(self, name: str, versions: bool) -> None:
         try:
-            stored = json.loads((self.path / name).read_text())
-            if not isinstance(stored, dict):
-                raise ValueError("no object")
-        except ValueError:
-            raise InputError(f"--out {str(self.path)!r}: its {name} is damaged; choose another folder") from None
+            stored = read_json(self.path / name)
+        except (OSError, Malformed) as error:
+            raise InputError(
+                f"--out {str(self.path)!r}: its {name} is damaged ({error}); choose another folder"
+            ) from None
         # What is complete stays as good when a library is renewed; half of it by another version would not be one set.
         passed_over = PLACES if versions else PLACES | {("versions",)}
         stored = {key: stored.get(key) for key in self.settings}
@@ -234,9 +236,8 @@ class Samples:
 
     def _read_record(self, number: int) -> dict[str, Any] | None:
         try:
-            record = json.loads(self._record_path(number).read_text())
-            return record if record.keys() >= {"image_shape", "sha256", "nfe", "seconds"} else None
-        except (OSError, ValueError, AttributeError):
+            return read_json(self._record_path(number), RECORD_FORM)
+        except (OSError, Malformed):
             return None
 
     def _record(self, number: int) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ from sit_atconv.files import (
     unleased,
 )
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.reading import read_json
+from sit_atconv.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json
 from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
@@ -56,6 +56,29 @@ PIPELINE_INDEX = "model_index.json"
 DAMAGED = "damaged"  # the suffix of checkpoints that are set aside
 UNFINISHED = re.compile(r"\.step-\d+\.unfinished")
 ASIDE = re.compile(rf"step-(\d+)\.{DAMAGED}(-\d+)?")
+
+# What the files hold that are read back, see `reading.parse_json`. That of a manifest is of its format version.
+CODEC_FORM = (
+    {"codec": "identity"},
+    {"codec": "vae", "vae": str, "sha256": str, "scale": float, "shift": float},
+)
+RECIPE_FORM = {
+    "run?": {"seed?": range(2**64)},
+    "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float},
+    "model?": {"name?": (str, None)},
+    "data?": {"kind?": str},
+    "ema?": dict,
+    "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
+}
+MANIFEST_FORM = {
+    "step": COUNT,
+    "files": {INSIDE: SHA256},
+    "recipe?": (RECIPE_FORM, None),
+    "data?": {"num_images": POSITIVE, "classes": [str]},
+    "codec?": CODEC_FORM,
+    "images_seen?": COUNT,
+}
+CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": str, "dtype?": str}
 
 
 class Damaged(InputError):
@@ -275,21 +298,22 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
     Raises Damaged naming the first thing that is missing or changed, InputError for another format.
     """
     try:
-        manifest = read_json(folder / MANIFEST)
-        version, files = manifest["format_version"], dict(manifest["files"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        version = read_json(folder / MANIFEST, {"format_version": object})["format_version"]
+        manifest = read_json(folder / MANIFEST, MANIFEST_FORM if version == FORMAT_VERSION else dict)
+    except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
+    except Malformed as error:
+        raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST} ({error})") from None
     except OSError as error:
         raise _out_of_reach(folder, MANIFEST, error) from None
     if version != FORMAT_VERSION:
-        raise InputError(f"{str(folder)!r} has checkpoint format {version}; this library reads {FORMAT_VERSION}")
-    for name, digest in files.items():
+        raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
+    for name, digest in manifest["files"].items():
         if name.startswith(under):
-            path = folder / name
-            if not path.is_file():
-                raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
             try:
-                same = sha256(path) == digest
+                if not (folder / name).is_file():
+                    raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
+                same = sha256(folder / name) == digest
             except OSError as error:
                 raise _out_of_reach(folder, name, error) from None
             if not same:
@@ -304,7 +328,7 @@ def _check_complete(folder: Path, manifest: dict[str, Any]) -> None:
     for name in ("ema/config.json", "model/config.json", "trainer.json"):
         if name not in manifest["files"]:
             raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} lists no {name}")
-    if not isinstance(manifest.get("recipe"), dict):
+    if not manifest.get("recipe"):
         raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} has no recipe")
 
 
@@ -343,6 +367,12 @@ class Trained:
     files: dict[str, str]
     lease: Lease | None = field(default=None, repr=False, compare=False)  # of the checkpoint, while this is there
 
+    def stated(self, name: str) -> Any:
+        """What the manifest says under a name. Raises Damaged where it says nothing."""
+        if not self.manifest.get(name):
+            raise Damaged(f"checkpoint {str(self.folder)!r} is damaged: its {MANIFEST} has no {name}")
+        return self.manifest[name]
+
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
@@ -352,7 +382,14 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: 
     as "fp16", as diffusers takes it: of a pipeline's parts, those that have it.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
-    path = Path(path).absolute()
+    try:
+        return _load_trained(Path(path).absolute(), dtype, variant)
+    except OSError as error:
+        reason = f"{error.filename or path!r} cannot be read: {error.strerror or error}"
+        raise InputError(f"checkpoint {str(path)!r}: {reason}; make it readable") from None
+
+
+def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Trained:
     if not path.is_dir():
         raise InputError(f"checkpoint {str(path)!r}: no such folder; give a run, a step-... folder or its ema/ folder")
     if (path / PIPELINE_INDEX).is_file():
@@ -380,10 +417,10 @@ def read_conversion(folder: Path) -> dict[str, Any]:
     Raises Damaged naming the first thing that is missing or changed, or files that it does not list.
     """
     try:
-        record = read_json(folder / CONVERSION)
-        files = dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Damaged(f"{str(folder)!r} holds no valid {CONVERSION}; convert again") from None
+        record = read_json(folder / CONVERSION, CONVERSION_FORM)
+    except Malformed as error:
+        raise Damaged(f"{str(folder)!r} holds no valid {CONVERSION} ({error}); convert again") from None
+    files = record["files"]
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise Damaged(f"model {str(folder)!r} is damaged: {name} is missing, was changed or cut; convert again")
@@ -418,7 +455,7 @@ def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) ->
 def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
     try:
         config = read_json(folder / "config.json")
-        if not isinstance(config, dict) or config.get("_class_name") != SiTTransformer2DModel.__name__:
+        if config.get("_class_name") != SiTTransformer2DModel.__name__:
             raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
         options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]
         for name in config:

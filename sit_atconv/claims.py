@@ -14,6 +14,7 @@ from typing import Any
 from sit_atconv import files
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK, lock, set_aside, sync, temporary, write_atomic
+from sit_atconv.reading import Malformed, read_json
 
 SETTINGS = "settings.json"
 
@@ -65,11 +66,9 @@ def _taken_over(
     if out.exists() and not out.is_dir():
         raise InputError(f"{name} {str(out)!r} is a file; give a new folder, or one to go on with")
     try:
-        stored = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).exists() else None
-        if not isinstance(stored, dict | None):
-            raise ValueError("no object")
-    except (OSError, ValueError):
-        raise InputError(f"{name} {str(out)!r}: its {SETTINGS} is damaged; {remedy}") from None
+        stored = read_json(out / SETTINGS) if (out / SETTINGS).exists() else None
+    except (OSError, Malformed) as error:
+        raise InputError(f"{name} {str(out)!r}: its {SETTINGS} is damaged ({error}); {remedy}") from None
     if stored is None:
         with writing(out, name):
             out.mkdir(parents=True, exist_ok=True)

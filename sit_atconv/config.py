@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import MOST, InputError, check_choice
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
@@ -457,6 +459,18 @@ class Recipe:
                 )
 
 
+# What YAML of any content ends in: the parser's own errors, and Python's of numbers and brackets without end.
+UNREADABLE = (
+    yaml.YAMLError,
+    OmegaConfBaseException,
+    AttributeError,
+    TypeError,
+    ValueError,
+    RecursionError,
+    AssertionError,
+)
+
+
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:
     """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line.
 
@@ -473,7 +487,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
         laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
         check_literal(OmegaConf.to_container(laid_over))
         stated = OmegaConf.merge(stated, laid_over)
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated, schema)
 
@@ -551,6 +565,7 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
     except ValueError as error:
         raise InputError(f"recipe: {error}") from None
     _check_keys(keys, schema)
+    _check_values(keys)
     for section, switch in (("repa", "encoder"), ("distill", "teacher")):
         if keys.get(section) and switch not in keys[section]:
             raise InputError(
@@ -581,6 +596,19 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
             raise InputError(f"recipe: {prefix}{key}={value!r}: give true or false")
         elif _is_text(fields[key]) and not isinstance(value, str | None):
             raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
+
+
+def _check_values(stated: Any, key: str = "") -> None:
+    """Raise InputError for numbers that torch has no room for, and texts that no file holds, wherever they are."""
+    if isinstance(stated, dict | list):
+        for name, value in stated.items() if isinstance(stated, dict) else enumerate(stated):
+            _check_values(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(stated, int) and not -(2**63) <= stated < 2**64:
+        raise InputError(f"recipe: {key}={reprlib.repr(stated)}: must be a whole number of 64 bits")
+    elif isinstance(stated, float) and MOST < abs(stated) < math.inf:
+        raise InputError(f"recipe: {key}={stated}: must be a number that fp32 holds, at most {MOST:.1e}")
+    elif isinstance(stated, str) and "\0" in stated:
+        raise InputError(f"recipe: {key}={stated!r} has a NUL in it; leave it out")
 
 
 # What a later start of the same run may state differently; max_steps with a constant learning rate alone.

@@ -30,6 +30,7 @@ from torch import nn
 from sit_atconv import config
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, disk_full, set_aside, settle, sync
+from sit_atconv.reading import COUNT, Malformed, parse_json
 from sit_atconv.sharding import local
 
 DEFAULT_DECAY, DEFAULT_STDS = 0.9999, (0.05, 0.1)
@@ -185,6 +186,9 @@ def _pairs(own: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> tuple[
     return targets, sources
 
 
+FACTS_FORM = {"step": COUNT, "updates": COUNT, "std": float, "buffers": [str]}
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A stored power-function average: its file, after which step and how many updates, its width, and its buffers."""
@@ -207,10 +211,13 @@ def read_snapshots(run: Path) -> list[Snapshot]:
             continue
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})[METADATA])
-            if facts["format"] != SNAPSHOT_FORMAT:
-                raise InputError(f"{str(path)!r} has snapshot format {facts['format']}; this reads {SNAPSHOT_FORMAT}")
-            found.append(Snapshot(path, facts["step"], facts["updates"], facts["std"], tuple(facts["buffers"])))
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                told = (file.metadata() or {}).get(METADATA, "null")
+            version = parse_json(told, METADATA, {"format": object})["format"]
+            if version == SNAPSHOT_FORMAT:
+                facts = parse_json(told, METADATA, FACTS_FORM)
+        except (OSError, SafetensorError, Malformed) as error:
             raise InputError(f"snapshot {str(path)!r} is cut or damaged: {error}; remove its folder") from None
+        if version != SNAPSHOT_FORMAT:
+            raise InputError(f"{str(path)!r} has snapshot format {version!r}; this reads {SNAPSHOT_FORMAT}")
+        found.append(Snapshot(path, facts["step"], facts["updates"], facts["std"], tuple(facts["buffers"])))
     return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.std))

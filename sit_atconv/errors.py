@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -20,9 +21,40 @@ class InputError(ValueError):
         self.every_rank = every_rank
 
 
+# What launchers put into the environment, and accelerate and torch read there.
+WHOLE = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT", "PMI_RANK", "PMI_SIZE",
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
+)  # fmt: skip
+SWITCH = "ACCELERATE_USE_"
+ON_OR_OFF = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
+
+
+def check_launch() -> None:
+    """Raise InputError where the environment says of the processes of a launch what cannot be."""
+    stated = {name: os.environ[name] for name in WHOLE if name in os.environ}
+    for name, text in stated.items():
+        if not (text.isascii() and text.isdecimal() and int(text[:20]) < 2**31):
+            raise InputError(f"{name}={text!r} in the environment: launchers give whole numbers; unset it", True)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        there = int(stated.get(size, 1))
+        if size in stated and int(stated.get(rank, 0)) >= max(there, 1):
+            raise InputError(f"{rank}={stated[rank]} in the environment: {size}={there}; unset both", True)
+        if there > 1 and rank not in stated:
+            raise InputError(f"{size}={there} in the environment without {rank}; start it with accelerate launch", True)
+    for name, text in os.environ.items():
+        if name.startswith(SWITCH) and text.lower() not in ON_OR_OFF:
+            raise InputError(f"{name}={text!r} in the environment: give true or false, or unset it", True)
+
+
 def speaks() -> bool:
     """Whether this process prints for all of a distributed run: the first of them, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+MOST = 3.4e38  # the largest number, about, that fp32 holds
 
 
 def check_choice(name: str, value, choices: Iterable[str]) -> None:
@@ -50,15 +82,37 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def command(main: Callable) -> Callable:
-    """Decorator for the entry point of a command: an InputError becomes one line on stderr and exit status 2."""
+    """Decorator for the entry point of a command: an InputError becomes one line on stderr and exit status 2.
+
+    So do a name that is longer than the file system takes, and memory that ran out, whose size is the user's choice.
+    Whatever else is raised is a fault of the program, and stays a traceback.
+    """
 
     @wraps(main)
     def wrapped(*args, **kwargs):
         try:
+            check_launch()
             return main(*args, **kwargs)
-        except InputError as error:
-            if error.every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
-                print(f"error: {error}", file=sys.stderr)
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            told = _told(error)
+            if told is None:
+                raise
+            if told.every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                print(f"error: {told}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped
+
+
+def _told(error: Exception) -> InputError | None:
+    """An error of the user's as a command tells it; None for any other."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError):
+        long = error.errno == errno.ENAMETOOLONG
+        return InputError(f"{str(error.filename)[:60]!r}...: {error.strerror}; give a shorter name") if long else None
+    # torch tells of the CPU's memory in words alone.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        said = str(error).partition("\n")[0][:200] or "MemoryError"
+        return InputError(f"out of memory: {said}; take a smaller batch, size or model", every_rank=True)
+    return None

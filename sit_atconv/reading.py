@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import re
+import reprlib
 import stat
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,12 +14,26 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sit_atconv.errors import InputError
+
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
 MOST_ENTRIES = 1_000_000  # lists and objects of a JSON
 MOST_YAML = 1 << 17  # bytes
 MOST_NODES = 10_000  # of a YAML, an alias counted as what it stands for
 MOST_NESTED = 50  # lists and objects, one in the other
 KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+
+# Forms of values in a JSON document, see `parse_json`.
+COUNT, POSITIVE = range(2**63), range(1, 2**63)
+SHA256 = re.compile("[0-9a-f]{64}")
+FILE = re.compile(r"(?!\.\.?$)[^/\\]+")  # the name of a file in the same folder
+SHAPE = [POSITIVE] * 3  # (C, H, W) of images
+INSIDE = re.compile(r"(?!/|(.*/)?\.\.?(/|$))[^\\]+")  # the path of a file below it
+_NAMES = {
+    object: "anything", dict: "an object", list: "a list", str: "text", bool: "true or false", None: "null",
+    int: "a whole number of 64 bits", float: "a finite number", SHA256: "a SHA-256", FILE: "the name of a file",
+    INSIDE: "the path of a file below the folder",
+}  # fmt: skip
 
 
 def opened(path: str | Path) -> BinaryIO:
@@ -45,32 +62,134 @@ def bounded(file: BinaryIO, most: int) -> bytes:
     return content
 
 
-def read_json(path: str | Path) -> Any:
-    """What a JSON file holds. Raises OSError where there is none, ValueError for whatever `parse_json` refuses."""
-    return parse_json(read_bytes(path, MOST_JSON))
+class Malformed(InputError):
+    """A text that is no JSON, or a document that lacks what it must hold; the message names the place and the rule."""
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError for what is none, is too large, or nested deeper than MOST_NESTED."""
+def read_json(path: str | Path, form: Any = dict) -> Any:
+    """The JSON document in a regular file, see `parse_json`. Raises Malformed, OSError where there is no such file."""
+    name = Path(path).name
+    try:
+        text = read_bytes(path, MOST_JSON)
+    except ValueError as error:
+        raise Malformed(f"{name} is no JSON that can be read: {error}") from None
+    return parse_json(text, name, form)
+
+
+def parse_json(text: str | bytes, name: str, form: Any = dict) -> Any:
+    """The JSON document that a text is, where it has the form; name: how a message calls it.
+
+    A form says what a reader needs, so that it need not look again:
+        int, float, str, bool, dict, list, object   of that type; a float is finite, an int is within 64 bits
+        range(1, 9)                                 a whole number in it
+        re.compile(...)                             a text that it matches as a whole
+        {"key": form, "other?": form}               an object with these keys, those with ? where they are there
+        {str: form}, [form]                         an object, a list, all of whose values have the form; in the place
+                                                    of str, what all keys match; [form, form] a list of so many
+        (form, form), "text", None, ...             one of these; that value
+    Raises Malformed, also for a text that is too large, or nested deeper than MOST_NESTED.
+    """
+    try:
+        document = _document(text)
+    except ValueError as error:
+        raise Malformed(f"{name} is no JSON that can be read: {error}") from None
+    if fault := fault_of(document, form):
+        raise Malformed(f"{name}: {fault}")
+    return document
+
+
+def _document(text: str | bytes) -> Any:
     if len(text) > MOST_JSON:
         raise ValueError(f"it is larger than {MOST_JSON:,} bytes")
     text = text.decode() if isinstance(text, bytes) else text
     if text.count("[") + text.count("{") > MOST_ENTRIES:
         raise ValueError(f"it holds more than {MOST_ENTRIES:,} lists and objects")
     try:
-        value = json.loads(text)
+        document = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [value]
+    level = [document]
     for _ in range(MOST_NESTED):
         level = [inner for each in level for inner in _inside(each) if isinstance(inner, list | dict)]
     if level:
         raise ValueError(f"it is nested deeper than {MOST_NESTED} lists and objects")
-    return value
+    if "\\u" in text:  # the way to what no name of a file and no page can hold: a lone surrogate, a NUL
+        json.dumps(document, ensure_ascii=False).encode()
+        if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
+            raise ValueError("it has a NUL in a text")
+    return document
 
 
 def _inside(value: Any) -> Any:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def fault_of(value: Any, form: Any) -> str | None:
+    """What keeps a JSON value from having a form, see `parse_json`; None where nothing does."""
+    return _fault(value, form, "")
+
+
+def _fault(value: Any, form: Any, place: str) -> str | None:
+    """What keeps the value at a place from having the form, None where nothing does."""
+    if isinstance(form, tuple):
+        faults = [_fault(value, each, place) for each in form]
+        deeper = [fault for fault in faults if fault != _misfit(value, form[faults.index(fault)], place)]
+        return None if None in faults else next(iter(deeper), _misfit(value, form, place))
+    if isinstance(form, dict) and isinstance(value, dict):
+        for key, wanted in form.items():
+            if isinstance(key, str):
+                name = key.removesuffix("?")
+                if name not in value and name == key:
+                    return f"{place}{name} is missing"
+                names = [name] if name in value else []
+            else:
+                names = list(value)
+                if strange := next((name for name in names if _fault(name, key, "")), None):
+                    return f"{place}{strange!r} is a key that must be {_named(key)}"
+            faults = (_fault(value[name], wanted, f"{place}{name}.") for name in names)
+            if fault := next(filter(None, faults), None):
+                return fault
+        return None
+    if isinstance(form, list) and isinstance(value, list):
+        if len(form) > 1 and len(value) != len(form):
+            return _misfit(value, form, place)
+        forms = form if len(form) > 1 else form * len(value)
+        faults = (
+            _fault(each, wanted, f"{place}{index}.")
+            for index, (each, wanted) in enumerate(zip(value, forms, strict=True))
+        )
+        return next(filter(None, faults), None)
+    if form is object:
+        fits = True
+    elif form is float:
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    elif form is int or isinstance(form, range):
+        fits = type(value) is int and value in (range(-(2**63), 2**63) if form is int else form)
+    elif isinstance(form, re.Pattern):
+        fits = isinstance(value, str) and form.fullmatch(value) is not None
+    elif isinstance(form, type):
+        fits = type(value) is form
+    else:
+        fits = type(value) is type(form) and value == form
+    return None if fits else _misfit(value, form, place)
+
+
+def _misfit(value: Any, form: Any, place: str) -> str:
+    return f"{place.rstrip('.') or 'it'} is {reprlib.repr(value)}, and must be {_named(form)}"
+
+
+def _named(form: Any) -> str:
+    if isinstance(form, tuple):
+        return " or ".join(map(_named, form))
+    if isinstance(form, range):
+        return f"a whole number, {form.start} to {form.stop - 1}"
+    if isinstance(form, re.Pattern) and form not in _NAMES:
+        return f"a text of the form {form.pattern}"
+    if isinstance(form, list) and len(form) > 1:
+        return f"a list of {len(form)}"
+    if isinstance(form, dict | list):
+        return _NAMES[type(form)]
+    return json.dumps(form) if isinstance(form, str | int) else _NAMES[form]
 
 
 def read_yaml(path: str | Path, regular: bool = False) -> Any:

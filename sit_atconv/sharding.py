@@ -5,7 +5,8 @@ one process, which is the main one.
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,22 @@ def raise_together(error: Exception | None) -> None:
         error = next((one for one in errors if one is not None), None)
     if error is not None:
         raise error
+
+
+@contextmanager
+def lost_processes_told() -> Iterator[None]:
+    """Tell as an InputError, in every process that is left, what torch says where another of a launch has gone, or was
+    never reached: gloo in words alone, NCCL and the store by a class of their own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise InputError(
+            "another process of the launch was killed or has failed, or cannot be reached; the same command goes on "
+            "from the newest checkpoint",
+            every_rank=True,
+        ) from None
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -5,12 +5,11 @@ The errors do not name the folder: who looks says what it is of.
 
 import re
 from pathlib import Path
-from typing import Any
 
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from sit_atconv.errors import InputError
-from sit_atconv.reading import MOST_JSON, parse_json, read_bytes
+from sit_atconv.reading import FILE, read_json
 
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
@@ -62,31 +61,13 @@ def own_variant(folder: Path, variant: str | None) -> str | None:
 
 def read_index(index: Path) -> list[Path]:
     """The files that an index of shards lists. Raises InputError for one that is damaged, or not whole."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
+    shards = read_json(index, {"weight_map": {str: FILE}})["weight_map"]
+    if not shards:
         raise InputError(f"{index.name} lists no files in weight_map")
     for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index.name} lists {name!r}, which is no name of a file beside it")
         if not index.with_name(name).is_file():
             raise InputError(f"it is not whole: {index.name} lists {name!r}, not there")
     return [index.with_name(name) for name in sorted(set(shards.values()))]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError where it holds none."""
-    try:
-        return json_object(read_bytes(path, MOST_JSON))
-    except (OSError, ValueError):
-        raise InputError(f"{path.name} is not a JSON object; it is cut or damaged") from None
-
-
-def json_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object that a text is. Raises ValueError for whatever else it is."""
-    content = parse_json(text)
-    if not isinstance(content, dict):
-        raise ValueError("no JSON object")
-    return content
 
 
 def _of_variant(name: str, variant: str | None) -> str:

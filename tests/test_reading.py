@@ -28,14 +28,14 @@ def nested(depth: int, inner: str = "1") -> str:
 
 def test_json_is_what_json_says_up_to_the_bounds():
     value = {"a": [1, 2.5, None, True, "[{"], "b": {"c": []}}
-    assert parse_json(json.dumps(value)) == parse_json(json.dumps(value).encode()) == value
-    assert parse_json(nested(MOST_NESTED)) == json.loads(nested(MOST_NESTED))
+    assert parse_json(json.dumps(value), "it", object) == parse_json(json.dumps(value).encode(), "it", object) == value
+    assert parse_json(nested(MOST_NESTED), "it", object) == json.loads(nested(MOST_NESTED))
     for text in (nested(MOST_NESTED + 1), nested(100_000), "[" * 100_000, '{"a":' * 100_000, f"[{'{},' * 1_000_001}0]"):
         with pytest.raises(ValueError, match=r"nested|lists and objects"):
-            parse_json(text)
+            parse_json(text, "it", object)
     for text in (b"\xff", "", "[1", f"[{'9' * 5000}]"):
         with pytest.raises(ValueError, match=r"\w"):
-            parse_json(text)
+            parse_json(text, "it", object)
 
 
 def test_only_files_are_opened(tmp_path):

@@ -12,7 +12,7 @@ CORE = BASE | {"config", "flow", "draws", "console", "devices"}
 ALLOWED = {
     "errors": set(),
     "version": set(),
-    "reading": set(),
+    "reading": {"errors"},
     "markdown": set(),
     "limits": {"errors"},
     "draws": BASE,

@@ -14,7 +14,7 @@ from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.reading import opened, parse_json, read_json, read_yaml
+from sit_atconv.reading import Malformed, opened, parse_json, read_json, read_yaml
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
@@ -192,10 +192,8 @@ def _read_set(folder: Path) -> SampleSet:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not JSON ({error}); make it again, or take it away") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} is JSON, but no object; make it again, or take it away")
+    except Malformed as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); make it again, or take it away") from None
     return value
 
 
@@ -221,8 +219,8 @@ def _read_rows(path: Path) -> list[Row]:
         lines = file.readlines()
     for index, line in enumerate(lines):
         try:
-            row = parse_json(line)
-        except ValueError as error:
+            row = parse_json(line, "the line", object)
+        except Malformed as error:
             if not line.endswith(b"\n"):  # which only the last can lack
                 break
             raise InputError(

@@ -140,7 +140,8 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
     at `run.out` and is no run to go on from is set aside.
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
-    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"), ExitStack() as stack:
+    precise = numerics(tf32=recipe.train.precision == "tf32")
+    with sharding.lost_processes_told(), StopSignals() as signals, precise, ExitStack() as stack:
         accelerator = make_accelerator(recipe)
         drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(drawing))  # stochastic depth draws there, from seeds of its own

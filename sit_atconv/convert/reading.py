@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.weights import INDEX, json_object, read_index, read_json, weight_files
+from sit_atconv.reading import Malformed, parse_json, read_json
+from sit_atconv.weights import INDEX, read_index, weight_files
 
 WEIGHTS = ("ema", "model")
 PICKLES = (".pt", ".pth", ".bin")
@@ -52,7 +53,7 @@ def read_source(path: str | Path, weights: str | None = None, variant: str | Non
         try:
             config = read_json(path / "config.json") if (path / "config.json").is_file() else None
             files = _files_of(path) if config is None else weight_files(path, variant, pickles=True)
-        except InputError as error:
+        except (OSError, InputError) as error:
             raise InputError(f"checkpoint {str(path)!r}: {error}") from None
     elif path.is_file():
         config, files = None, [path]
@@ -106,17 +107,29 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(path)!r} is cut or damaged: {error}") from None
     try:
-        return tensors, json_object(args)
-    except ValueError:
-        raise InputError(f"checkpoint {str(path)!r}: args in its header are not a JSON object") from None
+        return tensors, parse_json(args, "args in its header")
+    except Malformed as error:
+        raise InputError(f"checkpoint {str(path)!r}: {error}") from None
+
+
+def _compressed(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about protocols and TorchScript, both refused here
+            if (zipped := zipfile.is_zipfile(path)) and _compressed(path):
+                raise InputError(
+                    f"checkpoint {str(path)!r} was compressed after torch.save, which stores tensors as they are: "
+                    "unpack it and pack it without compression (zip -0), or save it again"
+                )
             # Mapped, the optimiser's state beside the weights takes no memory.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:  # bytes of any kind: the restricted unpickler fails in every way there is
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:

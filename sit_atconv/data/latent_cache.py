@@ -30,9 +30,9 @@ from sit_atconv.config import Data, Loading
 from sit_atconv.console import progress
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable, check_labels
-from sit_atconv.errors import InputError, check_choice, speaks
+from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import sha256
-from sit_atconv.reading import read_json
+from sit_atconv.reading import COUNT, FILE, POSITIVE, SHA256, SHAPE, Malformed, read_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -40,11 +40,12 @@ CROP = "ADM centre crop"
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 REMEDY = "run `python -m sit_atconv.latents encode` on it again, which makes only what is not whole"
 
-FIELDS = {
-    "codec": dict, "crop": str, "image_size": int, "channels": int, "latent_shape": list, "dtype": str,
-    "class_names": list, "num_images": int, "shard_images": int, "data": dict, "shards": list,
+SHARD = {"file": FILE, "first": COUNT, "count": POSITIVE, "bytes": COUNT, "sha256": SHA256}
+FORM = {
+    "codec": {"codec": str, "vae": str, "sha256": str, "scale": float, "shift": float},
+    "crop": str, "image_size": POSITIVE, "channels": POSITIVE, "latent_shape": SHAPE, "dtype": tuple(DTYPES),
+    "class_names": [str], "num_images": POSITIVE, "shard_images": POSITIVE, "data": dict, "shards": [SHARD],
 }  # fmt: skip
-SHARD_FIELDS = {"file": str, "first": int, "count": int, "bytes": int, "sha256": str}
 
 
 def shard_name(first: int, count: int) -> str:
@@ -61,26 +62,20 @@ def read_index(root: Path) -> dict[str, Any]:
     """What a finished cache says of itself. Raises InputError where there is none, or none that this library reads."""
     where = f"cache of latents {str(root)!r}"
     try:
-        index = read_json(root / INDEX)
+        version = read_json(root / INDEX).get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(f"{where} has format {version!r}; this library reads {FORMAT_VERSION}; encode it anew")
+        index = read_json(root / INDEX, FORM)
     except OSError as error:
         raise InputError(f"{where}: {INDEX}: {error.strerror}; if it is a cache yet to be finished, {REMEDY}") from None
-    except ValueError:
-        raise InputError(f"{where}: {INDEX} is damaged; {REMEDY}") from None
-    version = index.get("format_version") if isinstance(index, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{where} has format {version}; this library reads {FORMAT_VERSION}; encode it anew")
-    if not (_has(index, FIELDS) and all(_has(shard, SHARD_FIELDS) for shard in index["shards"])):
-        raise InputError(f"{where}: {INDEX} is damaged; {REMEDY}")
-    check_choice("dtype of a cache of latents", index["dtype"], DTYPES)
-    ranges = shard_ranges(index["num_images"], index["shard_images"])
+    except Malformed as error:
+        raise InputError(f"{where}: {INDEX} is damaged ({error}); {REMEDY}") from None
     named = [(shard["file"], shard["first"], shard["count"]) for shard in index["shards"]]
+    count = -(-index["num_images"] // index["shard_images"])
+    ranges = shard_ranges(index["num_images"], index["shard_images"]) if count == len(named) else []
     if named != [(shard_name(*span), *span) for span in ranges]:
         raise InputError(f"{where}: {INDEX} does not list the shards of {index['num_images']:,} images; {REMEDY}")
     return index
-
-
-def _has(entry: Any, fields: dict[str, type]) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
 
 
 def shard_problems(root: Path, index: dict[str, Any], hashes: bool) -> Iterator[str]:

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 
 from sit_atconv import config, ema
+from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions
 from sit_atconv.markdown import plain
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, mixer_names
 from sit_atconv.pipelines.bundle import third_party
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+from sit_atconv.reading import COUNT, POSITIVE, fault_of
 
 HEADER = """---
 license: {license}
@@ -129,10 +131,19 @@ beside the libraries above; with the package `sit_atconv` installed, its `SiTTra
 `transformer/` too."""
 
 
+# What a card tells of a checkpoint's training.
+TOLD = {
+    "recipe": {"train": {"batch_size": POSITIVE, "lr": float, "precision": str}, "data": {"kind": str}, "ema": dict},
+    "data": dict, "images_seen": COUNT, "versions": {"sit_atconv": str, "torch": str, "diffusers": str},
+}  # fmt: skip
+
+
 def _training(manifest: dict[str, Any]) -> str:
     """What a checkpoint's manifest says, as a list; paths are of another machine and stay out."""
     if "recipe" not in manifest:
         return ""
+    if fault := fault_of(manifest, TOLD):
+        raise InputError(f"the checkpoint's manifest.json: {fault}; give another checkpoint")
     recipe, data, versions = manifest["recipe"], manifest["data"], manifest["versions"]
     train = recipe["train"]
     trained_with = ", ".join(f"{name} {versions[name]}" for name in ("sit_atconv", "torch", "diffusers"))
@@ -141,7 +152,7 @@ def _training(manifest: dict[str, Any]) -> str:
         "data": f"{recipe['data']['kind']}, {data['num_images']} images, {len(data['classes'])} classes",
         "optimiser": f"AdamW, learning rate {train['lr']:g}",
         "precision": train["precision"],
-        "weights": f"EMA, {ema.describe(config.Ema(**recipe['ema']))}",
+        "weights": f"EMA, {ema.describe(config.make_recipe(recipe['ema'], config.Ema, stored=True))}",
         "trained with": trained_with,
     }
     return "\n".join(f"- {name}: {plain(value)}" for name, value in facts.items())

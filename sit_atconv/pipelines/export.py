@@ -29,11 +29,19 @@ from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.bundle import bundle, digest
 from sit_atconv.pipelines.card import model_card
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+from sit_atconv.reading import Malformed, read_json
 from sit_atconv.version import __version__
 from sit_atconv.weights import STEM, own_variant
 
 NOTE = f"""This is the package sit_atconv {__version__} (MIT licence), as far as it is needed here: its modules follow
 one another, imports among them are gone, and equal names have their module's name in front."""
+
+
+INDEX_FORM = {
+    "_class_name": (str, [str]), "scheduler": [str, str], "vae?": ([(str, None), (str, None)], None),
+    "id2label?": ({re.compile("[0-9]{1,18}"): str}, None),
+}  # fmt: skip
+SCHEDULER_FORM = {"num_train_timesteps?": range(1, 1_000_001)}
 
 
 @dataclass
@@ -62,7 +70,7 @@ def open_source(source: str | Path, vae: str | None = None, variant: str | None 
     if is_pipeline:
         pipeline = _open_pipeline(folder, trained.model, vae, variant)
     else:
-        codec = reopen_codec(trained.manifest["codec"], vae, batch_size=1)
+        codec = reopen_codec(trained.stated("codec"), vae, batch_size=1)
         names = trained.manifest.get("data", {}).get("classes")
         pipeline = SiTPipeline(
             trained.model,
@@ -86,20 +94,25 @@ def _open_pipeline(
     folder: Path, transformer: SiTTransformer2DModel, vae: str | None, variant: str | None
 ) -> SiTPipeline:  # fmt: skip
     try:
-        index = json.loads((folder / PIPELINE_INDEX).read_text())
+        index = read_json(folder / PIPELINE_INDEX, INDEX_FORM)
         # A list where the folder was exported before.
         if SiTPipeline.__name__ not in (index["_class_name"], index["_class_name"][-1]):
             raise InputError(f"{str(folder)!r} is a {index['_class_name']}; give a {SiTPipeline.__name__}")
+        scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FORM)
         library, name = index["scheduler"]
         if library != "diffusers" or not issubclass(kind := getattr(diffusers, name, object), SchedulerMixin):
             raise InputError(f"{str(folder)!r}: the scheduler {name} is not one of diffusers")
-        scheduler = kind.from_config(kind.load_config(folder / "scheduler"))
-        beside = vae is None and index.get("vae", [None])[0] is not None
+        scheduler = kind.from_config(scheduler_config)
+        beside = vae is None and (index.get("vae") or [None])[0] is not None
         vae = folder / "vae" if beside else vae
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Malformed as error:
+        raise InputError(f"pipeline {str(folder)!r} cannot be read: {error}") from None
+    # A scheduler's options of any kind, refused by diffusers, numpy or torch.
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"pipeline {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"pipeline {str(folder)!r} cannot be read: {said}") from None
     own = own_variant(folder / "vae", variant) if beside else None
     autoencoder = VaeCodec(str(vae), batch_size=1, variant=own).vae if vae is not None else None
     return SiTPipeline(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))

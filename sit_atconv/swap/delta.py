@@ -9,6 +9,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.files import new_path
+from sit_atconv.reading import Malformed, parse_json
 from sit_atconv.swap.swapping import AttentionSwap, check_unwrapped, fingerprint, model_of, swap_as_stored, uncompiled
 
 KEY = "sit_atconv_delta"
@@ -102,9 +103,9 @@ def _read(path: Path) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        stored = json.loads(metadata[KEY]) if KEY in metadata else None
-    except (OSError, SafetensorError, ValueError) as error:
+        stored = parse_json(metadata[KEY], KEY) if KEY in metadata else None
+    except (OSError, SafetensorError, Malformed) as error:
         raise InputError(f"delta {str(path)!r} is cut or damaged: {error}; write it again by save_delta") from None
-    if not isinstance(stored, dict):
+    if stored is None:
         raise InputError(f"delta {str(path)!r} was not written by save_delta; give one that was")
     return stored, tensors

@@ -14,6 +14,7 @@ from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import POOLS
+from sit_atconv.reading import POSITIVE, fault_of
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
 from sit_atconv.swap.calibration import (
     Cost,
@@ -38,6 +39,11 @@ JOINTS = ("keep", "split")
 PREFIXES = ("attend", "error")
 MAX_ERROR = 0.2  # relative error of the model's output up to which select="auto" takes layers, if no target is given
 EXAMPLES = 4  # synthetic calibration inputs
+
+STORED_FORM = {
+    "layers": [str], "kernel_size": POSITIVE, "pool": str, "prefix": PREFIXES,
+    "teacher": {"class": str, "name": (str, None), "revision": (str, None), "fingerprint": str},
+}  # fmt: skip
 
 
 class AttentionSwap:
@@ -336,13 +342,11 @@ def swap_as_stored(
 
 
 def _check_stored(config: dict) -> None:
-    if config.get("schema") != SCHEMA:
-        raise InputError(
-            f"atconv schema {config.get('schema')!r}: this version reads {SCHEMA}; use the one that wrote it"
-        )
-    missing = [name for name in ("layers", "kernel_size", "pool", "prefix", "teacher") if name not in config]
-    if missing:
-        raise InputError(f"atconv has no {', '.join(missing)}; it is not as swap_attention wrote it")
+    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+        found = config.get("schema") if isinstance(config, dict) else config
+        raise InputError(f"atconv schema {found!r}: this version reads {SCHEMA}; use the one that wrote it")
+    if fault := fault_of(config, STORED_FORM):
+        raise InputError(f"atconv: {fault}; it is not as swap_attention wrote it")
 
 
 def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> list[Site]:

@@ -125,7 +125,7 @@ def check_run_folder(
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
-        check_same_codec(manifest["codec"], described["codec"])
+        check_same_codec(manifest.get("codec", {}), described["codec"])
         check_same_data(run, manifest, described)
         for part, name, stated in (
             ("encoder", "repa.encoder", recipe.repa.encoder),

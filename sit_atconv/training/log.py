@@ -17,6 +17,7 @@ from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import resolved, write_atomic
+from sit_atconv.reading import read_json
 
 TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
 
@@ -171,7 +172,7 @@ def _start(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
         file = run / "trackers.json"
         if not file.exists():
             write_atomic(file, json.dumps({"wandb": uuid.uuid4().hex[:12]}))
-        run_id = json.loads(file.read_text())["wandb"]
+        run_id = read_json(file, {"wandb": str})["wandb"]
         options["wandb"] = {"id": run_id, "name": run.name, "dir": str(run), "resume": "allow"}
     settings = config.flatten(config.to_dict(recipe))
     plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}

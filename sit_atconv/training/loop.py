@@ -62,7 +62,8 @@ def train(
     Raises InputError for whatever the user can mend. What is wrong from the start, images of the first step included,
     leaves nothing behind; data that go bad later leave a checkpoint of the steps before.
     """
-    with StopSignals() as signals, numerics(tf32=recipe.train.precision == "tf32"):
+    precise = numerics(tf32=recipe.train.precision == "tf32")
+    with sharding.lost_processes_told(), StopSignals() as signals, precise:
         accelerator = make_accelerator(recipe)
         dataset = open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)

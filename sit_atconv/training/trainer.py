@@ -1,7 +1,7 @@
 """The part of training that does not ask what is trained: steps, faults, reports, and checkpoints to go on from."""
 
-import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,12 +19,24 @@ from sit_atconv.data.loading import check_bad
 from sit_atconv.ema import SNAPSHOTS
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
+from sit_atconv.reading import COUNT, read_json
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import lock
 from sit_atconv.training.log import Log, Trackers, peak_flops, peak_memory
 from sit_atconv.training.optimizer import step_and_weight_squares
 
 PREVIEWS = "previews"
+
+SCALER_FORM = {
+    "scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": COUNT, "_growth_tracker": COUNT,
+}  # fmt: skip
+TRAINER_FORM = {
+    "skipped": COUNT,
+    "skipped_in_a_row": COUNT,
+    "scaler": (SCALER_FORM, None),
+    "means": [[float]],
+    "bad": {re.compile("[0-9]{1,18}"): str},
+}
 
 
 class Trainer:
@@ -349,7 +361,9 @@ class Trainer:
     def _load_trainer_state(self, folder: Path, samples, untrained=()) -> None:
         """Go on from a checkpoint; samples: whose `still_bad` knows an image; untrained: see `load_optimizer`."""
         checkpoint.load_optimizer(folder, self.trained, self.optimizer.optimizer, untrained)
-        trainer = json.loads((folder / "trainer.json").read_text())
+        trainer = read_json(folder / "trainer.json", TRAINER_FORM)
+        if [len(row) for row in trainer["means"]] != [self.means.sums.shape[1]] * 2:
+            raise InputError(f"checkpoint {str(folder)!r}: the means in its trainer.json are of another run")
         self.skipped, self.skipped_in_a_row = trainer["skipped"], trainer["skipped_in_a_row"]
         bad = {int(index): what for index, what in trainer["bad"].items()}
         self.bad = broadcast_object_list([samples.still_bad(bad) if self.accelerator.is_main_process else None])[0]

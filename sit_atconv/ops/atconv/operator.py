@@ -16,7 +16,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
-from sit_atconv.errors import check_choice
+from sit_atconv.errors import InputError, check_choice
 from sit_atconv.ops.atconv import conv, inlined, native, reference
 from sit_atconv.ops.forward_mode import forward_mode, levels
 
@@ -188,6 +188,10 @@ grad_kernels = _operator(
 )
 
 
+class CannotRun(InputError, RuntimeError):
+    """A backend was asked for that this machine, device or dtype does not have."""
+
+
 @torch.compiler.assume_constant_result
 def _requested() -> str:
     """What the environment asks for."""
@@ -227,7 +231,8 @@ def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
     if v.is_meta:
         return "native"
     if chosen == "triton" and (reason := _triton_refusal(v)):
-        raise RuntimeError(f"backend='triton' cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
+        asked = f"backend={backend!r}" if backend != "auto" else f"{BACKEND_VARIABLE}={chosen}"
+        raise CannotRun(f"{asked} cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
     if chosen != "auto":
         return chosen
     if torch.compiler.is_compiling():
