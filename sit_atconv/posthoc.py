@@ -149,9 +149,11 @@ def write_model(run: Path, std: float, step: int | None, out: Path) -> Fit:
     if not folders:
         raise InputError(f"run {str(run)!r} has no checkpoint yet, which says what the model is; train on to one")
     checkpoint.read_manifest(folders[-1], under=f"{SAMPLED}/config.json")
-    options = SiTTransformer2DModel.load_config(folders[-1] / SAMPLED, local_files_only=True)
-    with torch.device("meta"):
-        model = SiTTransformer2DModel.from_config(options)
+    try:
+        with torch.device("meta"):
+            model = SiTTransformer2DModel.from_config(checkpoint.read_options(folders[-1] / SAMPLED))
+    except InputError as error:
+        raise InputError(f"checkpoint {str(folders[-1])!r} cannot be read: {error}") from None
     try:
         model.load_state_dict(combine(found), strict=True, assign=True)
     except RuntimeError as error:
