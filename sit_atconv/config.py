@@ -565,6 +565,7 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
     except ValueError as error:
         raise InputError(f"recipe: {error}") from None
     _check_keys(keys, schema)
+    _check_values(keys)
     for section, switch in (("repa", "encoder"), ("distill", "teacher")):
         if keys.get(section) and switch not in keys[section]:
             raise InputError(
@@ -574,7 +575,6 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), stated)
         limits.check(schema, OmegaConf.to_container(merged), stored=stored)
-        _check_values(keys)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
