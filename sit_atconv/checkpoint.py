@@ -452,16 +452,22 @@ def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) ->
     return Trained(folder, which, {"step": None, "codec": codec}, model, files)
 
 
+def read_options(folder: Path) -> dict[str, Any]:
+    """config.json of a SiT. Raises InputError for that of another class, or with options that a SiT does not have."""
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != SiTTransformer2DModel.__name__:
+        raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
+    options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]
+    for name in config:
+        # diffusers' own begin with "_", but for the one with which an export names its code. It ignores any other.
+        if not name.startswith("_") and name != "auto_map":
+            check_choice("option in config.json", name, options)
+    return config
+
+
 def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
     try:
-        config = read_json(folder / "config.json")
-        if config.get("_class_name") != SiTTransformer2DModel.__name__:
-            raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
-        options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]
-        for name in config:
-            # diffusers' own begin with "_", but for the one with which an export names its code. It ignores any other.
-            if not name.startswith("_") and name != "auto_map":
-                check_choice("option in config.json", name, options)
+        read_options(folder)
         weight_files(folder, variant)  # which says what is there instead
         model, found = SiTTransformer2DModel.from_pretrained(
             folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -592,10 +592,19 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
             _check_keys(value, fields[key], f"{prefix}{key}.")
         elif _lacks_value(value):
             raise InputError(f"recipe: {prefix}{key}={value}: ??? stands for a value that is missing; state it")
+        elif isinstance(value, dict | list) and not _takes(fields[key], type(value)):
+            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a single value")
+        elif value is not None and _takes(fields[key], list) and not isinstance(value, list) and fields[key] is not Any:
+            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a list, in [ and ]")
         elif fields[key] is bool and not (isinstance(value, bool | str) or value in (0, 1)):
             raise InputError(f"recipe: {prefix}{key}={value!r}: give true or false")
         elif _is_text(fields[key]) and not isinstance(value, str | None):
             raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
+
+
+def _takes(wanted: Any, kind: type) -> bool:
+    """Whether a field of that type may hold a list, or a dictionary."""
+    return wanted is Any or kind in {get_origin(each) or each for each in (wanted, *get_args(wanted))}
 
 
 def _check_values(stated: Any, key: str = "") -> None:

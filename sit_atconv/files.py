@@ -8,7 +8,6 @@ import errno
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 
 from sit_atconv.errors import InputError
+from sit_atconv.reading import read_json
 from sit_atconv.version import __version__
 
 LOCK = ".lock"
@@ -97,7 +97,7 @@ def made_here(*keys: str) -> Callable[[Path], bool]:
             if path.stat().st_size > LARGEST_RESULT:
                 return False
             if path.suffix == ".json":
-                stored = json.loads(path.read_text())
+                stored = read_json(path, (dict, [dict]))
                 each = stored if isinstance(stored, list) else [stored]
                 return bool(keys and each) and all(set(keys) <= one.keys() for one in each)
             if path.suffix == ".md":

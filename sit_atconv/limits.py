@@ -146,7 +146,7 @@ LAST_STEP_SIZE = number(
     0, 0.999, "it is a part of the way from t = 0 to 1, and needs a step before it", over=True, under=True
 )
 CHANNELS = Range(1, 65_536, "a layer has its square in weights")
-KERNEL = Range(1, 255, "it is wider than any grid of tokens that a model takes")
+KERNEL = Range(1, 127, "its weights grow with its fourth power, and no grid of tokens calls for a larger one")
 PIXELS = Range(1, 16_384, "an image of it is held in memory as a whole")
 BATCH = Range(1, 65_536, "all of them go through the network at once, and are in memory together")
 WORKERS = Range(0, 1_024, "each is a process with memory of its own")

@@ -151,9 +151,11 @@ def write_model(run: Path, std: float, step: int | None, out: Path, force: bool 
         raise InputError(f"run {str(run)!r} has no checkpoint yet, which says what the model is; train on to one")
     folder, _lease = newest
     checkpoint.read_manifest(folder, under=f"{SAMPLED}/config.json")
-    options = SiTTransformer2DModel.load_config(folder / SAMPLED, local_files_only=True)
-    with torch.device("meta"):
-        model = SiTTransformer2DModel.from_config(options)
+    try:
+        with torch.device("meta"):
+            model = SiTTransformer2DModel.from_config(checkpoint.read_options(folder / SAMPLED))
+    except InputError as error:
+        raise InputError(f"checkpoint {str(folder)!r} cannot be read: {error}") from None
     try:
         model.load_state_dict(combine(found), strict=True, assign=True)
     except RuntimeError as error:

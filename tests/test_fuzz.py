@@ -1,6 +1,7 @@
 """Recipes, JSON documents and command lines of any content: a command takes them, or refuses them in one line."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import sample
 import train_attnet
 import train_sit
+from eval import digits
 from eval.__main__ import main as evaluate
 from sampling.__main__ import main as sampling
 from sit_atconv.classification.recipe import ClassifierRecipe
@@ -75,6 +77,8 @@ WORDS = [
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A run, and what the commands make of it."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(digits, "train_classifier", functools.cache(digits.train_classifier))  # seconds, every time
     root = tmp_path_factory.mktemp("fuzz")
     recipe = {
         "run": {"out": str(root / "run")}, "model": MODEL, "train": {"batch_size": 4, "max_steps": 2},
@@ -93,7 +97,8 @@ def world(tmp_path_factory):
         reset_accelerate()
         main(words.format(root).split())
     shutil.copytree(root / STEP / "ema", root / "model")
-    return root
+    yield root
+    patch.undo()
 
 
 def fuzz(examples: int, strategy, check) -> None:

@@ -135,7 +135,7 @@ def test_wrong_flags_are_refused_by_value_and_reason(fails, main, arguments, say
         (Recipe, {"model__sample_size": [8, 10**6]}, "model.sample_size=[8, 1000000]"),
         (Recipe, {"train__betas": [0.9, 1.0]}, "train.betas=[0.9, 1.0]: must be at least 0 and under 1"),
         (Recipe, {"checkpoint__every": 0, "checkpoint__keep_every": 4}, "checkpoint.every=0: must be at least 1"),
-        (Recipe, {"run__seed": 2**64}, "since torch's generators take 64 bits"),
+        (Recipe, {"run__seed": 2**64}, "must be a whole number of 64 bits"),
         (Recipe, {"data__flip": 2}, "data.flip=2: give true or false"),
         (ClassifierRecipe, {"train__gradient_accumulation_steps": 0}, "train.gradient_accumulation_steps=0: must be"),
         (ClassifierRecipe, {"train__warmup_epochs": 300}, "at least 0 and under epochs=300"),

@@ -267,7 +267,7 @@ def test_what_the_command_refuses_leaves_nothing(trained, tmp_path, fails):
     out = tmp_path / "out"
     assert "no such folder" in fails(main, tmp_path / "other", "--std", 0.07, "--out", out)
     assert "miss its profile by" in fails(main, run, "--std", 0.01, "--out", out)
-    assert "over 0 and at most" in fails(main, run, "--std", 0.5, "--out", out)
+    assert "over 0 and under" in fails(main, run, "--std", 0.5, "--out", out)
     assert "nearest are of 40 and 50" in fails(main, run, "--std", 0.07, "--step", 45, "--out", out)
     assert "exists already" in fails(main, run, "--std", 0.07, "--out", run)
     path = run / "snapshots/step-0000090/ema.safetensors"

@@ -1,5 +1,6 @@
 """Attentive Convolution as a layer over the token grid (arXiv 2510.20092)."""
 
+import reprlib
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from sit_atconv.layers.linear import linear
 from sit_atconv.ops.atconv import POOLS, dynamic_depthwise_conv, inhibit, pool_tokens
 
 ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
+MOST_KERNEL = 127  # beyond any grid that a kernel was tried on; the parameters grow with its fourth power
 ROUTINGS = ("adaptive", "static")
 INHIBITIONS = ("learned", "full", "none")
 
@@ -73,8 +75,10 @@ class KernelGenerator(nn.Module):
         check_choice("pool", pool, POOLS)
         check_choice("routing", routing, ROUTINGS)
         check_choice("inhibition", inhibition, INHIBITIONS)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise InputError(f"kernel_size={kernel_size}: choose an odd size, such as 3")
+        if not isinstance(kernel_size, int) or kernel_size not in range(1, MOST_KERNEL + 1, 2):
+            raise InputError(
+                f"kernel_size={reprlib.repr(kernel_size)}: choose an odd size up to {MOST_KERNEL}, such as 3"
+            )
         self.kernel_size, self.pool, self.routing, self.inhibition = kernel_size, pool, routing, inhibition
         self.activation = ACTIVATIONS[activation]
         taps, factory = kernel_size**2, {"device": device, "dtype": dtype}

@@ -1,6 +1,7 @@
 """SiT: a flow-matching transformer over a latent grid, with attention, ATConv or both as token mixers."""
 
 import inspect
+import reprlib
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -130,8 +131,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         check_choice("pos_embed", pos_embed, ("auto", True, False))
         check_choice("path", path, MODEL_PATHS)
         check_choice("prediction", prediction, PREDICTIONS)
-        if not 0 <= class_dropout_prob < 1:
-            raise InputError(f"class_dropout_prob={class_dropout_prob}: choose a share in [0, 1)")
+        if not (isinstance(class_dropout_prob, int | float) and 0 <= class_dropout_prob < 1):
+            raise InputError(f"class_dropout_prob={reprlib.repr(class_dropout_prob)}: choose a share in [0, 1)")
         grid = self._grid(*self.latent_size)
         present = "attention" in mixers if pos_embed == "auto" else bool(pos_embed)
         if present * grid[0] * grid[1] * hidden_size > MOST_POSITIONS:
