@@ -187,6 +187,7 @@ def test_a_run_stored_before_a_key_existed_goes_on(trained, recipe_file):
 
 def test_a_damaged_stored_recipe_is_told_from_the_users(fails, recipe_file, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()  # else it is no run
     for text, says in (("run: {o", "recipe.yaml is damaged"), ("trian: {}", "its own recipe is not valid here")):
         (tmp_path / "run" / "recipe.yaml").write_text(text)
         assert says in fails(train_sit.main, recipe_file())

@@ -161,12 +161,13 @@ class Trainer:
 
         A process that meets a bad image after this finds the folder complete, and removes it.
         """
-        recipe, error = self.recipe, None
+        recipe, error, new = self.recipe, None, False
         try:
             if self.accelerator.is_main_process:
                 new = self.made.folder(self.run)
                 self.lock = self.lock or lock(self.run)
                 if self.last is None and checkpoint.step_folders(self.run):
+                    new = False
                     raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
                 for folder in (self.run, *self.run.glob(PREVIEWS)):
                     clear_leftovers(folder)
@@ -176,13 +177,13 @@ class Trainer:
                 self._open_logs()
                 checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
             self.trackers = Trackers(self.accelerator, recipe, self.step)
-            if self.accelerator.is_main_process and new:
-                self.made.paths += sorted(self.run.rglob("*"))
         except OSError as fault:
             reason = fault.strerror or fault
             error = InputError(f"run.out={str(self.run)!r} cannot be written: {reason}; choose another place")
         except InputError as fault:
             error = fault
+        if new and self.lock is not None:  # what has come into it since is this process's, and its trackers'
+            self.made.paths += sorted(self.run.rglob("*"))
         if error is not None:
             self._take_back_folder()
         sharding.raise_together(error)

@@ -412,8 +412,8 @@ def test_the_folder_is_there_whole_or_not_at_all(exported, tmp_path, fails, monk
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr("sit_atconv.pipelines.export.model_card", interrupted)
         main([str(source), "--out", str(out)])
-    assert list(out.parent.iterdir()) == []
-    out.mkdir()
+    assert list(tmp_path.iterdir()) == []  # the folder above was made for it
+    out.mkdir(parents=True)
     assert "exists already" in fails(main, source, "--out", out)
     assert "exists already" in fails(main, tmp_path / "nowhere", "--out", out)  # before anything is read
     with pytest.raises(ValueError, match="exists already"):
