@@ -40,17 +40,18 @@ class Malformed(InputError):
     """A text that is no JSON, or a document that lacks what it must hold; the message names the place and the rule."""
 
 
-def read_json(path: Path, form: Any = dict) -> Any:
+def read_json(path: Path, form: Any = dict, finite: bool = False) -> Any:
     """The JSON document in a file; see `parse_json`. Raises Malformed, and OSError for a file that cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise Malformed(f"{path.name} is no JSON that can be read: {error}") from None
-    return parse_json(text, path.name, form)
+    return parse_json(text, path.name, form, finite)
 
 
-def parse_json(text: str | bytes, name: str, form: Any = dict) -> Any:
-    """The JSON document that a text is, where it has the form; name: how a message calls it.
+def parse_json(text: str | bytes, name: str, form: Any = dict, finite: bool = False) -> Any:
+    """The JSON document that a text is, where it has the form; name: how a message calls it. finite: Python's NaN and
+    infinities, which JSON does not have, are refused wherever they are.
 
     A form says what a reader needs, so that it need not look again:
         int, float, str, bool, dict, list, object   of that type; a float is finite, an int is within 64 bits
@@ -65,6 +66,8 @@ def parse_json(text: str | bytes, name: str, form: Any = dict) -> Any:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         document = json.loads(text)
+        if finite:
+            json.dumps(document, allow_nan=False)
         if "\\u" in text:  # the way to what no name of a file and no page can hold: a lone surrogate, a NUL
             json.dumps(document, ensure_ascii=False).encode()
             if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):

@@ -19,6 +19,7 @@ from sit_atconv.console import progress, say
 from sit_atconv.data.loading import check_bad
 from sit_atconv.errors import InputError
 from sit_atconv.files import COUNT, DiskFull, read_json, write_atomic
+from sit_atconv.layers.atconv import check_backend
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import lock
 from sit_atconv.training.log import Log, Trackers, peak_flops, peak_memory
@@ -95,6 +96,7 @@ class Trainer:
     def run_to_the_end(self, signals: StopSignals) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
         total, main = self.total, accelerator.is_main_process
+        check_backend(self.bare, accelerator.device)
         self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
         # Nothing is shown before the first step, so that an error at the first image is the only line.
