@@ -20,7 +20,7 @@ from eval.refs import Reference
 from eval.score import Held, Metric, frechet_metric, other_metrics, stream_sums
 from eval.sources import class_histogram
 from sit_atconv import limits
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, made_here, write_out
 
 FEATURES, IMAGES, REAL = 16, 400, 1000
@@ -185,8 +185,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="experiments/results/error_bars", metavar="DIR", help="of its table and JSON")
     add_force(parser)
     args = parser.parse_args(argv)
-    if args.repeats < 2:
-        raise InputError(f"--repeats {args.repeats}: one draw has no spread; give at least 2")
     ours = made_here("command", "repeats", "error_bars", "corrected")
     files = [check_out(Path(args.out) / f"error_bars{end}", force=args.force, ours=ours) for end in (".json", ".md")]
     result = {

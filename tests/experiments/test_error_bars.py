@@ -57,4 +57,4 @@ def test_the_stored_table_holds_what_scoring_says():
 
 
 def test_one_draw_has_no_spread(fails):
-    assert "--repeats 1: one draw has no spread" in fails(main, "--repeats", 1)
+    assert "--repeats 1: must be at least 2" in fails(main, "--repeats", 1)
