@@ -139,7 +139,7 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"features {str(path)!r}: no {INDEX}, so they are not whole; run `extract` again, which goes on"
         )
     try:
-        return read_json(path / INDEX, INFO_FORM)
+        return read_json(path / INDEX, INFO_FORM, finite=True)
     except (OSError, Malformed) as error:
         raise InputError(
             f"features {str(path)!r}: {INDEX} is damaged ({error}); delete the folder, extract anew"

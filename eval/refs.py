@@ -345,7 +345,7 @@ def _read_meta(name: str, meta: str) -> dict[str, Any]:
             raise InputError(
                 f"reference {name!r} is of format {version!r}, this version reads {FORMAT_VERSION}; build it anew"
             )
-        return parse_json(meta, "meta", META_FORM)
+        return parse_json(meta, "meta", META_FORM, finite=True)
     except Malformed as error:
         raise InputError(f"reference {name!r}: its meta is damaged ({error}); build it anew with build-ref") from None
 

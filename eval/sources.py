@@ -360,7 +360,7 @@ MANIFEST_FORM = {"num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, MANIFEST_FORM)
+        return read_json(path, MANIFEST_FORM, finite=True)
     except (OSError, Malformed) as error:
         raise InputError(
             f"{str(path)!r} is not the manifest of samples ({error}); take it away, or make them again"

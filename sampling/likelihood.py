@@ -21,6 +21,7 @@ from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
 from sit_atconv.generation import check_path
+from sit_atconv.layers.atconv import check_backend
 
 LEVELS = {"digits": 1 / 8}  # between two neighbouring grey levels, in [-1, 1]; of image files LEVEL_8_BIT
 
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if args.num > len(dataset):
         raise InputError(f"--num {args.num}: the split {args.split} has {len(dataset)} images")
     model = trained.model.to(device).requires_grad_(False)
+    check_backend(model, device)
     path, prediction = PATHS[model.config.path](), model.config.prediction
     start, end = sampling_interval(path, prediction)
     times = time_grid(end, start, args.steps)

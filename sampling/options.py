@@ -16,6 +16,7 @@ from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
 from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON
 from sit_atconv.generation import SAMPLERS, SDE_DEFAULTS, Sampling
 from sit_atconv.latents.codecs import reopen_codec
+from sit_atconv.layers.atconv import check_backend
 
 VAE_BATCH = 16  # images per pass through the decoder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,4 +123,5 @@ def setup(args: argparse.Namespace, processes: Processes | None = None) -> Setup
     sampling.check_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), args.vae, VAE_BATCH).to(device)
     trained.model.to(device)
+    check_backend(trained.model, device)
     return Setup(trained, codec, sampling)

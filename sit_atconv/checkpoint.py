@@ -78,7 +78,7 @@ MANIFEST_FORM = {
     "codec?": CODEC_FORM,
     "images_seen?": COUNT,
 }
-CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": str, "dtype?": str}
+CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}
 
 
 class Damaged(InputError):

@@ -66,18 +66,19 @@ class Malformed(InputError):
     """A text that is no JSON, or a document that lacks what it must hold; the message names the place and the rule."""
 
 
-def read_json(path: str | Path, form: Any = dict) -> Any:
+def read_json(path: str | Path, form: Any = dict, finite: bool = False) -> Any:
     """The JSON document in a regular file, see `parse_json`. Raises Malformed, OSError where there is no such file."""
     name = Path(path).name
     try:
         text = read_bytes(path, MOST_JSON)
     except ValueError as error:
         raise Malformed(f"{name} is no JSON that can be read: {error}") from None
-    return parse_json(text, name, form)
+    return parse_json(text, name, form, finite)
 
 
-def parse_json(text: str | bytes, name: str, form: Any = dict) -> Any:
-    """The JSON document that a text is, where it has the form; name: how a message calls it.
+def parse_json(text: str | bytes, name: str, form: Any = dict, finite: bool = False) -> Any:
+    """The JSON document that a text is, where it has the form; name: how a message calls it. finite: Python's NaN and
+    infinities, which JSON does not have, are refused wherever they are.
 
     A form says what a reader needs, so that it need not look again:
         int, float, str, bool, dict, list, object   of that type; a float is finite, an int is within 64 bits
@@ -91,6 +92,8 @@ def parse_json(text: str | bytes, name: str, form: Any = dict) -> Any:
     """
     try:
         document = _document(text)
+        if finite:
+            json.dumps(document, allow_nan=False)
     except ValueError as error:
         raise Malformed(f"{name} is no JSON that can be read: {error}") from None
     if fault := fault_of(document, form):

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from sit_atconv.errors import InputError
-from sit_atconv.reading import FILE, read_json
+from sit_atconv.reading import FILE, fault_of, read_json
 
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
@@ -61,10 +61,12 @@ def own_variant(folder: Path, variant: str | None) -> str | None:
 
 def read_index(index: Path) -> list[Path]:
     """The files that an index of shards lists. Raises InputError for one that is damaged, or not whole."""
-    shards = read_json(index, {"weight_map": {str: FILE}})["weight_map"]
-    if not shards:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
         raise InputError(f"{index.name} lists no files in weight_map")
     for name in shards.values():
+        if fault_of(name, FILE):
+            raise InputError(f"{index.name} lists {name!r}, which is no name of a file beside it")
         if not index.with_name(name).is_file():
             raise InputError(f"it is not whole: {index.name} lists {name!r}, not there")
     return [index.with_name(name) for name in sorted(set(shards.values()))]

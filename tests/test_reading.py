@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -9,8 +10,13 @@ from sit_atconv.config import load_recipe, make_recipe
 from sit_atconv.errors import InputError
 from sit_atconv.markdown import plain
 from sit_atconv.reading import (
+    FILE,
+    INSIDE,
     MOST_NESTED,
+    SHAPE,
+    Malformed,
     check_literal,
+    fault_of,
     opened,
     parse_json,
     parse_yaml,
@@ -36,6 +42,49 @@ def test_json_is_what_json_says_up_to_the_bounds():
     for text in (b"\xff", "", "[1", f"[{'9' * 5000}]"):
         with pytest.raises(ValueError, match=r"\w"):
             parse_json(text, "it", object)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "says"),
+    [
+        (2**63, int, "it is 9223372036854775808, and must be a whole number of 64 bits"),
+        (True, int, "whole number"),
+        (10**400, float, "a finite number"),
+        (float("nan"), float, "a finite number"),
+        ({"a": {"b": "x"}}, {"a": ({"b": int}, None)}, "a.b is 'x', and must be a whole number"),
+        ({}, {"a": int, "b?": int}, "a is missing"),
+        ({"b": 1.5}, {"b?": int}, "b is 1.5"),
+        ({"x": 1}, {re.compile("[0-9]+"): int}, "'x' is a key that must be"),
+        ([1, 2], SHAPE, "a list of 3"),
+        ([1, "x"], [int], "1 is 'x'"),
+        ("../x", FILE, "the name of a file"),
+        ("a/../x", INSIDE, "the path of a file below the folder"),
+        (0, range(1, 9), "a whole number, 1 to 8"),
+        (1, (True, "x"), 'it is 1, and must be true or "x"'),
+    ],
+)
+def test_a_form_names_the_place_and_the_rule(value, form, says):
+    assert says in fault_of(value, form)
+
+
+def test_a_form_takes_what_it_says():
+    form = {"a": (None, [range(3)]), "b?": {str: float}, "c": "one", "file": INSIDE}
+    whole = {"a": [0, 2], "b": {"x": 1, "": 1e300}, "c": "one", "file": "..x"}
+    for value in ({"a": None, "c": "one", "file": "x/y.z"}, whole):
+        assert fault_of(value, form) is None
+        assert parse_json(json.dumps(value), "it", form) == value
+
+
+@pytest.mark.parametrize("text", [r'{"a": "\u0000"}', r'"\ud800"', "[" * 100_000, "9" * 5000, "{", b"\xff"])
+def test_a_text_that_cannot_be_used_is_refused(text):
+    with pytest.raises(Malformed, match="is no JSON that can be read"):
+        parse_json(text, "it", object)
+
+
+def test_not_finite_numbers_are_refused_on_request():
+    assert parse_json("[NaN]", "it", list)
+    with pytest.raises(Malformed):
+        parse_json("[1e999]", "it", list, finite=True)
 
 
 def test_only_files_are_opened(tmp_path):

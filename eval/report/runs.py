@@ -193,7 +193,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except Malformed as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error}); make it again, or take it away") from None
+        raise InputError(f"{str(path)!r} is not JSON, or no object ({error}); make it again, or take it away") from None
     return value
 
 

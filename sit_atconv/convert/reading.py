@@ -107,9 +107,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(path)!r} is cut or damaged: {error}") from None
     try:
-        return tensors, parse_json(args, "args in its header")
+        return tensors, parse_json(args, "args")
     except Malformed as error:
-        raise InputError(f"checkpoint {str(path)!r}: {error}") from None
+        said = f"args in its header are not a JSON object ({error})"
+        raise InputError(f"checkpoint {str(path)!r}: {said}") from None
 
 
 def _compressed(path: Path) -> bool:

@@ -32,7 +32,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable, check_labels
 from sit_atconv.errors import InputError, speaks
 from sit_atconv.files import sha256
-from sit_atconv.reading import COUNT, FILE, POSITIVE, SHA256, SHAPE, Malformed, read_json
+from sit_atconv.reading import COUNT, POSITIVE, SHA256, SHAPE, Malformed, read_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -40,7 +40,7 @@ CROP = "ADM centre crop"
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 REMEDY = "run `python -m sit_atconv.latents encode` on it again, which makes only what is not whole"
 
-SHARD = {"file": FILE, "first": COUNT, "count": POSITIVE, "bytes": COUNT, "sha256": SHA256}
+SHARD = {"file": str, "first": COUNT, "count": POSITIVE, "bytes": COUNT, "sha256": SHA256}
 FORM = {
     "codec": {"codec": str, "vae": str, "sha256": str, "scale": float, "shift": float},
     "crop": str, "image_size": POSITIVE, "channels": POSITIVE, "latent_shape": SHAPE, "dtype": tuple(DTYPES),

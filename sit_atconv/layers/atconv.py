@@ -9,7 +9,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.linear import linear
-from sit_atconv.ops.atconv import POOLS, dynamic_depthwise_conv, inhibit, pool_tokens
+from sit_atconv.ops.atconv import POOLS, choose_backend, dynamic_depthwise_conv, inhibit, pool_tokens
 
 ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 MOST_KERNEL = 127  # beyond any grid that a kernel was tried on; the parameters grow with its fourth power
@@ -159,3 +159,10 @@ def flatten_pointwise_weights(module: nn.Module, state_dict: dict, prefix: str, 
         weight = state_dict.get(f"{prefix}{name}.weight")
         if isinstance(child, nn.Linear) and weight is not None and weight.ndim == 4:
             state_dict[f"{prefix}{name}.weight"] = weight.flatten(1)
+
+
+def check_backend(model: nn.Module, device: torch.device) -> None:
+    """Raise InputError where the environment asks for a backend that the model's ATConv layers, if it has any, cannot
+    run on that device: at the start, not in the first network evaluation."""
+    if any(isinstance(module, ATConv) for module in model.modules()):
+        choose_backend(torch.empty(1, 1, 1, device=device))

@@ -19,6 +19,7 @@ from sit_atconv.data.loading import check_bad
 from sit_atconv.ema import SNAPSHOTS
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
+from sit_atconv.layers.atconv import check_backend
 from sit_atconv.reading import COUNT, read_json
 from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.folder import lock
@@ -106,6 +107,7 @@ class Trainer:
     def run_to_the_end(self, signals: StopSignals) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
         total, main = self.total, accelerator.is_main_process
+        check_backend(self.bare, accelerator.device)
         self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
         # Nothing is shown before the first step, so that an error at the first image is the only line.

@@ -506,9 +506,9 @@ def damaged_line(run):
         (lambda run: (run / "log.jsonl").write_text('{"step": 1}\n{"step\n'), "line 2 is not JSON"),
         (lambda run: (run / "log.jsonl").write_text('{"loss": 1}\n'), "has no step"),
         (lambda run: (run / "scores.jsonl").write_text("[1]\n"), "has no step"),
-        (lambda run: (run / "samples/x/metrics.json").write_text("{"), "metrics.json is no JSON"),
+        (lambda run: (run / "samples/x/metrics.json").write_text("{"), "metrics.json' is not JSON"),
         (lambda run: (run / "samples/x/metrics.json").write_text('{"metrics": [1]}'), "no result of `eval score`"),
-        (lambda run: (run / "samples/x/manifest.json").write_text("[]"), "must be an object"),
+        (lambda run: (run / "samples/x/manifest.json").write_text("[]"), "no object"),
         *(
             (
                 lambda run, text=text: (run / "samples/x/metrics.json").write_text(text),
@@ -528,7 +528,7 @@ def damaged_line(run):
                 '{"metrics": {}, "error_bars": {"design": "random", "upper_bound": true}}',
             )
         ),
-        (lambda run: (run / "step-0000030/manifest.json").write_text("x"), "manifest.json is no JSON"),
+        (lambda run: (run / "step-0000030/manifest.json").write_text("x"), "is not JSON"),
         (lambda run: (run / "recipe.yaml").write_text("a: [b"), "is not YAML"),
         (lambda run: (run / "recipe.yaml").write_text("- a"), "is no recipe"),
         (lambda run: (run / "samples/x/000003.png").write_bytes(b"x"), "does not decode"),

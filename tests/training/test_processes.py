@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_bits, log_rows, run_recipe, weights
+from conftest import ROOT, assert_same_bits, log_rows, process_server, run_recipe, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -154,3 +154,12 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_both(recipe, tmp
     for a, b in zip(one, two, strict=True):
         if a["step"] != 7:  # where the half that the second process has is missing from the mean
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_a_process_that_is_left_says_so_in_one_line(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with process_server("train_sit") as processes:
+        codes, said = processes(tmp_path, [str(recipe)], {"spared": True}, {"at": ["evaluate", 5, "KILL"]})
+    assert codes == [2, -signal.SIGKILL]
+    assert "Traceback" not in said[0]
+    assert said[0].splitlines()[-1].startswith("error: another process of the launch was killed")

@@ -1,0 +1,109 @@
+"""What a command turns into one line, and what stays a traceback."""
+
+import errno
+import os
+import zipfile
+
+import pytest
+import torch
+
+import sample
+import train_sit
+from sit_atconv import create_model
+from sit_atconv.checkpoint import load_trained
+from sit_atconv.convert.reading import read_source
+from sit_atconv.errors import InputError, command
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "x"}, "RANK='x' in the environment"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='999"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment without RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment: WORLD_SIZE=2"),
+        ({"PMI_RANK": "one"}, "PMI_RANK='one'"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU='maybe'"),
+    ],
+)
+def test_what_a_launcher_says_is_checked_before_the_work(fails, monkeypatch, environment, says):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert says in fails(command(lambda argv: pytest.fail("it ran")))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), "File name too long; give a shorter name"),
+        (MemoryError(), "out of memory: MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "take a smaller batch"),
+    ],
+)
+def test_a_long_name_and_memory_that_ran_out_are_one_line(fails, error, says):
+    @command
+    def main(argv):
+        raise error
+
+    assert says in fails(main)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), RuntimeError("?"), ValueError("?"), KeyError()]
+)
+def test_other_errors_stay_tracebacks(error):
+    @command
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        main()
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    model = create_model(
+        None, 8, 10, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, token_mixer="atconv"
+    )
+    model.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_backend_that_cannot_run_here_is_one_line(fails, monkeypatch, tiny, recipe_file, tmp_path):
+    monkeypatch.setenv("SIT_ATCONV_BACKEND", "triton")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    said = fails(sample.main, "--ckpt", tiny, "--num", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / "x.png")
+    assert "SIT_ATCONV_BACKEND=triton cannot run here" in said
+    recipe = recipe_file()
+    assert "SIT_ATCONV_BACKEND=triton cannot run here" in fails(train_sit.main, recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_named(tiny):
+    tiny.chmod(0)
+    root = os.geteuid() == 0
+    above = [path for path in tiny.parents if root and path.stat().st_uid == 0 and not path.stat().st_mode & 0o001]
+    for path in above:
+        path.chmod(path.stat().st_mode | 0o011)
+    try:
+        if root:
+            os.seteuid(65534)
+        with pytest.raises(InputError, match="cannot be read: Permission denied"):
+            load_trained(tiny)
+    finally:
+        if root:
+            os.seteuid(0)
+        tiny.chmod(0o755)
+
+
+def test_a_pt_file_that_was_compressed_says_so(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    for method, name in ((zipfile.ZIP_STORED, "stored.pt"), (zipfile.ZIP_DEFLATED, "deflated.pt")):
+        with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / name, "w", method) as new:
+            for entry in old.namelist():
+                new.writestr(entry, old.read(entry))
+    assert read_source(tmp_path / "stored.pt").tensors["a"].tolist() == [1, 1, 1]
+    with pytest.raises(InputError, match="was compressed after"):
+        read_source(tmp_path / "deflated.pt")
