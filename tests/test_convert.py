@@ -552,7 +552,7 @@ def test_heads_of_another_width_are_asked_for_exactly_where_they_matter(fails, t
     source = write(tmp_path / "a.pt", state())
     assert "hidden_size=24" in fails(main, source, "--out", tmp_path / "out")
     assert "num_heads=5 does not divide" in fails(main, source, "--out", tmp_path / "out", "--num-heads", 5)
-    assert "num_heads=0" in fails(main, source, "--out", tmp_path / "out", "--num-heads", 0)
+    assert "--num-heads 0: must be at least 1" in fails(main, source, "--out", tmp_path / "out", "--num-heads", 0)
     plain = write(tmp_path / "b.pt", state(token_mixer="atconv"))
     load_public(plain, sample_size=8)
     says = fails(main, plain, "--out", tmp_path / "out", "--sample-size", 8, "--num-heads", 2)

@@ -134,7 +134,8 @@ beside the libraries above; with the package `sit_atconv` installed, its `SiTTra
 # What a card tells of a checkpoint's training.
 TOLD = {
     "recipe": {"train": {"batch_size": POSITIVE, "lr": float, "precision": str}, "data": {"kind": str}, "ema": dict},
-    "data": dict, "images_seen": COUNT, "versions": {"sit_atconv": str, "torch": str, "diffusers": str},
+    "data": {"num_images": object, "classes": list}, "step": COUNT, "images_seen": COUNT,
+    "versions": {"sit_atconv": str, "torch": str, "diffusers": str},
 }  # fmt: skip
 
 

@@ -323,7 +323,7 @@ def test_a_manifest_of_others_writes_nothing_else_into_the_card():
     evil = "x\n# head\n- <script>alert(1)</script> [a](http://b)"
     manifest = {
         "recipe": {"train": {"batch_size": 1, "lr": 1.0, "precision": evil}, "data": {"kind": evil}, "ema": {}},
-        "data": {"num_images": evil, "classes": []}, "step": evil, "images_seen": evil,
+        "data": {"num_images": evil, "classes": []}, "step": 1, "images_seen": 1,
         "versions": dict.fromkeys(("sit_atconv", "torch", "diffusers"), evil),
     }  # fmt: skip
     text = _training(manifest)
