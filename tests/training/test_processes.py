@@ -162,4 +162,4 @@ def test_a_process_that_is_left_says_so_in_one_line(recipe, tmp_path, monkeypatc
         codes, said = processes(tmp_path, [str(recipe)], {"spared": True}, {"at": ["evaluate", 5, "KILL"]})
     assert codes == [2, -signal.SIGKILL]
     assert "Traceback" not in said[0]
-    assert said[0].splitlines()[-1].startswith("error: another process of the launch was killed")
+    assert said[0].count("error: another process of the launch was killed") == 1
