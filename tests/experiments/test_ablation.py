@@ -152,6 +152,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, made
     assert not made[0]
 
 
+@pytest.mark.slow
 def test_a_real_run_is_known_again(tmp_path, monkeypatch):
     system, arm = SYSTEMS[1], arms()[0]
     short = ("train.epochs=0.1", "train.warmup_epochs=0", "eval.every_epochs=6", "checkpoint.every=1000")

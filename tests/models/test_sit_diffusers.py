@@ -217,6 +217,7 @@ class TestCompiled:
             for _ in range(2):
                 torch.testing.assert_close(output(compiled), output(model))
 
+    @pytest.mark.slow
     def test_whole_with_open_sizes(self, mixer):
         model = make(mixer, sample_size=(48, 40), depth=2)
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
