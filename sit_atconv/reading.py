@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sit_atconv.errors import InputError
 
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
+PIECE = 1 << 20  # bytes
 MOST_ENTRIES = 1_000_000  # lists and objects of a JSON
 MOST_YAML = 1 << 17  # bytes
 MOST_NODES = 10_000  # of a YAML, an alias counted as what it stands for
@@ -56,10 +57,13 @@ def read_bytes(path: str | Path, most: int) -> bytes:
 
 def bounded(file: BinaryIO, most: int) -> bytes:
     """All that is left of a file. Raises ValueError where that is more than `most` bytes."""
-    content = file.read(most + 1)
-    if len(content) > most:
+    pieces, left = [], most + 1
+    while left and (piece := file.read(min(left, PIECE))):  # one read of all would take memory for `most` at once
+        pieces.append(piece)
+        left -= len(piece)
+    if not left:
         raise ValueError(f"it is larger than {most:,} bytes")
-    return content
+    return b"".join(pieces)
 
 
 class Malformed(InputError):
