@@ -156,6 +156,7 @@ def test_it_runs_in_one_process_and_writes_over_nothing(fails, tmp_path, monkeyp
         assert says in fails(sampling, *base, out)
     assert file.read_text() == "kept"
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert "runs in one process" in fails(sampling, *base, tmp_path / "x.json")
 
 
