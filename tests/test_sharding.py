@@ -121,7 +121,10 @@ def test_what_is_written_is_what_was_trained(runs):
     assert of_two.keys() == held.keys() == of_one.keys()
     for name, tensor in of_two.items():
         assert torch.equal(tensor, held[name]), name
-        torch.testing.assert_close(tensor, of_one[name], rtol=1e-4, atol=1e-6, msg=name)
+        two, one = (each[name] for each in (of_two, of_one))
+        if name.endswith("attn.qkv.bias"):  # a bias of the keys has no gradient but rounding, and AdamW takes its sign
+            two, one = (torch.cat([q, v]) for q, _, v in (two.chunk(3), one.chunk(3)))
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6, msg=name)
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
     assert sum(path.stat().st_size for path in files) < 1.5 * sum(tensor.nbytes for tensor in held.values())
     assert set(checkpoint.read_manifest(folder)["files"]) >= {path.relative_to(folder).as_posix() for path in files}
