@@ -29,7 +29,7 @@ from torch import nn
 
 from sit_atconv import config
 from sit_atconv.errors import InputError
-from sit_atconv.files import DiskFull, disk_full, set_aside, settle, sync
+from sit_atconv.files import DiskFull, disk_full, set_aside, settle, sync, tensors_made_here
 from sit_atconv.reading import COUNT, Malformed, parse_json
 from sit_atconv.sharding import local
 
@@ -146,7 +146,7 @@ class Averages:
                 save_file(tensors[name], temporary / f"{name}.safetensors", {METADATA: json.dumps(facts)})
             settle(temporary)
             if final.exists():
-                if not all(_is_snapshot(path) for path in final.iterdir()):
+                if not all(map(tensors_made_here(METADATA), final.iterdir())):
                     set_aside(final)
                 else:
                     shutil.rmtree(final)
@@ -160,14 +160,6 @@ class Averages:
                 f"snapshot {str(final)!r} cannot be written: {reason}; make room, then go on from the last checkpoint"
             ) from None
         return final
-
-
-def _is_snapshot(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return METADATA in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
 
 
 def _width_name(std: float) -> str:

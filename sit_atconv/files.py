@@ -22,7 +22,7 @@ from typing import TextIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from sit_atconv.errors import InputError
 from sit_atconv.reading import read_json
@@ -110,6 +110,19 @@ def made_here(*keys: str) -> Callable[[Path], bool]:
         except (OSError, ValueError, AttributeError, SyntaxError, RecursionError, Image.DecompressionBombError):
             pass  # of another kind, whatever it is
         return False
+
+    return is_ours
+
+
+def tensors_made_here(key: str) -> Callable[[Path], bool]:
+    """Says of a file whether it is safetensors whose metadata have the key of one kind of this program's files."""
+
+    def is_ours(path: Path) -> bool:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return key in (file.metadata() or {})
+        except (OSError, SafetensorError):
+            return False
 
     return is_ours
 

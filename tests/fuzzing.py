@@ -83,7 +83,7 @@ def outcome(call: Callable[[], Any]) -> str:
         except InputError as error:
             return f"refused: {error}"
         except SystemExit as stop:
-            lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+            lines = [line for line in said.getvalue().splitlines() if "error: " in line]  # after a bar, perhaps
             if stop.code in (0, None):
                 return "taken"
             return f"refused: {lines[-1]}" if stop.code == 2 and lines else f"traceback: exit {stop.code}"

@@ -557,7 +557,7 @@ def test_a_model_whose_tensors_are_not_all_there_is_refused(tmp_path, change):
         ({"hidden_size": 12}, "expected shape torch.Size([72]), but got torch.Size([48])"),
         ({"depth": 2.5}, "depth=2.5"),
         ({"depth": 1}, "unexpected_keys"),
-        ({"class_dropout_prob": "a"}, "class_dropout_prob='a': choose a share"),
+        ({"class_dropout_prob": "a"}, "class_dropout_prob='a': choose a share in [0, 1)"),
         ({"path": "edm"}, "path='edm'"),
         ({"hiden_size": 8}, "option in config.json='hiden_size': did you mean 'hidden_size'"),
     ],

@@ -1,6 +1,5 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.reading import Malformed, opened, parse_json, read_json, read_yaml
+from sit_atconv.reading import Malformed, fault_of, opened, parse_json, read_json, read_yaml
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
@@ -83,7 +82,7 @@ def at(tree: Any, *keys: str) -> Any:
 
 def number(value: Any) -> float | None:
     """A finite number, else None."""
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    return value if fault_of(value, float) is None else None
 
 
 def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -96,7 +96,8 @@ def _open_pipeline(
     try:
         index = read_json(folder / PIPELINE_INDEX, INDEX_FORM)
         # A list where the folder was exported before.
-        if SiTPipeline.__name__ not in (index["_class_name"], index["_class_name"][-1]):
+        names = index["_class_name"] if isinstance(index["_class_name"], list) else [index["_class_name"]]
+        if SiTPipeline.__name__ not in names[-1:]:
             raise InputError(f"{str(folder)!r} is a {index['_class_name']}; give a {SiTPipeline.__name__}")
         scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FORM)
         library, name = index["scheduler"]

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sit_atconv.errors import InputError
-from sit_atconv.files import new_path
+from sit_atconv.files import new_path, tensors_made_here
 from sit_atconv.reading import Malformed, parse_json
 from sit_atconv.swap.swapping import AttentionSwap, check_unwrapped, fingerprint, model_of, swap_as_stored, uncompiled
 
@@ -40,7 +40,7 @@ def save_delta(model_or_pipeline, path: str | Path, force: bool = False) -> None
         raise InputError(f"{change}, and a delta fits the model of the swap alone; save it before, or undo that")
     stored = {**record.config, "rest": fingerprint(_rest(model, layers))}
     tensors = {name: each.contiguous() for name, each in inside.items()}
-    with new_path(path, "delta", force, _is_delta) as unfinished:
+    with new_path(path, "delta", force, tensors_made_here(KEY)) as unfinished:
         # A single key: safetensors writes several in an order that changes from process to process.
         save_file(tensors, unfinished, metadata={KEY: json.dumps(stored)})
 
@@ -70,14 +70,6 @@ def load_delta(model_or_pipeline, path: str | Path) -> AttentionSwap:
             )
 
     return swap_as_stored(model_or_pipeline, stored, tensors, check)
-
-
-def _is_delta(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
 
 
 def _is_in(tensor: str, layers: list[str]) -> bool:
