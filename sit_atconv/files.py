@@ -148,7 +148,8 @@ def figure_png(figure) -> bytes:
 def check_out(
     out: str | Path, what: str = "--out", force: bool = False, ours: Callable[[Path], bool] = lambda path: False
 ) -> Path:
-    """Where a command writes to, `resolved`; nothing is changed there.
+    """Where a command writes to, `resolved`; nothing is changed there, but what was left by one that was killed once
+    `out` was whole goes.
 
     ours: says of a file that it may be replaced. force: whatever is there may be set aside; see `put`.
     Raises InputError where something else is there, and where nothing can be written.
@@ -161,6 +162,7 @@ def check_out(
                 raise InputError(f"{what} {str(out)!r} is neither file nor folder; choose a new name")
             _check_movable(out)
             if not (force or (out.is_file() and ours(out))):
+                _clear_claimed(out)
                 is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
                 raise InputError(f"{what} {str(out)!r}: {is_there}; choose a new name, or {flag}, which sets it aside")
         above = next(path for path in out.absolute().parents if path.exists())
@@ -330,7 +332,7 @@ def new_path(
     Raises InputError as `check_out`, and where the disk does not take it; what: the name of `out` there.
     """
     out, made = check_out(out, what, force, ours), Made()
-    claimed = out.with_name(f".{_short(out.name)}.unfinished")
+    claimed = _claimed(out)
     key = claimed.absolute()
     if key in _held:
         raise InputError(f"{what} {str(out)!r} is being written by another thread; wait for it, or choose a new name")
@@ -347,9 +349,7 @@ def new_path(
                     sync(path)
                 put(claimed / out.name, out, what, force, ours)
             finally:
-                empty(claimed)
-                (claimed / OWNER).unlink()
-                claimed.rmdir()
+                _unclaim(claimed)
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch's writer raises its own error where a file's says that the disk is full.
         fault = error.__context__ if isinstance(error, RuntimeError) else error
@@ -361,6 +361,25 @@ def new_path(
         _held.discard(key)
         if not os.path.lexists(out):
             made.take_back()
+
+
+def _claimed(out: Path) -> Path:
+    """The folder that what becomes `out` is written in."""
+    return out.with_name(f".{_short(out.name)}.unfinished")
+
+
+def _unclaim(claimed: Path) -> None:
+    empty(claimed)
+    (claimed / OWNER).unlink()
+    claimed.rmdir()
+
+
+def _clear_claimed(out: Path) -> None:
+    """Remove what is left of a command that wrote `out` and was killed then, unless one is writing there now."""
+    claimed = _claimed(out)
+    if claimed.absolute() not in _held and (claimed / OWNER).is_file() and is_cleared_by_us(claimed):
+        with suppress(InputError, OSError), lock(claimed, str(out), OWNER):
+            _unclaim(claimed)
 
 
 def is_cleared_by_us(folder: Path) -> bool:

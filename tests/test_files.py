@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and folders that are one process's."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -92,3 +93,27 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path):
         with pytest.raises(InputError) as raised:
             check_out(out)
         assert str(raised.value).startswith(f"--out {str(out)!r}") or out == "."
+
+
+def test_what_a_command_left_that_was_killed_at_its_end_goes_with_the_next_one(tmp_path, monkeypatch):
+    def anothers(file):
+        raise OSError(errno.EACCES, "another process has it")
+
+    out, claimed = tmp_path / "model", tmp_path / ".model.unfinished"
+    out.mkdir()
+    claimed.mkdir()
+    (claimed / files.OWNER).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_lock", anothers)
+        with pytest.raises(InputError, match="exists already"):
+            files.check_out(out)
+    assert claimed.is_dir()
+    with pytest.raises(InputError, match="exists already"):
+        files.check_out(out)
+    assert not claimed.exists()
+    assert out.is_dir()
+    claimed.mkdir()
+    (claimed / "mine").touch()
+    with pytest.raises(InputError, match="exists already"):
+        files.check_out(out)
+    assert (claimed / "mine").exists()

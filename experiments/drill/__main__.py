@@ -1,11 +1,12 @@
-"""make drill: training runs that meet every fault there is, compared to the bit with one that was left alone.
+"""make drill: runs of every command that meet every fault there is, compared to the bit with one that was left alone.
 
-    python -m experiments.drill [sit|attnet] [--runs 30] [--out runs/drill]
+    python -m experiments.drill [sit|scores|attnet|commands] [--runs 30] [--out runs/drill]
 
-Runs of train_sit.py and train_attnet.py are killed with SIGKILL at random moments of their steps, previews, EMA
-snapshots, evaluations and checkpoint writes, and run again. Then single faults: signals, a full disk, NaNs, a truncated
-checkpoint, a deleted shard of a cache of latents, deleted images. Prints a table of what was done and lost, and exits
-with status 1 where something was.
+Runs of train_sit.py and train_attnet.py are killed with SIGKILL at random moments of their steps, previews, scores, EMA
+snapshots, evaluations and checkpoint writes, and run again. Then single faults: signals, a full disk, NaNs, damaged
+checkpoints, other people's files, a deleted shard of a cache of latents, deleted images. The other commands are killed
+before a random change of a file or at a random time, and meet a full disk and other people's files. Prints a table of
+what was done and lost, and exits with status 1 where something was.
 """
 
 import json
@@ -24,40 +25,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import yaml
-from PIL import Image
 from tqdm import tqdm
 
-from experiments.drill.child import DONE
+from experiments.drill import commands
+from experiments.drill.child import DONE, forked
+from experiments.drill.forked import Forked, preload
+from experiments.drill.rows import ENVIRONMENT, Failed, Row, expect, row_of, save_images, table
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
 from sit_atconv import checkpoint, limits
 from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import scratch
 
 EVERY_STEP = "run.log_every=1"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-@dataclass
-class Row:
-    """A line of the table: a command, a fault, how often it was made, what it should and did lead to."""
-
-    script: str
-    fault: str
-    runs: int
-    seen: str
-    lost: str
-    passed: bool
-
-
-class Failed(Exception):
-    """What should have happened did not."""
-
-
-def expect(condition: bool, what: str) -> None:
-    if not condition:
-        raise Failed(what)
 
 
 @dataclass
@@ -69,13 +49,16 @@ class Drill:
     recipe: Path
 
     @property
+    def name(self) -> str:
+        return next(name for name, subject in SUBJECTS.items() if subject is self.subject)
+
+    @property
     def whole(self) -> Path:
         return self.out / "whole"
 
     def child(self, *options: str) -> list[str]:
         """The arguments to Python of a run with a fault put in, or with word of what it is doing."""
-        name = next(name for name, subject in SUBJECTS.items() if subject is self.subject)
-        return ["-m", "experiments.drill.child", "--subject", name, *options, "--", str(self.recipe)]
+        return ["-m", "experiments.drill.child", "--subject", self.name, *options, "--", str(self.recipe)]
 
     def with_data(self, recipe: dict, folder: Path) -> "Drill":
         """The same on a recipe of its own, all in a folder."""
@@ -127,8 +110,34 @@ class Drill:
         return [{key: row[key] for key in self.subject.timeless} for row in rows]
 
 
-class Child:
-    """A run in the background that tells what it is doing."""
+class Told:
+    """What a run tells of what it is doing, byte by byte."""
+
+    def read(self) -> bytes:
+        raise NotImplementedError
+
+    def wait_for(self, phase: str, times: int) -> bool:
+        """Wait until a phase begins for the given time; False where the run ends before."""
+        for _ in range(times):
+            while (letter := self.read()) != LETTERS[phase]:
+                if not letter:
+                    return False
+        return True
+
+    def durations(self) -> dict[str, list[float]]:
+        """How long each phase took, by phase, until the run ends."""
+        taken, begun, names = {name: [] for name in LETTERS}, [], {letter: name for name, letter in LETTERS.items()}
+        while letter := self.read():
+            if letter != DONE:
+                begun.append((names[letter], time.perf_counter()))
+            else:
+                name, since = begun.pop()
+                taken[name].append(time.perf_counter() - since)
+        return taken
+
+
+class Child(Told):
+    """A run in the background, of a command as a user gives it."""
 
     def __init__(self, drill: Drill, run: Path, *overrides: str, **options):
         read, write = os.pipe()
@@ -139,30 +148,21 @@ class Child:
         os.close(write)
         self.pipe = os.fdopen(read, "rb", buffering=0)
 
-    def wait_for(self, phase: str, times: int) -> bool:
-        """Wait until a phase begins for the given time; False where the run ends before."""
-        for _ in range(times):
-            while (letter := self.pipe.read(1)) != LETTERS[phase]:
-                if not letter:
-                    return False
-        return True
-
-    def durations(self) -> dict[str, list[float]]:
-        """How long each phase took, by phase, until the run ends."""
-        taken, begun, names = {name: [] for name in LETTERS}, [], {letter: name for name, letter in LETTERS.items()}
-        while letter := self.pipe.read(1):
-            if letter != DONE:
-                begun.append((names[letter], time.perf_counter()))
-            else:
-                name, since = begun.pop()
-                taken[name].append(time.perf_counter() - since)
-        return taken
+    def read(self) -> bytes:
+        return self.pipe.read(1)
 
     def end(self) -> tuple[int, str, str]:
         """Exit status, stdout, stderr."""
         out, err = self.process.communicate()
         self.pipe.close()
         return self.process.returncode, out, err
+
+
+class ForkedRun(Forked, Told):
+    """The same in a process that was forked off, which begins sooner."""
+
+    def __init__(self, drill: Drill, run: Path, *overrides: str, announced: bool = True):
+        super().__init__(forked, drill.name, [str(drill.recipe), f"run.out={run}", *overrides], announced)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -201,24 +201,25 @@ def kill_and_run_again(drill: Drill, index: int, durations: dict[str, list[float
     occurrence = draw.randint(1, len(durations[phase]))
     delay = draw.random() * sorted(durations[phase])[len(durations[phase]) // 2]
     overrides = (f"data.workers={index % 2}", EVERY_STEP)
-    child = Child(drill, run, *overrides)
+    child = ForkedRun(drill, run, *overrides)
     begun = child.wait_for(phase, occurrence)
     time.sleep(delay)
-    child.process.kill()
-    status, _, err = child.end()
-    expect(begun and status == -signal.SIGKILL, f"was not killed in {phase} {occurrence}: {err[-300:]}")
+    child.kill()
+    ended = child.end()
+    expect(begun and ended.status == -signal.SIGKILL, f"was not killed in {phase} {occurrence}: {ended.said[-300:]}")
     reached, saved = progress(run), newest(run)
-    drill.trained(run, *overrides)
+    again = ForkedRun(drill, run, *overrides, announced=False).end()
+    expect(again.status == 0, f"run again: exit status {again.status}: {again.said[-300:]}")
     drill.expect_same(run)
     shutil.rmtree(run)
     return {"phase": phase, "occurrence": occurrence, "delay_s": delay, "reached": reached, "resumed_from": saved}
 
 
 def sigkill(drill: Drill, runs: int) -> Row:
-    child = Child(drill, drill.whole, EVERY_STEP)
+    child = ForkedRun(drill, drill.whole, EVERY_STEP)
     durations = child.durations()
-    status, _, err = child.end()
-    expect(status == 0, f"the run left alone failed: {err[-300:]}")
+    alone = child.end()
+    expect(alone.status == 0, f"the run left alone failed: {alone.said[-300:]}")
     done, failures = [], []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         tasks = [pool.submit(kill_and_run_again, drill, index, durations) for index in range(runs)]
@@ -338,6 +339,64 @@ def nan_in_the_images(drill: Drill) -> str:
     return "step 7 skipped; the same bits as with NaN in its loss alone"
 
 
+def skip_streak(drill: Drill) -> str:
+    """NaN from step 7 on: the run ends with an error, and no checkpoint is of a step that was skipped."""
+    run = drill.out / "streak"
+    command = [sys.executable, *drill.child("--nan-from", "0:7"), f"run.out={run}", EVERY_STEP]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    expect(done.returncode == 2 and "no finite loss" in last, f"exit status {done.returncode}: {done.stderr[-300:]}")
+    saved = [checkpoint.step_of(folder) for folder in checkpoint.step_folders(run)]
+    expect(saved == [4], f"checkpoints are of the steps {saved}")
+    drill.goes_on(run)
+    return f"ends after step {progress(run)}: step 4 is the newest checkpoint, then the same bits"
+
+
+def damaged_kept(drill: Drill) -> str:
+    """A file of the newest checkpoint is gone: what is left of it stays until a whole one has followed."""
+    run = drill.out / "damaged"
+    step = drill.stopped(run, 18)
+    damaged = checkpoint.folder_of(run, step)
+    (damaged / "trainer.json").unlink()
+    before = contents(damaged)
+    child = Child(drill, run, EVERY_STEP)
+    begun = child.wait_for("checkpoint", 1)
+    child.process.kill()
+    child.end()
+    expect(begun, "ended before its first checkpoint")
+    aside = damaged.with_name(f"{damaged.name}.damaged")
+    expect(aside.is_dir() and contents(aside) == before, "what was left of the newest checkpoint is gone")
+    drill.trained(run, EVERY_STEP)
+    drill.expect_same(run)
+    return f"step {step} set aside until a whole one had followed, then the same bits"
+
+
+def foreign_files(drill: Drill) -> str:
+    """A folder of somebody else's at run.out, and files of theirs in a run that goes on."""
+    theirs = drill.out / "theirs"
+    theirs.mkdir()
+    (theirs / "model.pt").write_bytes(b"mine")
+    for where in (theirs, drill.out / "new" / ".." / "theirs"):
+        refused = drill.train(where, EVERY_STEP)
+        expect(refused.returncode == 2, f"not refused: {refused.stderr[-300:]}")
+        expect(contents(theirs) == {"model.pt": b"mine"}, f"other files: {list(contents(theirs))}")
+    run = drill.out / "foreign"
+    drill.stopped(run, 10)
+    mine = [run / name for name in ("notes.tmp", ".x.unfinished", "step-notes.txt", "step-0000004.aside/mine.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    step = newest(run)
+    drill.trained(run, EVERY_STEP)
+    expect(all(path.is_file() and path.read_bytes() == b"mine" for path in mine), "other people's files are gone")
+    for path in mine:
+        path.unlink()
+    mine[-1].parent.rmdir()
+    trim(run, drill.whole, step)
+    drill.expect_same(run)
+    return "a folder is refused, files in a run stay, then the same bits"
+
+
 def truncated_checkpoint(drill: Drill) -> str:
     run = drill.out / "truncated"
     step = drill.stopped(run, 30)
@@ -347,15 +406,6 @@ def truncated_checkpoint(drill: Drill) -> str:
     expect(done.returncode == 0 and "trying the one before" in done.stderr, f"not passed over: {done.stderr[-300:]}")
     drill.expect_same(run)
     return "named and passed over, the one before taken, then the same bits"
-
-
-def save_images(folder: Path, number: int, seed: int) -> Path:
-    """Noise of two classes, 16 x 16."""
-    for index, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (number, 16, 16, 3), np.uint8)):
-        image = folder / "ab"[index % 2] / f"{index:02}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(image)
-    return folder
 
 
 def deleted_shard(drill: Drill) -> str:
@@ -423,6 +473,9 @@ FAULTS: dict[str, Callable[[Drill], str]] = {
     "NaN on one of two processes": nan_on_one_rank,
     "NaN in the images of a step": nan_in_the_images,
     "newest checkpoint truncated": truncated_checkpoint,
+    "newest checkpoint lacks a file": damaged_kept,
+    "NaN from one step on": skip_streak,
+    "other people's files": foreign_files,
 }
 OWN_FAULTS: dict[str, dict[str, Callable[[Drill], str]]] = {
     "sit": {"shard of the latent cache deleted": deleted_shard},
@@ -442,37 +495,31 @@ def drilled(name: str, out: Path, runs: int) -> list[Row]:
     recipe.write_text(yaml.safe_dump({**subject.recipe, "run": {"out": str(out / "run")}}))
     drill = Drill(subject, out, recipe)
     rows = [sigkill(drill, runs)]
-    others = FAULTS | OWN_FAULTS[name]
+    others = {} if name == "scores" else FAULTS | OWN_FAULTS[name]  # scores: of the same command
     for fault, make in tqdm(others.items(), desc=f"{subject.script}: other faults", unit="fault"):
-        try:
-            rows.append(Row(subject.script, fault, 1, make(drill), "nothing", True))
-        except Failed as failure:
-            rows.append(Row(subject.script, fault, 1, str(failure), "?", False))
+        rows.append(row_of(subject.script, fault, partial(make, drill)))
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["| command | fault | runs | what was seen | lost | |", "|---|---|---:|---|---|---|"]
-    for row in rows:
-        passed = "ok" if row.passed else "FAILED"
-        seen = " ".join(row.seen.replace("|", "/").split())  # of a run that failed, the end of what it said
-        lines.append(f"| {row.script} | {row.fault} | {row.runs} | {seen} | {row.lost} | {passed} |")
-    return "\n".join(lines)
+PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
+    **{name: partial(drilled, name) for name in SUBJECTS}, "commands": commands.drilled,
+}  # fmt: skip
 
 
 @command
 def main() -> None:
     parser = ArgumentParser(prog="python -m experiments.drill", description=__doc__.splitlines()[0])
-    parser.add_argument("subject", nargs="?", choices=SUBJECTS, help="one trainer alone; left out, both")
+    parser.add_argument("subject", nargs="?", choices=PARTS, help="one part alone; left out, all")
     parser.add_argument(
-        "--runs", **limits.ROUNDS.flag, default=30, help="runs of each trainer that are killed with SIGKILL"
+        "--runs", **limits.ROUNDS.flag, default=30, help="runs of each command that are killed with SIGKILL"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/drill"))
     args = parser.parse_args()
     scratch(args.out)
+    preload()
     start = time.perf_counter()
-    names = [args.subject] if args.subject else list(SUBJECTS)
-    rows = [row for name in names for row in drilled(name, args.out / name, args.runs)]
+    names = [args.subject] if args.subject else list(PARTS)
+    rows = [row for name in names for row in PARTS[name](args.out / name, args.runs)]
     report = f"{table(rows)}\n\n{(time.perf_counter() - start) / 60:.1f} minutes"
     (args.out / "drill.md").write_text(report + "\n")
     print(report)

@@ -1,6 +1,6 @@
 """A trainer's command with a fault put in, or with word of what it is doing: run by the drill, not by hand.
 
-python -m experiments.drill.child [--subject sit|attnet] [--announce FD] [--nan|--nan-images RANK:STEP] -- ARGUMENTS
+python -m experiments.drill.child [--subject NAME] [--announce FD] [--nan|--nan-images|--nan-from RANK:STEP] -- WORDS
 """
 
 import argparse
@@ -42,18 +42,19 @@ def announce(subject: Subject, descriptor: int) -> None:
     checkpoint.save = telling(checkpoint.save, "checkpoint")
 
 
-def poison(subject: Subject, rank: int, step: int, images: bool) -> None:
+def poison(subject: Subject, rank: int, step: int, images: bool, on: bool) -> None:
     """Make the losses of one process NaN in one step (1-based), and leave the gradients as they are.
 
     NaN gradients would reach the other processes by themselves: what is tried is that they agree.
-    images: NaN goes in with the images instead, and through the whole model.
+    images: NaN goes in with the images instead, and through the whole model. on: in the steps that follow, too.
     """
     trainer = trainer_of(subject)
     losses = trainer._losses
     nan = torch.tensor(float("nan"))
 
     def poisoned(self, batch):
-        bad = self.step + 1 == step and self.accelerator.process_index == rank
+        here = self.step + 1 >= step if on else self.step + 1 == step
+        bad = here and self.accelerator.process_index == rank
         if bad and images:
             batch = {**batch, "image": batch["image"] + nan}
         return [loss + nan if bad and not images else loss for loss in losses(self, batch)]
@@ -77,20 +78,29 @@ def watch_weights(subject: Subject) -> None:
     trainer._save = watched
 
 
+def forked(descriptor: int, facts: dict, name: str, words: list[str], announced: bool) -> None:
+    """Train, in a process that was forked off; announced: with word of what it is doing."""
+    subject = SUBJECTS[name]
+    if announced:
+        announce(subject, descriptor)
+    importlib.import_module(Path(subject.script).stem).main(words)
+
+
 def main() -> None:
     own, arguments = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
     parser = argparse.ArgumentParser()
     parser.add_argument("--subject", choices=SUBJECTS, default="sit")
     parser.add_argument("--announce", type=int)
-    parser.add_argument("--nan")
-    parser.add_argument("--nan-images")
+    faults = {"nan": (False, False), "nan_images": (True, False), "nan_from": (False, True)}
+    for name in faults:
+        parser.add_argument(f"--{name.replace('_', '-')}")
     args = parser.parse_args(own)
     subject = SUBJECTS[args.subject]
     if args.announce is not None:
         announce(subject, args.announce)
-    for place, images in ((args.nan, False), (args.nan_images, True)):
-        if place:
-            poison(subject, *map(int, place.split(":")), images)
+    for name, how in faults.items():
+        if place := getattr(args, name):
+            poison(subject, *map(int, place.split(":")), *how)
             watch_weights(subject)
     importlib.import_module(Path(subject.script).stem).main(arguments)
 

@@ -1,11 +1,11 @@
-"""What the drill is made on: the two trainers, each with a tiny recipe that has all that is random switched on."""
+"""What the drill is made on: the trainers, each with a tiny recipe that has all that is random switched on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 STEPS = 60
 CHECKPOINT = {"every": 4, "keep_last": 2, "keep_every": 20}
-LETTERS = {"step": b"s", "preview": b"p", "snapshot": b"e", "evaluation": b"v", "checkpoint": b"c"}
+LETTERS = {"step": b"s", "preview": b"p", "snapshot": b"e", "evaluation": b"v", "checkpoint": b"c", "score": b"f"}
 
 
 @dataclass(frozen=True)
@@ -23,33 +23,41 @@ class Subject:
     splits: bool  # whether two processes take the steps that one takes, to rounding
 
 
-SUBJECTS = {
-    "sit": Subject(
-        script="train_sit.py",
-        trainer="sit_atconv.training.loop:_Trainer",
-        recipe={
-            "model": {
-                "patch_size": 2, "hidden_size": 48, "depth": 2, "num_heads": 2, "learn_sigma": False,
-                "token_mixer": "hybrid",
-            },
-            "data": {"flip": True},
-            "train": {"max_steps": STEPS, "batch_size": 16, "lr": 1e-3, "max_grad_norm": 1.0},
-            "ema": {"kind": "power", "snapshot_every": 7},
-            "checkpoint": CHECKPOINT,
-            "preview": {"every": 5, "num": 10, "steps": 4},
+SIT = Subject(
+    script="train_sit.py",
+    trainer="sit_atconv.training.loop:_Trainer",
+    recipe={
+        "model": {
+            "patch_size": 2, "hidden_size": 48, "depth": 2, "num_heads": 2, "learn_sigma": False,
+            "token_mixer": "hybrid",
         },
-        phases={"step": "_optimize", "preview": "_draw_preview", "snapshot": "_snapshot"},
-        killed_in=("step", "checkpoint", "preview", "checkpoint", "step", "snapshot"),
-        weights="diffusion_pytorch_model.safetensors",
-        timeless=(
-            "step", "images_seen", "loss", "loss_by_time", "grad_norm", "lr", "update_ratio", "skipped", "bad_images",
-        ),
-        bare=(
-            "preview.every=0", "checkpoint.keep_last=1", "ema.snapshot_every=null", "checkpoint.keep_every=null",
-            "ema.kind=constant",
-        ),
-        splits=True,
+        "data": {"flip": True},
+        "train": {"max_steps": STEPS, "batch_size": 16, "lr": 1e-3, "max_grad_norm": 1.0},
+        "ema": {"kind": "power", "snapshot_every": 7},
+        "checkpoint": CHECKPOINT,
+        "preview": {"every": 5, "num": 10, "steps": 4},
+    },
+    phases={"step": "_optimize", "preview": "_draw_preview", "snapshot": "_snapshot"},
+    killed_in=("step", "checkpoint", "preview", "checkpoint", "step", "snapshot"),
+    weights="diffusion_pytorch_model.safetensors",
+    timeless=(
+        "step", "images_seen", "loss", "loss_by_time", "grad_norm", "lr", "update_ratio", "skipped", "bad_images",
     ),
+    bare=(
+        "preview.every=0", "checkpoint.keep_last=1", "ema.snapshot_every=null", "checkpoint.keep_every=null",
+        "ema.kind=constant",
+    ),
+    splits=True,
+)  # fmt: skip
+SCORES = replace(
+    SIT,
+    recipe={**SIT.recipe, "preview": {"every": 0, "steps": 2}, "score": {"every": 6, "num": 40}},
+    phases={"step": "_optimize", "score": "_score"},
+    killed_in=("score", "checkpoint", "step"),
+)
+SUBJECTS = {
+    "sit": SIT,
+    "scores": SCORES,
     "attnet": Subject(
         script="train_attnet.py",
         trainer="sit_atconv.classification.loop:_Classifier",
