@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from select import select
 from typing import Any
@@ -31,6 +31,7 @@ def _call(function: Callable, arguments: tuple, place: str, pipe) -> None:
     said = os.open(os.path.join(place, "said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    set_start_method(None, force=True)  # of a command that a user gives: this process was given its server's
     tqdm.set_lock(threading.RLock())  # one between processes would be left over by each that is killed
     facts: dict[str, Any] = {"status": 1}
     try:

@@ -3,6 +3,7 @@
 import math
 import multiprocessing.connection
 import multiprocessing.util
+import os
 import re
 import signal
 import threading
@@ -44,7 +45,7 @@ class TrainingBatches:
             options = {
                 "prefetch_factor": max(2, math.ceil(2 * positions.accumulation / workers)),
                 "timeout": min(POLL_SECONDS, timeout),
-                "worker_init_fn": _leave_signals,
+                "worker_init_fn": _begin,
             }
         self._loader = DataLoader(
             samples,
@@ -181,10 +182,18 @@ def _as_it_is(fetched: tuple) -> tuple:
     return fetched
 
 
-def _leave_signals(worker: int) -> None:
+def _begin(worker: int) -> None:
+    """Leave signals to the process that trains, and end with it: torch looks at the parent process alone, which a fork
+    server is where processes begin so (as from Python 3.14 on)."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_with(process) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _end(iterator, watchdog: _Watchdog) -> None:

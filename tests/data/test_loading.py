@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -319,3 +320,31 @@ def test_the_share_of_bad_images():
 def test_unreadable_is_an_input_error_that_a_process_can_send():
     error = pickle.loads(pickle.dumps(Unreadable("a  b", image=7)))
     assert (str(error), error.image, error.every_rank) == ("a b", 7, True)
+
+
+TRAINER = """
+import multiprocessing, os, signal
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.data.samples import RankPositions, TrainingSamples
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    loader = TrainingBatches(TrainingSamples(Digits(), (1, 8, 8), 6, seed=3), RankPositions(0, 6, 6, accumulation=1), 1)
+    next(loader)
+    print(loader._workers()[0].pid, flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Linux alone tells when a process of another one ends")
+def test_loader_processes_of_a_fork_server_end_with_the_process_that_trains(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    worker = os.pidfd_open(int(trainer.stdout.readline()))
+    trainer.kill()
+    trainer.wait()
+    assert select.select([worker], [], [], 60)[0], "the loader process outlives the process that trains"
+    os.close(worker)
+    trainer.stdout.close()
