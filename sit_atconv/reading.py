@@ -20,7 +20,7 @@ from sit_atconv.errors import InputError
 
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
 PIECE = 1 << 20  # bytes
-MOST_CONFIG = 1 << 20  # bytes of the configuration of a class, which its constructor gets
+MOST_CONFIG = 4 << 20  # bytes of the configuration that a class is made by; the names of 22,000 classes fit
 MOST_SIZE = 1 << 20  # the largest whole number there: what a constructor counts by
 MOST_LINE = 1 << 20  # bytes of a line of a log
 MOST_ENTRIES = 1_000_000  # lists and objects of a JSON
@@ -92,12 +92,12 @@ def read_json(path: str | Path, form: Any = dict, finite: bool = False, most: in
     return parse_json(text, name, form, finite)
 
 
-def read_config(path: str | Path, form: Any = dict) -> dict[str, Any]:
+def read_config(path: str | Path, form: Any = dict, most: int = MOST_CONFIG) -> dict[str, Any]:
     """`read_json` of a configuration that a class of diffusers or timm is made by.
 
     Its whole numbers are sizes: they are at most MOST_SIZE, at any depth, whatever the class takes them for.
     """
-    config = read_json(path, form, most=MOST_CONFIG)
+    config = read_json(path, form, most=most)
     level = [("", config)]
     while level:
         level = [(f"{place}.{key}".lstrip("."), inner) for place, each in level for key, inner in _entries(each)]
