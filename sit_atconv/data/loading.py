@@ -6,6 +6,7 @@ import multiprocessing.util
 import re
 import signal
 import threading
+from collections.abc import Iterable
 
 import torch
 from torch.utils.data import DataLoader, _utils
@@ -90,14 +91,14 @@ class TrainingBatches:
         return getattr(self._iterator, "_workers", [])
 
     def _start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # till they are left alone there
+        before = _mask("SIG_BLOCK", SIGNALS)  # till they are left alone there
         try:
             self._iterator = iter(self._loader)
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"the loader processes cannot be started ({reason}); {REMEDY}", every_rank=True) from None
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _mask("SIG_SETMASK", before)
         self._watchdog = _Watchdog(self._workers(), self.timeout)
         if self._workers():
             self._watchdog.start()
@@ -184,7 +185,12 @@ def _as_it_is(fetched: tuple) -> tuple:
 def _leave_signals(worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    _mask("SIG_UNBLOCK", SIGNALS)
+
+
+def _mask(how: str, signals: Iterable[int]) -> Iterable[int]:
+    """What `signal.pthread_sigmask` returns; Windows has none, and nothing to mask."""
+    return signal.pthread_sigmask(getattr(signal, how), signals) if hasattr(signal, "pthread_sigmask") else ()
 
 
 def _end(iterator, watchdog: _Watchdog) -> None:
