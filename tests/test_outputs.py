@@ -82,7 +82,7 @@ FILLED = {
     "train_attnet": (
         train_attnet.main, [ATTNET, "data.kind=imagefolder", "data.root=none", "data.val_root=none"], "run.out",
     ),
-    "score": (train_sit.main, [DIGITS, "score.every=1", "score.ref=none"], "run.out"),
+    "score": (train_sit.main, [DIGITS, "score.every=1", "score.ref=none", "score.weights=none"], "run.out"),
 }  # fmt: skip
 CASES = [(name, end) for name, (_, _, ends) in COMMANDS.items() for end in ends]
 
