@@ -30,11 +30,19 @@ def lock(run: Path) -> TextIO:
 def check_place(out: str, force: bool = False) -> None:
     """Raise InputError where a run cannot lie, whatever its recipe, before anything is loaded; nothing is changed."""
     run = files.resolved(out, "run.out")
-    if force or not os.path.lexists(run):
-        if not _is_run(run):
-            files.check_out(run, "run.out", force=True)
-    elif not _is_run(run):
-        raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder")
+    try:
+        if not os.path.lexists(run):
+            files.check_writable(run)
+        elif not _is_run(run):
+            if not force:
+                raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder")
+            files.check_movable(run)
+    except OSError as error:
+        raise _unusable(run, error) from None
+
+
+def _unusable(run: Path, error: OSError) -> InputError:
+    return InputError(f"run.out={str(run)!r} cannot be written: {error.strerror or error}; choose another place")
 
 
 def _is_run(run: Path) -> bool:
@@ -73,7 +81,7 @@ def claim(
         except InputError as error:
             start[1] = error
         except OSError as error:
-            start[1] = InputError(f"run.out={str(run)!r}: {error.strerror or error}; choose another place")
+            start[1] = _unusable(run, error)
     found, error = broadcast_object_list(start)
     if error is not None:
         raise error
@@ -105,7 +113,7 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Fou
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
     except ValueError:
         stored = None
-    if not isinstance(stored, dict):
+    if not stored or not isinstance(stored, dict):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
     try:
         said = "; ".join(changed(stored))
