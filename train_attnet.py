@@ -1,11 +1,10 @@
 """accelerate launch train_attnet.py RECIPE [key=value ...] [--dry-run | --resume | --force]: train AttNet, or go on."""
 
-import json
 from pathlib import Path
 
-from sit_atconv.checkpoint import MANIFEST
+from sit_atconv.checkpoint import read_manifest
 from sit_atconv.classification import train
-from sit_atconv.classification.loop import dry_run, steps_of
+from sit_atconv.classification.loop import dry_run, last_evaluation, steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import command, speaks
@@ -26,11 +25,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(last: Path, recipe: ClassifierRecipe) -> str:
     """The accuracy that the run ended with, and where it lies."""
-    manifest = json.loads((last / MANIFEST).read_text())
+    manifest, found = read_manifest(last, under="trainer.json"), last_evaluation(last.parent)
     step, total = manifest["step"], steps_of(recipe, recipe.train.epochs, manifest["data"]["num_images"])
-    lines = (last.parent / "evals.jsonl").read_text().splitlines()
-    found = json.loads(lines[-1]) if lines else {"step": None}
-    if step < total or found["step"] != step:  # it may have been stopped in a step that was evaluated
+    if step < total or found is None or found["step"] != step:  # it may have been stopped in a step that was evaluated
         return f"stopped at step {step:,}, saved as {last}; the same command goes on from there"
     ema, raw = (
         "not finite" if (top1 := found[f"{which}_top1"]) is None else f"{top1:.2f}%" for which in ("ema", "model")

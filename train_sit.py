@@ -9,6 +9,7 @@ from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.errors import command, speaks
 from sit_atconv.plan import dry_run
 from sit_atconv.training import train
+from sit_atconv.training.folder import check_place
 from sit_atconv.training.launch import training_arguments
 
 
@@ -20,6 +21,7 @@ def run(prog: str, about: str, argv: list[str] | None, check: Callable[[Recipe],
     if args.dry_run:
         report = dry_run(recipe)
     else:
+        check_place(recipe.run.out, args.force)
         # Scores are the first process's business alone, and so are its reference and weights.
         scorer = training_scorer(recipe.score.ref, recipe.score.weights) if recipe.score.every and speaks() else None
         last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force)

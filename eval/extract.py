@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +29,9 @@ from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, begun_as, open_source
 from sit_atconv import limits
-from sit_atconv.claims import claim, clear_leftovers, write_whole, writing
+from sit_atconv.claims import check_place, claim, clear_leftovers, write_whole, writing
 from sit_atconv.errors import InputError, add_force, speaks
-from sit_atconv.files import library_versions, lock, resolved, sha256, sync, write_atomic
+from sit_atconv.files import check_writable, library_versions, lock, resolved, sha256, sync, write_atomic
 from sit_atconv.reading import Malformed, read_json
 
 T = TypeVar("T")
@@ -76,8 +77,17 @@ def add_features_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_root(root: str | None) -> None:
+    """Raise InputError for --features that no folder can be made below."""
+    if root is not None:
+        with writing(place := resolved(root, "--features"), "--features"):
+            if not place.is_dir():  # what lies in one may be all that is needed
+                check_writable(place)
+
+
 def run(args: argparse.Namespace) -> None:
     """Extract, and say what is there. Raises InputError for what cannot be extracted."""
+    check_place(args.out, "features", FOLDER, REMEDY, args.force)  # before anything is loaded
     extractor = load_extractor(args.extractor, args.weights, args.device)
     features = features_of(args.source, extractor, args.shard, args.batch, args.out, args.allow_lossy, args.force)
     leave()
@@ -278,9 +288,8 @@ def _make_shards(
 
 def _trim() -> None:
     """Hand freed memory back: of what the network took, glibc keeps 400 MB that a score would come on top of."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _pipelined(extractor: Extractor, batches: Iterable[tuple[T, torch.Tensor]]) -> Iterator[tuple[T, dict]]:

@@ -13,6 +13,7 @@ from eval.extract import (
     BATCH,
     add_extractor_arguments,
     add_features_argument,
+    check_root,
     default_folder,
     features_of,
     leave,
@@ -375,6 +376,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
     check_out(args.out, force=args.force)  # before anything is loaded
+    check_root(args.features)
     spec = args.extractor or reference_spec(args.images)  # of images, Inception
     extractor = load_extractor(spec, args.weights, args.device)
     meta = build_reference(

@@ -18,6 +18,7 @@ from eval.extract import (
     BATCH,
     add_extractor_arguments,
     add_features_argument,
+    check_root,
     default_folder,
     features_of,
     leave,
@@ -139,6 +140,7 @@ def score(
     asked = list(dict.fromkeys(PARTS.get(each, each) for each in names))
     for each in asked:
         check_choice("--metrics", each, STREAMS)
+    check_root(root)
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
     vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
     if extractor is None and isinstance(source, Source):

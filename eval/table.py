@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.result import bars_told, named, needs, sound
 from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import check_out, made_here, sha256, write_out
 from sit_atconv.markdown import plain
-from sit_atconv.reading import read_json
+from sit_atconv.reading import read_json, read_yaml
 
 TABLE = made_here("common", "differs", "rows", "published", "claimed")
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -267,7 +265,7 @@ def _std(values: list[float | None]) -> float | None:
 
 
 def _stated() -> dict[str, Any]:
-    return yaml.safe_load(PUBLISHED.read_text())
+    return read_yaml(PUBLISHED)
 
 
 def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:

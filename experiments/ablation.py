@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments.ablation_plot import draw
 from sit_atconv import checkpoint, config, draws, limits
-from sit_atconv.classification.loop import steps_of
+from sit_atconv.classification.loop import last_evaluation, steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
@@ -36,9 +36,11 @@ from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
 from sit_atconv.ops.atconv import POOLS
+from sit_atconv.reading import COUNT, Malformed, read_json
 
 TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]
 RESULT = "result.json"
+RESULT_FORM = {"system": str, "arm": str, "seed": COUNT, "loss": float, "top1?": float, "command": [str]}
 OURS = made_here("system", "seeds", "versions", "results")
 
 
@@ -142,8 +144,8 @@ def flow_figures(run: Path) -> dict[str, float]:
 
 def classifier_figures(run: Path) -> dict[str, float]:
     """Of an AttNet's EMA, as its run has written them at its end."""
-    row = json.loads((run / "evals.jsonl").read_text().splitlines()[-1])
-    return {"loss": row["ema_loss"], "top1": row["ema_top1"]}
+    row = last_evaluation(run) or {}
+    return {"loss": row.get("ema_loss"), "top1": row.get("ema_top1")}
 
 
 def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict | None:
@@ -152,7 +154,10 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
     file, recipe = folder / RESULT, load_recipe(words[1], words[2:], system.schema)
     found = checkpoint.newest_valid(folder) if file.exists() else None
     if found and found[1]["recipe"] == config.to_dict(recipe):
-        return json.loads(file.read_text())
+        try:
+            return read_json(file, RESULT_FORM)
+        except (OSError, Malformed) as error:
+            raise InputError(f"{str(file)!r} cannot be read ({error}); remove it, and it is made anew") from None
     if dry_run:
         print(f"$ {shlex.join(['python', *words])}")
         return None

@@ -17,24 +17,39 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from timm.models import save_for_hf
 
 from eval.extractor import Extractor
 from eval.refs import read_moments
+from eval.report.runs import read_runs
 from eval.sources import open_source
 from eval.table import tabulate
+from sampling.labels import sample_labels
 from sit_atconv.checkpoint import load_trained
-from sit_atconv.config import load_recipe
+from sit_atconv.config import Data, load_recipe
+from sit_atconv.data import open_dataset
 from sit_atconv.data.archive import Zip
 from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import decode
 from sit_atconv.errors import InputError
+from sit_atconv.latents.codecs import VaeCodec
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.pipelines import export
+from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+from sit_atconv.reading import parse_json, read_json
+from sit_atconv.vit import load_vit
+
+NESTED = "[" * 100_000
+SMALL = {"sample_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 1, "num_classes": 2, "in_channels": 1}
 
 
 @dataclass(frozen=True)
@@ -111,10 +126,40 @@ def lmdb_of(path: Path, label: int) -> Path:
 
 def model(path: Path, **options) -> Path:
     """A small model whose config.json says something else."""
-    small = {"sample_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 1, "num_classes": 2, "in_channels": 1}
-    SiTTransformer2DModel(**small).save_pretrained(path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | options))
+    SiTTransformer2DModel(**SMALL).save_pretrained(path)
+    return changed(path / "config.json", **options).parent
+
+
+def autoencoder(path: Path, **options) -> Path:
+    """A small autoencoder whose config.json says something else."""
+    small = {"block_out_channels": [4], "norm_num_groups": 2, "latent_channels": 1, "sample_size": 8}
+    AutoencoderKL(**small).save_pretrained(path)
+    return changed(path / "config.json", **options).parent
+
+
+def pipeline(path: Path, **options) -> Path:
+    """A small pipeline whose scheduler_config.json says something else."""
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    SiTPipeline(SiTTransformer2DModel(**SMALL), scheduler=scheduler).save_pretrained(path)
+    return changed(path / "scheduler" / "scheduler_config.json", **options).parents[1]
+
+
+def classifier(path: Path, **options) -> Path:
+    """A small ViT of timm whose config.json asks for another one."""
+    save_for_hf(timm.create_model("test_vit"), str(path), safe_serialization=True)
+    return changed(path / "config.json", model_args=options).parent
+
+
+def card(path: Path, content: str) -> Path:
+    """A folder of a dataset that tells this of itself."""
+    path.mkdir()
+    return text(path / "README.md", f"---\n{content}\n---\n").parent
+
+
+def changed(path: Path, **options) -> Path:
+    """The JSON file with these options, or 100,000 brackets where there are none."""
+    content = json.dumps(read_json(path) | options) if options else NESTED
+    path.write_text(content)
     return path
 
 
@@ -129,7 +174,6 @@ def bombs(here: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     linked.mkdir(parents=True)
     (linked / "0.png").symlink_to("/dev/zero")
     os.mkfifo(linked / "1.png")
-    nested = "[" * 100_000
     told = here / "told"
     told.mkdir()
     square = here / "square.png"
@@ -148,6 +192,22 @@ def bombs(here: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         "npz, sigma of 64 MB for 2 features": {"mu": npy("<f8", (2,), 16), "sigma": npy("<f8", (zeros // 8, 1), zeros)},
         "npz, meta of 64 MB": {"mu": npy("<f8", (2,), 16), "meta": npy("<U1", (zeros // 4 + 1,), zeros + 4)},
     }
+    with suppress(InputError):
+        _hub(here)  # the library itself is no part of what its files take
+    cards = {"100,000 brackets": NESTED, "10^11 aliases": aliases}
+    logged = here / "logged"
+    logged.mkdir()
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 5000, "up_block_types": ["UpDecoderBlock2D"] * 5000}
+    autoencoders = {
+        "100,000 brackets": {}, "sample_size 10^6": {"sample_size": 10**6},
+        "a million wide": {"block_out_channels": [10**6]}, "65,536 wide": {"block_out_channels": [1 << 16]},
+        "5,000 blocks": {"block_out_channels": [4] * 5000, **blocks},
+        "layers_per_block 10^6": {"layers_per_block": 10**6},
+    }  # fmt: skip
+    schedulers = {
+        "100,000 brackets": {}, "num_train_timesteps 10^9": {"num_train_timesteps": 10**9},
+        "solver_order 10^9": {"solver_order": 10**9},
+    }  # fmt: skip
     configs = {"depth": 10**5, "sample_size": 10**6, "num_classes": 10**12, "mlp_ratio": 1e30}
     return {
         "PNG of 13,000 x 13,000 pixels": (square, lambda path: decode(path.read_bytes(), 64, False, path.name)),
@@ -163,16 +223,54 @@ def bombs(here: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         "LMDB with the label 2^31 - 1": (lmdb_of(here / "lmdb", 2**31 - 1), lambda path: Lmdb(str(path), 8)[0, False]),
         **{name: (archive(here / f"{name}.npz", **members), open_source) for name, members in npz.items()},
         **{name: (archive(here / f"{name}.npz", **members), _moments) for name, members in statistics.items()},
-        "manifest.json of 100,000 brackets": (text(told / "manifest.json", nested).parent, open_source),
-        "result of 100,000 brackets": (text(here / "brackets.json", nested), _table),
+        "manifest.json of 100,000 brackets": (text(told / "manifest.json", NESTED).parent, open_source),
+        "result of 100,000 brackets": (text(here / "brackets.json", NESTED), _table),
         "result of 3 million lists": (text(here / "lists.json", f"[{'[],' * 3_000_000}0]"), _table),
-        "recipe of 100,000 brackets": (text(here / "brackets.yaml", nested), load_recipe),
+        "recipe of 100,000 brackets": (text(here / "brackets.yaml", NESTED), load_recipe),
         "recipe of 10^11 aliases": (text(here / "aliases.yaml", aliases), load_recipe),
         **{
             f"config.json, {name} {value:.3g}": (model(here / name, **{name: value}), load_trained)
             for name, value in configs.items()
         },
+        **{
+            f"config.json of a VAE, {name}": (autoencoder(here / f"vae-{number}", **options), _vae)
+            for number, (name, options) in enumerate(autoencoders.items())
+        },
+        **{
+            f"scheduler_config.json, {name}": (pipeline(here / f"scheduler-{number}", **options), export.open_source)
+            for number, (name, options) in enumerate(schedulers.items())
+        },
+        **{
+            f"config.json of timm, {name} {value:.3g}": (classifier(here / f"vit-{name}", **{name: value}), _vit)
+            for name, value in {"depth": 10**5, "embed_dim": 1 << 16, "img_size": 10**5}.items()
+        },
+        **{
+            f"README.md of a dataset, {name}": (card(here / f"card-{number}", content), _hub)
+            for number, (name, content) in enumerate(cards.items())
+        },
+        "--labels of 100,000 brackets": (text(here / "labels", NESTED), _labels),
+        "log.jsonl of a line of 64 MB": (text(logged / "log.jsonl", '"' + "x" * zeros).parent, _report),
     }
+
+
+def _labels(path: Path) -> object:
+    return sample_labels(str(path), 2, 2, 0, 2)
+
+
+def _report(path: Path) -> object:
+    return read_runs([str(path)])
+
+
+def _vae(path: Path) -> object:
+    return VaeCodec(str(path), 1)
+
+
+def _vit(path: Path) -> object:
+    return load_vit(f"local-dir:{path}", "encoder", "")
+
+
+def _hub(path: Path) -> object:
+    return open_dataset(Data("hf", str(path), 8))
 
 
 def _table(path: Path) -> object:
@@ -202,7 +300,7 @@ def measure(name: str, path: Path, read: Callable[[Path], object]) -> Taken:
         os._exit(0)
     os.close(into)
     with os.fdopen(out, "rb") as file:
-        memory, seconds, said = json.loads(file.read())
+        memory, seconds, said = parse_json(file.read(), name, [object])
     os.waitpid(child, 0)
     files = [path] if path.is_file() else [each for each in path.iterdir() if each.is_file() and not each.is_symlink()]
     return Taken(name, sum(each.stat().st_size for each in files), memory, seconds, said)

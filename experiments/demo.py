@@ -1,12 +1,12 @@
 """The main job on the embedded digits: train, sample, score, time; ends with a table of what lies where."""
 
-import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from sit_atconv.files import scratch
+from sit_atconv.reading import read_json
 
 OUT = Path("runs/demo")
 
@@ -27,9 +27,9 @@ def main() -> None:
     call(f"-m sampling generate --ckpt {run} --num 1000 --steps 20 --out {samples}")
     call(f"-m eval score {samples} --ref digits")
     call(f"-m sampling speed --models SiT-ATConv-S/2 --sizes 256 --baselines attention --dtype fp32 --out {speed}")
-    metrics = json.loads((samples / "metrics.json").read_text())["metrics"]
+    metrics = read_json(samples / "metrics.json")["metrics"]
     scores = {name: metric["value"] for name, metric in metrics.items()}
-    rows = json.loads(speed.with_suffix(".json").read_text())["rows"]
+    rows = read_json(speed.with_suffix(".json"))["rows"]
     table = [
         ("result", "value", "file"),
         ("grid of samples", "80 digits, 8 of each class", grid),

@@ -43,7 +43,7 @@ from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import sha256, write_out
 from sit_atconv.generation import Sampling
 from sit_atconv.images import to_uint8
-from sit_atconv.reading import read_json, read_yaml
+from sit_atconv.reading import as_stored, read_json, read_yaml
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
@@ -491,7 +491,7 @@ def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
         del known["epsilon"]
     if model.recipe is not None:
         known["step"] = model.recipe.train.max_steps
-    if changed := difference({key: stored[0].get(key) for key in known}, json.loads(json.dumps(known))):
+    if changed := difference({key: stored[0].get(key) for key in known}, as_stored(known)):
         raise InputError(
             f"{str(samples)!r} has samples with other settings than the table's, {changed}; give sampler "
             f"{sampler.name!r} another name, or remove {str(samples)!r}"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sampling.labels import labels_rule, sample_labels
 from sampling.options import Setup, add_sampling_options, sampling_asked, setup
 from sampling.processes import Interrupted, Processes
-from sampling.samples import FORMATS, PLACES, Samples, difference
+from sampling.samples import FORMATS, PLACES, Samples, check_place, difference
 from sit_atconv import limits
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, add_force
@@ -101,6 +101,7 @@ class _Work:
     def _prepare(self) -> dict[str, Any]:
         """Load what the options name; the settings of the samples."""
         args = self.args
+        check_place(args.out, args.force)
         self.ready = setup(args, self.processes)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block

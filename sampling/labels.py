@@ -2,10 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 from sit_atconv.errors import InputError
 from sit_atconv.generation import random_label
+from sit_atconv.reading import MOST_JSON, bounded, parse_json
 
 RULES = ("balanced", "random")
 
@@ -32,17 +32,16 @@ def _read(name: str, num: int, num_classes: int) -> list[int]:
     if not name:
         raise InputError(f"--labels '': choose from {list(RULES)} or give a file")
     try:
-        text = Path(name).read_text(encoding="utf-8-sig")
+        with open(name, "rb") as file:  # which may be a pipe
+            text = bounded(file, MOST_JSON).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"--labels {name}: no text; give one class id a line, or a JSON list") from None
+    except ValueError as error:  # too large, or a NUL in the name
+        raise InputError(f"--labels {name!r}: {error}; give one class id a line, or a JSON list") from None
     except OSError as error:
         raise InputError(f"--labels {name}: {error.strerror}; choose from {list(RULES)} or give a file") from None
     if text.lstrip().startswith("["):
-        try:
-            entries, unit = json.loads(text), "entry"
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"--labels {name} is not a JSON list: {error}") from None
-        entries = [json.dumps(entry) for entry in entries]
+        entries, unit = [json.dumps(entry) for entry in parse_json(text, f"--labels {name}", list)], "entry"
     else:
         entries, unit = text.rstrip().splitlines(), "line"
     labels = []

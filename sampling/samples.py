@@ -31,7 +31,7 @@ from sit_atconv.claims import SETTINGS, clear_the_way, short
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK, check_out, clear_leftovers, lock, resolved, sync, temporary, write_atomic
 from sit_atconv.images import to_pil
-from sit_atconv.reading import COUNT, POSITIVE, SHA256, Malformed, read_json
+from sit_atconv.reading import COUNT, POSITIVE, SHA256, Malformed, as_stored, read_json
 
 FORMATS = ("png", "npz")
 MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
@@ -39,6 +39,19 @@ BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier ver
 RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "seconds": float}
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
+
+
+def check_place(path: str | Path, force: bool = False) -> None:
+    """Raise InputError where a folder is not one that samples go into, whatever their settings; nothing is changed
+    there. A command that was killed at once has left nothing in it."""
+    path = resolved(path)
+    try:
+        begun = path.is_dir() and any((path / name).is_file() for name in (MANIFEST, SETTINGS))
+        empty = path.is_dir() and all(each.name == LOCK or LEFTOVER.fullmatch(each.name) for each in path.iterdir())
+    except OSError as error:
+        raise InputError(f"--out {str(path)!r} cannot be read: {error.strerror}; choose another folder") from None
+    if not (begun or empty):
+        check_out(path, force=force)
 
 
 class Samples:
@@ -50,7 +63,7 @@ class Samples:
 
     def __init__(self, path: Path, settings: dict[str, Any], force: bool = False):
         self.path, self.force = resolved(path), force
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = as_stored(settings)
         self.num, self.block = settings["num"], settings["block"]
         self._lock = None
 
@@ -81,8 +94,7 @@ class Samples:
         try:
             if self._is_complete():
                 return None
-            if not self._is_mine():
-                check_out(self.path)
+            check_place(self.path)
             if self.force and (self.path / SETTINGS).is_file():  # set aside, a folder is no other command's
                 self._check_same(SETTINGS, versions=True)
             self._lock = lock(self.path, f"--out {str(self.path)!r}")
@@ -109,13 +121,6 @@ class Samples:
         self._check_complete()
         self._clear()
         return True
-
-    def _is_mine(self) -> bool:
-        """Whether a command of this kind began the folder; one that was killed at once has left nothing in it."""
-        return self.path.is_dir() and (
-            (self.path / SETTINGS).is_file()
-            or all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in self.path.iterdir())
-        )
 
     def close(self) -> None:
         """Let other commands have the folder."""

@@ -3,7 +3,9 @@
 import csv
 import ctypes
 import math
+import os
 import platform
+import reprlib
 import statistics
 import subprocess
 import time
@@ -16,7 +18,10 @@ import torch
 from tqdm import tqdm
 
 from sit_atconv.errors import InputError
+from sit_atconv.files import check_out
+from sit_atconv.reading import opened
 
+MOST_HEADER = 1 << 16  # bytes
 SHORTEST = 0.02  # seconds that one measurement lasts at least
 
 
@@ -138,18 +143,33 @@ def commit() -> str:
         return "unknown"
 
 
+def check_csv(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a CSV file is there already. Raises InputError where it has other columns, or takes no more rows."""
+    try:
+        if not os.path.lexists(path):
+            check_out(path, "CSV file")
+            return False
+        with opened(path) as file:
+            header = next(csv.reader([file.readline(MOST_HEADER).decode()]), [])
+        open(path, "ab").close()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} is no CSV file that takes more rows ({reason}); move it away") from None
+    if header != list(columns):
+        raise InputError(f"{path} has the columns {reprlib.repr(header)}, not {list(columns)}; move it away")
+    return True
+
+
 def append_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Append rows to a CSV file, with their keys as its header. Raises InputError when the file has another header."""
-    fields = list(rows[0])
-    new = not path.exists()
-    if not new:
-        with open(path, newline="") as file:
-            header = next(csv.reader(file), [])
-        if header != fields:
-            raise InputError(f"{path} has the columns {header}, not {fields}; move it away")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    """Append rows to a CSV file, with their keys as its header. Raises InputError as `check_csv`, which tells before
+    the work, and where the disk does not take them."""
+    there = check_csv(path, list(rows[0]))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if not there:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; make room, and run again") from None

@@ -34,6 +34,7 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import (
     DiskFull,
     Lease,
+    by_step,
     check_space,
     disk_full,
     free_space,
@@ -42,6 +43,8 @@ from sit_atconv.files import (
     set_aside,
     settle,
     sha256,
+    step_in,
+    step_name,
     sync,
     unleased,
 )
@@ -269,7 +272,7 @@ def _remove(folder: Path) -> bool:
 
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return run / f"step-{step:07d}"
+    return run / step_name(step)
 
 
 def newest_leased(run: Path) -> tuple[Path, Lease | None] | None:
@@ -284,12 +287,12 @@ def newest_leased(run: Path) -> tuple[Path, Lease | None] | None:
 
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
-    return int(folder.name.removeprefix("step-"))
+    return step_in(folder.name)
 
 
 def step_folders(run: Path) -> list[Path]:
     """The folders that claim to be checkpoints of a run, oldest first."""
-    return sorted(path for path in run.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit())
+    return by_step(path for path in run.glob("step-*") if path.is_dir())
 
 
 def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:

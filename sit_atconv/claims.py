@@ -17,6 +17,7 @@ from sit_atconv.files import LEFTOVER, LOCK, lock, set_aside, sync, temporary, w
 from sit_atconv.reading import Malformed, read_json
 
 SETTINGS = "settings.json"
+REMEDY = "choose another folder"
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def writing(out: Path, name: str = "--out") -> Iterator[None]:
 
 def claim(
     out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str = "--out",
-    remedy: str = "choose another folder", force: bool = False,
+    remedy: str = REMEDY, force: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the folder of these settings, or take over the one that is there; the settings that it was begun with.
 
@@ -52,6 +53,22 @@ def claim(
     return _taken_over(out, settings, not_compared, what, name, remedy)
 
 
+def check_place(
+    out: str | Path, what: str, name: str = "--out", remedy: str = REMEDY, force: bool = False
+) -> None:  # fmt: skip
+    """Raise InputError where `claim` would whatever the settings are, before a command loads what decides these.
+
+    Nothing is changed there.
+    """
+    out = files.resolved(out, name)
+    try:
+        _begun(out, what, name, remedy)
+    except InputError:
+        if not force or not os.path.lexists(out):
+            raise
+        files.check_movable(out)
+
+
 def clear_the_way(out: Path, name: str = "--out") -> None:
     """Set aside what lies at `out`, and say so. Raises InputError where a process is at work there."""
     with writing(out, name):
@@ -63,18 +80,9 @@ def clear_the_way(out: Path, name: str = "--out") -> None:
 def _taken_over(
     out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str, remedy: str
 ) -> dict[str, Any]:  # fmt: skip
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{name} {str(out)!r} is a file; give a new folder, or one to go on with")
-    try:
-        stored = read_json(out / SETTINGS) if (out / SETTINGS).exists() else None
-    except (OSError, Malformed) as error:
-        raise InputError(f"{name} {str(out)!r}: its {SETTINGS} is damaged ({error}); {remedy}") from None
+    stored = _begun(out, what, name, remedy)
     if stored is None:
         with writing(out, name):
-            out.mkdir(parents=True, exist_ok=True)
-            names = sorted(path.name for path in out.iterdir())
-            if strays := [each for each in names if each != LOCK and not LEFTOVER.fullmatch(each)]:
-                raise InputError(f"{name} {str(out)!r} holds {strays[0]!r} and is no folder of {what}; {remedy}")
             write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
         return settings
     old, new = flat(stored, not_compared), flat(settings, not_compared)
@@ -88,6 +96,23 @@ def _taken_over(
             f"{name} {str(out)!r} holds {what} with other settings ({'; '.join(changed)}); state them as they were, or "
             f"{remedy}"
         )
+    return stored
+
+
+def _begun(out: Path, what: str, name: str, remedy: str) -> dict[str, Any] | None:
+    """The settings that a folder was begun with; None of one that is to be begun, and can be."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{name} {str(out)!r} is a file; give a new folder, or one to go on with")
+    try:
+        stored = read_json(out / SETTINGS) if (out / SETTINGS).exists() else None
+    except (OSError, Malformed) as error:
+        raise InputError(f"{name} {str(out)!r}: its {SETTINGS} is damaged ({error}); {remedy}") from None
+    if stored is None:
+        with writing(out, name):
+            files.check_writable(out)
+            names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+            if strays := [each for each in names if each != LOCK and not LEFTOVER.fullmatch(each)]:
+                raise InputError(f"{name} {str(out)!r} holds {strays[0]!r} and is no folder of {what}; {remedy}")
     return stored
 
 

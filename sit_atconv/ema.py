@@ -29,7 +29,7 @@ from torch import nn
 
 from sit_atconv import config
 from sit_atconv.errors import InputError
-from sit_atconv.files import DiskFull, disk_full, set_aside, settle, sync, tensors_made_here
+from sit_atconv.files import DiskFull, disk_full, set_aside, settle, step_in, step_name, sync, tensors_made_here
 from sit_atconv.reading import COUNT, Malformed, parse_json
 from sit_atconv.sharding import local
 
@@ -128,7 +128,7 @@ class Averages:
         tensors: full CPU tensors of every average, by its name. updates: as `update` was last told.
         Raises DiskFull where the disk has no room, InputError where it does not take it; then nothing is left.
         """
-        final = run / SNAPSHOTS / f"step-{step:07d}"
+        final = run / SNAPSHOTS / step_name(step)
         temporary = final.with_name(f".{final.name}.unfinished")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -199,7 +199,7 @@ def read_snapshots(run: Path) -> list[Snapshot]:
     """
     found = []
     for path in run.glob(f"{SNAPSHOTS}/step-*/*.safetensors"):
-        if not path.parent.name.removeprefix("step-").isdigit():  # what an interrupted writing left
+        if step_in(path.parent.name) is None:  # what an interrupted writing left
             continue
         try:
             with safe_open(path, framework="pt") as file:

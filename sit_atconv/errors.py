@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -28,6 +29,7 @@ WHOLE = (
     "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
 )  # fmt: skip
+MOST_PORT = (1 << 16) - 1
 SWITCH = "ACCELERATE_USE_"
 ON_OR_OFF = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
 
@@ -38,12 +40,21 @@ def check_launch() -> None:
     for name, text in stated.items():
         if not (text.isascii() and text.isdecimal() and int(text[:20]) < 2**31):
             raise InputError(f"{name}={text!r} in the environment: launchers give whole numbers; unset it", True)
+    if int(stated.get("MASTER_PORT", 0)) > MOST_PORT:
+        raise InputError(f"MASTER_PORT={stated['MASTER_PORT']!r} in the environment: ports end at {MOST_PORT}", True)
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         there = int(stated.get(size, 1))
         if size in stated and int(stated.get(rank, 0)) >= max(there, 1):
             raise InputError(f"{rank}={stated[rank]} in the environment: {size}={there}; unset both", True)
         if there > 1 and rank not in stated:
             raise InputError(f"{size}={there} in the environment without {rank}; start it with accelerate launch", True)
+    if int(stated.get("WORLD_SIZE", 1)) > 1 and (host := os.environ.get("MASTER_ADDR")) is not None:
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError) as error:  # which torch would wait with, for as long as for a slow process
+            said = getattr(error, "strerror", None) or "it is no name of a machine"
+            remedy = "give the name or address of the first process's machine"
+            raise InputError(f"MASTER_ADDR={host!r} in the environment: {said}; {remedy}") from None
     for name, text in os.environ.items():
         if name.startswith(SWITCH) and text.lower() not in ON_OR_OFF:
             raise InputError(f"{name}={text!r} in the environment: give true or false, or unset it", True)

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -33,6 +33,7 @@ MARK = "sit_atconv"
 OWNER = f".{MARK}"  # in a folder that this program may clear: what lies beside it there is its own
 # Names of what a killed process was writing: .NAME.(12 hex digits).unfinished; of earlier versions NAME.(12 or 32).tmp.
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.unfinished|.+\.(?:[0-9a-f]{12}|[0-9a-f]{32})\.tmp", re.DOTALL)
+STEP = re.compile("step-([0-9]+)")
 MARKDOWN = f"<!-- made by {MARK} -->"
 LARGEST_RESULT = 1 << 28  # bytes of a file that is read to see whose it is
 _held: set[Path] = set()  # what this process is writing, as system locks do not part its threads
@@ -55,14 +56,15 @@ def set_aside(path: Path, suffix: str = "aside") -> Path:
 
     Raises InputError for the current folder and those above it, OSError where the disk does not take it.
     """
-    _check_movable(path)
+    check_movable(path)
     names = (f"{path.name}.{suffix}", *(f"{path.name}.{suffix}-{number}" for number in range(2, 10_000)))
     aside = next(each for name in names if not os.path.lexists(each := path.with_name(name)))
     path.rename(aside)
     return aside
 
 
-def _check_movable(path: Path) -> None:
+def check_movable(path: Path) -> None:
+    """Raise InputError for the current folder and those above it, which stay where they are."""
     if Path.cwd().is_relative_to(path.absolute()):
         raise InputError(f"{str(path)!r} is the current folder, or above it, and stays; choose another name")
 
@@ -160,7 +162,7 @@ def check_out(
         if os.path.lexists(out):
             if not (out.is_dir() or out.is_file()):
                 raise InputError(f"{what} {str(out)!r} is neither file nor folder; choose a new name")
-            _check_movable(out)
+            check_movable(out)
             if not (force or (out.is_file() and ours(out))):
                 _clear_claimed(out)
                 is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
@@ -175,6 +177,15 @@ def check_out(
     except OSError as error:
         raise InputError(f"{what} {str(out)!r} cannot be written: {error.strerror or error}") from None
     return out
+
+
+def check_writable(folder: Path) -> None:
+    """Raise the OSError that making a file in a folder, which need not be there yet, is known to end in."""
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(above))
 
 
 def put(new: Path, out: Path, what: str, force: bool, ours: Callable[[Path], bool]) -> None:
@@ -193,6 +204,23 @@ def put(new: Path, out: Path, what: str, force: bool, ours: Callable[[Path], boo
 def _short(name: str) -> str:
     """The beginning of a name, so that there is room for more in the 255 bytes of a file's."""
     return os.fsdecode(os.fsencode(name)[:200])
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint, a snapshot or a preview of a step: seven digits, or more where the step has more."""
+    return f"step-{step:07d}"
+
+
+def step_in(name: str) -> int | None:
+    """The step in such a name; None in any other."""
+    found = STEP.fullmatch(name)
+    return found and int(found[1])
+
+
+def by_step(paths: Iterable[Path], suffix: str = "") -> list[Path]:
+    """Those with the name of a step and this suffix, by their steps, which is not the order of their names."""
+    steps = {path: step_in(path.name.removesuffix(suffix)) for path in paths if path.name.endswith(suffix)}
+    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: (steps[path], path))
 
 
 def temporary(path: Path) -> Path:

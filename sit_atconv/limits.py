@@ -129,7 +129,7 @@ def _shown(value: float) -> str:
 
 # Settings that several commands or both recipes have.
 SEED = Range(0, 2**64 - 1, "torch's generators take 64 bits")
-STEPS = Range(1, 9_999_999, "checkpoints are named, and found in order, by a step of seven digits")
+STEPS = Range(1, 2**32 - 1, "random draws are told apart by the step, in 32 bits")
 STEPS_OR_NONE = dataclasses.replace(STEPS, least=0)
 SHARE = number(0, 1, "it is a share of the whole")
 SHARE_UNDER_1 = number(0, 1, "it is a share, and at 1 nothing would be left", under=True)

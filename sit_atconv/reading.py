@@ -7,6 +7,8 @@ import re
 import reprlib
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,10 +20,17 @@ from sit_atconv.errors import InputError
 
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
 PIECE = 1 << 20  # bytes
+MOST_CONFIG = 4 << 20  # bytes of the configuration that a class is made by; the names of 22,000 classes fit
+MOST_SIZE = 1 << 20  # the largest whole number there: what a constructor counts by
+MOST_LINE = 1 << 20  # bytes of a line of a log
 MOST_ENTRIES = 1_000_000  # lists and objects of a JSON
 MOST_YAML = 1 << 17  # bytes
 MOST_NODES = 10_000  # of a YAML, an alias counted as what it stands for
+MOST_CARD = 1 << 20  # bytes of the YAML on top of a README.md, which may name thousands of classes
+MOST_CARD_NODES = 100_000
 MOST_NESTED = 50  # lists and objects, one in the other
+# What Hugging Face takes for the YAML of a README.md.
+CARD = re.compile(r"\s*---(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
 KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 # Forms of values in a JSON document, see `parse_json`.
@@ -70,14 +79,57 @@ class Malformed(InputError):
     """A text that is no JSON, or a document that lacks what it must hold; the message names the place and the rule."""
 
 
-def read_json(path: str | Path, form: Any = dict, finite: bool = False) -> Any:
-    """The JSON document in a regular file, see `parse_json`. Raises Malformed, OSError where there is no such file."""
+def read_json(path: str | Path, form: Any = dict, finite: bool = False, most: int = MOST_JSON) -> Any:
+    """The JSON document in a regular file of at most that many bytes, see `parse_json`.
+
+    Raises Malformed, OSError where there is no such file.
+    """
     name = Path(path).name
     try:
-        text = read_bytes(path, MOST_JSON)
+        text = read_bytes(path, most)
     except ValueError as error:
         raise Malformed(f"{name} is no JSON that can be read: {error}") from None
     return parse_json(text, name, form, finite)
+
+
+def read_config(path: str | Path, form: Any = dict, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """`read_json` of a configuration that a class of diffusers or timm is made by.
+
+    Its whole numbers are sizes: they are at most MOST_SIZE, at any depth, whatever the class takes them for.
+    """
+    config = read_json(path, form, most=most)
+    level = [("", config)]
+    while level:
+        level = [(f"{place}.{key}".lstrip("."), inner) for place, each in level for key, inner in _entries(each)]
+        for place, value in level:
+            if type(value) is int and abs(value) > MOST_SIZE:
+                told = f"{place} is {reprlib.repr(value)}, and must be at most {MOST_SIZE:,}"
+                raise Malformed(f"{Path(path).name}: {told}")
+    return config
+
+
+def read_rows(path: str | Path, form: Any = dict) -> list[Any]:
+    """The rows of a log, a JSON document of that form a line, but for a last one that was cut as it was written.
+
+    Raises Malformed, which names the line, OSError where there is no such file.
+    """
+    name, rows = Path(path).name, []
+    with opened(path) as file:
+        while line := file.readline(MOST_LINE + 1):
+            what = f"{name}, line {len(rows) + 1}"
+            if len(line) > MOST_LINE:
+                raise Malformed(f"{what} is longer than {MOST_LINE:,} bytes")
+            try:
+                rows.append(parse_json(line, what, form))
+            except Malformed:
+                if line.endswith(b"\n"):  # which only the last can lack
+                    raise
+    return rows
+
+
+def as_stored(value: Any) -> Any:
+    """A value as it comes back from a JSON file: tuples are lists, and keys are text."""
+    return json.loads(json.dumps(value))
 
 
 def parse_json(text: str | bytes, name: str, form: Any = dict, finite: bool = False) -> Any:
@@ -117,6 +169,8 @@ def _document(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
     level = [document]
     for _ in range(MOST_NESTED):
+        if not level:
+            break
         level = [inner for each in level for inner in _inside(each) if isinstance(inner, list | dict)]
     if level:
         raise ValueError(f"it is nested deeper than {MOST_NESTED} lists and objects")
@@ -127,8 +181,12 @@ def _document(text: str | bytes) -> Any:
     return document
 
 
+def _entries(value: Any) -> Any:
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+
+
 def _inside(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (inner for _, inner in _entries(value))
 
 
 def fault_of(value: Any, form: Any) -> str | None:
@@ -215,13 +273,40 @@ def read_yaml(path: str | Path, regular: bool = False) -> Any:
 
 def parse_yaml(text: str) -> Any:
     """`read_yaml` of a text."""
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        if _nodes(node, {}) > MOST_NODES:
-            raise ValueError(f"it holds more than {MOST_NODES:,} entries")
+    with _told():
+        node = _composed(text, MOST_NODES)
         if isinstance(node, yaml.ScalarNode):  # which OmegaConf takes for a key, or does not take
             return yaml.safe_load(text)
         value = OmegaConf.to_container(OmegaConf.create(text))
+    check_literal(value)
+    return value
+
+
+def read_card(path: str | Path) -> Any:
+    """What the YAML on top of a README.md says, or a whole .yaml, as Hugging Face reads them; None where there is none.
+
+    Raises OSError where there is no such file, ValueError that tells what is wrong, and none of the content.
+    """
+    with opened(path) as file:
+        text, more = file.read(MOST_CARD).decode(errors="replace"), bool(file.read(1))
+    if Path(path).suffix == ".md":
+        found = CARD.match(text)
+        if found is None and not text.lstrip().startswith("---"):
+            return None
+        more = more and (found is None or found.end() == len(text))
+        text = found[1] if found else ""
+    if more:
+        raise ValueError(f"its YAML is larger than {MOST_CARD:,} bytes")
+    with _told():
+        _composed(text, MOST_CARD_NODES)
+        return yaml.safe_load(text)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell what is wrong with a YAML as a ValueError."""
+    try:
+        yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ValueError("it is no YAML" + (f": see line {mark.line + 1}" if mark else "")) from None
@@ -229,8 +314,14 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply, or contains itself") from None
     except (OmegaConfBaseException, AttributeError, TypeError, AssertionError):
         raise ValueError("its keys are no names, or its values no plain ones") from None
-    check_literal(value)
-    return value
+
+
+def _composed(text: str, most: int) -> yaml.Node | None:
+    """The nodes of a YAML. Raises ValueError for more than that many."""
+    node = yaml.compose(text, yaml.SafeLoader)
+    if _nodes(node, {}) > most:
+        raise ValueError(f"it holds more than {most:,} entries")
+    return node
 
 
 def _nodes(node: yaml.Node | None, known: dict[int, float], depth: int = 0) -> float:

@@ -1,5 +1,7 @@
 """ViTs of timm with their trained weights, from safetensors alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import timm
@@ -11,7 +13,19 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.reading import read_config
+from sit_atconv.weights import fits
 
+BLOCKS = range(1, 1001)
+CONFIG_FORM = {
+    "architecture": str,
+    "model_args?": ({"depth?": BLOCKS, "depths?": [BLOCKS]}, None),
+    "pretrained_cfg?": {"mean?": [float], "std?": [float]},
+}
+# What timm raises over files of any content.
+ANY = (
+    OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
+)  # fmt: skip
 LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
 
 
@@ -23,26 +37,51 @@ def load_vit(name: str, where: str, option: str) -> tuple[nn.Module, Path]:
     where: begins an error, "repa.encoder='x'". option: what takes such a name, "repa.encoder=".
     The global random stream stays where it is. Raises InputError when the model is not there, or does not load.
     """
-    options = {}
     if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        for part in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
-            if not (folder / part).is_file():
-                raise InputError(
-                    f"{where}: {str(folder)!r} holds no {part}; give a folder with the {CONFIG} and {WEIGHTS} of a "
-                    "timm model"
-                )
-        file = folder / WEIGHTS
+        vit, file = load_folder(Path(name.removeprefix(LOCAL)), where, dynamic_img_size=True)
     else:
         file = _fetch(name, where, option)
-        options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
+        overlay = {"file": str(file), "custom_load": False}
+        with _told(where):
+            # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
+            vit = timm.create_model(name, pretrained=True, dynamic_img_size=True, pretrained_cfg_overlay=overlay)
+    for key in ("mean", "std"):
+        values = vit.pretrained_cfg[key]
+        if len(values) != 3 or (key == "std" and min(values) <= 0):
+            raise InputError(f"{where}: its {CONFIG} has {key} {values}; three numbers are needed, of std over 0")
+    return vit, file
+
+
+def load_folder(folder: Path, where: str, **options) -> tuple[nn.Module, Path]:
+    """The model in a folder of timm's `save_for_hf`, with these options, and the file of its weights. See `load_vit`.
+
+    Raises InputError for a folder without both files, or whose config.json is not that of its weights.
+    """
+    for part in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
+        if not (folder / part).is_file():
+            raise InputError(
+                f"{where}: {str(folder)!r} holds no {part}; give a folder with the {CONFIG} and {WEIGHTS} of a "
+                "timm model"
+            )
+    name, file = f"{LOCAL}{folder}", folder / WEIGHTS
+    with _told(where):
+        read_config(folder / CONFIG, CONFIG_FORM)
+        # Once without memory: what a model draws is in memory before it is counted.
+        with fits([file]), torch.device("meta"), suppress(RuntimeError):  # some cannot
+            timm.create_model(name, **options)
+        with fits([file]):
+            return timm.create_model(name, pretrained=True, **options), file
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Tell what timm raises, and leave the random stream where it is."""
     try:
-        # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
         with torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=True, dynamic_img_size=True, **options), file
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+            yield
+    except ANY as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where} cannot be loaded as a ViT of timm: {said}") from None
+        raise InputError(f"{where} cannot be loaded by timm: {said}") from None
 
 
 def _fetch(name: str, where: str, option: str) -> Path:

@@ -3,10 +3,22 @@
 The errors do not name the folder: who looks says what it is of.
 """
 
+import math
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parameter import is_lazy
 
 from sit_atconv.errors import InputError
 from sit_atconv.reading import FILE, fault_of, read_json
@@ -14,6 +26,8 @@ from sit_atconv.reading import FILE, fault_of, read_json
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
 INDEX = ".index.json"
+REGISTRATIONS = (register_module_parameter_registration_hook, register_module_buffer_registration_hook)
+SPARE = 1 << 16  # numbers that a model may have beyond twice those of its weights
 OF_A_VARIANT = re.compile(rf"{STEM}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
 
 
@@ -70,6 +84,36 @@ def read_index(index: Path) -> list[Path]:
         if not index.with_name(name).is_file():
             raise InputError(f"it is not whole: {index.name} lists {name!r}, not there")
     return [index.with_name(name) for name in sorted(set(shards.values()))]
+
+
+@contextmanager
+def fits(files: list[Path]) -> Iterator[None]:
+    """What is made meanwhile is a model of these safetensors files: it has at most twice their numbers.
+
+    A configuration can ask for any number of layers of any width. Raises InputError while one that asks for more is
+    made. Positions and classes of another number than the file's are let by.
+    """
+    stored = sum(map(_numbers, files))
+    made, thread = 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal made
+        if threading.get_ident() == thread and tensor is not None and not is_lazy(tensor):
+            made += tensor.numel()
+            if made > 2 * stored + SPARE:
+                raise InputError(f"its configuration is of another, larger model than its {stored:,} weights are")
+
+    hooks = [register(count) for register in REGISTRATIONS]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _numbers(file: Path) -> int:
+    with safe_open(file, framework="pt") as opened:
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118 (no mapping)
 
 
 def _of_variant(name: str, variant: str | None) -> str:

@@ -406,6 +406,21 @@ def test_killed_while_pruning_leaves_leftovers_and_no_damaged_checkpoint(tmp_pat
     assert names(tmp_path) == ["step-0000015"]
 
 
+def test_steps_of_more_than_seven_digits_are_in_order(tmp_path):
+    for number in (9_999_998, 9_999_999, 10_000_000, 10_000_001):
+        save(tmp_path, number)
+    for name in ("step-", "step-x", "step-\u00b2", "step-\u0663", "step-1.5", "step-+1"):  # of no checkpoint
+        (tmp_path / name).mkdir()
+    assert [checkpoint.step_of(folder) for folder in checkpoint.step_folders(tmp_path)] == [
+        9_999_998, 9_999_999, 10_000_000, 10_000_001,
+    ]  # fmt: skip
+    assert checkpoint.newest_valid(tmp_path)[1]["step"] == 10_000_001
+    assert checkpoint.newest_leased(tmp_path)[0].name == "step-10000001"
+    assert checkpoint.load_trained(tmp_path).manifest["step"] == 10_000_001
+    checkpoint.prune(tmp_path, newest=10_000_001, keep_last=2)
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step-10000000", "step-10000001"]
+
+
 def test_prune_never_prefers_a_damaged_later_folder(tmp_path):
     for number in (5, 6, 9):
         save(tmp_path, number)

@@ -14,6 +14,8 @@ from sit_atconv.checkpoint import load_trained
 from sit_atconv.convert.reading import read_source
 from sit_atconv.errors import InputError, command
 
+OF_TWO = {"RANK": "1", "WORLD_SIZE": "2"}
+
 
 @pytest.mark.parametrize(
     ("environment", "says"),
@@ -24,6 +26,11 @@ from sit_atconv.errors import InputError, command
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment without RANK"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment: WORLD_SIZE=2"),
         ({"PMI_RANK": "one"}, "PMI_RANK='one'"),
+        ({"MASTER_ADDR": "no-such-machine.invalid", **OF_TWO}, "MASTER_ADDR='no-such-machine.invalid'"),
+        ({"MASTER_ADDR": "", **OF_TWO}, "MASTER_ADDR='' in the environment"),
+        ({"MASTER_ADDR": "a" * 64 + ".b", **OF_TWO}, "give the name or address"),
+        ({"MASTER_ADDR": "a..b", **OF_TWO}, "MASTER_ADDR='a..b'"),
+        ({"MASTER_PORT": "70000", **OF_TWO}, "MASTER_PORT='70000' in the environment"),
         ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU='maybe'"),
     ],
 )
@@ -31,6 +38,13 @@ def test_what_a_launcher_says_is_checked_before_the_work(fails, monkeypatch, env
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert says in fails(command(lambda argv: pytest.fail("it ran")))
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1", "::1"])
+def test_a_machine_that_is_there_is_a_launchers(monkeypatch, address):
+    for name, value in {"MASTER_ADDR": address, "MASTER_PORT": "29500", **OF_TWO}.items():
+        monkeypatch.setenv(name, value)
+    assert command(lambda argv: "it ran")([]) == "it ran"
 
 
 @pytest.mark.parametrize(

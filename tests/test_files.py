@@ -4,13 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from sit_atconv import files
 from sit_atconv.errors import InputError
-from sit_atconv.files import check_out, lock, write_atomic
+from sit_atconv.files import by_step, check_out, lock, step_in, step_name, write_atomic
 
 
 def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
@@ -117,3 +118,14 @@ def test_what_a_command_left_that_was_killed_at_its_end_goes_with_the_next_one(t
     with pytest.raises(InputError, match="exists already"):
         files.check_out(out)
     assert (claimed / "mine").exists()
+
+
+def test_names_of_steps_are_in_the_order_of_their_numbers():
+    assert [step_name(step) for step in (7, 9_999_999, 10_000_000)] == ["step-0000007", "step-9999999", "step-10000000"]
+    steps = (0, 7, 9_999_999, 10_000_000, 2**32 - 1)
+    assert [step_in(step_name(step)) for step in steps] == [*steps]
+    for name in ("step-", "step-\u00b2", "step-\u0663", "step-1 ", "step-1.damaged", ".step-1.unfinished", "x"):
+        assert step_in(name) is None
+    paths = [Path("a", f"{step_name(step)}.png") for step in steps]
+    assert by_step([*reversed(paths), Path("a", "step-1"), Path("a", "other.png")], ".png") == paths
+    assert by_step([Path("step-10"), Path("step-9"), *paths]) == [Path("step-9"), Path("step-10")]

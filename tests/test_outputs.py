@@ -13,6 +13,7 @@ from PIL import Image
 
 import sample
 import sampling.__main__ as sampling
+import train_attnet
 import train_sit
 from eval.__main__ import main as evaluate
 from experiments import ablation, error_bars, schedulers
@@ -36,7 +37,10 @@ from sit_atconv.files import (
     set_aside,
     write_out,
 )
+from sit_atconv.latents import __main__ as latents
 from sit_atconv.pipelines import export
+
+DIGITS, ATTNET = "experiments/recipes/digits_sit.yaml", "experiments/recipes/digits_attnet.yaml"
 
 # Of every command that writes a file or a new folder: its arguments but --out, and the names that it writes beside it.
 COMMANDS = {
@@ -64,6 +68,22 @@ FOLDERS = {  # commands with a fixed name in a folder
     "schedulers": (schedulers.main, [], "schedulers.json"),
     "principles": (principles.main, ["attnet_t2"], "fields.png"),
 }
+# Commands with a folder that fills up: their arguments, of which nothing is there, and what they call the folder.
+FILLED = {
+    "generate": (sampling.main, ["generate", "--ckpt", "none", "--num", 1, "--out"], "--out"),
+    "extract": (evaluate, ["extract", "none", "--extractor", "none:x", "--out"], "features folder"),
+    "encode": (
+        latents.main,
+        ["encode", DIGITS, "data.kind=imagefolder", "data.root=none", "data.image_size=8", "latents.codec=vae",
+         "latents.vae=none", "--out"],
+        "--out",
+    ),
+    "train_sit": (train_sit.main, [DIGITS, "data.kind=imagefolder", "data.root=none", "data.image_size=8"], "run.out"),
+    "train_attnet": (
+        train_attnet.main, [ATTNET, "data.kind=imagefolder", "data.root=none", "data.val_root=none"], "run.out",
+    ),
+    "score": (train_sit.main, [DIGITS, "score.every=1", "score.ref=none", "score.weights=none"], "run.out"),
+}  # fmt: skip
 CASES = [(name, end) for name, (_, _, ends) in COMMANDS.items() for end in ends]
 
 
@@ -94,6 +114,45 @@ def test_a_place_that_takes_nothing_is_told_before_the_work(name, tmp_path, fail
         said = fails(main, *arguments, "--out", out_of(name, place, end))
         assert "--out" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", f"folder{end}"]
+
+
+def filling(name: str, place) -> list:
+    main, arguments, called = FILLED[name]
+    return [main, *arguments, f"run.out={place}" if called == "run.out" else place]
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_a_folder_that_fills_up_is_judged_before_anything_is_loaded(name, tmp_path, fails):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("mine")
+    for place in (
+        tmp_path / "mine", tmp_path / "new" / ".." / "mine", tmp_path / "mine" / "thesis",
+        tmp_path / "mine" / "thesis" / "x", tmp_path / ("x" * 256), tmp_path / "a\0b",
+    ):  # fmt: skip
+        said = fails(*filling(name, place))
+        assert FILLED[name][2] in said or (name == "extract" and "--out" in said)
+        assert "none" not in said
+    assert "none" in fails(*filling(name, tmp_path / "new"))  # which is not there, and told after that
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "thesis").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_the_current_folder_is_not_set_aside_for_one_that_fills_up(name, tmp_path, fails, monkeypatch):
+    (tmp_path / "thesis").write_text("mine")
+    arguments = [str(each).replace("experiments", f"{ROOT}/experiments") for each in filling(name, tmp_path)[1:]]
+    monkeypatch.chdir(tmp_path)
+    said = fails(FILLED[name][0], *arguments, "--force")
+    assert "is the current folder, or above it, and stays" in said
+
+
+@pytest.mark.parametrize("command", [["score", "none", "--ref", "none"], ["build-ref", "none", "--out", "ref.npz"]])
+def test_features_are_judged_before_anything_is_loaded(command, tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("mine")
+    for place in ("mine", "mine/x", "x" * 256):
+        assert "--features" in fails(evaluate, *command, "--features", place)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -12,16 +12,22 @@ from sit_atconv.markdown import plain
 from sit_atconv.reading import (
     FILE,
     INSIDE,
+    MOST_CONFIG,
+    MOST_LINE,
     MOST_NESTED,
+    MOST_SIZE,
     SHAPE,
     Malformed,
+    as_stored,
     check_literal,
     fault_of,
     opened,
     parse_json,
     parse_yaml,
     read_bytes,
+    read_config,
     read_json,
+    read_rows,
     read_yaml,
 )
 
@@ -56,6 +62,40 @@ def test_only_files_are_opened(tmp_path):
     assert read_bytes(tmp_path / "file", 5) == b"12345"
     with pytest.raises(ValueError, match="larger than 4 bytes"):
         read_bytes(tmp_path / "file", 4)
+
+
+def test_rows_are_read_up_to_a_line_that_was_cut(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for text, rows in (("", 0), ('{"step": 1}\n{"step": 2}\n', 2), ('{"step": 1}\n{"st', 1), ('{"step": 1}', 1)):
+        log.write_text(text)
+        assert len(read_rows(log, {"step": int})) == rows
+    for text, says in (
+        ('{"step": 1}\n{"st\n', "line 2 is no JSON"), ("\n", "line 1 is no JSON"), ("[]\n", "line 1: it is"),
+        ('{"step": "x"}\n{"step": 2}\n', "line 1: step is 'x'"),
+        (nested(100_000) + "\n", "line 1 .* nested too deeply"),
+        (f'{{"step": 1}}\n"{"x" * MOST_LINE}"', "line 2 is longer than 1,048,576 bytes"),
+    ):  # fmt: skip
+        log.write_text(text)
+        with pytest.raises(Malformed, match=rf"log\.jsonl, {says}"):
+            read_rows(log, {"step": int})
+
+
+def test_the_sizes_of_a_configuration_are_bounded(tmp_path):
+    file = tmp_path / "config.json"
+    whole = {"a": MOST_SIZE, "b": [-MOST_SIZE, 1e300, {"c": True}], "d": None, "e": "9" * 30}
+    file.write_text(json.dumps(whole))
+    assert read_config(file) == whole
+    for options, says in (
+        ({"a": MOST_SIZE + 1}, "a is 1048577"), ({"b": [0, {"c": [-(1 << 70)]}]}, r"b\.1\.c\.0 is -11805"),
+        ({"a": "x" * MOST_CONFIG}, "larger than 4,194,304 bytes"), ({"a": {"a": 1}}, "a is {'a': 1}, and must be"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(options))
+        with pytest.raises(Malformed, match=rf"config\.json.*{says}"):
+            read_config(file, {"a?": (int, str)})
+
+
+def test_a_value_comes_back_as_a_file_would_give_it():
+    assert as_stored({1: (2, [3.0, None]), "a": True}) == {"1": [2, [3.0, None]], "a": True}
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_encoders_that_cannot_be_used_are_named(tmp_path):
     resnet.mkdir()
     save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), resnet / "model.safetensors")
     (resnet / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": {}}))
-    refused(f"local-dir:{resnet}", "cannot be loaded as a ViT of timm")
+    refused(f"local-dir:{resnet}", "cannot be loaded by timm")
     grey = save_vit(tmp_path / "grey", args={**ARGS, "in_chans": 1}, input_size=[1, 16, 16])
     refused(grey, "no ViT of RGB images")
     broken = save_vit(tmp_path / "broken")
@@ -175,9 +175,23 @@ def test_encoders_that_cannot_be_used_are_named(tmp_path):
     refused(broken, "Error.* in loading state_dict")
     path.write_bytes(path.read_bytes()[:-1])
     refused(broken, "cannot be loaded")
-    for text in ("{", "[]", "{}", '{"architecture": "vit_none", "pretrained_cfg": {}}'):
+    save_file(load_file(tmp_path / "grey" / "model.safetensors"), path)
+    for text in ("{", "[]", "{}", "[" * 100_000, '{"architecture": "vit_none", "pretrained_cfg": {}}'):
         config.write_text(text)
         refused(broken, "cannot be loaded")
+    whole, found = save_vit(tmp_path / "whole"), json.loads((tmp_path / "whole" / "config.json").read_text())
+    for option, value, says in (
+        ("depth", 1000, "of another, larger model"), ("embed_dim", 1 << 16, "of another, larger model"),
+        ("img_size", 10**5, "of another, larger model"), ("depth", 10**5, "1 to 1000"),
+        ("depth", "x", "cannot be loaded"), ("embed_dim", 1 << 40, "must be at most"), ("num_heads", 7, "divisible"),
+    ):  # fmt: skip
+        changed = {**found, "model_args": {**found["model_args"], option: value}}
+        (tmp_path / "whole" / "config.json").write_text(json.dumps(changed))
+        refused(whole, says)
+    for key, value in (("std", [0, 1, 1]), ("mean", [1, 1]), ("mean", "x"), ("std", [1, 1, None])):
+        changed = {**found, "pretrained_cfg": {**found["pretrained_cfg"], key: value}}
+        (tmp_path / "whole" / "config.json").write_text(json.dumps(changed))
+        refused(whole, key)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,8 @@ from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
 from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.errors import InputError
-from sit_atconv.files import sha256
-from sit_atconv.reading import Malformed, fault_of, opened, parse_json, read_json, read_yaml
+from sit_atconv.files import by_step, sha256, step_in
+from sit_atconv.reading import Malformed, fault_of, read_json, read_rows, read_yaml
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
@@ -129,8 +128,8 @@ def _read(folder: Path, name: str) -> Run:
     if (folder / MANIFEST).is_file() or (folder / METRICS).is_file():
         return Run(name, folder, {}, [], [], {}, None, None, [_read_set(folder)], trained=False)
     recipe = _read_recipe(folder / RECIPE)
-    checkpoints = [path for path in _by_step(folder.glob("step-*")) if (path / MANIFEST).is_file()]
-    previews = _by_step((folder / "previews").glob("step-*.png"))
+    checkpoints = [path for path in by_step(folder.glob("step-*")) if (path / MANIFEST).is_file()]
+    previews = by_step((folder / "previews").glob("step-*.png"), ".png")
     sets = [
         _read_set(path)
         for path in sorted((folder / "samples").glob("*/"))
@@ -150,19 +149,9 @@ def _read(folder: Path, name: str) -> Run:
         scores,
         checkpoint,
         checkpoints[-1] if checkpoints else None,
-        (previews[-1], _step(previews[-1])) if previews else None,
+        (previews[-1], step_in(previews[-1].stem)) if previews else None,
         sets,
     )
-
-
-def _by_step(paths) -> list[Path]:
-    """Those named step-NUMBER, in order."""
-    return sorted((path for path in paths if _step(path) is not None), key=_step)
-
-
-def _step(path: Path) -> int | None:
-    found = re.fullmatch(r"step-(\d+)", path.stem if path.suffix == ".png" else path.name, re.ASCII)
-    return found and int(found[1])
 
 
 def _read_set(folder: Path) -> SampleSet:
@@ -213,19 +202,8 @@ def _read_rows(path: Path) -> list[Row]:
     """The lines of a log in the order of their steps, but for a last one that was cut short as it was written."""
     if not path.is_file():
         return []
-    rows: list[Row] = []
-    with opened(path) as file:
-        lines = file.readlines()
-    for index, line in enumerate(lines):
-        try:
-            row = parse_json(line, "the line", object)
-        except Malformed as error:
-            if not line.endswith(b"\n"):  # which only the last can lack
-                break
-            raise InputError(
-                f"{str(path)!r}, line {index + 1} is not JSON ({error}); mend that line, or take it away"
-            ) from None
-        if number(at(row, "step")) is None:
-            raise InputError(f"{str(path)!r}, line {index + 1} has no step; mend that line, or take it away")
-        rows.append(row)
+    try:
+        rows = read_rows(path, {"step": float})
+    except Malformed as error:
+        raise InputError(f"{str(path.parent)!r}: {error}; mend that line, or take it away") from None
     return sorted(rows, key=lambda row: row["step"])

@@ -7,8 +7,9 @@ import torch
 from experiments.bench import op
 from sampling import speed
 from sampling.options import DTYPES
-from sampling.timing import append_csv, caption, device_name, interleaved, memory_kept
+from sampling.timing import append_csv, caption, check_csv, device_name, interleaved, memory_kept
 from sit_atconv.devices import numerics, resolve_device
+from sit_atconv.errors import command
 from sit_atconv.files import write_atomic
 from sit_atconv.generation import Sampling
 
@@ -42,11 +43,12 @@ def model_csv_rows(result: dict, device: torch.device) -> list[dict[str, str]]:
     return rows
 
 
+@command
 @numerics()
 def main() -> None:
     device = resolve_device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = dtypes(device)
-    rows = []
+    check_csv(HERE / "bench.csv", op.CSV)
+    measured, rows = dtypes(device), []
     for dtype in measured:
         for shape, rounds in ROUNDS.items():
             new = op.measure(shape, DIM, dtype, device, op.PASSES, rounds)

@@ -14,7 +14,7 @@ from sampling.baselines import PaperForm
 from sampling.options import DTYPES, add_device_options
 from sampling.plots import plot_latency
 from sampling.speed import TOLERANCE, assert_close
-from sampling.timing import append_csv, commit, device_name, interleaved, peak_bytes
+from sampling.timing import append_csv, check_csv, commit, device_name, interleaved, peak_bytes
 from sit_atconv import ATConv, limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
@@ -25,6 +25,7 @@ from sit_atconv.ops.atconv import dynamic_depthwise_conv
 PASSES = ("forward", "backward")
 SHAPES = ("4x16x16", "1x32x32", "1x64x64")
 HEAD = 72  # channels of a head in SiT-XL
+CSV = ("commit", "device", "dtype", "what", "shape", "pass", "median_ms", "iqr_ms", "ratio", "ratio_to")
 LINEARS, ATTENTION, PAPER = "two linears", "attention", "paper's form"
 
 
@@ -167,18 +168,8 @@ def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list
 
 def csv_row(device, dtype: str, what: str, shape: str, step: str, ms: float, iqr_ms: float, base: tuple) -> dict:
     """A row of bench.csv; `base` is the name and the median in ms of what the ratio is to."""
-    return {
-        "commit": commit(),
-        "device": device_name(device),
-        "dtype": dtype,
-        "what": what,
-        "shape": shape,
-        "pass": step,
-        "median_ms": f"{ms:.3f}",
-        "iqr_ms": f"{iqr_ms:.3f}",
-        "ratio": f"{ms / base[1]:.3f}",
-        "ratio_to": base[0],
-    }
+    figures = (f"{figure:.3f}" for figure in (ms, iqr_ms, ms / base[1]))
+    return dict(zip(CSV, (commit(), device_name(device), dtype, what, shape, step, *figures, base[0]), strict=True))
 
 
 def csv_rows(rows: list[dict], device: torch.device) -> list[dict[str, str]]:
@@ -231,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     ours = made_here("device", "commit", "rounds", "rows")
     for end in (".json", ".md", ".png"):
         check_out(stem.with_name(stem.name + end), force=args.force, ours=ours)
+    check_csv(stem.with_name(stem.name + ".csv"), CSV)
     result = {"device": device_name(device), "commit": commit(), "rounds": args.rounds, "versions": library_versions()}
     rows = []
     for shape in args.shapes:

@@ -1,7 +1,6 @@
 """What is measured: a trained SiT, a trained classifier or a model of timm, and the images that it is shown."""
 
 import difflib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from sit_atconv.files import shown
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import check_labels, check_path
 from sit_atconv.latents.codecs import check_same_codec, open_codec, reopen_codec
-from sit_atconv.vit import WEIGHTS
+from sit_atconv.reading import Malformed, read_config
+from sit_atconv.vit import CONFIG, load_folder
 
 
 @dataclass
@@ -112,9 +112,9 @@ def _classifier_folder(path: Path) -> Path | None:
     newest = (checkpoint.step_folders(path) or [path])[-1]
     for folder in (path, newest / "ema"):
         try:
-            if "architecture" in json.loads((folder / "config.json").read_text()):
+            if "architecture" in read_config(folder / CONFIG):
                 return folder
-        except (OSError, ValueError, TypeError):
+        except (OSError, Malformed):
             continue
     return None
 
@@ -125,12 +125,7 @@ def _load_classifier(folder: Path) -> Target:
         manifest = checkpoint.read_manifest(folder.parent, under=f"{folder.name}/")
         files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{folder.name}/")}
         facts |= {"step": manifest["step"], "which": folder.name, "recipe": manifest["recipe"], "sha256": files}
-    if not (folder / WEIGHTS).is_file():  # which timm prefers; without it, it would go on to pickles
-        raise InputError(f"{str(folder)!r} holds no {WEIGHTS}; nothing else is read")
-    try:
-        model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{str(folder)!r} cannot be loaded: {error}") from None
+    model, _ = load_folder(folder.absolute(), f"target {str(folder)!r}")
     return Target(_name(folder), model.eval(), facts)
 
 

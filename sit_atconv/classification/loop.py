@@ -22,7 +22,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import Dataset
 
-from sit_atconv import checkpoint, config, sharding
+from sit_atconv import checkpoint, config, limits, sharding
 from sit_atconv.classification.recipe import ClassifierRecipe, differences
 from sit_atconv.classification.samples import (
     ClassifierSamples,
@@ -42,13 +42,17 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.limits import check_kernel
 from sit_atconv.models.attnet import AttNet  # which registers the family
 from sit_atconv.models.cost import count_forward_macs
+from sit_atconv.reading import COUNT, POSITIVE, Malformed, read_rows
 from sit_atconv.training.faults import StopSignals, agree
-from sit_atconv.training.folder import Found, check_same_data, claim, stored_run
+from sit_atconv.training.folder import Found, check_place, check_same_data, claim, stored_run
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.log import Log, Means
 from sit_atconv.training.trainer import Trainer
 
 WEIGHTS = "model.safetensors"  # as timm names them
+EVALS = "evals.jsonl"
+FIGURE = (float, None)  # None where it is not finite
+EVAL_FORM = {"step": COUNT, "num": POSITIVE, "ema_loss": FIGURE, "ema_top1": FIGURE, "model_top1": FIGURE}
 
 
 @dataclass
@@ -81,6 +85,8 @@ def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> F
         if len(values) != channels:
             raise InputError(f"model.{name}={list(values)}: the images have {channels} channels; one number for each")
 
+    steps = steps_of(recipe, train.epochs, number)
+    limits.STEPS.check(f"train.epochs={train.epochs:g} of {number:,} images, steps: ", steps)
     return Facts(
         channels,
         tuple(mean),
@@ -88,7 +94,7 @@ def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> F
         tuple(dataset.class_names),
         number,
         len(held_out),
-        steps_of(recipe, train.epochs, number),
+        steps,
         steps_of(recipe, train.warmup_epochs, number) if train.warmup_epochs else 0,
         steps_of(recipe, recipe.eval.every_epochs, number),
     )
@@ -142,6 +148,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
     """
     precise = numerics(tf32=recipe.train.precision == "tf32")
     with sharding.lost_processes_told(), StopSignals() as signals, precise, ExitStack() as stack:
+        check_place(recipe.run.out, force)  # in all processes, before the first of them can have made it
         accelerator = make_accelerator(recipe)
         drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(drawing))  # stochastic depth draws there, from seeds of its own
@@ -241,7 +248,7 @@ class _Classifier(Trainer):
         self.part = 0  # of the step's micro-batches, over all processes
 
     def _open_logs(self) -> None:
-        self.evals = Log(self.run / "evals.jsonl", self.step)
+        self.evals = Log(self.run / EVALS, self.step)
 
     def _begin(self) -> None:
         super()._begin()
@@ -332,6 +339,16 @@ class _Classifier(Trainer):
 
         optimizer = self.optimizer.optimizer
         return checkpoint.save(self.run, self.step, models, None, self.trained, optimizer, trainer, facts, write)
+
+
+def last_evaluation(run: Path) -> dict[str, Any] | None:
+    """What a run has written of its last evaluation, None of one that has made none. Raises InputError where that
+    cannot be read."""
+    try:
+        return next(reversed(read_rows(run / EVALS, EVAL_FORM)), None)
+    except (OSError, Malformed) as error:
+        said = f"{error.strerror or error}" if isinstance(error, OSError) else error
+        raise InputError(f"{str(run / EVALS)!r} cannot be read: {said}; the same command writes it anew") from None
 
 
 def dry_run(recipe: ClassifierRecipe) -> str:

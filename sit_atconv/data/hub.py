@@ -3,6 +3,7 @@
 import hashlib
 import lzma
 import os
+import reprlib
 import tarfile
 import zipfile
 import zlib
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,18 @@ from sit_atconv.config import Data, Loading
 from sit_atconv.data.images import MOST_BYTES, EncodedImages, Unreadable, check_label, check_labels, decode
 from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.reading import bounded, read_bytes
+from sit_atconv.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json
 
 SHUFFLE_BUFFER = 10_000
 ONE_CLASS = ("all",)  # where there are no labels
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")  # of fsspec and `datasets`: files in a file
+CARDS = ("README.md", ".huggingface.yaml")  # what `datasets` reads of a folder before its files
+NAMING = ("data_files", "data_dir")  # the keys of a configuration there that name files
+# What `save_to_disk` writes.
+SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+SPLITS_FORM, STATE_FORM = {"splits": [FILE]}, {"_data_files": [{"filename": INSIDE}]}
+# What `datasets` raises over a description of any content.
+ANY = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
 BACKENDS = (
     OSError, ValueError, LookupError, RuntimeError, EOFError, ImportError, zipfile.BadZipFile, zlib.error,
     lzma.LZMAError, tarfile.TarError,
@@ -40,27 +48,34 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     except ImportError:
         raise InputError("data.kind=hf needs a package: pip install 'sit_atconv[data]'") from None
     where, root = f"data.root={data.root!r}", Path(data.root)
-    saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))  # what save_to_disk writes
+    saved = any((root / name).is_file() for name in (STATE, SPLITS))
     for name, acts in (("revision", not root.exists()), ("subset", not saved)):
         if getattr(data, name) is not None and not acts:
             raise InputError(f"data.{name}={getattr(data, name)!r} does nothing for the folder {where}; leave it out")
+    files = _Files.of(data.root)
+    if root.is_dir():
+        _check_described(root, where, files)
     try:
         if saved:
             found = datasets.load_from_disk(data.root)
             table = _split(found if isinstance(found, dict) else {str(found.split or "train"): found}, data.split)
-            number = len(table)
+            number, table = len(table), table.with_format(None)  # one that it was saved with gives other objects
             table = table.to_iterable_dataset() if data.streaming else table
         else:
-            table = datasets.load_dataset(
-                data.root, data.subset, split=data.split or "train", revision=data.revision, streaming=data.streaming
-            )
+            builder = datasets.load_dataset_builder(data.root, data.subset, revision=data.revision)
+            for path in chain.from_iterable((builder.config.data_files or {}).values()):
+                files.check(path, f"{where} consists of")
+            if not data.streaming:
+                builder.download_and_prepare()
+            give = builder.as_streaming_dataset if data.streaming else builder.as_dataset
+            table = give(split=data.split or "train")
             stated = (table.info.splits or {}).get(str(table.split))
             number = stated.num_examples if data.streaming and stated else None
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, datasets.exceptions.DatasetsError, *ANY) as error:
         asked = f"{where}, data.subset={data.subset}, data.split={data.split or 'train'}"
-        raise InputError(f"{asked}: cannot be opened: {error}") from None
+        raise InputError(f"{asked}: cannot be opened: {error or type(error).__name__}") from None
     columns = table.features
     if columns is None:
         raise InputError(f"{where} does not say its columns; leave data.streaming out")
@@ -87,6 +102,46 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     if number is None:
         raise InputError(f"{where} does not say how many images it has; state data.num_images")
     return HubStream(data, table, image, label, names, number)
+
+
+def _check_described(root: Path, where: str, files: "_Files") -> None:
+    """Raise InputError where a folder's own description cannot be read, or names files that do not lie in it.
+
+    `datasets` would open these, URLs too.
+    """
+    folders, path = [root], root
+    try:
+        if (path := root / SPLITS).is_file():
+            folders += [root / name for name in read_json(path, SPLITS_FORM)["splits"]]
+        for folder in folders:
+            for name, form in ((STATE, STATE_FORM), (INFO, dict), ("dataset_infos.json", dict)):
+                if os.path.lexists(path := folder / name):
+                    read_json(path, form)
+        for path in (root / name for name in CARDS if os.path.lexists(root / name)):
+            for named in _named_by(read_card(path)):
+                *inside, place = named.split("::")
+                place = place if "://" in place else os.path.join(root, place)
+                files.check("::".join([*inside, place]), f"{where}: {path.name} names", named)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError) and not isinstance(error, Malformed):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{where}: {path.name} cannot be read: {reason}; mend it") from None
+
+
+def _named_by(card: Any) -> Iterator[str]:
+    """What the configurations in a card name as files; `datasets` itself refuses other forms of it."""
+    configurations = card.get("configs") if isinstance(card, dict) else None
+    for each in configurations if isinstance(configurations, list) else ():
+        yield from _texts([each.get(key) for key in NAMING] if isinstance(each, dict) else None)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
 
 
 def _split(splits: dict[str, Any], wanted: str | None) -> Any:
@@ -124,7 +179,9 @@ class _Files:
             return cls((os.path.abspath(root), os.path.realpath(root)))
         stored = Path(constants.HF_HUB_CACHE) / f"datasets--{root.replace('/', '--')}"
         folders = map(os.path.abspath, (stored, datasets.config.DOWNLOADED_DATASETS_PATH))
-        return cls(tuple(folders), (f"hf://datasets/{root}/", f"hf://datasets/{root}@"))
+        name = root.removeprefix("hf://")
+        address = name if name.startswith(("datasets/", "buckets/")) else f"datasets/{name}"
+        return cls(tuple(folders), (f"hf://{address}/", f"hf://{address}@"))
 
     def has(self, path: str) -> bool:
         """Whether a path, as fsspec takes it, is that of a file of the dataset, or of one in an archive of it."""
@@ -134,6 +191,12 @@ class _Files:
         if "://" in place:
             return place.startswith(self.repository) if self.repository else False
         return any(Path(os.path.abspath(place)).is_relative_to(folder) for folder in self.folders)
+
+    def check(self, path: str, who: str, shown: str | None = None) -> None:
+        """Raise InputError for a path that is none of the dataset's. who: says so. shown: as it stands there."""
+        if not self.has(path):
+            named = reprlib.repr(shown or path)
+            raise InputError(f"{who} {named}, which is no file of the dataset, and is not opened; bring it there")
 
 
 def _file(value: Any, name: str, files: _Files = _Files()) -> bytes:

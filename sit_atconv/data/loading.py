@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Iterable
 
 import torch
 from torch.utils.data import DataLoader, _utils
@@ -91,14 +92,14 @@ class TrainingBatches:
         return getattr(self._iterator, "_workers", [])
 
     def _start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # till they are left alone there
+        before = _mask("SIG_BLOCK", SIGNALS)  # till they are left alone there
         try:
             self._iterator = iter(self._loader)
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"the loader processes cannot be started ({reason}); {REMEDY}", every_rank=True) from None
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _mask("SIG_SETMASK", before)
         self._watchdog = _Watchdog(self._workers(), self.timeout)
         if self._workers():
             self._watchdog.start()
@@ -187,13 +188,18 @@ def _begin(worker: int) -> None:
     server is where processes begin so (as from Python 3.14 on)."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    _mask("SIG_UNBLOCK", SIGNALS)
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
 def _end_with(process) -> None:
     process.join()
     os._exit(1)
+
+
+def _mask(how: str, signals: Iterable[int]) -> Iterable[int]:
+    """What `signal.pthread_sigmask` returns; Windows has none, and nothing to mask."""
+    return signal.pthread_sigmask(getattr(signal, how), signals) if hasattr(signal, "pthread_sigmask") else ()
 
 
 def _end(iterator, watchdog: _Watchdog) -> None:

@@ -1,17 +1,30 @@
 """Codecs between images in [-1, 1] and latents; the only owner of a latent's scale and shift."""
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
 from sit_atconv.errors import InputError
-from sit_atconv.weights import weight_files
+from sit_atconv.reading import read_config
+from sit_atconv.weights import fits, weight_files
+
+CONFIG = "config.json"
+WIDTH, LAYERS = range(1, (1 << 16) + 1), range(1, 1001)
+# What a constructor would take memory or time by, or a codec works by; far beyond every autoencoder there is.
+VAE_FORM = {
+    "in_channels?": WIDTH, "out_channels?": WIDTH, "latent_channels?": WIDTH, "block_out_channels?": [WIDTH],
+    "layers_per_block?": LAYERS, "norm_num_groups?": WIDTH, "sample_size?": (WIDTH, [WIDTH, WIDTH]),
+    "scaling_factor?": float, "shift_factor?": (float, None), "quantization_config?": None,
+}  # fmt: skip
+SCALES = (1e-6, 1e6)
 
 
 def draw_latents(moments: torch.Tensor, posterior: torch.Tensor, scale: float, shift: float) -> torch.Tensor:
@@ -45,6 +58,18 @@ class IdentityCodec(nn.Module):
         return {"codec": "identity", "scale": 1.0, "shift": 0.0}
 
 
+def _files_of(folder: Path, variant: str | None) -> list[Path]:
+    """The files of weights of an autoencoder's folder. Raises InputError for a configuration that none can have."""
+    config = read_config(folder / CONFIG, VAE_FORM)
+    scale = config.get("scaling_factor", 1.0)
+    if not SCALES[0] <= abs(scale) <= SCALES[1]:
+        raise InputError(
+            f"{CONFIG}: scaling_factor is {scale}, and must be of a size from {SCALES[0]:g} to {SCALES[1]:g}, since "
+            "latents are divided by it"
+        )
+    return weight_files(folder, variant)
+
+
 class VaeCodec(nn.Module):
     """A diffusers AutoencoderKL, frozen, in fp32: latents = (posterior sample - shift) * scale, both from its config.
 
@@ -59,16 +84,24 @@ class VaeCodec(nn.Module):
         from diffusers import AutoencoderKL
 
         super().__init__()
-        if Path(source).exists() and not Path(source, "config.json").is_file():
-            raise InputError(f"latents.vae={source!r}: the folder holds no config.json of an AutoencoderKL")
+        folder = Path(source)
+        if folder.exists() and not (folder / CONFIG).is_file():
+            raise InputError(f"latents.vae={source!r}: the folder holds no {CONFIG} of an AutoencoderKL")
         try:
-            if Path(source).is_dir():
-                weight_files(Path(source), variant)  # which says what is there instead
-            self.vae = AutoencoderKL.from_pretrained(source, variant=variant, use_safetensors=True)
-        except (OSError, ValueError) as error:
+            with fits(_files_of(folder, variant)) if folder.is_dir() else nullcontext():
+                self.vae, found = AutoencoderKL.from_pretrained(
+                    source, variant=variant, use_safetensors=True, output_loading_info=True
+                )
+            strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
+            if strays:  # which diffusers only warns of, drawing what is missing at random
+                raise InputError(f"its tensors are not those of its {CONFIG}: {strays}")
+        # Files of any content: no JSON, no tensors, values that the autoencoder refuses, tensors of other shapes.
+        except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+            said = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
-                f"and give its folder (config.json, diffusion_pytorch_model.safetensors): {str(error).splitlines()[0]}"
+                f"and give its folder ({CONFIG}, diffusion_pytorch_model.safetensors): "
+                f"{said.partition('. If you want')[0]}"
             ) from None
         if getattr(self.vae.config, "latents_mean", None) is not None:
             raise InputError(

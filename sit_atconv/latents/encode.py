@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from sit_atconv import limits
-from sit_atconv.claims import claim, clear_leftovers, flat, write_whole, writing
+from sit_atconv.claims import check_place, claim, clear_leftovers, flat, write_whole, writing
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
@@ -70,6 +70,7 @@ def encode(
         raise InputError("data.streaming=true: a cache needs to reach every image; leave it out")
     if recipe.latents.codec != "vae":
         raise InputError(f"latents.codec={recipe.latents.codec}: there is nothing to encode; a cache takes a vae")
+    check_place(out, "latents", force=force)  # before anything is loaded
     # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=PATIENCE)

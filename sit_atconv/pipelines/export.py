@@ -29,7 +29,7 @@ from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.bundle import bundle, digest
 from sit_atconv.pipelines.card import model_card
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
-from sit_atconv.reading import Malformed, read_json
+from sit_atconv.reading import Malformed, read_config, read_json
 from sit_atconv.version import __version__
 from sit_atconv.weights import STEM, own_variant
 
@@ -41,7 +41,8 @@ INDEX_FORM = {
     "_class_name": (str, [str]), "scheduler": [str, str], "vae?": ([(str, None), (str, None)], None),
     "id2label?": ({re.compile("[0-9]{1,18}"): str}, None),
 }  # fmt: skip
-SCHEDULER_FORM = {"num_train_timesteps?": range(1, 1_000_001)}
+# There are schedulers that take memory and time by the square of their levels.
+SCHEDULER_FORM, MOST_SCHEDULER = {"num_train_timesteps?": range(1, 10_001)}, 1 << 18  # bytes
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _open_pipeline(
         names = index["_class_name"] if isinstance(index["_class_name"], list) else [index["_class_name"]]
         if SiTPipeline.__name__ not in names[-1:]:
             raise InputError(f"{str(folder)!r} is a {index['_class_name']}; give a {SiTPipeline.__name__}")
-        scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FORM)
+        scheduler_config = read_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FORM, MOST_SCHEDULER)
         library, name = index["scheduler"]
         if library != "diffusers" or not issubclass(kind := getattr(diffusers, name, object), SchedulerMixin):
             raise InputError(f"{str(folder)!r}: the scheduler {name} is not one of diffusers")
@@ -109,7 +110,7 @@ def _open_pipeline(
     except Malformed as error:
         raise InputError(f"pipeline {str(folder)!r} cannot be read: {error}") from None
     # A scheduler's options of any kind, refused by diffusers, numpy or torch.
-    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         said = (str(error) or type(error).__name__).splitlines()[0]
@@ -150,7 +151,7 @@ def _write(source: Source, folder: Path, name: str, license: str) -> None:
     (folder / "pipeline.py").write_text(pipeline_code)
     auto_map = {"AutoModel": f"{module}.{model_class.__name__}"}
     for path in [folder / PIPELINE_INDEX, *folder.glob("*/config.json")]:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         config.pop("_name_or_path", None)  # a path on this machine
         if path.name == PIPELINE_INDEX:
             config["_class_name"] = ["pipeline", pipeline_class.__name__]

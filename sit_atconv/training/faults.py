@@ -14,7 +14,8 @@ from accelerate import Accelerator
 LAUNCHED, SAME_SIGNAL_SECONDS = "TORCHELASTIC_RUN_ID", 2.0
 
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP")  # the last one not on Windows
+NUMBERS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class StopSignals:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -15,6 +14,9 @@ from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
+from sit_atconv.reading import read_yaml
+
+BEGUN = (LOCK, "log.jsonl")  # one of them lies in the folder of every run
 
 # What a cache of latents stands for: these keys of the recipe that it was encoded by.
 ENCODED = ("kind", "image_size", "split", "subset", "revision", "image_key", "label_key")
@@ -23,6 +25,33 @@ ENCODED = ("kind", "image_size", "split", "subset", "revision", "image_key", "la
 def lock(run: Path) -> TextIO:
     """Take a run's folder for this process, see `files.lock`. Raises InputError where another process has it."""
     return files.lock(run, f"run.out={str(run)!r}")
+
+
+def check_place(out: str, force: bool = False) -> None:
+    """Raise InputError where a run cannot lie, whatever its recipe, before anything is loaded; nothing is changed."""
+    run = files.resolved(out, "run.out")
+    try:
+        if not os.path.lexists(run):
+            files.check_writable(run)
+        elif not _is_run(run):
+            if not force:
+                raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder")
+            files.check_movable(run)
+    except OSError as error:
+        raise _unusable(run, error) from None
+
+
+def _unusable(run: Path, error: OSError) -> InputError:
+    return InputError(f"run.out={str(run)!r} cannot be written: {error.strerror or error}; choose another place")
+
+
+def _is_run(run: Path) -> bool:
+    """Whether a folder is one that a run has begun, be it that it was killed at once."""
+    if not run.is_dir():
+        return False
+    if checkpoint.step_folders(run) or any((run / name).exists() for name in BEGUN):
+        return True
+    return all(LEFTOVER.fullmatch(path.name) for path in run.iterdir())
 
 
 Found = tuple[Path, dict[str, Any]] | None
@@ -52,7 +81,7 @@ def claim(
         except InputError as error:
             start[1] = error
         except OSError as error:
-            start[1] = InputError(f"run.out={str(run)!r}: {error.strerror or error}; choose another place")
+            start[1] = _unusable(run, error)
     found, error = broadcast_object_list(start)
     if error is not None:
         raise error
@@ -75,16 +104,16 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Fou
             f"run.out={str(run)!r} has no whole checkpoint left; remove its step-... folders to begin anew"
         )
     try:
-        if not found and not any((run / name).exists() for name in (LOCK, "log.jsonl")):
+        if not found and not any((run / name).exists() for name in BEGUN):
             raise FileNotFoundError("a recipe that lies there is the user's")
-        stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
+        stored = found[1]["recipe"] if found else read_yaml(run / "recipe.yaml", regular=True)
     except OSError:
         if run.is_dir() and all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in run.iterdir()):
             return None  # killed at once
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except ValueError:
         stored = None
-    if not isinstance(stored, dict):
+    if not stored or not isinstance(stored, dict):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
     try:
         said = "; ".join(changed(stored))

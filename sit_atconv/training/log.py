@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import resource
 import sys
 import uuid
 from pathlib import Path
@@ -17,7 +16,7 @@ from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import resolved, write_atomic
-from sit_atconv.reading import read_json
+from sit_atconv.reading import Malformed, parse_json, read_json
 
 TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
 
@@ -44,6 +43,12 @@ def peak_memory(device: torch.device) -> int:
     """The most memory held so far, bytes: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil  # accelerate brings it
+
+        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -134,10 +139,9 @@ def _plain(value: Any) -> Any:
 def _step(line: str) -> int | None:
     """The step of a line of a log; None where it is cut, or no report."""
     try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
-    except (ValueError, LookupError, TypeError):
+        return parse_json(line, "it", {"step": int})["step"] if line.endswith("\n") else None
+    except Malformed:
         return None
-    return step if isinstance(step, int) else None
 
 
 class Trackers:

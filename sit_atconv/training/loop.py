@@ -18,7 +18,7 @@ from sit_atconv.data.samples import RankPositions, TrainingSamples
 from sit_atconv.devices import import_compiler, numerics
 from sit_atconv.ema import Averages
 from sit_atconv.errors import InputError, speaks
-from sit_atconv.files import write_atomic
+from sit_atconv.files import step_name, write_atomic
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import generate, grid_png
@@ -38,7 +38,7 @@ from sit_atconv.plan import (
     time_sampling,
 )
 from sit_atconv.training.faults import StopSignals
-from sit_atconv.training.folder import check_run_folder, claim
+from sit_atconv.training.folder import check_place, check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.log import Log, Means
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
@@ -64,6 +64,7 @@ def train(
     """
     precise = numerics(tf32=recipe.train.precision == "tf32")
     with sharding.lost_processes_told(), StopSignals() as signals, precise:
+        check_place(recipe.run.out, force)  # in all processes, before the first of them can have made it
         accelerator = make_accelerator(recipe)
         dataset = open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)
@@ -306,7 +307,7 @@ class _Trainer(Trainer):
         count = self.recipe.preview.num
         drawn = self._sample("its preview", count, count)
         if drawn and self.accelerator.is_main_process:
-            file = self.run / PREVIEWS / f"step-{self.step:07d}.png"
+            file = self.run / PREVIEWS / f"{step_name(self.step)}.png"
             try:
                 write_atomic(file, grid_png(drawn[0], math.ceil(math.sqrt(count))))
             except OSError as error:

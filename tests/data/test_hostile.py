@@ -2,11 +2,14 @@
 
 import importlib.util
 import io
+import json
 import os
 import shutil
-from contextlib import nullcontext
+import socket
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -231,6 +234,142 @@ def test_a_record_names_files_of_the_dataset_alone(tmp_path, monkeypatch):
     assert _file({"bytes": None, "path": f"{root}/x.png"}, "x", local) == b"read"
     assert _file({"bytes": None, "path": good[1][1]}, "x", local) == b"read"
     assert opened == [good[1][1]]
+
+
+@pytest.fixture
+def port():
+    """A port of this machine, to which nobody comes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        yield server.getsockname()[1]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def configs(*named, key: str = "data_files") -> str:
+    return "---\n" + json.dumps({"configs": [{"config_name": "a", key: each} for each in named]}) + "\n---\n"
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_local_dataset_names_its_own_files_alone(name, tmp_path, port, monkeypatch):
+    root, other = tmp_path / "root", tmp_path / "other"
+    for folder in (root / "part", other):
+        folder.mkdir(parents=True)
+        hub_of([0, 1]).to_parquet(folder / "train.parquet")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)  # nothing is asked of it
+
+    def told(text: str) -> str:
+        (root / name).write_text(text if name == "README.md" else text.strip("-\n"))
+        with pytest.raises(InputError, match=f"{name} names") as error:
+            open_dataset(Data("hf", str(root), 8))
+        return str(error.value)
+
+    for place in (
+        f"http://127.0.0.1:{port}/x.parquet", f"https://127.0.0.1:{port}/*.parquet", f"ftp://127.0.0.1:{port}/x.parquet",
+        f"zip://x.parquet::http://127.0.0.1:{port}/a.zip", "s3://bucket/x.parquet", "hf://datasets/a/b/x.parquet",
+        f"{other}/train.parquet", f"file://{other}/train.parquet", "../other/train.parquet", "part/../../other/*",
+        "simplecache::part/train.parquet", "/etc/*",
+    ):  # fmt: skip
+        of_split = [{"split": "train", "path": place}], [{"split": "train", "path": ["part/*", place]}]
+        for form in (place, ["part/*", place], *of_split):
+            assert "is no file of the dataset, and is not opened" in told(configs(form))
+            told(configs("part/*", form))  # of a configuration that is not asked for
+    for folder in ("..", "/etc", str(other)):
+        told(configs(folder, key="data_dir"))
+
+
+@pytest.mark.parametrize(
+    "named", ["part/*.parquet", "part/train.parquet", [{"split": "train", "path": ["part/*"]}], "**"]
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_dataset_may_name_its_files(named, streaming, tmp_path):
+    (tmp_path / "d" / "part").mkdir(parents=True)
+    hub_of([0, 1]).to_parquet(tmp_path / "d" / "part" / "train.parquet")
+    (tmp_path / "d" / "README.md").write_text(configs(named))
+    options = {"streaming": True, "num_images": 2} if streaming else {}
+    assert len(open_dataset(Data("hf", str(tmp_path / "d"), 8, **options))) == 2
+
+
+def test_what_a_dataset_consists_of_is_looked_at_once_more(tmp_path, monkeypatch):
+    """Of a repository, whose card is not here, and where a pattern leads elsewhere."""
+    for path in ("https://elsewhere/x.parquet", "hf://datasets/another/one@main/x.parquet", "/etc/x.parquet"):
+        builder = SimpleNamespace(config=SimpleNamespace(data_files={"split": [path]}))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *where, builder=builder, **options: builder)
+        with pytest.raises(InputError, match=r"consists of .*, which is no file of the dataset"):
+            open_dataset(Data("hf", "someone/something", 8))
+
+
+def test_a_saved_dataset_names_its_own_files_alone(tmp_path):
+    table = hub_of([0, 1])
+    for name in ("d", "other"):
+        datasets.DatasetDict(train=table).save_to_disk(tmp_path / name)
+    state, splits = tmp_path / "d/train/state.json", tmp_path / "d/dataset_dict.json"
+    before = json.loads(state.read_text())
+    for file in (
+        f"{tmp_path}/other/train/data-00000-of-00001.arrow",
+        "../../other/train/data-00000-of-00001.arrow",
+        "..",
+    ):
+        state.write_text(json.dumps({**before, "_data_files": [{"filename": file}]}))
+        with pytest.raises(InputError, match=r"state\.json.*must be the path of a file below the folder"):
+            open_dataset(Data("hf", str(tmp_path / "d"), 8))
+    state.write_text(json.dumps(before))
+    for name in ("../other/train", f"{tmp_path}/other/train", "..", "http://x/y"):
+        splits.write_text(json.dumps({"splits": [name]}))
+        with pytest.raises(InputError, match=r"dataset_dict\.json.*must be the name of a file"):
+            open_dataset(Data("hf", str(tmp_path / "d"), 8))
+    splits.write_text('{"splits": ["train"]}')
+    assert len(open_dataset(Data("hf", str(tmp_path / "d"), 8))) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000, "---\n" + "[" * 100_000 + "\n---\n", f"---\nconfigs: [{'a, ' * 200_000}]\n---\n",
+        "---\na: &a [*a]\n---",
+        "---\na: !!python/object:os.system x\n---\n", f"---\na: {'x' * (1 << 20)}\n---\n",
+        "---\na: 1\n" + " " * ((1 << 20) - 13) + "\n---x\nconfigs: 1\n---\n",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml", "dataset_infos.json", "state.json"])
+def test_a_description_of_a_dataset_is_bounded(name, text, tmp_path):
+    hub_of([0, 1]).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / name).write_text(text)
+    if name == "README.md" and not text.startswith("---"):
+        assert len(open_dataset(Data("hf", str(tmp_path), 8))) == 2
+        return
+    with pytest.raises(InputError, match=rf"{name} cannot be read: .*; mend it") as error:
+        open_dataset(Data("hf", str(tmp_path), 8))
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("value", [None, 5, [], {}, "..", {"a": []}])
+def test_a_description_of_any_content_is_refused_in_one_line(value, tmp_path):
+    hub_of([0, 1]).save_to_disk(tmp_path / "d")
+    for name in ("state.json", "dataset_info.json"):
+        before = json.loads((tmp_path / "d" / name).read_text())
+        for key in before:
+            (tmp_path / "d" / name).write_text(json.dumps({**before, key: value}))
+            with suppress(InputError):
+                assert len(open_dataset(Data("hf", str(tmp_path / "d"), 8))) == 2
+        (tmp_path / "d" / name).write_text(json.dumps(before))
+
+
+def test_a_description_that_is_no_file_is_not_waited_for(tmp_path):
+    hub_of([0, 1]).to_parquet(tmp_path / "train.parquet")
+    for name in (".huggingface.yaml", "README.md", "state.json"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name} cannot be read: .*it is a FIFO"):
+            open_dataset(Data("hf", str(tmp_path), 8))
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", None])
+def test_a_dataset_saved_with_a_format_is_read_all_the_same(kind, tmp_path):
+    hub_of([0, 1]).with_format(kind).save_to_disk(tmp_path / "d")
+    dataset = open_dataset(Data("hf", str(tmp_path / "d"), 8))
+    assert [dataset[index, False][1] for index in range(2)] == [0, 1]
 
 
 def test_images_of_a_local_dataset_are_still_read(folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import struct
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -444,14 +445,19 @@ def test_a_hub_dataset_without_labels_is_one_class(folder, tmp_path, streaming):
 def test_the_subset_and_revision_of_a_hub_dataset_are_asked_for(folder, monkeypatch):
     asked = []
 
-    def load_dataset(*where, **options):
-        asked.append((where, options["revision"], options["split"]))
-        return hub_table(folder)
+    def load_dataset_builder(*where, revision):
+        asked.append((where, revision))
+        files = {"held": ["hf://datasets/someone/something@v1/held.parquet"]}
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files=files),
+            download_and_prepare=lambda: None,
+            as_dataset=lambda split: asked.append(split) or hub_table(folder),
+        )
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     data = Data("hf", "someone/something", kinds.SIZE, subset="fine", revision="v1", split="held")
     assert len(open_dataset(data)) == 9
-    assert asked == [(("someone/something", "fine"), "v1", "held")]
+    assert asked == [(("someone/something", "fine"), "v1"), "held"]
 
 
 def test_hub_names_a_bad_image(folder, tmp_path):

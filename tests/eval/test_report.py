@@ -502,10 +502,10 @@ def damaged_line(run):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damaged_line, "line 1 is not JSON"),
-        (lambda run: (run / "log.jsonl").write_text('{"step": 1}\n{"step\n'), "line 2 is not JSON"),
-        (lambda run: (run / "log.jsonl").write_text('{"loss": 1}\n'), "has no step"),
-        (lambda run: (run / "scores.jsonl").write_text("[1]\n"), "has no step"),
+        (damaged_line, "log.jsonl, line 1 is no JSON"),
+        (lambda run: (run / "log.jsonl").write_text('{"step": 1}\n{"step\n'), "log.jsonl, line 2 is no JSON"),
+        (lambda run: (run / "log.jsonl").write_text('{"loss": 1}\n'), "line 1: step is missing"),
+        (lambda run: (run / "scores.jsonl").write_text("[1]\n"), "line 1: it is \\[1\\], and must be an object"),
         (lambda run: (run / "samples/x/metrics.json").write_text("{"), "metrics.json is no JSON"),
         (lambda run: (run / "samples/x/metrics.json").write_text('{"metrics": [1]}'), "no result of `eval score`"),
         (lambda run: (run / "samples/x/manifest.json").write_text("[]"), "must be an object"),

@@ -47,6 +47,15 @@ def test_columns_follow_from_the_times_of_the_same_shape_and_pass(tmp_path, caps
         assert image.width > image.height
 
 
+def test_a_csv_of_other_columns_is_refused_before_the_work(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(op, "measure", None)
+    (tmp_path / "op.csv").write_text("a,b\n")
+    assert "op.csv has the columns ['a', 'b']" in fails(op.main, "--device", "cpu", "--out", tmp_path / "op")
+    assert [path.name for path in tmp_path.iterdir()] == ["op.csv"]
+    rows = [{"dtype": "fp32", "what": "x", "shape": "1", "pass": "forward", "ms": 1, "iqr_ms": 1, "over_linears": 1}]
+    assert tuple(op.csv_rows(rows, torch.device("cpu"))[0]) == op.CSV
+
+
 @pytest.mark.parametrize("broken", ["dynamic_depthwise_conv", "grad_v", "grad_kernels"])
 def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch, broken):
     original = getattr(conv, broken)

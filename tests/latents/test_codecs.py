@@ -1,8 +1,12 @@
 """Codecs: scale and shift, the posterior, and which autoencoder a checkpoint belongs to."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from sit_atconv.config import Latents
 from sit_atconv.errors import InputError
@@ -70,3 +74,58 @@ def test_a_missing_autoencoder_is_named_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors"):
         VaeCodec(str(tmp_path), 4)
+
+
+NAMES_OF_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_an_autoencoder_of_before_the_attentions_were_renamed_is_read(vae_folder, tmp_path):
+    folder = shutil.copytree(vae_folder, tmp_path / "vae")
+    file, old = folder / "diffusion_pytorch_model.safetensors", {}
+    for name, tensor in load_file(file).items():
+        for new, before in NAMES_OF_OLD.items():
+            name = name.replace(new, before)
+        old[name] = tensor
+    assert any("query" in name for name in old)
+    save_file(old, file, {"format": "pt"})
+    assert VaeCodec(str(folder), 1).describe()["sha256"] == VaeCodec(str(vae_folder), 1).describe()["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "no JSON that can be read: it is nested too deeply"),
+        ({"sample_size": 10**6}, "sample_size is 1000000, and must be"),
+        ({"block_out_channels": [10**6]}, "block_out_channels.0 is 1000000"),
+        ({"block_out_channels": [1 << 16, 1 << 16]}, "another, larger model"),
+        ({"layers_per_block": 10**6}, "layers_per_block is 1000000"),
+        ({"layers_per_block": 900}, "another, larger model"),
+        ({"layers_per_block": "x"}, "layers_per_block is 'x'"),
+        ({"force_upcast": 10**20}, "force_upcast is 100000000000000000000, and must be at most"),
+        ({"scaling_factor": 0}, "scaling_factor is 0, and must be of a size"),
+        ({"scaling_factor": 1e300}, "scaling_factor is 1e"),
+        ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
+        ({"scaling_factor": "x"}, "scaling_factor is 'x'"),
+        ({"shift_factor": [1]}, r"shift_factor is \[1\]"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantization_config is"),
+        ({"mid_block_add_attention": False}, "unexpected_keys"),
+        ({"act_fn": "x"}, "activation function x"),
+    ],
+)
+def test_an_autoencoder_of_another_configuration_is_refused_in_one_line(options, says, vae_folder, tmp_path):
+    folder = shutil.copytree(vae_folder, tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | options) if options else "[" * 100_000)
+    with pytest.raises(InputError, match=f"latents.vae='{folder}' cannot be loaded.*{says}"):
+        VaeCodec(str(folder), 1)
+
+
+def test_an_autoencoder_that_lacks_tensors_is_refused(vae_folder, tmp_path):
+    """diffusers would draw them at random."""
+    folder = shutil.copytree(vae_folder, tmp_path / "vae")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"missing_keys.*decoder\.conv_out\.bias"):
+        VaeCodec(str(folder), 1)

@@ -388,6 +388,16 @@ def rewrite(file, **changes):
         (lambda saved: rewrite(saved / "model_index.json", scheduler=["diffusers", "DiTPipeline"]), "DiTPipeline"),
         (lambda saved: rewrite(saved / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]), "flow matching"),
         (lambda saved: (saved / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json"),
+        (lambda saved: (saved / "scheduler/scheduler_config.json").write_text("[" * 100_000), "nested too deeply"),
+        (lambda saved: (saved / "scheduler/scheduler_config.json").write_text(f"[{'1, ' * 10**6}1]"), "larger than"),
+        (
+            lambda saved: rewrite(saved / "scheduler/scheduler_config.json", num_train_timesteps=10**6),
+            "num_train_timesteps is 1000000, and must be a whole number, 1 to 10000",
+        ),
+        (
+            lambda saved: rewrite(saved / "scheduler/scheduler_config.json", solver_order=10**9),
+            "solver_order is 1000000000, and must be at most",
+        ),
         (lambda saved: rewrite(saved / "transformer/config.json", _class_name="UNet2DModel"), "SiTTransformer2DModel"),
         (lambda saved: rewrite(saved / "transformer/config.json", path="gvp"), "path='gvp'"),
         (lambda saved: (saved / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"1"), "cannot be read"),

@@ -846,7 +846,8 @@ def test_the_labels_of_a_file_reach_the_images(tmp_path):
         (b"cat\n", "line 1: 'cat' is no class id; give an integer"),
         (b"[0, 1, 2.5, 0, 0, 0, 0]", "entry 3: '2.5' is no class id"),
         (b"[0, true, 2, 0, 0, 0, 0]", "entry 2: 'true' is no class id"),
-        (b"[0, 1", "is not a JSON list"),
+        (b"[0, 1", "labels is no JSON that can be read"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"\xff\xfe", "no text"),
     ],
 )
