@@ -1,6 +1,5 @@
 """accelerate launch train_attnet.py RECIPE [key=value ...] [--dry-run | --resume | --force]: train AttNet, or go on."""
 
-import json
 from pathlib import Path
 
 from sit_atconv.checkpoint import MANIFEST
@@ -8,8 +7,11 @@ from sit_atconv.classification import train
 from sit_atconv.classification.loop import dry_run, steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
-from sit_atconv.errors import command, speaks
+from sit_atconv.errors import InputError, command, speaks
+from sit_atconv.reading import COUNT, Malformed, parse_json, read_json
 from sit_atconv.training.launch import training_arguments
+
+EVALUATION = {"step": COUNT, "num": COUNT, "ema_top1": (float, None), "model_top1": (float, None)}
 
 
 @command
@@ -26,10 +28,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(last: Path, recipe: ClassifierRecipe) -> str:
     """The accuracy that the run ended with, and where it lies."""
-    manifest = json.loads((last / MANIFEST).read_text())
+    manifest, file = read_json(last / MANIFEST), last.parent / "evals.jsonl"
     step, total = manifest["step"], steps_of(recipe, recipe.train.epochs, manifest["data"]["num_images"])
-    lines = (last.parent / "evals.jsonl").read_text().splitlines()
-    found = json.loads(lines[-1]) if lines else {"step": None}
+    lines = file.read_text().splitlines()
+    try:
+        found = parse_json(lines[-1], "its last line", EVALUATION) if lines else {"step": None}
+    except Malformed as error:
+        raise InputError(f"{str(file)!r}: {error}; take that line away, and the same command evaluates anew") from None
     if step < total or found["step"] != step:  # it may have been stopped in a step that was evaluated
         return f"stopped at step {step:,}, saved as {last}; the same command goes on from there"
     ema, raw = (

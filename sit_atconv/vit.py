@@ -1,18 +1,27 @@
-"""ViTs of timm with their trained weights, from safetensors alone."""
+"""Models of timm with their trained weights, from safetensors alone."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
+from sit_atconv import limits
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.reading import fault_of, read_json
 
 LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
+PIXELS = range(1, limits.PIXELS.most + 1)
+# What timm's config.json says of a model and of its images, see `reading.parse_json`.
+MADE_FORM = {
+    "architecture?": (str, None), "tag?": (str, None), "num_classes?": range(limits.CLASSES.most + 1),
+    "input_size?": [range(1, 65_537), PIXELS, PIXELS], "mean?": [float], "std?": [float], "crop_pct?": (float, None),
+    "crop_mode?": str, "interpolation?": str,
+}  # fmt: skip
 
 
 def load_vit(name: str, where: str, option: str) -> tuple[nn.Module, Path]:
@@ -23,26 +32,55 @@ def load_vit(name: str, where: str, option: str) -> tuple[nn.Module, Path]:
     where: begins an error, "repa.encoder='x'". option: what takes such a name, "repa.encoder=".
     The global random stream stays where it is. Raises InputError when the model is not there, or does not load.
     """
-    options = {}
     if name.startswith(LOCAL):
         folder = Path(name.removeprefix(LOCAL))
-        for part in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
-            if not (folder / part).is_file():
-                raise InputError(
-                    f"{where}: {str(folder)!r} holds no {part}; give a folder with the {CONFIG} and {WEIGHTS} of a "
-                    "timm model"
-                )
-        file = folder / WEIGHTS
-    else:
-        file = _fetch(name, where, option)
-        options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
+        return load_local(folder, where, dynamic_img_size=True), folder / WEIGHTS
+    file = _fetch(name, where, option)
+    return _create(name, where, pretrained_cfg_overlay={"file": str(file), "custom_load": False},
+                   dynamic_img_size=True), file  # fmt: skip
+
+
+def load_local(folder: Path, where: str, **options: Any) -> nn.Module:
+    """The model in a folder with the config.json and model.safetensors of timm's `save_for_hf`.
+
+    where, and the global random stream, as in `load_vit`. options: of the model, over those in config.json.
+    Raises InputError when it is not there, or does not load.
+    """
+    for part in (CONFIG, WEIGHTS):  # which timm prefers; without it, it would go on to pickles
+        if not (folder / part).is_file():
+            raise InputError(
+                f"{where}: {str(folder)!r} holds no {part}; give a folder with the {CONFIG} and {WEIGHTS} of a timm "
+                "model"
+            )
+    try:
+        config = read_json(folder / CONFIG, {"model_args?": dict, "pretrained_cfg?": dict})
+    except OSError as error:
+        raise InputError(f"{where}: {CONFIG} cannot be read: {error.strerror or error}; make it readable") from None
+    except InputError as error:
+        raise InputError(f"{where} cannot be loaded: {error}; give the one that timm wrote") from None
+    made, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
+    if fault := fault_of(config, MADE_FORM) or fault_of(made, MADE_FORM):
+        raise InputError(f"{where} cannot be loaded: {CONFIG}: {fault}; give the one that timm wrote")
+    limits.OPTION.check(f"{where} cannot be loaded: {CONFIG}: model_args=", arguments)
+    for name in ("depth", "depths"):
+        limits.BLOCKS.check(f"{where} cannot be loaded: {CONFIG}: {name}=", arguments.get(name))
+    return _create(f"{LOCAL}{folder.absolute()}", where, **options)
+
+
+def _create(name: str, where: str, **options: Any) -> nn.Module:
     try:
         # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
         with torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=True, dynamic_img_size=True, **options), file
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+            return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # options of any kind: timm refuses them in every way there is
         said = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where} cannot be loaded as a ViT of timm: {said}") from None
+        raise InputError(f"{where} cannot be loaded as a model of timm: {said}") from None
+
+
+def is_rgb(model: nn.Module) -> bool:
+    """Whether a ViT is of RGB images, and says so."""
+    made = model.pretrained_cfg
+    return model.patch_embed.proj.weight.shape[1] == len(made["mean"]) == len(made["std"]) == 3
 
 
 def _fetch(name: str, where: str, option: str) -> Path:

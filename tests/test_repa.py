@@ -164,7 +164,7 @@ def test_encoders_that_cannot_be_used_are_named(tmp_path):
     resnet.mkdir()
     save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), resnet / "model.safetensors")
     (resnet / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": {}}))
-    refused(f"local-dir:{resnet}", "cannot be loaded as a ViT of timm")
+    refused(f"local-dir:{resnet}", "cannot be loaded as a model of timm")
     grey = save_vit(tmp_path / "grey", args={**ARGS, "in_chans": 1}, input_size=[1, 16, 16])
     refused(grey, "no ViT of RGB images")
     broken = save_vit(tmp_path / "broken")
@@ -178,6 +178,18 @@ def test_encoders_that_cannot_be_used_are_named(tmp_path):
     for text in ("{", "[]", "{}", '{"architecture": "vit_none", "pretrained_cfg": {}}'):
         config.write_text(text)
         refused(broken, "cannot be loaded")
+    whole = save_vit(tmp_path / "whole")
+    config = tmp_path / "whole" / "config.json"
+    stated = json.loads(config.read_text())
+    for edits, says in (
+        ({"model_args": {**ARGS, "depth": 10**9}}, "model_args=.*must be at least"),
+        ({"model_args": {**ARGS, "depth": 5000}}, "depth=5000: must be at least 1"),
+        ({"model_args": {**ARGS, "act_layer": 5}}, "cannot be loaded as a model of timm"),
+        ({"pretrained_cfg": {**stated["pretrained_cfg"], "mean": ["x"]}}, "mean.0 is 'x', and must be a finite number"),
+        ({"pretrained_cfg": {**stated["pretrained_cfg"], "mean": [0.5]}}, "no ViT of RGB images"),
+    ):
+        config.write_text(json.dumps({**stated, **edits}))
+        refused(whole, says)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What is measured: a trained SiT, a trained classifier or a model of timm, and the images that it is shown."""
 
 import difflib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from sit_atconv.files import shown
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import check_labels, check_path
 from sit_atconv.latents.codecs import check_same_codec, open_codec, reopen_codec
-from sit_atconv.vit import WEIGHTS
+from sit_atconv.reading import Malformed, read_json
+from sit_atconv.vit import load_local
 
 
 @dataclass
@@ -112,9 +112,9 @@ def _classifier_folder(path: Path) -> Path | None:
     newest = (checkpoint.step_folders(path) or [path])[-1]
     for folder in (path, newest / "ema"):
         try:
-            if "architecture" in json.loads((folder / "config.json").read_text()):
+            if "architecture" in read_json(folder / "config.json"):
                 return folder
-        except (OSError, ValueError, TypeError):
+        except (OSError, Malformed):
             continue
     return None
 
@@ -124,14 +124,8 @@ def _load_classifier(folder: Path) -> Target:
     if folder.parent.name.startswith("step-"):
         manifest = checkpoint.read_manifest(folder.parent, under=f"{folder.name}/")
         files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{folder.name}/")}
-        facts |= {"step": manifest["step"], "which": folder.name, "recipe": manifest["recipe"], "sha256": files}
-    if not (folder / WEIGHTS).is_file():  # which timm prefers; without it, it would go on to pickles
-        raise InputError(f"{str(folder)!r} holds no {WEIGHTS}; nothing else is read")
-    try:
-        model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{str(folder)!r} cannot be loaded: {error}") from None
-    return Target(_name(folder), model.eval(), facts)
+        facts |= {"step": manifest["step"], "which": folder.name, "recipe": manifest.get("recipe"), "sha256": files}
+    return Target(_name(folder), load_local(folder, repr(str(folder))).eval(), facts)
 
 
 def _load_timm(name: str, weights: str | None, seed: int) -> Target:
@@ -208,9 +202,14 @@ def _show_classifier(target: Target, data: str | None, num: int, seed: int) -> t
         recipe = _recipe_of(target, data, ClassifierRecipe)
         dataset = Digits("test") if recipe.data.kind == "digits" else open_dataset(recipe.data.open_as()[1])
     settings = timm.data.resolve_model_data_config(target.model)
-    transform, mode = timm.data.create_transform(**settings), "L" if settings["input_size"][0] == 1 else "RGB"
+    mode = "L" if settings["input_size"][0] == 1 else "RGB"
     pictures = [dataset.picture(index)[0].convert(mode) for index in _choose(dataset, num, seed)]
-    return (torch.stack([transform(picture) for picture in pictures]),)
+    try:
+        transform = timm.data.create_transform(**settings)
+        return (torch.stack([transform(picture) for picture in pictures]),)
+    except Exception as error:  # options of any kind: timm and Pillow refuse them in every way there is
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{target.name}: its images cannot be prepared as its config.json says: {said}") from None
 
 
 def _choose(dataset: Dataset, num: int, seed: int) -> list[int]:

@@ -8,10 +8,22 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from sit_atconv import limits
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
 from sit_atconv.errors import InputError
+from sit_atconv.reading import read_json
 from sit_atconv.weights import weight_files
+
+CHANNELS = range(1, limits.CHANNELS.most + 1)
+# What an autoencoder's config.json may say of its size and its latents, see `reading.parse_json`.
+VAE_FORM = {
+    "in_channels?": CHANNELS, "out_channels?": CHANNELS, "latent_channels?": CHANNELS, "norm_num_groups?": CHANNELS,
+    "block_out_channels?": [CHANNELS], "layers_per_block?": range(1, 101), "scaling_factor?": float,
+    "shift_factor?": (float, None),
+}  # fmt: skip
+SCALE = limits.number(1e-6, 1e6, "latents are multiplied by it, and divided by it again, in fp32")
+SHIFT = limits.number(-1e6, 1e6, "it is taken from the latents, and added again, in fp32")
 
 
 def draw_latents(moments: torch.Tensor, posterior: torch.Tensor, scale: float, shift: float) -> torch.Tensor:
@@ -63,12 +75,18 @@ class VaeCodec(nn.Module):
             raise InputError(f"latents.vae={source!r}: the folder holds no config.json of an AutoencoderKL")
         try:
             if Path(source).is_dir():
+                read_json(Path(source, "config.json"), VAE_FORM)
                 weight_files(Path(source), variant)  # which says what is there instead
-            self.vae = AutoencoderKL.from_pretrained(source, variant=variant, use_safetensors=True)
-        except (OSError, ValueError) as error:
+            self.vae, found = AutoencoderKL.from_pretrained(
+                source, variant=variant, use_safetensors=True, output_loading_info=True
+            )
+            if found["missing_keys"]:  # which diffusers only warns of
+                raise InputError(f"its weights lack {min(found['missing_keys'])}, which its config.json asks for")
+        except Exception as error:  # options of any kind: diffusers and torch refuse them in every way there is
+            said = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
-                f"and give its folder (config.json, diffusion_pytorch_model.safetensors): {str(error).splitlines()[0]}"
+                f"and give its folder (config.json, diffusion_pytorch_model.safetensors): {said}"
             ) from None
         if getattr(self.vae.config, "latents_mean", None) is not None:
             raise InputError(
@@ -78,6 +96,8 @@ class VaeCodec(nn.Module):
         self.source, self.batch_size = source, batch_size
         self.scale = float(self.vae.config.scaling_factor)
         self.shift = float(self.vae.config.shift_factor or 0.0)
+        SCALE.check(f"latents.vae={source!r}: scaling_factor=", self.scale)
+        SHIFT.check(f"latents.vae={source!r}: shift_factor=", self.shift)
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """(C, H, W) of the latent of an image. Raises InputError when the autoencoder does not take such images."""

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -15,6 +14,7 @@ from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
+from sit_atconv.reading import read_yaml
 
 # What a cache of latents stands for: these keys of the recipe that it was encoded by.
 ENCODED = ("kind", "image_size", "split", "subset", "revision", "image_key", "label_key")
@@ -77,12 +77,12 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Fou
     try:
         if not found and not any((run / name).exists() for name in (LOCK, "log.jsonl")):
             raise FileNotFoundError("a recipe that lies there is the user's")
-        stored = found[1]["recipe"] if found else yaml.safe_load((run / "recipe.yaml").read_text())
+        stored = found[1]["recipe"] if found else read_yaml(run / "recipe.yaml", regular=True)
     except OSError:
         if run.is_dir() and all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in run.iterdir()):
             return None  # killed at once
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except ValueError:
         stored = None
     if not isinstance(stored, dict):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
@@ -114,8 +114,8 @@ def check_run_folder(
     """
 
     def changed(stored: dict[str, Any]) -> list[str]:
-        stated = described["recipe"]
-        if encoded is not None and stored.get("data", {}).get("kind") != "latents":
+        stated, data = described["recipe"], stored.get("data")
+        if encoded is not None and not (isinstance(data, dict) and data.get("kind") == "latents"):
             stated = stated | {"data": stated["data"] | {key: encoded.get(key) for key in ENCODED}}
         return config.differences(stored, stated)
 

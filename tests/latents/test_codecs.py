@@ -1,5 +1,8 @@
 """Codecs: scale and shift, the posterior, and which autoencoder a checkpoint belongs to."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -70,3 +73,24 @@ def test_a_missing_autoencoder_is_named_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors"):
         VaeCodec(str(tmp_path), 4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"layers_per_block": 10**6}, "layers_per_block is 1000000, and must be a whole number, 1 to 100"),
+        ({"block_out_channels": 5}, "block_out_channels is 5, and must be a list"),
+        ({"norm_num_groups": 3}, "cannot be loaded"),
+        ({"act_fn": None}, "cannot be loaded"),
+        ({"layers_per_block": 2}, "its weights lack .*, which its config.json asks for"),
+        ({"scaling_factor": 0.0}, "scaling_factor=0.0: must be at least 1e-06"),
+        ({"shift_factor": 1e300}, "shift_factor=1e\\+300: must be at least"),
+        ({"latents_mean": [0.5] * 4}, "normalises each channel"),
+    ],
+)
+def test_an_autoencoder_with_a_config_of_something_else_is_refused(vae_folder, tmp_path, edit, says):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | edit))
+    with pytest.raises(InputError, match=says):
+        VaeCodec(str(tmp_path / "vae"), 4)
