@@ -397,21 +397,21 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_documents_of_any_content_end_in_one_line(world, tmp_path, elsewhere):
-    counts = fuzz_documents(world, tmp_path, 8)
+    counts = fuzz_documents(world, tmp_path, 5)
     assert counts["refused"] > counts["taken"] > 0
 
 
 def test_recipes_of_any_content_end_in_one_line(tmp_path, elsewhere):
-    assert fuzz_recipes(tmp_path, 100)["refused"] > 20
+    assert fuzz_recipes(tmp_path, 60)["refused"] > 20
 
 
 def test_command_lines_of_any_content_end_in_one_line(world, tmp_path, elsewhere):
-    assert fuzz_command_lines(world, tmp_path, 12)["refused"] > 20
+    assert fuzz_command_lines(world, tmp_path, 24)["refused"] > 20
 
 
 @pytest.mark.slow
 def test_twenty_thousand_inputs_end_in_one_line(world, tmp_path, elsewhere):
-    parts = [fuzz_documents(world, tmp_path, 250), fuzz_recipes(tmp_path, 4000)]
-    parts.append(fuzz_command_lines(world, tmp_path, 550))
+    parts = [fuzz_documents(world, tmp_path, 115), fuzz_recipes(tmp_path, 4500)]
+    parts.append(fuzz_command_lines(world, tmp_path, 210))
     print(parts)
     assert sum(part.total() for part in parts) >= 20_000
