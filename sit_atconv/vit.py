@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from sit_atconv import limits
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, said
 from sit_atconv.reading import fault_of, read_json
 
 LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
@@ -73,8 +73,7 @@ def _create(name: str, where: str, **options: Any) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # options of any kind: timm refuses them in every way there is
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where} cannot be loaded as a model of timm: {said}") from None
+        raise InputError(f"{where} cannot be loaded as a model of timm: {said(error)}") from None
 
 
 def is_rgb(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.order import Shuffled
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
 from sit_atconv.files import shown
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import check_labels, check_path
@@ -208,8 +208,7 @@ def _show_classifier(target: Target, data: str | None, num: int, seed: int) -> t
         transform = timm.data.create_transform(**settings)
         return (torch.stack([transform(picture) for picture in pictures]),)
     except Exception as error:  # options of any kind: timm and Pillow refuse them in every way there is
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{target.name}: its images cannot be prepared as its config.json says: {said}") from None
+        raise InputError(f"{target.name}: images cannot be made ready as its config.json says: {said(error)}") from None
 
 
 def _choose(dataset: Dataset, num: int, seed: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from sit_atconv import limits
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
 from sit_atconv.reading import read_json
 from sit_atconv.weights import weight_files
 
@@ -83,10 +83,9 @@ class VaeCodec(nn.Module):
             if found["missing_keys"]:  # which diffusers only warns of
                 raise InputError(f"its weights lack {min(found['missing_keys'])}, which its config.json asks for")
         except Exception as error:  # options of any kind: diffusers and torch refuse them in every way there is
-            said = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
-                f"and give its folder (config.json, diffusion_pytorch_model.safetensors): {said}"
+                f"and give its folder (config.json, diffusion_pytorch_model.safetensors): {said(error)}"
             ) from None
         if getattr(self.vae.config, "latents_mean", None) is not None:
             raise InputError(

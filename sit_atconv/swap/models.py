@@ -21,7 +21,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from einops import rearrange
 from torch import nn
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
 from sit_atconv.reading import read_json
 from sit_atconv.swap.marking import THIN
 from sit_atconv.swap.swapping import install
@@ -82,8 +82,9 @@ class _Swapped:
         except (OSError, InputError):  # OSError: it is not there
             raise
         except Exception as error:  # options of any kind: diffusers and torch refuse them in every way there is
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{pretrained_model_name_or_path}: no {cls.__name__} can be made of it: {said}") from None
+            raise InputError(
+                f"{pretrained_model_name_or_path}: no {cls.__name__} can be made of it: {said(error)}"
+            ) from None
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             keys = [key for key in info.get(what) or () if key not in cls._keys_to_ignore_on_load]
             if keys:
