@@ -109,7 +109,7 @@ def _read(file: str) -> dict[str, Any]:
     name, _, file = ("", "", file) if Path(file).is_file() else file.rpartition("=")
     path = Path(file)
     try:
-        stored = sound(read_json(path))
+        stored = sound(read_json(path, finite=True))
         manifest = stored["samples_manifest"]
         training = manifest.get("training") or {}
         metrics = {

@@ -204,9 +204,16 @@ def load_optimizer(
     """Give the optimiser of `trained`, sharded or not, its state in the checkpoint `folder`. Collective.
 
     untrained: parameters of which there may be no state, since no step has changed them yet.
-    Nothing happens if no step had been taken. Raises KeyError when the parameters are not the same.
+    Nothing happens if no step had been taken. Raises InputError for a damaged state, or that of other parameters.
     """
-    sharding.load_optimizer(folder, trained, optimizer, untrained)
+    try:
+        sharding.load_optimizer(folder, trained, optimizer, untrained)
+    # Not RuntimeError: torch tells so of a process that is lost.
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"checkpoint {str(folder)!r}: its optimiser's state cannot be read: {said(error)}; remove the folder, and "
+            "the same command goes on from the checkpoint before"
+        ) from None
 
 
 def unfinished(final: Path) -> Path:

@@ -20,6 +20,7 @@ from fuzzing import DELETED, ODD, TEXTS, edited, outcome, places, read_document,
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import experiments.principles.__main__ as principles
 import sample
@@ -93,6 +94,8 @@ READERS = {
     "resume": (f"{STEP}/trainer.json", train_sit.main, "{0}/tiny.yaml run.out={0}/run train.max_steps=3"),
     "resume, manifest": (f"{STEP}/manifest.json", train_sit.main,
                          "{0}/tiny.yaml run.out={0}/run train.max_steps=3"),
+    "resume, optimiser": (f"{STEP}/optimizer.safetensors", train_sit.main,
+                          "{0}/tiny.yaml run.out={0}/run train.max_steps=3"),
     "log": ("run/log.jsonl", train_sit.main, "{0}/tiny.yaml run.out={0}/run"),
     "recipe of a run": ("begun/recipe.yaml", train_sit.main, "{0}/tiny.yaml run.out={0}/begun train.max_steps=1"),
     "base of a recipe": ("base.yaml", train_sit.main, "{0}/derived.yaml --dry-run"),
@@ -243,6 +246,12 @@ def world(tmp_path_factory, vae_folder, encoder_folder):
     ):
         reset_accelerate()
         main(words.format(root).split())
+    state = load_file(file := root / STEP / "optimizer.safetensors")
+    offsets = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in state.items()}
+    save_file(
+        {name: tensor.clone() for name, tensor in state.items()}, file, {"DCP_SHARDING_INFO": json.dumps(offsets)}
+    )
+    sign(file, root)
     with pytest.MonkeyPatch.context() as stopped:
         stopped.setattr(Samples, "finish", lambda *_: sys.exit(0))
         outcome(lambda: sampling(parts.format(root).split()))

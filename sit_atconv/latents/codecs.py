@@ -80,8 +80,8 @@ class VaeCodec(nn.Module):
             self.vae, found = AutoencoderKL.from_pretrained(
                 source, variant=variant, use_safetensors=True, output_loading_info=True
             )
-            if found["missing_keys"]:  # which diffusers only warns of
-                raise InputError(f"its weights lack {min(found['missing_keys'])}, which its config.json asks for")
+            if strays := [*found["missing_keys"], *found["unexpected_keys"]]:  # which diffusers only warns of
+                raise InputError(f"its tensors are not those of its config.json: {sorted(strays)[:3]}")
         except Exception as error:  # options of any kind: diffusers and torch refuse them in every way there is
             raise InputError(
                 f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
