@@ -24,7 +24,7 @@ from sit_atconv.devices import FP32_SWITCHES, resolve_device, switches_kept
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import sha256
 from sit_atconv.hooks import recorded
-from sit_atconv.vit import load_vit
+from sit_atconv.vit import is_rgb, load_vit
 
 INCEPTION_PROTOCOL = "adm-inception-1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -318,7 +318,7 @@ def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
     """A ViT of timm, and the safetensors file of its weights."""
     where = f"extractor 'dinov2:{name}'"
     vit, file = load_vit(name, where, "dinov2:")
-    whole = isinstance(vit, VisionTransformer) and vit.patch_embed.proj.weight.shape[1] == 3
+    whole = isinstance(vit, VisionTransformer) and is_rgb(vit)
     if not whole or not vit.has_class_token or isinstance(vit.norm, nn.Identity):
         raise InputError(f"{where} is no ViT of RGB images with a normed class token; choose such as {DINOV2}")
     if any(DINOV2_SIZE % side for side in vit.patch_embed.patch_size):

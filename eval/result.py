@@ -25,6 +25,9 @@ def sound(result: dict[str, Any]) -> dict[str, Any]:
         counted = type(stated["groups"]) is (int if stated["design"] else NoneType)
         if not (whole and counted and stated["design"] in ("stratified", "random", None)):
             raise ValueError(f"error_bars is {stated!r}")
+        for name, metric in result.get("metrics", {}).items():
+            if ((metric or {}).get("se") or 0) < 0:
+                raise ValueError(f"se of {name} is {metric['se']!r}, and no error is negative")
         return result
     n, manifest = result.get("n"), result.get("samples_manifest") or {}
     design = None if n is None else design_of(n, result.get("class_histogram"), manifest.get("labels_rule"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.result import bars_told, named, needs, sound
-from sit_atconv.errors import InputError, add_force
+from sit_atconv.errors import MOST, InputError, add_force
 from sit_atconv.files import check_out, made_here, sha256, write_out
 from sit_atconv.markdown import plain
 from sit_atconv.reading import read_json, read_yaml
@@ -135,9 +135,7 @@ def _read(file: str) -> dict[str, Any]:
         for key, value in numbers.items():
             _optional(key, value)
         facts = comparable(stored, manifest)
-        _text([facts, method])  # raises where a number in them is not finite
-        return {
-            "path": path,
+        found = {
             "facts": facts,
             "error_bars": bars_told(stored["error_bars"]),
             "upper_bound": stored["error_bars"]["upper_bound"],
@@ -155,6 +153,8 @@ def _read(file: str) -> dict[str, Any]:
             "samples": stored["samples_manifest_sha256"] or stored["pixels_sha256"],
             "weights": manifest.get("checkpoint_sha256"),
         }
+        _text(found)  # raises where a number in it is not finite
+        return {"path": path, **found}
     except OSError as error:
         raise InputError(f"{str(path)!r}: {error.strerror or error}; give files that `eval score` wrote") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -185,7 +185,7 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
         raise ValueError(f"{name} is {value!r}, no finite number")
     return value
 

@@ -5,7 +5,6 @@
 A bomb is right when it ends in an InputError; the table says what it took until then.
 """
 
-import argparse
 import io
 import json
 import os
@@ -40,7 +39,7 @@ from sit_atconv.data.archive import Zip
 from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import decode
-from sit_atconv.errors import InputError
+from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.latents.codecs import VaeCodec
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines import export
@@ -306,8 +305,9 @@ def measure(name: str, path: Path, read: Callable[[Path], object]) -> Taken:
     return Taken(name, sum(each.stat().st_size for each in files), memory, seconds, said)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(prog="python -m experiments.bombs", description=__doc__.split("\n")[0]).parse_args(argv)
+    ArgumentParser(prog="python -m experiments.bombs", description=__doc__.split("\n")[0]).parse_args(argv)
     print("| bomb | stored (kB) | memory (MB) | seconds | refused |\n|---|---:|---:|---:|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, (path, read) in bombs(Path(folder)).items():

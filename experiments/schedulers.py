@@ -4,7 +4,6 @@ The data are Gaussian, so their velocity is a formula and the pipeline must draw
 Writes results/schedulers/schedulers.json and schedulers.md.
 """
 
-import argparse
 import json
 import reprlib
 import warnings
@@ -23,7 +22,7 @@ from diffusers import (
 )
 
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
-from sit_atconv.errors import InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import check_out, made_here, write_out
 from sit_atconv.pipelines.schedulers import check_scheduler
 
@@ -194,7 +193,7 @@ def settings(row: dict[str, Any]) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.schedulers", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m experiments.schedulers", description=__doc__.splitlines()[0])
     default = Path(__file__).parent / "results" / "schedulers"
     parser.add_argument("--out", type=Path, default=default, help="folder (default: experiments/results/schedulers)")
     add_force(parser)

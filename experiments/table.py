@@ -183,7 +183,10 @@ def _check_keys(stated: Any, schema: type) -> None:
     fields = {entry.name for entry in dataclasses.fields(schema)}
     for key, value in stated.items():
         check_choice("table key", key, fields)
-        if part := {"entries": Entry, "samplers": Sampler}.get(key) if schema is Table else None:
+        part = {"entries": Entry, "samplers": Sampler}.get(key) if schema is Table else None
+        if part is None and isinstance(value, list) and any(isinstance(each, list | dict) for each in value):
+            raise InputError(f"table: {key}={value!r} is to be a list of single values")
+        if part:
             if not isinstance(value, list):
                 raise InputError(f"table: {key}={value!r} is to be a list")
             for each in value:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from sampling.timing import caption, commit, device_name, interleaved, memory_ke
 from sit_atconv import limits
 from sit_atconv.devices import import_compiler, numerics, resolve_device
 from sit_atconv.errors import InputError, add_force, check_choice
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.files import check_out, library_versions, made_here, named, write_out
 from sit_atconv.generation import Sampling, flow
 from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
@@ -322,10 +321,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch, args.rounds, args.dtype, device, args.compile, tuple(args.passes), tuple(args.baselines), sampling
     )
     result = setting.describe() | {"rows": []}
-    stem = Path(args.out)
-    files = [
-        check_out(stem.with_name(stem.name + end), force=args.force, ours=OURS) for end in (".json", ".md", ".png")
-    ]
+    files = [check_out(file, force=args.force, ours=OURS) for file in named(args.out, ".json", ".md", ".png")]
     for size in args.sizes:
         result["rows"] += measure(args.models, size, setting)
         contents = [json.dumps(result, indent=1, allow_nan=False), to_markdown(result), plot(result)]

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from sit_atconv import sharding
 from sit_atconv.console import say
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, said
 from sit_atconv.files import (
     DiskFull,
     Lease,
@@ -207,9 +207,16 @@ def load_optimizer(
     """Give the optimiser of `trained`, sharded or not, its state in the checkpoint `folder`. Collective.
 
     untrained: parameters of which there may be no state, since no step has changed them yet.
-    Nothing happens if no step had been taken. Raises KeyError when the parameters are not the same.
+    Nothing happens if no step had been taken. Raises InputError for a damaged state, or that of other parameters.
     """
-    sharding.load_optimizer(folder, trained, optimizer, untrained)
+    try:
+        sharding.load_optimizer(folder, trained, optimizer, untrained)
+    # Not RuntimeError: torch tells so of a process that is lost.
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"checkpoint {str(folder)!r}: its optimiser's state cannot be read: {said(error)}; remove the folder, and "
+            "the same command goes on from the checkpoint before"
+        ) from None
 
 
 def unfinished(final: Path) -> Path:
@@ -475,11 +482,12 @@ def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTra
         model, found = SiTTransformer2DModel.from_pretrained(
             folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
         )
-    # Files of any content: no JSON, no tensors, values that the model refuses, tensors of other shapes.
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        said = (str(error) or type(error).__name__).splitlines()[0]
+    # Files of any content: no JSON, no tensors, values that the model or diffusers refuses, tensors of other shapes.
+    except Exception as error:
         # diffusers goes on to advise drawing tensors of other shapes at random.
-        raise InputError(f"checkpoint {str(folder)!r} cannot be read: {said.partition('. If you want')[0]}") from None
+        raise InputError(
+            f"checkpoint {str(folder)!r} cannot be read: {said(error).partition('. If you want')[0]}"
+        ) from None
     strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
     if strays:  # which diffusers only warns of, drawing what is missing at random
         raise Damaged(f"model {str(folder)!r} is damaged: its tensors are not those of its config: {strays}")

@@ -559,8 +559,9 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
 
     stored: it was accepted by an earlier version, whose ranges may have been wider, see `limits.check`.
     """
-    keys = OmegaConf.to_container(OmegaConf.create(stated))
     try:
+        check_literal(stated)  # before OmegaConf looks into a text
+        keys = OmegaConf.to_container(OmegaConf.create(stated))
         check_literal(keys)
     except ValueError as error:
         raise InputError(f"recipe: {error}") from None

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sit_atconv import config
+from sit_atconv import config, limits
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, disk_full, set_aside, settle, step_in, step_name, sync, tensors_made_here
 from sit_atconv.reading import COUNT, Malformed, parse_json
@@ -54,13 +54,14 @@ def describe(settings: config.Ema) -> str:
 
 
 def gamma_of(std: float) -> float:
-    """The exponent gamma >= 0 of the power profile of width std, 0 < std <= 12^-1/2.
+    """The exponent gamma >= 0 of the power profile of width std, 1e-8 <= std <= 12^-1/2.
 
     It is the largest root of gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + 12 - std^-2.
     Raises InputError for another std.
     """
-    if not 0 < std <= 12**-0.5:
-        raise InputError(f"std={std}: the width of a power-function average is over 0 and at most {12**-0.5:.4f}")
+    least = limits.EMA_STD.least
+    if not least <= std <= 12**-0.5:
+        raise InputError(f"std={std}: the width of a power-function average is {least:g} to {12**-0.5:.4f}")
     roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
     return max(0.0, float(max(roots.real)))  # all three are real; 0 may come out as a rounding error below it
 

@@ -22,6 +22,11 @@ class InputError(ValueError):
         self.every_rank = every_rank
 
 
+def said(error: Exception) -> str:
+    """The first line of an error of another library, or its name where it says nothing; for an InputError."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 # What launchers put into the environment, and accelerate and torch read there.
 WHOLE = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT", "PMI_RANK", "PMI_SIZE",

@@ -188,6 +188,14 @@ def check_writable(folder: Path) -> None:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(above))
 
 
+def named(stem: str, *ends: str) -> list[Path]:
+    """The files of a command whose --out is the beginning of their names. Raises InputError for one that is none."""
+    path = Path(stem)
+    if not path.name:
+        raise InputError(f"--out {stem!r}: give the beginning of a file's name, such as runs/new")
+    return [path.with_name(path.name + end) for end in ends]
+
+
 def put(new: Path, out: Path, what: str, force: bool, ours: Callable[[Path], bool]) -> None:
     """Give a file or folder the name `out`. There, what is `ours` is replaced, and what is not is set aside by force.
 

@@ -141,7 +141,10 @@ MLP_RATIO = number(0, 1_000, "the hidden width is this many times the block's", 
 CLASSES = Range(1, 10_000_000, "each has a row of weights")
 GLOBAL_BATCH = Range(1, 1_000_000, "a step goes through all of them before the weights move")
 WEIGHT_DECAY = number(0, 1_000, "a step takes lr times it of every weight away")
-EMA_STD = number(0, 0.288, "at 12^-1/2 the profile of a power of the step ends", over=True, under=True)
+EMA_STD = number(
+    1e-8, 0.288, "the narrowest is of one step of the longest run, and at 12^-1/2 the profile of a power of it ends",
+    under=True,
+)  # fmt: skip
 LAST_STEP_SIZE = number(
     0, 0.999, "it is a part of the way from t = 0 to 1, and needs a step before it", over=True, under=True
 )

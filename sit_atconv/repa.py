@@ -16,7 +16,7 @@ from torch import nn
 from sit_atconv import config
 from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors
-from sit_atconv.vit import load_vit
+from sit_atconv.vit import is_rgb, load_vit
 
 
 class ImageEncoder(nn.Module):
@@ -63,7 +63,7 @@ class ImageEncoder(nn.Module):
 def _load(name: str) -> VisionTransformer | Eva:
     where = f"repa.encoder={name!r}"
     vit, _ = load_vit(name, where, "repa.encoder=")
-    if not isinstance(vit, VisionTransformer | Eva) or vit.patch_embed.proj.weight.shape[1] != 3:
+    if not isinstance(vit, VisionTransformer | Eva) or not is_rgb(vit):
         raise InputError(f"{where} is no ViT of RGB images; choose such as vit_base_patch14_dinov2.lvd142m")
     vit.reset_classifier(0)
     return vit

@@ -1,4 +1,4 @@
-"""ViTs of timm with their trained weights, from safetensors alone."""
+"""Models of timm with their trained weights, from safetensors alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,25 +8,25 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv import limits
+from sit_atconv.errors import InputError, check_choice, said
 from sit_atconv.reading import read_config
 from sit_atconv.weights import fits
 
-BLOCKS = range(1, 1001)
-CONFIG_FORM = {
-    "architecture": str,
-    "model_args?": ({"depth?": BLOCKS, "depths?": [BLOCKS]}, None),
-    "pretrained_cfg?": {"mean?": [float], "std?": [float]},
-}
-# What timm raises over files of any content.
-ANY = (
-    OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
-)  # fmt: skip
 LOCAL, CONFIG, WEIGHTS = "local-dir:", "config.json", "model.safetensors"
+BLOCKS, PIXELS = range(1, 1001), range(1, limits.PIXELS.most + 1)
+# What timm's config.json says of a model and of its images, see `reading.parse_json`.
+MADE_FORM = {
+    "architecture?": (str, None), "tag?": (str, None), "num_classes?": range(limits.CLASSES.most + 1),
+    "input_size?": [range(1, 65_537), PIXELS, PIXELS], "mean?": [float], "std?": [float], "crop_pct?": (float, None),
+    "crop_mode?": str, "interpolation?": str,
+}  # fmt: skip
+CONFIG_FORM = {
+    **MADE_FORM, "model_args?": ({"depth?": BLOCKS, "depths?": [BLOCKS]}, None), "pretrained_cfg?": MADE_FORM,
+}  # fmt: skip
 
 
 def load_vit(name: str, where: str, option: str) -> tuple[nn.Module, Path]:
@@ -79,9 +79,13 @@ def _told(where: str) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]):
             yield
-    except ANY as error:
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where} cannot be loaded by timm: {said}") from None
+    except Exception as error:  # options of any kind: timm refuses them in every way there is
+        raise InputError(f"{where} cannot be loaded by timm: {said(error)}") from None
+
+
+def is_rgb(model: nn.Module) -> bool:
+    """Whether a ViT is of RGB images."""
+    return model.patch_embed.proj.weight.shape[1] == 3
 
 
 def _fetch(name: str, where: str, option: str) -> Path:

@@ -257,3 +257,9 @@ def test_only_steps_checkpoints_previews_and_logging_may_change():
         changed = differences(old, to_dict(make_recipe(new)))
         assert len(changed) == 1
         assert changed[0].startswith(f"{section}.{key}: ")
+
+
+@pytest.mark.parametrize("text", ["${", "${x}", "${oc.env:HOME}"])
+def test_a_stored_recipe_is_not_worked_out_either(text):
+    with pytest.raises(InputError, match="is not worked out"):
+        make_recipe({**MINIMAL, "flow": {"prediction": text}}, stored=True)

@@ -763,7 +763,7 @@ def test_a_diffusers_pipeline_and_its_old_weights_file(tmp_path):
         ({"attention_bias": False}, "attention_bias=False"),
         ({"norm_elementwise_affine": True}, "norm_elementwise_affine=True"),
         ({"norm_eps": 1e-3}, "norm_eps=0.001"),
-        ({"sample_size": None}, "sample_size=None"),
+        ({"sample_size": None}, "sample_size is None"),
         ({"sample_size": 16}, "sample size 16: pos_embed has 16 positions"),
         ({"_class_name": "PixArtTransformer2DModel"}, "is a PixArtTransformer2DModel"),
         ({"_class_name": None}, "is a None"),

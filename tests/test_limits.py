@@ -112,7 +112,7 @@ def test_every_number_of_a_command_line_has_a_range_and_its_reason(command, monk
         (sample.main, ["--epsilon", "0.5"], "--epsilon 0.5: must be at least 1e-06 and under 0.5"),
         (sampling, ["speed", "--models", "x", "--sizes", "256", "1000000"], "--sizes 256 1000000: must be"),
         (sampling, ["likelihood", "--probes", "0"], "--probes 0: must be at least 1"),
-        (posthoc.main, ["run", "--std", "0"], "--std 0.0: must be over 0 and under 0.288, since"),
+        (posthoc.main, ["run", "--std", "0"], "--std 0.0: must be at least 1e-08 and under 0.288, since"),
         (convert, ["x", "--num-heads", "-2"], "--num-heads -2: must be at least 1"),
         (latents, ["encode", "r", "--shard-images", "1e9"], "invalid int value"),
     ],

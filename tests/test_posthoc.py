@@ -177,7 +177,7 @@ def test_snapshots_with_no_update_between_them_share_their_weight():
 def test_what_cannot_be_reconstructed_is_refused():
     some = snapshots(*range(100, 1001, 100))
     for std in (0.0, 0.3, -1.0, math.nan):
-        with pytest.raises(InputError, match=r"over 0 and at most 0\.2887"):
+        with pytest.raises(InputError, match=r"1e-08 to 0\.2887"):
             fit(some, std, 1000)
     with pytest.raises(InputError, match=r"no snapshots: train with ema\.kind=power"):
         fit([], 0.07, 1000)
@@ -267,7 +267,7 @@ def test_what_the_command_refuses_leaves_nothing(trained, tmp_path, fails):
     out = tmp_path / "out"
     assert "no such folder" in fails(main, tmp_path / "other", "--std", 0.07, "--out", out)
     assert "miss its profile by" in fails(main, run, "--std", 0.01, "--out", out)
-    assert "over 0 and under" in fails(main, run, "--std", 0.5, "--out", out)
+    assert "at least 1e-08 and under" in fails(main, run, "--std", 0.5, "--out", out)
     assert "nearest are of 40 and 50" in fails(main, run, "--std", 0.07, "--step", 45, "--out", out)
     assert "exists already" in fails(main, run, "--std", 0.07, "--out", run)
     path = run / "snapshots/step-0000090/ema.safetensors"

@@ -192,6 +192,12 @@ def test_encoders_that_cannot_be_used_are_named(tmp_path):
         changed = {**found, "pretrained_cfg": {**found["pretrained_cfg"], key: value}}
         (tmp_path / "whole" / "config.json").write_text(json.dumps(changed))
         refused(whole, key)
+    for edits, says in (
+        ({"model_args": {**ARGS, "act_layer": 5}}, "cannot be loaded by timm"),
+        ({"pretrained_cfg": {**found["pretrained_cfg"], "mean": ["x"]}}, "mean.0 is 'x', and must be a finite number"),
+    ):
+        (tmp_path / "whole" / "config.json").write_text(json.dumps({**found, **edits}))
+        refused(whole, says)
 
 
 @pytest.fixture

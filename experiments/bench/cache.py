@@ -27,8 +27,8 @@ from tqdm import tqdm
 from sampling.timing import device_name
 from sit_atconv import limits
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
-from sit_atconv.errors import ArgumentParser, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.files import check_out, library_versions, made_here, named, write_out
 from sit_atconv.latents.encode import finish, write_shard
 
 SHAPE = (8, 32, 32)  # moments of a latent of ImageNet at 256 pixels
@@ -283,8 +283,10 @@ def main(argv: list[str] | None = None) -> None:
     least = 2 * args.batch
     if min(args.batch, args.rounds) < 1 or args.workers < 0 or args.latents < least or args.latents % 2:
         parser.error(f"--latents {args.latents}: an even number, at least two batches; --batch and --rounds at least 1")
+    if args.folder is not None and not Path(args.folder).is_dir():
+        raise InputError(f"--folder {args.folder!r}: no such folder; make it, or leave the option out")
     ours = made_here("machine", "latents", "goal", "rows")
-    files = [check_out(f"{args.out}{end}", force=args.force, ours=ours) for end in (".json", ".md")]
+    files = [check_out(file, force=args.force, ours=ours) for file in named(args.out, ".json", ".md")]
     rates, peaks = {name: [] for name in STORAGES}, {name: {"pss": 0, "rss": 0} for name in STORAGES}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)

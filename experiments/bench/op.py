@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +17,7 @@ from sampling.timing import append_csv, check_csv, commit, device_name, interlea
 from sit_atconv import ATConv, limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.files import check_out, library_versions, made_here, named, write_out
 from sit_atconv.layers.attention import Attention
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 
@@ -218,11 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--dim {args.dim}: give a multiple of {HEAD}, the channels of a head")
     for shape in args.shapes:
         parse_shape(shape)
-    stem = Path(args.out)
     ours = made_here("device", "commit", "rounds", "rows")
-    for end in (".json", ".md", ".png"):
-        check_out(stem.with_name(stem.name + end), force=args.force, ours=ours)
-    check_csv(stem.with_name(stem.name + ".csv"), CSV)
+    *files, table = named(args.out, ".json", ".md", ".png", ".csv")
+    for file in files:
+        check_out(file, force=args.force, ours=ours)
+    check_csv(table, CSV)
     result = {"device": device_name(device), "commit": commit(), "rounds": args.rounds, "versions": library_versions()}
     rows = []
     for shape in args.shapes:
@@ -230,9 +229,9 @@ def main(argv: list[str] | None = None) -> None:
         rows += new
         stated = json.dumps({**result, "rows": rows}, indent=1, allow_nan=False)
         picture = plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}")
-        for end, content in ((".json", stated), (".md", to_markdown(rows)), (".png", picture)):
-            write_out(stem.with_name(stem.name + end), content, force=args.force, ours=ours)
-        append_csv(stem.with_name(stem.name + ".csv"), csv_rows(new, device))
+        for file, content in zip(files, (stated, to_markdown(rows), picture), strict=True):
+            write_out(file, content, force=args.force, ours=ours)
+        append_csv(table, csv_rows(new, device))
     print(to_markdown(rows), end="")
 
 

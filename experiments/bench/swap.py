@@ -6,7 +6,6 @@ turns, and the median of rounds counts. The layer's whole work is timed: maps, n
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
@@ -15,7 +14,7 @@ from sampling.timing import device_name
 from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.files import check_out, library_versions, made_here, named, write_out
 from sit_atconv.swap import swap_attention
 
 TEXT = 512  # tokens of Flux's text
@@ -101,9 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
-    stem = Path(args.out)
     ours = made_here("device", "dtype", "rows", "versions")
-    files = [check_out(stem.with_suffix(end), force=args.force, ours=ours) for end in (".json", ".md")]
+    files = [check_out(file, force=args.force, ours=ours) for file in named(args.out, ".json", ".md")]
     rows = []
     for name, make, sides in (("DiT-XL/2", dit, (16, 32, 64)), ("Flux", flux, (16, 32, 64))):
         for side in sides:

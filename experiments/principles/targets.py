@@ -20,7 +20,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.order import Shuffled
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
 from sit_atconv.files import shown
 from sit_atconv.flow.path import PATHS
 from sit_atconv.generation import check_labels, check_path
@@ -124,7 +124,7 @@ def _load_classifier(folder: Path) -> Target:
     if folder.parent.name.startswith("step-"):
         manifest = checkpoint.read_manifest(folder.parent, under=f"{folder.name}/")
         files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{folder.name}/")}
-        facts |= {"step": manifest["step"], "which": folder.name, "recipe": manifest["recipe"], "sha256": files}
+        facts |= {"step": manifest["step"], "which": folder.name, "recipe": manifest.get("recipe"), "sha256": files}
     model, _ = load_folder(folder.absolute(), f"target {str(folder)!r}")
     return Target(_name(folder), model.eval(), facts)
 
@@ -203,9 +203,13 @@ def _show_classifier(target: Target, data: str | None, num: int, seed: int) -> t
         recipe = _recipe_of(target, data, ClassifierRecipe)
         dataset = Digits("test") if recipe.data.kind == "digits" else open_dataset(recipe.data.open_as()[1])
     settings = timm.data.resolve_model_data_config(target.model)
-    transform, mode = timm.data.create_transform(**settings), "L" if settings["input_size"][0] == 1 else "RGB"
+    mode = "L" if settings["input_size"][0] == 1 else "RGB"
     pictures = [dataset.picture(index)[0].convert(mode) for index in _choose(dataset, num, seed)]
-    return (torch.stack([transform(picture) for picture in pictures]),)
+    try:
+        transform = timm.data.create_transform(**settings)
+        return (torch.stack([transform(picture) for picture in pictures]),)
+    except Exception as error:  # options of any kind: timm and Pillow refuse them in every way there is
+        raise InputError(f"{target.name}: images cannot be made ready as its config.json says: {said(error)}") from None
 
 
 def _choose(dataset: Dataset, num: int, seed: int) -> list[int]:

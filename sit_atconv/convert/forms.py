@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
+from sit_atconv import limits
 from sit_atconv.convert.layout import check_values
 from sit_atconv.errors import InputError
 from sit_atconv.layers.embedders import sincos_position_embedding
+from sit_atconv.reading import fault_of
 
 POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")
 TIME_WEIGHT = "t_embedder.mlp.0.weight"
@@ -28,6 +30,7 @@ DIT_CONFIG = {
     "norm_elementwise_affine": (False,),
     "norm_eps": (1e-6, 1e-5),
 }
+DIT_SIZES = range(1, limits.PIXELS.most + 1)  # of heads, patches and latents
 DIT_NAMES = [
     (r"pos_embed\.pos_embed", "pos_embed"),
     (r"pos_embed\.proj\.", "x_embedder.proj."),
@@ -116,10 +119,8 @@ def from_diffusers(
         if config[key] not in allowed:
             raise InputError(f"checkpoint {source!r}: {key}={config[key]!r} has no counterpart; needed: {allowed[0]!r}")
     for key in ("num_attention_heads", "attention_head_dim", "patch_size", "sample_size"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise InputError(
-                f"checkpoint {source!r}: {key}={config[key]!r} in config.json; a positive integer is needed"
-            )
+        if fault := fault_of({key: config[key]}, {key: DIT_SIZES}):
+            raise InputError(f"checkpoint {source!r}: config.json: {fault}")
     _check_one_embedder(source, tensors)
     renamed = {}
     for original, tensor in tensors.items():

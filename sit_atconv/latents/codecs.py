@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 
+from sit_atconv import limits
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
 from sit_atconv.reading import read_config
 from sit_atconv.weights import fits, weight_files
 
@@ -24,7 +24,8 @@ VAE_FORM = {
     "layers_per_block?": LAYERS, "norm_num_groups?": WIDTH, "sample_size?": (WIDTH, [WIDTH, WIDTH]),
     "scaling_factor?": float, "shift_factor?": (float, None), "quantization_config?": None,
 }  # fmt: skip
-SCALES = (1e-6, 1e6)
+SCALE = limits.number(1e-6, 1e6, "latents are multiplied by it, and divided by it again, in fp32")
+SHIFT = limits.number(-1e6, 1e6, "it is taken from the latents, and added again, in fp32")
 
 
 def draw_latents(moments: torch.Tensor, posterior: torch.Tensor, scale: float, shift: float) -> torch.Tensor:
@@ -61,12 +62,8 @@ class IdentityCodec(nn.Module):
 def _files_of(folder: Path, variant: str | None) -> list[Path]:
     """The files of weights of an autoencoder's folder. Raises InputError for a configuration that none can have."""
     config = read_config(folder / CONFIG, VAE_FORM)
-    scale = config.get("scaling_factor", 1.0)
-    if not SCALES[0] <= abs(scale) <= SCALES[1]:
-        raise InputError(
-            f"{CONFIG}: scaling_factor is {scale}, and must be of a size from {SCALES[0]:g} to {SCALES[1]:g}, since "
-            "latents are divided by it"
-        )
+    SCALE.check(f"{CONFIG}: scaling_factor=", abs(config.get("scaling_factor", 1.0)))
+    SHIFT.check(f"{CONFIG}: shift_factor=", config.get("shift_factor"))
     return weight_files(folder, variant)
 
 
@@ -95,13 +92,11 @@ class VaeCodec(nn.Module):
             strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
             if strays:  # which diffusers only warns of, drawing what is missing at random
                 raise InputError(f"its tensors are not those of its {CONFIG}: {strays}")
-        # Files of any content: no JSON, no tensors, values that the autoencoder refuses, tensors of other shapes.
-        except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
-            said = (str(error) or type(error).__name__).splitlines()[0]
+        except Exception as error:  # options of any kind: diffusers and torch refuse them in every way there is
             raise InputError(
                 f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
                 f"and give its folder ({CONFIG}, diffusion_pytorch_model.safetensors): "
-                f"{said.partition('. If you want')[0]}"
+                f"{said(error).partition('. If you want')[0]}"
             ) from None
         if getattr(self.vae.config, "latents_mean", None) is not None:
             raise InputError(

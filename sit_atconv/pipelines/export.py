@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from sit_atconv.checkpoint import PIPELINE_INDEX, load_trained
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command, said
 from sit_atconv.files import check_out, new_path
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -109,12 +109,10 @@ def _open_pipeline(
         vae = folder / "vae" if beside else vae
     except Malformed as error:
         raise InputError(f"pipeline {str(folder)!r} cannot be read: {error}") from None
-    # A scheduler's options of any kind, refused by diffusers, numpy or torch.
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"pipeline {str(folder)!r} cannot be read: {said}") from None
+    except InputError:
+        raise
+    except Exception as error:  # options of any kind: diffusers, numpy and torch refuse them in every way there is
+        raise InputError(f"pipeline {str(folder)!r} cannot be read: {said(error)}") from None
     own = own_variant(folder / "vae", variant) if beside else None
     autoencoder = VaeCodec(str(vae), batch_size=1, variant=own).vae if vae is not None else None
     return SiTPipeline(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))

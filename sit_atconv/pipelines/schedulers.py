@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
 
 LEAST_START = 0.998  # what is drawn is noise, of sigma 1: begun at 1 - e, the spread of the images is up to e off
 FINE_STEPS, LARGEST_FALL = 1000, 0.02  # of so many steps none may take more than that of sigma
@@ -159,8 +159,8 @@ def set_steps(
         asked = {"num_inference_steps": steps} if sigmas is None else {"sigmas": np.array(sigmas, dtype=np.float64)}
         with np.errstate(all="ignore"):  # what is not finite is told below
             scheduler.set_timesteps(**asked, device=device)
-    except ValueError as error:
-        raise InputError(f"scheduler {name} refuses its own settings: {error}") from None
+    except Exception as error:  # options of any kind: diffusers, numpy and torch refuse them in every way there is
+        raise InputError(f"scheduler {name} refuses its own settings: {said(error)}") from None
     levels = scheduler.sigmas.cpu()
     distinct = levels.unique_consecutive() if scheduler.order == 2 else levels  # Heun's method visits each twice
     if not (levels[0] <= 1 and levels[-1] == 0 and (distinct.diff() < 0).all()):

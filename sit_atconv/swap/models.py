@@ -6,6 +6,7 @@ swaps the layers before weights are loaded.
 
 import inspect
 import re
+from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import _fetch_state_dict
@@ -20,7 +21,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from einops import rearrange
 from torch import nn
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
+from sit_atconv.reading import read_json
 from sit_atconv.swap.marking import THIN
 from sit_atconv.swap.swapping import install
 
@@ -65,13 +67,24 @@ class _Swapped:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers' `from_pretrained`, and strict. Raises InputError for missing, surplus or misshapen weights."""
+        """As diffusers' `from_pretrained`, and strict. Raises InputError for missing, surplus or misshapen weights, and
+        for a config.json that is none, or makes no model."""
         wanted = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", None) is False:
             raise InputError("use_safetensors=False: weights that are unpickled can run code; give safetensors files")
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, use_safetensors=True, **kwargs
-        )
+        file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
+        try:
+            if file.is_file():
+                read_json(file, {"atconv?": dict})
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, use_safetensors=True, **kwargs
+            )
+        except (OSError, InputError):  # OSError: it is not there
+            raise
+        except Exception as error:  # options of any kind: diffusers and torch refuse them in every way there is
+            raise InputError(
+                f"{pretrained_model_name_or_path}: no {cls.__name__} can be made of it: {said(error)}"
+            ) from None
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             keys = [key for key in info.get(what) or () if key not in cls._keys_to_ignore_on_load]
             if keys:

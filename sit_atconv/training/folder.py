@@ -143,8 +143,8 @@ def check_run_folder(
     """
 
     def changed(stored: dict[str, Any]) -> list[str]:
-        stated = described["recipe"]
-        if encoded is not None and stored.get("data", {}).get("kind") != "latents":
+        stated, data = described["recipe"], stored.get("data")
+        if encoded is not None and not (isinstance(data, dict) and data.get("kind") == "latents"):
             stated = stated | {"data": stated["data"] | {key: encoded.get(key) for key in ENCODED}}
         return config.differences(stored, stated)
 

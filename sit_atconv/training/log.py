@@ -16,7 +16,7 @@ from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import resolved, write_atomic
-from sit_atconv.reading import Malformed, parse_json, read_json
+from sit_atconv.reading import COUNT, Malformed, parse_json, read_json
 
 TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
 
@@ -139,7 +139,7 @@ def _plain(value: Any) -> Any:
 def _step(line: str) -> int | None:
     """The step of a line of a log; None where it is cut, or no report."""
     try:
-        return parse_json(line, "it", {"step": int})["step"] if line.endswith("\n") else None
+        return parse_json(line, "the line", {"step": COUNT})["step"] if line.endswith("\n") else None
     except Malformed:
         return None
 

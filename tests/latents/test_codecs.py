@@ -102,8 +102,8 @@ def test_an_autoencoder_of_before_the_attentions_were_renamed_is_read(vae_folder
         ({"layers_per_block": 900}, "another, larger model"),
         ({"layers_per_block": "x"}, "layers_per_block is 'x'"),
         ({"force_upcast": 10**20}, "force_upcast is 100000000000000000000, and must be at most"),
-        ({"scaling_factor": 0}, "scaling_factor is 0, and must be of a size"),
-        ({"scaling_factor": 1e300}, "scaling_factor is 1e"),
+        ({"scaling_factor": 0}, "scaling_factor=0: must be at least"),
+        ({"scaling_factor": 1e300}, "scaling_factor=1e"),
         ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
         ({"scaling_factor": "x"}, "scaling_factor is 'x'"),
         ({"shift_factor": [1]}, r"shift_factor is \[1\]"),
@@ -129,3 +129,24 @@ def test_an_autoencoder_that_lacks_tensors_is_refused(vae_folder, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(InputError, match=r"missing_keys.*decoder\.conv_out\.bias"):
         VaeCodec(str(folder), 1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"block_out_channels": 5}, "block_out_channels is 5, and must be a list"),
+        ({"norm_num_groups": 3}, "cannot be loaded"),
+        ({"act_fn": None}, "cannot be loaded"),
+        ({"layers_per_block": 2}, "its tensors are not those of its config.json"),
+        ({"down_block_types": ["DownEncoderBlock2D"]}, "its tensors are not those of its config.json"),
+        ({"scaling_factor": 0.0}, "scaling_factor=0.0: must be at least 1e-06"),
+        ({"shift_factor": 1e300}, "shift_factor=1e\\+300: must be at least"),
+        ({"latents_mean": [0.5] * 4}, "normalises each channel"),
+    ],
+)
+def test_an_autoencoder_with_a_config_of_something_else_is_refused(vae_folder, tmp_path, edit, says):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | edit))
+    with pytest.raises(InputError, match=says):
+        VaeCodec(str(tmp_path / "vae"), 4)
