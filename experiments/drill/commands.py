@@ -5,7 +5,6 @@ a file, or is killed after a share of its time.
 """
 
 import importlib
-import json
 import math
 import os
 import random
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from experiments.drill.forked import Ended, Forked
 from experiments.drill.rows import Failed, Row, expect, row_of, save_images
+from sit_atconv.reading import parse_json
 
 STEP = "run/step-0000004"
 RECIPE = {
@@ -173,7 +173,7 @@ class Place:
     def _content(self, path: Path) -> object:
         data = path.read_bytes().replace(str(self.folder).encode(), b"FOLDER")
         if path.suffix == ".json":
-            return _timeless(json.loads(data))
+            return _timeless(parse_json(data, path.name, object))
         return data if self.command.same else None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.drill.rows import ENVIRONMENT
+from sit_atconv.reading import read_json
 
 forks = get_context("forkserver")
 
@@ -85,7 +86,7 @@ class Forked:
         self._process.join()
         self._pipe.close()
         said, ended = self._place / "said", self._place / "ended"
-        facts = json.loads(ended.read_text()) if ended.exists() else {"status": -signal.SIGKILL}
+        facts = read_json(ended) if ended.exists() else {"status": -signal.SIGKILL}
         text = said.read_text(errors="replace") if said.exists() else ""
         shutil.rmtree(self._place)
         return Ended(facts.pop("status"), text, facts)
