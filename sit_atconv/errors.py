@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import os
+import select
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -34,6 +35,7 @@ WHOLE = (
     "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
 )  # fmt: skip
+PIPE = 13  # the number of SIGPIPE, by which other programs end there
 MOST_PORT = (1 << 16) - 1
 SWITCH = "ACCELERATE_USE_"
 ON_OR_OFF = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
@@ -86,6 +88,12 @@ def check_choice(name: str, value, choices: Iterable[str]) -> None:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with a usage error told like any other: one line, through InputError."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if isinstance(text, str) and text != text.encode("utf-8", "replace").decode():
+                raise InputError(f"{text!r} is no UTF-8, and cannot be recorded; rename it")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
@@ -107,9 +115,16 @@ def command(main: Callable) -> Callable:
     @wraps(main)
     def wrapped(*args, **kwargs):
         try:
+            if hasattr(sys.stdout, "reconfigure"):  # a terminal of few characters costs no result
+                sys.stdout.reconfigure(errors="backslashreplace")
             check_launch()
-            return main(*args, **kwargs)
+            returned = main(*args, **kwargs)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return returned
         except (InputError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                sys.exit(128 + PIPE)
             told = _told(error)
             if told is None:
                 raise
@@ -118,6 +133,19 @@ def command(main: Callable) -> Callable:
             sys.exit(2)
 
     return wrapped
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has ended, as `head` does; what is left to be written there then goes
+    nowhere."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    ended = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if ended:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ended
 
 
 def _told(error: Exception) -> InputError | None:

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 
 from sit_atconv.errors import InputError
-from sit_atconv.reading import read_json
+from sit_atconv.reading import read_json, spelt
 from sit_atconv.version import __version__
 
 LOCK = ".lock"
@@ -48,7 +48,7 @@ def resolved(path: str | Path, what: str = "--out") -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, links in a circle
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{what} {str(path)!r} cannot be written: {reason}; choose another place") from None
-    return Path(shown(full))
+    return _from_here(full)
 
 
 def set_aside(path: Path, suffix: str = "aside") -> Path:
@@ -253,7 +253,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     unfinished = temporary(path)
     try:
         with open(unfinished, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(encoded(content))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -273,7 +273,7 @@ def write_out(
     if out.suffix == ".md":
         content = f"{content.rstrip()}\n\n{MARKDOWN}\n"
     with new_path(out, what, force, ours) as unfinished:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        unfinished.write_bytes(encoded(content))
 
 
 def lock(folder: Path, name: str, file: str = LOCK) -> TextIO:
@@ -470,8 +470,17 @@ def disk_full(error: Exception) -> bool:
 def shown(path: Path) -> str:
     """A path as a record has it: relative to the working directory where it lies below, so that it means something
     on another machine; else absolute."""
+    return spelt(str(_from_here(path)))
+
+
+def _from_here(path: Path) -> Path:
     path, here = path.absolute(), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def encoded(content: str | bytes) -> bytes:
+    """The bytes of a file; of a text, also where it holds what UTF-8 does not, as names of files may."""
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
 def sync(path: Path) -> None:

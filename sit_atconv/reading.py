@@ -337,11 +337,19 @@ def _nodes(node: yaml.Node | None, known: dict[int, float], depth: int = 0) -> f
     return known[id(node)]
 
 
+def spelt(text: str) -> str:
+    """A text as a JSON document of ours can hold it: a NUL is written out, and so are the bytes of a file's name that
+    are no UTF-8, which Python has as halves of characters."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
 def check_literal(value: Any) -> None:
     """Raise ValueError for a text with "${" at any depth: OmegaConf would put something else in its place, such as a
-    variable of the environment, and what is stored with a model would tell it."""
+    variable of the environment, and what is stored with a model would tell it. And for one that cannot be stored."""
     if isinstance(value, str) and "${" in value:
         raise ValueError("'${...}' is not worked out: write the value itself")
+    if isinstance(value, str) and spelt(value) != value:
+        raise ValueError("it holds a text with a NUL, or with half a character")
     if isinstance(value, dict):
         value = [*value, *value.values()]
     for each in value if isinstance(value, list) else ():

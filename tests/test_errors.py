@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -121,3 +123,38 @@ def test_a_pt_file_that_was_compressed_says_so(tmp_path):
     assert read_source(tmp_path / "stored.pt").tensors["a"].tolist() == [1, 1, 1]
     with pytest.raises(InputError, match="was compressed after"):
         read_source(tmp_path / "deflated.pt")
+
+
+@pytest.mark.parametrize("text", ["r\udcff", "run.out=\udce9", "\ud800"])
+def test_arguments_that_cannot_be_recorded_are_refused(text, fails, tmp_path):
+    for main, words in ((train_sit.main, ["recipe.yaml"]), (sample.main, ["--out"])):
+        assert "is no UTF-8, and cannot be recorded" in fails(main, *words, text)
+
+
+PRINTS = """
+from sit_atconv.errors import command
+@command
+def main():
+    for _ in range(20_000):
+        print("\u00b1 caf\u00e9, a line that is long enough")
+main()
+print("after")
+"""
+
+
+def test_a_terminal_of_few_characters_costs_no_result():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", PRINTS], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("\\xb1 caf\\xe9, a line")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_who_reads_no_more_is_not_told_of_it():
+    """As `head` does."""
+    child = subprocess.Popen([sys.executable, "-c", PRINTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline().startswith("\u00b1")
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    child.stderr.close()
+    assert child.wait() == 128 + 13

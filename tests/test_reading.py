@@ -29,6 +29,7 @@ from sit_atconv.reading import (
     read_json,
     read_rows,
     read_yaml,
+    spelt,
 )
 
 RECIPE = "run: {out: here}\n"
@@ -123,6 +124,18 @@ def test_nothing_in_a_recipe_is_worked_out(text, tmp_path, monkeypatch):
         make_recipe({"run": {"out": text}})
 
 
+@pytest.mark.parametrize("text", ["a\\0b", "\\ud800", "\\udce9x"])
+def test_a_recipe_holds_what_a_manifest_can(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f'{RECIPE}data: {{split: "{text}"}}')
+    with pytest.raises(InputError, match=r"it holds a text with a NUL, or with half|it is no YAML"):
+        load_recipe(tmp_path / "recipe.yaml")
+    value = json.loads(f'"{text}"' if "\\u" in text else '"a\\u0000b"')
+    with pytest.raises(InputError, match="it holds a text with a NUL"):
+        make_recipe({"run": {"out": "x"}, "data": {"split": value}})
+    assert parse_json(json.dumps(spelt(value)), "it", str) == spelt(value)
+    assert spelt("é 日本 \U0001f600 \\x00 \n") == "é 日本 \U0001f600 \\x00 \n"
+
+
 def test_a_base_is_a_recipe_and_its_content_is_not_told(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     for name, content in (
@@ -137,7 +150,7 @@ def test_a_base_is_a_recipe_and_its_content_is_not_told(tmp_path):
         assert "hunter2" not in str(error.value)
         assert "root:x" not in str(error.value)
     os.mkfifo(tmp_path / "fifo.yaml")
-    for name, said in (("fifo.yaml", "it is a FIFO"), ("a\0.yaml", "no name")):
+    for name, said in (("fifo.yaml", "it is a FIFO"), ("a\0.yaml", "it holds a text with a NUL")):
         recipe.write_text(f"base: {json.dumps(name)}\n{RECIPE}")
         with pytest.raises(InputError, match=said):
             load_recipe(recipe)

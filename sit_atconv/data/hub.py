@@ -23,7 +23,7 @@ from sit_atconv.config import Data, Loading
 from sit_atconv.data.images import MOST_BYTES, EncodedImages, Unreadable, check_label, check_labels, decode
 from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json
+from sit_atconv.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json, spelt
 
 SHUFFLE_BUFFER = 10_000
 ONE_CLASS = ("all",)  # where there are no labels
@@ -280,7 +280,7 @@ class HubStream(Dataset):
         num_images: int,
         seed: int = 0,
     ):
-        self.image_size, self.class_names = data.image_size, tuple(names)
+        self.image_size, self.class_names = data.image_size, tuple(map(spelt, names))
         self.seed, self.buffer = seed, data.shuffle_buffer or SHUFFLE_BUFFER
         self._table, self._keys, self._num_images, self._root = table, (image_key, label_key), num_images, data.root
         self._files = _Files.of(data.root)

@@ -16,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sit_atconv.config import Loading
 from sit_atconv.errors import InputError
+from sit_atconv.reading import spelt
 
 # What Pillow raises over bytes of any kind.
 DAMAGED = (
@@ -181,7 +182,7 @@ class EncodedImages(Dataset):
     labels: np.ndarray
 
     def __init__(self, image_size: int, class_names: Iterable[str]):
-        self.image_size, self.class_names = image_size, tuple(class_names)
+        self.image_size, self.class_names = image_size, tuple(map(spelt, class_names))
 
     def __len__(self) -> int:
         return len(self.labels)

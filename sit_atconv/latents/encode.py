@@ -33,6 +33,7 @@ from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import library_versions, resolved, sha256, sync, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
+from sit_atconv.reading import spelt
 
 PATIENCE = timedelta(days=7)  # how long a process waits for the others
 IMAGE_KEYS = (
@@ -104,7 +105,7 @@ def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shar
     """The settings of a cache: all of its index but the shards."""
     data = {key: getattr(recipe.data, key) for key in IMAGE_KEYS if getattr(recipe.data, key) is not None}
     if "root" in data and Path(data["root"]).exists():  # else it is the name of a dataset
-        data["root"] = str(Path(data["root"]).absolute())
+        data["root"] = spelt(str(Path(data["root"]).absolute()))
     return {
         "format_version": FORMAT_VERSION,
         "codec": codec.describe(),

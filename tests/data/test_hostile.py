@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,14 +21,15 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from eval.sources import open_source
-from sit_atconv import limits
-from sit_atconv.config import Data
+from sit_atconv import checkpoint, limits
+from sit_atconv.config import Data, make_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.database import MOST_CLASSES, Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.hub import _file, _Files
 from sit_atconv.data.images import FORMATS, Unreadable, check_labels, decode, image_files, picture
 from sit_atconv.errors import InputError
+from sit_atconv.training import train
 
 _spec = importlib.util.spec_from_file_location("kinds", Path(__file__).with_name("kinds.py"))
 kinds = importlib.util.module_from_spec(_spec)
@@ -153,6 +155,29 @@ def test_scoring_leaves_no_image_out_for_its_suffix(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     with pytest.raises(InputError, match=r"2\.ppm': \.png, \.bmp, .* no image is left out"):
         open_source(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are Linux's")
+def test_classes_named_in_other_bytes_are_trained_and_gone_on_with(tmp_path):
+    """Folders of before UTF-8. A manifest with halves of characters could not be read back."""
+    for number, name in enumerate((b"caf\xe9", "hibou é".encode(), b"a\nb")):
+        folder = os.path.join(os.fsencode(tmp_path), b"images", name)
+        os.makedirs(folder)
+        for index in range(2):
+            with open(os.path.join(folder, b"%d\xe9.png" % index), "wb") as file:
+                file.write(encoded("PNG") if number or index else b"no image")
+    recipe = {
+        "run": {"out": str(tmp_path / "run")},
+        "data": {"kind": "imagefolder", "root": str(tmp_path / "images"), "image_size": 8, "max_bad_share": 0.9},
+        "model": {"patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 1, "token_mixer": "atconv"},
+        "train": {"max_steps": 1, "batch_size": 6},
+        "preview": {"every": 0},
+    }
+    assert open_dataset(make_recipe(recipe).data).class_names == ("a\nb", "caf\\udce9", "hibou é")
+    first = train(make_recipe(recipe))
+    assert json.loads((first / "trainer.json").read_text())["bad"]  # where the name of the image is told
+    recipe["train"]["max_steps"] = 2
+    assert checkpoint.load_trained(train(make_recipe(recipe), must_resume=True)).manifest["step"] == 2
 
 
 # Labels
@@ -370,6 +395,12 @@ def test_a_dataset_saved_with_a_format_is_read_all_the_same(kind, tmp_path):
     hub_of([0, 1]).with_format(kind).save_to_disk(tmp_path / "d")
     dataset = open_dataset(Data("hf", str(tmp_path / "d"), 8))
     assert [dataset[index, False][1] for index in range(2)] == [0, 1]
+
+
+def test_names_of_classes_can_be_stored(tmp_path):
+    (tmp_path / "d").mkdir()
+    hub_of([0, 1], names=["a\0", "b"]).to_parquet(tmp_path / "d" / "train.parquet")
+    assert open_dataset(Data("hf", str(tmp_path / "d"), 8)).class_names == ("a\\x00", "b")
 
 
 def test_images_of_a_local_dataset_are_still_read(folder, tmp_path, monkeypatch):
