@@ -211,8 +211,11 @@ def load_optimizer(
     """
     try:
         sharding.load_optimizer(folder, trained, optimizer, untrained)
-    # Not RuntimeError: torch tells so of a process that is lost.
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # metadata of any kind: torch refuses them in every way there is
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # of a process that is lost
+            raise
         raise InputError(
             f"checkpoint {str(folder)!r}: its optimiser's state cannot be read: {said(error)}; remove the folder, and "
             "the same command goes on from the checkpoint before"

@@ -21,6 +21,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from einops import rearrange
 from torch import nn
 
+from sit_atconv import limits
 from sit_atconv.errors import InputError, said
 from sit_atconv.reading import read_json
 from sit_atconv.swap.marking import THIN
@@ -33,6 +34,13 @@ __all__ = [
     "ATConvSD3Transformer2DModel",
     "ATConvUNet2DConditionModel",
 ]
+
+# Of a config.json, how many layers its model is made of, one after the other, see `reading.parse_json`.
+LAYERS = range(limits.BLOCKS.most + 1)
+CONFIG_FORM = {
+    "num_layers?": (LAYERS, None), "num_single_layers?": (LAYERS, None), "layers_per_block?": (LAYERS, [LAYERS]),
+    "transformer_layers_per_block?": (LAYERS, [object]), "atconv?": dict,
+}  # fmt: skip
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +83,7 @@ class _Swapped:
         file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
         try:
             if file.is_file():
-                read_json(file, {"atconv?": dict})
+                read_json(file, CONFIG_FORM)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, output_loading_info=True, use_safetensors=True, **kwargs
             )
