@@ -597,6 +597,10 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
             raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a single value")
         elif value is not None and _takes(fields[key], list) and not isinstance(value, list) and fields[key] is not Any:
             raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a list, in [ and ]")
+        elif (
+            isinstance(value, list) and fields[key] is not Any and any(isinstance(each, dict | list) for each in value)
+        ):
+            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a list of single values")
         elif fields[key] is bool and not (isinstance(value, bool | str) or value in (0, 1)):
             raise InputError(f"recipe: {prefix}{key}={value!r}: give true or false")
         elif _is_text(fields[key]) and not isinstance(value, str | None):

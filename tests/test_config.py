@@ -263,3 +263,9 @@ def test_only_steps_checkpoints_previews_and_logging_may_change():
 def test_a_stored_recipe_is_not_worked_out_either(text):
     with pytest.raises(InputError, match="is not worked out"):
         make_recipe({**MINIMAL, "flow": {"prediction": text}}, stored=True)
+
+
+@pytest.mark.parametrize("value", [[{"x": 1}, 0.9], [[0.9], 0.9]])
+def test_a_list_in_a_recipe_is_of_single_values(value):
+    with pytest.raises(InputError, match=r"train\.betas=.*: must be a list of single values"):
+        make_recipe({**MINIMAL, "train": {**MINIMAL.get("train", {}), "betas": value}})
