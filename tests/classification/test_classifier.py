@@ -336,7 +336,7 @@ def test_folders_of_pictures_with_all_augmentation(classifier_file, pictures):
 
 
 def test_a_hub_dataset_with_columns_of_its_own(classifier_file, pictures, tmp_path, fails, capsys):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def table(part: str) -> datasets.Dataset:
         files = sorted((pictures / part).rglob("*.png"))
