@@ -38,15 +38,25 @@ def _backend(name: str):
     return {"conv": conv, "native": native}[name]
 
 
+def _by_rows(v: torch.Tensor) -> torch.Tensor:
+    """v (B, H, W, C), a copy if its channels do not lie side by side and row after row, as the backends read fast.
+
+    Measured in fp32 at (1, 64, 64, 288) on a Xeon core, as it lies / with the copy, in ms: a channels-first map 65 / 10
+    by `native`, and one with the columns outside the rows 27 / 11 by `conv`.
+    """
+    _, rows, columns, channels = v.stride()
+    return v if channels == 1 and columns <= rows else v.contiguous()
+
+
 def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool, backend: str) -> torch.Tensor:
     """y[p] = sum_t kernels[t] * v[p + offset t], or with `flip` v[p - offset t]; contiguous (B, H, W, C)."""
     module = _backend(backend)
-    return (module.grad_v if flip else module.dynamic_depthwise_conv)(v, kernels)
+    return (module.grad_v if flip else module.dynamic_depthwise_conv)(_by_rows(v), kernels)
 
 
 def _correlate(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int, backend: str) -> torch.Tensor:
     """dK[t] = sum_p grad_y[p] * v[p + offset t]; contiguous (B, K, C)."""
-    return _backend(backend).grad_kernels(v, grad_y, kernel_size)
+    return _backend(backend).grad_kernels(_by_rows(v), _by_rows(grad_y), kernel_size)
 
 
 def _fake_convolution(v, kernels, flip, backend):

@@ -13,11 +13,12 @@ from sit_atconv.ops.forward_mode import forward_mode
 
 
 def _pool(x: torch.Tensor, k: int, pool: str) -> torch.Tensor:
-    image = x.permute(0, 3, 1, 2)  # a channels-last view, which the pooling reads as it lies
-    if pool == "raster":
-        pooled = F.adaptive_avg_pool2d(image.flatten(2).unsqueeze(2), (1, k * k))
+    if pool == "raster":  # one row; flattened before it is an image: of a batch of one, an image loses its layout
+        x, size = x.flatten(1, 2).unsqueeze(1), (1, k * k)
     else:
-        pooled = F.adaptive_avg_pool2d(image, k)
+        size = (k, k)
+    image = x.permute(0, 3, 1, 2)  # a channels-last view, which the pooling reads as it lies
+    pooled = F.adaptive_avg_pool2d(image, size)
     return pooled.flatten(2).transpose(1, 2).contiguous()
 
 
@@ -66,8 +67,8 @@ class _Pool(torch.autograd.Function):
 
 
 def _differentiable(x: torch.Tensor, grid: tuple[int, int] | None, k: int, pool: str) -> torch.Tensor:
-    """`_apply`; by plain torch calls where the function is of no use: without a gradient, in
-    forward mode, which they have, and for torch.jit.trace, which cannot save a function of Python's."""
+    """`_apply`; by plain torch calls where the function is of no use: without a gradient, in forward mode, which they
+    have, and for torch.jit.trace, which cannot save a function of Python's."""
     if forward_mode() or torch.jit.is_tracing() or not (x.requires_grad and torch.is_grad_enabled()):
         return _apply(x, grid, k, pool)
     return _Pool.apply(x, grid, k, pool)
