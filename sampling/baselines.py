@@ -19,7 +19,7 @@ SCORE_BYTES = 2**26  # of attention scores that are alive at once in the matrix 
 class PaperForm(nn.Module):
     """An ATConv layer computed as published: `kernel_proj` on all N tokens, the pool after it, the convolution grouped.
 
-    x (B, N, C) -> (B, N, C), the same function of the same weights as `layer`, up to rounding.
+    x (B, H, W, C) -> (B, H, W, C), the same function of the same weights as `layer`, up to rounding.
     Raises ValueError for a layer with options that the paper does not have.
     """
 
@@ -29,15 +29,15 @@ class PaperForm(nn.Module):
             raise ValueError(f"{layer}: the paper's form has adaptive routing, learned inhibition, raster pooling")
         self.layer = layer
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        layer, (batch, tokens, channels), k = self.layer, x.shape, self.layer.kernel_size
-        keys = F.adaptive_avg_pool1d(linear(layer.kernel_proj, x).transpose(1, 2), k * k)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer, (batch, height, width, channels), k = self.layer, x.shape, self.layer.kernel_size
+        keys = F.adaptive_avg_pool1d(linear(layer.kernel_proj, x).flatten(1, 2).transpose(1, 2), k * k)
         kernels = F.linear(layer.activation(keys), layer.kernel_gen.weight, layer.kernel_gen.bias)  # never as sums
         kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
-        values = linear(layer.x_proj, x).transpose(1, 2).reshape(1, batch * channels, *grid)
+        values = linear(layer.x_proj, x).permute(0, 3, 1, 2).reshape(1, batch * channels, height, width)
         weight = kernels.to(values.dtype).reshape(batch * channels, 1, k, k)
         mixed = F.conv2d(values, weight, padding=k // 2, groups=batch * channels)
-        return linear(layer.proj, mixed.reshape(batch, channels, tokens).transpose(1, 2))
+        return linear(layer.proj, mixed.reshape(batch, channels, height, width).permute(0, 2, 3, 1))
 
 
 def in_paper_form(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
@@ -95,7 +95,7 @@ class MatrixProducts:
     def _record(self, module: nn.Module, arguments: tuple) -> None:
         x = arguments[0]
         if isinstance(module, Attention):
-            self._attention(x, module.num_heads)
+            self._attention(x.flatten(1, -2), module.num_heads)
         else:
             self._linear(x, module.weight.detach().flatten(1))
 

@@ -194,4 +194,4 @@ def test_the_readmes_example_runs():
     names = {}
     exec(code, names)
     assert names["velocity"].shape == (1, 4, 32, 32)
-    assert names["tokens"].shape == (1, 240, 384)
+    assert names["y"].shape == (1, 12, 20, 384)

@@ -60,23 +60,25 @@ class Form:
     oracle: Callable[[], torch.Tensor] | None
 
 
-def forms(x: torch.Tensor, grid: tuple[int, int]) -> list[Form]:
-    """The layer in its forms, then the operator alone in its backends, for tokens x (B, N, C)."""
+def forms(x: torch.Tensor) -> list[Form]:
+    """The layer in its forms, then the operator alone in its backends, for x (B, H, W, C)."""
     torch.manual_seed(0)
-    layer = ATConv(x.shape[2]).to(x.device, x.dtype)
-    attention = Attention(x.shape[2], x.shape[2] // HEAD).to(x.device, x.dtype)
+    layer = ATConv(x.shape[3]).to(x.device, x.dtype)
+    attention = Attention(x.shape[3], x.shape[3] // HEAD).to(x.device, x.dtype)
     paper = PaperForm(layer)
+    # Attention reads a row, and torch's counters refuse the view that it would be of a leaf without gradients.
+    row = x.flatten(1, 2).clone().requires_grad_()
     x = x.clone().requires_grad_()
     with torch.no_grad():
-        v, kernels = layer.x_proj(x), layer.kernels(x, grid).contiguous()
+        v, kernels = layer.x_proj(x), layer.kernels(x).contiguous()
     v.requires_grad_(), kernels.requires_grad_()
     weights, operands = (x, *layer.parameters()), (v, kernels)
 
     def operate(backend: str) -> torch.Tensor:
-        return dynamic_depthwise_conv(v, kernels, grid, backend)
+        return dynamic_depthwise_conv(v, kernels, backend=backend)
 
     def oracle() -> torch.Tensor:
-        return layer.proj(dynamic_depthwise_conv(layer.x_proj(x), layer.kernels(x, grid), grid, "reference"))
+        return layer.proj(dynamic_depthwise_conv(layer.x_proj(x), layer.kernels(x), backend="reference"))
 
     def compiled(function: Callable, *arguments) -> Callable[[], torch.Tensor]:
         fast = torch.compile(function, fullgraph=True)
@@ -85,10 +87,10 @@ def forms(x: torch.Tensor, grid: tuple[int, int]) -> list[Form]:
     backends = ("native", "conv", "triton") if x.is_cuda else ("native", "conv")
     return [
         Form(LINEARS, lambda: layer.proj(layer.x_proj(x)), weights, None),
-        Form("ATConv", lambda: layer(x, grid), weights, oracle),
-        Form("ATConv compiled", compiled(layer, x, grid), weights, oracle),
-        Form(PAPER, lambda: paper(x, grid), weights, oracle),
-        Form(ATTENTION, lambda: attention(x), (x, *attention.parameters()), None),
+        Form("ATConv", lambda: layer(x), weights, oracle),
+        Form("ATConv compiled", compiled(layer, x), weights, oracle),
+        Form(PAPER, lambda: paper(x), weights, oracle),
+        Form(ATTENTION, lambda: attention(row).view_as(x), (row, *attention.parameters()), None),
         *(
             Form(f"operator {name}", lambda name=name: operate(name), operands, lambda: operate("reference"))
             for name in backends
@@ -135,9 +137,9 @@ def cost(form: Form, call: Callable[[], object]) -> dict[str, float | None]:
 def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list[str], rounds: int) -> list[dict]:
     """Rows for one shape and dtype, after checking every form."""
     batch, height, width = parse_shape(shape)
-    x = torch.randn(batch, height * width, dim, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
+    x = torch.randn(batch, height, width, dim, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
     torch._dynamo.reset()
-    candidates = forms(x, (height, width))
+    candidates = forms(x)
     for form in candidates:
         if form.oracle:
             check(form, shape, x, dtype)

@@ -84,7 +84,7 @@ def factors(layer: KernelGenerator, channels: int) -> torch.Tensor:
 def recording(model: nn.Module, names: dict[str, str], grid: tuple[int, int] | None) -> Iterator[dict[str, Seen]]:
     """Within it, every pass of the model fills a dictionary: what each layer of `names` (by `find_layers`) did.
 
-    grid: of the tokens, for attention that is not called with it. The model is as before, after.
+    grid: of the tokens, for attention that is called with a sequence. The model is as before, after.
     """
     seen: dict[str, Seen] = {}
     with ExitStack() as stack:
@@ -106,14 +106,14 @@ def _record_depthwise(layer: nn.Conv2d, name: str, seen: dict[str, Seen], grid, 
 def _record_atconv(layer: KernelGenerator, name: str, seen: dict[str, Seen], grid, stack: ExitStack) -> None:
     make = layer.kernels
 
-    def kernels(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        made = make(x, grid)
+    def kernels(x: torch.Tensor) -> torch.Tensor:
+        made = make(x)
         inhibition, layer.inhibition = layer.inhibition, "none"
         try:
-            before = make(x, grid)
+            before = make(x)
         finally:
             layer.inhibition = inhibition
-        seen[name] = Seen(made.detach(), before.detach(), grid=tuple(grid))
+        seen[name] = Seen(made.detach(), before.detach(), grid=tuple(x.shape[1:3]))
         return made
 
     layer.kernels = kernels  # not a module's forward, so no hook sees it
@@ -124,13 +124,13 @@ def _record_atconv(layer: KernelGenerator, name: str, seen: dict[str, Seen], gri
 
 def _record_attention(layer: nn.Module, name: str, seen: dict[str, Seen], grid, stack: ExitStack) -> None:
     def keep(_, args: tuple, kwargs: dict) -> None:
-        given = kwargs.get("grid") or grid
         x = args[0] if args else kwargs.get("x")
+        given = x.shape[1:3] if x.ndim == 4 else grid
         if given is None:
             raise InputError(f"{name}: its model tells no grid of its tokens, and attention is measured on one")
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
             raise InputError(f"{name}: attention under a mask is not measured")
-        kernels, squares = attention_kernels(layer, x.detach(), tuple(given))
+        kernels, squares = attention_kernels(layer, x.detach().flatten(1, -2), tuple(given))
         seen[name] = Seen(kernels, squares=squares, grid=tuple(given))
 
     stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
@@ -138,11 +138,11 @@ def _record_attention(layer: nn.Module, name: str, seen: dict[str, Seen], grid, 
 
 
 def _record_mixed(out: nn.Module, name: str, seen: dict[str, Seen], stack: ExitStack) -> None:
-    """Keep what goes into the output map: tokens (B, N, C), of which those of the grid come last."""
+    """Keep what goes into the output map: (B, H, W, C), or tokens (B, N, C), of which those of the grid come last."""
 
     def keep(_, args: tuple) -> None:
         grid = seen[name].grid
-        seen[name].mixed = args[0][:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+        seen[name].mixed = args[0].flatten(1, -2)[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
     stack.callback(out.register_forward_pre_hook(keep).remove)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.linear import linear
-from sit_atconv.ops.atconv import POOLS, choose_backend, dynamic_depthwise_conv, inhibit, pool_tokens
+from sit_atconv.ops.atconv import POOLS, choose_backend, dynamic_depthwise_conv, inhibit, on_grid, pool_tokens
 
 ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 MOST_KERNEL = 127  # beyond any grid that a kernel was tried on; the parameters grow with its fourth power
@@ -43,13 +43,13 @@ class TapLinear(nn.Linear):
 class KernelGenerator(nn.Module):
     """The kernels of ATConv from its tokens, for the layers that convolve with them.
 
-    x (B, N, dim) of N = H * W tokens in raster order -> (B, K, channels), K = kernel_size ** 2 taps:
+    x (B, H, W, dim) -> (B, K, channels), K = kernel_size ** 2 taps:
 
         K1 = kernel_gen(act(kernel_proj(pool(x))))       adaptive routing, a kernel per sample and channel
         K2 = K1 - sigmoid(difference_control) * mean(K1)  lateral inhibition, mean over the K taps
 
     The paper pools after `kernel_proj`; both are linear and the weights of a mean sum to one, so pooling first is the
-    same function on K rows instead of N. `kernel_gen` mixes the taps and is shared by all channels.
+    same function on K rows instead of H W. `kernel_gen` mixes the taps and is shared by all channels.
 
     activation: gelu_tanh (SiT), silu (REPA), gelu (AttNet). pool: raster (public checkpoints) or grid (k x k cells).
     routing "static": the kernels are a parameter (K, channels) and do not depend on x.
@@ -102,10 +102,10 @@ class KernelGenerator(nn.Module):
         if self.inhibition == "learned":
             nn.init.zeros_(self.difference_control)
 
-    def kernels(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The kernels that x (B, N, C) calls for, after inhibition: (B, K, C)."""
+    def kernels(self, x: torch.Tensor) -> torch.Tensor:
+        """The kernels that x (B, H, W, C) calls for, after inhibition: (B, K, C)."""
         if self.routing == "adaptive":
-            pooled = pool_tokens(x, grid, self.kernel_size, self.pool)
+            pooled = pool_tokens(x, self.kernel_size, self.pool)
             taps_last = self.activation(linear(self.kernel_proj, pooled)).transpose(1, 2)
             kernels = self.kernel_gen(taps_last).transpose(1, 2)
         else:
@@ -119,11 +119,12 @@ class KernelGenerator(nn.Module):
 
 
 class ATConv(KernelGenerator):
-    """3x3 Attentive Convolution, called `layer(x, grid=(H, W))` with x (B, N, C) -> (B, N, C).
+    """3x3 Attentive Convolution, x (B, H, W, C) -> (B, H, W, C).
 
         out = proj(K2 * x_proj(x))                        depthwise convolution, zero padding
 
-    with the kernels K2 and the options of `KernelGenerator`, N = H * W tokens in raster order, C = dim channels.
+    with the kernels K2 and the options of `KernelGenerator`, C = dim channels. Tokens in raster order come with their
+    grid: `layer(tokens, grid=(H, W))`, (B, N, C) -> (B, N, C).
     Linears start xavier-uniform with bias 0, `difference_control` at 0 (half of the mean is subtracted).
     1x1 convolution weights (C, C, 1, 1), as in the REPA and AttNet checkpoints, load as they are.
     Raises ValueError for an even kernel size, an unknown choice, or a grid that does not hold N tokens.
@@ -147,10 +148,12 @@ class ATConv(KernelGenerator):
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(flatten_pointwise_weights)
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        kernels = self.kernels(x, grid)  # first: the convolution then finds the output of x_proj in the cache
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        if grid is not None:
+            return self.forward(on_grid(x, grid)).flatten(1, 2)
+        kernels = self.kernels(x)  # first: the convolution then finds the output of x_proj in the cache
         v = linear(self.x_proj, x)
-        return linear(self.proj, dynamic_depthwise_conv(v, kernels.to(v.dtype), grid))
+        return linear(self.proj, dynamic_depthwise_conv(v, kernels.to(v.dtype)))
 
 
 def flatten_pointwise_weights(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -165,4 +168,4 @@ def check_backend(model: nn.Module, device: torch.device) -> None:
     """Raise InputError where the environment asks for a backend that the model's ATConv layers, if it has any, cannot
     run on that device: at the start, not in the first network evaluation."""
     if any(isinstance(module, ATConv) for module in model.modules()):
-        choose_backend(torch.empty(1, 1, 1, device=device))
+        choose_backend(torch.empty(1, 1, 1, 1, device=device))

@@ -45,10 +45,10 @@ class SiTAttnProcessor:
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """softmax(q k^T / sqrt(d)) v over all tokens: x (B, N, C) -> (B, N, C).
+    """softmax(q k^T / sqrt(d)) v over all tokens: x (B, *grid, C) -> (B, *grid, C), with any number of grid dimensions.
 
-    Takes `grid` like every token mixer and does not use it. `qk_norm` normalises queries and keys per head.
-    Another processor, called `processor(attention, x)`, may take the place of SiTAttnProcessor (`set_processor`).
+    `qk_norm` normalises queries and keys per head. Another processor, called `processor(attention, tokens)` with tokens
+    (B, N, C), may take the place of SiTAttnProcessor (`set_processor`).
     Raises ValueError when `num_heads` does not divide `dim`.
     """
 
@@ -68,5 +68,5 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.proj = nn.Linear(dim, dim)
         self.set_processor(SiTAttnProcessor())
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        return self.processor(self, x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, x.flatten(1, -2)).unflatten(1, x.shape[1:-1])

@@ -49,7 +49,7 @@ class SiTBlock(nn.Module):
 
     hidden_states x (B, H, W, C) -> (B, H, W, C). The grid is the shape of x and no argument, so torch.compile can leave
     it open. diffusers' caches look for the argument `hidden_states` by name.
-    `mixer` is any module called `mixer(tokens, grid=(H, W))` with (B, H W, C) tokens; it keeps the public name `attn`.
+    `mixer` is any module (B, H, W, C) -> (B, H, W, C); it keeps the public name `attn`.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0):
@@ -63,9 +63,7 @@ class SiTBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         x = hidden_states
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None, None].chunk(6, -1)
-        grid = x.shape[1:3]
-        mixed = self.attn(modulate(norm(self.norm1, x), shift1, scale1).flatten(1, 2), grid=grid)
-        x = gated_residual(x, gate1, mixed.unflatten(1, grid))
+        x = gated_residual(x, gate1, self.attn(modulate(norm(self.norm1, x), shift1, scale1)))
         return gated_residual(x, gate2, self.mlp(modulate(norm(self.norm2, x), shift2, scale2)))
 
 

@@ -37,7 +37,7 @@ __all__ = ["AttNet"]
 class ATConv2d(ATConv):
     """ATConv of a feature map (B, dim, H, W) -> (B, dim, H, W), with the exact GELU; options of `ATConv`.
 
-    In the channels-last memory format the map is its tokens, and nothing is copied. TorchScript gets plain torch
+    In the channels-last memory format nothing is copied. TorchScript gets plain torch
     operators in the place of the library's own, so a scripted model needs no library to run.
     """
 
@@ -47,9 +47,7 @@ class ATConv2d(ATConv):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return self._portable(x)
-        height, width = x.shape[2:]
-        tokens = super().forward(x.flatten(2).transpose(1, 2), (height, width))
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _portable(self, x: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = x.shape

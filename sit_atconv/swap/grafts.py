@@ -224,12 +224,16 @@ class SiTAttentionGraft(Graft):
         take_over(value_of(attention.qkv), attention.proj, layer.x_proj, layer.proj)
 
     def observe(self, attention, layer, args, kwargs):
-        x = kwargs["x"] if "x" in kwargs else args[0]
-        value = value_of(attention.qkv)
+        x, value = _input(args, kwargs).flatten(1, 2), value_of(attention.qkv)
         return without_bias(value, value(x), input_of(attention.proj, lambda: attention(*args, **kwargs)))
 
     def grid(self, layer, args, kwargs) -> tuple[int, int]:
-        return tuple(kwargs["grid"] if "grid" in kwargs else args[1])
+        return tuple(_input(args, kwargs).shape[1:3])
+
+
+def _input(args: tuple, kwargs: dict) -> torch.Tensor:
+    """x (B, H, W, C) of a call of SiT's attention."""
+    return kwargs["x"] if "x" in kwargs else args[0]
 
 
 def value_of(qkv: nn.Linear) -> nn.Linear:

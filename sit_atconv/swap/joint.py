@@ -12,7 +12,7 @@ from torch import nn
 from sit_atconv.errors import InputError
 from sit_atconv.layers.attention import attend
 from sit_atconv.layers.norm import norm
-from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.swap.grafts import Graft, LayerOptions, is_fused, linear_refusal
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.layers import SwappedLayer
@@ -113,7 +113,7 @@ class JointATConv(SwappedLayer):
     def mix(self, text: Heads, image: Heads, image_tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Text (B, T, channels), None if it has no queries, and image (B, N, channels), before the output maps."""
         grid, v = self.reference.get(), image.v.flatten(2)
-        convolved = dynamic_depthwise_conv(v, self.kernels(image_tokens, grid).to(v.dtype), grid)
+        convolved = dynamic_depthwise_conv(v, self.kernels(on_grid(image_tokens, grid)).to(v.dtype), grid)
         share = self.text_share.sigmoid().to(v.dtype)[:, None]
         mixed = (1 - share) * convolved.unflatten(-1, (self.heads, -1)) + share * self.attend(image.q, text)
         return None if text.q is None else self.attend(text.q, text, image).flatten(2), mixed.flatten(2)

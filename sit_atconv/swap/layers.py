@@ -7,7 +7,7 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import KernelGenerator
-from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.swap.grid import GridReference
 
 
@@ -83,8 +83,8 @@ class SelfATConv(SwappedLayer):
         if encoder_hidden_states is not None or attention_mask is not None:
             what = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
             raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
-        grid = self.reference.get()
-        kernels = self.kernels(hidden_states, grid)
-        v = self.to_v(hidden_states)
-        mixed = dynamic_depthwise_conv(v, kernels.to(v.dtype), grid)
+        x = on_grid(hidden_states, self.reference.get())
+        kernels = self.kernels(x)
+        v = self.to_v(x)
+        mixed = dynamic_depthwise_conv(v, kernels.to(v.dtype)).flatten(1, 2)
         return self.to_out[1](self.to_out[0](mixed))

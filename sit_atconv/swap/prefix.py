@@ -8,7 +8,7 @@ from timm.layers import Attention, PatchDropout
 from torch import nn
 
 from sit_atconv.errors import InputError
-from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.ops.forward_mode import exact_derivatives
 from sit_atconv.swap.grafts import Graft, LayerOptions, input_of, linear_refusal, take_over, value_of, without_bias
 from sit_atconv.swap.grid import GridReference
@@ -50,7 +50,7 @@ class PrefixATConv(SwappedLayer):
             what = "is_causal" if attn_mask is None else "attn_mask"
             raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
         grid = self.reference.get()
-        kernels = self.kernels(x[:, self.prefix :], grid)
+        kernels = self.kernels(on_grid(x[:, self.prefix :], grid))
         v = self.v_proj(x)
         mixed = dynamic_depthwise_conv(v[:, self.prefix :], kernels.to(v.dtype), grid)
         if self.prefix:

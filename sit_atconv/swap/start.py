@@ -1,21 +1,9 @@
 """How a swapped layer starts: 3x3 taps fitted to what its attention did, in the form that ATConv can express."""
 
 import torch
-import torch.nn.functional as F
 
 from sit_atconv.layers.atconv import KernelGenerator
-
-
-def shifted(values: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
-    """values (B, N, C) -> (K, B, N, C): what every tap of a depthwise convolution with zero padding sees."""
-    (height, width), radius = grid, kernel_size // 2
-    padded = F.pad(values.unflatten(1, grid), (0, 0, radius, radius, radius, radius))
-    windows = [
-        padded[:, row : row + height, column : column + width]
-        for row in range(kernel_size)
-        for column in range(kernel_size)
-    ]
-    return torch.stack(windows).flatten(2, 3)
+from sit_atconv.ops.atconv.reference import shifts
 
 
 class TapFit:
@@ -30,7 +18,8 @@ class TapFit:
     def add(self, values: torch.Tensor, targets: torch.Tensor, grid: tuple[int, int]) -> None:
         """values and targets (B, N, heads * d), tokens on the grid; sums are kept in fp64."""
         for value, target in zip(values.double().split(1), targets.double().split(1), strict=True):
-            seen = shifted(value, grid, self.kernel_size).unflatten(-1, (self.heads, -1))
+            seen = torch.stack(shifts(value.unflatten(1, grid), self.kernel_size)).flatten(2, 3)  # (K, 1, N, heads * d)
+            seen = seen.unflatten(-1, (self.heads, -1))
             self.gram += torch.einsum("kbnhd,lbnhd->hkl", seen, seen).cpu()
             self.cross += torch.einsum("kbnhd,bnhd->hk", seen, target.unflatten(-1, (self.heads, -1))).cpu()
 

@@ -54,12 +54,12 @@ def test_routing_is_the_varying_share_of_the_kernels_square_and_exactly_0_for_st
 @pytest.mark.parametrize("setting", ["learned", "full", "none"])
 def test_inhibition_tells_the_factors_and_the_mean_that_the_layers_own_kernels_have(setting):
     torch.manual_seed(0)
-    layer, x = ATConv(6, inhibition=setting), randn(2, 12, 6) + 1
+    layer, x = ATConv(6, inhibition=setting), randn(2, 3, 4, 6) + 1
     nn.init.normal_(layer.kernel_gen.bias, mean=0.5)
     if setting == "learned":
         nn.init.normal_(layer.difference_control, std=2)
     with recording(nn.ModuleList([layer]), {"0": "ATConv"}, None) as seen:
-        output = layer(x, (3, 4))
+        output = layer(x)
     shares = {"learned": getattr(layer, "difference_control", torch.zeros(6)).sigmoid(), "full": torch.ones(6)}
     expected = shares.get(setting, torch.zeros(6)).double()
     assert torch.equal(factors(layer, 6).double(), expected)
@@ -80,8 +80,8 @@ def test_inhibition_tells_the_factors_and_the_mean_that_the_layers_own_kernels_h
     assert layer.inhibition == setting
     assert "kernels" not in vars(layer)
     assert not layer.proj._forward_pre_hooks
-    assert torch.equal(output, layer(x, (3, 4)))
-    assert torch.equal(after[:, 0], layer.kernels(x, (3, 4)))
+    assert torch.equal(output, layer(x))
+    assert torch.equal(after[:, 0], layer.kernels(x))
 
 
 def test_mean_share_is_1_for_box_kernels_and_0_for_kernels_without_mean():
@@ -333,9 +333,7 @@ def test_a_sit_is_shown_points_of_its_path_whatever_the_batch(run):
 
     kernels = []  # of ATConv by t and sample, from what its block was given
     layer = checkpoint.load_trained(run).model.blocks[1].attn
-    target.model.blocks[1].attn.register_forward_pre_hook(
-        lambda _, args: kernels.append(layer.kernels(args[0], (4, 4)))
-    )
+    target.model.blocks[1].attn.register_forward_pre_hook(lambda _, args: kernels.append(layer.kernels(args[0])))
     with torch.no_grad():
         for t in (1 / 6, 3 / 6, 5 / 6):
             x = t * target.images + (1 - t) * target.noise

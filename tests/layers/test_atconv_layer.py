@@ -30,32 +30,64 @@ def test_golden_outputs_and_gradients(name):
 @pytest.mark.parametrize("pool", ["raster", "grid"])
 @pytest.mark.parametrize("inhibition", ["learned", "full", "none"])
 def test_equals_the_papers_order_in_fp64(pool, inhibition):
-    grid = (5, 7)
     torch.manual_seed(0)
     layer = ATConv(6, pool=pool, inhibition=inhibition).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 35, 6, dtype=torch.float64)
-    pooled = reference.pool_tokens(layer.kernel_proj(x), grid, 3, pool)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
+    pooled = reference.pool_tokens(layer.kernel_proj(x), 3, pool)
     kernels = layer.kernel_gen(layer.activation(pooled).transpose(1, 2)).transpose(1, 2)
     factor = {"learned": lambda: layer.difference_control.sigmoid(), "full": lambda: 1.0, "none": lambda: 0.0}
     kernels = reference.inhibit(kernels, factor[inhibition]())
-    expected = layer.proj(reference.dynamic_depthwise_conv(layer.x_proj(x), kernels, grid))
-    torch.testing.assert_close(layer(x, grid=grid), expected, rtol=1e-12, atol=1e-12)
+    expected = layer.proj(reference.dynamic_depthwise_conv(layer.x_proj(x), kernels))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "grid", "kernel_size": 5}, {"routing": "static"}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tokens_with_their_grid_are_the_grid_to_the_bit(options, compiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer, x, upstream = ATConv(8, **options), torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    function = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    expected = y, *torch.autograd.grad(y, (leaf, *layer.parameters()), upstream)
+    leaf = x.flatten(1, 2).requires_grad_()
+    y = function(leaf, grid=(3, 4))
+    assert y.shape == leaf.shape
+    actual = y, *torch.autograd.grad(y, (leaf, *layer.parameters()), upstream.flatten(1, 2))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs.reshape(ours.shape))
+
+
+@pytest.mark.parametrize("options", [{}, {"routing": "static"}], ids=str)
+def test_tokens_that_do_not_fill_the_grid_are_refused(options):
+    layer = ATConv(4, **options)
+    for shape, grid, says in [
+        ((2, 20, 4), (3, 7), r"\(2, 20, 4\) do not fill a grid of 3 x 7"),
+        ((2, 4, 5, 4), (4, 5), r"\(2, 4, 5, 4\) do not fill a grid of 4 x 5"),
+        ((20, 4), (4, 5), "do not fill a grid of 4 x 5"),
+        ((2, 20, 4), None, r"\(2, 20, 4\): give \(B, H, W, C\), or \(B, N, C\) with grid=\(H, W\)"),
+        ((4, 5, 4), None, r"give \(B, H, W, C\)"),
+        ((1, 2, 4, 5, 4), None, r"give \(B, H, W, C\)"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            layer(torch.zeros(shape), grid)
 
 
 def test_full_inhibition_leaves_kernels_without_a_mean():
     layer = ATConv(4, inhibition="full")
-    kernels = layer.kernels(torch.randn(2, 20, 4), (4, 5))
+    kernels = layer.kernels(torch.randn(2, 4, 5, 4))
     assert kernels.mean(1).abs().max() < 1e-6
     assert kernels.abs().max() > 1e-4
 
 
 def test_static_kernels_ignore_the_input_and_adaptive_ones_do_not():
-    x = torch.randn(2, 20, 4)
+    x = torch.randn(2, 4, 5, 4)
     static, adaptive = ATConv(4, routing="static"), ATConv(4)
-    assert torch.equal(static.kernels(x, (4, 5))[0], static.kernels(-x, (4, 5))[1])
-    assert not torch.allclose(adaptive.kernels(x, (4, 5))[0], adaptive.kernels(x, (4, 5))[1])
+    assert torch.equal(static.kernels(x)[0], static.kernels(-x)[1])
+    assert not torch.allclose(adaptive.kernels(x)[0], adaptive.kernels(x)[1])
     assert {name for name, _ in static.named_parameters()} == {
         "static_kernel", "difference_control", "x_proj.weight", "x_proj.bias", "proj.weight", "proj.bias",
     }  # fmt: skip
@@ -69,11 +101,11 @@ def test_starts_with_half_of_the_mean_subtracted_and_zero_biases():
 
 
 def test_lora_style_wrappers_around_the_linears_take_effect():
-    layer, x = ATConv(4), torch.randn(1, 9, 4)
-    plain = layer(x, grid=(3, 3))
+    layer, x = ATConv(4), torch.randn(1, 3, 3, 4)
+    plain = layer(x)
     for name in ("x_proj", "proj", "kernel_proj", "kernel_gen"):
         handle = getattr(layer, name).register_forward_hook(lambda _module, _inputs, output: output + 1)
-        assert not torch.allclose(layer(x, grid=(3, 3)), plain), name
+        assert not torch.allclose(layer(x), plain), name
         handle.remove()
 
 
@@ -87,8 +119,8 @@ def test_unknown_options_are_refused(options):
 
 
 def test_the_layer_saves_one_tensor_of_tokens_more_than_its_two_linears():
-    layer, grid = ATConv(64), (48, 48)
-    x = torch.randn(1, 48 * 48, 64, generator=torch.Generator().manual_seed(0))
+    layer = ATConv(64)
+    x = torch.randn(1, 48, 48, 64, generator=torch.Generator().manual_seed(0))
     weights = {parameter.data_ptr() for parameter in layer.parameters()}
 
     def saved_bytes(form) -> int:
@@ -105,7 +137,7 @@ def test_the_layer_saves_one_tensor_of_tokens_more_than_its_two_linears():
 
     linears = saved_bytes(lambda x: layer.proj(layer.x_proj(x)))
     assert linears == 2 * x.numel() * x.element_size()
-    assert saved_bytes(lambda x: layer(x, grid)) <= 1.55 * linears
+    assert saved_bytes(layer) <= 1.55 * linears
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 6), (9, 6), (3, 2, 9, 6)])
@@ -139,9 +171,11 @@ def test_the_linear_over_the_taps_equals_its_product(shape, bias, compiled):
 def test_a_traced_layer_takes_another_batch():
     torch.manual_seed(0)
     layer = ATConv(8).requires_grad_(False)
-    traced = torch.jit.trace(lambda x: layer(x, (3, 4)), torch.randn(2, 12, 8))
-    x = torch.randn(3, 12, 8)
-    torch.testing.assert_close(traced(x), layer(x, (3, 4)))
+    traced = torch.jit.trace(layer, torch.randn(2, 3, 4, 8))
+    x = torch.randn(3, 3, 4, 8)
+    torch.testing.assert_close(traced(x), layer(x))
+    with_grid = torch.jit.trace(lambda x: layer(x, (3, 4)), torch.randn(2, 12, 8))
+    torch.testing.assert_close(with_grid(x.flatten(1, 2)), layer(x).flatten(1, 2))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -155,10 +189,10 @@ def test_an_exported_linear_over_the_taps_is_a_product(strict):
 def test_a_layer_compiled_under_autocast_equals_the_eager_one():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layer, x = ATConv(16), torch.randn(2, 20, 16)
+    layer, x = ATConv(16), torch.randn(2, 4, 5, 16)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, y = layer(x, (4, 5)), compiled(x, (4, 5))
+        expected, y = layer(x), compiled(x)
     assert y.dtype == expected.dtype == torch.bfloat16
     assert (y - expected).float().norm() < 0.02 * expected.float().norm()
 

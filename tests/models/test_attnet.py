@@ -12,6 +12,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from sit_atconv.errors import InputError
+from sit_atconv.layers import atconv as layers
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
 from sit_atconv.models.attnet import ATConv2d, AttNet, AttNetBlock, checkpoint_filter_fn
 from sit_atconv.ops.atconv import POOLS
@@ -102,11 +103,36 @@ def test_scripted_layer_equals_the_eager_one(routing, inhibition, pool, kernel_s
 def test_channels_last_maps_are_neither_copied_nor_left_in_another_format(monkeypatch):
     layer = ATConv2d(8)
     seen = []
-    monkeypatch.setattr(layer, "kernels", lambda x, grid: seen.append(x) or torch.zeros(2, 9, 8))
+    monkeypatch.setattr(layer, "kernels", lambda x: seen.append(x) or torch.zeros(2, 9, 8))
+    layer.x_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     x = images(6, 5, channels=8).contiguous(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
-    assert seen[0].data_ptr() == x.data_ptr()
-    assert seen[0].is_contiguous()
+    assert len(seen) == 2
+    for each in seen:
+        assert each.shape == (2, 6, 5, 8)
+        assert each.data_ptr() == x.data_ptr()
+        assert each.is_contiguous()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_models_maps_are_not_copied_on_their_way_through_atconv(monkeypatch, batch):
+    model, places = tiny(), []
+    convolve = layers.dynamic_depthwise_conv
+
+    def see(x):
+        assert x.is_contiguous()
+        places.append(x.data_ptr())
+        return x
+
+    monkeypatch.setattr(layers, "dynamic_depthwise_conv", lambda v, kernels: see(convolve(see(v), kernels)))
+    for layer in (module for module in model.modules() if isinstance(module, ATConv2d)):
+        layer.register_forward_pre_hook(lambda _, args: places.append(args[0].data_ptr()))
+        for linear in (layer.x_proj, layer.proj):
+            linear.register_forward_hook(lambda _, args, y: (see(args[0]), see(y))[1])
+    model(images(64, 96)[:batch].contiguous())
+    assert len(places) == 7 * sum(TINY["depths"])
+    for given, x, projected, v, mixed, read, _ in zip(*[iter(places)] * 7, strict=True):
+        assert (given, projected, mixed) == (x, v, read)
 
 
 def test_a_model_is_channels_last_inside_whatever_comes_in():

@@ -31,22 +31,22 @@ def round_as_a_gpu_does(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
-def _reference(v, kernels, upstream, grid):
+def _reference(v, kernels, upstream):
     leaves = [v.detach().requires_grad_(), kernels.detach().requires_grad_()]
-    y = reference.dynamic_depthwise_conv(*leaves, grid)
+    y = reference.dynamic_depthwise_conv(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, upstream)
 
 
-def assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, grid):
+def assert_as_exact_as_fp32_sums_allow(v, kernels, upstream):
     """All three functions: within twice the oracle's own error in that dtype, and one rounding from fp64."""
     k = round(kernels.shape[1] ** 0.5)
     fast = (
-        triton_kernels.dynamic_depthwise_conv(v, kernels, grid),
-        triton_kernels.grad_v(upstream, kernels, grid),
-        triton_kernels.grad_kernels(v, upstream, grid, k),
+        triton_kernels.dynamic_depthwise_conv(v, kernels),
+        triton_kernels.grad_v(upstream, kernels),
+        triton_kernels.grad_kernels(v, upstream, k),
     )
-    eager = _reference(v, kernels, upstream, grid)
-    exact = _reference(v.double(), kernels.double(), upstream.double(), grid)
+    eager = _reference(v, kernels, upstream)
+    exact = _reference(v.double(), kernels.double(), upstream.double())
     for name, ours, own, true in zip(("y", "grad_v", "grad_kernels"), fast, eager, exact, strict=True):
         assert ours.dtype == v.dtype, name
         assert ours.shape == true.shape, name
@@ -60,19 +60,19 @@ def assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, grid):
 def _draw(shape, k, dtype):
     batch, height, width, channels = shape
     generator = torch.Generator().manual_seed(k)
-    sizes = (height * width, k * k, height * width)
-    return [torch.randn(batch, size, channels, generator=generator).to(dtype) for size in sizes]
+    sizes = ((height, width), (k * k,), (height, width))
+    return [torch.randn(batch, *size, channels, generator=generator).to(dtype) for size in sizes]
 
 
 @pytest.mark.parametrize(("shape", "k", "dtype"), CASES)
 def test_kernels_are_exact(shape, k, dtype):
-    assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype), shape[1:3])
+    assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype))
 
 
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 40), (torch.bfloat16, 70)])
 def test_tiles_meet_without_a_seam(dtype, channels):
     """A grid that ends inside the second tile of rows, of columns and of channels."""
-    assert_as_exact_as_fp32_sums_allow(*_draw((2, 5, 18, channels), 3, dtype), (5, 18))
+    assert_as_exact_as_fp32_sums_allow(*_draw((2, 5, 18, channels), 3, dtype))
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,17 @@ def test_splits_of_the_positions_add_up(monkeypatch, shape, k, dtype, constants,
     chosen = []
     rule = triton_kernels.splits_of
     monkeypatch.setattr(triton_kernels, "splits_of", lambda *sizes: chosen.append(rule(*sizes)) or chosen[-1])
-    assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype), shape[1:3])
+    assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype))
     assert chosen == [splits]
 
 
 def test_views_are_taken():
     v, kernels, upstream = _draw((2, 5, 6, 8), 3, torch.float32)
-    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    v = v.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     kernels = torch.stack([kernels, -kernels], -1)[..., 0]
-    upstream = upstream[:1, :1].expand(2, 30, 8)
+    upstream = upstream[:1, :1, :1].expand(2, 5, 6, 8)
     assert not any(tensor.is_contiguous() for tensor in (v, kernels, upstream))
-    assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, (5, 6))
+    assert_as_exact_as_fp32_sums_allow(v, kernels, upstream)
 
 
 def test_every_value_is_read_and_nothing_beside_them(monkeypatch):
@@ -114,25 +114,25 @@ def test_every_value_is_read_and_nothing_beside_them(monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", recorded)
     values = {tensor.data_ptr() + 4 * i for tensor in tensors for i in range(tensor.numel())}
-    assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, (3, 5))
+    assert_as_exact_as_fp32_sums_allow(v, kernels, upstream)
     assert read == values
 
 
 def test_an_empty_batch_is_taken():
-    v, kernels = torch.zeros(0, 12, 5), torch.zeros(0, 9, 5)
-    assert triton_kernels.dynamic_depthwise_conv(v, kernels, (3, 4)).shape == v.shape
-    assert triton_kernels.grad_v(v, kernels, (3, 4)).shape == v.shape
-    assert triton_kernels.grad_kernels(v, v, (3, 4), 3).shape == kernels.shape
+    v, kernels = torch.zeros(0, 3, 4, 5), torch.zeros(0, 9, 5)
+    assert triton_kernels.dynamic_depthwise_conv(v, kernels).shape == v.shape
+    assert triton_kernels.grad_v(v, kernels).shape == v.shape
+    assert triton_kernels.grad_kernels(v, v, 3).shape == kernels.shape
 
 
 def test_the_operator_runs_on_triton_through_the_front():
     """Forward, both gradients and a second order, by the names that users call."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(2, 12, 5, generator=generator, requires_grad=True)
+    v = torch.randn(2, 3, 4, 5, generator=generator, requires_grad=True)
     kernels = torch.randn(2, 9, 5, generator=generator, requires_grad=True)
     results = []
     for backend in ("triton", "reference"):
-        y = front.dynamic_depthwise_conv(v, kernels, (3, 4), backend)
+        y = front.dynamic_depthwise_conv(v, kernels, backend=backend)
         first = torch.autograd.grad(y.square().sum(), (v, kernels), create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), (v, kernels))
         results.append((y, *first, *second))
@@ -143,12 +143,12 @@ def test_the_operator_runs_on_triton_through_the_front():
 def test_forward_mode_through_the_front():
     """A tangent, and its gradient."""
     generator = torch.Generator().manual_seed(0)
-    v, kernels, dv, dkernels = (torch.randn(2, rows, 5, generator=generator) for rows in (12, 9, 12, 9))
+    v, kernels, dv, dkernels = (torch.randn(2, *rows, 5, generator=generator) for rows in ((3, 4), (9,)) * 2)
     kernels.requires_grad_()
     results = []
     for backend in ("triton", "reference"):
         y, tangent = torch.func.jvp(
-            lambda v, taps: front.dynamic_depthwise_conv(v * v, taps * kernels, (3, 4), backend),  # noqa: B023
+            lambda v, taps: front.dynamic_depthwise_conv(v * v, taps * kernels, backend=backend),  # noqa: B023
             (v, kernels.detach()),
             (dv, dkernels),
         )

@@ -174,8 +174,8 @@ def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(
     shutil.copytree(PACKAGE, other, ignore=shutil.ignore_patterns("__pycache__"))
     native = other / "ops/atconv/native.py"
     source = native.read_text()
-    assert source.count("    return _convolve(v, kernels, grid, flip=False)\n") == 1
-    line = "return _convolve(v, kernels, grid, flip=False)"
+    assert source.count("    return _convolve(v, kernels, flip=False)\n") == 1
+    line = "return _convolve(v, kernels, flip=False)"
     native.write_text(source.replace(line, line.replace("return ", "return -")))
     ours, theirs = bundle("sit_atconv.models.sit"), bundle("sit_atconv.models.sit", package=other)
     for name, text in (("first", ours), ("second", ours), ("version", theirs)):
@@ -194,11 +194,11 @@ def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(
         package = importlib.import_module
 
         def check(module, sign):  # output, two orders of gradients, vmap, and the count of operations
-            v, kernels = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), torch.rand(2, 9, 5)
+            v, kernels = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0)), torch.rand(2, 9, 5)
             v.requires_grad_()
 
             def results(backend):
-                y = module.dynamic_depthwise_conv(v, kernels, (2, 3), backend)
+                y = module.dynamic_depthwise_conv(v, kernels, backend=backend)
                 (slope,) = torch.autograd.grad(y.pow(3).sum(), v, create_graph=True)
                 return [y, slope, *torch.autograd.grad(slope.sum(), v)]
 
@@ -207,7 +207,7 @@ def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(
             if sign == 1:
                 torch.testing.assert_close(results("native")[1:], [slope, second])
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                torch.vmap(lambda v, k: module.dynamic_depthwise_conv(v, k, (2, 3), "native"))(v[None], kernels[None])
+                torch.vmap(lambda v, k: module.dynamic_depthwise_conv(v, k, backend="native"))(v[None], kernels[None])
             assert counter.get_total_flops() == 2 * v.numel() * 9
 
         loaded = []
@@ -260,9 +260,9 @@ def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
         """
         sys.path.append(sys.argv[1])
         import bundle
-        v, kernels = torch.randn(1, 6, 5, requires_grad=True), torch.randn(1, 9, 5, requires_grad=True)
+        v, kernels = torch.randn(1, 2, 3, 5, requires_grad=True), torch.randn(1, 9, 5, requires_grad=True)
         def results(backend):
-            y = bundle.dynamic_depthwise_conv(v, kernels, (2, 3), backend)
+            y = bundle.dynamic_depthwise_conv(v, kernels, backend=backend)
             return [y, *torch.autograd.grad(y.square().sum(), (v, kernels))]
         for ours, oracle in zip(results("triton"), results("reference")):
             torch.testing.assert_close(ours, oracle)

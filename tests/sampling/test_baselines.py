@@ -8,22 +8,22 @@ from sampling.baselines import MatrixProducts, PaperForm, attention_twin, in_pap
 from sampling.speed import random_model
 from sit_atconv import ATConv
 from sit_atconv.models.cost import count_macs, without_weights
-from sit_atconv.ops.atconv import operator
+from sit_atconv.ops.atconv import on_grid, operator
 
 
 def test_paper_form_is_the_published_layer():
     _, state, tensors = golden("op_sit")
     layer = ATConv(12)
     layer.load_state_dict(state)
-    assert_golden(PaperForm(layer)(tensors["x"], grid=(16, 16)), tensors["y"])
+    assert_golden(PaperForm(layer)(on_grid(tensors["x"], (16, 16))).flatten(1, 2), tensors["y"])
 
 
 def test_paper_form_does_the_paper_s_work(monkeypatch):
     layer = ATConv(8)
     rows = []
-    layer.kernel_proj.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[0].shape[1]))
+    layer.kernel_proj.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[0].shape[1:3].numel()))
     monkeypatch.setattr(operator, "dynamic_depthwise_conv", None)
-    PaperForm(layer)(torch.randn(2, 20, 8), grid=(4, 5))
+    PaperForm(layer)(torch.randn(2, 4, 5, 8))
     assert rows == [20]
 
 

@@ -104,7 +104,7 @@ def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch, broken):
 def test_oracle_puts_the_environment_back(monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     with speed.oracle():
-        assert choose_backend(torch.zeros(1, 1, 1)) == "reference"
+        assert choose_backend(torch.zeros(1, 1, 1, 1)) == "reference"
     assert BACKEND_VARIABLE not in os.environ
     monkeypatch.setenv(BACKEND_VARIABLE, "conv")
     with speed.oracle():

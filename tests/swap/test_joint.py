@@ -12,6 +12,7 @@ from joint_models import HEAD_DIM, HEADS, TEXT, flux, flux_inputs, raster, sd3, 
 
 from sit_atconv import swap_attention
 from sit_atconv.errors import InputError
+from sit_atconv.ops.atconv import on_grid
 from sit_atconv.swap import calibration, regress
 from sit_atconv.swap.joint import JointATConv
 from sit_atconv.swap.models import ATConvFluxTransformer2DModel, ATConvSD3Transformer2DModel
@@ -98,7 +99,7 @@ def streams_of(attention, kwargs, grid):
 
 
 def convolved(layer, tokens, v, grid):
-    kernels = layer.kernels(tokens, grid).double()  # (B, K, C)
+    kernels = layer.kernels(on_grid(tokens, grid)).double()  # (B, K, C)
     batch, _, channels = kernels.shape
     image = v.flatten(2).transpose(1, 2).unflatten(-1, grid).reshape(1, batch * channels, *grid)
     weight = kernels.transpose(1, 2).reshape(batch * channels, 1, 3, 3)
@@ -517,7 +518,7 @@ def test_layers_that_calibration_does_not_reach_have_box_kernels(init):
     swap = swap_attention(model, "all", joint="split", init=init, calib=calls)
     for name in ("transformer_blocks.0.attn", "transformer_blocks.0.attn2"):
         layer = swap.layers[name]
-        kernels = layer.kernels(torch.randn(2, 12, 16), (3, 4))
+        kernels = layer.kernels(torch.randn(2, 3, 4, 16))
         torch.testing.assert_close(kernels, torch.full_like(kernels, 1 / 9))
     assert [row.error is None for row in swap.report(measure=False).layers] == [True, True, False, False]
 

@@ -10,22 +10,44 @@ from torch import nn
 
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
-from sit_atconv.ops.atconv.reference import dynamic_depthwise_conv as reference_conv
+from sit_atconv.ops.atconv.reference import dynamic_depthwise_conv, shifts
 from sit_atconv.swap import SwapAdapter, register_adapter, swap_attention
 from sit_atconv.swap.adapters import _ADAPTERS
 from sit_atconv.swap.grafts import SelfAttentionGraft
 from sit_atconv.swap.regression import regress
-from sit_atconv.swap.start import TapFit, set_kernels, shifted
+from sit_atconv.swap.start import TapFit, set_kernels
 
 GRID, HEADS, CHANNELS = (12, 10), 4, 32
 FREQUENCIES = torch.arange(1, 5) * 0.35
 
 
-def test_shifted_is_what_the_taps_of_a_depthwise_convolution_see():
-    values = torch.randn(2, 7 * 5, 6, dtype=torch.float64)
-    kernels = torch.randn(2, 9, 6, dtype=torch.float64)
-    mixed = torch.einsum("kbnc,bkc->bnc", shifted(values, (7, 5), 3), kernels)
-    torch.testing.assert_close(mixed, reference_conv(values, kernels, (7, 5)))
+def drawn(generator, batch=2):
+    """Inputs (B, H, W, C) of a layer."""
+    return torch.randn(batch, *GRID, CHANNELS, generator=generator, dtype=torch.float64)
+
+
+def add(fit, values, targets):
+    """Both (B, H, W, C); a fit takes tokens, as attention does."""
+    fit.add(values.flatten(1, 2), targets.flatten(1, 2), GRID)
+
+
+def convolved(values, taps):
+    """values (B, H, W, C) under the taps (heads, K) of their heads, by the oracle."""
+    kernels = taps.repeat_interleave(CHANNELS // len(taps), 0).T.expand(len(values), -1, -1)
+    return dynamic_depthwise_conv(values, kernels)
+
+
+def test_sums_are_of_what_the_taps_of_a_depthwise_convolution_see():
+    values, targets = drawn(torch.Generator().manual_seed(0)), drawn(torch.Generator().manual_seed(1))
+    fit = TapFit(HEADS, 3)
+    add(fit, values, targets)
+    padded = torch.nn.functional.pad(values, (0, 0, 1, 1, 1, 1))
+    taps = [padded[:, i : i + GRID[0], j : j + GRID[1]] for i in range(3) for j in range(3)]
+    for head, part in enumerate(torch.arange(CHANNELS).chunk(HEADS)):
+        seen = [tap[..., part] for tap in taps]
+        gram = torch.stack([torch.stack([(a * b).sum() for b in seen]) for a in seen])
+        torch.testing.assert_close(fit.gram[head], gram)
+        torch.testing.assert_close(fit.cross[head], torch.stack([(a * targets[..., part]).sum() for a in seen]))
 
 
 @pytest.mark.parametrize("detail", [1.0, 0.01])
@@ -34,10 +56,9 @@ def test_taps_that_are_there_are_found(detail):
     taps = torch.randn(HEADS, 9, generator=generator, dtype=torch.float64)
     fit = TapFit(HEADS, 3)
     for _ in range(2):
-        values = torch.randn(2, 120, CHANNELS, generator=generator, dtype=torch.float64)
-        values = detail * values + (1 - detail) * values[:, :1]  # nearly flat: all taps see nearly the same
-        kernels = taps.repeat_interleave(CHANNELS // HEADS, 0).T.expand(2, -1, -1)
-        fit.add(values, reference_conv(values, kernels, GRID), GRID)
+        values = drawn(generator)
+        values = detail * values + (1 - detail) * values[:, :1, :1]  # nearly flat: all taps see nearly the same
+        add(fit, values, convolved(values, taps))
     torch.testing.assert_close(fit.taps(), taps)
 
 
@@ -47,10 +68,8 @@ def test_taps_of_the_form_that_atconv_expresses_are_kept(heads):
     u, w, g = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (9, 9, heads))
     taps = g[:, None] * u + w
     fit = TapFit(heads, 3)
-    values = torch.randn(2, 120, CHANNELS, generator=generator, dtype=torch.float64)
-    fit.add(
-        values, reference_conv(values, taps.repeat_interleave(CHANNELS // heads, 0).T.expand(2, -1, -1), GRID), GRID
-    )
+    values = drawn(generator)
+    add(fit, values, convolved(values, taps))
     torch.testing.assert_close(fit.expressible(), taps)
 
 
@@ -58,10 +77,10 @@ def test_other_taps_are_met_better_than_by_mean_and_singular_vector():
     generator = torch.Generator().manual_seed(2)
     fit = TapFit(8, 3)
     scales = torch.logspace(-1, 1, 8, dtype=torch.float64).repeat_interleave(4)
-    values = torch.randn(4, 120, 32, generator=generator, dtype=torch.float64) * scales
-    values[:, 1:] += 0.9 * values[:, :-1]  # correlated: the metric of the fit is not the plain one
-    targets = torch.randn(4, 120, 32, generator=generator, dtype=torch.float64) + shifted(values, GRID, 3)[3]
-    fit.add(values, targets, GRID)
+    values = drawn(generator, 4) * scales
+    row = values.flatten(1, 2)
+    row[:, 1:] += 0.9 * row[:, :-1]  # correlated: the metric of the fit is not the plain one
+    add(fit, values, drawn(generator, 4) + shifts(values, 3)[3])
 
     def loss(taps):
         return (torch.einsum("hk,hkl,hl->", taps, fit.gram, taps) - 2 * (taps * fit.cross).sum()).item()
@@ -85,20 +104,20 @@ def test_heads_without_values_do_not_matter():
     generator = torch.Generator().manual_seed(8)
     u, w, g = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (9, 9, HEADS))
     taps = g[:, None] * u + w
-    values = torch.randn(2, 120, CHANNELS, generator=generator, dtype=torch.float64)
+    values = drawn(generator)
     values[..., : CHANNELS // HEADS] = 0
-    targets = reference_conv(values, taps.repeat_interleave(CHANNELS // HEADS, 0).T.expand(2, -1, -1), GRID)
+    targets = convolved(values, taps)
     fit = TapFit(HEADS, 3)
-    fit.add(values, targets, GRID)
+    add(fit, values, targets)
     found = fit.expressible()
     torch.testing.assert_close(found[1:], taps[1:])
     assert found.isfinite().all()
     fit = TapFit(HEADS, 3)
-    fit.add(0 * values, targets, GRID)
+    add(fit, 0 * values, targets)
     assert torch.equal(fit.expressible(), torch.zeros_like(taps))
     layer = ATConv(CHANNELS).double()
     set_kernels(layer, fit.expressible())
-    assert not layer.kernels(values, GRID).any()
+    assert not layer.kernels(values).any()
 
 
 @pytest.mark.parametrize("size", [0.1, 30.0])
@@ -106,7 +125,7 @@ def test_heads_that_share_their_taps_can_learn_to_differ(size):
     generator = torch.Generator().manual_seed(9)
     layer, taps = ATConv(CHANNELS).double(), size * torch.randn(9, generator=generator, dtype=torch.float64)
     set_kernels(layer, taps.expand(HEADS, -1))
-    kernels = layer.kernels(torch.randn(2, 120, CHANNELS, generator=generator, dtype=torch.float64), GRID)
+    kernels = layer.kernels(drawn(generator))
     torch.testing.assert_close(kernels, taps[:, None].expand(2, -1, CHANNELS))
     (kernels * torch.randn(kernels.shape, generator=generator, dtype=torch.float64)).sum().backward()
     assert layer.kernel_proj.weight.grad.norm() > size  # slopes of the order of the taps
@@ -121,10 +140,10 @@ def test_the_layer_starts_with_the_taps_whatever_it_is_given(activation, inhibit
     u, w, g = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (9, 9, HEADS))
     taps = 40 * g[:, None] * u + w
     set_kernels(layer, taps)
-    x = torch.randn(3, 120, CHANNELS, generator=generator, dtype=torch.float64)
+    x = drawn(generator, 3)
     wanted = taps.repeat_interleave(CHANNELS // HEADS, 0).T.expand(3, -1, -1)
-    torch.testing.assert_close(layer.kernels(x, GRID), wanted, rtol=1e-9, atol=1e-9)
-    layer.kernels(x, GRID).square().sum().backward()  # from where it starts it can learn to look at its input
+    torch.testing.assert_close(layer.kernels(x), wanted, rtol=1e-9, atol=1e-9)
+    layer.kernels(x).square().sum().backward()  # from where it starts it can learn to look at its input
     assert layer.kernel_proj.weight.grad.abs().max() > 1e-3
 
 

@@ -66,11 +66,11 @@ def test_a_start_by_copy_is_the_attention_of_equal_shares(tiny, kind):
         attention = swap.attentions[name]
         value = attention.qkv if kind == "sit" else attention.to_v
         dim = value.in_features
-        x = torch.randn(2, 9, dim)
+        x = torch.randn(2, 3, 3, dim) if kind == "sit" else torch.randn(2, 9, dim)
         if kind == "sit":
             attention.qkv.weight.data[: 2 * dim] = 0
             attention.qkv.bias.data[: 2 * dim] = 0
-            ours, theirs = layer(x, grid=(3, 3)), attention(x)
+            ours, theirs = (each(x).flatten(1, 2) for each in (layer, attention))
         else:
             attention.to_q.weight.data.zero_()
             if attention.to_q.bias is not None:

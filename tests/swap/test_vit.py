@@ -13,6 +13,7 @@ from torch import nn
 
 from sit_atconv import swap_attention
 from sit_atconv.errors import InputError
+from sit_atconv.ops.atconv import on_grid
 from sit_atconv.swap.prefix import PrefixATConv
 
 PATCH, WIDTH, HEADS = 4, 12, 2
@@ -72,7 +73,7 @@ def test_prefix_as_the_attention_patches_as_the_oracle(prefix, changed, grid):
         ours, theirs = layer(x), attention(x)
         torch.testing.assert_close(ours[:, :count], theirs[:, :count])
         patches = x[:, count:]
-        kernels = layer.kernels(patches, grid)
+        kernels = layer.kernels(on_grid(patches, grid))
         weight, bias = attention.qkv.weight[2 * WIDTH :], attention.qkv.bias
         value = F.linear(patches, weight).transpose(1, 2).reshape(1, -1, *grid)
         mixed = F.conv2d(value, kernels.transpose(1, 2).reshape(-1, 1, 3, 3), padding=1, groups=2 * WIDTH)

@@ -1,4 +1,4 @@
-"""The operator in token layout with plain torch calls: no transpose, each block of rows finished while it is in cache.
+"""The operator with plain torch calls: no transpose, each block of rows finished while it is in cache.
 
 Shapes as in `reference`. In eager every tap is one in-place multiply-add over a whole block; sums are in fp32 at least.
 Under torch.compile `inlined` takes its place.
@@ -15,22 +15,23 @@ import torch
 BLOCK_BYTES = 5 * 2**20
 
 
-def _blocks(tokens: torch.Tensor, grid: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Cut (B, N, C) into (samples, rows) of about BLOCK_BYTES in the dtype that is summed in; uncut off a CPU."""
-    if tokens.device.type != "cpu":
-        yield slice(0, tokens.shape[0]), slice(0, grid[0])
+def _blocks(v: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, H, W, C) into (samples, rows) of about BLOCK_BYTES in the dtype that is summed in; uncut off a CPU."""
+    batch, height, width, channels = v.shape
+    if v.device.type != "cpu":
+        yield slice(0, batch), slice(0, height)
         return
-    row_bytes = grid[1] * tokens.shape[2] * sum_dtype(tokens).itemsize
+    row_bytes = width * channels * sum_dtype(v).itemsize
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    samples = max(1, rows // grid[0])
-    for b in range(0, tokens.shape[0], samples):
-        for h in range(0, grid[0], rows):
-            yield slice(b, min(b + samples, tokens.shape[0])), slice(h, min(h + rows, grid[0]))
+    samples = max(1, rows // height)
+    for b in range(0, batch, samples):
+        for h in range(0, height, rows):
+            yield slice(b, min(b + samples, batch)), slice(h, min(h + rows, height))
 
 
-def sum_dtype(tokens: torch.Tensor) -> torch.dtype:
+def sum_dtype(v: torch.Tensor) -> torch.dtype:
     """What sums over the taps are kept in: fp32, fp64 for fp64."""
-    return torch.promote_types(tokens.dtype, torch.float32)
+    return torch.promote_types(v.dtype, torch.float32)
 
 
 @lru_cache(maxsize=1024)
@@ -53,28 +54,27 @@ def _taps(start: int, stop: int, grid: tuple[int, int], k: int) -> tuple[tuple[i
     return tuple(taps)
 
 
-def _halo(rows: slice, grid: tuple[int, int], k: int) -> slice:
-    return slice(max(0, rows.start - k // 2), min(grid[0], rows.stop + k // 2))
+def _halo(rows: slice, height: int, k: int) -> slice:
+    return slice(max(0, rows.start - k // 2), min(height, rows.stop + k // 2))
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """v (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
-    return _convolve(v, kernels, grid, flip=False)
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """v (B, H, W, C), kernels (B, K, C) -> (B, H, W, C), contiguous."""
+    return _convolve(v, kernels, flip=False)
 
 
-def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The same with tap K - 1 - t in the place of t: grad_y (B, N, C), kernels (B, K, C) -> (B, N, C), contiguous."""
-    return _convolve(grad_y, kernels, grid, flip=True)
+def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """The same with tap K - 1 - t in the place of t: grad_y (B, H, W, C), kernels (B, K, C) -> (B, H, W, C)."""
+    return _convolve(grad_y, kernels, flip=True)
 
 
-def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool) -> torch.Tensor:
-    k, dtype = math.isqrt(kernels.shape[1]), sum_dtype(v)
+def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool) -> torch.Tensor:
+    k, dtype, grid = math.isqrt(kernels.shape[1]), sum_dtype(v), tuple(v.shape[1:3])
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    source, target = v.unflatten(1, grid), y.unflatten(1, grid)
     kernels = (kernels.flip(1) if flip else kernels).to(dtype).contiguous()[:, :, None, None]
-    for samples, rows in _blocks(v, grid):
-        block = source[samples, _halo(rows, grid, k)].to(dtype)
-        out = target[samples, rows]
+    for samples, rows in _blocks(v):
+        block = v[samples, _halo(rows, grid[0], k)].to(dtype)
+        out = y[samples, rows]
         total = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=v.device)
         weights = kernels[samples].unbind(1)
         for tap, here, there in _taps(rows.start, rows.stop, grid, k):
@@ -87,15 +87,14 @@ def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], fli
     return y
 
 
-def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
+def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c]: (B, K, C)."""
-    dtype = sum_dtype(v)
-    total = torch.zeros(v.shape[0], kernel_size**2, v.shape[2], dtype=dtype, device=v.device)
-    source, upstream = v.unflatten(1, grid), grad_y.unflatten(1, grid)
+    dtype, grid = sum_dtype(v), tuple(v.shape[1:3])
+    total = torch.zeros(v.shape[0], kernel_size**2, v.shape[3], dtype=dtype, device=v.device)
     scratch = None
-    for samples, rows in _blocks(v, grid):
-        block = source[samples, _halo(rows, grid, kernel_size)].to(dtype)
-        above = upstream[samples, rows].to(dtype)
+    for samples, rows in _blocks(v):
+        block = v[samples, _halo(rows, grid[0], kernel_size)].to(dtype)
+        above = grad_y[samples, rows].to(dtype)
         if scratch is None:
             scratch = torch.empty(above.numel(), dtype=dtype, device=v.device)
         for tap, here, there in _taps(rows.start, rows.stop, grid, kernel_size):

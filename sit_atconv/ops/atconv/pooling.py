@@ -1,7 +1,8 @@
 """Adaptive average pooling of tokens in one pass forward and one pass backward; shapes as in `reference`.
 
-torch's own adaptive pooling reads token layout well and has a slow gradient; a mean over slices is the reverse. The
-pooling is linear, so its gradient is its transpose, written out here, and the gradient of that is the pooling.
+torch's own adaptive pooling reads channels-last layout well and has a slow gradient; a mean over slices is the
+reverse. The pooling is linear, so its gradient is its transpose, written out here, and the gradient of that is the
+pooling.
 """
 
 import torch
@@ -11,11 +12,14 @@ from sit_atconv.ops.atconv import reference
 from sit_atconv.ops.forward_mode import forward_mode
 
 
-def _pool(x: torch.Tensor, grid: tuple[int, int], k: int, pool: str) -> torch.Tensor:
-    image = x.transpose(1, 2)  # a channels-last view, which the pooling reads as it lies
-    if pool == "raster":
-        return F.adaptive_avg_pool2d(image.unsqueeze(2), (1, k * k)).flatten(2).transpose(1, 2).contiguous()
-    return F.adaptive_avg_pool2d(image.unflatten(2, grid), k).flatten(2).transpose(1, 2).contiguous()
+def _pool(x: torch.Tensor, k: int, pool: str) -> torch.Tensor:
+    if pool == "raster":  # one row; flattened before it is an image: of a batch of one, an image loses its layout
+        x, size = x.flatten(1, 2).unsqueeze(1), (1, k * k)
+    else:
+        size = (k, k)
+    image = x.permute(0, 3, 1, 2)  # a channels-last view, which the pooling reads as it lies
+    pooled = F.adaptive_avg_pool2d(image, size)
+    return pooled.flatten(2).transpose(1, 2).contiguous()
 
 
 def _spread(g: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -32,39 +36,46 @@ def _spread(g: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 def _unpool(g: torch.Tensor, grid: tuple[int, int], k: int, pool: str) -> torch.Tensor:
+    """(B, K, C) -> (B, H, W, C)."""
     if pool == "raster":
-        return _spread(g, 1, grid[0] * grid[1])
-    return _spread(_spread(g.unflatten(1, (k, k)), 1, grid[0]), 2, grid[1]).flatten(1, 2)
+        return _spread(g, 1, grid[0] * grid[1]).unflatten(1, grid)
+    return _spread(_spread(g.unflatten(1, (k, k)), 1, grid[0]), 2, grid[1])
+
+
+def _apply(x: torch.Tensor, grid: tuple[int, int] | None, k: int, pool: str) -> torch.Tensor:
+    """The pooling, or with the grid to spread over, its transpose."""
+    return _pool(x, k, pool) if grid is None else _unpool(x, grid, k, pool)
 
 
 class _Pool(torch.autograd.Function):
-    """The pooling, or with `transposed` its transpose: each is the gradient of the other."""
+    """`_apply`: pooling and transpose are the gradient of one another."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, grid, k, pool, transposed):
-        return (_unpool if transposed else _pool)(x, grid, k, pool)
+    def forward(x, grid, k, pool):
+        return _apply(x, grid, k, pool)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *ctx.settings, ctx.transposed = inputs
+        x, grid, *ctx.settings = inputs
+        ctx.spread_over = tuple(x.shape[1:3]) if grid is None else None
 
     @staticmethod
     def backward(ctx, upstream):
-        return _differentiable(upstream, *ctx.settings, not ctx.transposed), None, None, None, None
+        return _differentiable(upstream, ctx.spread_over, *ctx.settings), None, None, None
 
 
-def _differentiable(x: torch.Tensor, grid: tuple[int, int], k: int, pool: str, transposed: bool) -> torch.Tensor:
-    """The pooling or its transpose; by plain torch calls where the function is of no use: without a gradient, in
-    forward mode, which they have, and for torch.jit.trace, which cannot save a function of Python's."""
+def _differentiable(x: torch.Tensor, grid: tuple[int, int] | None, k: int, pool: str) -> torch.Tensor:
+    """`_apply`; by plain torch calls where the function is of no use: without a gradient, in forward mode, which they
+    have, and for torch.jit.trace, which cannot save a function of Python's."""
     if forward_mode() or torch.jit.is_tracing() or not (x.requires_grad and torch.is_grad_enabled()):
-        return (_unpool if transposed else _pool)(x, grid, k, pool)
-    return _Pool.apply(x, grid, k, pool, transposed)
+        return _apply(x, grid, k, pool)
+    return _Pool.apply(x, grid, k, pool)
 
 
-def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, N, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
+def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
+    """x (B, H, W, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
     if torch.compiler.is_compiling():
-        return reference.pool_tokens(x, grid, kernel_size, pool)
-    return _differentiable(x, grid, kernel_size, pool, False)
+        return reference.pool_tokens(x, kernel_size, pool)
+    return _differentiable(x, None, kernel_size, pool)

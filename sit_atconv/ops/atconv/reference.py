@@ -1,6 +1,6 @@
 """The readable oracle: every function as its equation (arXiv 2510.20092), in the dtype of its input, fp64 included.
 
-Names: B batch, N = H * W tokens in raster order, C channels, k kernel size, K = k * k taps.
+Names: B batch, H, W the grid, C channels, k kernel size, K = k * k taps.
 """
 
 import math
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 
-def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, N, C) -> (B, K, C), means over K bins.
+def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
+    """x (B, H, W, C) -> (B, K, C), means over K bins.
 
-    raster: bin i holds the tokens [floor(i N / K), ceil((i + 1) N / K)) of the flattened grid.
+    raster: bin i holds the tokens [floor(i N / K), ceil((i + 1) N / K)) of the N = H W of the flattened grid.
     grid: bin (i, j) holds the rows [floor(i H / k), ceil((i + 1) H / k)) and the columns likewise.
     """
 
@@ -21,8 +21,8 @@ def pool_tokens(x: torch.Tensor, grid: tuple[int, int], kernel_size: int, pool: 
         return torch.stack([x.narrow(dim, start, stop - start).mean(dim) for start, stop in edges], dim)
 
     if pool == "raster":
-        return means(x, 1, kernel_size**2)
-    return means(means(x.unflatten(1, grid), 1, kernel_size), 2, kernel_size).flatten(1, 2)
+        return means(x.flatten(1, 2), 1, kernel_size**2)
+    return means(means(x, 1, kernel_size), 2, kernel_size).flatten(1, 2)
 
 
 def inhibit(kernels: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
@@ -30,19 +30,19 @@ def inhibit(kernels: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor
     return kernels - factor * kernels.mean(1, keepdim=True)
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     """y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c], zero padding.
 
-    v (B, N, C), kernels (B, K, C) -> y (B, N, C).
+    v (B, H, W, C), kernels (B, K, C) -> y (B, H, W, C).
     """
-    y = torch.zeros_like(v.unflatten(1, grid))
-    for tap, shifted in enumerate(shifts(v, grid, math.isqrt(kernels.shape[1]))):
+    y = torch.zeros_like(v)
+    for tap, shifted in enumerate(shifts(v, math.isqrt(kernels.shape[1]))):
         y = y + kernels[:, tap, None, None, :] * shifted
-    return y.flatten(1, 2)
+    return y
 
 
-def shifts(v: torch.Tensor, grid: tuple[int, int], k: int) -> list[torch.Tensor]:
+def shifts(v: torch.Tensor, k: int) -> list[torch.Tensor]:
     """What each tap sees: v[b, h + i - k // 2, w + j - k // 2, c], zero outside; k * k of (B, H, W, C)."""
-    height, width = grid
-    padded = F.pad(v.unflatten(1, grid), (0, 0, k // 2, k // 2, k // 2, k // 2))
+    height, width = v.shape[1:3]
+    padded = F.pad(v, (0, 0, k // 2, k // 2, k // 2, k // 2))
     return [padded[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]

@@ -164,49 +164,50 @@ def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _convolve(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int], flip: bool) -> torch.Tensor:
+def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool) -> torch.Tensor:
     v, kernels = _contiguous(v, kernels)
     y = v.new_empty(v.shape)
-    constants = convolution_constants(v.dtype, v.shape[2], math.isqrt(kernels.shape[1]), flip)
-    tiles = triton.cdiv(grid[0], constants["ROWS"]) * triton.cdiv(grid[1], constants["COLS"])
-    programs = v.shape[0] * tiles * triton.cdiv(v.shape[2], constants["BLOCK_C"])
+    batch, height, width, channels = v.shape
+    constants = convolution_constants(v.dtype, channels, math.isqrt(kernels.shape[1]), flip)
+    tiles = triton.cdiv(height, constants["ROWS"]) * triton.cdiv(width, constants["COLS"])
+    programs = batch * tiles * triton.cdiv(channels, constants["BLOCK_C"])
     with torch.cuda.device_of(v):
-        convolution_kernel[(programs,)](v, kernels, y, *grid, **constants, num_warps=WARPS)
+        convolution_kernel[(programs,)](v, kernels, y, height, width, **constants, num_warps=WARPS)
     return y
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     """y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c], summed in fp32.
 
-    v (B, N, C) with N = H * W, kernels (B, K, C), grid (H, W) -> contiguous (B, N, C) in the dtype of v.
+    v (B, H, W, C), kernels (B, K, C) -> contiguous (B, H, W, C) in the dtype of v.
     Raises ValueError for a dtype that is not in DTYPES or a sample of 2**31 values.
     """
-    return _convolve(v, kernels, grid, flip=False)
+    return _convolve(v, kernels, flip=False)
 
 
-def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     """dv[b, h, w, c] = sum_ij kernels[b, K - 1 - i k - j, c] * grad_y[b, h + i - k // 2, w + j - k // 2, c].
 
-    grad_y (B, N, C), kernels (B, K, C) -> contiguous (B, N, C); dtypes and errors as in `dynamic_depthwise_conv`.
+    grad_y (B, H, W, C), kernels (B, K, C) -> contiguous (B, H, W, C); dtypes and errors as in `dynamic_depthwise_conv`.
     """
-    return _convolve(grad_y, kernels, grid, flip=True)
+    return _convolve(grad_y, kernels, flip=True)
 
 
-def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, grid: tuple[int, int], kernel_size: int) -> torch.Tensor:
+def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c].
 
-    v and grad_y (B, N, C) -> contiguous (B, K, C) in the dtype of v; errors as in `dynamic_depthwise_conv`.
+    v and grad_y (B, H, W, C) -> contiguous (B, K, C) in the dtype of v; errors as in `dynamic_depthwise_conv`.
     The fp32 sums of S splits of the positions are added by torch: no atomics, so two runs agree to the bit.
     """
     v, grad_y = _contiguous(v, grad_y)
-    batch, _, channels = v.shape
+    batch, height, width, channels = v.shape
     constants = grad_kernels_constants(v.dtype, channels, kernel_size)
-    tiles = triton.cdiv(grid[0], constants["ROWS"]) * triton.cdiv(grid[1], constants["COLS"])
+    tiles = triton.cdiv(height, constants["ROWS"]) * triton.cdiv(width, constants["COLS"])
     programs = batch * triton.cdiv(channels, constants["BLOCK_C"]) * (kernel_size // constants["COLUMNS"])
     splits, tiles_per_split = splits_of(tiles, programs)
     partial = v.new_empty((batch, splits, kernel_size**2, channels), dtype=torch.float32)
     with torch.cuda.device_of(v):
         grad_kernels_kernel[(programs * splits,)](
-            v, grad_y, partial, *grid, splits, tiles_per_split, **constants, num_warps=WARPS
+            v, grad_y, partial, height, width, splits, tiles_per_split, **constants, num_warps=WARPS
         )
     return partial.sum(1).to(v.dtype)
