@@ -84,7 +84,7 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Fou
         raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
     except ValueError:
         stored = None
-    if not isinstance(stored, dict):
+    if not (stored and isinstance(stored, dict)):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
     try:
         said = "; ".join(changed(stored))
