@@ -348,7 +348,9 @@ def last_evaluation(run: Path) -> dict[str, Any] | None:
         return next(reversed(read_rows(run / EVALS, EVAL_FORM)), None)
     except (OSError, Malformed) as error:
         said = f"{error.strerror or error}" if isinstance(error, OSError) else error
-        raise InputError(f"{str(run / EVALS)!r} cannot be read: {said}; the same command writes it anew") from None
+        raise InputError(
+            f"{str(run / EVALS)!r} cannot be read: {said}; take that line away, and the same command evaluates anew"
+        ) from None
 
 
 def dry_run(recipe: ClassifierRecipe) -> str:

@@ -90,7 +90,7 @@ def test_an_accuracy_is_not_of_logits_that_are_not_finite(recipe, monkeypatch, c
 def test_an_evaluation_without_its_figures_is_told(recipe):
     last = train(recipe)
     (last.parent / "evals.jsonl").write_text('{"step": 3, "num": 2}\n')
-    with pytest.raises(InputError, match=r"evals\.jsonl.*ema_top1 is missing; take that line away"):
+    with pytest.raises(InputError, match=r"evals\.jsonl.*ema_loss is missing; take that line away"):
         report(last, recipe)
 
 
