@@ -43,7 +43,7 @@ CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncat
 
 @dataclass(frozen=True)
 class Subcommand:
-    """A command that writes to --out: {0} are its inputs, {1} what it writes."""
+    """A command that writes to --out: {0} are its inputs, {1} what it writes, {2} that without its ending."""
 
     name: str
     module: str  # of its `main`
@@ -66,7 +66,7 @@ SUBCOMMANDS = [
         "likelihood --ckpt {0}/run --num 8 --sampler euler --steps 2 --out {1}", "likelihood.json",
     ),
     Subcommand(
-        "speed", "sampling.__main__", "speed --models SiT-S/8 --sizes 64 --batch 1 --rounds 1 --dtype fp32 --out {1}",
+        "speed", "sampling.__main__", "speed --models SiT-S/8 --sizes 64 --batch 1 --rounds 1 --dtype fp32 --out {2}",
         "speed.json", ("speed.md", "speed.png"), anew=True, same=False,
     ),
     Subcommand(
@@ -138,8 +138,8 @@ class Place:
 
     def run(self, die_at: int | None = None, after: float | None = None, limit: int | None = None) -> Ended:
         """Run the command, killed before its change number `die_at`, or `after` seconds."""
-        stem = self.out.with_suffix("") if self.command.name == "speed" else self.out
-        words = [word.format(self.inputs, stem) for word in self.command.words.split()]
+        places = self.inputs, self.out, self.out.with_suffix("")
+        words = [word.format(*places) for word in self.command.words.split()]
         forked = Forked(_run, self.command.module, words, str(self.folder.resolve()), die_at, limit)
         forked.read()
         if after is not None:
@@ -203,7 +203,8 @@ def _kill_and_run_again(place: Place, whole: Place, changes: int, seconds: float
     expect(killed.status == -signal.SIGKILL, f"was not killed: exit status {killed.status}: {killed.said[-300:]}")
     complete = place.whole
     again = place.run()
-    if complete and again.refused and not place.command.goes_on:
+    if complete and not (place.command.goes_on or place.command.anew):
+        expect(again.refused is not None, f"not refused: exit status {again.status}: {again.said[-300:]}")
         expect("exists already" in again.refused, f"refused: {again.refused}")
     else:
         expect(again.status == 0, f"run again: exit status {again.status}: {again.said[-300:]}")
