@@ -4,7 +4,8 @@ from pathlib import Path
 
 from sit_atconv.checkpoint import read_manifest
 from sit_atconv.classification import train
-from sit_atconv.classification.loop import dry_run, last_evaluation, steps_of
+from sit_atconv.classification.evaluation import last_evaluation
+from sit_atconv.classification.plan import dry_run, steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import command, speaks

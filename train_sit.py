@@ -7,10 +7,10 @@ from eval.score import training_scorer
 from sit_atconv.checkpoint import step_of
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.errors import command, speaks
-from sit_atconv.plan import dry_run
 from sit_atconv.training import train
 from sit_atconv.training.folder import check_place
 from sit_atconv.training.launch import training_arguments
+from sit_atconv.training.plan import dry_run
 
 
 def run(prog: str, about: str, argv: list[str] | None, check: Callable[[Recipe], None] = lambda recipe: None) -> None:

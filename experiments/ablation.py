@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from experiments.ablation_plot import draw
 from sit_atconv import checkpoint, config, draws, limits
-from sit_atconv.classification.loop import last_evaluation, steps_of
+from sit_atconv.classification.evaluation import last_evaluation
+from sit_atconv.classification.plan import steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits

@@ -18,7 +18,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,31 +96,36 @@ def write_pretrained(model: SiTTransformer2DModel, tensors: dict[str, torch.Tens
     whole.save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module of a checkpoint: its folder there, and how it is written into it, given with its full tensors."""
+
+    folder: str
+    module: torch.nn.Module
+    write: Callable[[torch.nn.Module, dict[str, torch.Tensor], Path], None]
+
+
 def save(
     run: Path,
     step: int,
-    models: Mapping[str, torch.nn.Module],
-    projectors: torch.nn.Module | None,
+    parts: Sequence[Part],
     trained: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     trainer: dict[str, Any],
     facts: dict[str, Any],
-    write: Callable[[torch.nn.Module, dict[str, torch.Tensor], Path], None] = write_pretrained,
 ) -> Path:
     """Write `run`/step-XXXXXXX, whole or not at all. Collective: every process calls it, and the main one writes, but
     for the optimiser's shards.
 
-    models: by their folder. projectors: REPA's, stored in model/. trained: whose parameters the optimiser has.
-    trainer: what the loop needs to go on. facts: what the manifest says of the run (recipe, data, codec, ...).
-    write: puts one of the models, given with its full tensors, into a folder: config.json and safetensors.
+    trained: whose parameters the optimiser has. trainer: what the loop needs to go on. facts: what the manifest says of
+    the run (recipe, data, codec, ...).
     Raises in every process, with nothing left behind: InputError when a weight is not finite or a file cannot be
     written, DiskFull when the disk lacks room.
     """
-    parts = {**models, "projectors": projectors} if projectors else dict(models)
-    check_finite(step, parts)
+    check_finite(step, [part.module for part in parts])
     final = folder_of(run, step)
     temporary = unfinished(final)
-    stored = [part.state_dict() for part in parts.values()] + [sharding.optimizer_tensors(trained, optimizer)]
+    stored = [part.module.state_dict() for part in parts] + [sharding.optimizer_tensors(trained, optimizer)]
     needed = sum(tensor.numel() * tensor.element_size() for tensors in stored for tensor in tensors.values())
 
     @contextmanager
@@ -140,14 +145,11 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             check_space(run, needed)
             temporary.mkdir(parents=True)
-    for name, part in parts.items():
-        tensors = sharding.full_tensors(part)
+    for part in parts:
+        tensors = sharding.full_tensors(part.module)
         with writing() as main:
-            if main and part is projectors:
-                # Projectors' own constructor, also where FSDP has put its class over it.
-                type(part).from_state_dict(tensors, part.encoder_depth).save(temporary / "model")
-            elif main:
-                write(part, tensors, temporary / name)
+            if main:
+                part.write(part.module, tensors, temporary / part.folder)
     with writing():
         sharding.save_optimizer(temporary, trained, optimizer)
     with writing() as main:
@@ -170,15 +172,15 @@ def save(
     return final
 
 
-def check_finite(step: int, parts: Mapping[str, torch.nn.Module]) -> None:
-    """Raise InputError in every process where one holds a tensor of the models that is not finite. Collective."""
-    sharding.raise_together(_not_finite(step, parts))
+def check_finite(step: int, modules: Iterable[torch.nn.Module]) -> None:
+    """Raise InputError in every process where one holds a tensor of the modules that is not finite. Collective."""
+    sharding.raise_together(_not_finite(step, modules))
 
 
-def _not_finite(step: int, parts: Mapping[str, torch.nn.Module]) -> InputError | None:
+def _not_finite(step: int, modules: Iterable[torch.nn.Module]) -> InputError | None:
     """What to say of the first tensor that is not finite in what this process holds."""
-    for part in parts.values():
-        for name, tensor in part.state_dict().items():
+    for module in modules:
+        for name, tensor in module.state_dict().items():
             if not sharding.local(tensor).isfinite().all():
                 return InputError(
                     f"step {step}: {name} is not finite, no checkpoint written; begin a new run with a lower train.lr"

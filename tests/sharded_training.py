@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sit_atconv import SiTTransformer2DModel, checkpoint, create_model, sharding
 from sit_atconv.errors import InputError
-from sit_atconv.layers.projectors import Projectors
+from sit_atconv.layers.projectors import Projectors, write_projectors
 
 STEP, MORE, BATCH, DECAY = 3, 2, 8, 0.9
 
@@ -88,7 +88,9 @@ def follow(average: torch.nn.Module, model: torch.nn.Module) -> None:
 
 def save(run: Path, aligned: Aligned, average: torch.nn.Module, optimizer, step: int = STEP) -> Path:
     models = {"model": aligned.model, "ema": average}
-    return checkpoint.save(run, step, models, aligned.projectors, aligned, optimizer, {"skipped": 0}, {})
+    parts = [checkpoint.Part(name, model, checkpoint.write_pretrained) for name, model in models.items()]
+    parts.append(checkpoint.Part("model", aligned.projectors, write_projectors))
+    return checkpoint.save(run, step, parts, aligned, optimizer, {"skipped": 0}, {})
 
 
 def accelerator_with_fsdp2(precision: str, parts: int) -> Accelerator:

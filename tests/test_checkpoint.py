@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sit_atconv import checkpoint, create_model, files, sharding
+from sit_atconv.checkpoint import Part, write_pretrained
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.layers.projectors import Projectors
+from sit_atconv.layers.projectors import Projectors, write_projectors
 
 
 def small_model(seed=0):
@@ -51,11 +52,16 @@ def step(model, optimizer):
     optimizer.zero_grad()
 
 
+def parts_of(models, projectors: Projectors | None = None) -> list[Part]:
+    parts = [Part(name, model, write_pretrained) for name, model in models.items()]
+    return parts + ([Part("model", projectors, write_projectors)] if projectors else [])
+
+
 def save(run: Path, number: int, seed: int = 0, projectors: Projectors | None = None, **averages) -> Path:
     model, optimizer = trained_once(seed)
     models = {"model": model, "ema": small_model(5), **averages}
     facts = {"images_seen": number * 8, "recipe": {"a": 1}}
-    return checkpoint.save(run, number, models, projectors, model, optimizer, {"skipped": 0}, facts)
+    return checkpoint.save(run, number, parts_of(models, projectors), model, optimizer, {"skipped": 0}, facts)
 
 
 def test_layout_and_manifest(tmp_path):
@@ -103,7 +109,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path):
 
 def test_an_optimizer_that_took_no_step_has_nothing_to_give_back(tmp_path):
     model = small_model()
-    folder = checkpoint.save(tmp_path, 1, {"model": model}, None, model, make_optimizer(model), {}, {})
+    folder = checkpoint.save(tmp_path, 1, parts_of({"model": model}), model, make_optimizer(model), {}, {})
     optimizer = make_optimizer(model)
     checkpoint.load_optimizer(folder, model, optimizer)
     assert not optimizer.state
@@ -502,7 +508,7 @@ def test_a_non_finite_weight_is_never_written(tmp_path):
         ({"model": model}, broken, "projectors.0.4.bias"),
     ):
         with pytest.raises(InputError, match=f"step 1: {re.escape(name)} is not finite"):
-            checkpoint.save(tmp_path, 1, models, projectors, model, optimizer, {}, {})
+            checkpoint.save(tmp_path, 1, parts_of(models, projectors), model, optimizer, {}, {})
     assert not names(tmp_path)
 
 

@@ -10,7 +10,8 @@ from sit_atconv import SiTTransformer2DModel, config, data
 from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
 from sit_atconv.errors import InputError
 from sit_atconv.generation import Sampling
-from sit_atconv.plan import dry_run, preview_sampling, time_sampling
+from sit_atconv.training.objectives.flow import time_sampling
+from sit_atconv.training.plan import dry_run, preview_sampling
 
 SHIPPED = sorted((ROOT / "experiments/recipes").glob("*.yaml"))
 RECIPES = [path for path in SHIPPED if "attnet" not in path.stem]  # those: tests/classification/test_recipes.py

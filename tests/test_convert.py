@@ -193,11 +193,12 @@ def test_attention_repa_without_projectors_is_told_by_form_alone(tmp_path):
 
 def test_a_training_checkpoint_of_ours_goes_to_the_public_layout(tmp_path):
     from sit_atconv import checkpoint
+    from sit_atconv.checkpoint import write_pretrained
 
     model, ema = tiny(token_mixer="hybrid"), tiny(token_mixer="hybrid", num_classes=5)
     nn.init.ones_(ema.final_layer.linear.bias)
-    models = {"model": model, "ema": ema}
-    checkpoint.save(tmp_path / "run", 3, models, None, model, torch.optim.SGD(model.parameters()), {}, {})
+    parts = [checkpoint.Part("model", model, write_pretrained), checkpoint.Part("ema", ema, write_pretrained)]
+    checkpoint.save(tmp_path / "run", 3, parts, model, torch.optim.SGD(model.parameters()), {}, {})
     for source, expected in (("run", ema), ("run/step-0000003/model", model)):
         out = tmp_path / f"{Path(source).name}.safetensors"
         export_public(tmp_path / source, out)

@@ -25,7 +25,7 @@ from sit_atconv.errors import InputError
 from sit_atconv.generation import Sampling
 from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.pipelines.export import main as export
-from sit_atconv.plan import dry_run
+from sit_atconv.training.plan import dry_run
 
 SCHEMAS = {"sit": Recipe, "classifier": ClassifierRecipe}
 COMMANDS = [

@@ -39,6 +39,7 @@ from sit_atconv.files import (
 )
 from sit_atconv.latents import __main__ as latents
 from sit_atconv.pipelines import export
+from sit_atconv.training.trainer import Trainer
 
 DIGITS, ATTNET = "experiments/recipes/digits_sit.yaml", "experiments/recipes/digits_attnet.yaml"
 
@@ -414,13 +415,13 @@ def test_a_run_that_fails_at_once_takes_back_what_it_made(recipe_file, bad_image
     assert not (tmp_path / "above").exists()
     assert not (tmp_path / "new").exists()
     # What others put there meanwhile stays, and so does the folder.
-    fetch = train_sit.train.__globals__["_Trainer"]._fetch
+    fetch = Trainer._fetch
 
     def meanwhile(self, signals):
         (self.run / "thesis.txt").write_text("mine")
         return fetch(self, signals)
 
-    monkeypatch.setattr(train_sit.train.__globals__["_Trainer"], "_fetch", meanwhile)
+    monkeypatch.setattr(Trainer, "_fetch", meanwhile)
     fails(train_sit.main, recipe, f"run.out={tmp_path}/other", *bad_images)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 

@@ -25,8 +25,9 @@ from sit_atconv.config import load_recipe
 from sit_atconv.devices import FP32_SWITCHES
 from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
-from sit_atconv.training import loop, train
+from sit_atconv.training import train
 from sit_atconv.training.faults import StopSignals
+from sit_atconv.training.objectives.flow import FlowObjective
 
 
 def state() -> dict:
@@ -96,23 +97,23 @@ def test_training(same, recipe_file):
 
 
 def test_training_that_stops(same, recipe_file, monkeypatch):
-    def fault(self, batch):
+    def fault(self, batch, forward):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(loop._Trainer, "_losses", fault)
+    monkeypatch.setattr(FlowObjective, "losses", fault)
     with same(ZeroDivisionError):
         train(load_recipe(recipe_file()))
 
 
 def test_a_stream_that_is_changed_within_stays_so(recipe_file, monkeypatch):
     other = open(os.devnull, "w")  # noqa: SIM115
-    losses = loop._Trainer._losses
+    losses = FlowObjective.losses
 
-    def changing(self, batch):
+    def changing(self, batch, forward):
         monkeypatch.setattr(sys, "stdout", other)
-        return losses(self, batch)
+        return losses(self, batch, forward)
 
-    monkeypatch.setattr(loop._Trainer, "_losses", changing)
+    monkeypatch.setattr(FlowObjective, "losses", changing)
     train(load_recipe(recipe_file(), ["train.max_steps=1"]))
     assert sys.stdout is other
     other.close()

@@ -22,7 +22,9 @@ from sit_atconv import limits
 from sit_atconv.config import make_recipe
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
-from sit_atconv.training import loop, train
+from sit_atconv.training import train
+from sit_atconv.training.objectives.flow import FlowObjective
+from sit_atconv.training.trainer import Trainer
 
 LATENTS = 8192
 GOALS = {"overhead": 0.05, "growth": 0.02}
@@ -35,7 +37,7 @@ class Steps:
         self.without_model, self.times, self.memory = without_model, [], []
 
     def __enter__(self) -> "Steps":
-        self.kept = loop._Trainer._fetch, loop._Trainer._losses
+        self.kept = Trainer._fetch, FlowObjective.losses
         fetch, steps = self.kept[0], self
 
         def timed_fetch(trainer, signals):
@@ -43,17 +45,17 @@ class Steps:
             steps.memory.append(resident())
             return fetch(trainer, signals)
 
-        def no_losses(trainer, batch):
-            trainer.codec.encode(batch["image"], batch.get("posterior"))
+        def no_losses(objective, batch, forward):
+            objective.encode(batch)
             return [torch.zeros(len(batch["t"]), requires_grad=True)]
 
-        loop._Trainer._fetch = timed_fetch
+        Trainer._fetch = timed_fetch
         if self.without_model:
-            loop._Trainer._losses = no_losses
+            FlowObjective.losses = no_losses
         return self
 
     def __exit__(self, *error) -> None:
-        loop._Trainer._fetch, loop._Trainer._losses = self.kept
+        Trainer._fetch, FlowObjective.losses = self.kept
 
     def each(self) -> list[float]:
         """Seconds of the steps, the first left out: it starts what the others use."""

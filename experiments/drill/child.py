@@ -11,16 +11,19 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from experiments.drill.subjects import LETTERS, SUBJECTS, Subject
 from sit_atconv import checkpoint
+from sit_atconv.training.trainer import Trainer
 
 DONE = b"."
 
 
-def trainer_of(subject: Subject) -> type:
-    module, name = subject.trainer.split(":")
+def named(place: str) -> type:
+    """The class at module:class."""
+    module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -36,9 +39,9 @@ def announce(subject: Subject, descriptor: int) -> None:
 
         return wrapped
 
-    trainer = trainer_of(subject)
-    for phase, method in subject.phases.items():
-        setattr(trainer, method, telling(getattr(trainer, method), phase))
+    for phase, place in subject.phases.items():
+        owner, method = place.rsplit(".", 1)
+        setattr(named(owner), method, telling(getattr(named(owner), method), phase))
     checkpoint.save = telling(checkpoint.save, "checkpoint")
 
 
@@ -48,34 +51,33 @@ def poison(subject: Subject, rank: int, step: int, images: bool, on: bool) -> No
     NaN gradients would reach the other processes by themselves: what is tried is that they agree.
     images: NaN goes in with the images instead, and through the whole model. on: in the steps that follow, too.
     """
-    trainer = trainer_of(subject)
-    losses = trainer._losses
+    objective = named(subject.objective)
+    losses = objective.losses
     nan = torch.tensor(float("nan"))
 
-    def poisoned(self, batch):
-        here = self.step + 1 >= step if on else self.step + 1 == step
-        bad = here and self.accelerator.process_index == rank
+    def poisoned(self, batch, forward):
+        here = forward.step + 1 >= step if on else forward.step + 1 == step
+        bad = here and PartialState().process_index == rank
         if bad and images:
             batch = {**batch, "image": batch["image"] + nan}
-        return [loss + nan if bad and not images else loss for loss in losses(self, batch)]
+        return [loss + nan if bad and not images else loss for loss in losses(self, batch, forward)]
 
-    trainer._losses = poisoned
+    objective.losses = poisoned
 
 
-def watch_weights(subject: Subject) -> None:
+def watch_weights() -> None:
     """Exit where the processes' models differ at a checkpoint, of which the first process alone writes its own."""
-    trainer = trainer_of(subject)
-    save = trainer._save
+    save = Trainer._save
 
     def watched(self):
         found = hashlib.sha256()
-        for tensor in self.bare.state_dict().values():
+        for tensor in self.objective.model.state_dict().values():
             found.update(tensor.numpy().tobytes())
         if len(set(gather_object([found.hexdigest()]))) > 1:
             sys.exit(f"the processes have different weights at step {self.step}")
         save(self)
 
-    trainer._save = watched
+    Trainer._save = watched
 
 
 def forked(descriptor: int, facts: dict, name: str, words: list[str], announced: bool) -> None:
@@ -101,7 +103,7 @@ def main() -> None:
     for name, how in faults.items():
         if place := getattr(args, name):
             poison(subject, *map(int, place.split(":")), *how)
-            watch_weights(subject)
+            watch_weights()
     importlib.import_module(Path(subject.script).stem).main(arguments)
 
 

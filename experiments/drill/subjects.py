@@ -7,15 +7,17 @@ STEPS = 60
 CHECKPOINT = {"every": 4, "keep_last": 2, "keep_every": 20}
 LETTERS = {"step": b"s", "preview": b"p", "snapshot": b"e", "evaluation": b"v", "checkpoint": b"c", "score": b"f"}
 
+STEP, ACTIVITIES = "sit_atconv.training.trainer:Trainer._optimize", "sit_atconv.training.activities"
+
 
 @dataclass(frozen=True)
 class Subject:
     """A trainer, and what differs from the other one in a drill."""
 
     script: str  # of the command
-    trainer: str  # module:class of its loop
+    objective: str  # module:class of what it minimises
     recipe: dict[str, Any]  # but for run
-    phases: dict[str, str]  # the method that is a phase; a checkpoint is written by neither
+    phases: dict[str, str]  # the method that is a phase, module:class.method; a checkpoint is written by neither
     killed_in: tuple[str, ...]  # phases, in turn
     weights: str  # file of a model in a checkpoint
     timeless: tuple[str, ...]  # of a log's row: what does not depend on the clock or the machine
@@ -25,7 +27,7 @@ class Subject:
 
 SIT = Subject(
     script="train_sit.py",
-    trainer="sit_atconv.training.loop:_Trainer",
+    objective="sit_atconv.training.objectives.flow:FlowObjective",
     recipe={
         "model": {
             "patch_size": 2, "hidden_size": 48, "depth": 2, "num_heads": 2, "learn_sigma": False,
@@ -37,7 +39,7 @@ SIT = Subject(
         "checkpoint": CHECKPOINT,
         "preview": {"every": 5, "num": 10, "steps": 4},
     },
-    phases={"step": "_optimize", "preview": "_draw_preview", "snapshot": "_snapshot"},
+    phases={"step": STEP, "preview": f"{ACTIVITIES}:Previews.after_step", "snapshot": f"{ACTIVITIES}:Snapshots.take"},
     killed_in=("step", "checkpoint", "preview", "checkpoint", "step", "snapshot"),
     weights="diffusion_pytorch_model.safetensors",
     timeless=(
@@ -52,7 +54,7 @@ SIT = Subject(
 SCORES = replace(
     SIT,
     recipe={**SIT.recipe, "preview": {"every": 0, "steps": 2}, "score": {"every": 6, "num": 40}},
-    phases={"step": "_optimize", "score": "_score"},
+    phases={"step": STEP, "score": f"{ACTIVITIES}:Scores.after_step"},
     killed_in=("score", "checkpoint", "step"),
 )
 SUBJECTS = {
@@ -60,7 +62,7 @@ SUBJECTS = {
     "scores": SCORES,
     "attnet": Subject(
         script="train_attnet.py",
-        trainer="sit_atconv.classification.loop:_Classifier",
+        objective="sit_atconv.classification.objective:ClassificationObjective",
         recipe={
             "data": {"repeats": 3},
             "augment": {"scale": [0.5, 1.0], "hflip": 0.5, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
@@ -77,7 +79,7 @@ SUBJECTS = {
             "eval": {"every_epochs": 7 * 16 / 1437},
             "checkpoint": CHECKPOINT,
         },
-        phases={"step": "_optimize", "evaluation": "_evaluate"},
+        phases={"step": STEP, "evaluation": "sit_atconv.classification.evaluation:Evaluation.evaluate"},
         killed_in=("step", "checkpoint", "evaluation", "checkpoint", "step", "evaluation"),
         weights="model.safetensors",
         timeless=("step", "images_seen", "loss", "grad_norm", "lr", "update_ratio", "skipped", "bad_images"),

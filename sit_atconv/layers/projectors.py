@@ -96,3 +96,8 @@ class Projectors(nn.Module):
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{str(path)!r} is cut or damaged: {error}") from None
         return cls.from_state_dict(state, depth)
+
+
+def write_projectors(projectors: Projectors, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write projectors, whose own tensors may be sharded, as `Projectors.load` reads them. tensors: the full ones."""
+    Projectors.from_state_dict(tensors, projectors.encoder_depth).save(folder)

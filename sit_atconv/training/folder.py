@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +17,7 @@ from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
 from sit_atconv.reading import read_yaml
+from sit_atconv.training.objectives import FROZEN
 
 BEGUN = (LOCK, "log.jsonl")  # one of them lies in the folder of every run
 
@@ -57,10 +60,25 @@ def _is_run(run: Path) -> bool:
 Found = tuple[Path, dict[str, Any]] | None
 
 
+@dataclass
+class Claimed:
+    """A run's folder, taken by this start: what a manifest says of the run, the checkpoint to go on from with its
+    manifest, and the main process's lock where there was a folder already."""
+
+    described: dict[str, Any]
+    found: Found
+    lock: TextIO | None
+
+
 def claim(
-    accelerator: Accelerator, out: str, look: Callable[[Path], Found], must_resume: bool, force: bool = False
-) -> tuple[Found, TextIO | None]:
-    """What a run's folder holds to go on from, and its lock: of the main process, told to all.
+    accelerator: Accelerator,
+    out: str,
+    described: dict[str, Any],
+    look: Callable[[Path], Found],
+    must_resume: bool,
+    force: bool = False,
+) -> Claimed:
+    """Take a run's folder, on the main process, and tell all what it holds.
 
     look: gives the checkpoint, or raises InputError for a folder that is not this run's; by `force`, that is set aside,
     and a new run begins. Raises that in every process, and where `must_resume` and there is nothing to go on from.
@@ -87,7 +105,7 @@ def claim(
         raise error
     if must_resume and not found:
         raise InputError(f"--resume: there is no checkpoint in {str(run)!r} to go on from")
-    return found, held
+    return Claimed(described, found, held)
 
 
 def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Found:
@@ -156,10 +174,8 @@ def check_run_folder(
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
         check_same_codec(manifest.get("codec", {}), described["codec"])
         check_same_data(run, manifest, described)
-        for part, name, stated in (
-            ("encoder", "repa.encoder", recipe.repa.encoder),
-            ("teacher", "distill.teacher", recipe.distill.teacher),
-        ):
+        for part, name in FROZEN.items():
             if manifest.get(part) != described[part]:
+                stated = attrgetter(name)(recipe)
                 raise InputError(f"{name}={stated!r} is not the one of run.out={str(run)!r}: other weights")
     return found

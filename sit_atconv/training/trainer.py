@@ -1,10 +1,10 @@
-"""The part of training that does not ask what is trained: steps, faults, reports, and checkpoints to go on from."""
+"""The one loop: steps of an objective, faults, reports, and checkpoints to go on from. It knows no kind of them."""
 
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from sit_atconv import checkpoint, sharding
 from sit_atconv.console import progress, say
-from sit_atconv.data.loading import check_bad
-from sit_atconv.ema import SNAPSHOTS
+from sit_atconv.data.loading import TrainingBatches, check_bad
+from sit_atconv.data.samples import RankPositions, Samples
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.reading import COUNT, read_json
 from sit_atconv.training.faults import StopSignals, agree
-from sit_atconv.training.folder import lock
-from sit_atconv.training.log import Log, Trackers, peak_flops, peak_memory
+from sit_atconv.training.folder import Claimed, lock
+from sit_atconv.training.log import Log, Means, Trackers, peak_flops, peak_memory
+from sit_atconv.training.objectives.objective import Forward, Objective
 from sit_atconv.training.optimizer import step_and_weight_squares
-
-PREVIEWS = "previews"
 
 SCALER_FORM = {
     "scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": COUNT, "_growth_tracker": COUNT,
@@ -40,74 +39,91 @@ TRAINER_FORM = {
 }
 
 
-class Trainer:
-    """A run of `total` optimisation steps. A subclass brings the model and its losses.
+class Activity:
+    """Something beside the steps of a run. The trainer calls it, in every process but for `open`."""
 
-    recipe: any with the sections run, data, train and checkpoint. described: what a manifest says of the run.
-    found: the checkpoint to go on from, with its manifest; held: the lock of the run's folder.
-    A subclass sets, before `run_to_the_end`:
-    bare, the model whose averages are kept; trained, what has the parameters; model and optimizer, those prepared;
-    weights, of the losses by name; means of these; batches, an iterator with `pop_bad`; flops_per_image or None.
+    def open(self, trainer: "Trainer") -> None:
+        """Clear what a killed run left, and open what is written: on the main process, in the run's folder."""
+
+    def begin(self, trainer: "Trainer") -> None:
+        """What comes before the first step of this start."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """What comes after a step, before its checkpoint."""
+
+
+class Trainer:
+    """A run of an objective's steps, from nothing or from a checkpoint, with what is to be done beside them.
+
+    recipe: any with the sections run, data, train and checkpoint. samples: what the steps are made of.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe, described: dict[str, Any], found, held, total: int):
-        self.lock = held
-        self.accelerator, self.recipe, self.total = accelerator, recipe, total
-        self.described = described | {"threads": torch.get_num_threads()}
-        self.run, self.made = resolved(recipe.run.out, "run.out"), Made()
-        self.num_images = described["data"]["num_images"]
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe,
+        claimed: Claimed,
+        objective: Objective,
+        samples: Samples,
+        activities: Sequence[Activity] = (),
+    ):
+        self.accelerator, self.recipe, self.objective, self.activities = accelerator, recipe, objective, activities
+        self.described = claimed.described | {"threads": torch.get_num_threads()}
+        self.run, self.made, self.lock = resolved(recipe.run.out, "run.out"), Made(), claimed.lock
+        self.num_images = self.described["data"]["num_images"]
         self.step, self.skipped = 0, 0
         self.skipped_in_a_row = 0  # the newest steps; what the gradient scaler alone has lost begins no row
         self.since_good = 1  # steps that the newest step is past the last one before it that was not skipped
         self.bad: dict[int, str] = {}  # images that could not be read, by any process
         self.images_here = 0  # seen by this process since this start
         self.last = None
-        if found:
-            self.last, self.step = found[0], found[1]["step"]
-            before, now = found[1].get("threads"), self.described["threads"]
-            if before not in (None, now) and accelerator.device.type == "cpu" and accelerator.is_main_process:
-                say(
-                    f"warning: until step {self.step:,} the run had {before} CPU threads, now {now}: it is that of "
-                    f"before to float rounding, to the bit with OMP_NUM_THREADS={before}"
-                )
+        if claimed.found:
+            self.last, self.step = claimed.found[0], claimed.found[1]["step"]
+            self._tell_of_threads(claimed.found[1].get("threads"))
         self.images_before = self.step * recipe.train.batch_size
+        self._place(samples)
 
-    def _losses(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
-        """The losses (B,) of a micro-batch, in the order of `weights`; None for one that this step has not."""
-        raise NotImplementedError
+    def _tell_of_threads(self, before: int | None) -> None:
+        now = self.described["threads"]
+        if before not in (None, now) and self.accelerator.device.type == "cpu" and self.accelerator.is_main_process:
+            say(
+                f"warning: until step {self.step:,} the run had {before} CPU threads, now {now}: it is that of "
+                f"before to float rounding, to the bit with OMP_NUM_THREADS={before}"
+            )
 
-    def _learning_rates(self) -> list[float]:
-        """Of the step to come, for each of the optimiser's groups; the log has the first."""
-        raise NotImplementedError
-
-    def _begin_step(self) -> None:
-        """What comes before a step's forward passes."""
-
-    def _take_back(self) -> None:
-        """Undo what the forward passes of a step that is skipped did to the model."""
-
-    def _average(self) -> None:
-        """Move the averages, after a step that was not skipped."""
-        raise NotImplementedError
-
-    def _write_checkpoint(self, trainer: dict[str, Any], facts: dict[str, Any]) -> Path:
-        """Write the checkpoint of this step with `checkpoint.save`."""
-        raise NotImplementedError
-
-    def _open_logs(self) -> None:
-        """Open what the main process writes beside log.jsonl."""
-
-    def _idle(self) -> list[torch.nn.Parameter]:
-        """The parameters that the step to come does not train."""
-        return []
-
-    def _after_step(self) -> None:
-        """What comes after a step, before its checkpoint."""
+    def _place(self, samples: Samples) -> None:
+        """Put model, averages and optimiser on the processes, in the state of the checkpoint, and open the loader."""
+        accelerator, objective, recipe = self.accelerator, self.objective, self.recipe
+        objective.begin(samples, self.last)
+        optimizer = objective.make_optimizer()
+        if accelerator.is_fsdp2:
+            sharding.fit_plugin(accelerator.state.fsdp_plugin, objective.model, recipe.train.precision == "bf16")
+        self.flops_per_image = objective.flops_per_image  # of the model before it is compiled
+        objective.prepare()
+        averages = objective.averages.models.values()
+        for module in (*objective.frozen, *averages):
+            module.to(accelerator.device)
+        self.network, self.optimizer = accelerator.prepare(objective.trained, optimizer)
+        for average in averages:
+            sharding.shard_like(average, objective.model)
+        self.means = Means([*objective.weights], accelerator.device, objective.time_bins)
+        if self.last is not None:
+            self._load_state(self.last, samples)
+        positions = RankPositions(
+            self.step,
+            objective.steps,
+            recipe.train.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            recipe.train.gradient_accumulation_steps,
+        )
+        loading = recipe.data.workers, accelerator.device.type == "cuda", recipe.data.worker_timeout
+        self.batches = TrainingBatches(samples, positions, *loading)
 
     def run_to_the_end(self, signals: StopSignals) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
-        total, main = self.total, accelerator.is_main_process
-        check_backend(self.bare, accelerator.device)
+        total, main = self.objective.steps, accelerator.is_main_process
+        check_backend(self.objective.model, accelerator.device)
         self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
         # Nothing is shown before the first step, so that an error at the first image is the only line.
@@ -124,12 +140,13 @@ class Trainer:
                 steps, seconds = steps + 1, seconds + time.perf_counter() - start
                 if reports:
                     row = self._report(figures, steps, seconds, waited)
-                    shown = "loss" if row.get("layer_loss") is None else "layer_loss"  # of swapped layers alone
-                    bar.set_postfix({shown: f"{row[shown] or math.nan:.4f}"})
+                    losses = [name for name in self.objective.weights if row[name] is not None]
+                    bar.set_postfix({name: f"{row[name]:.4f}" for name in losses[:1]})
                     steps, seconds, waited = 0, 0.0, 0.0
-                self._after_step()
-                if self._due(recipe.checkpoint.every) and self.step < total:
-                    self._keep(self._save)
+                for activity in self.activities:
+                    activity.after_step(self)
+                if self.due(recipe.checkpoint.every) and self.step < total:
+                    self.keep(self._save)
             # At the end, or where a signal ends the run.
             if self.last != checkpoint.folder_of(self.run, self.step) and not self.skipped_in_a_row:
                 self._save()
@@ -137,7 +154,7 @@ class Trainer:
         self._check_trained()
         return self.last
 
-    def _due(self, every: int) -> bool:
+    def due(self, every: int) -> bool:
         """Whether what is kept every so many steps is to be kept now: not before a step that is not skipped.
 
         The weights that skipped steps begin with are those that gave no finite loss. What falls due among them waits.
@@ -149,11 +166,11 @@ class Trainer:
         row, lost = self.skipped_in_a_row, "steps were skipped, since loss or gradient was not finite"
         kept = f"the last checkpoint is {str(self.last)!r}" if self.last else "and there is none before"
         remedy = "begin a run with a lower train.lr or with train.max_grad_norm"
-        if row and (self.step == self.total or self.last is None):
+        if row and (self.step == self.objective.steps or self.last is None):
             raise InputError(
                 f"the last {row:,} of {self.step:,} {lost}: no checkpoint is written of them, {kept}; {remedy}"
             )
-        if self.step == self.total and 2 * self.skipped > self.step:
+        if self.step == self.objective.steps and 2 * self.skipped > self.step:
             raise InputError(f"{self.skipped:,} of {self.step:,} {lost}: this is no trained model, {kept}; {remedy}")
         if row and self.accelerator.is_main_process:
             say(f"warning: the last {row:,} steps, up to {self.step:,}, were skipped and are not saved; {kept}")
@@ -171,12 +188,11 @@ class Trainer:
                 if self.last is None and checkpoint.step_folders(self.run):
                     new = False
                     raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
-                for folder in (self.run, *self.run.glob(PREVIEWS)):
-                    clear_leftovers(folder)
-                checkpoint.clear_unfinished(self.run / SNAPSHOTS)
+                clear_leftovers(self.run)
                 write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
                 self.log = Log(self.run / "log.jsonl", self.step)
-                self._open_logs()
+                for activity in self.activities:
+                    activity.open(self)
                 checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
             self.trackers = Trackers(self.accelerator, recipe, self.step)
         except OSError as fault:
@@ -189,6 +205,8 @@ class Trainer:
         if error is not None:
             self._take_back_folder()
         sharding.raise_together(error)
+        for activity in self.activities:
+            activity.begin(self)
 
     def _fetch(self, signals: StopSignals) -> list[dict[str, torch.Tensor]] | None:
         """The micro-batches of a step, or None where a signal asks to stop. Raises in every process where one must."""
@@ -204,11 +222,11 @@ class Trainer:
             fault = self._count_bad(found) or fault
             faults += fault is not None
         if faults:
-            self._keep_trained()
+            self.keep_trained()
             raise fault or SystemExit(2)  # another process says why
         return None if stop else batches
 
-    def _keep_trained(self) -> None:
+    def keep_trained(self) -> None:
         """Save before a fault that is not the training's ends the run: what was trained until here is good."""
         if self.step and self.last != checkpoint.folder_of(self.run, self.step) and not self.skipped_in_a_row:
             try:
@@ -241,23 +259,21 @@ class Trainer:
 
     def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> dict[str, Any]:
         """One optimisation step; its gradient norm, learning rate and, where it `reports`, update_ratio."""
-        recipe, accelerator = self.recipe, self.accelerator
-        self._begin_step()
-        rates = self._learning_rates()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        recipe, accelerator, objective = self.recipe, self.accelerator, self.objective
+        objective.begin_step()
+        rate = objective.set_learning_rate(self.optimizer, self.step)
         sums = []
-        for cpu_batch in batches:
+        for part, cpu_batch in enumerate(batches, accelerator.process_index * len(batches)):
             batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in cpu_batch.items()}
             self.images_here += len(batch["label"])
-            with accelerator.accumulate(self.model):
-                losses = self._losses(batch)
-                weighed = zip(self.weights.values(), losses, strict=True)
+            with accelerator.accumulate(self.network):
+                losses = objective.losses(batch, Forward(self.network, accelerator.autocast, self.step, part))
+                weighed = zip(objective.weights.values(), losses, strict=True)
                 loss = sum(weight * each.mean() for weight, each in weighed if each is not None)
                 accelerator.backward(loss)
             self.means.add(batch.get("t"), *losses)
             sums.append(loss.detach())
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.train.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(self.network.parameters(), recipe.train.max_grad_norm or math.inf)
         loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
         losses, norms = agree(accelerator, not math.isfinite(loss), not math.isfinite(grad_norm))
         failed = losses + norms > 0
@@ -267,12 +283,12 @@ class Trainer:
             self.skipped_in_a_row = 0
         elif losses or self.skipped_in_a_row or not self._scaled():
             self.skipped_in_a_row += 1
-        for parameter in self._idle():
+        for parameter in objective.idle(self.step):
             parameter.grad = None  # AdamW would go on with what it gathered of them before
         if not failed:
             self.optimizer.step()
         else:
-            self._take_back()
+            objective.take_back()
             if accelerator.scaler is not None:  # which knows of infinities since the clipping, and adapts
                 accelerator.scaler.update()
         ratio = 0.0 if failed else self._update_ratio() if reports else None
@@ -284,8 +300,13 @@ class Trainer:
                 "run with a lower train.lr or with train.max_grad_norm"
             )
         if not failed:
-            self._average()
-        return {"grad_norm": grad_norm, "lr": rates[0], "update_ratio": ratio}
+            objective.averages.update(objective.model, self.updates)
+        return {"grad_norm": grad_norm, "lr": rate, "update_ratio": ratio}
+
+    @property
+    def updates(self) -> int:
+        """Steps that were not skipped."""
+        return self.step - self.skipped
 
     def _scaled(self) -> bool:
         """Whether fp16's scaler makes gradients larger: that they overflow says nothing of the weights, but of it.
@@ -298,7 +319,7 @@ class Trainer:
     def _update_ratio(self) -> float:
         """|w' - w| / |w| of the step just taken, over all weights."""
         squares = step_and_weight_squares(self.optimizer.optimizer)
-        if sharding.is_sharded(self.bare):
+        if sharding.is_sharded(self.objective.model):
             squares = self.accelerator.reduce(squares, "sum")
         step, weights = squares.tolist()
         return math.sqrt(step / weights) if weights else 0.0
@@ -321,7 +342,7 @@ class Trainer:
             "data_wait": waited / seconds,
             "flops_per_second": flops,
             "peak_share": flops / (peak * accelerator.num_processes) if peak and flops else None,
-            "eta_seconds": (self.total - self.step) * seconds / steps,
+            "eta_seconds": (self.objective.steps - self.step) * seconds / steps,
             "memory_bytes": peak_memory(accelerator.device),
         }
         self.means.reset()
@@ -330,7 +351,7 @@ class Trainer:
         self.trackers.log(row, self.step)
         return row
 
-    def _keep(self, write: Callable[[], None]) -> None:
+    def keep(self, write: Callable[[], None]) -> None:
         """Write what the run keeps; by option, a full disk is a warning."""
         try:
             write()
@@ -351,7 +372,10 @@ class Trainer:
             "bad": {str(index): self.bad[index] for index in sorted(self.bad)},
         }
         images = self.step * self.recipe.train.batch_size
-        self.last = self._write_checkpoint(trainer, {"images_seen": images, **self.described})
+        facts = {"images_seen": images, **self.described}
+        objective, optimizer = self.objective, self.optimizer.optimizer
+        parts = objective.parts()
+        self.last = checkpoint.save(self.run, self.step, parts, objective.trained, optimizer, trainer, facts)
         if self.accelerator.is_main_process:
             keep = self.recipe.checkpoint
             try:
@@ -361,9 +385,10 @@ class Trainer:
                 say(f"warning: older checkpoints stay, they cannot be removed: {reason}")
         self.accelerator.wait_for_everyone()
 
-    def _load_trainer_state(self, folder: Path, samples, untrained=()) -> None:
-        """Go on from a checkpoint; samples: whose `still_bad` knows an image; untrained: see `load_optimizer`."""
-        checkpoint.load_optimizer(folder, self.trained, self.optimizer.optimizer, untrained)
+    def _load_state(self, folder: Path, samples: Samples) -> None:
+        """Go on from a checkpoint: the optimiser, and what else a step leaves behind."""
+        untrained = self.objective.idle(0)
+        checkpoint.load_optimizer(folder, self.objective.trained, self.optimizer.optimizer, untrained)
         trainer = read_json(folder / "trainer.json", TRAINER_FORM)
         if [len(row) for row in trainer["means"]] != [self.means.sums.shape[1]] * 2:
             raise InputError(f"checkpoint {str(folder)!r}: the means in its trainer.json are of another run")

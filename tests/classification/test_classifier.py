@@ -22,8 +22,10 @@ from timm.data import Mixup
 
 import train_attnet
 from sit_atconv import draws
-from sit_atconv.classification import loop
-from sit_atconv.classification.loop import facts_of, train
+from sit_atconv.classification import objective
+from sit_atconv.classification.loop import train
+from sit_atconv.classification.objective import ClassificationObjective
+from sit_atconv.classification.plan import facts_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import (
     ClassifierSamples,
@@ -36,6 +38,7 @@ from sit_atconv.config import load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
+from sit_atconv.training.trainer import Trainer
 
 TINY = {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [2, 2], "stem_strides": [2, 1]}
 
@@ -84,7 +87,7 @@ def test_a_run_goes_on_to_the_same_bits(classifier_file, tmp_path, monkeypatch, 
     path = classifier_file(data={"workers": workers})
     whole = run(path, f"run.out={tmp_path / 'whole'}", "data.workers=0")
     assert whole.name == "step-0000009"
-    optimize = loop._Classifier._optimize
+    optimize = Trainer._optimize
 
     def stop(self, *arguments):
         if self.step == 6:
@@ -92,7 +95,7 @@ def test_a_run_goes_on_to_the_same_bits(classifier_file, tmp_path, monkeypatch, 
         random.seed(1), np.random.seed(1), torch.manual_seed(1)  # somebody else's draws change nothing
         return optimize(self, *arguments)
 
-    monkeypatch.setattr(loop._Classifier, "_optimize", stop)
+    monkeypatch.setattr(Trainer, "_optimize", stop)
     with pytest.raises(KeyboardInterrupt):
         run(path)
     monkeypatch.undo()
@@ -157,17 +160,17 @@ def test_the_first_step_by_hand(classifier_file, monkeypatch):
 
 def test_every_option_of_augmentation_reaches_timm_and_every_draw_its_own_step(classifier_file, pictures, monkeypatch):
     """Two steps of two micro-batches, against timm's own functions with what the recipe states."""
-    seen, losses = [], loop._Classifier._losses
+    seen, losses = [], ClassificationObjective.losses
 
-    def watched(self, batch):
-        part, states = self.part, []
-        hook = self.bare.register_forward_pre_hook(lambda _, args: states.append((args[0], torch.get_rng_state())))
-        found = losses(self, batch)
+    def watched(self, batch, forward):
+        states = []
+        hook = self.model.register_forward_pre_hook(lambda _, args: states.append((args[0], torch.get_rng_state())))
+        found = losses(self, batch, forward)
         hook.remove()
-        seen.append((self.step, part, batch["image"].clone(), batch["label"], *states[0]))
+        seen.append((forward.step, forward.part, batch["image"].clone(), batch["label"], *states[0]))
         return found
 
-    monkeypatch.setattr(loop._Classifier, "_losses", watched)
+    monkeypatch.setattr(ClassificationObjective, "losses", watched)
     monkeypatch.setattr(Mixup, "__call__", lambda self, x, y, call=Mixup.__call__: call(self, x.clone(), y))
     augment = {
         "scale": [0.3, 0.7], "ratio": [0.6, 1.5], "hflip": 0.3, "vflip": 0.4, "color_jitter": 0.2,
@@ -208,31 +211,31 @@ def test_every_option_of_augmentation_reaches_timm_and_every_draw_its_own_step(c
 
 
 def test_the_average_warms_up_and_blocks_are_checkpointed(classifier_file, monkeypatch):
-    decays, update = [], loop.ModelEmaV3.update
+    decays, update = [], objective.ModelEmaV3.update
 
     def watched(self, model, step=None):
         assert all(stage.grad_checkpointing for stage in model.stages)
         decays.append(self.get_decay(step))
         return update(self, model, step)
 
-    monkeypatch.setattr(loop.ModelEmaV3, "update", watched)
+    monkeypatch.setattr(objective.ModelEmaV3, "update", watched)
     last = run(classifier_file(ema={"decay": 0.6, "warmup": True}, train={"gradient_checkpointing": True}))
     assert decays == pytest.approx([0.0, *(min(0.6, 1 - (1 + step) ** (-2 / 3)) for step in range(1, 9))])
     assert len(log_rows(last.parent)) == 9
 
 
 def test_schedule_weight_decay_and_averages(classifier_file, monkeypatch):
-    seen, average = [], loop._Classifier._average
+    seen, optimize = [], Trainer._optimize
 
-    def watched(self):
-        before = {name: tensor.clone() for name, tensor in self.average.module.state_dict().items()}
-        average(self)
-        seen.append(before)
+    def watched(self, *arguments):
+        average = self.objective.averages.models["ema"]
+        seen.append({name: tensor.clone() for name, tensor in average.state_dict().items()})
         for group in self.optimizer.param_groups:
             shapes = {p.ndim for p in group["params"]}
             assert (group["weight_decay"] == 0.05) == (min(shapes) > 1)
+        return optimize(self, *arguments)
 
-    monkeypatch.setattr(loop._Classifier, "_average", watched)
+    monkeypatch.setattr(Trainer, "_optimize", watched)
     last = run(classifier_file(train={"min_lr": 1e-5, "warmup_lr": 1e-4}))
     rates = [row["lr"] for row in log_rows(last.parent)]
     assert rates[:3] == pytest.approx([1e-4, (1e-4 + 1e-3) / 2, 1e-5 + 0.99e-3 * (1 + np.cos(np.pi * 2 / 9)) / 2])
@@ -500,7 +503,7 @@ def test_one_process_of_a_launch_prints_the_plan(classifier_file, capsys, monkey
 
 
 def test_every_group_of_the_optimiser_keeps_its_own_rate(classifier_file, monkeypatch):
-    seen, create = [], loop.create_optimizer_v2
+    seen, create = [], objective.create_optimizer_v2
 
     def two_rates(*arguments, **options):
         optimizer = create(*arguments, **options)
@@ -509,7 +512,7 @@ def test_every_group_of_the_optimiser_keeps_its_own_rate(classifier_file, monkey
         optimizer.register_step_pre_hook(lambda it, *_: seen.append([group["lr"] for group in it.param_groups]))
         return optimizer
 
-    monkeypatch.setattr(loop, "create_optimizer_v2", two_rates)
+    monkeypatch.setattr(objective, "create_optimizer_v2", two_rates)
     train(load_recipe(classifier_file(train={"warmup_epochs": 0, "min_lr": 0.0}), schema=ClassifierRecipe))
     cosine = [(1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]  # from the recipe's rate to 0
     assert seen == [pytest.approx([1e-3 * share, 1e-4 * share]) for share in cosine]

@@ -9,11 +9,13 @@ from conftest import reset_accelerate
 from PIL import Image
 
 from sit_atconv import checkpoint
-from sit_atconv.classification import loop
+from sit_atconv.classification.evaluation import Evaluation
 from sit_atconv.classification.loop import train
+from sit_atconv.classification.objective import ClassificationObjective
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import InputError
+from sit_atconv.training.trainer import Trainer
 from train_attnet import report
 
 TINY = {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [1, 1], "stem_strides": [2, 2]}
@@ -40,17 +42,19 @@ def recipe(tmp_path):
 
 
 def test_a_skipped_step_leaves_the_statistics_as_they_were(recipe, monkeypatch):
-    losses, optimize, statistics = loop._Classifier._losses, loop._Classifier._optimize, []
+    losses, optimize, statistics = ClassificationObjective.losses, Trainer._optimize, []
 
-    def poisoned(self, batch):
-        return losses(self, {**batch, "image": batch["image"] * float("nan")} if self.step == 2 else batch)
+    def poisoned(self, batch, forward):
+        if forward.step == 2:
+            batch = {**batch, "image": batch["image"] * float("nan")}
+        return losses(self, batch, forward)
 
     def watched(self, *arguments):
-        statistics.append([buffer.clone() for buffer in self.bare.buffers()])
+        statistics.append([buffer.clone() for buffer in self.objective.model.buffers()])
         return optimize(self, *arguments)
 
-    monkeypatch.setattr(loop._Classifier, "_losses", poisoned)
-    monkeypatch.setattr(loop._Classifier, "_optimize", watched)
+    monkeypatch.setattr(ClassificationObjective, "losses", poisoned)
+    monkeypatch.setattr(Trainer, "_optimize", watched)
     assert json.loads((train(recipe) / "trainer.json").read_text())["skipped"] == 1
     assert len(statistics[2]) > 3
     assert all(torch.equal(a, b) for a, b in zip(statistics[2], statistics[3], strict=True))
@@ -58,12 +62,12 @@ def test_a_skipped_step_leaves_the_statistics_as_they_were(recipe, monkeypatch):
 
 
 def test_no_checkpoint_is_of_skipped_steps(recipe, tmp_path, monkeypatch):
-    losses = loop._Classifier._losses
+    losses = ClassificationObjective.losses
 
-    def poisoned(self, batch):
-        return [loss * (float("nan") if self.step in (1, 3, 4) else 1) for loss in losses(self, batch)]
+    def poisoned(self, batch, forward):
+        return [loss * (float("nan") if forward.step in (1, 3, 4) else 1) for loss in losses(self, batch, forward)]
 
-    monkeypatch.setattr(loop._Classifier, "_losses", poisoned)
+    monkeypatch.setattr(ClassificationObjective, "losses", poisoned)
     recipe.checkpoint.every, recipe.checkpoint.keep_last = 1, 9
     with pytest.raises(InputError, match="the last 2 of 5 steps were skipped"):
         train(recipe)
@@ -71,14 +75,15 @@ def test_no_checkpoint_is_of_skipped_steps(recipe, tmp_path, monkeypatch):
 
 
 def test_an_accuracy_is_not_of_logits_that_are_not_finite(recipe, monkeypatch, capsys):
-    evaluate = loop._Classifier._evaluate
+    evaluate = Evaluation.after_step
 
-    def broken(self, model):
-        if model is self.bare and self.step == 5:
+    def broken(self, trainer):
+        model = trainer.objective.model
+        if trainer.step == 5:
             monkeypatch.setattr(model, "forward", lambda image: image.new_full((len(image), 2), float("nan")))
-        return evaluate(self, model)
+        evaluate(self, trainer)
 
-    monkeypatch.setattr(loop._Classifier, "_evaluate", broken)
+    monkeypatch.setattr(Evaluation, "after_step", broken)
     last = train(recipe)
     rows = [json.loads(line) for line in (last.parent / "evals.jsonl").read_text().splitlines()]
     assert None not in rows[0].values()

@@ -23,8 +23,10 @@ from sit_atconv.flow.path import PATHS
 from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.latents.codecs import VaeCodec, draw_latents, open_codec
 from sit_atconv.latents.encode import encode
-from sit_atconv.plan import build_model, dry_run, measured_facts
 from sit_atconv.training import train
+from sit_atconv.training.facts import measured_facts
+from sit_atconv.training.objectives.flow import build_model
+from sit_atconv.training.plan import dry_run
 
 SIZE, IMAGES, SHARD = 16, 11, 4
 FIRST, SECOND = "moments-0000000-0000004.safetensors", "moments-0000004-0000008.safetensors"

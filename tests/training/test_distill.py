@@ -17,10 +17,17 @@ from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import Distill, load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.samples import TrainingSamples
-from sit_atconv.distill import Distillation, load_teacher, relative_error, rising, student_of, swapped_names
 from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
 from sit_atconv.layers.attention import Attention
+from sit_atconv.training.objectives.distill import (
+    Distillation,
+    load_teacher,
+    relative_error,
+    rising,
+    student_of,
+    swapped_names,
+)
 from sit_atconv.training.optimizer import make_optimizer
 
 MODEL = {"token_mixer": "attention", "depth": 3}

@@ -21,6 +21,8 @@ from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.training import loop
 from sit_atconv.training.faults import StopSignals, agree
+from sit_atconv.training.objectives.flow import FlowObjective
+from sit_atconv.training.trainer import Trainer
 
 DIES_OF_THE_SECOND = """
 import os, signal
@@ -113,28 +115,28 @@ def test_a_signal_before_the_first_step_of_a_start_writes_nothing_twice(recipe_f
 
 def poison_losses(monkeypatch, steps: set[int], value: float = float("nan")) -> None:
     """Make one loss of the batch `value` in the given steps (0-based), and leave the gradients finite."""
-    losses = loop._Trainer._losses
+    losses = FlowObjective.losses
 
-    def poisoned(self, batch):
-        found = losses(self, batch)
-        if self.step in steps:
+    def poisoned(self, batch, forward):
+        found = losses(self, batch, forward)
+        if forward.step in steps:
             found[0] = found[0] + torch.tensor([value] + [0.0] * (len(found[0]) - 1))
         return found
 
-    monkeypatch.setattr(loop._Trainer, "_losses", poisoned)
+    monkeypatch.setattr(FlowObjective, "losses", poisoned)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_whose_loss_alone_is_not_finite_is_skipped(recipe_file, monkeypatch, value):
     poison_losses(monkeypatch, {3}, value)
-    begin, seen = loop._Trainer._begin_step, []
+    begin, seen = FlowObjective.begin_step, []
 
     def beginning(self):
-        models = self.bare, self.averages.model
+        models = self.model, self.averages.model
         seen.append([value.clone() for model in models for value in model.state_dict().values()])
         begin(self)
 
-    monkeypatch.setattr(loop._Trainer, "_begin_step", beginning)
+    monkeypatch.setattr(FlowObjective, "begin_step", beginning)
     last = run_recipe(recipe_file())
     assert all(torch.equal(a, b) for a, b in zip(seen[3], seen[4], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[4], seen[5], strict=True))
@@ -222,7 +224,7 @@ def test_a_run_of_mostly_skipped_steps_does_not_end_as_trained(recipe_file, tmp_
 
 def scale_losses(monkeypatch, scale: float, overflows: set[int]) -> None:
     """Train with a gradient scaler, as in fp16, and let the gradients of these steps (0-based) overflow."""
-    make, losses = loop.make_accelerator, loop._Trainer._losses
+    make, losses = loop.make_accelerator, FlowObjective.losses
 
     def making(recipe):
         accelerator = make(recipe)
@@ -230,14 +232,14 @@ def scale_losses(monkeypatch, scale: float, overflows: set[int]) -> None:
         accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
         return accelerator
 
-    def overflowing(self, batch):
-        found = losses(self, batch)
-        if self.step in overflows:
+    def overflowing(self, batch, forward):
+        found = losses(self, batch, forward)
+        if forward.step in overflows:
             found[0].register_hook(lambda gradient: gradient * float("inf"))
         return found
 
     monkeypatch.setattr(loop, "make_accelerator", making)
-    monkeypatch.setattr(loop._Trainer, "_losses", overflowing)
+    monkeypatch.setattr(FlowObjective, "losses", overflowing)
 
 
 def test_what_the_gradient_scaler_loses_delays_no_checkpoint_and_ends_no_run(recipe_file, monkeypatch):
@@ -292,14 +294,14 @@ def image_recipe(recipe_file, image_folder):
 
 def at_step(monkeypatch, step: int, action) -> None:
     """Do something in the middle of a run, when that many steps are taken."""
-    optimize = loop._Trainer._optimize
+    optimize = Trainer._optimize
 
     def acting(self, *arguments):
         if self.step == step:
             action()
         return optimize(self, *arguments)
 
-    monkeypatch.setattr(loop._Trainer, "_optimize", acting)
+    monkeypatch.setattr(Trainer, "_optimize", acting)
 
 
 def test_images_that_vanish_are_named_replaced_and_counted(image_recipe, tmp_path, monkeypatch, capsys):

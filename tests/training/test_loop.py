@@ -22,11 +22,13 @@ from sit_atconv.files import sha256
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.generation import Sampling
 from sit_atconv.models.cost import count_macs
-from sit_atconv.plan import Facts, build_model
-from sit_atconv.training import loop as training
+from sit_atconv.training import activities
+from sit_atconv.training.facts import Facts
 from sit_atconv.training.faults import StopSignals
-from sit_atconv.training.loop import make_optimizer, train
-from sit_atconv.training.optimizer import learning_rate
+from sit_atconv.training.loop import train
+from sit_atconv.training.objectives.flow import FlowObjective, build_model
+from sit_atconv.training.optimizer import learning_rate, make_optimizer
+from sit_atconv.training.trainer import Trainer
 
 
 def test_other_threads_are_recorded_and_said(recipe_file, capsys, monkeypatch):
@@ -209,7 +211,7 @@ def test_tf32_is_on_exactly_when_asked_for(recipe_file, precision, monkeypatch):
     def look(self):
         seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
 
-    monkeypatch.setattr(training._Trainer, "_begin_step", look)
+    monkeypatch.setattr(FlowObjective, "begin_step", look)
     run_recipe(recipe_file(), "train.max_steps=1", f"train.precision={precision}")
     assert seen == [(precision == "tf32",) * 2]
 
@@ -307,14 +309,14 @@ def test_every_average_goes_on_from_its_own(recipe_file, tmp_path):
 def test_means_go_on_over_a_restart(recipe_file, tmp_path, monkeypatch):
     path = recipe_file(run={"log_every": 8}, checkpoint={"every": 3})
     whole = log_rows(run_recipe(path, f"run.out={tmp_path / 'whole'}").parent)
-    optimize = training._Trainer._optimize
+    optimize = Trainer._optimize
 
     def stop(self, *arguments):
         if self.step == 5:
             raise KeyboardInterrupt
         return optimize(self, *arguments)
 
-    monkeypatch.setattr(training._Trainer, "_optimize", stop)
+    monkeypatch.setattr(Trainer, "_optimize", stop)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(path)
     monkeypatch.undo()
@@ -394,13 +396,13 @@ def test_training_stops_after_a_run_of_them_and_keeps_the_last_good_checkpoint(r
 
 def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, monkeypatch):
     seen = []
-    generate = training.generate
+    generate = activities.generate
 
     def record(model, codec, indices, labels, sampling):
         seen.append((model, labels, sampling))
         return generate(model, codec, indices, labels, sampling)
 
-    monkeypatch.setattr(training, "generate", record)
+    monkeypatch.setattr(activities, "generate", record)
     run_recipe(recipe_file(preview={"every": 4, "num": 12, "steps": 2, "guidance_scale": 2.0}))
     assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == [
         "step-0000004.png", "step-0000008.png",

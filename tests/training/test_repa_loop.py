@@ -12,8 +12,9 @@ from sit_atconv.data.folder import Folder
 from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors
-from sit_atconv.plan import Facts, build_model
-from sit_atconv.repa import ImageEncoder, align, repa_loss
+from sit_atconv.training.facts import Facts
+from sit_atconv.training.objectives.flow import build_model
+from sit_atconv.training.objectives.repa import ImageEncoder, align, repa_loss
 from sit_atconv.training.optimizer import make_optimizer
 
 

@@ -19,7 +19,7 @@ from sit_atconv.config import Repa
 from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.sit import create_model
-from sit_atconv.repa import AlignedModel, ImageEncoder, align, repa_loss
+from sit_atconv.training.objectives.repa import AlignedModel, ImageEncoder, align, repa_loss
 
 
 @pytest.fixture(scope="module")

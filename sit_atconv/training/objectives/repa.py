@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sit_atconv import config
+from sit_atconv.checkpoint import Part
+from sit_atconv.data.samples import Batch
 from sit_atconv.errors import InputError
-from sit_atconv.layers.projectors import Projectors
+from sit_atconv.layers.projectors import Projectors, write_projectors
+from sit_atconv.training.facts import Facts
+from sit_atconv.training.objectives.flow import FlowObjective
+from sit_atconv.training.objectives.objective import Forward
 from sit_atconv.vit import is_rgb, load_vit
 
 
@@ -119,3 +125,55 @@ def align(model: nn.Module, encoder: ImageEncoder, settings: config.Repa, seed: 
         torch.default_generator.manual_seed(int(own_seed))
         projectors = Projectors(model.config.hidden_size, settings.projector_dim, [encoder.width], settings.depth)
     return AlignedModel(model, projectors)
+
+
+class RepaObjective(FlowObjective):
+    """The flow loss, and REPA's: projected tokens of the model beside the features of a frozen encoder.
+
+    Raises InputError where the model lacks the block that REPA looks at.
+    """
+
+    with_image = True
+    besides = "; REPA's projectors and encoder come on top"
+
+    def __init__(self, recipe: config.Recipe, facts: Facts):
+        super().__init__(recipe, facts)
+        self.weights["repa_loss"] = recipe.repa.weight
+        if recipe.repa.depth > len(self.model.blocks):
+            raise InputError(
+                f"repa.depth={recipe.repa.depth}: the model has {len(self.model.blocks)} blocks; choose one of them"
+            )
+
+    def open(self, codec: nn.Module) -> None:
+        super().open(codec)
+        self.encoder = ImageEncoder(self.recipe.repa.encoder)
+        self.trained = align(self.model, self.encoder, self.recipe.repa, self.recipe.run.seed)
+
+    def describe(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.describe()}
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        return [*super().frozen, self.encoder]
+
+    def _load(self, checkpoint: Path) -> None:
+        super()._load(checkpoint)
+        self.trained.projectors.load_state_dict(Projectors.load(checkpoint / "model").state_dict())
+
+    def losses(self, batch: Batch, forward: Forward) -> list[torch.Tensor | None]:
+        hidden: list[torch.Tensor] = []
+
+        def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            velocity, *z = forward(x, t, batch["label"], return_dict=False)
+            hidden.extend(z)
+            return velocity
+
+        latents = self.encode(batch)
+        loss = self.flow_loss(network, latents, batch)
+        grid = tuple(side // self.model.config.patch_size for side in latents.shape[-2:])
+        with forward.autocast():
+            features = self.encoder.features(batch.get("pixels", batch["image"]), grid)
+        return [loss, repa_loss(hidden[0], features)]
+
+    def parts(self) -> list[Part]:
+        return [*super().parts(), Part("model", self.trained.projectors, write_projectors)]

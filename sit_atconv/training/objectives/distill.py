@@ -2,18 +2,25 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from sit_atconv import config
 from sit_atconv.checkpoint import load_trained
-from sit_atconv.errors import InputError
+from sit_atconv.console import say
+from sit_atconv.data.samples import Batch, TrainingSamples
+from sit_atconv.errors import InputError, speaks
 from sit_atconv.hooks import recorded
 from sit_atconv.layers.attention import Attention
+from sit_atconv.limits import check_kernel
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.swap.choosing import choose
 from sit_atconv.swap.swapping import swap_attention, teacher_of
+from sit_atconv.training.facts import Facts
+from sit_atconv.training.objectives.flow import FlowObjective, grid_of
+from sit_atconv.training.objectives.objective import Forward
 
 
 def load_teacher(recipe: config.Recipe, latent_shape: tuple[int, int, int], num_classes: int) -> SiTTransformer2DModel:
@@ -187,3 +194,70 @@ def _fresh(attention: Attention) -> Attention:
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
     return fresh
+
+
+class DistillObjective(FlowObjective):
+    """The flow loss of a student, and what `Distillation` compares of it with its teacher.
+
+    Raises InputError for a teacher that does not fit data and flow, and where nothing is left to swap.
+    """
+
+    no_fsdp = "distill.teacher is not for FSDP: its layers are called apart from their blocks; use DDP"
+    flops_per_image = None  # of a step that trains layers alone it is another one
+
+    def __init__(self, recipe: config.Recipe, facts: Facts):
+        super().__init__(recipe, facts)
+        settings = recipe.distill
+        self.trained = Distillation(self.model, self.teacher, settings)
+        self.weights |= {"output_loss": settings.output_weight, "feature_loss": settings.feature_weight}
+        self.weights["layer_loss"] = 1.0
+
+    def _make_model(self) -> SiTTransformer2DModel:
+        self.teacher = load_teacher(self.recipe, self.facts.latent_shape, self.facts.num_classes)
+        check_kernel("distill.kernel_size", self.recipe.distill.kernel_size, grid_of(self.teacher))
+        return student_of(self.teacher, self.recipe.distill, self.recipe.run.seed)
+
+    def rows(self) -> dict[str, str]:
+        settings, names = self.recipe.distill, self.trained.names
+        shown = ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
+        into = "fresh attention (a control)" if settings.control else f"ATConv, started by {settings.init}"
+        layers = f"{len(names)} of {len(self.teacher.blocks)} layers"
+        return {"teacher": f"{settings.teacher}; {layers} to {into}: {shown}"}
+
+    def describe(self) -> dict[str, Any]:
+        return {"teacher": self.trained.describe()}
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        return [*super().frozen, self.teacher]
+
+    def _start(self, samples: TrainingSamples) -> None:
+        """Warm-start the student on the first training samples, the same in every process; not one of a control."""
+        settings, size = self.recipe.distill, self.recipe.train.batch_size
+        if settings.control:
+            return
+        inputs = []
+        for first in range(0, settings.calib, size):
+            batch, _ = samples.fetch(range(first, min(first + size, settings.calib)))
+            if isinstance(batch, InputError):
+                raise batch
+            x = self.path.interpolate(self.encode(batch), batch["noise"], batch["t"])
+            inputs.append((x, batch["t"], batch["label"]))
+        errors = self.trained.start(inputs)
+        if speaks():
+            mean = sum(errors.values()) / len(errors)
+            say(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}")
+
+    def learning_rate(self, step: int) -> float:
+        own = self.recipe.distill.blockwise_lr if self.trained.blockwise(step) else None
+        return own or super().learning_rate(step)
+
+    def idle(self, step: int) -> list[nn.Parameter]:
+        return self.trained.idle(step)
+
+    def losses(self, batch: Batch, forward: Forward) -> list[torch.Tensor | None]:
+        latents = self.encode(batch)
+        x = self.path.interpolate(latents, batch["noise"], batch["t"])
+        output, *losses = forward(x, batch["t"], batch["label"], forward.step)
+        own = None if output is None else self.flow_loss(lambda _, __: output, latents, batch)
+        return [own, *losses]

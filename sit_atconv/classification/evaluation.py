@@ -1,0 +1,109 @@
+"""Accuracy on held-out images, of the model and of its average, while a classifier trains."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from sit_atconv import sharding
+from sit_atconv.classification.plan import Facts
+from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.samples import HeldOut
+from sit_atconv.console import say
+from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.data.samples import RankPositions
+from sit_atconv.errors import InputError
+from sit_atconv.reading import COUNT, POSITIVE, Malformed, read_rows
+from sit_atconv.training.faults import agree
+from sit_atconv.training.log import Log
+from sit_atconv.training.trainer import Activity, Trainer
+
+EVALS = "evals.jsonl"
+FIGURE = (float, None)  # None where it is not finite
+EVAL_FORM = {"step": COUNT, "num": POSITIVE, "ema_loss": FIGURE, "ema_top1": FIGURE, "model_top1": FIGURE}
+
+
+class Evaluation(Activity):
+    """Evaluates every `Facts.eval_every` steps and after the last one, into evals.jsonl.
+
+    held_out: this process's part of the images.
+    """
+
+    def __init__(self, recipe: ClassifierRecipe, facts: Facts, held_out: HeldOut):
+        self.recipe, self.facts, self.held_out = recipe, facts, held_out
+
+    def open(self, trainer: Trainer) -> None:
+        self.log = Log(trainer.run / EVALS, trainer.step)
+
+    def begin(self, trainer: Trainer) -> None:
+        # An evaluation that failed ended the run after the checkpoint of its step.
+        main = trainer.accelerator.is_main_process
+        (missing,) = agree(trainer.accelerator, main and self.log.last != trainer.step)
+        if missing and trainer.step:
+            self.after_step(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % self.facts.eval_every and trainer.step != self.facts.steps:
+            return
+        objective = trainer.objective
+        row = {"step": trainer.step, "epoch": trainer.step * self.recipe.train.batch_size / self.facts.num_images}
+        try:
+            for name, model in {"model": objective.model, **objective.averages.models}.items():
+                row |= {f"{name}_{key}": value for key, value in self.evaluate(model, trainer.accelerator).items()}
+        except InputError:
+            trainer.keep_trained()
+            raise
+        if trainer.accelerator.is_main_process:
+            for name in [name for name in ("model", "ema") if row[f"{name}_loss"] is None]:
+                say(f"warning: step {trainer.step}, {name}/: the loss of held-out images is not finite; no accuracy")
+            self.log.write(row | {"num": self.facts.held_out})
+        trainer.trackers.log({f"eval/{key}": value for key, value in row.items()}, trainer.step)
+
+    def _batches(self, pin: bool) -> TrainingBatches:
+        """The held-out images, once through."""
+        size, data = self.recipe.eval.batch_size, self.recipe.data
+        places = RankPositions(0, math.ceil(len(self.held_out) / size), size)
+        return TrainingBatches(self.held_out, places, data.workers, pin, data.worker_timeout)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float | None]:
+        """Loss, and the shares of the held-out images whose class is the first, or among the first five, in percent.
+
+        Each is None where the loss is not finite.
+        Raises InputError where one of them cannot be read: an accuracy on the others would be another figure.
+        """
+        training, device, classes = model.training, accelerator.device, len(self.facts.class_names)
+        sums, error = torch.zeros(3, dtype=torch.float64, device=device), None
+        model.eval()
+        try:
+            for batch in self._batches(device.type == "cuda"):
+                image, label = batch["image"].to(device), batch["label"].to(device)
+                with accelerator.autocast():
+                    logits = model(image).float()
+                found = logits.topk(min(5, classes)).indices == label[:, None]
+                loss = F.cross_entropy(logits, label, reduction="sum")
+                sums += torch.stack([loss, found[:, 0].sum(), found.sum()]).double()
+        except InputError as fault:
+            error = InputError(f"held out: {fault}")
+        model.train(training)
+        sharding.raise_together(error)
+        loss, first, five = (accelerator.reduce(sums, "sum") / self.facts.held_out).tolist()
+        if not math.isfinite(loss):  # of NaN there is a greatest, too, but it says nothing of a class
+            return dict.fromkeys(("loss", "top1", "top5"))
+        return {"loss": loss, "top1": 100 * first, "top5": 100 * five}
+
+
+def last_evaluation(run: Path) -> dict[str, Any] | None:
+    """What a run has written of its last evaluation, None of one that has made none. Raises InputError where that
+    cannot be read."""
+    try:
+        return next(reversed(read_rows(run / EVALS, EVAL_FORM)), None)
+    except (OSError, Malformed) as error:
+        said = f"{error.strerror or error}" if isinstance(error, OSError) else error
+        raise InputError(
+            f"{str(run / EVALS)!r} cannot be read: {said}; take that line away, and the same command evaluates anew"
+        ) from None

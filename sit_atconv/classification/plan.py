@@ -1,0 +1,119 @@
+"""From a classifier's recipe and its images to model, schedule and cost."""
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from torch.utils.data import Dataset
+
+from sit_atconv import limits
+from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.samples import generators_kept, open_datasets, preprocessing, transforms
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.limits import check_kernel
+from sit_atconv.models.attnet import AttNet  # which registers the family
+from sit_atconv.models.cost import count_forward_macs
+
+
+@dataclass
+class Facts:
+    """What a recipe and its images come to; mean and std are of values in [0, 1], a number for each channel."""
+
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    num_images: int
+    held_out: int
+    steps: int
+    warmup_steps: int
+    eval_every: int  # steps
+
+
+def steps_of(recipe: ClassifierRecipe, epochs: float, num_images: int) -> int:
+    """How many optimisation steps come closest to so many epochs, at least one."""
+    return max(1, round(epochs * num_images / recipe.train.batch_size))
+
+
+def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
+    """What the recipe comes to with these images. Raises InputError where mean or std do not fit their channels."""
+    train, channels, number = recipe.train, dataset.channels, len(dataset)
+    colour = channels == 3
+    mean = recipe.model.mean or (IMAGENET_DEFAULT_MEAN if colour else (0.5,))
+    std = recipe.model.std or (IMAGENET_DEFAULT_STD if colour else (0.5,))
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise InputError(f"model.{name}={list(values)}: the images have {channels} channels; one number for each")
+
+    steps = steps_of(recipe, train.epochs, number)
+    limits.STEPS.check(f"train.epochs={train.epochs:g} of {number:,} images, steps: ", steps)
+    return Facts(
+        channels,
+        tuple(mean),
+        tuple(std),
+        tuple(dataset.class_names),
+        number,
+        len(held_out),
+        steps,
+        steps_of(recipe, train.warmup_epochs, number) if train.warmup_epochs else 0,
+        steps_of(recipe, recipe.eval.every_epochs, number),
+    )
+
+
+def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu") -> nn.Module:
+    """The recipe's model with new weights, drawn for `run.seed`. Raises InputError for a model that is none."""
+    settings = recipe.model
+    check_choice("model.name", settings.name, timm.list_models())
+    options = {"num_classes": len(facts.class_names), "in_chans": facts.channels, **settings.options}
+    for name in ("drop_rate", "drop_path_rate"):  # not every model of timm has them
+        if (value := getattr(settings, name)) is not None:
+            options[name] = value
+    with generators_kept(), torch.device(device):
+        torch.default_generator.manual_seed(recipe.run.seed)
+        try:
+            model = timm.create_model(settings.name, **options)
+        except InputError:
+            raise
+        except (TypeError, AssertionError, KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise InputError(f"model.name={settings.name} refuses its options {options}: {error}") from None
+    if isinstance(model, AttNet):
+        side = settings.input_size // model.feature_info[-1]["reduction"]  # of the last stage
+        check_kernel("model.options.kernel_size", settings.options.get("kernel_size"), (side, side))
+    if recipe.train.gradient_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as error:
+            raise InputError(f"train.gradient_checkpointing: {settings.name} cannot: {error}; leave it out") from None
+    return model
+
+
+def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one image. Raises InputError as `build_classifier`."""
+    size = recipe.model.input_size
+    model = build_classifier(recipe, facts, device="meta").eval().requires_grad_(False)
+    try:
+        macs = count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise InputError(f"model.input_size={size}: {recipe.model.name} does not take such images: {error}") from None
+    return sum(parameter.numel() for parameter in model.parameters()), macs
+
+
+def dry_run(recipe: ClassifierRecipe) -> str:
+    """What a recipe comes to, in lines: model, data, schedule, averages. Reads the list of images, and no image."""
+    dataset, held_out = open_datasets(recipe.data)
+    facts, settings = facts_of(recipe, dataset, held_out), recipe.train
+    transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
+    (parameters, macs), size = cost_of(recipe, facts), recipe.model.input_size
+    flops = 6 * macs * facts.steps * settings.batch_size
+    rows = {
+        "model": f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3g} GMACs at {size} px",
+        "data": f"{facts.num_images:,} images of {len(facts.class_names)} classes, {facts.held_out:,} held out",
+        "schedule": f"{facts.steps:,} steps of {settings.batch_size:,} = {settings.epochs:g} epochs; lr "
+        f"{settings.lr:g}, {facts.warmup_steps:,} steps of warm-up, cosine to {settings.min_lr:g}",
+        "averages": f"EMA, decay {recipe.ema.decay}{' with warm-up' if recipe.ema.warmup else ''}",
+        "compute": f"{flops:.3g} FLOP, and the evaluation every {facts.eval_every:,} steps",
+        "memory": f"weights, gradients, AdamW and EMA {5 * 4 * parameters / 1e9:.2f} GB, and the activations",
+    }
+    return "\n".join(f"{name:<9} {text}" for name, text in rows.items())

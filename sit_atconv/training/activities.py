@@ -1,0 +1,133 @@
+"""What a run does beside its steps, when it is due: previews, scores, snapshots."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from sit_atconv import checkpoint, sharding
+from sit_atconv.console import say
+from sit_atconv.ema import SAMPLED, SNAPSHOTS
+from sit_atconv.errors import InputError
+from sit_atconv.files import clear_leftovers, step_name, write_atomic
+from sit_atconv.generation import Sampling, generate, grid_png
+from sit_atconv.images import NotFinite
+from sit_atconv.training.log import Log
+from sit_atconv.training.trainer import Activity, Trainer
+
+PREVIEWS = "previews"
+SCORE_BLOCK = 100  # images drawn at once for a score, by each process
+
+# From uint8 images (N, C, H, W) and their labels to scores by name.
+Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
+
+
+class Draws(Activity):
+    """Images of the sampled average, drawn by all processes together."""
+
+    def __init__(self, sampling: Sampling, codec: nn.Module):
+        self.sampling, self.codec = sampling, codec
+
+    def draw(self, trainer: Trainer, what: str, count: int, block: int) -> tuple[torch.Tensor, list[int]] | None:
+        """Images 0 to count - 1 of the classes in turn, shared out over the processes: uint8 images, labels.
+
+        None where one of them, in any process, is not finite; a warning names it, and that there is no `what`.
+        block: images at once. Every process draws equally many, the last one again where there are too few: a sharded
+        EMA is evaluated by all of them together.
+        """
+        accelerator, model = trainer.accelerator, trainer.objective.averages.models[SAMPLED]
+        share = math.ceil(count / accelerator.num_processes)
+        first = accelerator.process_index * share
+        indices = [min(index, count - 1) for index in range(first, first + share)]
+        images, fault = [], None
+        for start in range(0, share, block):
+            part = indices[start : start + block]
+            labels = [index % model.config.num_classes for index in part]
+            try:
+                images.append(generate(model, self.codec, part, labels, self.sampling)[0])
+            except NotFinite as error:  # and on, as the others do
+                fault = fault or error
+        if said := next((str(error) for error in gather_object([fault]) if error is not None), None):
+            if accelerator.is_main_process:
+                say(f"warning: step {trainer.step}, {what} is left out: {said}")
+            return None
+        together = accelerator.gather(torch.cat(images).to(accelerator.device))
+        return together[:count].cpu(), [index % model.config.num_classes for index in range(count)]
+
+
+class Previews(Draws):
+    """A grid of images every `preview.every` steps, in previews/."""
+
+    def open(self, trainer: Trainer) -> None:
+        if (folder := trainer.run / PREVIEWS).is_dir():
+            clear_leftovers(folder)
+
+    def after_step(self, trainer: Trainer) -> None:
+        every, count = trainer.recipe.preview.every, trainer.recipe.preview.num
+        if not every or trainer.step % every:
+            return
+        drawn = self.draw(trainer, "its preview", count, count)
+        if drawn and trainer.accelerator.is_main_process:
+            file = trainer.run / PREVIEWS / f"{step_name(trainer.step)}.png"
+            try:
+                write_atomic(file, grid_png(drawn[0], math.ceil(math.sqrt(count))))
+            except OSError as error:
+                say(f"warning: preview {str(file)!r} cannot be written: {error.strerror or error}")
+
+
+class Scores(Draws):
+    """Scores of `score.num` images every `score.every` steps, in scores.jsonl. scorer: the main process's."""
+
+    def __init__(self, sampling: Sampling, codec: nn.Module, scorer: Scorer | None):
+        super().__init__(sampling, codec)
+        self.scorer = scorer
+
+    def open(self, trainer: Trainer) -> None:
+        if trainer.recipe.score.every:
+            self.log = Log(trainer.run / "scores.jsonl", trainer.step)
+
+    def after_step(self, trainer: Trainer) -> None:
+        score, main = trainer.recipe.score, trainer.accelerator.is_main_process
+        if not score.every or trainer.step % score.every:
+            return
+        drawn = self.draw(trainer, "its score", score.num, SCORE_BLOCK)
+        if drawn is None:
+            return
+        (images, labels), error = drawn, None
+        if main:
+            try:
+                values = self.scorer(images, labels)
+            except InputError as fault:
+                error = fault
+        sharding.raise_together(error)
+        if main:
+            sampling = self.sampling.describe(trainer.objective.model)
+            self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
+            trainer.trackers.log({f"score/{name}": value for name, value in values.items()}, trainer.step)
+
+
+class Snapshots(Activity):
+    """The power-function averages every `ema.snapshot_every` steps, in snapshots/."""
+
+    def open(self, trainer: Trainer) -> None:
+        checkpoint.clear_unfinished(trainer.run / SNAPSHOTS)
+
+    def after_step(self, trainer: Trainer) -> None:
+        every = trainer.recipe.ema.snapshot_every
+        if every and trainer.due(every):
+            trainer.keep(lambda: self.take(trainer))
+
+    def take(self, trainer: Trainer) -> None:
+        """Store one. Raises InputError in every process where it cannot be written."""
+        averages = trainer.objective.averages
+        checkpoint.check_finite(trainer.step, averages.models.values())
+        tensors = {name: sharding.full_tensors(average) for name, average in averages.models.items()}
+        error = None
+        if trainer.accelerator.is_main_process:
+            try:
+                averages.write_snapshot(trainer.run, trainer.step, tensors, trainer.updates)
+            except InputError as fault:
+                error = fault
+        sharding.raise_together(error)

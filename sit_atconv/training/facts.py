@@ -1,0 +1,56 @@
+"""What data and codec decide about a run."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from sit_atconv.config import Recipe
+from sit_atconv.data import open_dataset
+from sit_atconv.errors import InputError
+from sit_atconv.latents.codecs import open_codec
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What data and codec decide about a run: latent shape (C, H, W), classes and images."""
+
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    num_images: int
+
+
+def measured_facts(dataset, codec) -> Facts:
+    """The facts of an opened dataset and codec. Raises InputError when the codec does not take such images."""
+    return Facts(codec.latent_shape(dataset.channels, dataset.image_size), len(dataset.class_names), len(dataset))
+
+
+def opened_facts(recipe: Recipe) -> Facts:
+    """The facts of a recipe's data and codec, which are opened."""
+    # A plan needs no proof of what is in a cache.
+    dataset = open_dataset(dataclasses.replace(recipe.data, verify=recipe.data.kind != "latents"))
+    return measured_facts(dataset, open_codec(recipe.latents, dataset))
+
+
+def stated_facts(recipe: Recipe) -> Facts | None:
+    """The facts as the recipe states them, or None where it leaves one to the data."""
+    model = recipe.model
+    if None in (model.sample_size, model.in_channels, model.num_classes, recipe.data.num_images):
+        return None
+    size = model.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return Facts((model.in_channels, height, width), model.num_classes, recipe.data.num_images)
+
+
+def check_stated(recipe: Recipe, facts: Facts) -> None:
+    """Raise InputError where the recipe states something else than data and codec say."""
+    channels, height, width = facts.latent_shape
+    size = recipe.model.sample_size
+    for key, stated, measured in (
+        ("model.in_channels", recipe.model.in_channels, channels),
+        ("model.sample_size", [size, size] if isinstance(size, int) else size, [height, width]),
+        ("model.num_classes", recipe.model.num_classes, facts.num_classes),
+        ("data.num_images", recipe.data.num_images, facts.num_images),
+    ):
+        if stated is not None and stated != measured:
+            raise InputError(
+                f"{key}: the recipe says {stated}, data and codec say {measured}; correct it or leave it out"
+            )

@@ -1,0 +1,175 @@
+"""Flow matching: a SiT learns the velocity from noise to latents, and averages of it are kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from sit_atconv.checkpoint import Part, load_weights, write_pretrained
+from sit_atconv.config import Flow, Recipe
+from sit_atconv.data.samples import Batch, TrainingSamples
+from sit_atconv.devices import import_compiler
+from sit_atconv.ema import Averages
+from sit_atconv.flow.loss import flow_loss
+from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.times import TimeSampling, training_interval
+from sit_atconv.limits import check_kernel
+from sit_atconv.models.cost import count_macs
+from sit_atconv.models.sit import SiTTransformer2DModel, create_model
+from sit_atconv.training.facts import Facts
+from sit_atconv.training.objectives.objective import Forward, Objective
+from sit_atconv.training.optimizer import learning_rate, make_optimizer
+
+
+def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
+    """The recipe's model for these facts, with the weights that `run.seed` draws.
+
+    Raises InputError for options that do not make a model.
+    """
+    channels, height, width = facts.latent_shape
+    options = recipe.model.options() | {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "num_classes": facts.num_classes,
+        "path": recipe.flow.path,
+        "prediction": recipe.flow.prediction,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.run.seed)
+        model = create_model(recipe.model.name, **options)
+    check_kernel("model.kernel_size", recipe.model.kernel_size, grid_of(model))
+    return model
+
+
+def grid_of(model: SiTTransformer2DModel) -> tuple[int, int]:
+    """Height and width of the tokens that a model was made for."""
+    height, width = (side // model.config.patch_size for side in model.latent_size)
+    return height, width
+
+
+def time_sampling(flow: Flow) -> TimeSampling:
+    """How the recipe draws t, on the interval that its path and prediction can be trained on."""
+    return TimeSampling(
+        training_interval(PATHS[flow.path](), flow.prediction),
+        flow.time_sampling,
+        0.0 if flow.time_mean is None else flow.time_mean,
+        1.0 if flow.time_std is None else flow.time_std,
+        flow.time_shift,
+    )
+
+
+class FlowObjective(Objective):
+    """The flow-matching loss of a SiT, see `flow_loss`. Other objectives of latents add to it.
+
+    A plan makes it on the meta device. `open` comes before training.
+    """
+
+    with_image = False  # whether the losses need images besides their latents
+    besides = ""  # what a plan says of memory that it does not count
+
+    def __init__(self, recipe: Recipe, facts: Facts):
+        self.recipe, self.facts = recipe, facts
+        self.path = PATHS[recipe.flow.path]()
+        self.steps, self.weights = recipe.train.max_steps, {"loss": 1.0}
+        self.model = self.trained = self._make_model()
+
+    def _make_model(self) -> SiTTransformer2DModel:
+        return build_model(self.recipe, self.facts)
+
+    def rows(self) -> dict[str, str]:
+        """What a plan says of this objective alone: text by name."""
+        return {}
+
+    def open(self, codec: nn.Module) -> None:
+        """Take the codec of images and latents, and load what a plan does without."""
+        self.codec = codec
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records of frozen networks, by their names in `objectives.FROZEN`."""
+        return {}
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        return [self.codec]
+
+    @property
+    def flops_per_image(self) -> float | None:
+        return 3 * 2 * count_macs(self.model)  # forward, and twice that backward
+
+    def make_samples(self, dataset: Dataset) -> TrainingSamples:
+        """What the steps are made of."""
+        recipe = self.recipe
+        return TrainingSamples(
+            dataset,
+            self.facts.latent_shape,
+            recipe.train.batch_size,
+            recipe.run.seed,
+            flip=recipe.data.flip,
+            drop=self.model.config.class_dropout_prob,
+            null_label=self.model.null_label,
+            posterior=self.codec.draws_posterior,
+            time=time_sampling(recipe.flow),
+            sampling=recipe.data.sampling,
+            with_image=self.with_image,
+            stratified=recipe.flow.time_stratified,
+        )
+
+    def begin(self, samples: TrainingSamples, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            self._start(samples)
+        else:
+            self._load(checkpoint)
+        self.averages = Averages(self.model, self.recipe.ema)
+        if checkpoint is not None:
+            for name, average in self.averages.models.items():
+                load_weights(checkpoint / name, average)
+
+    def _start(self, samples: TrainingSamples) -> None:
+        """What a new run does to the weights before its first step."""
+
+    def _load(self, checkpoint: Path) -> None:
+        load_weights(checkpoint / "model", self.model)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.trained, self.recipe.train)
+
+    def prepare(self) -> None:
+        if self.recipe.train.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if self.recipe.train.compile:
+            import_compiler()
+            self.model.compile_repeated_blocks()
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        rate = self.learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def learning_rate(self, step: int) -> float:
+        """Of all that a step (0-based) trains."""
+        return learning_rate(step, self.recipe.train)
+
+    def losses(self, batch: Batch, forward: Forward) -> list[torch.Tensor | None]:
+        def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return forward(x, t, batch["label"], return_dict=False)[0]
+
+        return [self.flow_loss(network, self.encode(batch), batch)]
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        """The latents (B, C, H, W) of a batch."""
+        return self.codec.encode(batch["image"], batch.get("posterior"))
+
+    def flow_loss(
+        self, network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], latents: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """(B,): see `sit_atconv.flow.loss.flow_loss`, at the batch's times and noise."""
+        flow = self.recipe.flow
+        return flow_loss(network, self.path, latents, batch["noise"], batch["t"], flow.prediction, flow.loss_weight)
+
+    def parts(self) -> list[Part]:
+        models = {"model": self.model, **self.averages.models}
+        return [Part(name, model, write_pretrained) for name, model in models.items()]

@@ -1,0 +1,80 @@
+"""From a recipe to how it trains, and what that costs."""
+
+import torch
+
+from sit_atconv.config import Recipe
+from sit_atconv.ema import SAMPLED, describe, resolved
+from sit_atconv.errors import InputError
+from sit_atconv.generation import Sampling
+from sit_atconv.models.cost import count_macs, count_parameters
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.training.facts import check_stated, opened_facts, stated_facts
+from sit_atconv.training.objectives import objective_of
+
+
+def preview_sampling(recipe: Recipe, model: SiTTransformer2DModel) -> Sampling:
+    """How previews are drawn. Raises InputError for settings that do not exist or that the model cannot follow."""
+    preview = recipe.preview
+    try:
+        sampling = Sampling(
+            preview.sampler,
+            preview.steps,
+            preview.guidance_scale,
+            seed=recipe.run.seed,
+            diffusion=preview.diffusion,
+            diffusion_norm=preview.diffusion_norm,
+            last_step=preview.last_step,
+            last_step_size=preview.last_step_size,
+        )
+        if preview.every:
+            sampling.check_model(model)
+    except InputError as error:
+        raise InputError(f"preview: {error}") from None
+    return sampling
+
+
+def dry_run(recipe: Recipe) -> str:
+    """What the recipe would cost, as text; the model is built on the meta device, data and VAE are not opened if the
+    recipe states what they decide. Raises InputError for a recipe that cannot be trained."""
+    stated = stated_facts(recipe)
+    facts = stated or opened_facts(recipe)
+    check_stated(recipe, facts)
+    with torch.device("meta"):
+        objective = objective_of(recipe)(recipe, facts)
+    model = objective.model
+    preview_sampling(recipe, model)
+    train = recipe.train
+    parameters, macs = count_parameters(model), count_macs(model)
+    trainable = sum(p.numel() for p in model.parameters())
+    gib = 4 / 2**30
+    epoch = facts.num_images / train.batch_size
+    ema = resolved(recipe.ema)
+    copies = len(ema.stds or [SAMPLED])
+    decay = "" if train.lr_schedule == "constant" else f" to 0 at step {train.max_steps:,}"
+    rows = {
+        "model": recipe.model.name or f"{model.config.token_mixer}, depth {model.config.depth}",
+        "parameters": f"{parameters / 1e6:.1f} M",
+        "compute per image": (f"{macs / 1e9:.1f} GMACs" if macs >= 1e9 else f"{macs / 1e6:.1f} MMACs")
+        + " (one network evaluation)",
+        **objective.rows(),
+        "latent": " x ".join(map(str, facts.latent_shape)) + f", {facts.num_classes} classes",
+        "data": f"{recipe.data.kind}, "
+        + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
+        + ("latent, classes and images as the recipe states; checked when training starts" if stated else "measured"),
+        "memory, fp32": f"weights {parameters * gib:.2f} GiB, gradients {trainable * gib:.2f} GiB, "
+        f"optimiser {2 * trainable * gib:.2f} GiB, EMA {copies * parameters * gib:.2f} GiB (activations come on top"
+        f"{objective.besides})",
+        "steps per epoch": f"{epoch:.1f} ({facts.num_images:,} images, global batch {train.batch_size})",
+        "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
+        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}",
+        "EMA": describe(recipe.ema),
+        "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
+        f"{((1 + copies) * parameters + 2 * trainable) * gib:.2f} GiB each, in {recipe.run.out}",
+    }
+    if ema.snapshot_every:
+        taken = train.max_steps // ema.snapshot_every
+        rows["EMA snapshots"] = (
+            f"every {ema.snapshot_every:,} steps, {taken:,} of {copies * parameters * gib:.2f} GiB each, "
+            f"{taken * copies * parameters * gib:.1f} GiB at the end"
+        )
+    return "\n".join(f"{name:<18} {text}" for name, text in rows.items())
