@@ -8,7 +8,8 @@ from sit_atconv.classification.evaluation import last_evaluation
 from sit_atconv.classification.plan import dry_run, steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
-from sit_atconv.errors import command, speaks
+from sit_atconv.errors import command
+from sit_atconv.processes import is_main
 from sit_atconv.training.launch import training_arguments
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
         plan, last = dry_run(recipe), None
     else:
         plan, last = None, train(recipe, must_resume=args.resume, force=args.force)
-    if speaks():
+    if is_main():
         print(plan or report(last, recipe))
 
 

@@ -6,7 +6,8 @@ from shlex import quote
 from eval.score import training_scorer
 from sit_atconv.checkpoint import step_of
 from sit_atconv.config import Recipe, load_recipe
-from sit_atconv.errors import command, speaks
+from sit_atconv.errors import command
+from sit_atconv.processes import is_main
 from sit_atconv.training import train
 from sit_atconv.training.folder import check_place
 from sit_atconv.training.launch import training_arguments
@@ -23,12 +24,12 @@ def run(prog: str, about: str, argv: list[str] | None, check: Callable[[Recipe],
     else:
         check_place(recipe.run.out, args.force)
         # Scores are the first process's business alone, and so are its reference and weights.
-        scorer = training_scorer(recipe.score.ref, recipe.score.weights) if recipe.score.every and speaks() else None
+        scorer = training_scorer(recipe.score.ref, recipe.score.weights) if recipe.score.every and is_main() else None
         last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force)
         report = f"trained to step {recipe.train.max_steps:,}; sample with: python sample.py --ckpt {quote(str(last))}"
         if step_of(last) < recipe.train.max_steps:
             report = f"stopped at step {step_of(last):,}, saved as {last}; the same command goes on from there"
-    if speaks():
+    if is_main():
         print(report)
 
 

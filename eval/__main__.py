@@ -3,7 +3,8 @@
 import sys
 
 from eval import extract, refs, report, score, table, verify
-from sit_atconv.errors import ArgumentParser, command, speaks
+from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.processes import is_main
 
 COMMANDS = {"extract": extract, "score": score, "build-ref": refs, "verify": verify, "table": table, "report": report}
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        if speaks():
+        if is_main():
             print("stopped; whatever is there is whole, and the same command goes on", file=sys.stderr)
         sys.exit(130)
 

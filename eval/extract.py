@@ -10,17 +10,13 @@ import hashlib
 import json
 import platform
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from safetensors import SafetensorError
 from safetensors.torch import save
 from tqdm import tqdm
@@ -28,16 +24,15 @@ from tqdm import tqdm
 from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, begun_as, open_source
-from sit_atconv import limits
+from sit_atconv import limits, processes
 from sit_atconv.claims import check_place, claim, clear_leftovers, write_whole, writing
-from sit_atconv.errors import InputError, add_force, speaks
+from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import check_writable, library_versions, lock, resolved, sha256, sync, write_atomic
 from sit_atconv.reading import Malformed, read_json
 
 T = TypeVar("T")
 SHARD, BATCH = 1000, 64
 AHEAD = 3  # batches that are read before they are wanted
-PATIENCE = timedelta(days=7)  # how long a process waits for the others
 # Of the settings: what moves no feature beyond rounding, and where images and weights lay.
 NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest.", "extractor_spec")
 FOLDER = "features folder"  # as messages call it
@@ -90,15 +85,10 @@ def run(args: argparse.Namespace) -> None:
     check_place(args.out, "features", FOLDER, REMEDY, args.force)  # before anything is loaded
     extractor = load_extractor(args.extractor, args.weights, args.device)
     features = features_of(args.source, extractor, args.shard, args.batch, args.out, args.allow_lossy, args.force)
-    leave()
-    if speaks():
+    processes.leave()
+    if processes.is_main():
         dimensions = ", ".join(f"{name} {dimension}" for name, dimension in features.streams.items())
         print(f"{args.out}: {features.n:,} images, {dimensions}, by {extractor.name}")
-
-
-def leave() -> None:
-    """End the process group that a launch on several processes has, once nothing more is shared."""
-    PartialState().destroy_process_group()
 
 
 def features_of(
@@ -120,10 +110,8 @@ def features_of(
     source = path if isinstance(path, Source) else open_source(path, allow_lossy)
     out = resolved(out if out is not None else default_folder(Path(path), extractor), FOLDER)
     extractor.check_images(source.name, source.image_shape)
-    # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
-    with ExitStack() as held:
+    processes.join()
+    with ExitStack() as held, processes.lost_ones_told():
 
         def begin() -> tuple[dict[str, Any], list[tuple[int, int, int]]]:
             settings = _claim(out, describe(source, extractor, shard, batch), stated, force)
@@ -134,35 +122,15 @@ def features_of(
             clear_leftovers(out, FOLDER)
             return settings, _take_back(out, settings)
 
-        settings, missing = _first(state, begin)
-        own = missing[state.process_index :: state.num_processes]
-        together(lambda: _make_shards(source, extractor, settings, batch, out, own, state))
+        settings, missing = processes.first(begin)
+        own = missing[processes.rank() :: processes.count()]
+        processes.together(lambda: _make_shards(source, extractor, settings, batch, out, own))
         if missing:
             _trim()
-        _first(state, lambda: finish(out, settings))
+        processes.first(lambda: finish(out, settings))
     features = Features(out)
     extractor.streams = extractor.streams or features.streams  # of a module of one's own that had nothing to do
     return features
-
-
-def together(task: Callable[[], T]) -> T:
-    """What the task returned, once all processes of a launch have done theirs: the others end it before they hear of
-    a fault. Raises in every process the InputError of the first that has one."""
-    result, fault = None, None
-    try:
-        result = task()
-    except InputError as error:
-        fault = InputError(str(error))  # every process is about to know it
-    for error in gather_object([fault]) if dist.is_initialized() else [fault]:
-        if error is not None:
-            raise error
-    return result
-
-
-def _first(state: PartialState, task: Callable[[], T]) -> T:
-    """What the task returned in the first process, the only one that does it. Raises its InputError in all."""
-    answer = [together(task if state.is_main_process else lambda: None)]
-    return broadcast_object_list(answer)[0]
 
 
 def _claim(out: Path, settings: dict[str, Any], stated: bool, force: bool) -> dict[str, Any]:
@@ -254,7 +222,7 @@ def _is_whole(out: Path, span: tuple[int, int, int], digests: dict[str, str]) ->
 
 def _make_shards(
     source: Source, extractor: Extractor, settings: dict[str, Any], batch: int, out: Path,
-    spans: list[tuple[int, int, int]], state: PartialState,
+    spans: list[tuple[int, int, int]],
 ) -> None:  # fmt: skip
     """One thread reads ahead, another writes, and the device has its next batch before the last is fetched."""
     pinned = extractor.device.type == "cuda"
@@ -265,10 +233,10 @@ def _make_shards(
                 yield span, pixels.pin_memory() if pinned else pixels
 
     total = sum(stop - first for _, first, stop in spans)
-    label = "features" if state.num_processes == 1 else f"features (1 of {state.num_processes} processes)"
+    label = "features" if processes.count() == 1 else f"features (1 of {processes.count()} processes)"
     parts, pending = [], None
     with (
-        tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not (spans and state.is_main_process)) as bar,
+        tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not (spans and processes.is_main())) as bar,
         ThreadPoolExecutor(1, "shards") as writer,
         closing(ahead(read())) as batches,
     ):

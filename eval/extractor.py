@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import inspect
 import io
-import os
 import re
 import sys
 import sysconfig
@@ -24,6 +23,7 @@ from sit_atconv.devices import FP32_SWITCHES, resolve_device, switches_kept
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import sha256
 from sit_atconv.hooks import recorded
+from sit_atconv.processes import local_rank
 from sit_atconv.vit import is_rgb, load_vit
 
 INCEPTION_PROTOCOL = "adm-inception-1"
@@ -211,7 +211,7 @@ def default_device(spec: str) -> str:
     """Where an extractor runs unless told: CUDA where there is one, the digits' small classifier on the CPU."""
     if spec == "digits" or not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return f"cuda:{local_rank()}"
 
 
 class _Inception(nn.Module):

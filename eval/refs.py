@@ -16,7 +16,6 @@ from eval.extract import (
     check_root,
     default_folder,
     features_of,
-    leave,
 )
 from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
 from eval.features import INDEX, Features, is_features
@@ -24,9 +23,10 @@ from eval.moments import GroupSums, Moments
 from eval.npz import UNREADABLE, Array, arrays_of
 from eval.sources import from_arrays, open_source
 from sit_atconv.data.digits import Digits
-from sit_atconv.errors import InputError, add_force, speaks
+from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
+from sit_atconv.processes import is_main, leave
 from sit_atconv.reading import POSITIVE, SHAPE, Malformed, parse_json
 
 FORMAT_VERSION = 1
@@ -383,7 +383,7 @@ def run(args: argparse.Namespace) -> None:
         args.images, Path(args.out), extractor, args.batch, args.allow_lossy, args.features, args.force
     )
     leave()
-    if speaks():
+    if is_main():
         print(f"{args.out}: statistics of {meta['n']:,} images in {extractor.name}'s features, {meta['kept']:,} kept")
 
 
@@ -418,7 +418,7 @@ def build_reference(
         "extractor_spec": features.info.get("extractor_spec"),
         "versions": library_versions("timm", "torch-fidelity"),
     }
-    if speaks():
+    if is_main():
         arrays = {"pool": features.load("pool", rows), "meta": np.array(json.dumps(meta))}
         for stream in ARRAYS.keys() & features.streams.keys():
             arrays |= zip(ARRAYS[stream], stream_moments(features, stream), strict=True)

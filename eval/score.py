@@ -21,8 +21,6 @@ from eval.extract import (
     check_root,
     default_folder,
     features_of,
-    leave,
-    together,
 )
 from eval.extractor import Extractor, default_device, kind_of, load_extractor
 from eval.features import Features, is_features
@@ -37,8 +35,9 @@ from eval.result import bars_told, needs
 from eval.sources import Source, from_arrays, open_source
 from sit_atconv.console import progress
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import InputError, add_force, check_choice, speaks
+from sit_atconv.errors import InputError, add_force, check_choice
 from sit_atconv.files import check_out, library_versions, made_here, shown, write_out
+from sit_atconv.processes import is_main, leave, together
 
 # What can be asked for, the stream of features that it takes, and what each kind of extractor offers.
 STREAMS = {
@@ -172,10 +171,10 @@ def score(
         for metric in one.metrics:
             if metric in FRECHET:
                 sums = together(partial(stream_sums, one.features, STREAMS[metric], groups, shared=True)).all_reduce()
-                if speaks():
+                if is_main():
                     estimates[metric] = frechet_metric(sums, one.reference.moments[STREAMS[metric]])
     leave()
-    if not speaks():
+    if not is_main():
         return None
     for one in passes:
         estimates |= other_metrics(one.metrics, one.features, one.reference, groups, one.extractor.device)
@@ -297,7 +296,7 @@ def stream_sums(features, stream: str, groups: np.ndarray, shared: bool = False)
     shards = range(rank, len(features), world)
     label = f"sums of {stream}"
     batches = features.batches(stream, shards)
-    for first, rows in progress(batches, desc=label, total=len(shards), delay=1, disable=not speaks()):
+    for first, rows in progress(batches, desc=label, total=len(shards), delay=1, disable=not is_main()):
         sums.update(rows, groups[first : first + len(rows)])
     return sums
 

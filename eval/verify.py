@@ -13,8 +13,9 @@ from eval.extract import BATCH, add_features_argument
 from eval.extractor import load_extractor
 from eval.score import score, table
 from sit_atconv import limits
-from sit_atconv.errors import InputError, speaks
+from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
+from sit_atconv.processes import is_main
 
 DIGEST = Path(URL_INCEPTION_V3).stem.rpartition("-")[2]  # the published file's name ends in how its SHA-256 begins
 IMAGES, SIZE = 8, 64
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     digest = check_weights(Path(args.weights))
     extractor = load_extractor("inception", args.weights, args.device)
     streams = extractor(synthetic_images())
-    if speaks():
+    if is_main():
         print(f"{'weights':<28} SHA-256 {digest}")
         for name, rows in streams.items():
             print(f"{name:<28} {checksum(rows)}")

@@ -44,6 +44,7 @@ from sit_atconv.files import sha256, write_out
 from sit_atconv.generation import Sampling
 from sit_atconv.images import to_uint8
 from sit_atconv.reading import as_stored, read_json, read_yaml
+from sit_atconv.signals import ENDING, handled
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
@@ -374,14 +375,10 @@ def call(words: list[str]) -> tuple[int, signal.Signals | None]:
         pending.append(number)
         send()
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(ENDING, pass_on):
         process = subprocess.Popen(words, start_new_session=True)
         send()
         return process.wait(), next(iter(received), None)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @command

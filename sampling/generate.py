@@ -5,24 +5,27 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from sampling.labels import labels_rule, sample_labels
 from sampling.options import Setup, add_sampling_options, sampling_asked, setup
-from sampling.processes import Interrupted, Processes
 from sampling.samples import FORMATS, PLACES, Samples, check_place, difference
-from sit_atconv import limits
+from sit_atconv import limits, processes
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import library_versions, shown
 from sit_atconv.generation import generate
 from sit_atconv.images import UINT8_RULE
 from sit_atconv.models.cost import count_parameters
+from sit_atconv.signals import Interrupted, Interruptions
+
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,56 +56,71 @@ def run(args: argparse.Namespace) -> None:
     """
     if not args.out:
         raise InputError("--out '': give the name of a new folder, or of one that the same command began")
-    with Processes() as processes:
-        work = _Work(args, processes)
+    processes.join(cpu=True)  # what they tell each other is short, and goes over gloo whatever their networks are on
+    with Interruptions() as signals, processes.lost_ones_told():
+        work = _Work(args, signals)
         try:
             work.run()
         except Interrupted as stop:
-            if processes.is_main:
+            if processes.is_main():
                 name, there = signal.Signals(stop.number).name, f"{work.done:,} of {args.num:,} images are there"
                 print(f"{name}: stopped; {there}, and the same command goes on from them", file=sys.stderr)
             sys.exit(128 + stop.number)
+        finally:
+            processes.leave()
 
 
 class _Work:
     """What one process does, in step with the others: a round is a block of each."""
 
-    def __init__(self, args: argparse.Namespace, processes: Processes):
-        self.args, self.processes, self.done = args, processes, 0
+    def __init__(self, args: argparse.Namespace, signals: Interruptions):
+        self.args, self.signals, self.done = args, signals, 0
 
     def run(self) -> None:
-        self._check_equal(self.processes.each(self._prepare))
+        self._check_equal(self._each(self._prepare))
         with closing(self.samples):
             self._make_missing()
 
+    def _each(self, task: Callable[[], T]) -> list[T]:
+        """`processes.each`, of a task that a signal ends at once."""
+
+        def endable() -> T:
+            with self.signals.working():
+                return task()
+
+        return processes.each(endable)
+
+    def _first(self, task: Callable[[], T]) -> T:
+        return self._each(task if processes.is_main() else lambda: None)[0]
+
     def _make_missing(self) -> None:
-        args, processes = self.args, self.processes
-        missing = processes.main(self.samples.claim)
+        args = self.args
+        missing = self._first(self.samples.claim)
         if missing is None:
             self._say(f"{args.num} images in {args.out}: complete already, with these settings")
             return
         self.done = args.num - sum(len(self.samples.indices(number)) for number in missing)
         with tqdm(
-            total=args.num, initial=self.done, desc="generate", unit="image", disable=not processes.is_main
+            total=args.num, initial=self.done, desc="generate", unit="image", disable=not processes.is_main()
         ) as bar:
-            for start in range(0, len(missing), processes.count):
-                mine = missing[start + processes.rank :][:1]
-                made = sum(processes.each(lambda mine=mine: sum(map(self._make, mine))))
+            for start in range(0, len(missing), processes.count()):
+                mine = missing[start + processes.rank() :][:1]
+                made = sum(self._each(lambda mine=mine: sum(map(self._make, mine))))
                 self.done += made
                 bar.update(made)
-        facts = {"processes": processes.count}
-        manifest = processes.main(lambda: self.samples.finish(facts))
+        facts = {"processes": processes.count()}
+        manifest = self._first(lambda: self.samples.finish(facts))
         self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}")
 
     def _say(self, text: str) -> None:
-        if self.processes.is_main:
+        if processes.is_main():
             print(text)
 
     def _prepare(self) -> dict[str, Any]:
         """Load what the options name; the settings of the samples."""
         args = self.args
         check_place(args.out, args.force)
-        self.ready = setup(args, self.processes)
+        self.ready = setup(args, launched=True)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         self.labels = sample_labels(args.labels, args.num, total, self.ready.sampling.seed, config.num_classes)

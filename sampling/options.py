@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sampling.processes import Processes
-from sit_atconv import limits
+from sit_atconv import limits, processes
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
@@ -109,16 +108,29 @@ class Setup:
     sampling: Sampling
 
 
-def setup(args: argparse.Namespace, processes: Processes | None = None) -> Setup:
+def own_device(name: str) -> str:
+    """The device of this process where the command line says `name`: of several on CUDA, each has its own.
+
+    Raises InputError for one that several would share.
+    """
+    kind, _, index = name.partition(":")
+    if processes.count() == 1 or kind != "cuda":
+        return name
+    if index:
+        raise InputError(f"--device {name}: {processes.count()} processes take a GPU each; say --device cuda")
+    return f"cuda:{processes.local_rank()}"
+
+
+def setup(args: argparse.Namespace, launched: bool = False) -> Setup:
     """Load what the options name, on the device of this process.
 
-    processes: those of a launch; without it there may be one only.
+    launched: as one of the processes of a launch, which it has joined; else there may be one only.
     Raises InputError for a bad checkpoint, option, device or missing autoencoder.
     """
     sampling = sampling_asked(args)
-    if processes is None:
+    if not launched:
         check_one_process()
-    device = resolve_device(args.device if processes is None else processes.own_device(args.device))
+    device = resolve_device(own_device(args.device) if launched else args.device)
     trained = load_trained(args.ckpt, DTYPES[args.dtype])
     sampling.check_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), args.vae, VAE_BATCH).to(device)

@@ -49,6 +49,7 @@ from sit_atconv.files import (
     unleased,
 )
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.processes import is_main, raise_together
 from sit_atconv.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json
 from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
 
@@ -133,12 +134,12 @@ def save(
         """Whether this is the process that writes; what goes wrong in one process is raised in all."""
         error = None
         try:
-            yield sharding.is_main()
+            yield is_main()
         except (InputError, OSError, SafetensorError) as fault:
-            if sharding.is_main():
+            if is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             error = fault if isinstance(fault, InputError) else _unwritten(fault, run, step, needed)
-        sharding.raise_together(error)
+        raise_together(error)
 
     with writing() as main:
         if main:
@@ -174,7 +175,7 @@ def save(
 
 def check_finite(step: int, modules: Iterable[torch.nn.Module]) -> None:
     """Raise InputError in every process where one holds a tensor of the modules that is not finite. Collective."""
-    sharding.raise_together(_not_finite(step, modules))
+    raise_together(_not_finite(step, modules))
 
 
 def _not_finite(step: int, modules: Iterable[torch.nn.Module]) -> InputError | None:

@@ -67,11 +67,6 @@ def check_launch() -> None:
             raise InputError(f"{name}={text!r} in the environment: give true or false, or unset it", True)
 
 
-def speaks() -> bool:
-    """Whether this process prints for all of a distributed run: the first of them, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 MOST = 3.4e38  # the largest number, about, that fp32 holds
 
 

@@ -5,13 +5,11 @@ one process, which is the main one.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
@@ -20,40 +18,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sit_atconv.errors import InputError
+from sit_atconv.processes import is_main
 
 OPTIMIZER_FILE = "optimizer.safetensors"  # of an unsharded run
 OPTIMIZER_SHARDS = "optimizer"  # of a sharded one: a folder with a file per process
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def raise_together(error: Exception | None) -> None:
-    """Raise the error of the first process that has one in all of them. Collective."""
-    if dist.is_initialized():
-        errors: list[Exception | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((one for one in errors if one is not None), None)
-    if error is not None:
-        raise error
-
-
-@contextmanager
-def lost_processes_told() -> Iterator[None]:
-    """Tell as an InputError, in every process that is left, what torch says where another of a launch has gone, or was
-    never reached: gloo in words alone, NCCL and the store by a class of their own."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise InputError(
-            "another process of the launch was killed or has failed, or cannot be reached; the same command goes on "
-            "from the newest checkpoint",
-            every_rank=True,
-        ) from None
 
 
 def is_sharded(module: nn.Module) -> bool:

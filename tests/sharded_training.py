@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from sit_atconv import SiTTransformer2DModel, checkpoint, create_model, sharding
 from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors, write_projectors
+from sit_atconv.processes import is_main
 
 STEP, MORE, BATCH, DECAY = 3, 2, 8, 0.9
 
@@ -142,7 +143,7 @@ def store(file: Path, aligned: Aligned, average: torch.nn.Module, optimizer) -> 
     state = sharding.optimizer_tensors(aligned, optimizer)
     parts = {"trained": aligned, "ema": average, "optimizer": state}
     tensors = {f"{part}.{name}": x for part, it in parts.items() for name, x in sharding.full_tensors(it).items()}
-    if sharding.is_main():
+    if is_main():
         save_file(tensors, file)
 
 

@@ -25,8 +25,8 @@ from sit_atconv.config import load_recipe
 from sit_atconv.devices import FP32_SWITCHES
 from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
+from sit_atconv.signals import StopSignals
 from sit_atconv.training import train
-from sit_atconv.training.faults import StopSignals
 from sit_atconv.training.objectives.flow import FlowObjective
 
 

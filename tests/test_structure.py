@@ -8,10 +8,12 @@ import pytest
 from conftest import ROOT
 
 # What a part of the library may import from the rest of it.
-BASE = {"errors", "version", "limits", "reading", "markdown"}
+BASE = {"errors", "version", "limits", "reading", "markdown", "processes", "signals"}
 CORE = BASE | {"config", "flow", "draws", "console", "devices"}
 ALLOWED = {
     "errors": set(),
+    "signals": set(),
+    "processes": {"errors", "signals"},
     "version": set(),
     "reading": {"errors"},
     "markdown": set(),

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from sit_atconv import sharding
 from sit_atconv.classification.plan import Facts
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import HeldOut
@@ -17,8 +16,8 @@ from sit_atconv.console import say
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
 from sit_atconv.errors import InputError
+from sit_atconv.processes import agree, is_main, raise_together
 from sit_atconv.reading import COUNT, POSITIVE, Malformed, read_rows
-from sit_atconv.training.faults import agree
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
 
@@ -41,8 +40,7 @@ class Evaluation(Activity):
 
     def begin(self, trainer: Trainer) -> None:
         # An evaluation that failed ended the run after the checkpoint of its step.
-        main = trainer.accelerator.is_main_process
-        (missing,) = agree(trainer.accelerator, main and self.log.last != trainer.step)
+        (missing,) = agree(trainer.accelerator.device, is_main() and self.log.last != trainer.step)
         if missing and trainer.step:
             self.after_step(trainer)
 
@@ -57,7 +55,7 @@ class Evaluation(Activity):
         except InputError:
             trainer.keep_trained()
             raise
-        if trainer.accelerator.is_main_process:
+        if is_main():
             for name in [name for name in ("model", "ema") if row[f"{name}_loss"] is None]:
                 say(f"warning: step {trainer.step}, {name}/: the loss of held-out images is not finite; no accuracy")
             self.log.write(row | {"num": self.facts.held_out})
@@ -90,7 +88,7 @@ class Evaluation(Activity):
         except InputError as fault:
             error = InputError(f"held out: {fault}")
         model.train(training)
-        sharding.raise_together(error)
+        raise_together(error)
         loss, first, five = (accelerator.reduce(sums, "sum") / self.facts.held_out).tolist()
         if not math.isfinite(loss):  # of NaN there is a greatest, too, but it says nothing of a class
             return dict.fromkeys(("loss", "top1", "top5"))

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from sit_atconv import config, sharding
+from sit_atconv import config
 from sit_atconv.classification.evaluation import Evaluation
 from sit_atconv.classification.objective import ClassificationObjective
 from sit_atconv.classification.plan import facts_of
 from sit_atconv.classification.recipe import ClassifierRecipe, differences
 from sit_atconv.classification.samples import ClassifierSamples, HeldOut, open_datasets, preprocessing, transforms
 from sit_atconv.devices import numerics
-from sit_atconv.training.faults import StopSignals
+from sit_atconv.processes import lost_ones_told
+from sit_atconv.signals import StopSignals
 from sit_atconv.training.folder import Found, check_place, check_same_data, claim, stored_run
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.trainer import Trainer
@@ -27,7 +28,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
     precise = numerics(tf32=recipe.train.precision == "tf32")
-    with sharding.lost_processes_told(), StopSignals() as signals, precise, ExitStack() as stack:
+    with lost_ones_told(), StopSignals() as signals, precise, ExitStack() as stack:
         check_place(recipe.run.out, force)  # in all processes, before the first of them can have made it
         accelerator = make_accelerator(recipe)
         drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
@@ -50,7 +51,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
                 check_same_data(run, found[1], described)
             return found
 
-        claimed = claim(accelerator, recipe.run.out, described, look, must_resume, force)
+        claimed = claim(recipe.run.out, described, look, must_resume, force)
         samples = ClassifierSamples(dataset, training, recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
         held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes)
         activities = [Evaluation(recipe, facts, held_out)]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import broadcast
 from safetensors.torch import load_file
 from timm.data import Mixup
@@ -16,6 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from sit_atconv import processes
 from sit_atconv.checkpoint import Part
 from sit_atconv.classification.plan import Facts, build_classifier, cost_of
 from sit_atconv.classification.recipe import ClassifierRecipe
@@ -37,7 +37,7 @@ class TimmAverage:
 
     def update(self, model: nn.Module, updates: int) -> None:
         """One step towards the model, whose statistics become those of the first process: a checkpoint has these."""
-        if PartialState().num_processes > 1:
+        if processes.count() > 1:
             broadcast(list(model.buffers()))
         self.ema.update(model, updates)
 

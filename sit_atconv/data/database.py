@@ -18,7 +18,8 @@ import numpy as np
 from sit_atconv.console import progress
 from sit_atconv.data.images import MOST_BYTES, EncodedImages, Packed, Unreadable
 from sit_atconv.data.plain_pickle import load_plain
-from sit_atconv.errors import InputError, speaks
+from sit_atconv.errors import InputError
+from sit_atconv.processes import is_main
 
 CLASSES = "classes.txt"
 MOST_CLASSES = 1 << 20
@@ -82,7 +83,7 @@ class Lmdb(EncodedImages):
     def labels(self) -> np.ndarray:
         """The label of every record, -1 of one that cannot be read."""
         labels = np.full(len(self), -1)
-        bar = progress(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not speaks())
+        bar = progress(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not is_main())
         for index in bar:
             try:
                 labels[index] = self._record(index, lambda image, label: label)

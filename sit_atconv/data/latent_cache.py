@@ -30,8 +30,9 @@ from sit_atconv.config import Data, Loading
 from sit_atconv.console import progress
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable, check_labels
-from sit_atconv.errors import InputError, speaks
+from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
+from sit_atconv.processes import is_main
 from sit_atconv.reading import COUNT, POSITIVE, SHA256, SHAPE, Malformed, read_json
 
 FORMAT_VERSION = 1
@@ -85,7 +86,7 @@ def shard_problems(root: Path, index: dict[str, Any], hashes: bool) -> Iterator[
     """
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     total = sum(shard["bytes"] for shard in index["shards"])
-    bar = progress(total=total, desc="verify", unit="B", unit_scale=True, delay=2, leave=False, disable=not speaks())
+    bar = progress(total=total, desc="verify", unit="B", unit_scale=True, delay=2, leave=False, disable=not is_main())
     with bar, ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda shard: _problem(root / shard["file"], shard, hashes), index["shards"])
         for shard, problem in zip(index["shards"], found, strict=True):

@@ -6,8 +6,9 @@ from pathlib import Path
 from sit_atconv import limits
 from sit_atconv.config import load_recipe
 from sit_atconv.data.latent_cache import DTYPES, read_index, shard_problems
-from sit_atconv.errors import ArgumentParser, add_force, command, speaks
+from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.latents.encode import encode
+from sit_atconv.processes import is_main
 
 
 @command
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     recipe = load_recipe(args.recipe, [*args.overrides, *late])
     index = encode(recipe, Path(args.out), args.dtype, args.shard_images, args.force)
-    if speaks():
+    if is_main():
         size = sum(shard["bytes"] for shard in index["shards"])
         print(f"{args.out}: {index['num_images']:,} images, {len(index['shards'])} shards, {size / 1e9:.2f} GB")
         print(f"train from it with: data.kind=latents data.root={args.out}")

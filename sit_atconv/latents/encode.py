@@ -8,21 +8,18 @@ clock or process number goes into a file.
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-from sit_atconv import limits
+from sit_atconv import limits, processes
 from sit_atconv.claims import check_place, claim, clear_leftovers, flat, write_whole, writing
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
@@ -35,7 +32,6 @@ from sit_atconv.files import library_versions, resolved, sha256, sync, write_ato
 from sit_atconv.latents.codecs import VaeCodec, open_codec
 from sit_atconv.reading import spelt
 
-PATIENCE = timedelta(days=7)  # how long a process waits for the others
 IMAGE_KEYS = (
     "kind",
     "root",
@@ -72,33 +68,23 @@ def encode(
     if recipe.latents.codec != "vae":
         raise InputError(f"latents.codec={recipe.latents.codec}: there is nothing to encode; a cache takes a vae")
     check_place(out, "latents", force=force)  # before anything is loaded
-    # Told of no CPU, it takes the processes of a launch on a machine without accelerators for as many single ones.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    device = processes.join().device
     dataset = open_dataset(recipe.data)
     codec = open_codec(recipe.latents)
-    settings = describe(recipe, dataset, codec, dtype, shard_images)
-    start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
-    if state.is_main_process:
+
+    def begin() -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        stated = describe(recipe, dataset, codec, dtype, shard_images)
+        settings = claim(out, stated, NOT_COMPARED, "latents", force=force)
+        return settings, missing_shards(out, settings)
+
+    with processes.lost_ones_told():
         try:
-            settings = claim(out, settings, NOT_COMPARED, "latents", force=force)
-            start = [settings, missing_shards(out, settings), None]
-        except InputError as error:
-            start[2] = InputError(str(error))  # every process is about to know it
-    settings, missing, error = broadcast_object_list(start)
-    if error is not None:
-        raise error
-    mine = missing[state.process_index :: state.num_processes]
-    error = None
-    try:
-        _make_shards(recipe, dataset, codec.to(state.device), settings, out, mine, state)
-    except InputError as fault:
-        error = fault
-    faults = gather_object([error is not None])  # the others end their shards before they hear of it
-    state.destroy_process_group()
-    if any(faults):
-        raise error or SystemExit(2)  # another process says why
-    return finish(out, settings) if state.is_main_process else settings
+            settings, missing = processes.first(begin)
+            mine = missing[processes.rank() :: processes.count()]
+            processes.together(lambda: _make_shards(recipe, dataset, codec.to(device), device, settings, out, mine))
+        finally:
+            processes.leave()
+    return finish(out, settings) if processes.is_main() else settings
 
 
 def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shard_images: int) -> dict[str, Any]:
@@ -185,18 +171,18 @@ class _Batches(list):
     accumulation = 1
 
 
-def _make_shards(recipe, dataset, codec: VaeCodec, settings, out: Path, spans: list, state: PartialState) -> None:
+def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, settings, out: Path, spans: list) -> None:
     cut = {span: _batches(*span, recipe.latents.batch_size) for span in spans}
     batches = TrainingBatches(
         _Images(dataset),
         _Batches(chain.from_iterable(cut.values())),
         recipe.data.workers,
-        state.device.type == "cuda",
+        device.type == "cuda",
         recipe.data.worker_timeout,
     )
     total = sum(count for _, count in spans)
-    label = "encode" if state.num_processes == 1 else f"encode (1 of {state.num_processes} processes)"
-    with tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not state.is_main_process) as bar:
+    label = "encode" if processes.count() == 1 else f"encode (1 of {processes.count()} processes)"
+    with tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not processes.is_main()) as bar:
         for (first, count), parts in cut.items():
             shape = (count, 2, 2 * settings["latent_shape"][0], *settings["latent_shape"][1:])
             moments = torch.from_numpy(np.empty(shape, DTYPES[settings["dtype"]]))
@@ -204,7 +190,7 @@ def _make_shards(recipe, dataset, codec: VaeCodec, settings, out: Path, spans: l
             for part in parts:
                 rows = slice(part[0] - first, part[-1] + 1 - first)
                 images, labels[rows] = _next(batches)
-                moments[rows] = _both_flips(codec, images.to(state.device, non_blocking=True)).cpu()
+                moments[rows] = _both_flips(codec, images.to(device, non_blocking=True)).cpu()
                 if not moments[rows].isfinite().all():
                     raise InputError(
                         f"latents.vae={codec.source!r} gives moments that {settings['dtype']} does not hold, of an "

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
-from sit_atconv.errors import InputError, speaks
+from sit_atconv.errors import InputError
 from sit_atconv.hooks import of_this_thread
 from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.processes import is_main
 from sit_atconv.swap.grafts import Graft, foreign_maps
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.start import TapFit
@@ -176,7 +177,7 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
     handles = [watch(site) for site in sites]
     try:
         with evaluating(model, *(site.layer for site in sites)):
-            for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not speaks()):
+            for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not is_main()):
                 call_model(model, each)
     finally:
         for handle in handles:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from sit_atconv.errors import InputError, speaks
+from sit_atconv.errors import InputError
+from sit_atconv.processes import is_main
 from sit_atconv.swap.calibration import Site, run_over
 from sit_atconv.swap.grafts import foreign_maps, kind_of
 from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, check_unhooked, checked_inputs, told_of
@@ -59,7 +60,7 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         seen[site.name] = site.graft.grid(site.layer, args, kwargs), args, kwargs, output
 
     try:
-        for _ in tqdm(range(steps), "regression", disable=not speaks()):
+        for _ in tqdm(range(steps), "regression", disable=not is_main()):
             _put(model, attentions)
             seen.clear()
             with told_of(model, "inputs", each := [next(source)]):

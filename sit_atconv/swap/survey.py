@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from sit_atconv.errors import InputError, speaks
+from sit_atconv.errors import InputError
 from sit_atconv.hooks import of_this_thread
+from sit_atconv.processes import is_main
 from sit_atconv.swap.calibration import (
     Cost,
     LayerReport,
@@ -143,7 +144,7 @@ def survey_of(
 
     if outputs is not None and outputs.refusal is None:
         title = "measuring errors of the output"
-        for site in tqdm(sites, title, leave=False, disable=len(sites) < 2 or not speaks()):
+        for site in tqdm(sites, title, leave=False, disable=len(sites) < 2 or not is_main()):
             survey.errors[site.name] = error([site.name])
     if refusal is not None:
         survey.choice = Choice([], None, dict.fromkeys(names, "not with those that cannot be swapped"), refusal)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 
 from sit_atconv import checkpoint, sharding
@@ -14,6 +13,7 @@ from sit_atconv.errors import InputError
 from sit_atconv.files import clear_leftovers, step_name, write_atomic
 from sit_atconv.generation import Sampling, generate, grid_png
 from sit_atconv.images import NotFinite
+from sit_atconv.processes import gathered, is_main, raise_together
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
 
@@ -49,8 +49,8 @@ class Draws(Activity):
                 images.append(generate(model, self.codec, part, labels, self.sampling)[0])
             except NotFinite as error:  # and on, as the others do
                 fault = fault or error
-        if said := next((str(error) for error in gather_object([fault]) if error is not None), None):
-            if accelerator.is_main_process:
+        if said := next((str(error) for error in gathered(fault) if error is not None), None):
+            if is_main():
                 say(f"warning: step {trainer.step}, {what} is left out: {said}")
             return None
         together = accelerator.gather(torch.cat(images).to(accelerator.device))
@@ -69,7 +69,7 @@ class Previews(Draws):
         if not every or trainer.step % every:
             return
         drawn = self.draw(trainer, "its preview", count, count)
-        if drawn and trainer.accelerator.is_main_process:
+        if drawn and is_main():
             file = trainer.run / PREVIEWS / f"{step_name(trainer.step)}.png"
             try:
                 write_atomic(file, grid_png(drawn[0], math.ceil(math.sqrt(count))))
@@ -89,7 +89,7 @@ class Scores(Draws):
             self.log = Log(trainer.run / "scores.jsonl", trainer.step)
 
     def after_step(self, trainer: Trainer) -> None:
-        score, main = trainer.recipe.score, trainer.accelerator.is_main_process
+        score, main = trainer.recipe.score, is_main()
         if not score.every or trainer.step % score.every:
             return
         drawn = self.draw(trainer, "its score", score.num, SCORE_BLOCK)
@@ -101,7 +101,7 @@ class Scores(Draws):
                 values = self.scorer(images, labels)
             except InputError as fault:
                 error = fault
-        sharding.raise_together(error)
+        raise_together(error)
         if main:
             sampling = self.sampling.describe(trainer.objective.model)
             self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
@@ -125,9 +125,9 @@ class Snapshots(Activity):
         checkpoint.check_finite(trainer.step, averages.models.values())
         tensors = {name: sharding.full_tensors(average) for name, average in averages.models.items()}
         error = None
-        if trainer.accelerator.is_main_process:
+        if is_main():
             try:
                 averages.write_snapshot(trainer.run, trainer.step, tensors, trainer.updates)
             except InputError as fault:
                 error = fault
-        sharding.raise_together(error)
+        raise_together(error)

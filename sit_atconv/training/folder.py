@@ -7,10 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
-from sit_atconv import checkpoint, config, files
+from sit_atconv import checkpoint, config, files, processes
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.errors import InputError
@@ -71,7 +68,6 @@ class Claimed:
 
 
 def claim(
-    accelerator: Accelerator,
     out: str,
     described: dict[str, Any],
     look: Callable[[Path], Found],
@@ -83,29 +79,28 @@ def claim(
     look: gives the checkpoint, or raises InputError for a folder that is not this run's; by `force`, that is set aside,
     and a new run begins. Raises that in every process, and where `must_resume` and there is nothing to go on from.
     """
-    run, held = files.resolved(out, "run.out"), None
-    start = [None, None]  # checkpoint, error
-    if accelerator.is_main_process:
+    run, held = files.resolved(out, "run.out"), []
+
+    def take() -> Found:
         try:
             # Before looking: another process may be at work there.
-            held = lock(run) if (run / LOCK).exists() else None
+            held.extend([lock(run)] if (run / LOCK).exists() else [])
             try:
-                start[0] = look(run)
+                return look(run)
             except InputError:
                 if not force or not os.path.lexists(run):
                     raise
-                held = held and held.close()
+                while held:
+                    held.pop().close()
                 say(f"run.out={str(run)!r}: what was there is now {str(files.set_aside(run))!r}")
-        except InputError as error:
-            start[1] = error
         except OSError as error:
-            start[1] = _unusable(run, error)
-    found, error = broadcast_object_list(start)
-    if error is not None:
-        raise error
+            raise _unusable(run, error) from None
+        return None
+
+    found = processes.first(take)
     if must_resume and not found:
         raise InputError(f"--resume: there is no checkpoint in {str(run)!r} to go on from")
-    return Claimed(described, found, held)
+    return Claimed(described, found, held.pop() if held else None)
 
 
 def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Found:

@@ -16,6 +16,7 @@ from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import resolved, write_atomic
+from sit_atconv.processes import is_main
 from sit_atconv.reading import COUNT, Malformed, parse_json, read_json
 
 TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
@@ -172,7 +173,7 @@ class Trackers:
 def _start(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
     run = resolved(recipe.run.out, "run.out")
     options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
-    if accelerator.is_main_process and "wandb" in recipe.run.trackers:
+    if is_main() and "wandb" in recipe.run.trackers:
         file = run / "trackers.json"
         if not file.exists():
             write_atomic(file, json.dumps({"wandb": uuid.uuid4().hex[:12]}))

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from sit_atconv import config, sharding
+from sit_atconv import config
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import open_codec
+from sit_atconv.processes import is_main, lost_ones_told
+from sit_atconv.signals import StopSignals
 from sit_atconv.training.activities import Previews, Scorer, Scores, Snapshots
 from sit_atconv.training.facts import check_stated, measured_facts
-from sit_atconv.training.faults import StopSignals
 from sit_atconv.training.folder import check_place, check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
@@ -31,14 +32,14 @@ def train(
     leaves nothing behind; data that go bad later leave a checkpoint of the steps before.
     """
     precise = numerics(tf32=recipe.train.precision == "tf32")
-    with sharding.lost_processes_told(), StopSignals() as signals, precise:
+    with lost_ones_told(), StopSignals() as signals, precise:
         check_place(recipe.run.out, force)  # in all processes, before the first of them can have made it
         accelerator = make_accelerator(recipe)
         dataset = open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)
         facts = measured_facts(dataset, codec)
         check_stated(recipe, facts)
-        if recipe.score.every and scorer is None and accelerator.is_main_process:
+        if recipe.score.every and scorer is None and is_main():
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
         objective = objective_of(recipe)(recipe, facts)
         objective.check_launch(accelerator)
@@ -56,7 +57,6 @@ def train(
         }
         encoded = dataset.index["data"] if dataset.moments else None
         claimed = claim(
-            accelerator,
             recipe.run.out,
             described,
             lambda run: check_run_folder(run, recipe, described, encoded),

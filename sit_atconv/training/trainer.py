@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
-from sit_atconv import checkpoint, sharding
+from sit_atconv import checkpoint, processes, sharding
 from sit_atconv.console import progress, say
 from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, Samples
@@ -21,7 +20,7 @@ from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.reading import COUNT, read_json
-from sit_atconv.training.faults import StopSignals, agree
+from sit_atconv.signals import StopSignals
 from sit_atconv.training.folder import Claimed, lock
 from sit_atconv.training.log import Log, Means, Trackers, peak_flops, peak_memory
 from sit_atconv.training.objectives.objective import Forward, Objective
@@ -85,7 +84,7 @@ class Trainer:
 
     def _tell_of_threads(self, before: int | None) -> None:
         now = self.described["threads"]
-        if before not in (None, now) and self.accelerator.device.type == "cpu" and self.accelerator.is_main_process:
+        if before not in (None, now) and self.accelerator.device.type == "cpu" and processes.is_main():
             say(
                 f"warning: until step {self.step:,} the run had {before} CPU threads, now {now}: it is that of "
                 f"before to float rounding, to the bit with OMP_NUM_THREADS={before}"
@@ -122,7 +121,7 @@ class Trainer:
 
     def run_to_the_end(self, signals: StopSignals) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
-        total, main = self.objective.steps, accelerator.is_main_process
+        total, main = self.objective.steps, processes.is_main()
         check_backend(self.objective.model, accelerator.device)
         self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
@@ -172,7 +171,7 @@ class Trainer:
             )
         if self.step == self.objective.steps and 2 * self.skipped > self.step:
             raise InputError(f"{self.skipped:,} of {self.step:,} {lost}: this is no trained model, {kept}; {remedy}")
-        if row and self.accelerator.is_main_process:
+        if row and processes.is_main():
             say(f"warning: the last {row:,} steps, up to {self.step:,}, were skipped and are not saved; {kept}")
 
     def _begin(self) -> None:
@@ -182,7 +181,7 @@ class Trainer:
         """
         recipe, error, new = self.recipe, None, False
         try:
-            if self.accelerator.is_main_process:
+            if processes.is_main():
                 new = self.made.folder(self.run)
                 self.lock = self.lock or lock(self.run)
                 if self.last is None and checkpoint.step_folders(self.run):
@@ -204,7 +203,7 @@ class Trainer:
             self.made.paths += sorted(self.run.rglob("*"))
         if error is not None:
             self._take_back_folder()
-        sharding.raise_together(error)
+        processes.raise_together(error)
         for activity in self.activities:
             activity.begin(self)
 
@@ -217,7 +216,9 @@ class Trainer:
         except InputError as error:
             fault = error
         found = self.batches.pop_bad()
-        stop, faults, news = agree(self.accelerator, signals.received is not None, fault is not None, len(found))
+        stop, faults, news = processes.agree(
+            self.accelerator.device, signals.received is not None, fault is not None, len(found)
+        )
         if news:
             fault = self._count_bad(found) or fault
             faults += fault is not None
@@ -232,7 +233,7 @@ class Trainer:
             try:
                 self._save()
             except InputError as error:
-                if self.accelerator.is_main_process:
+                if processes.is_main():
                     say(f"warning: {error}")
         elif not self.step:
             self._take_back_folder()
@@ -245,13 +246,15 @@ class Trainer:
 
     def _count_bad(self, found: dict[int, str]) -> InputError | None:
         """Add what all processes found to the unreadable images, name new ones, and say when there are too many."""
-        new = {index: what for part in gather_object([found]) for index, what in part.items() if index not in self.bad}
+        new = {
+            index: what for part in processes.gathered(found) for index, what in part.items() if index not in self.bad
+        }
         self.bad |= new
         try:
             check_bad(self.bad, self.num_images, self.recipe.data.max_bad_share)
         except InputError as error:
             return error
-        if self.accelerator.is_main_process:
+        if processes.is_main():
             for what, count in Counter(new.values()).items():  # of a lost disk, one text stands for many images
                 images = "another image takes its place" if count == 1 else f"others take the place of {count} images"
                 say(f"warning: {what}; {images}")
@@ -275,7 +278,7 @@ class Trainer:
             sums.append(loss.detach())
         norm = accelerator.clip_grad_norm_(self.network.parameters(), recipe.train.max_grad_norm or math.inf)
         loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
-        losses, norms = agree(accelerator, not math.isfinite(loss), not math.isfinite(grad_norm))
+        losses, norms = processes.agree(accelerator.device, not math.isfinite(loss), not math.isfinite(grad_norm))
         failed = losses + norms > 0
         self.since_good = self.skipped_in_a_row + 1
         self.skipped += failed
@@ -346,7 +349,7 @@ class Trainer:
             "memory_bytes": peak_memory(accelerator.device),
         }
         self.means.reset()
-        if accelerator.is_main_process:
+        if processes.is_main():
             self.log.write(row)
         self.trackers.log(row, self.step)
         return row
@@ -358,7 +361,7 @@ class Trainer:
         except DiskFull as error:
             if self.recipe.checkpoint.on_full_disk == "stop":
                 raise
-            if self.accelerator.is_main_process:
+            if processes.is_main():
                 say(f"warning: {error}; training goes on from step {self.step}")
 
     def _save(self) -> None:
@@ -376,7 +379,7 @@ class Trainer:
         objective, optimizer = self.objective, self.optimizer.optimizer
         parts = objective.parts()
         self.last = checkpoint.save(self.run, self.step, parts, objective.trained, optimizer, trainer, facts)
-        if self.accelerator.is_main_process:
+        if processes.is_main():
             keep = self.recipe.checkpoint
             try:
                 checkpoint.prune(self.run, self.step, keep.keep_last, keep.keep_every)
@@ -394,8 +397,8 @@ class Trainer:
             raise InputError(f"checkpoint {str(folder)!r}: the means in its trainer.json are of another run")
         self.skipped, self.skipped_in_a_row = trainer["skipped"], trainer["skipped_in_a_row"]
         bad = {int(index): what for index, what in trainer["bad"].items()}
-        self.bad = broadcast_object_list([samples.still_bad(bad) if self.accelerator.is_main_process else None])[0]
-        if self.accelerator.is_main_process:  # the other processes' sums were added to these
+        self.bad = processes.first(lambda: samples.still_bad(bad))
+        if processes.is_main():  # the other processes' sums were added to these
             self.means.sums.copy_(torch.tensor(trainer["means"]))
         if self.accelerator.scaler is not None and trainer["scaler"]:
             self.accelerator.scaler.load_state_dict(trainer["scaler"])

@@ -22,7 +22,6 @@ import sample
 from sampling import generate as generate_command
 from sampling import options, samples
 from sampling.__main__ import main as sampling
-from sampling.processes import Processes
 from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import library_versions
@@ -970,12 +969,11 @@ def test_a_process_of_several_has_its_own_device(run_folder, monkeypatch):
     parser = ArgumentParser()
     options.add_sampling_options(parser)
     args = parser.parse_args(["--ckpt", str(run_folder), "--device", "cuda"])
-    with Processes() as processes:
-        processes.count, processes.local_rank = 2, 1
-        options.setup(args, processes)
-        processes.count = 1
     options.setup(args)
-    assert asked == ["cuda:1", "cuda"]
+    monkeypatch.setattr("sit_atconv.processes.count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    options.setup(args, launched=True)
+    assert asked == ["cuda", "cuda:1"]
 
 
 def test_dtype_and_autoencoder_options_reach_the_model(run_folder):

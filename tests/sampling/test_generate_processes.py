@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, process_server
 
+from sampling import options
 from sampling.__main__ import main as sampling
-from sampling.processes import Processes
 from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.errors import InputError
 
@@ -177,7 +177,10 @@ def test_a_process_that_is_killed_does_not_leave_the_other_waiting(model_folder,
     arguments = command(model_folder, tmp_path / "out")
     codes, said = processes(tmp_path, arguments, {"spared": True}, kill("evaluate", 6))
     assert codes == [2, -9], said
-    assert errors(said) == ["error: another process was killed or has failed; the same command goes on"]
+    assert errors(said) == [
+        "error: another process of the launch was killed or has failed, or cannot be reached; the same command goes on "
+        "from what is there"
+    ]
 
 
 def test_an_image_that_is_not_finite_in_one_process_is_named_once(model_folder, processes, tmp_path):
@@ -232,11 +235,10 @@ def test_block_sizes_agree_within_a_level(model_folder, tmp_path, sampler):
     assert np.abs(three.astype(int) - eight.astype(int)).max() <= 1
 
 
-def test_every_process_has_a_gpu_of_its_own():
-    with Processes() as processes:
-        assert [processes.own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
-        processes.count, processes.local_rank = 4, 3
-        assert [processes.own_device(name) for name in ("cuda", "cpu")] == ["cuda:3", "cpu"]
-        with pytest.raises(InputError, match="--device cuda:1: 4 processes take a GPU each; say --device cuda"):
-            processes.own_device("cuda:1")
-        processes.count = 1
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    assert [options.own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+    monkeypatch.setattr("sit_atconv.processes.count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [options.own_device(name) for name in ("cuda", "cpu")] == ["cuda:3", "cpu"]
+    with pytest.raises(InputError, match="--device cuda:1: 4 processes take a GPU each; say --device cuda"):
+        options.own_device("cuda:1")

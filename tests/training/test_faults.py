@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe
 
 import train_sit
@@ -19,14 +18,15 @@ from sit_atconv import checkpoint, ema
 from sit_atconv.config import load_recipe
 from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import IdentityCodec
+from sit_atconv.processes import agree
+from sit_atconv.signals import StopSignals
 from sit_atconv.training import loop
-from sit_atconv.training.faults import StopSignals, agree
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.trainer import Trainer
 
 DIES_OF_THE_SECOND = """
 import os, signal
-from sit_atconv.training.faults import StopSignals
+from sit_atconv.signals import StopSignals
 with StopSignals() as signals:
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == "SIGTERM"
@@ -57,7 +57,7 @@ def test_a_second_signal_stops_at_once_unless_a_launcher_passes_the_first_on(lau
 
 
 def test_one_process_agrees_with_itself():
-    assert agree(Accelerator(cpu=True), 3, False, True) == [3, 0, 1]
+    assert agree(torch.device("cpu"), 3, False, True) == [3, 0, 1]
 
 
 def wait_for_step(process: subprocess.Popen, step: int) -> bytes:

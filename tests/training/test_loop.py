@@ -22,9 +22,9 @@ from sit_atconv.files import sha256
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.generation import Sampling
 from sit_atconv.models.cost import count_macs
+from sit_atconv.signals import StopSignals
 from sit_atconv.training import activities
 from sit_atconv.training.facts import Facts
-from sit_atconv.training.faults import StopSignals
 from sit_atconv.training.loop import train
 from sit_atconv.training.objectives.flow import FlowObjective, build_model
 from sit_atconv.training.optimizer import learning_rate, make_optimizer

@@ -11,11 +11,12 @@ from sit_atconv import config
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.console import say
 from sit_atconv.data.samples import Batch, TrainingSamples
-from sit_atconv.errors import InputError, speaks
+from sit_atconv.errors import InputError
 from sit_atconv.hooks import recorded
 from sit_atconv.layers.attention import Attention
 from sit_atconv.limits import check_kernel
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.processes import is_main
 from sit_atconv.swap.choosing import choose
 from sit_atconv.swap.swapping import swap_attention, teacher_of
 from sit_atconv.training.facts import Facts
@@ -244,7 +245,7 @@ class DistillObjective(FlowObjective):
             x = self.path.interpolate(self.encode(batch), batch["noise"], batch["t"])
             inputs.append((x, batch["t"], batch["label"]))
         errors = self.trained.start(inputs)
-        if speaks():
+        if is_main():
             mean = sum(errors.values()) / len(errors)
             say(f"swapped {len(errors)} layers; relative error at the start: {mean:.3f}")
 
