@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sit_atconv import checkpoint, config, limits, sharding
-from sit_atconv.classification.recipe import ClassifierRecipe, differences
+from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import (
     ClassifierSamples,
     HeldOut,
@@ -168,7 +168,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         }
 
         def look(run: Path) -> Found:
-            found = stored_run(run, lambda stored: differences(stored, described["recipe"]))
+            found = stored_run(run, lambda stored: config.differences(stored, described["recipe"], ClassifierRecipe))
             if found:
                 check_same_data(run, found[1], described)
             return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sit_atconv import config, limits
-from sit_atconv.config import Checkpoint, Loading, Optimisation, Run, expand_home, idle
+from sit_atconv.config import MUTABLE, PARTS, Checkpoint, Loading, Optimisation, Run, expand_home, idle
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.limits import Range, number, ranged
 
@@ -21,8 +21,10 @@ class Data(Loading):
     """The images: those to learn from, and those held out."""
 
     kind: str = "digits"
-    root: str | None = None  # all kinds but digits: folder, zip file, LMDB, or hub id of the training images
-    val_root: str | None = None  # the same of the held-out images; hf: left out, root
+    # all kinds but digits: folder, zip file, LMDB, or hub id of the training images
+    root: str | None = field(default=None, metadata=MUTABLE)
+    # the same of the held-out images; hf: left out, root
+    val_root: str | None = field(default=None, metadata=MUTABLE)
     split: str | None = None  # hf: left out, "train"
     val_split: str | None = None  # hf: left out, "validation"
     subset: str | None = None  # hf: the configuration of a dataset that has several
@@ -150,6 +152,8 @@ class Train(Optimisation):
     epochs: float = ranged(300, limits.EPOCHS)
     warmup_epochs: float = ranged(5, number(0, "epochs", "a longer warm-up never gets to train.lr", under=True))
     batch_size: int = ranged(4096, limits.GLOBAL_BATCH)
+    # not to be changed: images are mixed, and their statistics taken, within a part
+    gradient_accumulation_steps: int = ranged(1, PARTS)
     lr: float = ranged(4e-3, limits.LEARNING_RATE)
     min_lr: float = ranged(1e-6, number(0, "lr", "it is what train.lr falls to"))  # at the end
     # at the beginning; left out, 1e-6
@@ -188,8 +192,8 @@ class ClassifierRecipe:
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     ema: Ema = field(default_factory=Ema)
-    eval: Eval = field(default_factory=Eval)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval, metadata=MUTABLE)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
 
     def __post_init__(self):
         self.check_pairs()
@@ -202,16 +206,3 @@ class ClassifierRecipe:
                 f"train.batch_size={self.train.batch_size} in {parts} parts, with augment.mixup or cutmix, which mix "
                 f"images in pairs; choose a multiple of {2 * parts}"
             )
-
-
-# What a later start of the same run may state differently.
-MUTABLE = (
-    "run.out", "run.log_every", "run.trackers", "data.root", "data.val_root", "data.workers", "data.worker_timeout",
-    "data.max_bad_share", "data.max_pixels", "train.max_skipped", "train.gradient_checkpointing", "train.compile",
-)  # fmt: skip
-MUTABLE_SECTIONS = ("checkpoint", "eval")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps two recipes from being the same run, see `config.differences`."""
-    return config.changes(config.make_recipe(old, ClassifierRecipe, stored=True), new, MUTABLE, MUTABLE_SECTIONS)

@@ -1,28 +1,26 @@
-"""The recipe: its schema, and how a YAML file and key=value overrides become one."""
+"""The recipe: its sections, and which settings go together.
+
+A field's metadata hold its range, see `sit_atconv.limits`, and whether a later start of the run may change it.
+"""
 
 import dataclasses
-import json
-import math
 import os
-import reprlib
-from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any
 
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from sit_atconv import limits
-from sit_atconv.errors import MOST, InputError, check_choice
+from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
 from sit_atconv.limits import Range, number, ranged
-from sit_atconv.reading import check_literal, read_yaml
 
-Schema = TypeVar("Schema")
+# Of a setting, or a section, that a later start of the same run may state differently: what is reported and kept,
+# where things lie and how the work is cut up (what is computed stays the same, to float rounding), and what follows
+# from the data, which is checked against them at every start. Or a function, which tells by the values of the section.
+MUTABLE = {"mutable": True}
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "latents")
 DATA_SAMPLINGS = ("natural", "balanced")
@@ -33,6 +31,7 @@ TRACKERS = ("tensorboard", "wandb")
 EMA_KINDS = ("constant", "warmup", "power")
 ON_FULL_DISK = ("stop", "continue")
 MAX_PIXELS = 178_956_970
+PARTS = Range(1, "batch_size", "each takes a share of the batch")
 
 
 def expand_home(section: Any, *names: str) -> None:
@@ -52,10 +51,11 @@ def idle(key: str, nothing: str = "null") -> str:
 class Run:
     """Where a run lies, what its randomness starts from, and what it reports."""
 
-    out: str = MISSING  # folder of the run: recipe, log, checkpoints, previews
+    out: str = field(default=MISSING, metadata=MUTABLE)  # folder of the run: recipe, log, checkpoints, previews
     seed: int = ranged(0, limits.SEED)
-    log_every: int = ranged(10, limits.STEPS)  # steps between two lines of log.jsonl
-    trackers: list[str] = field(default_factory=list)  # besides log.jsonl: tensorboard, wandb
+    log_every: int = ranged(10, limits.STEPS, **MUTABLE)  # steps between two lines of log.jsonl
+    # besides log.jsonl: tensorboard, wandb
+    trackers: list[str] = field(default_factory=list, metadata=MUTABLE)
 
     def __post_init__(self):
         expand_home(self, "out")
@@ -67,13 +67,15 @@ class Run:
 class Loading:
     """How images are read, whatever they are for: a part of a section `data`."""
 
-    workers: int = ranged(0, limits.WORKERS)  # loader processes per training process
+    workers: int = ranged(0, limits.WORKERS, **MUTABLE)  # loader processes per training process
     # seconds without a batch after which a loader process counts as hung
-    worker_timeout: float = ranged(600.0, number(1, 86_400, "a batch may take a second, and nobody waits a day"))
+    worker_timeout: float = ranged(
+        600.0, number(1, 86_400, "a batch may take a second, and nobody waits a day"), **MUTABLE
+    )
     # of the images: how many may turn out unreadable before training stops
-    max_bad_share: float = ranged(0.001, limits.SHARE)
+    max_bad_share: float = ranged(0.001, limits.SHARE, **MUTABLE)
     # of an image: a larger one counts as unreadable before it is decoded
-    max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"))
+    max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"), **MUTABLE)
 
 
 @dataclass
@@ -81,7 +83,8 @@ class Data(Loading):
     """The training images."""
 
     kind: str = "digits"
-    root: str | None = None  # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
+    # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
+    root: str | None = field(default=None, metadata=MUTABLE)
     # pixels after the centre crop; digits and latents have their own
     image_size: int | None = ranged(None, limits.PIXELS)
     split: str | None = None  # hf: left out, "train"
@@ -95,9 +98,11 @@ class Data(Loading):
     sampling: str = "natural"  # every image once an epoch; or balanced: every class equally often
     flip: bool = False  # mirror half of the images
     # checked against the data; lets --dry-run work without them
-    num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"))
-    source: str | None = None  # latents, where a loss needs the images: their root today, if it has moved
-    verify: bool = True  # latents: compare every shard with its SHA-256 at the start
+    num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"), **MUTABLE)
+    # latents, where a loss needs the images: their root today, if it has moved
+    source: str | None = field(default=None, metadata=MUTABLE)
+    # latents: compare every shard with its SHA-256 at the start
+    verify: bool = field(default=True, metadata=MUTABLE)
 
     def __post_init__(self):
         expand_home(self, "root", "source")
@@ -136,8 +141,9 @@ class Latents:
     """The codec between images and latents."""
 
     codec: str = "identity"  # identity: pixels are the latents; vae: a diffusers AutoencoderKL
-    vae: str | None = None  # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
-    batch_size: int = ranged(16, limits.BATCH)  # images per pass through the VAE
+    # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
+    vae: str | None = field(default=None, metadata=MUTABLE)
+    batch_size: int = ranged(16, limits.BATCH, **MUTABLE)  # images per pass through the VAE
 
     def __post_init__(self):
         expand_home(self, "vae")
@@ -156,14 +162,14 @@ class Model:
     """
 
     name: str | None = None
-    sample_size: Any = ranged(None, limits.PIXELS)
+    sample_size: Any = ranged(None, limits.PIXELS, **MUTABLE)
     patch_size: int | None = ranged(None, limits.PIXELS)
-    in_channels: int | None = ranged(None, limits.CHANNELS)
+    in_channels: int | None = ranged(None, limits.CHANNELS, **MUTABLE)
     hidden_size: int | None = ranged(None, limits.CHANNELS)
     depth: int | None = ranged(None, limits.BLOCKS)
     num_heads: int | None = ranged(None, limits.CHANNELS)
     mlp_ratio: float | None = ranged(None, limits.MLP_RATIO)
-    num_classes: int | None = ranged(None, limits.CLASSES)
+    num_classes: int | None = ranged(None, limits.CLASSES, **MUTABLE)
     class_dropout_prob: float | None = ranged(None, limits.SHARE_UNDER_1)
     learn_sigma: bool | None = None
     token_mixer: Any = None
@@ -229,7 +235,7 @@ class Optimisation:
     """What every trainer has of a section `train`; each has its own defaults, and its own schedule."""
 
     batch_size: int = ranged(256, limits.GLOBAL_BATCH)  # global: all processes and accumulation steps together
-    gradient_accumulation_steps: int = ranged(1, Range(1, "batch_size", "each takes a share of the batch"))
+    gradient_accumulation_steps: int = ranged(1, PARTS, **MUTABLE)
     lr: float = ranged(1e-4, limits.LEARNING_RATE)
     betas: list[float] = ranged([0.9, 0.999], limits.SHARE_UNDER_1)
     # on matrices; vectors (biases, norms, difference_control) are never decayed
@@ -244,9 +250,9 @@ class Optimisation:
     )
     precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
     # steps in a row without a finite loss and gradient after which training stops
-    max_skipped: int = ranged(20, limits.STEPS)
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    max_skipped: int = ranged(20, limits.STEPS, **MUTABLE)
+    gradient_checkpointing: bool = field(default=False, metadata=MUTABLE)
+    compile: bool = field(default=False, metadata=MUTABLE)
 
     def __post_init__(self):
         check_choice("train.precision", self.precision, PRECISIONS)
@@ -254,11 +260,16 @@ class Optimisation:
             raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
 
 
+def _has_constant_rate(train: dict[str, Any]) -> bool:
+    return train["lr_schedule"] == "constant"
+
+
 @dataclass
 class Train(Optimisation):
     """The optimisation."""
 
-    max_steps: int = ranged(400_000, limits.STEPS)
+    # where another schedule would end: its rate would jump
+    max_steps: int = ranged(400_000, limits.STEPS, mutable=_has_constant_rate)
     warmup_steps: int = ranged(0, Range(0, "max_steps", "a longer warm-up never gets to train.lr"))
     lr_schedule: str = "constant"  # after the warm-up: constant, or linear or cosine down to 0 at max_steps
 
@@ -276,7 +287,7 @@ class Ema:
     # power: widths relative to the step; the first is sampled; left out, [0.05, 0.1]
     stds: list[float] | None = ranged(None, limits.EMA_STD)
     # power: steps between two snapshots for other widths post hoc; left out, none
-    snapshot_every: int | None = ranged(None, limits.STEPS)
+    snapshot_every: int | None = ranged(None, limits.STEPS, **MUTABLE)
 
     def __post_init__(self):
         check_choice("ema.kind", self.kind, EMA_KINDS)
@@ -294,7 +305,8 @@ class Ema:
 class Repa:
     """REPA's loss: hidden tokens of one block, projected, point where a frozen image encoder's features point."""
 
-    encoder: str | None = None  # a timm ViT by name, or a folder as timm's local-dir:; left out, no such loss
+    # a timm ViT by name, or a folder as timm's local-dir:; left out, no such loss
+    encoder: str | None = field(default=None, metadata=MUTABLE)
     depth: int = ranged(8, limits.BLOCKS)  # the block (1-based) whose tokens are compared
     weight: float = ranged(0.5, limits.WEIGHT)
     projector_dim: int = ranged(2048, limits.CHANNELS)  # width inside the projector
@@ -304,7 +316,8 @@ class Repa:
 class Distill:
     """A teacher whose attention is distilled into ATConv; see sit_atconv.distill. The model is then a copy of it."""
 
-    teacher: str | None = None  # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
+    # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
+    teacher: str | None = field(default=None, metadata=MUTABLE)
     select: Any = "all"  # of the teacher's attentions: all, even, odd, a share, a regular expression or names
     exclude: list[str] = field(default_factory=list)
     init: str = "closed_form"  # or copy_vo, random: see swap_attention
@@ -400,9 +413,9 @@ class Recipe:
     ema: Ema = field(default_factory=Ema)
     repa: Repa = field(default_factory=Repa)
     distill: Distill = field(default_factory=Distill)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    preview: Preview = field(default_factory=Preview)
-    score: Score = field(default_factory=Score)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
+    preview: Preview = field(default_factory=Preview, metadata=MUTABLE)
+    score: Score = field(default_factory=Score, metadata=MUTABLE)
 
     def __post_init__(self):
         self._check_codec()
@@ -457,216 +470,3 @@ class Recipe:
                     f"{name}.every={every} draws images, and latents.vae is missing: name the cache's vae, or set "
                     f"{name}.every=0"
                 )
-
-
-# What YAML of any content ends in: the parser's own errors, and Python's of numbers and brackets without end.
-UNREADABLE = (
-    yaml.YAMLError,
-    OmegaConfBaseException,
-    AttributeError,
-    TypeError,
-    ValueError,
-    RecursionError,
-    AssertionError,
-)
-
-
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:
-    """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line.
-
-    A file may name another with `base:`, relative to itself, whose keys it takes over and its own win against: a
-    recipe's file, of which no message tells the content. Nothing is worked out: "${...}" is refused.
-    """
-    for override in overrides:
-        if "=" not in override:
-            raise InputError(f"override {override!r} is not of the form key=value")
-        if "???" in override.partition("=")[2]:  # which would give way to whatever the file says
-            raise InputError(f"override {override!r}: ??? stands for a value that is missing; state it")
-    stated = _read_with_base(Path(path), (), schema)
-    try:
-        laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
-        check_literal(OmegaConf.to_container(laid_over))
-        stated = OmegaConf.merge(stated, laid_over)
-    except UNREADABLE as error:
-        raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
-    return make_recipe(stated, schema)
-
-
-def _as_text(override: str, schema: type) -> str:
-    """The override, quoted where YAML would take the text that its key wants for a number: data.root=2024_01."""
-    key, _, value = override.partition("=")
-    if not _is_text(_type_of(key, schema)) or value in ("", "null", "~") or value[0] in "\"'":
-        return override
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def _type_of(key: str, schema: type) -> Any:
-    """The type of a recipe's key, None where there is no such key."""
-    found: Any = schema
-    for name in key.split("."):
-        fields = (
-            {entry.name: entry.type for entry in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else {}
-        )
-        found = fields.get(name)
-    return found
-
-
-def _lacks_value(value: Any) -> bool:
-    """Whether OmegaConf's mark of a missing value is left in a recipe's value."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return value == "???" or any(map(_lacks_value, parts))
-
-
-def _is_text(wanted: Any) -> bool:
-    return wanted in (str, str | None)
-
-
-def _read_with_base(path: Path, above: tuple[Path, ...], schema: type) -> Any:
-    """The keys of a recipe file over those of its base; above: the files that led here."""
-    where = f"recipe {str(path)!r}"
-    try:
-        stated, place = read_yaml(path, regular=bool(above)), path.resolve()
-    except OSError as error:
-        raise InputError(f"{where}: {error.strerror}; see experiments/recipes") from None
-    except ValueError as error:
-        raise InputError(f"{where} cannot be read: {error}") from None
-    if place in above:
-        raise InputError(f"{where}: its base leads back to it; leave one `base` out")
-    if above:
-        _check_base(where, stated, schema)
-    if not isinstance(stated, dict):
-        raise InputError(f"{where} holds no sections; see experiments/recipes")
-    base = stated.pop("base", None)
-    if base is None:
-        return stated
-    if not isinstance(base, str) or not base.endswith((".yaml", ".yml")):
-        raise InputError(f"{where}: base={base!r}: give the path of one recipe file, which ends in .yaml")
-    return OmegaConf.merge(_read_with_base(path.parent / base, (*above, place), schema), stated)
-
-
-def _check_base(where: str, stated: Any, schema: type) -> None:
-    """Raise InputError unless a base holds keys of a recipe alone, with values of their types; it tells neither."""
-    try:
-        keys = {key: value for key, value in stated.items() if key != "base"}
-        _check_keys(keys, schema)
-        OmegaConf.merge(OmegaConf.structured(schema), keys)
-    except (InputError, OmegaConfBaseException, AttributeError, TypeError, ValueError):
-        raise InputError(f"{where} is no recipe, and a base has to be one; `--dry-run` of it alone says why") from None
-
-
-def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False) -> Schema:
-    """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values.
-
-    stored: it was accepted by an earlier version, whose ranges may have been wider, see `limits.check`.
-    """
-    try:
-        check_literal(stated)  # before OmegaConf looks into a text
-        keys = OmegaConf.to_container(OmegaConf.create(stated))
-        check_literal(keys)
-    except ValueError as error:
-        raise InputError(f"recipe: {error}") from None
-    _check_keys(keys, schema)
-    _check_values(keys)
-    for section, switch in (("repa", "encoder"), ("distill", "teacher")):
-        if keys.get(section) and switch not in keys[section]:
-            raise InputError(
-                f"{section}.{next(iter(keys[section]))} does nothing without {section}.{switch}: name it, or null for "
-                "none"
-            )
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), stated)
-        limits.check(schema, OmegaConf.to_container(merged), stored=stored)
-        recipe = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise InputError(f"recipe: {key}{str(error).splitlines()[0]}") from None
-    return recipe
-
-
-def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
-    if not isinstance(stated, dict):
-        raise InputError(f"recipe: {prefix.rstrip('.') or 'the file'} must be a mapping, not {stated!r}")
-    fields = {entry.name: entry.type for entry in dataclasses.fields(schema)}
-    for key, value in stated.items():
-        check_choice("recipe key", f"{prefix}{key}", [f"{prefix}{name}" for name in fields])
-        if dataclasses.is_dataclass(fields[key]):
-            _check_keys(value, fields[key], f"{prefix}{key}.")
-        elif _lacks_value(value):
-            raise InputError(f"recipe: {prefix}{key}={value}: ??? stands for a value that is missing; state it")
-        elif isinstance(value, dict | list) and not _takes(fields[key], type(value)):
-            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a single value")
-        elif value is not None and _takes(fields[key], list) and not isinstance(value, list) and fields[key] is not Any:
-            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a list, in [ and ]")
-        elif (
-            isinstance(value, list) and fields[key] is not Any and any(isinstance(each, dict | list) for each in value)
-        ):
-            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a list of single values")
-        elif fields[key] is bool and not (isinstance(value, bool | str) or value in (0, 1)):
-            raise InputError(f"recipe: {prefix}{key}={value!r}: give true or false")
-        elif _is_text(fields[key]) and not isinstance(value, str | None):
-            raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
-
-
-def _takes(wanted: Any, kind: type) -> bool:
-    """Whether a field of that type may hold a list, or a dictionary."""
-    return wanted is Any or kind in {get_origin(each) or each for each in (wanted, *get_args(wanted))}
-
-
-def _check_values(stated: Any, key: str = "") -> None:
-    """Raise InputError for numbers that torch has no room for, and texts that no file holds, wherever they are."""
-    if isinstance(stated, dict | list):
-        for name, value in stated.items() if isinstance(stated, dict) else enumerate(stated):
-            _check_values(value, f"{key}.{name}".lstrip("."))
-    elif isinstance(stated, int) and not -(2**63) <= stated < 2**64:
-        raise InputError(f"recipe: {key}={reprlib.repr(stated)}: must be a whole number of 64 bits")
-    elif isinstance(stated, float) and MOST < abs(stated) < math.inf:
-        raise InputError(f"recipe: {key}={stated}: must be a number that fp32 holds, at most {MOST:.1e}")
-    elif isinstance(stated, str) and "\0" in stated:
-        raise InputError(f"recipe: {key}={stated!r} has a NUL in it; leave it out")
-
-
-# What a later start of the same run may state differently; max_steps with a constant learning rate alone.
-MUTABLE = (
-    "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped",
-    # where things lie and how the work is cut up: what is computed stays the same, to float rounding
-    "data.root", "data.source", "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share",
-    "data.max_pixels", "latents.vae", "latents.batch_size", "repa.encoder", "distill.teacher",
-    "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.compile", "ema.snapshot_every",
-    # what follows from the data, and is checked against them at every start
-    "data.num_images", "model.sample_size", "model.in_channels", "model.num_classes",
-)  # fmt: skip
-MUTABLE_SECTIONS = ("checkpoint", "preview", "score")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps two recipes (nested dictionaries) from being the same run: a text "key: old -> new" for each key.
-
-    A key that `old` leaves out, as one stored before the key was there, has its default.
-    """
-    mutable = {*MUTABLE}
-    if new["train"]["lr_schedule"] != "constant":  # it ends at max_steps: with another one the rate would jump
-        mutable.remove("train.max_steps")
-    return changes(make_recipe(old, stored=True), new, mutable, MUTABLE_SECTIONS)
-
-
-def changes(old: Any, new: dict[str, Any], mutable: Collection[str], mutable_sections: Collection[str]) -> list[str]:
-    """A text "key: old -> new" for each key in which a recipe differs from the dictionary of another of its schema.
-
-    mutable, mutable_sections: the keys and sections that do not count.
-    """
-    old_flat, new_flat = flatten(to_dict(old)), flatten(new)
-    return [
-        f"{key}: {old_flat[key]} -> {new_flat[key]}"
-        for key in sorted(new_flat)
-        if old_flat[key] != new_flat[key] and key not in mutable and key.partition(".")[0] not in mutable_sections
-    ]
-
-
-def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
-    """{"section": {"key": value}} -> {"section.key": value}."""
-    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
-
-
-def to_dict(recipe: Any) -> dict[str, Any]:
-    """Plain nested dictionaries and lists, as JSON and YAML store them."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))

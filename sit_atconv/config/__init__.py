@@ -1,0 +1,32 @@
+"""Recipes: their schema, how they are read, and what makes two of them the same run."""
+
+from sit_atconv.config.identity import differences, flatten
+from sit_atconv.config.reading import load_recipe, make_recipe, to_dict
+from sit_atconv.config.schema import (
+    DATA_KINDS,
+    MUTABLE,
+    PARTS,
+    Checkpoint,
+    Data,
+    Distill,
+    Ema,
+    Flow,
+    Latents,
+    Loading,
+    Model,
+    Optimisation,
+    Preview,
+    Recipe,
+    Repa,
+    Run,
+    Score,
+    Train,
+    expand_home,
+    idle,
+)
+
+__all__ = [
+    "DATA_KINDS", "MUTABLE", "PARTS", "Checkpoint", "Data", "Distill", "Ema", "Flow", "Latents", "Loading", "Model",
+    "Optimisation", "Preview", "Recipe", "Repa", "Run", "Score", "Train", "differences", "expand_home", "flatten",
+    "idle", "load_recipe", "make_recipe", "to_dict",
+]  # fmt: skip
