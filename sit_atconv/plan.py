@@ -7,7 +7,7 @@ import torch
 
 from sit_atconv.config import Flow, Recipe
 from sit_atconv.data import open_dataset
-from sit_atconv.ema import SAMPLED, describe, resolved
+from sit_atconv.ema import SAMPLED, describe
 from sit_atconv.errors import InputError
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.times import TimeSampling, training_interval
@@ -106,8 +106,8 @@ def time_sampling(flow: Flow) -> TimeSampling:
     return TimeSampling(
         training_interval(PATHS[flow.path](), flow.prediction),
         flow.time_sampling,
-        0.0 if flow.time_mean is None else flow.time_mean,
-        1.0 if flow.time_std is None else flow.time_std,
+        flow.time_mean,
+        flow.time_std,
         flow.time_shift,
     )
 
@@ -161,7 +161,7 @@ def dry_run(recipe: Recipe) -> str:
     trainable = sum(p.numel() for p in model.parameters())
     gib = 4 / 2**30
     epoch = facts.num_images / train.batch_size
-    ema = resolved(recipe.ema)
+    ema = recipe.ema
     copies = len(ema.stds or [SAMPLED])
     aligned = "; REPA's projectors and encoder come on top" if recipe.repa.encoder else ""
     decay = "" if train.lr_schedule == "constant" else f" to 0 at step {train.max_steps:,}"

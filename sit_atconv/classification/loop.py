@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import load_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from sit_atconv import checkpoint, config, limits, sharding
 from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.resolved import resolved
 from sit_atconv.classification.samples import (
     ClassifierSamples,
     HeldOut,
@@ -78,12 +79,10 @@ def steps_of(recipe: ClassifierRecipe, epochs: float, num_images: int) -> int:
 def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
     """What the recipe comes to with these images. Raises InputError where mean or std do not fit their channels."""
     train, channels, number = recipe.train, dataset.channels, len(dataset)
-    colour = channels == 3
-    mean = recipe.model.mean or (IMAGENET_DEFAULT_MEAN if colour else (0.5,))
-    std = recipe.model.std or (IMAGENET_DEFAULT_STD if colour else (0.5,))
+    mean, std = recipe.model.mean, recipe.model.std
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise InputError(f"model.{name}={list(values)}: the images have {channels} channels; one number for each")
+            raise InputError(f"model.{name}={values}: the images have {channels} channels; one number for each")
 
     steps = steps_of(recipe, train.epochs, number)
     limits.STEPS.check(f"train.epochs={train.epochs:g} of {number:,} images, steps: ", steps)
@@ -155,6 +154,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         if accelerator.is_fsdp2:
             raise InputError("a classifier trains under DDP or on one process; launch it without FSDP")
         recipe.check_pairs(accelerator.num_processes)
+        recipe = resolved(recipe)
         dataset, held_out = open_datasets(recipe.data)
         facts = facts_of(recipe, dataset, held_out)
         shown = preprocessing(recipe, facts.mean, facts.std, facts.channels)
@@ -168,7 +168,10 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         }
 
         def look(run: Path) -> Found:
-            found = stored_run(run, lambda stored: config.differences(stored, described["recipe"], ClassifierRecipe))
+            def changed(stored: dict[str, Any], last: Path | None) -> list[str]:
+                return config.differences(stored, described["recipe"], ClassifierRecipe, resolved)
+
+            found = stored_run(run, changed)
             if found:
                 check_same_data(run, found[1], described)
             return found
@@ -215,7 +218,7 @@ class _Classifier(Trainer):
             t_initial=facts.steps,
             lr_min=settings.min_lr,
             warmup_t=facts.warmup_steps,
-            warmup_lr_init=1e-6 if settings.warmup_lr is None else settings.warmup_lr,
+            warmup_lr_init=settings.warmup_lr,
             t_in_epochs=False,
         )
         self.weights = {"loss": 1.0}
@@ -225,8 +228,8 @@ class _Classifier(Trainer):
             self.mix = Mixup(
                 augment.mixup,
                 augment.cutmix,
-                prob=1.0 if augment.mix_prob is None else augment.mix_prob,
-                switch_prob=0.5 if augment.switch_prob is None else augment.switch_prob,
+                prob=augment.mix_prob,
+                switch_prob=augment.switch_prob,
                 label_smoothing=augment.smoothing,
                 num_classes=len(facts.class_names),
             )

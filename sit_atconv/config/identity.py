@@ -1,20 +1,26 @@
 """What makes two recipes the same run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from sit_atconv.config.reading import make_recipe, to_dict
+from sit_atconv.config.reading import Schema, make_recipe, to_dict
 from sit_atconv.config.schema import Recipe
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], schema: type = Recipe) -> list[str]:
+def differences(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    schema: type[Schema] = Recipe,
+    complete: Callable[[Schema], Schema] = lambda recipe: recipe,
+) -> list[str]:
     """What keeps two recipes of a schema from being the same run: a text "key: old -> new" for each key.
 
     old: as it was stored; a key that it leaves out, as one stored before the key was there, has its default.
+    complete: puts in what a recipe leaves to others, as it was put into `new`.
     Raises InputError where `old` is no recipe.
     """
-    before, after = flatten(to_dict(make_recipe(old, schema, stored=True))), flatten(new)
+    before, after = flatten(to_dict(complete(make_recipe(old, schema, stored=True)))), flatten(new)
     mutable = mutable_keys(new, schema)
     return [
         f"{key}: {before[key]} -> {after[key]}"

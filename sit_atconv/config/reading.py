@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
+from sit_atconv.config.earlier import meant
+from sit_atconv.config.fields import WHEN
 from sit_atconv.config.schema import Recipe
 from sit_atconv.errors import MOST, InputError, check_choice
 from sit_atconv.reading import check_literal, read_yaml
@@ -116,7 +118,8 @@ def _check_base(where: str, stated: Any, schema: type) -> None:
 def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False) -> Schema:
     """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values.
 
-    stored: it was accepted by an earlier version, whose ranges may have been wider, see `limits.check`.
+    What a null stands for takes its place, see `fields.settle`. stored: it was accepted by an earlier version, whose
+    ranges may have been wider, see `limits.check`, and whose nulls mean what they meant, see `earlier.MEANT`.
     """
     try:
         check_literal(stated)  # before OmegaConf looks into a text
@@ -133,13 +136,26 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
                 "none"
             )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), stated)
-        limits.check(schema, OmegaConf.to_container(merged), stored=stored)
-        recipe = OmegaConf.to_object(merged)
+        # OmegaConf takes the defaults of a section from one that it makes, in which nulls are filled already.
+        merged = OmegaConf.merge(OmegaConf.structured(schema), _declared(schema), stated)
+        values = OmegaConf.to_container(merged)
+        limits.check(schema, values, stored=stored)
+        recipe = OmegaConf.to_object(OmegaConf.merge(merged, meant(schema, values)) if stored else merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"recipe: {key}{str(error).splitlines()[0]}") from None
     return recipe
+
+
+def _declared(schema: type) -> dict[str, Any]:
+    """The settings that act where others say so, at their defaults."""
+    found = {}
+    for entry in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(entry.type):
+            found[entry.name] = _declared(entry.type)
+        elif WHEN in entry.metadata:
+            found[entry.name] = entry.default
+    return found
 
 
 def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:

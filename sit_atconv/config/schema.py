@@ -1,26 +1,23 @@
 """The recipe: its sections, and which settings go together.
 
-A field's metadata hold its range, see `sit_atconv.limits`, and whether a later start of the run may change it.
+A null in it is a choice of its own ("no clipping"), or leaves a thing to where it lies, or is of a setting that does
+nothing beside the others; what it stands for elsewhere takes its place when the section is made, see `When`. What the
+data, the codec or a preset of the model decide is left to them here, and put in by `training.resolved`.
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from sit_atconv import limits
+from sit_atconv.config.fields import MUTABLE, When, expand_home, idle, setting, settle
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
 from sit_atconv.limits import Range, number, ranged
-
-# Of a setting, or a section, that a later start of the same run may state differently: what is reported and kept,
-# where things lie and how the work is cut up (what is computed stays the same, to float rounding), and what follows
-# from the data, which is checked against them at every start. Or a function, which tells by the values of the section.
-MUTABLE = {"mutable": True}
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "latents")
 DATA_SAMPLINGS = ("natural", "balanced")
@@ -33,18 +30,12 @@ ON_FULL_DISK = ("stop", "continue")
 MAX_PIXELS = 178_956_970
 PARTS = Range(1, "batch_size", "each takes a share of the batch")
 
-
-def expand_home(section: Any, *names: str) -> None:
-    """Put the home folder in the place of ~, which a shell leaves standing after a `=`."""
-    for name in names:
-        value = getattr(section, name)
-        if isinstance(value, str) and value.startswith("~"):
-            setattr(section, name, os.path.expanduser(value))
-
-
-def idle(key: str, nothing: str = "null") -> str:
-    """What to do about a key that acts on nothing: in a file, and over a file on a command line."""
-    return f"leave it out, or state {key}={nothing}"
+HUB = When("data.kind=hf", lambda data: data.kind == "hf")
+STREAMED = When("data.streaming=true", lambda data: data.kind == "hf" and data.streaming)
+CACHED = When("data.kind=latents", lambda data: data.kind == "latents")
+LOGIT_NORMAL = When("flow.time_sampling=logit-normal", lambda flow: flow.time_sampling == "logit-normal")
+ONE_DECAY = When("ema.kind=constant or warmup", lambda ema: ema.kind != "power")
+POWER = When("ema.kind=power", lambda ema: ema.kind == "power")
 
 
 @dataclass
@@ -87,22 +78,21 @@ class Data(Loading):
     root: str | None = field(default=None, metadata=MUTABLE)
     # pixels after the centre crop; digits and latents have their own
     image_size: int | None = ranged(None, limits.PIXELS)
-    split: str | None = None  # hf: left out, "train"
-    subset: str | None = None  # hf: the configuration of a dataset that has several
-    revision: str | None = None  # hf: branch, tag or commit; left out, the newest
-    image_key: str | None = None  # hf: the column of the images; left out, "image"
-    label_key: str | None = None  # hf: the column of the classes; left out, "label"; "" for a single class
-    streaming: bool = False  # hf: read the dataset in its order, shuffled within a buffer, instead of storing it
-    # hf, streaming: images in the buffer; left out, 10,000
-    shuffle_buffer: int | None = ranged(None, Range(1, 1_000_000, "all of them are held in memory"))
+    split: str | None = setting(HUB, "train")
+    subset: str | None = setting(HUB)  # the configuration of a dataset that has several
+    revision: str | None = setting(HUB)  # branch, tag or commit; left out, the newest
+    image_key: str | None = setting(HUB, "image")  # the column of the images
+    label_key: str | None = setting(HUB, "label")  # the column of the classes; "" for a single class
+    # read the dataset in its order, shuffled within a buffer, instead of storing it
+    streaming: bool = setting(HUB, idle=False)
+    # images in the buffer
+    shuffle_buffer: int | None = setting(STREAMED, 10_000, Range(1, 1_000_000, "all of them are held in memory"))
     sampling: str = "natural"  # every image once an epoch; or balanced: every class equally often
     flip: bool = False  # mirror half of the images
     # checked against the data; lets --dry-run work without them
     num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"), **MUTABLE)
-    # latents, where a loss needs the images: their root today, if it has moved
-    source: str | None = field(default=None, metadata=MUTABLE)
-    # latents: compare every shard with its SHA-256 at the start
-    verify: bool = field(default=True, metadata=MUTABLE)
+    source: str | None = setting(CACHED, **MUTABLE)  # where a loss needs the images: their root today, if it has moved
+    verify: bool = setting(CACHED, idle=True, **MUTABLE)  # compare every shard with its SHA-256 at the start
 
     def __post_init__(self):
         expand_home(self, "root", "source")
@@ -115,23 +105,7 @@ class Data(Loading):
             # A cache of latents knows the size of its images, which is checked against this.
             if value is None and not (self.kind == "digits" or (self.kind, name) == ("latents", "image_size")):
                 raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
-        hf, streaming, latents = self.kind == "hf", self.kind == "hf" and self.streaming, self.kind == "latents"
-        for name, acts, where in (
-            ("split", hf, "data.kind=hf"),
-            ("subset", hf, "data.kind=hf"),
-            ("revision", hf, "data.kind=hf"),
-            ("image_key", hf, "data.kind=hf"),
-            ("label_key", hf, "data.kind=hf"),
-            ("streaming", hf, "data.kind=hf"),
-            ("shuffle_buffer", streaming, "data.streaming=true"),
-            ("source", latents, "data.kind=latents"),
-        ):
-            value = getattr(self, name)
-            if value not in (None, False) and not acts:
-                nothing = idle(f"data.{name}", "false" if value is True else "null")
-                raise InputError(f"data.{name}={value} goes with {where}; {nothing}")
-        if not self.verify and not latents:
-            raise InputError(f"data.verify=False goes with data.kind=latents; {idle('data.verify', 'true')}")
+        settle("data", self)
         if self.streaming and self.sampling == "balanced":
             raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
 
@@ -204,10 +178,11 @@ class Flow:
     prediction: str = "velocity"
     loss_weight: str = "none"  # of score and noise prediction: none, velocity, likelihood
     time_sampling: str = "uniform"  # or logit-normal
-    # logit-normal: of logit(t), t = 1 is data; left out, 0
-    time_mean: float | None = ranged(None, number(-10, 10, "beyond it nearly all t lie within 0.0001 of one end"))
-    # logit-normal: left out, 1
-    time_std: float | None = ranged(None, number(0.001, 100, "t would be one value, or 0 and 1 alone"))
+    # of logit(t), t = 1 is data
+    time_mean: float | None = setting(
+        LOGIT_NORMAL, 0.0, number(-10, 10, "beyond it nearly all t lie within 0.0001 of one end")
+    )
+    time_std: float | None = setting(LOGIT_NORMAL, 1.0, number(0.001, 100, "t would be one value, or 0 and 1 alone"))
     time_stratified: bool = False  # one t from every equal part of a batch's distribution, for less noise in the loss
     # s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise
     time_shift: float = ranged(1.0, number(0.001, 1_000, "nearly all t would lie at one end"))
@@ -222,12 +197,7 @@ class Flow:
                 f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; "
                 f"{idle('flow.loss_weight', 'none')}, or predict score or noise"
             )
-        for name in ("time_mean", "time_std"):
-            value = getattr(self, name)
-            if self.time_sampling == "uniform" and value is not None:
-                raise InputError(
-                    f"flow.{name}={value} goes with flow.time_sampling=logit-normal; {idle(f'flow.{name}')}"
-                )
+        settle("flow", self)
 
 
 @dataclass(kw_only=True)
@@ -283,20 +253,15 @@ class Ema:
     """The moving average of the weights, which is what gets sampled."""
 
     kind: str = "constant"  # or warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.ema
-    decay: float | None = ranged(None, limits.SHARE_UNDER_1)  # constant and warmup: left out, 0.9999
-    # power: widths relative to the step; the first is sampled; left out, [0.05, 0.1]
-    stds: list[float] | None = ranged(None, limits.EMA_STD)
-    # power: steps between two snapshots for other widths post hoc; left out, none
-    snapshot_every: int | None = ranged(None, limits.STEPS, **MUTABLE)
+    decay: float | None = setting(ONE_DECAY, 0.9999, limits.SHARE_UNDER_1)
+    # widths relative to the step; the first is sampled
+    stds: list[float] | None = setting(POWER, [0.05, 0.1], limits.EMA_STD)
+    # steps between two snapshots for other widths post hoc; left out, none
+    snapshot_every: int | None = setting(POWER, None, limits.STEPS, **MUTABLE)
 
     def __post_init__(self):
         check_choice("ema.kind", self.kind, EMA_KINDS)
-        power = self.kind == "power"
-        for name, acts in (("decay", not power), ("stds", power), ("snapshot_every", power)):
-            if getattr(self, name) is not None and not acts:
-                raise InputError(
-                    f"ema.{name}={getattr(self, name)} does nothing with ema.kind={self.kind}; {idle(f'ema.{name}')}"
-                )
+        settle("ema", self)
         if self.stds is not None and not (self.stds and len(set(self.stds)) == len(self.stds)):
             raise InputError(f"ema.stds={self.stds}: give different numbers")
 

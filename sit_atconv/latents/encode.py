@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sit_atconv import limits
 from sit_atconv.claims import check_place, claim, clear_leftovers, flat, write_whole, writing
 from sit_atconv.config import Recipe
+from sit_atconv.config.earlier import MEANT
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
@@ -46,6 +47,7 @@ IMAGE_KEYS = (
     "image_key",
     "label_key",
 )  # of `data`: which images there are
+EARLIER = {f"data.{key}": MEANT[key] for key in IMAGE_KEYS if key in MEANT}
 # Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.
 NOT_COMPARED = ("codec.vae", "data.root", "versions")
 
@@ -81,7 +83,7 @@ def encode(
     start = [None, None, None]  # what the main process found: the settings, the missing shards, an error
     if state.is_main_process:
         try:
-            settings = claim(out, settings, NOT_COMPARED, "latents", force=force)
+            settings = claim(out, settings, NOT_COMPARED, "latents", force=force, meant=EARLIER)
             start = [settings, missing_shards(out, settings), None]
         except InputError as error:
             start[2] = InputError(str(error))  # every process is about to know it

@@ -42,6 +42,7 @@ from sit_atconv.training.folder import check_place, check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.log import Log, Means
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
+from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import PREVIEWS, Trainer
 
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
@@ -70,6 +71,7 @@ def train(
         codec = open_codec(recipe.latents, dataset)
         facts = measured_facts(dataset, codec)
         check_stated(recipe, facts)
+        recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and accelerator.is_main_process:
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
         distillation = build_distillation(recipe, facts)
