@@ -13,7 +13,8 @@ from sit_atconv.hooks import recorded
 from sit_atconv.layers.attention import Attention
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.swap.choosing import choose
-from sit_atconv.swap.swapping import swap_attention, teacher_of
+from sit_atconv.swap.identity import teacher_of
+from sit_atconv.swap.swapping import swap_attention
 
 
 def load_teacher(recipe: config.Recipe, latent_shape: tuple[int, int, int], num_classes: int) -> SiTTransformer2DModel:

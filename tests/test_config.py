@@ -2,12 +2,13 @@
 
 import dataclasses
 import inspect
+from dataclasses import dataclass
 
 import pytest
 from conftest import ROOT
 
 from sit_atconv import SiTTransformer2DModel, config, data
-from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
+from sit_atconv.config import When, differences, load_recipe, make_recipe, setting, settle, to_dict
 from sit_atconv.errors import InputError
 from sit_atconv.generation import Sampling
 from sit_atconv.plan import dry_run, preview_sampling, time_sampling
@@ -269,3 +270,24 @@ def test_a_stored_recipe_is_not_worked_out_either(text):
 def test_a_list_in_a_recipe_is_of_single_values(value):
     with pytest.raises(InputError, match=r"train\.betas=.*: must be a list of single values"):
         make_recipe({**MINIMAL, "train": {**MINIMAL.get("train", {}), "betas": value}})
+
+
+@dataclass
+class Later:
+    """A section as it might become: other defaults, and a setting that came after all that is stored."""
+
+    kind: str = "constant"
+    decay: float | None = setting(When("later.kind=constant", lambda later: later.kind == "constant"), 0.5)
+    fade: float | None = setting(When("later.kind=constant", lambda later: later.kind == "constant"), 0.25)
+
+    def __post_init__(self):
+        settle("later", self)
+
+
+def test_a_stored_null_means_what_it_meant_whatever_the_defaults_become():
+    assert make_recipe({"decay": None}, Later, stored=True) == Later("constant", 0.9999, 0.25)
+    assert make_recipe({"decay": None}, Later) == Later("constant", 0.5, 0.25)
+    assert make_recipe({"decay": 0.1}, Later, stored=True) == Later("constant", 0.1, 0.25)
+    assert make_recipe({"kind": "other"}, Later, stored=True) == Later("other", None, None)
+    with pytest.raises(InputError, match=r"^later\.decay=0\.5 goes with later\.kind=constant; leave it out, or state"):
+        make_recipe({"kind": "other", "decay": 0.5}, Later, stored=True)

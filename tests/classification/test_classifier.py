@@ -261,7 +261,10 @@ def test_timm_loads_it_and_finds_the_accuracy_that_was_written(classifier_file):
         assert 100 * within.double().mean().item() == pytest.approx(written[f"{name}_top5"])
         assert F.cross_entropy(logits, labels).item() == pytest.approx(written[f"{name}_loss"], rel=1e-4)
     manifest = json.loads((last / "manifest.json").read_text())
-    assert manifest["recipe"]["model"]["options"] == TINY
+    assert manifest["recipe"]["model"]["options"] == {
+        "global_pool": "avg", "glu_norm": False, "layer_scale": None, "pos_embed": False, "kernel_size": 3,
+        "pool": "raster", "routing": "adaptive", "inhibition": "learned", **TINY,
+    }  # fmt: skip
 
 
 def test_what_is_drawn_for_a_sample_is_its_own(classifier_file):
