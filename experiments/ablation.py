@@ -28,6 +28,7 @@ from sit_atconv import checkpoint, config, draws, limits
 from sit_atconv.classification.evaluation import last_evaluation
 from sit_atconv.classification.plan import steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.resolved import resolved as resolved_classifier
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
@@ -38,6 +39,7 @@ from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
 from sit_atconv.ops.atconv import POOLS
 from sit_atconv.reading import COUNT, Malformed, read_json
+from sit_atconv.training.resolved import resolved
 
 TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]
 RESULT = "result.json"
@@ -89,6 +91,11 @@ class System:
     overrides: tuple[str, ...]
     steps: Callable[[Any], int]  # of a recipe's run
     figures: dict[str, str]  # by their keys in result.json, what they are
+    resolved: Callable[[Any], Any]  # a recipe, as its run stores it
+
+    def changes(self, stored: dict[str, Any], recipe: Any) -> list[str]:
+        """What keeps the run of a stored recipe from being that of this one, see `config.differences`."""
+        return config.differences(stored, config.to_dict(self.resolved(recipe)), self.schema, self.resolved)
 
     def folder(self, runs: Path, arm: Arm, seed: int) -> Path:
         return runs / f"{self.name}-{arm.name}-seed{seed}"
@@ -110,6 +117,7 @@ SYSTEMS = (
         ("train.max_steps=300", "checkpoint.every=300", "preview.every=0"),
         lambda recipe: recipe.train.max_steps,
         {"loss": "held-out flow loss"},
+        resolved,
     ),
     System(
         "attnet",
@@ -120,6 +128,7 @@ SYSTEMS = (
         ("train.epochs=6", "eval.every_epochs=6", "checkpoint.every=1000"),
         lambda recipe: steps_of(recipe, recipe.train.epochs, len(Digits("train"))),
         {"loss": "held-out cross-entropy", "top1": "top-1 (%)"},
+        resolved_classifier,
     ),
 )
 
@@ -154,7 +163,7 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
     folder, words = system.folder(runs, arm, seed), system.command(runs, arm, seed)
     file, recipe = folder / RESULT, load_recipe(words[1], words[2:], system.schema)
     found = checkpoint.newest_valid(folder) if file.exists() else None
-    if found and found[1]["recipe"] == config.to_dict(recipe):
+    if found and found[1]["step"] == system.steps(recipe) and not system.changes(found[1]["recipe"], recipe):
         try:
             return read_json(file, RESULT_FORM)
         except (OSError, Malformed) as error:

@@ -45,6 +45,7 @@ from sit_atconv.generation import Sampling
 from sit_atconv.images import to_uint8
 from sit_atconv.reading import as_stored, read_json, read_yaml
 from sit_atconv.signals import ENDING, handled
+from sit_atconv.training.resolved import resolved
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
@@ -227,7 +228,7 @@ def is_trained(model: Model) -> bool:
     return (
         found is not None
         and found[1]["step"] == model.recipe.train.max_steps
-        and not config.differences(found[1]["recipe"], config.to_dict(model.recipe))
+        and not config.differences(found[1]["recipe"], config.to_dict(resolved(model.recipe)), complete=resolved)
     )
 
 

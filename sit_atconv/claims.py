@@ -6,7 +6,7 @@ settings.json comes first and decides what the folder may become; a command with
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,22 @@ def writing(out: Path, name: str = "--out") -> Iterator[None]:
 
 def claim(
     out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str = "--out",
-    remedy: str = REMEDY, force: bool = False,
+    remedy: str = REMEDY, force: bool = False, meant: Mapping[str, Any] = {},
 ) -> dict[str, Any]:  # fmt: skip
     """Make the folder of these settings, or take over the one that is there; the settings that it was begun with.
 
     out: a path that is `files.resolved`. not_compared: beginnings of the flat keys that may be otherwise, see `flat`.
     what: the folder holds, "features". name: what `out` is; remedy: where it is something else. force: what would be
-    refused is set aside, and the folder begun anew.
+    refused is set aside, and the folder begun anew. meant: what flat keys stood for that an earlier version left out.
     Raises InputError for a file, a folder of something else, or one with other settings: in one line, what differs.
     """
     try:
-        return _taken_over(out, settings, not_compared, what, name, remedy)
+        return _taken_over(out, settings, not_compared, what, name, remedy, meant)
     except InputError:
         if not force or not os.path.lexists(out):
             raise
         clear_the_way(out, name)
-    return _taken_over(out, settings, not_compared, what, name, remedy)
+    return _taken_over(out, settings, not_compared, what, name, remedy, meant)
 
 
 def check_place(
@@ -78,7 +78,8 @@ def clear_the_way(out: Path, name: str = "--out") -> None:
 
 
 def _taken_over(
-    out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str, remedy: str
+    out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str, remedy: str,
+    meant: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     stored = _begun(out, what, name, remedy)
     if stored is None:
@@ -86,6 +87,7 @@ def _taken_over(
             write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
         return settings
     old, new = flat(stored, not_compared), flat(settings, not_compared)
+    old |= {key: meant[key] for key in meant.keys() & new.keys() - old.keys()}
     changed = [
         f"{key}: {short(old.get(key))} -> {short(new.get(key))}"
         for key in sorted(old | new)

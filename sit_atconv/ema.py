@@ -12,7 +12,6 @@ The last is the power-function average of "Analyzing and Improving the Training 
 """
 
 import copy
-import dataclasses
 import json
 import math
 import shutil
@@ -33,21 +32,12 @@ from sit_atconv.files import DiskFull, disk_full, set_aside, settle, step_in, st
 from sit_atconv.reading import COUNT, Malformed, parse_json
 from sit_atconv.sharding import local
 
-DEFAULT_DECAY, DEFAULT_STDS = 0.9999, (0.05, 0.1)
 SAMPLED = "ema"  # the name of the average that gets sampled
 SNAPSHOTS, SNAPSHOT_FORMAT, METADATA = "snapshots", 1, "snapshot"
 
 
-def resolved(settings: config.Ema) -> config.Ema:
-    """The settings, with their defaults where they leave something out."""
-    if settings.kind == "power":
-        return dataclasses.replace(settings, stds=settings.stds or list(DEFAULT_STDS))
-    return dataclasses.replace(settings, decay=DEFAULT_DECAY if settings.decay is None else settings.decay)
-
-
 def describe(settings: config.Ema) -> str:
     """What is averaged how, in words: "constant, decay 0.9999", "power, std 0.05 and 0.1"."""
-    settings = resolved(settings)
     if settings.kind == "power":
         return f"power, std {' and '.join(map(str, settings.stds))}"
     return f"{settings.kind}, decay {settings.decay}"
@@ -87,7 +77,6 @@ class Averages:
     """
 
     def __init__(self, model: nn.Module, settings: config.Ema):
-        settings = resolved(settings)
         self.stds: dict[str, float] = {}  # of the power-function averages, by their names
         if settings.kind == "power":
             first, *others = settings.stds

@@ -68,11 +68,15 @@ def number(least: float, most: float | str, why: str, over: bool = False, under:
     return Range(least, most, why, over, under, whole=False)
 
 
-def ranged(default: Any, limits: Range) -> Any:
-    """A dataclass field with a default, whose number, or the numbers in whose list or mapping, lie in a range."""
+def ranged(default: Any, limits: Range, **metadata: Any) -> Any:
+    """A dataclass field with a default, whose number, or the numbers in whose list or mapping, lie in a range.
+
+    metadata: more of the field's.
+    """
+    metadata[RANGE] = limits
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={RANGE: limits})
-    return dataclasses.field(default=default, metadata={RANGE: limits})
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check(schema: type, values: Mapping[str, Any], prefix: str = "", stored: bool = False) -> None:

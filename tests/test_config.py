@@ -2,12 +2,13 @@
 
 import dataclasses
 import inspect
+from dataclasses import dataclass
 
 import pytest
 from conftest import ROOT
 
 from sit_atconv import SiTTransformer2DModel, config, data
-from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
+from sit_atconv.config import When, differences, load_recipe, make_recipe, setting, settle, to_dict
 from sit_atconv.errors import InputError
 from sit_atconv.generation import Sampling
 from sit_atconv.training.objectives.flow import time_sampling
@@ -137,8 +138,8 @@ def test_overrides_are_typed_and_win(recipe_file):
             "balanced needs to reach every image",
         ),
         ({"data": {"kind": "tar"}}, "data.kind='tar'"),
-        ({"ema": {"stds": [0.05]}}, "ema.stds=[0.05] does nothing with ema.kind=constant"),
-        ({"ema": {"kind": "power", "decay": 0.5}}, "ema.decay=0.5 does nothing with ema.kind=power"),
+        ({"ema": {"stds": [0.05]}}, "ema.stds=[0.05] goes with ema.kind=power; leave it out, or state ema.stds=null"),
+        ({"ema": {"kind": "power", "decay": 0.5}}, "ema.decay=0.5 goes with ema.kind=constant or warmup"),
         ({"ema": {"kind": "power", "stds": [0.05, 0.3]}}, "ema.stds=[0.05, 0.3]"),
         ({"checkpoint": {"every": 4, "keep_every": 6}}, "checkpoint.keep_every=6: must be a multiple"),
         ({"checkpoint": {"on_full_disk": "cry"}}, "checkpoint.on_full_disk='cry'"),
@@ -270,3 +271,24 @@ def test_a_stored_recipe_is_not_worked_out_either(text):
 def test_a_list_in_a_recipe_is_of_single_values(value):
     with pytest.raises(InputError, match=r"train\.betas=.*: must be a list of single values"):
         make_recipe({**MINIMAL, "train": {**MINIMAL.get("train", {}), "betas": value}})
+
+
+@dataclass
+class Later:
+    """A section as it might become: other defaults, and a setting that came after all that is stored."""
+
+    kind: str = "constant"
+    decay: float | None = setting(When("later.kind=constant", lambda later: later.kind == "constant"), 0.5)
+    fade: float | None = setting(When("later.kind=constant", lambda later: later.kind == "constant"), 0.25)
+
+    def __post_init__(self):
+        settle("later", self)
+
+
+def test_a_stored_null_means_what_it_meant_whatever_the_defaults_become():
+    assert make_recipe({"decay": None}, Later, stored=True) == Later("constant", 0.9999, 0.25)
+    assert make_recipe({"decay": None}, Later) == Later("constant", 0.5, 0.25)
+    assert make_recipe({"decay": 0.1}, Later, stored=True) == Later("constant", 0.1, 0.25)
+    assert make_recipe({"kind": "other"}, Later, stored=True) == Later("other", None, None)
+    with pytest.raises(InputError, match=r"^later\.decay=0\.5 goes with later\.kind=constant; leave it out, or state"):
+        make_recipe({"kind": "other", "decay": 0.5}, Later, stored=True)

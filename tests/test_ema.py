@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sit_atconv.config import Ema
-from sit_atconv.ema import Averages, gamma_of, read_snapshots, resolved
+from sit_atconv.ema import Averages, gamma_of, read_snapshots
 from sit_atconv.errors import InputError
 
 
@@ -110,9 +110,9 @@ def test_known_gammas_and_the_range():
 
 
 def test_what_the_settings_leave_out():
-    assert resolved(Ema()).decay == resolved(Ema(kind="warmup")).decay == 0.9999
-    assert resolved(Ema(decay=0.0)).decay == 0.0
-    power = resolved(Ema(kind="power"))
+    assert Ema().decay == Ema(kind="warmup").decay == 0.9999
+    assert Ema(decay=0.0).decay == 0.0
+    power = Ema(kind="power")
     assert (power.stds, power.decay) == ([0.05, 0.1], None)
     assert list(Averages(nn.Linear(1, 1), Ema(kind="power")).models) == ["ema", "ema-0.100"]
 

@@ -354,6 +354,16 @@ def test_a_folder_of_the_users_temporary_files_is_no_folder_of_ours(tmp_path):
         assert (tmp_path / f"{name}.aside" / "thesis.tmp").read_text() == "mine"
 
 
+def test_settings_that_an_earlier_version_left_out_are_what_they_meant(tmp_path):
+    earlier, now = ({"data": {"kind": "hf", **split}, "num": 3} for split in ({}, {"split": "train"}))
+    assert claim(tmp_path / "x", earlier, (), "latents") == earlier
+    assert claim(tmp_path / "x", now, (), "latents", meant={"data.split": "train"}) == earlier
+    assert claim(tmp_path / "x", earlier, (), "latents", meant={"data.split": "train"}) == earlier
+    for settings, meant in ((now, {}), (now, {"data.split": "test"}), (now | {"num": 4}, {"data.split": "train"})):
+        with pytest.raises(InputError, match="holds latents with other settings"):
+            claim(tmp_path / "x", settings, (), "latents", meant=meant)
+
+
 def test_samples_clear_their_own_leftovers_alone(tmp_path):
     made = Samples(tmp_path / "out", SETTINGS)
     image = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +10,8 @@ from sit_atconv import config
 from sit_atconv.classification.evaluation import Evaluation
 from sit_atconv.classification.objective import ClassificationObjective
 from sit_atconv.classification.plan import facts_of
-from sit_atconv.classification.recipe import ClassifierRecipe, differences
+from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.resolved import resolved
 from sit_atconv.classification.samples import ClassifierSamples, HeldOut, open_datasets, preprocessing, transforms
 from sit_atconv.devices import numerics
 from sit_atconv.processes import lost_ones_told
@@ -34,6 +36,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(drawing))  # stochastic depth draws there, from seeds of its own
         recipe.check_pairs(accelerator.num_processes)
+        recipe = resolved(recipe)
         dataset, held_out = open_datasets(recipe.data)
         facts = facts_of(recipe, dataset, held_out)
         training, evaluation = transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
@@ -46,7 +49,10 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         }
 
         def look(run: Path) -> Found:
-            found = stored_run(run, lambda stored: differences(stored, described["recipe"]))
+            def changed(stored: dict[str, Any], last: Path | None) -> list[str]:
+                return config.differences(stored, described["recipe"], ClassifierRecipe, resolved)
+
+            found = stored_run(run, changed)
             if found:
                 check_same_data(run, found[1], described)
             return found

@@ -62,8 +62,8 @@ class ClassificationObjective(Objective):
             self.mix = Mixup(
                 augment.mixup,
                 augment.cutmix,
-                prob=1.0 if augment.mix_prob is None else augment.mix_prob,
-                switch_prob=0.5 if augment.switch_prob is None else augment.switch_prob,
+                prob=augment.mix_prob,
+                switch_prob=augment.switch_prob,
                 label_smoothing=augment.smoothing,
                 num_classes=len(facts.class_names),
             )
@@ -85,7 +85,7 @@ class ClassificationObjective(Objective):
             t_initial=self.steps,
             lr_min=settings.min_lr,
             warmup_t=self.facts.warmup_steps,
-            warmup_lr_init=1e-6 if settings.warmup_lr is None else settings.warmup_lr,
+            warmup_lr_init=settings.warmup_lr,
             t_in_epochs=False,
         )
         return optimizer

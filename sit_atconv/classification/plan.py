@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -40,12 +39,10 @@ def steps_of(recipe: ClassifierRecipe, epochs: float, num_images: int) -> int:
 def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
     """What the recipe comes to with these images. Raises InputError where mean or std do not fit their channels."""
     train, channels, number = recipe.train, dataset.channels, len(dataset)
-    colour = channels == 3
-    mean = recipe.model.mean or (IMAGENET_DEFAULT_MEAN if colour else (0.5,))
-    std = recipe.model.std or (IMAGENET_DEFAULT_STD if colour else (0.5,))
+    mean, std = recipe.model.mean, recipe.model.std
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise InputError(f"model.{name}={list(values)}: the images have {channels} channels; one number for each")
+            raise InputError(f"model.{name}={values}: the images have {channels} channels; one number for each")
 
     steps = steps_of(recipe, train.epochs, number)
     limits.STEPS.check(f"train.epochs={train.epochs:g} of {number:,} images, steps: ", steps)

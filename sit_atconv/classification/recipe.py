@@ -5,7 +5,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sit_atconv import config, limits
-from sit_atconv.config import Checkpoint, Loading, Optimisation, Run, expand_home, idle
+from sit_atconv.config import (
+    HUB,
+    MUTABLE,
+    PARTS,
+    Checkpoint,
+    Loading,
+    Optimisation,
+    Run,
+    When,
+    expand_home,
+    idle,
+    setting,
+    settle,
+)
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.limits import Range, number, ranged
 
@@ -14,6 +27,13 @@ INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASING_MODES = ("const", "rand", "pixel")
 PROBABILITY = number(0, 1, "it is a probability")
 MIXING = number(0, 1_000, "with a larger alpha all images are mixed half and half")
+# Mean and deviation of pixels in [0, 1]: of ImageNet's colours, and what takes grey levels to [-1, 1].
+COLOUR, GREY = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,), (0.5,))
+
+ERASING = When("augment.erasing", lambda augment: augment.erasing > 0)
+MIXED = When("augment.mixup or cutmix", lambda augment: augment.mixup > 0 or augment.cutmix > 0)
+MIXED_BOTH_WAYS = When("both augment.mixup and cutmix", lambda augment: augment.mixup > 0 and augment.cutmix > 0)
+WARMED_UP = When("train.warmup_epochs", lambda train: train.warmup_epochs > 0)
 
 
 @dataclass
@@ -21,14 +41,16 @@ class Data(Loading):
     """The images: those to learn from, and those held out."""
 
     kind: str = "digits"
-    root: str | None = None  # all kinds but digits: folder, zip file, LMDB, or hub id of the training images
-    val_root: str | None = None  # the same of the held-out images; hf: left out, root
-    split: str | None = None  # hf: left out, "train"
-    val_split: str | None = None  # hf: left out, "validation"
-    subset: str | None = None  # hf: the configuration of a dataset that has several
-    revision: str | None = None  # hf: branch, tag or commit; left out, the newest
-    image_key: str | None = None  # hf: the column of the images; left out, "image"
-    label_key: str | None = None  # hf: the column of the classes; left out, "label"
+    # all kinds but digits: folder, zip file, LMDB, or hub id of the training images
+    root: str | None = field(default=None, metadata=MUTABLE)
+    # the same of the held-out images; hf: left out, root
+    val_root: str | None = field(default=None, metadata=MUTABLE)
+    split: str | None = setting(HUB, "train")
+    val_split: str | None = setting(HUB, "validation")
+    subset: str | None = setting(HUB)  # the configuration of a dataset that has several
+    revision: str | None = setting(HUB)  # branch, tag or commit; left out, the newest
+    image_key: str | None = setting(HUB, "image")  # the column of the images
+    label_key: str | None = setting(HUB, "label")  # the column of the classes
     # of every image of an epoch, each augmented anew, and as many times fewer images in it
     repeats: int = ranged(1, Range(1, 1_000, "an epoch shows as many times fewer images"))
 
@@ -41,10 +63,7 @@ class Data(Loading):
                 raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
             if value is None and self.kind != "digits" and (self.kind, name) != ("hf", "val_root"):
                 raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
-        for name in ("split", "val_split", "subset", "revision", "image_key", "label_key"):
-            if getattr(self, name) is not None and self.kind != "hf":
-                said = f"data.{name}={getattr(self, name)} goes with data.kind=hf"
-                raise InputError(f"{said}; {idle(f'data.{name}')}")
+        settle("data", self)
         if self.label_key == "":
             raise InputError("data.label_key='': a classifier needs classes; name their column")
 
@@ -54,13 +73,12 @@ class Data(Loading):
         Their size is that of the model's crops, which are cut from the whole image: the one that is stated acts on
         nothing.
         """
-        held_out = (self.val_split or "validation") if self.kind == "hf" else None
         return tuple(
             config.Data(
                 kind=self.kind, root=root, image_size=1, split=split, subset=self.subset, revision=self.revision,
                 image_key=self.image_key, label_key=self.label_key, max_pixels=self.max_pixels,
             )
-            for root, split in ((self.root, self.split), (self.val_root or self.root, held_out))
+            for root, split in ((self.root, self.split), (self.val_root or self.root, self.val_split))
         )  # fmt: skip
 
 
@@ -81,11 +99,11 @@ class Augment:
     auto_augment: str | None = None  # as timm writes it, e.g. rand-m9-mstd0.5-inc1
     interpolation: str = "bicubic"  # of a crop: bilinear, bicubic, or random for either
     erasing: float = ranged(0.0, PROBABILITY)  # probability that a rectangle is erased
-    erasing_mode: str | None = None  # filled with const 0, one rand colour, or a random value per pixel (left out)
+    erasing_mode: str | None = setting(ERASING, "pixel")  # filled with const 0, one rand colour, or a value per pixel
     mixup: float = ranged(0.0, MIXING)  # alpha of the beta distribution; 0 mixes none
     cutmix: float = ranged(0.0, MIXING)
-    mix_prob: float | None = ranged(None, PROBABILITY)  # that a batch is mixed at all; left out, 1
-    switch_prob: float | None = ranged(None, PROBABILITY)  # of cutmix, where both are on; left out, 0.5
+    mix_prob: float | None = setting(MIXED, 1.0, PROBABILITY)  # that a batch is mixed at all
+    switch_prob: float | None = setting(MIXED_BOTH_WAYS, 0.5, PROBABILITY)  # of cutmix, where both are on
     smoothing: float = ranged(0.1, limits.SHARE_UNDER_1)  # share of the target that all classes have alike
 
     def __post_init__(self):
@@ -95,14 +113,7 @@ class Augment:
         check_choice("augment.interpolation", self.interpolation, INTERPOLATIONS)
         if self.erasing_mode is not None:
             check_choice("augment.erasing_mode", self.erasing_mode, ERASING_MODES)
-        for name, acts, where in (
-            ("erasing_mode", self.erasing > 0, "augment.erasing"),
-            ("mix_prob", self.mixes, "augment.mixup or cutmix"),
-            ("switch_prob", self.mixup > 0 and self.cutmix > 0, "both augment.mixup and cutmix"),
-        ):
-            if getattr(self, name) is not None and not acts:
-                said = f"augment.{name}={getattr(self, name)} does nothing without {where}"
-                raise InputError(f"{said}; {idle(f'augment.{name}')}")
+        settle("augment", self)
         if self.auto_augment is not None and self.color_jitter:
             raise InputError(
                 f"augment.color_jitter={self.color_jitter} beside augment.auto_augment={self.auto_augment}, which has "
@@ -112,7 +123,7 @@ class Augment:
     @property
     def mixes(self) -> bool:
         """Whether images of a batch are mixed."""
-        return self.mixup > 0 or self.cutmix > 0
+        return MIXED.holds(self)
 
 
 @dataclass
@@ -129,7 +140,7 @@ class Model:
     crop_pct: float = ranged(
         0.875, number(0.01, 1, "the image is made as many times larger, and no crop is larger than it")
     )
-    # that images are normalised by, of [0, 1]; left out, ImageNet's
+    # that images are normalised by, of [0, 1]; left out, ImageNet's, and 0.5 for digits
     mean: list[float] | None = ranged(None, number(-100, 100, "pixels are numbers from 0 to 1"))
     std: list[float] | None = ranged(None, number(1e-4, 1e4, "pixels are numbers from 0 to 1, and are divided by it"))
 
@@ -150,16 +161,17 @@ class Train(Optimisation):
     epochs: float = ranged(300, limits.EPOCHS)
     warmup_epochs: float = ranged(5, number(0, "epochs", "a longer warm-up never gets to train.lr", under=True))
     batch_size: int = ranged(4096, limits.GLOBAL_BATCH)
+    # not to be changed: images are mixed, and their statistics taken, within a part
+    gradient_accumulation_steps: int = ranged(1, PARTS)
     lr: float = ranged(4e-3, limits.LEARNING_RATE)
     min_lr: float = ranged(1e-6, number(0, "lr", "it is what train.lr falls to"))  # at the end
-    # at the beginning; left out, 1e-6
-    warmup_lr: float | None = ranged(None, dataclasses.replace(limits.LEARNING_RATE, least=0))
+    # at the start
+    warmup_lr: float | None = setting(WARMED_UP, 1e-6, dataclasses.replace(limits.LEARNING_RATE, least=0))
     weight_decay: float = ranged(0.05, limits.WEIGHT_DECAY)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.warmup_lr is not None and not self.warmup_epochs:
-            raise InputError(f"train.warmup_lr={self.warmup_lr} does nothing without train.warmup_epochs")
+        settle("train", self)
 
 
 @dataclass
@@ -188,10 +200,13 @@ class ClassifierRecipe:
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     ema: Ema = field(default_factory=Ema)
-    eval: Eval = field(default_factory=Eval)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval, metadata=MUTABLE)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
 
     def __post_init__(self):
+        mean, std = GREY if self.data.kind == "digits" else COLOUR
+        self.model.mean = list(mean) if self.model.mean is None else self.model.mean
+        self.model.std = list(std) if self.model.std is None else self.model.std
         self.check_pairs()
 
     def check_pairs(self, processes: int = 1) -> None:
@@ -202,16 +217,3 @@ class ClassifierRecipe:
                 f"train.batch_size={self.train.batch_size} in {parts} parts, with augment.mixup or cutmix, which mix "
                 f"images in pairs; choose a multiple of {2 * parts}"
             )
-
-
-# What a later start of the same run may state differently.
-MUTABLE = (
-    "run.out", "run.log_every", "run.trackers", "data.root", "data.val_root", "data.workers", "data.worker_timeout",
-    "data.max_bad_share", "data.max_pixels", "train.max_skipped", "train.gradient_checkpointing", "train.compile",
-)  # fmt: skip
-MUTABLE_SECTIONS = ("checkpoint", "eval")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps two recipes from being the same run, see `config.differences`."""
-    return config.changes(config.make_recipe(old, ClassifierRecipe, stored=True), new, MUTABLE, MUTABLE_SECTIONS)

@@ -173,7 +173,7 @@ def transforms(recipe: ClassifierRecipe, evaluation: dict) -> tuple:
             auto_augment=augment.auto_augment,
             interpolation=augment.interpolation,
             re_prob=augment.erasing,
-            re_mode=augment.erasing_mode or "pixel",
+            re_mode=augment.erasing_mode,
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"augment.auto_augment={augment.auto_augment!r} is nothing that timm knows: {error}") from None

@@ -25,7 +25,6 @@ from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json, spelt
 
-SHUFFLE_BUFFER = 10_000
 ONE_CLASS = ("all",)  # where there are no labels
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")  # of fsspec and `datasets`: files in a file
 CARDS = ("README.md", ".huggingface.yaml")  # what `datasets` reads of a folder before its files
@@ -68,20 +67,20 @@ def open_hub(data: Data) -> "HubImages | HubStream":
             if not data.streaming:
                 builder.download_and_prepare()
             give = builder.as_streaming_dataset if data.streaming else builder.as_dataset
-            table = give(split=data.split or "train")
+            table = give(split=data.split)
             stated = (table.info.splits or {}).get(str(table.split))
             number = stated.num_examples if data.streaming and stated else None
     except InputError:
         raise
     except (OSError, datasets.exceptions.DatasetsError, *ANY) as error:
-        asked = f"{where}, data.subset={data.subset}, data.split={data.split or 'train'}"
+        asked = f"{where}, data.subset={data.subset}, data.split={data.split}"
         raise InputError(f"{asked}: cannot be opened: {error or type(error).__name__}") from None
     columns = table.features
     if columns is None:
         raise InputError(f"{where} does not say its columns; leave data.streaming out")
-    image, label = data.image_key or "image", "label" if data.label_key is None else data.label_key or None
+    image, label = data.image_key, data.label_key or None
     check_choice("data.image_key", image, columns)
-    if data.label_key is None and label not in columns:
+    if label == "label" and label not in columns:  # the usual name, which nobody may have stated
         raise InputError(
             f"{where} has no column {label!r}, but {sorted(columns)}: name that of the classes by data.label_key, or "
             "state data.label_key='' to make all images one class"
@@ -144,11 +143,10 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(inner)
 
 
-def _split(splits: dict[str, Any], wanted: str | None) -> Any:
+def _split(splits: dict[str, Any], wanted: str) -> Any:
     """What data.split asks for of the splits of a saved dataset: one of them, parts ("train[:10%]"), or a sum."""
     import datasets
 
-    wanted = wanted or "train"
     if wanted in splits:
         return splits[wanted]
     try:
@@ -245,7 +243,7 @@ class HubImages(EncodedImages):
         self.labels, self._files = stored.astype(np.int64), _Files.of(data.root)
         check_labels(f"data.root={data.root!r}, data.label_key={label_key!r}", self.labels, self.class_names)
         self._table, self._image_key = table, image_key
-        self._name = f"{data.root}[{data.split or 'train'}]"
+        self._name = f"{data.root}[{data.split}]"
 
     def name(self, index: int) -> str:
         return f"{self._name}[{index}]"
@@ -281,7 +279,7 @@ class HubStream(Dataset):
         seed: int = 0,
     ):
         self.image_size, self.class_names = data.image_size, tuple(map(spelt, names))
-        self.seed, self.buffer = seed, data.shuffle_buffer or SHUFFLE_BUFFER
+        self.seed, self.buffer = seed, data.shuffle_buffer
         self._table, self._keys, self._num_images, self._root = table, (image_key, label_key), num_images, data.root
         self._files = _Files.of(data.root)
         # By process: one from before a fork has lost its threads. It is kept, for closing it would wait for them.

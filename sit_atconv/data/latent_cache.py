@@ -18,6 +18,7 @@ place where a run was interrupted can be asked for. SHA-256 runs at 1.6 GB/s on 
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from sit_atconv.config import Data, Loading
+from sit_atconv.config import Data, Loading, make_recipe
 from sit_atconv.console import progress
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable, check_labels
@@ -171,15 +172,15 @@ class LatentCache(Dataset):
         return self._images[index, flip][0]
 
     def _open_images(self) -> Dataset:
-        stored = self.index["data"]
-        root = {} if self.source is None else {"root": self.source}
+        data = make_recipe(self.index["data"], Data, stored=True)
+        moved = {} if self.source is None else {"root": self.source}
         try:
-            images = open_dataset(Data(**{**stored, **root, "max_pixels": self.max_pixels}))
+            images = open_dataset(replace(data, max_pixels=self.max_pixels, **moved))
         except InputError as error:
             raise InputError(f"{error}; data.source says where the images of the cache lie today") from None
         if (len(images), images.class_names) != (len(self), self.class_names):
             raise InputError(
-                f"data.source={self.source or stored['root']!r}: the images are not those of the cache "
+                f"data.source={self.source or data.root!r}: the images are not those of the cache "
                 f"{str(self.root)!r}: other classes, or more or fewer images"
             )
         return images

@@ -77,7 +77,8 @@ def within(t: torch.Tensor | float, interval: tuple[float, float]) -> bool:
 class TimeSampling:
     """The distribution of t in training, as a function of one uniform number u in [0, 1).
 
-    kind: "uniform", t = u; or "logit-normal", t = sigmoid(mean + std N(0, 1)), so a larger mean is nearer to the data.
+    kind: "uniform", t = u; or "logit-normal", t = sigmoid(mean + std N(0, 1)), so a larger mean is nearer to the data;
+    mean and std act there alone, and may be None elsewhere.
     shift s > 0: maps the noise level 1 - t to s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to the noise.
     interval: [0, 1] is mapped onto it at last.
     Raises ValueError for another kind.
@@ -85,8 +86,8 @@ class TimeSampling:
 
     interval: tuple[float, float] = (0.0, 1.0)
     kind: str = "uniform"
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | None = 0.0
+    std: float | None = 1.0
     shift: float = 1.0
 
     def __post_init__(self):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sit_atconv import limits, processes
 from sit_atconv.claims import check_place, claim, clear_leftovers, flat, write_whole, writing
 from sit_atconv.config import Recipe
+from sit_atconv.config.earlier import MEANT
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
@@ -42,6 +43,7 @@ IMAGE_KEYS = (
     "image_key",
     "label_key",
 )  # of `data`: which images there are
+EARLIER = {f"data.{key}": MEANT[key] for key in IMAGE_KEYS if key in MEANT}
 # Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.
 NOT_COMPARED = ("codec.vae", "data.root", "versions")
 
@@ -74,7 +76,7 @@ def encode(
 
     def begin() -> tuple[dict[str, Any], list[tuple[int, int]]]:
         stated = describe(recipe, dataset, codec, dtype, shard_images)
-        settings = claim(out, stated, NOT_COMPARED, "latents", force=force)
+        settings = claim(out, stated, NOT_COMPARED, "latents", force=force, meant=EARLIER)
         return settings, missing_shards(out, settings)
 
     with processes.lost_ones_told():

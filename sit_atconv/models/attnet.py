@@ -3,9 +3,11 @@
 `import sit_atconv.models.attnet`, then `timm.create_model("attnet_t2")` and all that timm does with a model.
 """
 
+import inspect
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -430,6 +432,15 @@ def _cfg(url: str = "", **overrides) -> dict:
 
 
 default_cfgs = generate_default_cfgs({f"attnet_{name}.untrained": _cfg() for name in _SHAPES})
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of the AttNet of that name, but for images, classes and placement; of another model none."""
+    if (shape := _SHAPES.get(name.removeprefix("attnet_"))) is None:
+        return {}
+    _, *parameters = inspect.signature(AttNet.__init__).parameters.values()
+    others = ("in_chans", "num_classes", "device", "dtype")
+    return {each.name: each.default for each in parameters if each.name not in others} | shape
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> AttNet:

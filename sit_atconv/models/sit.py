@@ -2,6 +2,7 @@
 
 import inspect
 import reprlib
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -291,6 +292,17 @@ def list_models() -> list[str]:
     return list(PRESETS)
 
 
+def options_of(name: str | None) -> dict[str, Any]:
+    """All options of SiTTransformer2DModel: those of the preset `name` (None: of none) over the defaults.
+
+    Raises InputError (a ValueError) for an unknown name, suggesting the nearest one.
+    """
+    if name is not None:
+        check_choice("model", name, PRESETS)
+    _, *parameters = inspect.signature(SiTTransformer2DModel.__init__).parameters.values()
+    return {each.name: each.default for each in parameters} | PRESETS.get(name, {})
+
+
 def create_model(
     name: str | None, sample_size: int | tuple[int, int] = 32, num_classes: int = 1000, **overrides
 ) -> SiTTransformer2DModel:
@@ -299,11 +311,9 @@ def create_model(
     sample_size: latent size (image size / 8 for a Stable-Diffusion VAE). `name=None` takes all from the overrides.
     Raises InputError (a ValueError) for an unknown name or option, suggesting the nearest one.
     """
-    if name is not None:
-        check_choice("model", name, PRESETS)
+    options = options_of(name)
     for option in overrides:
-        check_choice("model option", option, list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:])
-    preset = PRESETS[name] if name is not None else {}
-    model = SiTTransformer2DModel(**{**preset, "sample_size": sample_size, "num_classes": num_classes, **overrides})
+        check_choice("model option", option, options)
+    model = SiTTransformer2DModel(**{**options, "sample_size": sample_size, "num_classes": num_classes, **overrides})
     model.reset_parameters()
     return model

@@ -10,7 +10,10 @@ from torch import nn
 from sit_atconv.errors import InputError
 from sit_atconv.files import new_path, tensors_made_here
 from sit_atconv.reading import Malformed, parse_json
-from sit_atconv.swap.swapping import AttentionSwap, check_unwrapped, fingerprint, model_of, swap_as_stored, uncompiled
+from sit_atconv.swap.identity import fingerprint
+from sit_atconv.swap.stored import swap_as_stored
+from sit_atconv.swap.swapping import AttentionSwap
+from sit_atconv.swap.wrapping import check_unwrapped, model_of, uncompiled
 
 KEY = "sit_atconv_delta"
 

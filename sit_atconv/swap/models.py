@@ -25,7 +25,7 @@ from sit_atconv import limits
 from sit_atconv.errors import InputError, said
 from sit_atconv.reading import read_json
 from sit_atconv.swap.marking import THIN
-from sit_atconv.swap.swapping import install
+from sit_atconv.swap.stored import install
 
 __all__ = [
     "ATConvDiTTransformer2DModel",

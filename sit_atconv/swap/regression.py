@@ -14,7 +14,9 @@ from sit_atconv.errors import InputError
 from sit_atconv.processes import is_main
 from sit_atconv.swap.calibration import Site, run_over
 from sit_atconv.swap.grafts import foreign_maps, kind_of
-from sit_atconv.swap.swapping import AttentionSwap, calibration_inputs, check_unhooked, checked_inputs, told_of
+from sit_atconv.swap.inputs import calibration_inputs, checked_inputs, told_of
+from sit_atconv.swap.swapping import AttentionSwap
+from sit_atconv.swap.wrapping import check_unhooked
 
 
 def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 500, lr: float = 1e-3) -> list[float]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,8 +14,9 @@ from sit_atconv.console import say
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
-from sit_atconv.reading import read_yaml
+from sit_atconv.reading import read_json, read_yaml
 from sit_atconv.training.objectives import FROZEN
+from sit_atconv.training.resolved import resolved
 
 BEGUN = (LOCK, "log.jsonl")  # one of them lies in the folder of every run
 
@@ -103,10 +105,11 @@ def claim(
     return Claimed(described, found, held.pop() if held else None)
 
 
-def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Found:
+def stored_run(run: Path, changed: Callable[[dict[str, Any], Path | None], list[str]]) -> Found:
     """The checkpoint to go on from, with its manifest, or None for a new run.
 
-    changed: what keeps a stored recipe from being that of this start, see `config.differences`.
+    changed: what keeps a stored recipe, that of a checkpoint where there is one, from being that of this start, see
+    `config.differences`.
     Raises InputError for a folder that is not this run's.
     """
     if not run.exists():
@@ -129,7 +132,7 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any]], list[str]]) -> Fou
     if not stored or not isinstance(stored, dict):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
     try:
-        said = "; ".join(changed(stored))
+        said = "; ".join(changed(stored, found and found[0]))
     except InputError as error:
         raise InputError(
             f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"
@@ -155,11 +158,13 @@ def check_run_folder(
     Raises InputError for a folder that is not this run's.
     """
 
-    def changed(stored: dict[str, Any]) -> list[str]:
+    def changed(stored: dict[str, Any], last: Path | None) -> list[str]:
         stated, data = described["recipe"], stored.get("data")
         if encoded is not None and not (isinstance(data, dict) and data.get("kind") == "latents"):
-            stated = stated | {"data": stated["data"] | {key: encoded.get(key) for key in ENCODED}}
-        return config.differences(stored, stated)
+            images = config.to_dict(config.make_recipe(encoded, config.Data, stored=True))
+            stated = stated | {"data": stated["data"] | {key: images[key] for key in ENCODED}}
+        made = {} if last is None else read_json(last / "model" / "config.json")
+        return config.differences(stored, stated, complete=partial(resolved, made=made))
 
     found = stored_run(run, changed)
     if found:

@@ -16,6 +16,7 @@ from sit_atconv.training.folder import check_place, check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
 from sit_atconv.training.plan import preview_sampling
+from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import Trainer
 
 
@@ -39,6 +40,7 @@ def train(
         codec = open_codec(recipe.latents, dataset)
         facts = measured_facts(dataset, codec)
         check_stated(recipe, facts)
+        recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
         objective = objective_of(recipe)(recipe, facts)

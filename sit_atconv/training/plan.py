@@ -3,7 +3,7 @@
 import torch
 
 from sit_atconv.config import Recipe
-from sit_atconv.ema import SAMPLED, describe, resolved
+from sit_atconv.ema import SAMPLED, describe
 from sit_atconv.errors import InputError
 from sit_atconv.generation import Sampling
 from sit_atconv.models.cost import count_macs, count_parameters
@@ -48,7 +48,7 @@ def dry_run(recipe: Recipe) -> str:
     trainable = sum(p.numel() for p in model.parameters())
     gib = 4 / 2**30
     epoch = facts.num_images / train.batch_size
-    ema = resolved(recipe.ema)
+    ema = recipe.ema
     copies = len(ema.stds or [SAMPLED])
     decay = "" if train.lr_schedule == "constant" else f" to 0 at step {train.max_steps:,}"
     rows = {

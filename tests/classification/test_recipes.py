@@ -2,9 +2,13 @@
 
 import pytest
 import timm
+import yaml
 from conftest import ROOT
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from sit_atconv import config
 from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.resolved import resolved
 from sit_atconv.config import load_recipe
 
 FOLDER = ROOT / "experiments/recipes"
@@ -44,3 +48,75 @@ def test_every_recipe_starts_with_its_launch_command_and_no_other_ships():
         recipe = load_recipe(path, (), ClassifierRecipe)
         assert recipe.run.out == f"runs/{path.stem}"
         assert path.read_text().startswith(f"# accelerate launch train_attnet.py experiments/recipes/{path.name}\n")
+
+
+def test_every_key_that_is_not_said_to_may_not_change():
+    stated = config.to_dict(resolved(config.make_recipe({"run": {"out": "x"}}, ClassifierRecipe)))
+    may = {
+        "run.out", "run.log_every", "run.trackers", "data.root", "data.val_root", "data.workers", "data.worker_timeout",
+        "data.max_bad_share", "data.max_pixels", "train.max_skipped", "train.gradient_checkpointing", "train.compile",
+    }  # fmt: skip
+    for section, keys in stated.items():
+        for key in keys:
+            changed = {**stated, section: {**keys, key: "changed"}}
+            free = f"{section}.{key}" in may or section in ("checkpoint", "eval")
+            found = config.differences(stated, changed, ClassifierRecipe, resolved)
+            assert [text.partition(":")[0] for text in found] == ([] if free else [f"{section}.{key}"])
+
+
+def nulls(recipe) -> set[str]:
+    return {key for key, value in config.flatten(config.to_dict(recipe)).items() if value is None}
+
+
+# Nulls that are a choice of their own, or of what lies where.
+CHOICES = {"data.root", "data.val_root", "augment.auto_augment", "train.max_grad_norm", "checkpoint.keep_every"}
+ON_HUB = {f"data.{name}" for name in ("split", "val_split", "subset", "revision", "image_key", "label_key")}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*attnet*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_stored_with_every_value_and_read_as_the_same(path):
+    stored = resolved(load_recipe(path, (), ClassifierRecipe))
+    idle = {"augment.mix_prob", "augment.switch_prob"} if not stored.augment.mixes else set()
+    idle |= {"augment.erasing_mode"} if not stored.augment.erasing else set()
+    assert nulls(stored) <= CHOICES | ON_HUB | idle
+    as_dictionary = config.to_dict(stored)
+    assert config.make_recipe(as_dictionary, ClassifierRecipe) == stored
+    assert config.make_recipe(as_dictionary, ClassifierRecipe, stored=True) == resolved(stored) == stored
+
+
+def test_mean_and_deviation_are_timms_or_those_of_grey_levels():
+    def made(**data):
+        return config.make_recipe({"run": {"out": "x"}, "data": data}, ClassifierRecipe).model
+
+    colour = made(kind="imagefolder", root="x", val_root="y")
+    assert (tuple(colour.mean), tuple(colour.std)) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert (made().mean, made().std) == ([0.5], [0.5])
+
+
+def test_what_earlier_versions_stored_means_what_it_meant():
+    stored = yaml.safe_load((ROOT / "tests/earlier/classifier.yaml").read_text())
+    recipe = resolved(config.make_recipe(stored, ClassifierRecipe, stored=True))
+    assert nulls(recipe) == CHOICES - {"data.root"} | {"data.subset", "data.revision"}
+    found = config.flatten(config.to_dict(recipe))
+    for key, value in (
+        ("data.split", "train"), ("data.val_split", "validation"), ("data.image_key", "image"),
+        ("data.label_key", "label"), ("augment.erasing_mode", "pixel"), ("augment.mix_prob", 1.0),
+        ("augment.switch_prob", 0.5), ("train.warmup_lr", 1e-6), ("model.drop_rate", 0.0),
+        ("model.drop_path_rate", 0.0), ("model.mean", [0.485, 0.456, 0.406]), ("model.std", [0.229, 0.224, 0.225]),
+        (
+            "model.options",
+            {
+                "depths": [2, 2, 4, 2], "dims": [32, 64, 128, 240], "mlp_ratios": [8, 8, 4, 4], "glu_norm": False,
+                "layer_scale": None, "stem_strides": [2, 2], "pos_embed": False, "kernel_size": 3, "pool": "raster",
+                "routing": "adaptive", "inhibition": "learned", "global_pool": "avg",
+            },
+        ),
+    ):  # fmt: skip
+        assert (key, found[key]) == (key, value)
+    assert config.differences(stored, config.to_dict(recipe), ClassifierRecipe, resolved) == []
+
+
+def test_a_model_of_timm_keeps_its_own_drop_rates():
+    recipe = config.make_recipe({"run": {"out": "x"}, "model": {"name": "resnet18"}}, ClassifierRecipe)
+    assert resolved(recipe) == recipe
+    assert (recipe.model.drop_rate, recipe.model.options) == (None, {})

@@ -42,7 +42,7 @@ from sit_atconv.swap import (
 )
 from sit_atconv.swap.calibration import macs_of_call
 from sit_atconv.swap.grid import latent_grid
-from sit_atconv.swap.swapping import fingerprint
+from sit_atconv.swap.identity import fingerprint
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,8 @@ from sit_atconv.limits import check_kernel
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.processes import is_main
 from sit_atconv.swap.choosing import choose
-from sit_atconv.swap.swapping import swap_attention, teacher_of
+from sit_atconv.swap.identity import teacher_of
+from sit_atconv.swap.swapping import swap_attention
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import FlowObjective, grid_of
 from sit_atconv.training.objectives.objective import Forward

@@ -55,8 +55,8 @@ def time_sampling(flow: Flow) -> TimeSampling:
     return TimeSampling(
         training_interval(PATHS[flow.path](), flow.prediction),
         flow.time_sampling,
-        0.0 if flow.time_mean is None else flow.time_mean,
-        1.0 if flow.time_std is None else flow.time_std,
+        flow.time_mean,
+        flow.time_std,
         flow.time_shift,
     )
 

@@ -1,0 +1,27 @@
+"""What was stored before stored recipes held every value that a run ran with."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from sit_atconv.config.fields import WHEN
+
+# What null stood for then, by the name of a setting that acts. It never changes, whatever the defaults become.
+MEANT = {
+    "split": "train", "val_split": "validation", "image_key": "image", "label_key": "label", "shuffle_buffer": 10_000,
+    "time_mean": 0.0, "time_std": 1.0, "decay": 0.9999, "stds": [0.05, 0.1],
+    "erasing_mode": "pixel", "mix_prob": 1.0, "switch_prob": 0.5, "warmup_lr": 1e-6,
+}  # fmt: skip
+
+
+def meant(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the nulls among a stored recipe's values, or those of a section, stand for: those that act alone."""
+    found = {}
+    for entry in dataclasses.fields(schema):
+        value, when = values[entry.name], entry.metadata.get(WHEN)
+        if dataclasses.is_dataclass(entry.type):
+            found[entry.name] = meant(entry.type, value)
+        elif value is None and entry.name in MEANT and when is not None and when.holds(SimpleNamespace(**values)):
+            found[entry.name] = MEANT[entry.name]
+    return found

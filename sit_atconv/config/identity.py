@@ -1,0 +1,49 @@
+"""What makes two recipes the same run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sit_atconv.config.reading import Schema, make_recipe, to_dict
+from sit_atconv.config.schema import Recipe
+
+
+def differences(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    schema: type[Schema] = Recipe,
+    complete: Callable[[Schema], Schema] = lambda recipe: recipe,
+) -> list[str]:
+    """What keeps two recipes of a schema from being the same run: a text "key: old -> new" for each key.
+
+    old: as it was stored; a key that it leaves out, as one stored before the key was there, has its default.
+    complete: puts in what a recipe leaves to others, as it was put into `new`.
+    Raises InputError where `old` is no recipe.
+    """
+    before, after = flatten(to_dict(complete(make_recipe(old, schema, stored=True)))), flatten(new)
+    mutable = mutable_keys(new, schema)
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in sorted(after)
+        if before[key] != after[key] and key not in mutable
+    ]
+
+
+def mutable_keys(recipe: dict[str, Any], schema: type = Recipe) -> set[str]:
+    """The keys that a later start of this recipe's run may state differently, see `schema.MUTABLE`."""
+    return {
+        f"{section.name}.{entry.name}"
+        for section in dataclasses.fields(schema)
+        for entry in dataclasses.fields(section.type)
+        if _is_mutable(section, recipe) or _is_mutable(entry, recipe[section.name])
+    }
+
+
+def _is_mutable(entry: dataclasses.Field, beside: Mapping[str, Any]) -> bool:
+    said = entry.metadata.get("mutable", False)
+    return said(beside) if callable(said) else said
+
+
+def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
+    """{"section": {"key": value}} -> {"section.key": value}."""
+    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}

@@ -1,0 +1,437 @@
+"""The recipe: its sections, and which settings go together.
+
+A null in it is a choice of its own ("no clipping"), or leaves a thing to where it lies, or is of a setting that does
+nothing beside the others; what it stands for elsewhere takes its place when the section is made, see `When`. What the
+data, the codec or a preset of the model decide is left to them here, and put in by `training.resolved`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from sit_atconv import limits
+from sit_atconv.config.fields import MUTABLE, When, expand_home, idle, setting, settle
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.flow.loss import WEIGHTS
+from sit_atconv.flow.path import PATHS, PREDICTIONS
+from sit_atconv.flow.times import TIME_SAMPLINGS
+from sit_atconv.limits import Range, number, ranged
+
+DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "latents")
+DATA_SAMPLINGS = ("natural", "balanced")
+CODECS = ("identity", "vae")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+TRACKERS = ("tensorboard", "wandb")
+EMA_KINDS = ("constant", "warmup", "power")
+ON_FULL_DISK = ("stop", "continue")
+MAX_PIXELS = 178_956_970
+PARTS = Range(1, "batch_size", "each takes a share of the batch")
+
+HUB = When("data.kind=hf", lambda data: data.kind == "hf")
+STREAMED = When("data.streaming=true", lambda data: data.kind == "hf" and data.streaming)
+CACHED = When("data.kind=latents", lambda data: data.kind == "latents")
+LOGIT_NORMAL = When("flow.time_sampling=logit-normal", lambda flow: flow.time_sampling == "logit-normal")
+ONE_DECAY = When("ema.kind=constant or warmup", lambda ema: ema.kind != "power")
+POWER = When("ema.kind=power", lambda ema: ema.kind == "power")
+
+
+@dataclass
+class Run:
+    """Where a run lies, what its randomness starts from, and what it reports."""
+
+    out: str = field(default=MISSING, metadata=MUTABLE)  # folder of the run: recipe, log, checkpoints, previews
+    seed: int = ranged(0, limits.SEED)
+    log_every: int = ranged(10, limits.STEPS, **MUTABLE)  # steps between two lines of log.jsonl
+    # besides log.jsonl: tensorboard, wandb
+    trackers: list[str] = field(default_factory=list, metadata=MUTABLE)
+
+    def __post_init__(self):
+        expand_home(self, "out")
+        for tracker in self.trackers:
+            check_choice("run.trackers", tracker, TRACKERS)
+
+
+@dataclass(kw_only=True)
+class Loading:
+    """How images are read, whatever they are for: a part of a section `data`."""
+
+    workers: int = ranged(0, limits.WORKERS, **MUTABLE)  # loader processes per training process
+    # seconds without a batch after which a loader process counts as hung
+    worker_timeout: float = ranged(
+        600.0, number(1, 86_400, "a batch may take a second, and nobody waits a day"), **MUTABLE
+    )
+    # of the images: how many may turn out unreadable before training stops
+    max_bad_share: float = ranged(0.001, limits.SHARE, **MUTABLE)
+    # of an image: a larger one counts as unreadable before it is decoded
+    max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"), **MUTABLE)
+
+
+@dataclass
+class Data(Loading):
+    """The training images."""
+
+    kind: str = "digits"
+    # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
+    root: str | None = field(default=None, metadata=MUTABLE)
+    # pixels after the centre crop; digits and latents have their own
+    image_size: int | None = ranged(None, limits.PIXELS)
+    split: str | None = setting(HUB, "train")
+    subset: str | None = setting(HUB)  # the configuration of a dataset that has several
+    revision: str | None = setting(HUB)  # branch, tag or commit; left out, the newest
+    image_key: str | None = setting(HUB, "image")  # the column of the images
+    label_key: str | None = setting(HUB, "label")  # the column of the classes; "" for a single class
+    # read the dataset in its order, shuffled within a buffer, instead of storing it
+    streaming: bool = setting(HUB, idle=False)
+    # images in the buffer
+    shuffle_buffer: int | None = setting(STREAMED, 10_000, Range(1, 1_000_000, "all of them are held in memory"))
+    sampling: str = "natural"  # every image once an epoch; or balanced: every class equally often
+    flip: bool = False  # mirror half of the images
+    # checked against the data; lets --dry-run work without them
+    num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"), **MUTABLE)
+    source: str | None = setting(CACHED, **MUTABLE)  # where a loss needs the images: their root today, if it has moved
+    verify: bool = setting(CACHED, idle=True, **MUTABLE)  # compare every shard with its SHA-256 at the start
+
+    def __post_init__(self):
+        expand_home(self, "root", "source")
+        check_choice("data.kind", self.kind, DATA_KINDS)
+        check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
+        for name in ("root", "image_size"):
+            value = getattr(self, name)
+            if self.kind == "digits" and value is not None:
+                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
+            # A cache of latents knows the size of its images, which is checked against this.
+            if value is None and not (self.kind == "digits" or (self.kind, name) == ("latents", "image_size")):
+                raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
+        settle("data", self)
+        if self.streaming and self.sampling == "balanced":
+            raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
+
+
+@dataclass
+class Latents:
+    """The codec between images and latents."""
+
+    codec: str = "identity"  # identity: pixels are the latents; vae: a diffusers AutoencoderKL
+    # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
+    vae: str | None = field(default=None, metadata=MUTABLE)
+    batch_size: int = ranged(16, limits.BATCH, **MUTABLE)  # images per pass through the VAE
+
+    def __post_init__(self):
+        expand_home(self, "vae")
+        check_choice("latents.codec", self.codec, CODECS)
+        if self.codec == "identity" and self.vae is not None:
+            said = f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae"
+            raise InputError(f"{said}; {idle('latents.vae')}")
+
+
+@dataclass
+class Model:
+    """A preset by name, and options of SiTTransformer2DModel over it; what is left out keeps the preset's value.
+
+    sample_size, in_channels and num_classes follow from data and codec; stated here they are checked against those,
+    and let --dry-run work where neither is at hand.
+    """
+
+    name: str | None = None
+    sample_size: Any = ranged(None, limits.PIXELS, **MUTABLE)
+    patch_size: int | None = ranged(None, limits.PIXELS)
+    in_channels: int | None = ranged(None, limits.CHANNELS, **MUTABLE)
+    hidden_size: int | None = ranged(None, limits.CHANNELS)
+    depth: int | None = ranged(None, limits.BLOCKS)
+    num_heads: int | None = ranged(None, limits.CHANNELS)
+    mlp_ratio: float | None = ranged(None, limits.MLP_RATIO)
+    num_classes: int | None = ranged(None, limits.CLASSES, **MUTABLE)
+    class_dropout_prob: float | None = ranged(None, limits.SHARE_UNDER_1)
+    learn_sigma: bool | None = None
+    token_mixer: Any = None
+    pos_embed: Any = None
+    pool: str | None = None
+    routing: str | None = None
+    inhibition: str | None = None
+    kernel_size: int | None = ranged(None, limits.KERNEL)
+    activation: str | None = None
+    qk_norm: bool | None = None
+
+    def __post_init__(self):
+        size = self.sample_size
+        pair = [size, size] if isinstance(size, int) else size
+        if size is not None and not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
+        ):
+            raise InputError(f"model.sample_size={size!r}: give a number, or [height, width]")
+
+    def options(self) -> dict[str, Any]:
+        """What the recipe states, by the names of SiTTransformer2DModel."""
+        stated = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        stated.pop("name", None)
+        return stated
+
+
+@dataclass
+class Flow:
+    """The path from noise to data, what the network predicts on it, and where training looks."""
+
+    path: str = "linear"
+    prediction: str = "velocity"
+    loss_weight: str = "none"  # of score and noise prediction: none, velocity, likelihood
+    time_sampling: str = "uniform"  # or logit-normal
+    # of logit(t), t = 1 is data
+    time_mean: float | None = setting(
+        LOGIT_NORMAL, 0.0, number(-10, 10, "beyond it nearly all t lie within 0.0001 of one end")
+    )
+    time_std: float | None = setting(LOGIT_NORMAL, 1.0, number(0.001, 100, "t would be one value, or 0 and 1 alone"))
+    time_stratified: bool = False  # one t from every equal part of a batch's distribution, for less noise in the loss
+    # s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise
+    time_shift: float = ranged(1.0, number(0.001, 1_000, "nearly all t would lie at one end"))
+
+    def __post_init__(self):
+        check_choice("flow.path", self.path, PATHS)
+        check_choice("flow.prediction", self.prediction, PREDICTIONS)
+        check_choice("flow.loss_weight", self.loss_weight, WEIGHTS)
+        check_choice("flow.time_sampling", self.time_sampling, TIME_SAMPLINGS)
+        if self.prediction == "velocity" and self.loss_weight != "none":
+            raise InputError(
+                f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; "
+                f"{idle('flow.loss_weight', 'none')}, or predict score or noise"
+            )
+        settle("flow", self)
+
+
+@dataclass(kw_only=True)
+class Optimisation:
+    """What every trainer has of a section `train`; each has its own defaults, and its own schedule."""
+
+    batch_size: int = ranged(256, limits.GLOBAL_BATCH)  # global: all processes and accumulation steps together
+    gradient_accumulation_steps: int = ranged(1, PARTS, **MUTABLE)
+    lr: float = ranged(1e-4, limits.LEARNING_RATE)
+    betas: list[float] = ranged([0.9, 0.999], limits.SHARE_UNDER_1)
+    # on matrices; vectors (biases, norms, difference_control) are never decayed
+    weight_decay: float = ranged(0.0, limits.WEIGHT_DECAY)
+    max_grad_norm: float | None = ranged(
+        None,
+        number(
+            1e-6,
+            1e6,
+            "AdamW adds 1e-8 to a gradient's size: clipped to less it trains nothing; left out, none is clipped",
+        ),
+    )
+    precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
+    # steps in a row without a finite loss and gradient after which training stops
+    max_skipped: int = ranged(20, limits.STEPS, **MUTABLE)
+    gradient_checkpointing: bool = field(default=False, metadata=MUTABLE)
+    compile: bool = field(default=False, metadata=MUTABLE)
+
+    def __post_init__(self):
+        check_choice("train.precision", self.precision, PRECISIONS)
+        if len(self.betas) != 2:
+            raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
+
+
+def _has_constant_rate(train: dict[str, Any]) -> bool:
+    return train["lr_schedule"] == "constant"
+
+
+@dataclass
+class Train(Optimisation):
+    """The optimisation."""
+
+    # where another schedule would end: its rate would jump
+    max_steps: int = ranged(400_000, limits.STEPS, mutable=_has_constant_rate)
+    warmup_steps: int = ranged(0, Range(0, "max_steps", "a longer warm-up never gets to train.lr"))
+    lr_schedule: str = "constant"  # after the warm-up: constant, or linear or cosine down to 0 at max_steps
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
+
+
+@dataclass
+class Ema:
+    """The moving average of the weights, which is what gets sampled."""
+
+    kind: str = "constant"  # or warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.ema
+    decay: float | None = setting(ONE_DECAY, 0.9999, limits.SHARE_UNDER_1)
+    # widths relative to the step; the first is sampled
+    stds: list[float] | None = setting(POWER, [0.05, 0.1], limits.EMA_STD)
+    # steps between two snapshots for other widths post hoc; left out, none
+    snapshot_every: int | None = setting(POWER, None, limits.STEPS, **MUTABLE)
+
+    def __post_init__(self):
+        check_choice("ema.kind", self.kind, EMA_KINDS)
+        settle("ema", self)
+        if self.stds is not None and not (self.stds and len(set(self.stds)) == len(self.stds)):
+            raise InputError(f"ema.stds={self.stds}: give different numbers")
+
+
+@dataclass
+class Repa:
+    """REPA's loss: hidden tokens of one block, projected, point where a frozen image encoder's features point."""
+
+    # a timm ViT by name, or a folder as timm's local-dir:; left out, no such loss
+    encoder: str | None = field(default=None, metadata=MUTABLE)
+    depth: int = ranged(8, limits.BLOCKS)  # the block (1-based) whose tokens are compared
+    weight: float = ranged(0.5, limits.WEIGHT)
+    projector_dim: int = ranged(2048, limits.CHANNELS)  # width inside the projector
+
+
+@dataclass
+class Distill:
+    """A teacher whose attention is distilled into ATConv; see sit_atconv.distill. The model is then a copy of it."""
+
+    # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
+    teacher: str | None = field(default=None, metadata=MUTABLE)
+    select: Any = "all"  # of the teacher's attentions: all, even, odd, a share, a regular expression or names
+    exclude: list[str] = field(default_factory=list)
+    init: str = "closed_form"  # or copy_vo, random: see swap_attention
+    control: bool = False  # attention in the place of ATConv, fresh: what the recipe itself costs
+    pool: str = "raster"
+    kernel_size: int = ranged(3, limits.KERNEL)
+    # training samples that a closed-form start is fitted to
+    calib: int = ranged(256, Range(1, 1_000_000, "their latents are held in memory"))
+    # at the beginning: the swapped layers alone, on the teacher's inputs
+    blockwise_steps: int = ranged(1000, limits.STEPS_OR_NONE)
+    # of those steps; left out, the schedule of train.lr
+    blockwise_lr: float | None = ranged(None, limits.LEARNING_RATE)
+    output_weight: float = ranged(0.5, limits.WEIGHT)  # of the loss against the teacher's output, in later steps
+    feature_weight: float = ranged(0.5, limits.WEIGHT)  # of the loss against its hidden states
+    # of the swapped layers that take part, in turn
+    shares: list[float] = ranged([0.5, 1.0], number(0, 1, "it is a share of the layers, and 0 trains none", over=True))
+    share_steps: int = ranged(500, limits.STEPS)  # steps of every share but the last
+
+    def __post_init__(self):
+        expand_home(self, "teacher")
+        check_choice("distill.init", self.init, ("closed_form", "copy_vo", "random"))
+        if self.select is None or isinstance(self.select, dict):
+            raise InputError(
+                f"distill.select={self.select!r}: give all, even, odd, a share, a regular expression or names"
+            )
+        if self.select == "auto" or isinstance(self.select, bool):
+            raise InputError(f"distill.select={self.select!r}: a run does not depend on a clock; name the layers")
+        if self.control and self.init != "random":
+            raise InputError(f"distill.init={self.init} with distill.control: fresh attention starts at random; say so")
+        if self.control and (self.pool, self.kernel_size) != ("raster", 3):
+            raise InputError("distill.pool and distill.kernel_size do nothing with distill.control; leave them out")
+        if not self.shares or sorted(self.shares) != self.shares:
+            raise InputError(f"distill.shares={self.shares}: give rising shares")
+        if self.shares[-1] != 1:
+            raise InputError(f"distill.shares={self.shares}: the last must be 1, or layers stay that were not trained")
+
+
+@dataclass
+class Checkpoint:
+    """How often the run is saved, and how much of it is kept."""
+
+    every: int = ranged(10_000, limits.STEPS)  # steps; the last step is always kept
+    keep_last: int = ranged(3, limits.STEPS)
+    keep_every: int | None = ranged(None, limits.STEPS)  # steps: checkpoints of its multiples are never removed
+    on_full_disk: str = "stop"  # or continue: go on training, and try again at the next checkpoint
+
+    def __post_init__(self):
+        check_choice("checkpoint.on_full_disk", self.on_full_disk, ON_FULL_DISK)
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise InputError(
+                f"checkpoint.keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}"
+            )
+
+
+@dataclass
+class Preview:
+    """Grids of samples drawn while training."""
+
+    every: int = ranged(10_000, limits.STEPS_OR_NONE)  # steps between two grids of EMA samples; 0 draws none
+    num: int = ranged(16, limits.PICTURE)
+    sampler: str = "euler"
+    steps: int = ranged(50, limits.EVALUATIONS)
+    guidance_scale: float = ranged(1.5, limits.GUIDANCE)
+    diffusion: str | None = None  # this and the next three: SDE samplers alone, see generation.Sampling
+    diffusion_norm: float | None = ranged(None, limits.DIFFUSION_NORM)
+    last_step: str | None = None
+    last_step_size: float | None = ranged(None, limits.LAST_STEP_SIZE)
+
+
+@dataclass
+class Score:
+    """Scores of EMA samples while training, drawn as the previews are."""
+
+    every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two scores; 0 computes none
+    num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))
+    ref: str = "digits"  # as `python -m eval score --ref` takes it
+    weights: str | None = None  # Inception weights; left out, torch's hub cache
+
+    def __post_init__(self):
+        expand_home(self, "ref", "weights")
+
+
+@dataclass
+class Recipe:
+    """All that decides a run."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    latents: Latents = field(default_factory=Latents)
+    model: Model = field(default_factory=Model)
+    flow: Flow = field(default_factory=Flow)
+    train: Train = field(default_factory=Train)
+    ema: Ema = field(default_factory=Ema)
+    repa: Repa = field(default_factory=Repa)
+    distill: Distill = field(default_factory=Distill)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
+    preview: Preview = field(default_factory=Preview, metadata=MUTABLE)
+    score: Score = field(default_factory=Score, metadata=MUTABLE)
+
+    def __post_init__(self):
+        self._check_codec()
+        if self.data.source is not None and self.repa.encoder is None:
+            raise InputError(
+                f"data.source={self.data.source!r}: only a loss that looks at images needs them; "
+                f"{idle('data.source')}, or name repa.encoder"
+            )
+        if self.distill.teacher is not None:
+            self._check_distill()
+        if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
+            raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
+
+    def _check_distill(self) -> None:
+        decided = ("sample_size", "in_channels", "num_classes")  # by data and codec, and checked against the teacher
+        stated = [name for name in ("name", *self.model.options()) if getattr(self.model, name) is not None]
+        stated = [name for name in stated if name not in decided]
+        if stated:
+            key = f"model.{stated[0]}"
+            raise InputError(f"{key}: with distill.teacher the model is the teacher's copy; {idle(key)}")
+        if self.repa.encoder is not None:
+            raise InputError(
+                "repa.encoder with distill.teacher: one teacher at a time; leave one out, or state it =null"
+            )
+        if self.train.compile:
+            raise InputError(
+                f"train.compile with distill.teacher: its layers change places; {idle('train.compile', 'false')}"
+            )
+        if self.distill.blockwise_steps >= self.train.max_steps:
+            raise InputError(
+                f"distill.blockwise_steps={self.distill.blockwise_steps}: must be less than train.max_steps="
+                f"{self.train.max_steps}, whose other steps train the whole model"
+            )
+        last = self.distill.blockwise_steps + self.distill.share_steps * (len(self.distill.shares) - 1)
+        if last >= self.train.max_steps:
+            raise InputError(
+                f"distill.share_steps={self.distill.share_steps}: all layers would take part from step {last} on, and "
+                f"train.max_steps={self.train.max_steps}; lower it, or train longer"
+            )
+
+    def _check_codec(self) -> None:
+        codec, vae = self.latents.codec, self.latents.vae
+        if self.data.kind != "latents":
+            if codec == "vae" and vae is None:
+                raise InputError("latents.codec=vae with latents.vae=None: a vae codec takes a vae; name it")
+            return
+        if codec != "vae":
+            raise InputError(f"latents.codec={codec}: data.kind=latents is what a vae made; state latents.codec=vae")
+        for name, every in (("preview", self.preview.every), ("score", self.score.every)):
+            if every and vae is None:
+                raise InputError(
+                    f"{name}.every={every} draws images, and latents.vae is missing: name the cache's vae, or set "
+                    f"{name}.every=0"
+                )

@@ -1,0 +1,89 @@
+"""What a swap is calibrated on: inputs of the model, given or synthetic."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
+
+from sit_atconv.errors import InputError
+from sit_atconv.swap.adapters import SwapAdapter
+
+EXAMPLES = 4  # synthetic calibration inputs
+
+
+def calibration_inputs(
+    model: nn.Module, adapter: SwapAdapter, calib: Iterable | None, needed: bool, seed: int = 0
+) -> list:
+    """Calibration inputs: those given, else synthetic ones of a seed, else none if they are not needed."""
+    if calib is not None:
+        return checked_inputs("calib", calib)
+    generator, device, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).device, dtype_of(model)
+    examples = []
+    if adapter.example is not None and not _takes_images(model):
+        examples = [adapter.example(model, generator) for _ in range(EXAMPLES if needed else 1)]
+        examples = [each for each in examples if each is not None]
+    if needed and not examples:
+        raise InputError(
+            f"{type(model).__name__} has no synthetic inputs; give calib=[dict of keyword arguments of a forward "
+            "pass, ...], or init='copy_vo' with a select other than 'auto'"
+        )
+
+    def placed(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    return [tree_map(placed, each) for each in examples]
+
+
+def checked_inputs(what: str, inputs: Iterable, most: int | None = None) -> list:
+    """The first inputs of a model, at `most` so many, as a list. Raises InputError for what is no list of calls."""
+    if isinstance(inputs, dict | str | torch.Tensor) or not isinstance(inputs, Iterable):
+        raise InputError(f"{what}: give a list of inputs, each a dict of keyword arguments or a tuple of arguments")
+    found = list(itertools.islice(inputs, most))
+    if not found:
+        raise InputError(f"{what} is empty; give at least one input, or leave it out for synthetic ones")
+    for index, each in enumerate(found):
+        if not isinstance(each, dict | tuple | list) or not any(isinstance(x, torch.Tensor) for x in tree_leaves(each)):
+            raise InputError(
+                f"{what}[{index}] is {type(each).__name__}; each input is a dict of keyword arguments or a tuple of "
+                "arguments of the model, tensors among them"
+            )
+    return found
+
+
+@contextmanager
+def told_of(model: nn.Module, what: str, inputs: list) -> Iterator[None]:
+    """An error of torch's within, over inputs of another dtype or device than the model's, becomes an InputError."""
+    try:
+        yield
+    except RuntimeError as error:
+        device, dtype = next(model.parameters()).device, dtype_of(model)
+        other = {
+            f"{what}[{index}]{keystr(path)}": f"{value.dtype} on {value.device}"
+            for index, each in enumerate(inputs)
+            for path, value in tree_leaves_with_path(each)
+            if isinstance(value, torch.Tensor)
+            and (value.device != device or (value.is_floating_point() and value.dtype != dtype))
+        }
+        if not other or not re.search("type|device", str(error)) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{', '.join(list(other)[:4])}: {next(iter(other.values()))}, which the model in {dtype} on {device} does "
+            f"not take; give it what it takes, such as value.to({str(device)!r}, {dtype})"
+        ) from error
+
+
+def _takes_images(model: nn.Module) -> bool:
+    """Whether an IP-Adapter is on it, whose images no configuration tells of."""
+    return any("IPAdapter" in type(getattr(module, "processor", None)).__name__ for module in model.modules())
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What the model computes in: the dtype of its first weight that is neither quantised nor stored in 8 bits."""
+    weights = (each.dtype for each in model.parameters())
+    return next((each for each in weights if each.is_floating_point and each.itemsize > 1), torch.float32)
