@@ -77,6 +77,12 @@ from toy_package.inner import SEEN, left
 from toy_package.inner.deep.leaf import DEEP
 
 
+def draw():
+    import library_of_one_function as library
+
+    return library.draw()
+
+
 class Holder:
     error = left.Kept
 
