@@ -10,7 +10,6 @@ from sit_atconv.files import library_versions
 from sit_atconv.markdown import plain
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, mixer_names
-from sit_atconv.pipelines.bundle import third_party
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.reading import COUNT, POSITIVE, fault_of
 
@@ -28,18 +27,18 @@ tags:
 
 
 def model_card(
-    pipeline: SiTPipeline, manifest: dict[str, Any], dtype: torch.dtype, name: str, license: str, code: list[str]
+    pipeline: SiTPipeline, manifest: dict[str, Any], dtype: torch.dtype, name: str, license: str, libraries: set[str]
 ) -> str:
     """README.md of an export, Markdown under the Hub's YAML.
 
     manifest: a checkpoint's, from which the facts of training come, or what there is of one. dtype: of the weights on
-    disk. license: of the weights. code: the exported sources, for the libraries they need.
+    disk. license: of the weights. libraries: what the exported code imports.
     """
     model = pipeline.transformer
     mixer = model.config.token_mixer
     sections = {
         "The model": _describe(pipeline, dtype),
-        "Use": _usage(pipeline, dtype, code),
+        "Use": _usage(pipeline, dtype, libraries),
         "Training": _training(manifest),
         "Versions": ", ".join(f"{library} {version}" for library, version in library_versions().items()) + ".",
         "Limits": _limits(pipeline, license),
@@ -92,7 +91,7 @@ def _describe(pipeline: SiTPipeline, dtype: torch.dtype) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def _usage(pipeline: SiTPipeline, dtype: torch.dtype, code: list[str]) -> str:
+def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str]) -> str:
     model = pipeline.transformer
     label = min(1, model.config.num_classes - 1)
     loading = "" if dtype == torch.float32 else f", dtype={dtype}"
@@ -104,8 +103,8 @@ def _usage(pipeline: SiTPipeline, dtype: torch.dtype, code: list[str]) -> str:
         if picture
         else f'latents = pipe({call}, output_type="latent").images'
     )
-    libraries = {library for text in code for library in third_party(text)} | {"accelerate", "safetensors"}
-    install = " ".join(sorted({"PIL": "pillow"}.get(library, library) for library in libraries))
+    needed = libraries | {"accelerate", "safetensors"}
+    install = " ".join(sorted({"PIL": "pillow"}.get(library, library) for library in needed))
     return f"""    pip install {install}
 
 ```python
@@ -166,8 +165,6 @@ def _limits(pipeline: SiTPipeline, license: str) -> str:
         f"Classes are {named}numbers from 0 to {last}; there is no text prompt.",
         "The model knows what it was trained on; its samples carry that data's biases.",
         "`pipe.save_pretrained` leaves this code out; `python -m sit_atconv.pipelines.export` puts it in again.",
-        "diffusers runs every local `pipeline.py` in one module: load exports of different versions in different "
-        "processes.",
     ]
     if model.null_label is None:
         limits.insert(1, "Trained without class dropout: no guidance (`guidance_scale=1`).")

@@ -26,16 +26,19 @@ from sit_atconv.errors import ArgumentParser, InputError, add_force, command, sa
 from sit_atconv.files import check_out, new_path
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.pipelines.bundle import bundle, digest
+from sit_atconv.pipelines.bundle import Bundle, digest
 from sit_atconv.pipelines.card import model_card
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.reading import Malformed, read_config, read_json
 from sit_atconv.version import __version__
 from sit_atconv.weights import STEM, own_variant
 
-NOTE = f"""This is the package sit_atconv {__version__} (MIT licence), as far as it is needed here: its modules follow
-one another, imports among them are gone, and equal names have their module's name in front."""
-
+MODEL = Bundle(SiTTransformer2DModel.__module__, SiTTransformer2DModel.__name__)
+# In pipeline.py a class of that name would be another one.
+STAND_IN = f"from diffusers import ModelMixin as {MODEL.name}  # the transformer comes from a file of its own\n"
+PIPELINE = Bundle(SiTPipeline.__module__, SiTPipeline.__name__, {MODEL.entry: STAND_IN})
+NOTE = f"""This is the package sit_atconv {__version__} (MIT licence), as far as it is needed here. FILES holds the text
+of each module, and `Importer` imports it; only imports from the package are written otherwise than there."""
 
 INDEX_FORM = {
     "_class_name": (str, [str]), "scheduler": [str, str], "vae?": ([(str, None), (str, None)], None),
@@ -136,29 +139,26 @@ def _check_target(out: str | Path, license: str, force: bool) -> None:
 
 
 def _write(source: Source, folder: Path, name: str, license: str) -> None:
-    model_class, pipeline_class = SiTTransformer2DModel, SiTPipeline
-    model_code = bundle(model_class.__module__, NOTE)
-    # The transformer comes from its own file: a class of that name here would be another one.
-    stand_in = {f"{model_class.__module__}.{model_class.__name__}": ("diffusers", "ModelMixin")}
-    pipeline_code = bundle(pipeline_class.__module__, NOTE, stand_in)
-    # diffusers runs files of one name in one module: another version's must not run into this one.
+    model_code, pipeline_code = MODEL.text(NOTE), PIPELINE.text(NOTE)
+    # diffusers keeps local files of one name in one place: another version's must not replace this one.
     module = f"modeling_sit_{digest(model_code)}"
 
     source.pipeline.save_pretrained(folder)
     (folder / "transformer" / f"{module}.py").write_text(model_code)
     (folder / "pipeline.py").write_text(pipeline_code)
-    auto_map = {"AutoModel": f"{module}.{model_class.__name__}"}
+    auto_map = {"AutoModel": f"{module}.{MODEL.name}"}
     for path in [folder / PIPELINE_INDEX, *folder.glob("*/config.json")]:
         config = read_json(path)
         config.pop("_name_or_path", None)  # a path on this machine
         if path.name == PIPELINE_INDEX:
-            config["_class_name"] = ["pipeline", pipeline_class.__name__]
-            config["transformer"] = [module, model_class.__name__]
+            config["_class_name"] = ["pipeline", PIPELINE.name]
+            config["transformer"] = [module, MODEL.name]
         if path.name == PIPELINE_INDEX or path.parent.name == "transformer":
             # AutoModel reads the index where it is given a subfolder. Else diffusers warns that no class takes the key.
             config |= {"auto_map": auto_map, "_use_default_values": {"auto_map": True}}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    card = model_card(source.pipeline, source.manifest, source.dtype, name, license, [model_code, pipeline_code])
+    libraries = MODEL.libraries() | PIPELINE.libraries()
+    card = model_card(source.pipeline, source.manifest, source.dtype, name, license, libraries)
     (folder / "README.md").write_text(card)
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 import train_sit
 from sit_atconv import SiTPipeline, create_model
 from sit_atconv.models.cost import count_macs, count_parameters
-from sit_atconv.pipelines.bundle import PACKAGE, bundle
+from sit_atconv.pipelines import export as exporting
+from sit_atconv.pipelines.bundle import PACKAGE
 from sit_atconv.pipelines.card import _training
-from sit_atconv.pipelines.export import export, main, open_source
+from sit_atconv.pipelines.export import MODEL, PIPELINE, export, main, open_source
 
 MIXERS = ("attention", "atconv", "hybrid")
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "hen"}
@@ -133,6 +135,7 @@ def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child)
 def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, child, tmp_path):
     child(
         f"""
+        import copy, pickle
         folder, out = sys.argv[1:]
         for mixer in {MIXERS}:
             place = f"{{folder}}/{{mixer}}"
@@ -149,6 +152,8 @@ def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, chil
                 compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
                 torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
             assert torch.equal(same(x, t, labels).sample, model(x, t, labels).sample)
+            for copied in (copy.deepcopy(same), pickle.loads(pickle.dumps(same))):
+                assert torch.equal(copied(x, t, labels).sample, same(x, t, labels).sample)
             pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
             pipe.save_pretrained(f"{{out}}/{{mixer}}")
             again = type(pipe).from_pretrained(f"{{out}}/{{mixer}}")
@@ -177,7 +182,7 @@ def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(
     assert source.count("    return _convolve(v, kernels, flip=False)\n") == 1
     line = "return _convolve(v, kernels, flip=False)"
     native.write_text(source.replace(line, line.replace("return ", "return -")))
-    ours, theirs = bundle("sit_atconv.models.sit"), bundle("sit_atconv.models.sit", package=other)
+    ours, theirs = MODEL.text(), replace(MODEL, package=other).text()
     for name, text in (("first", ours), ("second", ours), ("version", theirs)):
         (tmp_path / f"{name}.py").write_text(text)
     child(
@@ -189,7 +194,7 @@ def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(
             spec = importlib.util.spec_from_file_location(name, f"{sys.argv[1]}/{name}.py")
             module = sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
             spec.loader.exec_module(module)
-            return module
+            return importlib.import_module(f"{module.PACKAGE}.ops.atconv")
 
         package = importlib.import_module
 
@@ -225,44 +230,56 @@ def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(
     )
 
 
-def test_an_export_of_another_version_does_not_change_this_one(exported, child, tmp_path):
+def test_exports_of_two_versions_live_in_one_process(exported, child, tmp_path, monkeypatch):
     other = tmp_path / "other" / "sit_atconv"
     shutil.copytree(PACKAGE, other, ignore=shutil.ignore_patterns("__pycache__"))
-    blocks = other / "layers/blocks.py"
-    source = blocks.read_text()
-    assert source.count("x, 1 + scale)") == 1
-    blocks.write_text(source.replace("x, 1 + scale)", "x, 2 + scale)"))
-    version = tmp_path / "version" / "transformer"
-    shutil.copytree(exported / "atconv" / "transformer", version)
-    (file,) = version.glob("*.py")
-    file.unlink()
-    (version / "modeling_sit_other.py").write_text(bundle("sit_atconv.models.sit", package=other))
-    config = (version / "config.json").read_text()
-    (version / "config.json").write_text(config.replace(file.stem, "modeling_sit_other"))
+    for path, old, new in [
+        ("layers/blocks.py", "x, 1 + scale)", "x, 2 + scale)"),
+        ("flow/guidance.py", "self.scale * ", "-self.scale * "),
+    ]:
+        source = (other / path).read_text()
+        assert source.count(old) == 1
+        (other / path).write_text(source.replace(old, new))
+    for name, bundle in (("MODEL", MODEL), ("PIPELINE", PIPELINE)):
+        monkeypatch.setattr(exporting, name, replace(bundle, package=other))
+    export(open_source(exported / "saved" / "atconv"), tmp_path / "version")
     child(
-        """
-        x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
-        ours = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-        before = ours(x, t, labels).sample
-        theirs = AutoModel.from_pretrained(sys.argv[2], trust_remote_code=True)
-        assert not torch.allclose(theirs(x, t, labels).sample, before)
-        assert torch.equal(ours(x, t, labels).sample, before)
+        f"""
+        def image(pipe):
+            pipe.set_progress_bar_config(disable=True)
+            return pipe(["goldfish", 3], generator=torch.Generator().manual_seed(1), **{CALL}).images
+
+        def velocity(pipe):
+            t = torch.ones(1)
+            return pipe.transformer(torch.ones(1, 3, 8, 8), t, t.long()).sample
+
+        first, second = (DiffusionPipeline.from_pretrained(folder, trust_remote_code=True) for folder in sys.argv[1:])
+        before, other = image(first), image(second)
+        assert torch.equal(before, torch.load(f"{{sys.argv[1]}}.pt", weights_only=True))
+        assert not torch.allclose(velocity(second), velocity(first))
+        second.transformer = first.transformer
+        assert not torch.allclose(image(second), before)
+        again = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+        assert torch.equal(image(again), before)
+        assert type(again) is type(first) and type(again.transformer) is type(first.transformer)
         """,
-        exported / "atconv" / "transformer",
-        version,
+        exported / "atconv",
+        tmp_path / "version",
     )
 
 
 def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
     pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
-    (tmp_path / "bundle.py").write_text(bundle("sit_atconv.models.sit"))
+    (tmp_path / "exported.py").write_text(MODEL.text())
     child(
         """
+        import importlib
         sys.path.append(sys.argv[1])
-        import bundle
+        import exported
+        ops = importlib.import_module(f"{exported.PACKAGE}.ops.atconv")
         v, kernels = torch.randn(1, 2, 3, 5, requires_grad=True), torch.randn(1, 9, 5, requires_grad=True)
         def results(backend):
-            y = bundle.dynamic_depthwise_conv(v, kernels, backend=backend)
+            y = ops.dynamic_depthwise_conv(v, kernels, backend=backend)
             return [y, *torch.autograd.grad(y.square().sum(), (v, kernels))]
         for ours, oracle in zip(results("triton"), results("reference")):
             torch.testing.assert_close(ours, oracle)

@@ -20,9 +20,9 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.ops.atconv import conv, inlined, native, reference
 from sit_atconv.ops.forward_mode import forward_mode, levels
 
-# Of the operators in torch.ops. An exported pipeline's source has one of its own (`pipelines.bundle`), since it may be
-# loaded beside this package or beside an export of another version.
-NAMESPACE = "sit_atconv"
+# Of the operators in torch.ops: the package's name. An exported pipeline has this module in a package of another name
+# (`pipelines.bundle`), since it may be loaded beside this one or beside an export of another version.
+NAMESPACE = __package__.split(".")[-3]
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
 BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
 CONV_VALUES = 2**16  # values of a sample from which `conv` is the faster one on a CPU

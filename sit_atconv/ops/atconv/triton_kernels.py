@@ -10,7 +10,7 @@ k = 5 free of spills.
 import math
 
 import torch
-import triton
+import triton  # with these words: a bare `import triton` in an exported file is a requirement for diffusers
 import triton.language as tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
