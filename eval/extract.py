@@ -34,7 +34,7 @@ T = TypeVar("T")
 SHARD, BATCH = 1000, 64
 AHEAD = 3  # batches that are read before they are wanted
 # Of the settings: what moves no feature beyond rounding, and where images and weights lay.
-NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest.", "extractor_spec")
+NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest", "extractor_spec")
 FOLDER = "features folder"  # as messages call it
 REMEDY = "delete it, or choose another (--out of extract, --features of the other commands)"
 

@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from eval import digits
 from sit_atconv.devices import FP32_SWITCHES, resolve_device, switches_kept
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, said
 from sit_atconv.files import sha256
 from sit_atconv.hooks import recorded
 from sit_atconv.processes import local_rank
@@ -94,7 +94,7 @@ class Extractor:
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"extractor {self.name}: {len(pixels)} images at once are too many for the memory of {self.device} "
-                f"({_first_line(error)}); give a smaller --batch",
+                f"({said(error)}); give a smaller --batch",
                 every_rank=True,
             ) from None
         streams = out if isinstance(out, dict) else {"pool": out}
@@ -256,7 +256,7 @@ def load_inception(weights: Path) -> FeatureExtractorInceptionV3:
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
             )
     except Exception as error:  # bytes of any kind: the restricted unpickler fails in every way there is
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = said(error)
         raise InputError(f"Inception weights {str(weights)!r} cannot be read: {reason}") from None
 
 
@@ -336,7 +336,7 @@ def _own(spec: str, device: torch.device) -> Extractor:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{where} cannot be imported: {_first_line(error)}; is its folder on PYTHONPATH?") from None
+        raise InputError(f"{where} cannot be imported: {said(error)}; is its folder on PYTHONPATH?") from None
     make: Callable[[], nn.Module] | None = getattr(module, attribute, None)
     if not callable(make):
         raise InputError(f"{where}: {name} has no callable {attribute!r}")
@@ -344,7 +344,7 @@ def _own(spec: str, device: torch.device) -> Extractor:
         network = make()
     except Exception as error:  # it is anybody's code
         raise InputError(
-            f"{where}: {attribute}() raised {type(error).__name__}: {_first_line(error)}; it must give an nn.Module, "
+            f"{where}: {attribute}() raised {type(error).__name__}: {said(error)}; it must give an nn.Module, "
             "called without arguments"
         ) from error
     if not isinstance(network, nn.Module):
@@ -357,10 +357,6 @@ def _own(spec: str, device: torch.device) -> Extractor:
         weights_sha256=state_digest(network), source_sha256=source, input="uint8, as the module takes it",
         dtype=", ".join(sorted({str(t.dtype)[6:] for t in floats})),
     )  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def state_digest(module: nn.Module) -> str:

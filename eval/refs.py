@@ -23,7 +23,7 @@ from eval.moments import GroupSums, Moments
 from eval.npz import UNREADABLE, Array, arrays_of
 from eval.sources import from_arrays, open_source
 from sit_atconv.data.digits import Digits
-from sit_atconv.errors import InputError, add_force
+from sit_atconv.errors import InputError, add_force, said
 from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
 from sit_atconv.processes import is_main, leave
@@ -230,7 +230,7 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
 
 
 def _unreadable(name: str, error: Exception) -> InputError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = said(error)
     return InputError(f"reference {name!r} cannot be read: {reason}; give an npz that is whole")
 
 

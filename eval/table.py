@@ -11,7 +11,7 @@ from typing import Any
 from eval.result import bars_told, named, needs, sound
 from sit_atconv.errors import MOST, InputError, add_force
 from sit_atconv.files import check_out, made_here, sha256, write_out
-from sit_atconv.markdown import plain
+from sit_atconv.markdown import markdown_table, plain
 from sit_atconv.reading import read_json, read_yaml
 
 TABLE = made_here("common", "differs", "rows", "published", "claimed")
@@ -319,7 +319,8 @@ def markdown(table: dict[str, Any]) -> str:
             f"**These rows cannot be compared with each other: they differ in {', '.join(differs)}.**",
             "",
         ]
-    lines += _lines(head, [_cells(row, differs, names, corrected) for row in rows], differs)
+    cells = (_cells(row, differs, names, corrected) for row in rows)
+    lines.append(markdown_table(head, cells, (*TEXTS, *differs)))
     lines += [
         "",
         "Mean ± standard deviation over training seeds [mean jackknife standard error of one sampling]; without ±, one "
@@ -347,7 +348,7 @@ def markdown(table: dict[str, Any]) -> str:
             for entry in table["published"]
         ]
         lines += ["", f"Published by others, not measured here, of {_stated()['of']}:", ""]
-        lines += _lines(["model", "conditions", *PUBLISHED_METRICS, "source"], figures)
+        lines.append(markdown_table(["model", "conditions", *PUBLISHED_METRICS, "source"], figures, TEXTS))
     for claim in table["claimed"]:
         lines += ["", claim]
     return "\n".join(lines) + "\n"
@@ -381,9 +382,3 @@ def _fact(value: Any) -> str:
 
 def _plain(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-def _lines(head: list[str], rows: list[list[str]], texts: Sequence[str] = ()) -> list[str]:
-    """A Markdown table; the columns of TEXTS and `texts` are text, the others numbers."""
-    rule = ["---" if name in (*TEXTS, *texts) else "---:" for name in head]
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]

@@ -37,6 +37,7 @@ from sit_atconv.files import check_out, library_versions, made_here, write_out
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
+from sit_atconv.markdown import markdown_table
 from sit_atconv.ops.atconv import POOLS
 from sit_atconv.reading import COUNT, Malformed, read_json
 from sit_atconv.training.resolved import resolved
@@ -200,13 +201,14 @@ def table(system: System, results: list[dict]) -> str:
     """
     keys, seeds = list(system.figures), sorted({each["seed"] for each in results})
     head = ["routing", "inhibition", "pool", "position embedding", *system.figures.values()]
-    lines = [row(head), row(["---"] * 4 + ["---:"] * len(keys))]
+    rows = []
     for arm in arms():
         of_arm = [each for each in results if each["arm"] == arm.name]
         cells = [arm.routing, arm.inhibition, arm.pool or "", "yes" if arm.pos_embed else "no"]
-        lines.append(row(cells + [spread([each[key] for each in of_arm]) for key in keys]))
+        rows.append(cells + [spread([each[key] for each in of_arm]) for key in keys])
+    by_arm = markdown_table(head, rows, head[:4])
     head = ["setting", "arms", *system.figures.values(), "difference within a seed"]
-    lines += ["", row(head), row(["---"] + ["---:"] * (len(head) - 1))]
+    rows = []
     for setting in ("routing", "inhibition", "pool", "pos_embed"):
         first = None
         for value in dict.fromkeys(each.get(setting) for each in results if each.get(setting)):
@@ -219,13 +221,9 @@ def table(system: System, results: list[dict]) -> str:
             cells = [f"{setting} {value}", str(len({each["arm"] for each in of_value}))]
             compared = by_seed[keys[0]]
             gaps = [own - other for own, other in zip(compared, first, strict=True)] if first else []
-            lines.append(row(cells + [spread(by_seed[key]) for key in keys] + [spread(gaps) if gaps else ""]))
+            rows.append(cells + [spread(by_seed[key]) for key in keys] + [spread(gaps) if gaps else ""])
             first = first or compared
-    return "\n".join(lines)
-
-
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([by_arm, "", markdown_table(head, rows, head[:1])])
 
 
 def spread(values: list[float]) -> str:

@@ -41,6 +41,7 @@ from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import decode
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.latents.codecs import VaeCodec
+from sit_atconv.markdown import markdown_table
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines import export
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
@@ -308,12 +309,13 @@ def measure(name: str, path: Path, read: Callable[[Path], object]) -> Taken:
 @command
 def main(argv: list[str] | None = None) -> None:
     ArgumentParser(prog="python -m experiments.bombs", description=__doc__.split("\n")[0]).parse_args(argv)
-    print("| bomb | stored (kB) | memory (MB) | seconds | refused |\n|---|---:|---:|---:|---|")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, (path, read) in bombs(Path(folder)).items():
             taken = measure(name, path, read)
-            said = "no" if taken.said is None else "yes"
-            print(f"| {name} | {taken.stored / 1e3:,.0f} | {taken.memory / 1e6:,.0f} | {taken.seconds:.2f} | {said} |")
+            figures = f"{taken.stored / 1e3:,.0f}", f"{taken.memory / 1e6:,.0f}", f"{taken.seconds:.2f}"
+            rows.append([name, *figures, "no" if taken.said is None else "yes"])
+    print(markdown_table(["bomb", "stored (kB)", "memory (MB)", "seconds", "refused"], rows, text=("bomb", "refused")))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from eval.sources import class_histogram
 from sit_atconv import limits
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, made_here, write_out
+from sit_atconv.markdown import markdown_table
 
 FEATURES, IMAGES, REAL = 16, 400, 1000
 METRICS = ("frechet_distance", "is", "precision", "recall", "density", "coverage", "kid", "recognised")
@@ -143,34 +144,33 @@ def markdown(result: dict[str, Any]) -> str:
         "≥ that the corrected distance is a lower one. Recall and coverage ask whether any image is near, which the "
         "images left out change by more than their share: their errors are rough, the more so the fewer the groups.",
         "",
-        f"| {' | '.join(['draw', 'groups', *(name.replace('_', ' ') for name in METRICS), *DISTANCE])} |",
-        f"| --- | --- |{' ---: |' * (len(METRICS) + len(DISTANCE))}",
     ]
+    head, rows = ["draw", "groups", *(name.replace("_", " ") for name in METRICS), *DISTANCE], []
     for row in result["error_bars"]:
         bars, distance = row["error_bars"], row["distance"]
         most, least = ("≤ ", "≥ ") if bars["upper_bound"] else ("", "")
         ratios = [row["metrics"].get(name, {}).get("ratio") for name in METRICS]
         cells = ["" if ratio is None else f"{most}{ratio:.2f}" for ratio in ratios]
         cells += [f"{distance['truth']:.2f}", f"{distance['value']:.2f}", f"{least}{distance['corrected']:.2f}"]
-        lines.append(f"| {row['draw']} | {bars['groups']} {bars['design']} | {' | '.join(cells)} |")
+        rows.append([row["draw"], f"{bars['groups']} {bars['design']}", *cells])
     lines += [
+        markdown_table(head, rows, text=("draw", "groups")),
         "",
         *(f"- {row['draw']}: {row['error_bars']['why']}." for row in result["error_bars"]),
         "",
         f"The corrected Fréchet distance against the truth, {WIDE} features, labels at random. Mean ± standard "
         "deviation of one draw; off: mean less truth, over the stated error.",
         "",
-        "| N / features | N | truth | value | corrected | stated error | off | `eval score` |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
+    head = ["N / features", "N", "truth", "value", "corrected", "stated error", "off", "`eval score`"]
+    rows = []
     for row in result["corrected"]:
         off = (row["corrected"] - row["truth"]) / row["stated"]
-        lines.append(
-            f"| {row['images_per_feature']:g} | {row['n']:,} | {row['truth']:.2f} | {row['value']:.2f} | "
-            f"{row['corrected']:.2f} ± {row['corrected_spread']:.2f} | {row['stated']:.2f} | {off:+.1f} | "
-            f"{'gives it' if row['given'] else 'gives null'} |"
-        )
-    return "\n".join(lines) + "\n"
+        corrected = f"{row['corrected']:.2f} ± {row['corrected_spread']:.2f}"
+        figures = f"{row['images_per_feature']:g}", f"{row['n']:,}", f"{row['truth']:.2f}", f"{row['value']:.2f}"
+        given = "gives it" if row["given"] else "gives null"
+        rows.append([*figures, corrected, f"{row['stated']:.2f}", f"{off:+.1f}", given])
+    return "\n".join([*lines, markdown_table(head, rows, text=("`eval score`",))]) + "\n"
 
 
 @command

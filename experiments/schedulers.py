@@ -24,6 +24,7 @@ from diffusers import (
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import check_out, made_here, write_out
+from sit_atconv.markdown import markdown_table
 from sit_atconv.pipelines.schedulers import check_scheduler
 
 MEANS, STDS = (0.5, -0.3), (1.28, 0.4)  # of the data, one channel each
@@ -174,17 +175,16 @@ def table(measured: list[dict[str, Any]]) -> str:
         "but where a scheduler draws noise: there they are known to some 0.4%.",
         f"UniPC and DPM++ have `{', '.join(f'{name}={value!r}' for name, value in FLOW.items())}` beside the options.",
         "",
-        f"| {' | '.join(head)} |",
-        "|" + "---|" * len(head),
     ]
+    accepted = []
     for row in measured:
         if "refused" not in row:
             cells = [f"{error:+.2%}" for error in (*row["std"], row["mean"][-1])]
             what = "distilled models alone: warns" if row["distilled_alone"] else "follows the flow"
-            lines.append(f"| {row['scheduler']} | {settings(row)} | {' | '.join(cells)} | {what} |")
-    lines += ["", "| refused before the run | options | why, and the remedy |", "|---|---|---|"]
-    lines += [f"| {row['scheduler']} | {settings(row)} | {row['refused']} |" for row in measured if "refused" in row]
-    return "\n".join(lines)
+            accepted.append([row["scheduler"], settings(row), *cells, what])
+    refused = [[row["scheduler"], settings(row), row["refused"]] for row in measured if "refused" in row]
+    titles = ["refused before the run", "options", "why, and the remedy"]
+    return "\n".join([*lines, markdown_table(head, accepted), "", markdown_table(titles, refused)])
 
 
 def settings(row: dict[str, Any]) -> str:

@@ -35,9 +35,10 @@ from eval.sources import from_arrays, open_source
 from sampling import generate
 from sampling.labels import RULES, sample_labels
 from sampling.options import DTYPES
-from sampling.samples import FORMATS, MANIFEST, difference
+from sampling.samples import FORMATS, MANIFEST
 from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
+from sit_atconv.comparison import differences
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import sha256, write_out
@@ -492,9 +493,9 @@ def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
         del known["epsilon"]
     if model.recipe is not None:
         known["step"] = model.recipe.train.max_steps
-    if changed := difference({key: stored[0].get(key) for key in known}, as_stored(known)):
+    if changed := differences({key: stored[0].get(key) for key in known}, as_stored(known)):
         raise InputError(
-            f"{str(samples)!r} has samples with other settings than the table's, {changed}; give sampler "
+            f"{str(samples)!r} has samples with other settings than the table's, {changed[0]}; give sampler "
             f"{sampler.name!r} another name, or remove {str(samples)!r}"
         )
 

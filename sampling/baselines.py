@@ -12,6 +12,7 @@ from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
 from sit_atconv.layers.linear import linear
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel
+from sit_atconv.ops.atconv.grouped import grouped_convolution
 
 SCORE_BYTES = 2**26  # of attention scores that are alive at once in the matrix products
 
@@ -30,14 +31,12 @@ class PaperForm(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer, (batch, height, width, channels), k = self.layer, x.shape, self.layer.kernel_size
+        layer, k = self.layer, self.layer.kernel_size
         keys = F.adaptive_avg_pool1d(linear(layer.kernel_proj, x).flatten(1, 2).transpose(1, 2), k * k)
         kernels = F.linear(layer.activation(keys), layer.kernel_gen.weight, layer.kernel_gen.bias)  # never as sums
         kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
-        values = linear(layer.x_proj, x).permute(0, 3, 1, 2).reshape(1, batch * channels, height, width)
-        weight = kernels.to(values.dtype).reshape(batch * channels, 1, k, k)
-        mixed = F.conv2d(values, weight, padding=k // 2, groups=batch * channels)
-        return linear(layer.proj, mixed.reshape(batch, channels, height, width).permute(0, 2, 3, 1))
+        mixed = grouped_convolution(linear(layer.x_proj, x).permute(0, 3, 1, 2), kernels)
+        return linear(layer.proj, mixed.permute(0, 2, 3, 1))
 
 
 def in_paper_form(model: SiTTransformer2DModel) -> SiTTransformer2DModel:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from sampling.labels import labels_rule, sample_labels
 from sampling.options import Setup, add_sampling_options, sampling_asked, setup
-from sampling.samples import FORMATS, PLACES, Samples, check_place, difference
+from sampling.samples import FORMATS, PLACES, Samples, check_place
 from sit_atconv import limits, processes
+from sit_atconv.comparison import differences
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import library_versions, shown
@@ -130,8 +131,8 @@ class _Work:
     def _check_equal(self, settings: list[dict[str, Any]]) -> None:
         """Raise InputError where the processes have loaded different things, such as a run that is being trained."""
         for other in settings[1:]:
-            if found := difference(settings[0], other, PLACES):
-                raise InputError(f"the processes do not sample the same: {found}; name a checkpoint that stays")
+            if found := differences(settings[0], other, PLACES):
+                raise InputError(f"the processes do not sample the same: {found[0]}; name a checkpoint that stays")
 
     def _make(self, number: int) -> int:
         """Make a block, as many images as all others: for one block size an image has the same bits however many

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sit_atconv.claims import SETTINGS, clear_the_way, short
+from sit_atconv.claims import SETTINGS, clear_the_way
+from sit_atconv.comparison import differences
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK, check_out, clear_leftovers, lock, resolved, sync, temporary, write_atomic
 from sit_atconv.images import to_pil
@@ -38,7 +39,7 @@ MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
 BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier versions left of a kill
 RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "seconds": float}
 # Of the settings: where things lie, which does not decide the images.
-PLACES = {("checkpoint",), ("codec", "vae"), ("training",)}
+PLACES = {"checkpoint", "codec.vae", "training"}
 
 
 def check_place(path: str | Path, force: bool = False) -> None:
@@ -208,13 +209,13 @@ class Samples:
                 f"--out {str(self.path)!r}: its {name} is damaged ({error}); choose another folder"
             ) from None
         # What is complete stays as good when a library is renewed; half of it by another version would not be one set.
-        passed_over = PLACES if versions else PLACES | {("versions",)}
+        passed_over = PLACES if versions else PLACES | {"versions"}
         stored = {key: stored.get(key) for key in self.settings}
-        changed = difference(stored, self.settings, passed_over)
+        changed = differences(stored, self.settings, passed_over)
         if changed:
             raise InputError(
-                f"--out {str(self.path)!r} holds samples with other settings, {changed}; state it as it was, or choose "
-                "another folder"
+                f"--out {str(self.path)!r} holds samples with other settings, {changed[0]}; state it as it was, or "
+                "choose another folder"
             )
 
     def _check_complete(self) -> None:
@@ -289,25 +290,6 @@ class Samples:
 
     def _unwritten(self, error: OSError, remedy: str) -> InputError:
         return InputError(f"--out {str(self.path)!r} cannot be written: {error.strerror or error}; {remedy}")
-
-
-def difference(
-    old: Any, new: Any, passed_over: set[tuple[str, ...]] = frozenset(), at: tuple[str, ...] = ()
-) -> str | None:
-    """The first difference of two JSON values, as "sampler: "euler" -> "heun"", or None.
-
-    passed_over: places that are not compared, each a path of keys.
-    """
-    if at in passed_over or old == new:
-        return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*new, *(key for key in old if key not in new)]
-        found = (difference(old.get(key), new.get(key), passed_over, (*at, key)) for key in keys)
-        return next((one for one in found if one), None)
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        index = next(index for index, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
-        return difference(old[index], new[index], passed_over, (*at, str(index)))
-    return f"{'.'.join(at)}: {short(old)} -> {short(new)}"
 
 
 def _png(image: torch.Tensor) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sit_atconv import files
+from sit_atconv.comparison import differences, flat
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK, lock, set_aside, sync, temporary, write_atomic
 from sit_atconv.reading import Malformed, read_json
@@ -86,13 +87,9 @@ def _taken_over(
         with writing(out, name):
             write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
         return settings
-    old, new = flat(stored, not_compared), flat(settings, not_compared)
-    old |= {key: meant[key] for key in meant.keys() & new.keys() - old.keys()}
-    changed = [
-        f"{key}: {short(old.get(key))} -> {short(new.get(key))}"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    ]
+    new = flat(settings)
+    earlier = {key: meant[key] for key in meant.keys() & new.keys() - flat(stored).keys()}
+    changed = differences(flat(stored) | earlier, new, not_compared)
     if changed:
         raise InputError(
             f"{name} {str(out)!r} holds {what} with other settings ({'; '.join(changed)}); state them as they were, or "
@@ -116,23 +113,6 @@ def _begun(out: Path, what: str, name: str, remedy: str) -> dict[str, Any] | Non
             if strays := [each for each in names if each != LOCK and not LEFTOVER.fullmatch(each)]:
                 raise InputError(f"{name} {str(out)!r} holds {strays[0]!r} and is no folder of {what}; {remedy}")
     return stored
-
-
-def flat(settings: dict[str, Any], not_compared: tuple[str, ...] = (), prefix: str = "") -> dict[str, Any]:
-    """{"section": {"key": value}} as {"section.key": value}, without the keys that begin as `not_compared` says."""
-    found = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, not_compared, f"{prefix}{key}.")
-        elif not f"{prefix}{key}".startswith(not_compared):
-            found[prefix + key] = value
-    return found
-
-
-def short(value: Any) -> str:
-    """A JSON value for a message: the beginning of a long one."""
-    text = json.dumps(value)
-    return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def clear_leftovers(out: Path, name: str = "--out") -> None:

@@ -10,6 +10,7 @@ from eval.result import sound
 from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
 from eval.table import comparable
 from sit_atconv.claims import SETTINGS
+from sit_atconv.comparison import flat
 from sit_atconv.errors import MOST, InputError
 from sit_atconv.files import by_step, sha256, step_in
 from sit_atconv.reading import Malformed, fault_of, read_json, read_rows, read_yaml
@@ -82,15 +83,6 @@ def at(tree: Any, *keys: str) -> Any:
 def number(value: Any) -> float | None:
     """A number that fp32 holds, as all that is measured does, else None."""
     return value if fault_of(value, float) is None and abs(value) <= MOST else None
-
-
-def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict) and value
-        found |= flat(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
-    return found
 
 
 def _holds_images(folder: Path) -> bool:

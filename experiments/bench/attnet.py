@@ -23,8 +23,10 @@ from sit_atconv import limits
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, check_choice, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.markdown import markdown_table
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
 from sit_atconv.models.cost import count_forward_macs
+from sit_atconv.ops.atconv.grouped import grouped_convolution
 
 FAMILY = [f"attnet_{size}" for size in ("xxs", "xs", "s", "t1", "t2", "t3", "t4")]
 BASELINES = ("convnext_tiny", "vit_small_patch16_224")
@@ -69,14 +71,11 @@ class PaperATConv2d(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer, (batch, channels, height, width), k = self.layer, x.shape, self.layer.kernel_size
+        layer, k = self.layer, self.layer.kernel_size
         pooled = F.adaptive_avg_pool1d(pointwise(layer.kernel_proj, x).flatten(2), k * k)
         kernels = layer.kernel_gen(layer.activation(pooled))
         kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
-        values = pointwise(layer.x_proj, x).reshape(1, batch * channels, height, width)
-        weight = kernels.reshape(batch * channels, 1, k, k)
-        mixed = F.conv2d(values, weight, padding=k // 2, groups=batch * channels)
-        return pointwise(layer.proj, mixed.reshape(batch, channels, height, width))
+        return pointwise(layer.proj, grouped_convolution(pointwise(layer.x_proj, x), kernels))
 
 
 def pointwise(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -240,17 +239,17 @@ def latency_markdown(result: dict) -> str:
         "format is what timm's norms leave behind, or NCHW throughout. The ratio to it is to the faster of the two. "
         + TOP1_SOURCES,
         "",
-        f"| model | params (M) | GMACs | ms/image | IQR | this / {first} | paper's form / this | top-1 (%) |",
-        "|---|" + "---:|" * 7,
     ]
+    head = [
+        "model", "params (M)", "GMACs", "ms/image", "IQR", f"this / {first}", "paper's form / this", "top-1 (%)",
+    ]  # fmt: skip
+    rows = []
     for row in result["rows"]:
         ratio = "" if row["vs_paper"] is None else f"{row['vs_paper']:.2f}x"
         top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
-        lines.append(
-            f"| {row['model']} | {row['params'] / 1e6:.2f} | {row['gmacs']:.2f} | {row['ms_per_image']:.2f} | "
-            f"{row['iqr_ms']:.2f} | {row['over_first']:.2f} | {ratio} | {top1} |"
-        )
-    return "\n".join(lines) + "\n"
+        figures = row["params"] / 1e6, row["gmacs"], row["ms_per_image"], row["iqr_ms"], row["over_first"]
+        rows.append([row["model"], *(f"{figure:.2f}" for figure in figures), ratio, top1])
+    return "\n".join([*lines, markdown_table(head, rows, text=("model",))]) + "\n"
 
 
 def cost_markdown(result: dict) -> str:
@@ -258,15 +257,14 @@ def cost_markdown(result: dict) -> str:
         f"Multiply-accumulates of one image of {result['size']} px, as torch's FlopCounterMode counts them: matrix "
         "products and convolutions.",
         "",
-        "| model | params (M) | GMACs, paper's form | GMACs, pool first | saved |",
-        "|---|---:|---:|---:|---:|",
     ]
+    rows = []
     for row in result["rows"]:
-        lines.append(
-            f"| {row['model']} | {row['params'] / 1e6:.2f} | {row['paper_gmacs']:.2f} | {row['gmacs']:.2f} | "
-            f"{1 - row['gmacs'] / row['paper_gmacs']:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+        figures = row["params"] / 1e6, row["paper_gmacs"], row["gmacs"]
+        saved = f"{1 - row['gmacs'] / row['paper_gmacs']:.1%}"
+        rows.append([row["model"], *(f"{figure:.2f}" for figure in figures), saved])
+    head = ["model", "params (M)", "GMACs, paper's form", "GMACs, pool first", "saved"]
+    return "\n".join([*lines, markdown_table(head, rows, text=("model",))]) + "\n"
 
 
 @command

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sit_atconv.markdown import markdown_table
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -41,12 +43,12 @@ def row_of(script: str, fault: str, make: Callable[[], str]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| command | fault | runs | what was seen | lost | |", "|---|---|---:|---|---|---|"]
+    text = ["command", "fault", "what was seen", "lost", ""]
+    cells = []
     for row in rows:
-        passed = "ok" if row.passed else "FAILED"
         seen = " ".join(row.seen.replace("|", "/").split())  # of a run that failed, the end of what it said
-        lines.append(f"| {row.script} | {row.fault} | {row.runs} | {seen} | {row.lost} | {passed} |")
-    return "\n".join(lines)
+        cells.append([row.script, row.fault, str(row.runs), seen, row.lost, "ok" if row.passed else "FAILED"])
+    return markdown_table([*text[:2], "runs", *text[2:]], cells, text)
 
 
 def save_images(folder: Path, number: int, seed: int) -> Path:

@@ -12,6 +12,7 @@ from experiments.principles.layers import Seen, factors, find_layers, recording,
 from experiments.principles.targets import Target
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.markdown import markdown_table
 
 FIELD_SAMPLES = 8  # at most, that receptive fields are averaged over: each takes a backward pass per layer
 MAP_SIDE = 56  # of a receptive field in a report; the radii are those of the whole one
@@ -165,30 +166,24 @@ COLUMNS = (
 
 def table(report: dict) -> str:
     """Markdown: a row per layer of a report by `measure`."""
-    lines = [_row(COLUMNS), _row(["---:", "---", "---", *["---:"] * (len(COLUMNS) - 3)])]
+    rows = []
     for number, layer in enumerate(report["layers"], 1):
         inhibition, field = layer["inhibition"] or {}, layer["receptive_field"]
         kernels, channels = layer["kernel_redundancy"], layer["channel_redundancy"]
         share = inhibition.get("mean")
-        lines.append(
-            _row([
-                str(number), layer["name"], layer["kind"],
-                *(_number(layer["routing"][f"over_{what}"]) for what in ("samples", "times", "positions")),
-                "" if share is None else f"{share:.3f} ± {inhibition['std']:.3f}",
-                "" if share is None else f"{inhibition['min']:.3f} to {inhibition['max']:.3f}",
-                _number(inhibition.get("mean_before")), _number(inhibition.get("mean_after", layer["kernel_mean"])),
-                _number(kernels["cosine"]), _number(kernels["cosine_rms"]),
-                f"{kernels['rank']:.2f} of {kernels['rank_limit']}",
-                _number(channels["cosine"]), _number(channels["cosine_rms"]),
-                f"{channels['rank']:.1f} of {channels['rank_limit']}",
-                _number(field["radius_50"], ".1f"), _number(field["radius_90"], ".1f"),
-            ])
-        )  # fmt: skip
-    return "\n".join(lines)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append([
+            str(number), layer["name"], layer["kind"],
+            *(_number(layer["routing"][f"over_{what}"]) for what in ("samples", "times", "positions")),
+            "" if share is None else f"{share:.3f} ± {inhibition['std']:.3f}",
+            "" if share is None else f"{inhibition['min']:.3f} to {inhibition['max']:.3f}",
+            _number(inhibition.get("mean_before")), _number(inhibition.get("mean_after", layer["kernel_mean"])),
+            _number(kernels["cosine"]), _number(kernels["cosine_rms"]),
+            f"{kernels['rank']:.2f} of {kernels['rank_limit']}",
+            _number(channels["cosine"]), _number(channels["cosine_rms"]),
+            f"{channels['rank']:.1f} of {channels['rank_limit']}",
+            _number(field["radius_50"], ".1f"), _number(field["radius_90"], ".1f"),
+        ])  # fmt: skip
+    return markdown_table([*COLUMNS], rows, text=COLUMNS[1:3])
 
 
 def _number(value: float | None, form: str = ".3g") -> str:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sit_atconv import comparison
 from sit_atconv.config.reading import Schema, make_recipe, to_dict
 from sit_atconv.config.schema import Recipe
 
@@ -20,13 +21,8 @@ def differences(
     complete: puts in what a recipe leaves to others, as it was put into `new`.
     Raises InputError where `old` is no recipe.
     """
-    before, after = flatten(to_dict(complete(make_recipe(old, schema, stored=True)))), flatten(new)
-    mutable = mutable_keys(new, schema)
-    return [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in sorted(after)
-        if before[key] != after[key] and key not in mutable
-    ]
+    before = to_dict(complete(make_recipe(old, schema, stored=True)))
+    return comparison.differences(before, new, mutable_keys(new, schema))
 
 
 def mutable_keys(recipe: dict[str, Any], schema: type = Recipe) -> set[str]:
@@ -42,8 +38,3 @@ def mutable_keys(recipe: dict[str, Any], schema: type = Recipe) -> set[str]:
 def _is_mutable(entry: dataclasses.Field, beside: Mapping[str, Any]) -> bool:
     said = entry.metadata.get("mutable", False)
     return said(beside) if callable(said) else said
-
-
-def flatten(recipe: dict[str, Any]) -> dict[str, Any]:
-    """{"section": {"key": value}} -> {"section.key": value}."""
-    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from sit_atconv import limits, processes
-from sit_atconv.claims import check_place, claim, clear_leftovers, flat, write_whole, writing
+from sit_atconv.claims import check_place, claim, clear_leftovers, write_whole, writing
+from sit_atconv.comparison import compared
 from sit_atconv.config import Recipe
 from sit_atconv.config.earlier import MEANT
 from sit_atconv.data import open_dataset
@@ -147,7 +148,7 @@ def _is_whole(path: Path, settings: dict[str, Any]) -> bool:
 
 def seal(name: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over a shard's name, the settings that made it, and its tensors."""
-    digest = hashlib.sha256(json.dumps([name, flat(settings, NOT_COMPARED)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([name, compared(settings, NOT_COMPARED)], sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -30,6 +30,7 @@ from torch import nn
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv, flatten_pointwise_weights
 from sit_atconv.layers.embedders import sincos_position_embedding
+from sit_atconv.ops.atconv.grouped import grouped_convolution
 from sit_atconv.ops.forward_mode import exact_derivatives
 
 __all__ = ["AttNet"]
@@ -52,10 +53,9 @@ class ATConv2d(ATConv):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _portable(self, x: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = x.shape
         k = self.kernel_size
         if hasattr(self, "static_kernel"):
-            kernels = self.static_kernel.expand(batch, -1, -1).transpose(1, 2)
+            kernels = self.static_kernel.expand(len(x), -1, -1).transpose(1, 2)
         else:
             if self.pool == "raster":
                 pooled = F.adaptive_avg_pool1d(x.flatten(2), k * k)
@@ -67,12 +67,8 @@ class ATConv2d(ATConv):
             kernels = kernels - self.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
         elif self.inhibition == "full":
             kernels = kernels - kernels.mean(2, keepdim=True)
-        v = self.x_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        flat = v.reshape(1, batch * channels, height, width)
-        y = F.conv2d(
-            flat, kernels.reshape(batch * channels, 1, k, k).to(v.dtype), padding=k // 2, groups=batch * channels
-        )
-        return self.proj(y.reshape(batch, channels, height, width).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = grouped_convolution(self.x_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), kernels)
+        return self.proj(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class GatedMLP(nn.Module):

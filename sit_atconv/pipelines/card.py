@@ -7,7 +7,7 @@ import torch
 from sit_atconv import config, ema
 from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions
-from sit_atconv.markdown import plain
+from sit_atconv.markdown import markdown_table, plain
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, mixer_names
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
@@ -88,7 +88,7 @@ def _describe(pipeline: SiTPipeline, dtype: torch.dtype) -> str:
         "classes": classes,
         "path, prediction": f"{config.path}, {config.prediction}",
     }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return markdown_table(["", ""], rows.items())
 
 
 def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str]) -> str:

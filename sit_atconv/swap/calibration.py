@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sit_atconv.errors import InputError
 from sit_atconv.hooks import of_this_thread
 from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.markdown import markdown_table
 from sit_atconv.processes import is_main
 from sit_atconv.swap.grafts import Graft, foreign_maps
 from sit_atconv.swap.grid import GridReference
@@ -64,9 +65,8 @@ class SwapReport:
 
     def __str__(self) -> str:
         titles, rows = self._cells()
-        lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-        lines += ["| " + " | ".join([f"`{name}`", *cells]) + " |" for name, *cells in rows]
-        return "\n\n".join(["\n".join(lines), *self._summary()])
+        named = ([f"`{name}`", *cells] for name, *cells in rows)
+        return "\n\n".join([markdown_table(titles, named), *self._summary()])
 
     def line(self) -> str:
         """The same in one line, for an error message."""

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from sit_atconv import config
+from sit_atconv.comparison import flat
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.errors import InputError
@@ -179,7 +180,7 @@ def _start(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
             write_atomic(file, json.dumps({"wandb": uuid.uuid4().hex[:12]}))
         run_id = read_json(file, {"wandb": str})["wandb"]
         options["wandb"] = {"id": run_id, "name": run.name, "dir": str(run), "resume": "allow"}
-    settings = config.flatten(config.to_dict(recipe))
+    settings = flat(config.to_dict(recipe))
     plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
     accelerator.init_trackers("sit_atconv", plain, {name: options.get(name, {}) for name in recipe.run.trackers})
 

@@ -9,6 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from sit_atconv import config
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.resolved import resolved
+from sit_atconv.comparison import flat
 from sit_atconv.config import load_recipe
 
 FOLDER = ROOT / "experiments/recipes"
@@ -65,7 +66,7 @@ def test_every_key_that_is_not_said_to_may_not_change():
 
 
 def nulls(recipe) -> set[str]:
-    return {key for key, value in config.flatten(config.to_dict(recipe)).items() if value is None}
+    return {key for key, value in flat(config.to_dict(recipe)).items() if value is None}
 
 
 # Nulls that are a choice of their own, or of what lies where.
@@ -97,7 +98,7 @@ def test_what_earlier_versions_stored_means_what_it_meant():
     stored = yaml.safe_load((ROOT / "tests/earlier/classifier.yaml").read_text())
     recipe = resolved(config.make_recipe(stored, ClassifierRecipe, stored=True))
     assert nulls(recipe) == CHOICES - {"data.root"} | {"data.subset", "data.revision"}
-    found = config.flatten(config.to_dict(recipe))
+    found = flat(config.to_dict(recipe))
     for key, value in (
         ("data.split", "train"), ("data.val_split", "validation"), ("data.image_key", "image"),
         ("data.label_key", "label"), ("augment.erasing_mode", "pixel"), ("augment.mix_prob", 1.0),

@@ -8,6 +8,7 @@ import yaml
 from conftest import ROOT, assert_same_bits, run_recipe, weights
 
 from sit_atconv import config
+from sit_atconv.comparison import flat
 from sit_atconv.config import load_recipe, make_recipe, to_dict
 from sit_atconv.errors import InputError
 from sit_atconv.models import sit
@@ -31,7 +32,7 @@ OF_MODEL = {f"model.{name}" for name in sit.options_of(None)} - {"model.path", "
 
 
 def nulls(recipe) -> set[str]:
-    return {key for key, value in config.flatten(to_dict(recipe)).items() if value is None}
+    return {key for key, value in flat(to_dict(recipe)).items() if value is None}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -54,7 +55,7 @@ def test_what_null_stands_for_takes_its_place_where_it_acts():
     stated = {"run": {"out": "x"}, "data": {**data, "streaming": True}, "ema": {"kind": "power"}}
     recipe = resolved(make_recipe({**stated, "flow": {"time_sampling": "logit-normal"}}), FACTS)
     assert nulls(recipe) == CHOICES | POWER | {"data.subset", "data.revision", "data.source"}
-    found = config.flatten(to_dict(recipe))
+    found = flat(to_dict(recipe))
     for key, value in (
         ("data.split", "train"), ("data.image_key", "image"), ("data.label_key", "label"),
         ("data.shuffle_buffer", 10_000), ("data.num_images", 12), ("flow.time_mean", 0.0), ("flow.time_std", 1.0),
@@ -100,7 +101,7 @@ def test_what_earlier_versions_stored_means_what_it_meant():
         ),
     ):  # fmt: skip
         stored = yaml.safe_load((EARLIER / f"{name}.yaml").read_text())
-        found = config.flatten(to_dict(make_recipe(stored, stored=True)))
+        found = flat(to_dict(make_recipe(stored, stored=True)))
         assert {key: found[key] for key in expected} == expected
         own = {"data": stored["data"], "model": stored["model"], "ema": {"kind": stored["ema"]["kind"]}}
         fresh = make_recipe({"run": {"out": "z"}, "flow": {"time_sampling": stored["flow"]["time_sampling"]}, **own})
