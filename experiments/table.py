@@ -27,7 +27,6 @@ from eval.digits import PROTOCOL as DIGITS_PROTOCOL
 from eval.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
 from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
-from eval.npz import UNREADABLE, arrays_of
 from eval.refs import recorded_extractor
 from eval.result import sound
 from eval.score import OFFERED, RESULT
@@ -39,6 +38,7 @@ from sampling.samples import FORMATS, MANIFEST, difference
 from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.npz import UNREADABLE, arrays_of
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import sha256, write_out
 from sit_atconv.generation import Sampling

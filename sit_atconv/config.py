@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from PIL import ImageColor
 
 from sit_atconv import limits
 from sit_atconv.errors import MOST, InputError, check_choice
@@ -24,7 +25,7 @@ from sit_atconv.reading import check_literal, read_yaml
 
 Schema = TypeVar("Schema")
 
-DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "latents")
+DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
 DATA_SAMPLINGS = ("natural", "balanced")
 CODECS = ("identity", "vae")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -74,6 +75,26 @@ class Loading:
     max_bad_share: float = ranged(0.001, limits.SHARE)
     # of an image: a larger one counts as unreadable before it is decoded
     max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"))
+    channels: int | None = None  # 1, grey, or 3, RGB; left out, 1 of digits, those of an npz, 3 of all others
+    # the colour that transparent images are composited on, by name or #rrggbb; null: transparency is left out
+    background: str | None = "white"
+
+    def __post_init__(self):
+        if self.channels is not None:
+            check_choice("data.channels", self.channels, (1, 3))
+        if self.background is None:
+            return
+        try:
+            opaque = len(ImageColor.getrgb(self.background)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise InputError(f"data.background={self.background!r} is no opaque colour; give a name, or #rrggbb")
+        if self.kind in ("digits", "npz") and self.background != Loading.background:
+            raise InputError(
+                f"data.background={self.background}: data.kind={self.kind} has no transparency; "
+                f"{idle('data.background', Loading.background)}"
+            )
 
 
 @dataclass
@@ -81,7 +102,7 @@ class Data(Loading):
     """The training images."""
 
     kind: str = "digits"
-    root: str | None = None  # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
+    root: str | None = None  # all kinds but digits: folder, zip file, LMDB, hub id, npz, or cache of latents
     # pixels after the centre crop; digits and latents have their own
     image_size: int | None = ranged(None, limits.PIXELS)
     split: str | None = None  # hf: left out, "train"
@@ -100,6 +121,7 @@ class Data(Loading):
     verify: bool = True  # latents: compare every shard with its SHA-256 at the start
 
     def __post_init__(self):
+        super().__post_init__()
         expand_home(self, "root", "source")
         check_choice("data.kind", self.kind, DATA_KINDS)
         check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
@@ -554,10 +576,15 @@ def _check_base(where: str, stated: Any, schema: type) -> None:
         raise InputError(f"{where} is no recipe, and a base has to be one; `--dry-run` of it alone says why") from None
 
 
+# What a key means that a stored recipe leaves out, since its version did not have the key yet.
+EARLIER = {"data": {"background": None}}
+
+
 def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False) -> Schema:
     """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values.
 
-    stored: it was accepted by an earlier version, whose ranges may have been wider, see `limits.check`.
+    stored: it was accepted by an earlier version, whose ranges may have been wider, see `limits.check`, and which may
+    have lacked keys, see EARLIER.
     """
     try:
         check_literal(stated)  # before OmegaConf looks into a text
@@ -573,8 +600,9 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
                 f"{section}.{next(iter(keys[section]))} does nothing without {section}.{switch}: name it, or null for "
                 "none"
             )
+    earlier = [EARLIER] if stored and _type_of("data.background", schema) else []
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), stated)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *earlier, stated)
         limits.check(schema, OmegaConf.to_container(merged), stored=stored)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -641,20 +669,24 @@ MUTABLE_SECTIONS = ("checkpoint", "preview", "score")
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps two recipes (nested dictionaries) from being the same run: a text "key: old -> new" for each key.
 
-    A key that `old` leaves out, as one stored before the key was there, has its default.
+    A key that `old` leaves out, as one stored before the key was there, has its default; one of EARLIER may be what
+    the later start says.
     """
     mutable = {*MUTABLE}
     if new["train"]["lr_schedule"] != "constant":  # it ends at max_steps: with another one the rate would jump
         mutable.remove("train.max_steps")
-    return changes(make_recipe(old, stored=True), new, mutable, MUTABLE_SECTIONS)
+    return changes(old, new, Recipe, mutable, MUTABLE_SECTIONS)
 
 
-def changes(old: Any, new: dict[str, Any], mutable: Collection[str], mutable_sections: Collection[str]) -> list[str]:
-    """A text "key: old -> new" for each key in which a recipe differs from the dictionary of another of its schema.
+def changes(
+    old: dict[str, Any], new: dict[str, Any], schema: type, mutable: Collection[str], mutable_sections: Collection[str]
+) -> list[str]:
+    """A text "key: old -> new" for each key in which a recipe of a schema differs from one that was stored.
 
     mutable, mutable_sections: the keys and sections that do not count.
     """
-    old_flat, new_flat = flatten(to_dict(old)), flatten(new)
+    old_flat, new_flat = flatten(to_dict(make_recipe(old, schema, stored=True))), flatten(new)
+    mutable = {*mutable, *(flatten(EARLIER).keys() - flatten(old).keys())}
     return [
         f"{key}: {old_flat[key]} -> {new_flat[key]}"
         for key in sorted(new_flat)

@@ -106,29 +106,44 @@ def _problem(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
     return None
 
 
+def _background(index: dict[str, Any]) -> str | None:
+    """What transparent images of a cache were composited on; one that does not say left their transparency out."""
+    return index["data"].get("background")
+
+
 class LatentCache(Dataset):
     """The moments of a cache, in place of images. An item `(index, flip)` is a tensor (2C, h, w) and a label.
 
     The first C channels are the mean, the others the log-variance, in the stored dtype, without scale and shift.
-    verify: compare every shard with its SHA-256 now. image_size: refused unless it is the cache's.
-    source: where the images themselves lie today, for `pixels`; None is where they were.
+    verify: compare every shard with its SHA-256 now. image_size, channels, background: of its images; refused unless
+    they are left out, or the cache's. source: where the images themselves lie today, for `images`; None is where they
+    were. max_pixels: as a recipe's data.max_pixels.
     Raises InputError for a cache that is not there or not whole.
     """
 
-    moments, max_pixels = True, Loading.max_pixels
+    moments = True
 
-    def __init__(self, root: str, verify: bool, image_size: int | None = None, source: str | None = None):
-        self.root, self.source = Path(root).absolute(), source
+    def __init__(
+        self, root: str, verify: bool, image_size: int | None = None, source: str | None = None,
+        channels: int | None = Loading.channels, background: str | None = Loading.background,
+        max_pixels: int = Loading.max_pixels,
+    ):  # fmt: skip
+        self.root, self.source, self.max_pixels = Path(root).absolute(), source, max_pixels
         self.index = index = read_index(self.root)
         problems = list(shard_problems(self.root, index, verify))
         if problems:
             more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
             raise InputError(f"cache of latents {root!r}: {problems[0]}{more}; {REMEDY}")
-        if image_size not in (None, index["image_size"]):
-            raise InputError(
-                f"data.image_size={image_size}: the cache {root!r} is of images of {index['image_size']} pixels; "
-                "leave it out, or encode another cache"
-            )
+        for key, stated, left_out, own, words in (
+            ("image_size", image_size, None, index["image_size"], "{} pixels"),
+            ("channels", channels, Loading.channels, index["channels"], "{} channels"),
+            ("background", background, Loading.background, _background(index), "background {}"),
+        ):
+            if stated not in (left_out, own):
+                raise InputError(
+                    f"data.{key}={stated}: the cache {root!r} is of images of {words.format(own)}; leave it out, or "
+                    "encode another cache"
+                )
         self.channels, self.image_size = index["channels"], index["image_size"]
         self.class_names, self.latent_shape = tuple(index["class_names"]), tuple(index["latent_shape"])
         channels, height, width = self.latent_shape
@@ -166,19 +181,26 @@ class LatentCache(Dataset):
     def pixels(self, index: int, flip: bool) -> torch.Tensor:
         """The image (C, H, W) in [-1, 1] that the moments are of. Raises InputError when the images are not there."""
         if self._images is None:
-            self._images = self._open_images()
+            self._images = self.images()
         return self._images[index, flip][0]
 
-    def _open_images(self) -> Dataset:
-        stored = self.index["data"]
+    @property
+    def images_data(self) -> Data:
+        """The section `data` of a recipe of the images that the cache is of."""
         root = {} if self.source is None else {"root": self.source}
+        own = {"background": _background(self.index), "max_pixels": self.max_pixels}
+        return Data(**{**self.index["data"], **root, **own})
+
+    def images(self) -> Dataset:
+        """The images that the cache is of. Raises InputError when they are not there."""
         try:
-            images = open_dataset(Data(**{**stored, **root, "max_pixels": self.max_pixels}))
+            data = self.images_data
+            images = open_dataset(data)
         except InputError as error:
             raise InputError(f"{error}; data.source says where the images of the cache lie today") from None
         if (len(images), images.class_names) != (len(self), self.class_names):
             raise InputError(
-                f"data.source={self.source or stored['root']!r}: the images are not those of the cache "
+                f"data.source={data.root!r}: the images are not those of the cache "
                 f"{str(self.root)!r}: other classes, or more or fewer images"
             )
         return images

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from sit_atconv import checkpoint, config, files
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
+from sit_atconv.data import IMAGE_KEYS
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
@@ -19,7 +20,7 @@ from sit_atconv.reading import read_yaml
 BEGUN = (LOCK, "log.jsonl")  # one of them lies in the folder of every run
 
 # What a cache of latents stands for: these keys of the recipe that it was encoded by.
-ENCODED = ("kind", "image_size", "split", "subset", "revision", "image_key", "label_key")
+ENCODED = {*IMAGE_KEYS} - {"root"}
 
 
 def lock(run: Path) -> TextIO:
