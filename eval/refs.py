@@ -118,7 +118,7 @@ def read_reference(
     name = shown(path)
     if is_features(path):
         return _of_features(name, Features(path, verify=True), extractor, sha256(path / INDEX), samples)
-    statistics = _read_statistics(path) if path.is_file() and not is_recipe(path) else None
+    statistics = _read_statistics(path)
     if statistics is not None:
         return _of_statistics(path, statistics, extractor, batch, samples, root)
     source = open_source(path, allow_lossy, overrides)
@@ -218,7 +218,9 @@ def spread(n: int, kept: int = KEPT) -> np.ndarray:
 
 
 def _read_statistics(path: Path) -> dict[str, Array] | None:
-    """The arrays of an npz with mu, of which none is read; None for an npz without mu."""
+    """The arrays of an npz with mu, of which none is read; None for an npz without mu, a folder and a recipe."""
+    if is_recipe(path) or not path.is_file():
+        return None
     try:
         found = arrays_of(path, ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta", "arr_0"))
         for name in found.keys() - {"arr_0"} if "mu" in found else ():
@@ -441,7 +443,7 @@ def build_reference(
 
 
 def read_moments(path: Path, extractor: Extractor) -> Moments | None:
-    """The pool's moments of an npz, checked as `read_reference` does, without a look at images; None where it has none.
+    """The pool's moments of an npz, checked as `read_reference` does, without a look at images; None of all else.
 
     It works in one process alone, as a trainer needs it. Raises InputError.
     """

@@ -401,7 +401,7 @@ class TrainingScorer:
         path = Path(ref)
         if ref == "digits" or is_features(path):
             return read_reference(ref, self._extractor).need("pool", self._name)
-        found = read_moments(path, self._extractor) if path.is_file() else None
+        found = read_moments(path, self._extractor)
         if found is not None:
             return found
         held = _held(open_source(path), self._extractor)

@@ -27,7 +27,7 @@ from eval.digits import PROTOCOL as DIGITS_PROTOCOL
 from eval.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
 from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
-from eval.refs import recorded_extractor
+from eval.refs import recorded_extractor, reference_spec
 from eval.result import sound
 from eval.score import OFFERED, RESULT
 from eval.sources import from_arrays, open_source
@@ -247,9 +247,9 @@ def is_scored(samples: Path, table: Table) -> bool:
 
 
 def kind_of_reference(ref: str) -> str:
-    """The kind of extractor that scores against a reference: the recorded one's, else Inception."""
+    """The kind of extractor that scores against a reference, see `eval.refs.reference_spec`."""
     found = recorded_extractor(ref)
-    return "digits" if ref == "digits" else kind_of(found[0]["protocol"]) if found else "inception"
+    return kind_of(found[0]["protocol"]) if found else reference_spec(ref)
 
 
 def wanted_extractors(table: Table) -> list[tuple[str, str | None]]:

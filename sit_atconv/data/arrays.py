@@ -135,7 +135,7 @@ class Npz(Images):
         try:
             check_size(width, height, max_pixels)
         except ValueError as error:
-            raise InputError(f"{where}: images of {error}; give smaller ones") from None
+            raise InputError(f"{where}: images of {error}; give others") from None
         labels, names = self._pixels.labels, ONE_CLASS
         if labels is None:
             labels = np.zeros(number, np.int64)
