@@ -124,7 +124,7 @@ class Reader:
         """Grey or RGB, of an image of 8 bits."""
         grey = image.mode in GREY
         if self.background is not None and (image.mode in ALPHA or "transparency" in image.info):
-            clear = image.convert("RGBA")
+            clear = image if image.mode == "RGBA" else image.convert("RGBA")
             if clear.getchannel("A").getextrema()[0] < 255:
                 self.transparent = True
                 image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), clear)
@@ -138,11 +138,13 @@ def _of_8_bits(file: Image.Image, encoded: bytes) -> Image.Image:
     Pillow's own conversion of 16 bits of grey would cut all that is over 255 off. Raises ValueError for numbers without
     a range.
     """
+    if isinstance(file.info.get("transparency"), str):  # a text of that name, as a PNG may hold
+        del file.info["transparency"]
     key = file.info.get("transparency")
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in OF_16_BITS):
         levels = np.asarray(file)
         image = Image.fromarray(np.rint(levels.astype(np.float32) / 257).astype(np.uint8))
-        if isinstance(key, int):
+        if key is not None:
             image.putalpha(Image.fromarray((levels != key).astype(np.uint8) * 255))
         return image
     if file.mode in ("I", "F"):

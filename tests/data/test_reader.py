@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from eval.sources import open_source
 from sit_atconv.classification.recipe import Data as ClassifierData
@@ -84,6 +85,8 @@ def rotated() -> Image.Exif:
 
 
 JPEG = file(RGB, "JPEG")
+TEXT = PngInfo()
+TEXT.add_text("transparency", "none")
 PACKED = (INDEX.reshape(SIZE, 2, 4) << np.array([6, 4, 2, 0])).sum(2).astype(np.uint8)  # in 2 bits each
 CLEAR_COLOR = RGB.copy()
 CLEAR_COLOR[2:4] = 10, 20, 30
@@ -137,6 +140,7 @@ ODD: dict[str, tuple[bytes, np.ndarray, np.ndarray | int] | tuple[bytes, str]] =
         png(CLEAR_DEEP.astype(">u2"), 16, 2, (0x0AFF, 0x1401, 0x1E80)), CLEAR_DEEP >> 8,
         np.where((CLEAR_DEEP == (0x0AFF, 0x1401, 0x1E80)).all(2), 0, 255),
     ),
+    "a text named transparency": (file(DEEP_GREY, pnginfo=TEXT), grey(np.rint(DEEP_GREY / 257)), 255),
     "32-bit integers": (file(np.ones((8, 8), np.int32), "TIFF"), "its pixels are 32-bit integers, which have no white"),
     "floats": (file(np.ones((8, 8), np.float32), "TIFF"), "its pixels are floats, which have no white"),
     "truncated PNG": (file(RGB)[:-40], "image file is truncated|broken PNG|Truncated"),
