@@ -25,9 +25,9 @@ IMAGE_KEYS = (
 def _latents(data: Data) -> Dataset:
     from sit_atconv.data.latent_cache import LatentCache  # which opens the images it is of: it imports this module
 
-    return LatentCache(
-        data.root, data.verify, data.image_size, data.source, data.channels, data.background, data.max_pixels
-    )
+    cache = LatentCache(data.root, data.verify, data.image_size, data.source, data.max_pixels)
+    cache.check_stated(data)
+    return cache
 
 
 DATASETS: dict[str, Callable[[Data], Dataset]] = {

@@ -106,18 +106,12 @@ def _problem(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
     return None
 
 
-def _background(index: dict[str, Any]) -> str | None:
-    """What transparent images of a cache were composited on; one that does not say left their transparency out."""
-    return index["data"].get("background")
-
-
 class LatentCache(Dataset):
     """The moments of a cache, in place of images. An item `(index, flip)` is a tensor (2C, h, w) and a label.
 
     The first C channels are the mean, the others the log-variance, in the stored dtype, without scale and shift.
-    verify: compare every shard with its SHA-256 now. image_size, channels, background: of its images; refused unless
-    they are left out, or the cache's. source: where the images themselves lie today, for `images`; None is where they
-    were. max_pixels: as a recipe's data.max_pixels.
+    verify: compare every shard with its SHA-256 now. image_size: refused unless it is the cache's.
+    source: where the images themselves lie today, for `images`; None is where they were. max_pixels: of these.
     Raises InputError for a cache that is not there or not whole.
     """
 
@@ -125,7 +119,6 @@ class LatentCache(Dataset):
 
     def __init__(
         self, root: str, verify: bool, image_size: int | None = None, source: str | None = None,
-        channels: int | None = Loading.channels, background: str | None = Loading.background,
         max_pixels: int = Loading.max_pixels,
     ):  # fmt: skip
         self.root, self.source, self.max_pixels = Path(root).absolute(), source, max_pixels
@@ -134,17 +127,13 @@ class LatentCache(Dataset):
         if problems:
             more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
             raise InputError(f"cache of latents {root!r}: {problems[0]}{more}; {REMEDY}")
-        for key, stated, left_out, own, words in (
-            ("image_size", image_size, None, index["image_size"], "{} pixels"),
-            ("channels", channels, Loading.channels, index["channels"], "{} channels"),
-            ("background", background, Loading.background, _background(index), "background {}"),
-        ):
-            if stated not in (left_out, own):
-                raise InputError(
-                    f"data.{key}={stated}: the cache {root!r} is of images of {words.format(own)}; leave it out, or "
-                    "encode another cache"
-                )
+        if image_size not in (None, index["image_size"]):
+            raise InputError(
+                f"data.image_size={image_size}: the cache {root!r} is of images of {index['image_size']} pixels; "
+                "leave it out, or encode another cache"
+            )
         self.channels, self.image_size = index["channels"], index["image_size"]
+        self.background = index["data"].get("background")  # a cache that does not say left transparency out
         self.class_names, self.latent_shape = tuple(index["class_names"]), tuple(index["latent_shape"])
         channels, height, width = self.latent_shape
         self._item, self._dtype = (2 * channels, height, width), DTYPES[index["dtype"]]
@@ -155,6 +144,16 @@ class LatentCache(Dataset):
         except Unreadable as error:
             raise InputError(str(error)) from None
         check_labels(f"cache of latents {root!r}", self.labels, self.class_names)
+
+    def check_stated(self, data: Data) -> None:
+        """Raise InputError for channels or a background, of a recipe, that are not those of the cache's images."""
+        for key in ("channels", "background"):
+            stated, own = getattr(data, key), getattr(self, key)
+            if stated not in (getattr(Loading, key), own):
+                raise InputError(
+                    f"data.{key}={stated}: the cache {str(self.root)!r} is of images with {key} {own}; leave it out, "
+                    "or encode another cache"
+                )
 
     def __len__(self) -> int:
         return self.index["num_images"]
@@ -188,7 +187,7 @@ class LatentCache(Dataset):
     def images_data(self) -> Data:
         """The section `data` of a recipe of the images that the cache is of."""
         root = {} if self.source is None else {"root": self.source}
-        own = {"background": _background(self.index), "max_pixels": self.max_pixels}
+        own = {"background": self.background, "max_pixels": self.max_pixels}
         return Data(**{**self.index["data"], **root, **own})
 
     def images(self) -> Dataset:

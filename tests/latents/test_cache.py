@@ -324,9 +324,9 @@ def test_what_transparent_images_lie_on_belongs_to_a_cache(recipe, vae_folder, p
         dataset = open_dataset(Data("latents", str(tmp_path / name)))
         images = open_dataset(dataclasses.replace(opaque, background=background))
         assert torch.equal(dataset.pixels(0, True), images[0, True][0])
-        with pytest.raises(InputError, match=rf"data\.background=red: .* images of background {background}; leave it"):
+        with pytest.raises(InputError, match=rf"data\.background=red: .* with background {background}; leave it"):
             open_dataset(Data("latents", str(tmp_path / name), background="red"))
-        with pytest.raises(InputError, match=r"data\.channels=1: .* images of 3 channels; leave it out"):
+        with pytest.raises(InputError, match=r"data\.channels=1: .* images with channels 3; leave it out"):
             open_dataset(Data("latents", str(tmp_path / name), channels=1))
         assert open_dataset(Data("latents", str(tmp_path / name), channels=3, background=background)).channels == 3
         # It is scored as the images that it is of.
