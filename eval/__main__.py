@@ -16,7 +16,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, module in COMMANDS.items():
         summary = module.__doc__.partition("\n\n")[0]
         module.add_arguments(commands.add_parser(name, description=module.__doc__, help=summary))
-    args = parser.parse_args(argv)
+    args, late = parser.parse_known_args(argv)  # late: overrides after an option, which argparse does not place
+    if late and (not hasattr(args, "overrides") or any(text.startswith("-") for text in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        args.overrides += late
     try:
         args.run(args)
     except KeyboardInterrupt:

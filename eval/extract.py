@@ -34,13 +34,16 @@ T = TypeVar("T")
 SHARD, BATCH = 1000, 64
 AHEAD = 3  # batches that are read before they are wanted
 # Of the settings: what moves no feature beyond rounding, and where images and weights lay.
-NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.manifest", "extractor_spec")
+NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.data.root", "source.manifest", "extractor_spec")
 FOLDER = "features folder"  # as messages call it
 REMEDY = "delete it, or choose another (--out of extract, --features of the other commands)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder of images (with its manifest.json), or npz with arr_0")
+    parser.add_argument(
+        "source", metavar="SRC", help="folder of images (with its manifest.json), npz with arr_0, or a recipe (.yaml)"
+    )
+    add_overrides(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
     add_force(parser)
     parser.add_argument(
@@ -48,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_extractor_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """What may follow a recipe, before options or after them."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="laid over a recipe, e.g. data.root=DIR data.image_size=64"
+    )
 
 
 def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,11 +94,19 @@ def run(args: argparse.Namespace) -> None:
     """Extract, and say what is there. Raises InputError for what cannot be extracted."""
     check_place(args.out, "features", FOLDER, REMEDY, args.force)  # before anything is loaded
     extractor = load_extractor(args.extractor, args.weights, args.device)
-    features = features_of(args.source, extractor, args.shard, args.batch, args.out, args.allow_lossy, args.force)
+    source = open_source(args.source, args.allow_lossy, args.overrides)
+    features = features_of(source, extractor, args.shard, args.batch, args.out, force=args.force)
     processes.leave()
     if processes.is_main():
         dimensions = ", ".join(f"{name} {dimension}" for name, dimension in features.streams.items())
         print(f"{args.out}: {features.n:,} images, {dimensions}, by {extractor.name}")
+        for note in read_as(features.info["source"]):
+            print(note)
+
+
+def read_as(source: dict[str, Any]) -> list[str]:
+    """What is to be said of how images were read, of `Source.describe`."""
+    return [f"transparent images were composited on {source['background']}"] if source.get("background") else []
 
 
 def features_of(
@@ -108,7 +126,7 @@ def features_of(
     limits.SHARD_IMAGES.check("--shard ", shard)
     limits.BATCH.check("--batch ", batch)
     source = path if isinstance(path, Source) else open_source(path, allow_lossy)
-    out = resolved(out if out is not None else default_folder(Path(path), extractor), FOLDER)
+    out = resolved(out if out is not None else default_folder(source.place, extractor), FOLDER)
     extractor.check_images(source.name, source.image_shape)
     processes.join()
     with ExitStack() as held, processes.lost_ones_told():
@@ -146,7 +164,8 @@ def _claim(out: Path, settings: dict[str, Any], stated: bool, force: bool) -> di
 
 def default_folder(path: Path, extractor: Extractor, root: str | None = None) -> Path:
     """Where the features of images at `path`, by this extractor, go unless told: SRC/features/NAME for a folder,
-    STEM.features/NAME for an npz, or below `root`, in a folder that is of this path alone.
+    STEM.features/NAME for an npz, or below `root`, in a folder that is of this path alone. path: a Source's `place`;
+    of a recipe, that is STEM and a digest of what it says of its images.
 
     NAME is the extractor's; where features by another of that name lie there, by other weights or code, a digest of all
     that this one's depend on follows it.

@@ -19,7 +19,7 @@ INDEX = "features.json"
 HISTOGRAM = ({re.compile("[0-9]+"): COUNT}, None)
 SOURCE_FORM = {
     "pixels_sha256": SHA256, "labels_sha256": (SHA256, None), "lossy": object, "manifest": (dict, None),
-    "manifest_sha256": (SHA256, None),
+    "manifest_sha256": (SHA256, None), "background?": str, "data?": dict,
 }  # fmt: skip
 INFO_FORM = {
     "n": POSITIVE, "labels": bool, "class_histogram": HISTOGRAM, "shards": {FILE: SHA256}, "streams": {str: POSITIVE},

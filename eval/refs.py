@@ -13,16 +13,18 @@ from eval.extract import (
     BATCH,
     add_extractor_arguments,
     add_features_argument,
+    add_overrides,
     check_root,
     default_folder,
     features_of,
+    read_as,
 )
 from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
 from eval.features import INDEX, Features, is_features
 from eval.moments import GroupSums, Moments
-from eval.npz import UNREADABLE, Array, arrays_of
-from eval.sources import from_arrays, open_source
+from eval.sources import check_overrides, from_arrays, is_recipe, open_source, recipe_data
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.npz import UNREADABLE, Array, arrays_of
 from sit_atconv.errors import InputError, add_force, said
 from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
@@ -87,6 +89,7 @@ class Reference:
             "kept": len(next(iter(self.features.values()))) if self.features else None,
             "extractor": self.extractor,
             "lossy": self.source and self.source["lossy"],
+            **{key: self.source[key] for key in ("background", "data") if key in (self.source or {})},
         }
 
     def is_of(self, pixels_sha256: str) -> bool:
@@ -96,17 +99,18 @@ class Reference:
 
 def read_reference(
     spec: str, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False,
-    samples: Sequence[int] | None = None, root: str | None = None,
+    samples: Sequence[int] | None = None, root: str | None = None, overrides: Sequence[str] = (),
 ) -> Reference:  # fmt: skip
     """The reference that `spec` names, in an extractor's features.
 
     spec: "digits" (the train split); an npz with mu and sigma, perhaps mu_s and sigma_s, and perhaps images arr_0, as
-    ADM's, or of `build-ref`; an npz or folder of images; a folder of features. Images that are not in memory are
-    extracted to the folder that `default_folder` names, below `root` where that is given. samples: (C, H, W) of what
-    is to be compared, checked before that.
+    ADM's, or of `build-ref`; an npz or folder of images; a recipe, for what it trains on, with `overrides` laid over
+    it; a folder of features. Images that are not in memory are extracted to the folder that `default_folder` names,
+    below `root` where that is given. samples: (C, H, W) of what is to be compared, checked before that.
     Raises InputError for what is not there, is damaged, or does not go with the extractor or the samples.
     """
     path = Path(spec)
+    check_overrides(path, overrides)
     if spec == "digits":
         return _digits(extractor, batch, samples)
     if not path.exists():
@@ -114,12 +118,12 @@ def read_reference(
     name = shown(path)
     if is_features(path):
         return _of_features(name, Features(path, verify=True), extractor, sha256(path / INDEX), samples)
-    statistics = _read_statistics(path) if path.is_file() else None
+    statistics = _read_statistics(path)
     if statistics is not None:
         return _of_statistics(path, statistics, extractor, batch, samples, root)
-    source = open_source(path, allow_lossy)
+    source = open_source(path, allow_lossy, overrides)
     _check_shape(name, source.image_shape, samples)
-    features = features_of(source, extractor, batch=batch, out=default_folder(path, extractor, root))
+    features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
     return _of_features(name, features, extractor, features.info["source"]["pixels_sha256"], samples)
 
 
@@ -141,12 +145,13 @@ def recorded_extractor(ref: str) -> tuple[dict[str, Any], str | None] | None:
     return meta["extractor"], meta.get("extractor_spec")
 
 
-def reference_spec(ref: str) -> str:
-    """The extractor that a reference implies: the digits' classifier for the digits, the recorded one, else Inception.
+def reference_spec(ref: str, overrides: Sequence[str] = ()) -> str:
+    """The extractor that a reference implies: the digits' classifier for the digits, also of a recipe, the recorded
+    one, else Inception.
 
     Raises InputError for a record that cannot be followed.
     """
-    if ref == "digits":
+    if ref == "digits" or (is_recipe(ref) and recipe_data(ref, overrides).kind == "digits"):
         return "digits"
     found = recorded_extractor(ref)
     return "inception" if found is None else recorded_spec(f"reference {ref!r}", *found)
@@ -213,7 +218,9 @@ def spread(n: int, kept: int = KEPT) -> np.ndarray:
 
 
 def _read_statistics(path: Path) -> dict[str, Array] | None:
-    """The arrays of an npz with mu, of which none is read; None for an npz without mu."""
+    """The arrays of an npz with mu, of which none is read; None for an npz without mu, a folder and a recipe."""
+    if is_recipe(path) or not path.is_file():
+        return None
     try:
         found = arrays_of(path, ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta", "arr_0"))
         for name in found.keys() - {"arr_0"} if "mu" in found else ():
@@ -365,7 +372,11 @@ def _pixels(image_shape: Sequence[int]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGES", help="folder or npz of images, or a folder of their features")
+    parser.add_argument(
+        "images", metavar="IMAGES",
+        help="folder or npz of images, a recipe (.yaml) for what it trains on, or a folder of features",
+    )  # fmt: skip
+    add_overrides(parser)
     parser.add_argument("--out", required=True, metavar="REF", help="new npz file")
     add_force(parser)
     add_extractor_arguments(parser)
@@ -377,36 +388,40 @@ def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
     check_out(args.out, force=args.force)  # before anything is loaded
     check_root(args.features)
-    spec = args.extractor or reference_spec(args.images)  # of images, Inception
+    spec = args.extractor or reference_spec(args.images, args.overrides)  # of images, Inception
     extractor = load_extractor(spec, args.weights, args.device)
     meta = build_reference(
-        args.images, Path(args.out), extractor, args.batch, args.allow_lossy, args.features, args.force
+        args.images, Path(args.out), extractor, args.batch, args.allow_lossy, args.features, args.force, args.overrides
     )
     leave()
     if is_main():
         print(f"{args.out}: statistics of {meta['n']:,} images in {extractor.name}'s features, {meta['kept']:,} kept")
+        for note in read_as(meta["source"]):
+            print(note)
 
 
 def build_reference(
     images: str, out: Path, extractor: Extractor, batch: int = BATCH, allow_lossy: bool = False,
-    root: str | None = None, force: bool = False,
+    root: str | None = None, force: bool = False, overrides: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Write the statistics of all images, and the pool of up to 10,000, as an npz; returns its meta.
 
     Arrays: mu, sigma (and mu_s, sigma_s) float64, unbiased, under the names that ADM's evaluator reads; pool (M, D)
-    fp32 of images floor(i n / M); meta, a JSON string. images: a folder or npz of images, or a folder of features.
-    root: the folder that features go below, see `default_folder`.
+    fp32 of images floor(i n / M); meta, a JSON string. images: a folder or npz of images, a recipe for what it trains
+    on, with `overrides` laid over it, or a folder of features. root: the folder that features go below, see
+    `default_folder`.
     force: what is at `out` is set aside.
     Every process of a distributed launch calls this; the first writes. Raises InputError.
     """
     check_out(out, force=force)
     path = Path(images)
+    check_overrides(path, overrides)
     if is_features(path):
         features = Features(path, verify=True)
         extractor.check_same(str(path), features.info["extractor"])
     else:
-        folder = default_folder(path, extractor, root)
-        features = features_of(path, extractor, batch=batch, out=folder, allow_lossy=allow_lossy)
+        source = open_source(path, allow_lossy, overrides)
+        features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
     if "pool" not in features.streams:
         raise InputError(f"extractor {extractor.name} gives {sorted(features.streams)}; a reference needs 'pool'")
     rows = spread(features.n)
@@ -428,7 +443,7 @@ def build_reference(
 
 
 def read_moments(path: Path, extractor: Extractor) -> Moments | None:
-    """The pool's moments of an npz, checked as `read_reference` does, without a look at images; None where it has none.
+    """The pool's moments of an npz, checked as `read_reference` does, without a look at images; None of all else.
 
     It works in one process alone, as a trainer needs it. Raises InputError.
     """

@@ -18,9 +18,11 @@ from eval.extract import (
     BATCH,
     add_extractor_arguments,
     add_features_argument,
+    add_overrides,
     check_root,
     default_folder,
     features_of,
+    read_as,
 )
 from eval.extractor import Extractor, default_device, kind_of, load_extractor
 from eval.features import Features, is_features
@@ -64,9 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("samples", metavar="SRC", help="folder of samples, npz with arr_0, or folder of their features")
     parser.add_argument(
         "--ref", required=True,
-        help="npz with mu and sigma (ADM's, or of build-ref), npz or folder of images, folder of features, or digits "
-        "for the real ones in their own classifier's features; --extractor is by default the one that it records",
+        help="npz with mu and sigma (ADM's, or of build-ref), npz or folder of images, a recipe (.yaml) for what it "
+        "trains on, folder of features, or digits for the real ones in their own classifier's features; --extractor is "
+        "by default the one that it records",
     )  # fmt: skip
+    add_overrides(parser)
     parser.add_argument(
         "--metrics", metavar="LIST",
         help=f"of {', '.join(STREAMS)}, parted by commas; default: all that extractor and reference allow, but fdd",
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     check_out(out, force=args.force, ours=RESULT)
     scored = score(
         args.samples, args.ref, args.metrics, args.extractor, args.weights, args.dinov2, args.device, args.batch,
-        args.allow_lossy, args.features,
+        args.allow_lossy, args.features, args.overrides,
     )  # fmt: skip
     if scored is None:
         return
@@ -127,13 +131,14 @@ class _Pass:
 def score(
     samples: str, ref: str, metrics: str | None = None, extractor: str | None = None, weights: str | None = None,
     dinov2: str | None = None, device: str | None = None, batch: int = BATCH, allow_lossy: bool = False,
-    root: str | None = None,
+    root: str | None = None, overrides: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]] | None:  # fmt: skip
     """The result of scoring, as metrics.json holds it, and what else is to be said: why metrics that nobody asked for
     are not in it, and whether samples and reference are the same.
 
-    The arguments are those of the command; root: --features. Every process of a distributed launch calls this; the
-    first has the result, the others None. Raises InputError for what cannot be scored.
+    The arguments are those of the command; root: --features; overrides: laid over the recipe that `ref` names. Every
+    process of a distributed launch calls this; the first has the result, the others None. Raises InputError for what
+    cannot be scored.
     """
     names = [each.strip() for each in metrics.split(",")] if metrics is not None else []
     asked = list(dict.fromkeys(PARTS.get(each, each) for each in names))
@@ -143,7 +148,7 @@ def score(
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
     vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
     if extractor is None and isinstance(source, Source):
-        extractor = reference_spec(ref)
+        extractor = reference_spec(ref, overrides)
         if asked == ["fdd"] and (dinov2 or extractor == "inception"):
             extractor = vit
     elif extractor is not None:
@@ -158,7 +163,7 @@ def score(
         raise InputError(f"--dinov2 {dinov2}: nothing asks for it; add fdd to --metrics, or leave it out")
     passes, notes = [], []
     for by, chosen in wanted:
-        one, left_out = _prepare(samples, source, ref, by, chosen, batch, allow_lossy, root)
+        one, left_out = _prepare(samples, source, ref, by, chosen, batch, allow_lossy, root, overrides)
         passes.append(one)
         notes += [f"left out: {reason.partition(';')[0]}" for reason in left_out]
 
@@ -184,6 +189,8 @@ def score(
     for name, each in estimates.items():
         if not all(math.isfinite(value) for value in each.values() if isinstance(value, float)):
             raise InputError(f"{name} is not finite: the features are too large to compute with; check the extractor")
+    for what, read in (("samples", about), ("reference", main.reference.source or {})):
+        notes += [f"{what}: {note}" for note in read_as(read)]
     if main.reference.is_of(about["pixels_sha256"]):
         notes.append("warning: samples and reference are the same images; such scores say nothing of a model")
     return {
@@ -241,7 +248,7 @@ def _main_extractor(source, ref: str, spec: str | None, weights: str | None, dev
 
 def _prepare(
     samples: str, source: Source | Features, ref: str, extractor: Extractor, asked: list[str], batch: int,
-    allow_lossy: bool, root: str | None,
+    allow_lossy: bool, root: str | None, overrides: Sequence[str],
 ) -> tuple[_Pass, list[str]]:  # fmt: skip
     """A pass, and why what was not asked for by name is left out. The reference is read first: it may not do."""
     offered = OFFERED[kind_of(extractor.protocol)]
@@ -250,7 +257,7 @@ def _prepare(
             same = next(each for each in offered if each in FRECHET)
             hint = f"; its Fréchet distance is {same}" * (metric in FRECHET)
             raise InputError(f"metric {metric!r} is none of extractor {extractor.name}{hint}; choose from {offered}")
-    reference = read_reference(ref, extractor, batch, allow_lossy, source.image_shape, root)
+    reference = read_reference(ref, extractor, batch, allow_lossy, source.image_shape, root, overrides)
     metrics, left_out = [], []
     for metric in asked or offered:
         try:
@@ -269,7 +276,7 @@ def _prepare(
         )
     features = source
     if isinstance(source, Source):
-        features = features_of(source, extractor, batch=batch, out=default_folder(Path(samples), extractor, root))
+        features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
     return _Pass(extractor, features, reference, metrics), left_out
 
 
@@ -393,7 +400,7 @@ class TrainingScorer:
         path = Path(ref)
         if ref == "digits" or is_features(path):
             return read_reference(ref, self._extractor).need("pool", self._name)
-        found = read_moments(path, self._extractor) if path.is_file() else None
+        found = read_moments(path, self._extractor)
         if found is not None:
             return found
         held = _held(open_source(path), self._extractor)

@@ -1,10 +1,11 @@
-"""Images to be scored, from wherever they lie, never all in memory: npz files, folders, arrays."""
+"""Images to be scored, from wherever they lie, never all in memory: npz files, folders, recipes, arrays."""
 
+import dataclasses
 import hashlib
+import json
 import math
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -13,35 +14,41 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from eval.npz import UNREADABLE, Array, arrays_of, fill, read_header
 from sit_atconv.claims import SETTINGS
-from sit_atconv.config import Loading
-from sit_atconv.data.images import DAMAGED, MOST_BYTES, image_files, open_image
+from sit_atconv.config import Data, Loading, load_recipe
+from sit_atconv.data import describe_images, open_dataset
+from sit_atconv.data.arrays import CHUNK, PixelArray, check_kind
+from sit_atconv.data.images import IMG_EXTENSIONS, Reader, image_files, is_image, read_image
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.reading import POSITIVE, SHAPE, Malformed, read_bytes, read_json
+from sit_atconv.images import to_uint8
+from sit_atconv.reading import POSITIVE, SHAPE, Malformed, read_json
 
-LOSSLESS, LOSSY = ("PNG", "BMP"), ("JPEG", "WEBP")
-SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".webp")
 MANIFEST, SAMPLES = "manifest.json", "samples.npz"
-CHUNK = 1 << 22  # bytes that are hashed at once
 MOST_BATCH = 1 << 32  # bytes of a batch
-WANTED = "give an npz with arr_0, uint8 (N, H, W, C) with 1 or 3 channels"
 
 
 class Source:
     """n images of one size, uint8, by index, with what is known of them.
 
     n: at least 2. image_shape: (C, H, W), C 1 or 3. labels: class ids, int64 (n,), or None. manifest: of the samples
-    command, or None. lossy: whether images that lost something (JPEG, WebP) were let in.
+    command, or None. place: a path that is of these images alone, None of those in memory.
+    lossy: whether images that lost something (JPEG, WebP) were read. background: the colour that transparent ones were
+    composited on, None where none was read. data: of a recipe, which images there are.
     A subclass has `_read`. One thread at a time may read.
     """
 
     lossy = False
+    background: str | None = None
+    data: dict[str, Any] | None = None
 
-    def __init__(self, name: str, n: int, image_shape: Sequence[int], labels=None, manifest: Path | None = None):
-        self.name, self.n, self.image_shape = name, n, tuple(image_shape)
+    def __init__(
+        self, name: str, n: int, image_shape: Sequence[int], labels=None, manifest: Path | None = None,
+        place: Path | None = None,
+    ):  # fmt: skip
+        self.name, self.n, self.image_shape, self.place = name, n, tuple(image_shape), place
         self.manifest = None if manifest is None else _read_manifest(manifest)
         self.manifest_sha256 = None if manifest is None else sha256(manifest)
         if n < 2:
@@ -67,6 +74,12 @@ class Source:
         if not np.array_equal(labels, np.asarray(stated)):
             raise InputError(f"{self.name}: arr_1 and the manifest's labels differ; make the samples again")
         return labels
+
+    def _note(self, reader: Reader) -> None:
+        """Keep what a reader has met."""
+        self.lossy |= reader.lossy is not None
+        if reader.transparent:
+            self.background = reader.background
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Images start to stop - 1, (stop - start, H, W, C), in memory that is the caller's."""
@@ -109,9 +122,12 @@ class Source:
         return class_histogram(self.labels)
 
     def describe(self) -> dict[str, Any]:
-        """What a result records: name, digest of the pixels, labels' digest, and the manifest but for its labels."""
+        """What a result records: name, digest of the pixels, labels' digest, and the manifest but for its labels.
+
+        Also `background` and `data`, where there is something to say.
+        """
         manifest = self.manifest and {key: value for key, value in self.manifest.items() if key != "labels"}
-        return {
+        about = {
             "path": self.name,
             "pixels_sha256": self.digest(),
             "labels_sha256": None if self.labels is None else hashlib.sha256(self.labels.tobytes()).hexdigest(),
@@ -119,6 +135,8 @@ class Source:
             "manifest": manifest,
             "manifest_sha256": self.manifest_sha256,
         }
+        read_as = {"background": self.background, "data": self.data}
+        return about | {key: value for key, value in read_as.items() if value is not None}
 
 
 def class_histogram(labels: np.ndarray | None) -> dict[str, int] | None:
@@ -128,16 +146,20 @@ def class_histogram(labels: np.ndarray | None) -> dict[str, int] | None:
     return {str(label): int(count) for label, count in zip(*np.unique(labels, return_counts=True), strict=True)}
 
 
-def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
-    """The images at `path`: an npz, or a folder.
+def open_source(path: str | Path, allow_lossy: bool = False, overrides: Sequence[str] = ()) -> Source:
+    """The images at `path`: an npz, a folder, or what a recipe trains on.
 
     npz: `arr_0`, uint8 (N, H, W, C), stored or compressed, and perhaps labels `arr_1`, integers (N,).
     Folder with manifest.json: its samples.npz, or one image file per index, which is the number in the file's name.
     Any other folder: its image files, subfolders too, in the order of their paths.
-    allow_lossy: let JPEG and WebP in.
+    Recipe (.yaml): its training images, at its size, none mirrored. overrides: key=value, laid over it.
+    allow_lossy: let JPEG and WebP in, which a recipe's images may be anyway.
     Raises InputError for anything else, and for images that break a rule of `Source`.
     """
     path = Path(path)
+    check_overrides(path, overrides)
+    if is_recipe(path):
+        return _Recipe(path, overrides)
     if path.is_file():
         beside = path.with_name(MANIFEST)
         return _Npz(path, beside if path.name == SAMPLES and beside.is_file() else None)
@@ -152,8 +174,24 @@ def open_source(path: str | Path, allow_lossy: bool = False) -> Source:
     if (path / SAMPLES).is_file():
         if manifest is None:
             raise InputError(f"images {str(path)!r}: {SAMPLES} without {MANIFEST} is unfinished; finish it, or give it")
-        return _Npz(path / SAMPLES, manifest)
+        return _Npz(path / SAMPLES, manifest, path)
     return _Folder(path, manifest, allow_lossy)
+
+
+def is_recipe(path: str | Path) -> bool:
+    """Whether a path is that of a recipe, by its name."""
+    return str(path).endswith((".yaml", ".yml")) and not Path(path).is_dir()
+
+
+def check_overrides(path: str | Path, overrides: Sequence[str]) -> None:
+    """Raise InputError for overrides of what is no recipe."""
+    if overrides and not is_recipe(path):
+        raise InputError(f"{overrides[0]}: {str(path)!r} is no recipe (.yaml), and has no keys; leave it out")
+
+
+def recipe_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
+    """The section `data` of a recipe. Raises InputError for one that cannot be read."""
+    return load_recipe(path, ["run.out=unused", *overrides]).data
 
 
 def begun_as(path: Path) -> dict[str, Any]:
@@ -191,78 +229,48 @@ class _Arrays(Source):
 
 
 class _Npz(Source):
-    """arr_0 of an npz: what is stored is read at its place in the file, what is compressed is streamed."""
-
-    def __init__(self, path: Path, manifest: Path | None):
-        name = f"images {str(path)!r}"
-        self._path = path
-        try:
-            arrays = arrays_of(path, ("arr_0", "arr_1"))
-            pixels, labels = arrays["arr_0"], arrays.get("arr_1")
-            shape, dtype, fortran = pixels.shape, pixels.dtype, pixels.fortran
-            if labels is not None:
-                _check_kind(name, labels, shape[0] if shape else 0)
-                labels = labels.read()
-        except InputError:
-            raise
-        except UNREADABLE as error:
-            raise InputError(f"{name} cannot be read: {_said(error)}; {WANTED}") from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
-            raise InputError(f"{name}: arr_0 is {dtype} {shape}{', in Fortran order' * fortran}; {WANTED}")
-        self._member, self._offset, self._header = pixels.entry, pixels.place, pixels.start
-        self._row, n = math.prod(shape[1:]), shape[0]
-        if not pixels.whole:
-            raise InputError(f"{name} is truncated: arr_0 holds fewer bytes than {shape} needs; make it again")
-        self._stream, self._next = None, 0  # of compressed pixels, and the image that it stands at
-        super().__init__(name, n, (shape[3], *shape[1:3]), labels, manifest)
+    def __init__(self, path: Path, manifest: Path | None, place: Path | None = None):
+        self._pixels = PixelArray(path, f"images {str(path)!r}")
+        n, height, width, channels = self._pixels.shape
+        super().__init__(
+            self._pixels.name, n, (channels, height, width), self._pixels.labels, manifest, place or path
+        )  # fmt: skip
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        channels, *size = self.image_shape
-        images = np.empty((stop - start, *size, channels), np.uint8)
-        try:
-            if self._offset is not None:  # read, not mapped: a file that shrinks is an error then, not a fatal signal
-                with open(self._path, "rb", buffering=0) as file:
-                    file.seek(self._offset + start * self._row)
-                    fill(file, images)
-            else:
-                if self._stream is None or self._next > start:
-                    self._open()
-                self._stream.seek((start - self._next) * self._row, os.SEEK_CUR)  # reads what it passes over
-                fill(self._stream, images)
-                self._next = stop
-        except UNREADABLE as error:
-            raise self._damaged(error) from None
-        return images
-
-    def _open(self) -> None:
-        self.close()
-        archive = zipfile.ZipFile(self._path)  # stays open as long as the member does
-        self._stream, self._next = archive.open(self._member), 0
-        archive.close()
-        read_header(self._stream)
-
-    def close(self) -> None:
-        """Close the file, which the next read opens again."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        return self._pixels.read(start, stop)
 
     def _content(self) -> Iterator[bytes]:
-        """As zipfile reads it, which compares the member's CRC."""
-        try:
-            with zipfile.ZipFile(self._path) as archive, archive.open(self._member) as file:
-                file.read(self._header)
-                while chunk := file.read(CHUNK):
-                    yield chunk
-        except UNREADABLE as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> InputError:
-        return InputError(f"{self.name} is truncated or damaged: {_said(error)}; make it again", every_rank=True)
+        return self._pixels.content()
 
 
-def _said(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+class _Recipe(Source):
+    """The training images of a recipe, read by threads a batch at a time."""
+
+    def __init__(self, path: Path, overrides: Sequence[str]):
+        data = recipe_data(path, overrides)
+        if data.streaming:
+            raise InputError("data.streaming=true: scores need to reach every image; leave it out")
+        if data.kind == "latents":
+            cache = open_dataset(dataclasses.replace(data, verify=False))
+            data, self._dataset = cache.images_data, cache.images()
+        else:
+            self._dataset = open_dataset(data)
+        if len(bad := np.flatnonzero(self._dataset.labels < 0)):
+            self._dataset[bad[0], False]  # raises: it cannot be read
+        self.data = describe_images(data)
+        shape = (self._dataset.channels, self._dataset.image_size, self._dataset.image_size)
+        which = hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
+        super().__init__(
+            f"images of {str(path)!r}", len(self._dataset), shape, self._dataset.labels, None,
+            path.with_name(f"{path.stem}-{which[:8]}"),
+        )  # fmt: skip
+        self._threads = _threads()
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        images = torch.stack([*self._threads.map(lambda index: self._dataset[index, False][0], range(start, stop))])
+        if (reader := getattr(self._dataset, "reader", None)) is not None:  # else there are no files
+            self._note(reader)
+        return to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 class _Folder(Source):
@@ -271,45 +279,50 @@ class _Folder(Source):
     def __init__(self, path: Path, manifest: Path | None, allow_lossy: bool):
         name = f"images {str(path)!r}"
         try:
-            if manifest:
-                found = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
-            else:
-                found = map(Path, image_files(path))
-            files = sorted(found)
+            found = (file for file in path.iterdir() if is_image(file.name)) if manifest else image_files(path)
+            files = sorted(map(Path, found))
         except OSError as error:
             raise InputError(f"{name} cannot be read: {error}; make all of it readable") from None
         if not files:
-            raise InputError(f"{name}: the folder holds no images ({', '.join(SUFFIXES)})")
-        for file in files:
-            if file.suffix.lower() not in SUFFIXES:
-                raise InputError(
-                    f"image {str(file)!r}: {', '.join(SUFFIXES)} are scored, and no image is left out; convert it, or "
-                    "take it away"
-                )
-        self._allow_lossy = allow_lossy
+            raise InputError(f"{name}: the folder holds no images ({', '.join(IMG_EXTENSIONS)})")
+        self._allow_lossy, self._threads = allow_lossy, _threads()
         self._files = _by_index(name, files, _read_manifest(manifest)["num"]) if manifest else files
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "images")
-        height, width, *channels = _decode(self._files[0], self._allow_lossy)[0].shape
-        super().__init__(name, len(files), (*channels, height, width), None, manifest)
+        self._first = first = self._decode(self._files[0])
+        shape = (len(first.getbands()), first.height, first.width)
+        super().__init__(name, len(files), shape, None, manifest, path)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         channels, height, width = self.image_shape
         images = np.empty((stop - start, height, width, channels), np.uint8)
-        decoded = self._pool.map(lambda file: _decode(file, self._allow_lossy), self._files[start:stop])
-        for file, row, (image, lossy) in zip(self._files[start:stop], images, decoded, strict=True):
-            if image.shape != row.shape:
+        files = self._files[start:stop]
+        for file, row, image in zip(files, images, self._threads.map(self._decode, files), strict=True):
+            if (image.size, image.mode) != (self._first.size, self._first.mode):
                 raise InputError(
-                    f"image {str(file)!r} is {_size(image)}, {self._files[0].name} is {_size(row)}; "
+                    f"image {str(file)!r} is {_form(image)}, {self._files[0].name} is {_form(self._first)}; "
                     "give images of one size and mode",
                     every_rank=True,
                 )
-            row[:] = image
-            self.lossy |= lossy
+            row[:] = np.asarray(image).reshape(row.shape)
         return images
 
+    def _decode(self, file: Path) -> Image.Image:
+        reader = Reader(channels=None)  # of its own, which tells of this image alone
+        image = reader(read_image(str(file)), str(file))
+        if reader.lossy and not self._allow_lossy:
+            raise InputError(
+                f"image {str(file)!r} is {reader.lossy}, which moves the scores; give PNGs, or --allow-lossy",
+                every_rank=True,
+            )
+        self._note(reader)
+        return image
 
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]} x {image.shape[0]} {'RGB' if image.shape[2] == 3 else 'grey'}"
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "images")
+
+
+def _form(image: Image.Image) -> str:
+    return f"{image.width} x {image.height} {'RGB' if image.mode == 'RGB' else 'grey'}"
 
 
 def _by_index(name: str, files: list[Path], num: int) -> list[Path]:
@@ -330,31 +343,6 @@ def _by_index(name: str, files: list[Path], num: int) -> list[Path]:
     return [by_index[index] for index in range(num)]
 
 
-def _decode(file: Path, allow_lossy: bool) -> tuple[np.ndarray, bool]:
-    """Pixels (H, W, 1 or 3) of an 8-bit grey or RGB image, and whether its format loses something."""
-    wanted = "give 8-bit grey or RGB images without alpha"
-    try:
-        content = read_bytes(file, MOST_BYTES)
-        with open_image(content, formats=(*LOSSLESS, *LOSSY)) as image:
-            lossy, mode = image.format not in LOSSLESS, image.mode
-            deep = image.format == "PNG" and content[24] == 16  # bits, of which Pillow drops half for RGB, and says 8
-            clear = "transparency" in image.info
-            if mode in ("L", "RGB") and not deep and not clear and (allow_lossy or not lossy):
-                pixels = np.asarray(image)
-                return (pixels[:, :, None] if mode == "L" else pixels), lossy
-    except DAMAGED as error:
-        raise InputError(
-            f"image {str(file)!r} does not decode ({_said(error)}); repair or remove it", every_rank=True
-        ) from None
-    if lossy and not allow_lossy:
-        raise InputError(
-            f"image {str(file)!r} is {image.format}, which moves the scores; give PNGs, or --allow-lossy",
-            every_rank=True,
-        )
-    what = "16-bit" if deep or mode.startswith("I") else "transparent" if clear else f"of mode {mode}"
-    raise InputError(f"image {str(file)!r} is {what}; {wanted}", every_rank=True)
-
-
 MANIFEST_FORM = {"num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE, None), "labels_rule?": (str, None)}
 
 
@@ -367,21 +355,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _check_kind(name: str, array: np.ndarray | Array, n: int) -> None:
-    """Raise InputError unless it is integers (n,)."""
-    if array.dtype.kind not in "iu":
-        raise InputError(f"{name}: labels must be integers, not {array.dtype}; give one class id per image")
-    if array.shape != (n,):
-        raise InputError(f"{name}: {n} images but labels of shape {array.shape}; give one class id per image")
-
-
 def _check_labels(name: str, labels, n: int) -> np.ndarray:
     """int64 (n,), not negative."""
     try:
         array = np.asarray(labels)
     except ValueError:
         array = np.empty(0, object)
-    _check_kind(name, array, n)
+    check_kind(name, array, n)
     if array.min() < 0:
         raise InputError(f"{name}: label {array.min()} is below 0; give class ids")
     if array.max() > np.iinfo(np.int64).max:

@@ -27,8 +27,7 @@ from eval.digits import PROTOCOL as DIGITS_PROTOCOL
 from eval.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
 from eval.features import INDEX, is_features
 from eval.manifold import NEAREST
-from eval.npz import UNREADABLE, arrays_of
-from eval.refs import recorded_extractor
+from eval.refs import recorded_extractor, reference_spec
 from eval.result import sound
 from eval.score import OFFERED, RESULT
 from eval.sources import from_arrays, open_source
@@ -40,6 +39,7 @@ from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
 from sit_atconv.comparison import differences
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.npz import UNREADABLE, arrays_of
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import sha256, write_out
 from sit_atconv.generation import Sampling
@@ -250,9 +250,9 @@ def is_scored(samples: Path, table: Table) -> bool:
 
 
 def kind_of_reference(ref: str) -> str:
-    """The kind of extractor that scores against a reference: the recorded one's, else Inception."""
+    """The kind of extractor that scores against a reference, see `eval.refs.reference_spec`."""
     found = recorded_extractor(ref)
-    return "digits" if ref == "digits" else kind_of(found[0]["protocol"]) if found else "inception"
+    return kind_of(found[0]["protocol"]) if found else reference_spec(ref)
 
 
 def wanted_extractors(table: Table) -> list[tuple[str, str | None]]:

@@ -68,7 +68,7 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
     if split == "test":
         if data.kind != "digits":
             raise InputError(f"--split test: data.kind={data.kind} holds no images back; use --split train")
-        return Digits("test"), LEVELS["digits"]
+        return Digits("test", data.channels), LEVELS["digits"]
     dataset = open_dataset(data)
     if trained.stated("data") != {"num_images": len(dataset), "classes": list(dataset.class_names)}:
         raise InputError(f"data.root={data.root!r}: the images are not those that the model was trained on")

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from sit_atconv import SiTTransformer2DModel, config, data
+from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import When, differences, load_recipe, make_recipe, setting, settle, to_dict
 from sit_atconv.errors import InputError
 from sit_atconv.generation import Sampling
@@ -292,3 +293,51 @@ def test_a_stored_null_means_what_it_meant_whatever_the_defaults_become():
     assert make_recipe({"kind": "other"}, Later, stored=True) == Later("other", None, None)
     with pytest.raises(InputError, match=r"^later\.decay=0\.5 goes with later\.kind=constant; leave it out, or state"):
         make_recipe({"kind": "other", "decay": 0.5}, Later, stored=True)
+
+
+FILES = {"kind": "zip", "root": "a.zip", "image_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({**FILES, "channels": 2}, "data.channels=2: choose from [1, 3]"),
+        ({**FILES, "channels": 4}, "data.channels=4: must be at least 1 and at most 3"),
+        ({**FILES, "background": "whtie"}, "data.background='whtie' is no opaque colour; give a name, or #rrggbb"),
+        ({**FILES, "background": "#ffffff80"}, "is no opaque colour"),
+        ({**FILES, "background": ""}, "is no opaque colour"),
+        ({"background": "black"}, "data.kind=digits has no transparency; leave it out, or state data.background=white"),
+        ({**FILES, "kind": "npz", "background": "black"}, "data.kind=npz has no transparency"),
+    ],
+)
+@pytest.mark.parametrize("schema", [config.Recipe, ClassifierRecipe])
+def test_channels_and_backgrounds_that_there_are_not_are_refused(schema, data, says):
+    if schema is ClassifierRecipe and "root" in data:
+        data = {key: value for key, value in {**data, "val_root": data["root"]}.items() if key != "image_size"}
+    with pytest.raises(InputError) as error:
+        make_recipe({**MINIMAL, "data": data}, schema)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("background", ["white", "#123", "rgb(1, 2, 3)", None])
+def test_a_background_is_a_colour_or_none(background):
+    assert make_recipe({**MINIMAL, "data": {**FILES, "background": background}}).data.background == background
+
+
+def test_runs_of_before_there_was_a_background_go_on_as_they_began_or_with_one():
+    def stored(**data) -> dict:
+        return to_dict(make_recipe({**MINIMAL, "data": {**FILES, **data}}))
+
+    before = stored()
+    del before["data"]["background"], before["data"]["channels"]
+    assert make_recipe(before, stored=True).data.background is None  # transparency was left out
+    assert make_recipe(before).data.background == "white"
+    for background in (None, "white", "black"):
+        assert differences(before, stored(background=background)) == []
+    assert differences(stored(), stored(background=None)) == ['data.background: "white" -> null']
+    assert differences(stored(background=None), stored()) == ['data.background: null -> "white"']
+    assert differences(before, stored(channels=1)) == ["data.channels: null -> 1"]
+    run = to_dict(make_recipe(MINIMAL, ClassifierRecipe))
+    assert "background" in run["data"]
+    before = {**run, "data": {key: value for key, value in run["data"].items() if key != "background"}}
+    assert differences(before, run, ClassifierRecipe) == []

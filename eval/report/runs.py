@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.result import sound
-from eval.sources import MANIFEST, SAMPLES, SUFFIXES, Source, open_source
+from eval.sources import MANIFEST, SAMPLES, Source, open_source
 from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.comparison import flat
+from sit_atconv.data.images import is_image
 from sit_atconv.errors import MOST, InputError
 from sit_atconv.files import by_step, sha256, step_in
 from sit_atconv.reading import Malformed, fault_of, read_json, read_rows, read_yaml
@@ -86,7 +87,7 @@ def number(value: Any) -> float | None:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(path.name == SAMPLES or path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    return any(path.name == SAMPLES or is_image(path.name) for path in folder.iterdir())
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:

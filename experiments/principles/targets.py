@@ -170,7 +170,7 @@ def _show_sit(target: Target, data: str | None, num: int, seed: int, vae: str | 
     if data is None or (data != "digits" and not Path(data).is_dir()):
         recipe = _recipe_of(target, data, config.Recipe)
         recipe.latents.vae = vae or recipe.latents.vae
-        dataset = Digits("test") if recipe.data.kind == "digits" else open_dataset(recipe.data)
+        dataset = Digits("test", recipe.data.channels) if recipe.data.kind == "digits" else open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)
         if target.facts["codec"]["codec"] != "open":
             check_same_codec(target.facts["codec"], codec.describe())
@@ -201,7 +201,8 @@ def _show_classifier(target: Target, data: str | None, num: int, seed: int) -> t
         dataset = open_dataset(config.Data(kind="imagefolder", root=data, image_size=1))  # pictures are whole
     else:
         recipe = _recipe_of(target, data, ClassifierRecipe)
-        dataset = Digits("test") if recipe.data.kind == "digits" else open_dataset(recipe.data.open_as()[1])
+        digits = recipe.data.kind == "digits"
+        dataset = Digits("test", recipe.data.channels) if digits else open_dataset(recipe.data.open_as()[1])
     settings = timm.data.resolve_model_data_config(target.model)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
     pictures = [dataset.picture(index)[0].convert(mode) for index in _choose(dataset, num, seed)]

@@ -22,7 +22,7 @@ from sit_atconv.config import (
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.limits import Range, number, ranged
 
-DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf")
+DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASING_MODES = ("const", "rand", "pixel")
 PROBABILITY = number(0, 1, "it is a probability")
@@ -41,7 +41,7 @@ class Data(Loading):
     """The images: those to learn from, and those held out."""
 
     kind: str = "digits"
-    # all kinds but digits: folder, zip file, LMDB, or hub id of the training images
+    # all kinds but digits: folder, zip file, LMDB, hub id, or npz of the training images
     root: str | None = field(default=None, metadata=MUTABLE)
     # the same of the held-out images; hf: left out, root
     val_root: str | None = field(default=None, metadata=MUTABLE)
@@ -55,6 +55,7 @@ class Data(Loading):
     repeats: int = ranged(1, Range(1, 1_000, "an epoch shows as many times fewer images"))
 
     def __post_init__(self):
+        super().__post_init__()
         expand_home(self, "root", "val_root")
         check_choice("data.kind", self.kind, DATA_KINDS)
         for name in ("root", "val_root"):
@@ -77,6 +78,7 @@ class Data(Loading):
             config.Data(
                 kind=self.kind, root=root, image_size=1, split=split, subset=self.subset, revision=self.revision,
                 image_key=self.image_key, label_key=self.label_key, max_pixels=self.max_pixels,
+                channels=self.channels, background=self.background,
             )
             for root, split in ((self.root, self.split), (self.val_root or self.root, self.val_split))
         )  # fmt: skip

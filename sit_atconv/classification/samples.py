@@ -29,7 +29,7 @@ def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
     Raises InputError when they are not there, or not of the same classes.
     """
     if data.kind == "digits":
-        return Digits("train"), Digits("test")
+        return Digits("train", data.channels), Digits("test", data.channels)
     learnt_from, shown = data.open_as()
     train = open_dataset(learnt_from)
     try:

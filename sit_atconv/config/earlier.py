@@ -14,6 +14,20 @@ MEANT = {
     "erasing_mode": "pixel", "mix_prob": 1.0, "switch_prob": 0.5, "warmup_lr": 1e-6,
 }  # fmt: skip
 
+# What a key means where it is not there, by its name, since that version did not have it yet.
+LEFT_OUT = {"background": None}
+
+
+def left_out(schema: type) -> dict[str, Any]:
+    """The keys of LEFT_OUT that a schema has, in its sections, with what they mean where they are not there."""
+    found = {}
+    for entry in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(entry.type):
+            found |= {entry.name: inner} if (inner := left_out(entry.type)) else {}
+        elif entry.name in LEFT_OUT:
+            found[entry.name] = LEFT_OUT[entry.name]
+    return found
+
 
 def meant(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What the nulls among a stored recipe's values, or those of a section, stand for: those that act alone."""

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
-from sit_atconv.config.earlier import meant
+from sit_atconv.config.earlier import left_out, meant
 from sit_atconv.config.fields import WHEN
 from sit_atconv.config.schema import Recipe
 from sit_atconv.errors import MOST, InputError, check_choice
@@ -119,7 +119,8 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
     """A validated recipe from nested dictionaries. Raises InputError for unknown keys, wrong types, wrong values.
 
     What a null stands for takes its place, see `fields.settle`. stored: it was accepted by an earlier version, whose
-    ranges may have been wider, see `limits.check`, and whose nulls mean what they meant, see `earlier.MEANT`.
+    ranges may have been wider, see `limits.check`, whose nulls mean what they meant, and which may have lacked keys,
+    see `earlier`.
     """
     try:
         check_literal(stated)  # before OmegaConf looks into a text
@@ -137,7 +138,8 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
             )
     try:
         # OmegaConf takes the defaults of a section from one that it makes, in which nulls are filled already.
-        merged = OmegaConf.merge(OmegaConf.structured(schema), _declared(schema), stated)
+        earlier = left_out(schema) if stored else {}
+        merged = OmegaConf.merge(OmegaConf.structured(schema), _declared(schema), earlier, stated)
         values = OmegaConf.to_container(merged)
         limits.check(schema, values, stored=stored)
         recipe = OmegaConf.to_object(OmegaConf.merge(merged, meant(schema, values)) if stored else merged)

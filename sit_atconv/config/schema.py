@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
+from PIL import ImageColor
 
 from sit_atconv import limits
 from sit_atconv.config.fields import MUTABLE, When, expand_home, idle, setting, settle
@@ -19,7 +20,7 @@ from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
 from sit_atconv.limits import Range, number, ranged
 
-DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "latents")
+DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
 DATA_SAMPLINGS = ("natural", "balanced")
 CODECS = ("identity", "vae")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -67,6 +68,27 @@ class Loading:
     max_bad_share: float = ranged(0.001, limits.SHARE, **MUTABLE)
     # of an image: a larger one counts as unreadable before it is decoded
     max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"), **MUTABLE)
+    # left out, 1 of digits, those of an npz, 3 of all others
+    channels: int | None = ranged(None, Range(1, 3, "grey has 1, RGB has 3"))
+    # the colour that transparent images are composited on, by name or #rrggbb; null: transparency is left out
+    background: str | None = "white"
+
+    def __post_init__(self):
+        if self.channels is not None:
+            check_choice("data.channels", self.channels, (1, 3))
+        if self.background is None:
+            return
+        try:
+            opaque = len(ImageColor.getrgb(self.background)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise InputError(f"data.background={self.background!r} is no opaque colour; give a name, or #rrggbb")
+        if self.kind in ("digits", "npz") and self.background != Loading.background:
+            raise InputError(
+                f"data.background={self.background}: data.kind={self.kind} has no transparency; "
+                f"{idle('data.background', Loading.background)}"
+            )
 
 
 @dataclass
@@ -74,7 +96,7 @@ class Data(Loading):
     """The training images."""
 
     kind: str = "digits"
-    # all kinds but digits: folder, zip file, LMDB, hub id, or cache of latents
+    # all kinds but digits: folder, zip file, LMDB, hub id, npz, or cache of latents
     root: str | None = field(default=None, metadata=MUTABLE)
     # pixels after the centre crop; digits and latents have their own
     image_size: int | None = ranged(None, limits.PIXELS)
@@ -95,6 +117,7 @@ class Data(Loading):
     verify: bool = setting(CACHED, idle=True, **MUTABLE)  # compare every shard with its SHA-256 at the start
 
     def __post_init__(self):
+        super().__post_init__()
         expand_home(self, "root", "source")
         check_choice("data.kind", self.kind, DATA_KINDS)
         check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from sit_atconv.data.images import MOST_BYTES, EncodedImages, Packed, Unreadable, check_classes, is_hidden, is_image
+from sit_atconv.data.images import (
+    MOST_BYTES,
+    EncodedImages,
+    Packed,
+    Reader,
+    Unreadable,
+    check_classes,
+    is_hidden,
+    is_image,
+)
 from sit_atconv.errors import InputError
 from sit_atconv.reading import opened
 
@@ -44,7 +53,7 @@ class Zip(EncodedImages):
     Raises InputError for a file that is no such archive, or that is encrypted or compressed in a rare way.
     """
 
-    def __init__(self, root: str, image_size: int):
+    def __init__(self, root: str, image_size: int, reader: Reader | None = None):
         where = f"data.root={root!r}"
         try:
             with opened(root) as file, zipfile.ZipFile(file) as archive:
@@ -71,7 +80,7 @@ class Zip(EncodedImages):
             if entry.flag_bits & 1 or entry.compress_type not in METHODS:
                 raise InputError(f"{where}: {entry.filename!r} is encrypted or compressed in a rare way; zip -0 anew")
         self.labels = np.unique([name for name, *_ in order], return_inverse=True)[1]
-        super().__init__(image_size, sorted(classes))
+        super().__init__(image_size, sorted(classes), reader)
         self.root = root
         self._names = Packed(entry.filename.encode() for entry in entries)
         self._places = np.array(
@@ -92,9 +101,10 @@ class Zip(EncodedImages):
         if max(compressed, size) > MOST_BYTES:
             raise Unreadable(f"image {self.name(index)!r} states more than {MOST_BYTES:,} bytes; make the archive anew")
         try:
-            if self._file is None:
-                self._file = open(self.root, "rb", buffering=0)  # noqa: SIM115 (stays open)
-            file = self._file.fileno()
+            held = self._file  # of this thread too, should another one open the file as well
+            if held is None:
+                held = self._file = open(self.root, "rb", buffering=0)  # noqa: SIM115 (stays open)
+            file = held.fileno()
             signature, *lengths = LOCAL_HEADER.unpack(os.pread(file, LOCAL_HEADER.size, offset))
             content = os.pread(file, compressed, offset + LOCAL_HEADER.size + sum(lengths))
             if method == zipfile.ZIP_DEFLATED:

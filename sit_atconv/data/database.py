@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from sit_atconv.console import progress
-from sit_atconv.data.images import MOST_BYTES, EncodedImages, Packed, Unreadable
+from sit_atconv.data.images import MOST_BYTES, MOST_CLASSES, EncodedImages, Packed, Reader, Unreadable
 from sit_atconv.data.plain_pickle import load_plain
 from sit_atconv.errors import InputError
 from sit_atconv.processes import is_main
 
 CLASSES = "classes.txt"
-MOST_CLASSES = 1 << 20
 _OPEN: dict[str, tuple[int, Any]] = {}  # by root: the process that opened it, and the LMDB
 
 
@@ -33,7 +32,7 @@ class Lmdb(EncodedImages):
     already is refused.
     """
 
-    def __init__(self, root: str, image_size: int):
+    def __init__(self, root: str, image_size: int, reader: Reader | None = None):
         try:
             import lmdb
         except ImportError:
@@ -62,7 +61,7 @@ class Lmdb(EncodedImages):
             class_names = [line.strip() for line in lines if line.strip()]
         else:
             class_names = [str(label) for label in range(self.labels.max() + 1)]
-        super().__init__(image_size, class_names)
+        super().__init__(image_size, class_names, reader)
         if not class_names:
             self.encoded(0)  # raises: none can be read
             raise InputError(f"{str(names)!r} is empty; write a class name a line, or remove it")

@@ -5,19 +5,20 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from sit_atconv.data.images import with_channels
+
 
 class Digits(Dataset):
     """The 1,797 handwritten digits of scikit-learn, 8 x 8, 17 grey levels: a fixed stratified 80/20 split.
 
-    split: "train" (1,437 images) or "test" (360).
+    split: "train" (1,437 images) or "test" (360). channels: 1 (None too), or 3 of the same.
     """
 
-    channels = 1
     image_size = 8
     moments = False
     class_names = tuple("0123456789")
 
-    def __init__(self, split: str = "train"):
+    def __init__(self, split: str = "train", channels: int | None = None):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -26,7 +27,9 @@ class Digits(Dataset):
             np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
         )
         chosen = np.sort({"train": train, "test": test}[split])
-        self.images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 8 - 1
+        self.channels = channels or 1
+        grey = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 8 - 1
+        self.images = grey.repeat(1, self.channels, 1, 1)
         self.labels = digits.target[chosen]
 
     def __len__(self) -> int:
@@ -37,5 +40,6 @@ class Digits(Dataset):
         return self.images[index].flip(2) if flip else self.images[index], int(self.labels[index])
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
-        """The digit as a grey image, and the label."""
-        return Image.fromarray(((self.images[index, 0] + 1) * 127.5).round().byte().numpy()), int(self.labels[index])
+        """The digit as an image, and the label."""
+        image = Image.fromarray(((self.images[index, 0] + 1) * 127.5).round().byte().numpy())
+        return with_channels(image, self.channels), int(self.labels[index])

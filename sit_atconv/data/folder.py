@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 
 from sit_atconv.data.images import (
-    MOST_BYTES,
     EncodedImages,
     Packed,
+    Reader,
     Unreadable,
     check_classes,
     image_files,
     is_hidden,
+    read_image,
 )
 from sit_atconv.errors import InputError
-from sit_atconv.reading import read_bytes
 
 
 class Folder(EncodedImages):
     """One folder per class, of images at any depth. Raises InputError for a missing or empty folder."""
 
-    def __init__(self, root: str, image_size: int):
+    def __init__(self, root: str, image_size: int, reader: Reader | None = None):
         where = f"data.root={root!r}"
         if not Path(root).is_dir():
             raise InputError(f"{where}: no such folder; give one with a subfolder of images per class")
@@ -33,7 +33,7 @@ class Folder(EncodedImages):
         except OSError as error:
             raise InputError(f"{where}: {error}") from None
         check_classes(where, classes, {name for name, files in zip(classes, found, strict=True) if files})
-        super().__init__(image_size, classes)
+        super().__init__(image_size, classes, reader)
         self.root = root
         self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
         paths = (os.path.join(*parts) for files in found for parts in files)
@@ -44,11 +44,10 @@ class Folder(EncodedImages):
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         try:
-            return read_bytes(self.name(index), MOST_BYTES), int(self.labels[index])
-        except (OSError, ValueError) as error:
+            return read_image(self.name(index)), int(self.labels[index])
+        except Unreadable:
             if not Path(self.root).is_dir():
                 raise InputError(
                     f"data.root={self.root!r} is no longer there; bring it back", every_rank=True
                 ) from None
-            reason = getattr(error, "strerror", None) or error
-            raise Unreadable(f"image {self.name(index)!r} cannot be read ({reason}); bring it back") from None
+            raise

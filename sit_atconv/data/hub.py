@@ -19,13 +19,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sit_atconv.config import Data, Loading
-from sit_atconv.data.images import MOST_BYTES, EncodedImages, Unreadable, check_label, check_labels, decode
+from sit_atconv.config import Data
+from sit_atconv.data.images import (
+    MOST_BYTES,
+    ONE_CLASS,
+    EncodedImages,
+    Reader,
+    Unreadable,
+    check_label,
+    check_labels,
+    decode,
+)
 from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json, spelt
 
-ONE_CLASS = ("all",)  # where there are no labels
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")  # of fsspec and `datasets`: files in a file
 CARDS = ("README.md", ".huggingface.yaml")  # what `datasets` reads of a folder before its files
 NAMING = ("data_files", "data_dir")  # the keys of a configuration there that name files
@@ -239,7 +247,7 @@ class HubImages(EncodedImages):
             )
         if names is None:
             names, stored = np.unique(stored, return_inverse=True)
-        super().__init__(data.image_size, map(str, names))
+        super().__init__(data.image_size, map(str, names), Reader.of(data))
         self.labels, self._files = stored.astype(np.int64), _Files.of(data.root)
         check_labels(f"data.root={data.root!r}, data.label_key={label_key!r}", self.labels, self.class_names)
         self._table, self._image_key = table, image_key
@@ -266,7 +274,7 @@ class HubStream(Dataset):
     An image has no index here: what is unreadable is counted by a digest of its content.
     """
 
-    channels, moments, in_order, max_pixels = 3, False, True, Loading.max_pixels
+    moments, in_order = False, True
 
     def __init__(
         self,
@@ -279,6 +287,8 @@ class HubStream(Dataset):
         seed: int = 0,
     ):
         self.image_size, self.class_names = data.image_size, tuple(map(spelt, names))
+        self.reader = Reader.of(data)
+        self.channels = self.reader.channels
         self.seed, self.buffer = seed, data.shuffle_buffer
         self._table, self._keys, self._num_images, self._root = table, (image_key, label_key), num_images, data.root
         self._files = _Files.of(data.root)
@@ -300,7 +310,7 @@ class HubStream(Dataset):
         name = f"{self._root}[epoch {position // len(self)}, place {position % len(self)}]"
         try:
             check_label(label, self.class_names, name)
-            return decode(_file(value, name, self._files), self.image_size, flip, name, self.max_pixels), label
+            return decode(_file(value, name, self._files), self.image_size, flip, name, self.reader), label
         except Unreadable as error:
             error.image = _digest(value)
             raise

@@ -1,9 +1,11 @@
-"""From an image file to the tensor that a codec takes: RGB, ADM's centre crop, [-1, 1]. What all file formats share."""
+"""From an image file to pixels, and to the tensor that a codec takes: ADM's centre crop, [-1, 1]. What all kinds of
+datasets share."""
 
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sit_atconv.config import Loading
 from sit_atconv.errors import InputError
-from sit_atconv.reading import spelt
+from sit_atconv.reading import read_bytes, spelt
 
 # What Pillow raises over bytes of any kind.
 DAMAGED = (
@@ -25,7 +27,11 @@ DAMAGED = (
 )  # fmt: skip
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # of the others Pillow hands some to other programs
 MOST_BYTES = 1 << 28  # of an image file
+LOSSLESS, LOSSY_TIFF = ("PNG", "BMP", "PPM", "TIFF", "GIF"), ("jpeg", "tiff_jpeg", "webp")
 OF_16_BITS = ("PNG", "PPM")  # at most, though Pillow may hold them in 32
+GREY, ALPHA = ("1", "L", "LA"), ("LA", "PA", "RGBA", "RGBa")  # modes of Pillow
+ONE_CLASS = ("all",)  # where there are no labels
+MOST_CLASSES = 1 << 20  # that are told by number alone
 MAX_ASPECT = 200  # a line of pixels, scaled until its short side is that of the crop, would fill the memory
 
 
@@ -55,56 +61,126 @@ def open_image(
     Raises one of DAMAGED for what is none of them, or has more pixels than its header may say.
     """
     image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
-    if image.width * image.height > max_pixels:
-        size = f"{image.width} x {image.height}"
+    try:
+        check_size(image.width, image.height, max_pixels)
+    except ValueError:
         image.close()
-        raise ValueError(f"{size} pixels, and no more than {max_pixels:,} are decoded")
+        raise
     return image
 
 
-def decode(encoded: bytes, size: int, flip: bool, name: str, max_pixels: int = Loading.max_pixels) -> torch.Tensor:
-    """An image file's bytes -> (3, size, size) in [-1, 1]. Raises Unreadable, which says `name`."""
-    pixels = np.array(picture(encoded, name, lambda image: center_crop(image, size), max_pixels))
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise ValueError for an image of more pixels, or of one that is a line."""
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, and no more than {max_pixels:,} are decoded")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels")
+
+
+@dataclass
+class Reader:
+    """The one way from an image file to pixels, whatever they are for.
+
+    channels: 1, grey; 3, RGB; None, whichever of the two the file has. background: the colour that transparent images
+    are composited on, None leaves their transparency out. max_pixels: of a larger image nothing is decoded.
+
+    16 bits become 8: of grey rounded, of colours the upper ones. Of an animation the first image counts. What EXIF says
+    of the orientation is not followed.
+    lossy: the format of an image that was read and that may have lost something, None where there was none.
+    transparent: whether an image that was read was composited.
+    """
+
+    channels: int | None = 3
+    background: str | None = Loading.background
+    max_pixels: int = Loading.max_pixels
+    lossy: str | None = field(default=None, init=False)
+    transparent: bool = field(default=False, init=False)
+
+    @classmethod
+    def of(cls, data: Loading) -> "Reader":
+        """As a recipe's section `data` says."""
+        return cls(data.channels or 3, data.background, data.max_pixels)
+
+    def __call__(self, encoded: bytes, name: str, size: int | None = None) -> Image.Image:
+        """An image file's bytes -> the image, of mode L or RGB, its centre size x size where that is given.
+
+        Raises Unreadable, which says `name`.
+        """
+        try:
+            with open_image(encoded, self.max_pixels) as file:
+                if file.format not in LOSSLESS or file.info.get("compression") in LOSSY_TIFF:
+                    self.lossy = file.format
+                image = self._opaque(_of_8_bits(file, encoded))
+                return image if size is None else center_crop(image, size)
+        except UnidentifiedImageError:
+            raise Unreadable(
+                f"image {name!r} does not decode (no known format: {', '.join(FORMATS)}); repair or remove it"
+            ) from None
+        except DAMAGED as error:
+            reason = str(error) or type(error).__name__
+            raise Unreadable(f"image {name!r} does not decode ({reason}); repair or remove it") from None
+
+    def _opaque(self, image: Image.Image) -> Image.Image:
+        """Grey or RGB, of an image of 8 bits."""
+        grey = image.mode in GREY
+        if self.background is not None and (image.mode in ALPHA or "transparency" in image.info):
+            clear = image if image.mode == "RGBA" else image.convert("RGBA")
+            if clear.getchannel("A").getextrema()[0] < 255:
+                self.transparent = True
+                image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), clear)
+        image.info.pop("transparency", None)  # about which Pillow would warn, in every process
+        return with_channels(image.convert("L" if grey and self.channels != 3 else "RGB"), self.channels)
+
+
+def _of_8_bits(file: Image.Image, encoded: bytes) -> Image.Image:
+    """The image in 8 bits, and so the one colour that a PNG may call transparent: Pillow leaves that as it is stored.
+
+    Pillow's own conversion of 16 bits of grey would cut all that is over 255 off. Raises ValueError for numbers without
+    a range.
+    """
+    if isinstance(file.info.get("transparency"), str):  # a text of that name, as a PNG may hold
+        del file.info["transparency"]
+    key = file.info.get("transparency")
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in OF_16_BITS):
+        levels = np.asarray(file)
+        image = Image.fromarray(np.rint(levels.astype(np.float32) / 257).astype(np.uint8))
+        if key is not None:
+            image.putalpha(Image.fromarray((levels != key).astype(np.uint8) * 255))
+        return image
+    if file.mode in ("I", "F"):
+        raise ValueError(f"its pixels are {'32-bit integers' if file.mode == 'I' else 'floats'}, which have no white")
+    if key is not None and file.format == "PNG" and file.mode in ("L", "RGB"):
+        bits = encoded[24]
+        levels = [level >> 8 if bits == 16 else level * (255 // ((1 << bits) - 1)) for level in np.atleast_1d(key)]
+        file.info["transparency"] = tuple(levels) if file.mode == "RGB" else levels[0]
+    return file
+
+
+def with_channels(image: Image.Image, channels: int | None) -> Image.Image:
+    """A grey or RGB image in so many channels: 1, 3, or None for those that it has."""
+    mode = {1: "L", 3: "RGB", None: image.mode}[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+def decode(encoded: bytes, size: int, flip: bool, name: str, reader: Reader | None = None) -> torch.Tensor:
+    """An image file's bytes -> (C, size, size) in [-1, 1], by default in RGB. Raises Unreadable, which says `name`."""
+    return to_tensor((reader or Reader())(encoded, name, size), flip)
+
+
+def to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
+    """A grey or RGB image -> (C, H, W) in [-1, 1], mirrored where `flip`."""
+    pixels = np.array(image)
+    tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
     return tensor.flip(2) if flip else tensor
 
 
-def picture(
-    encoded: bytes,
-    name: str,
-    work: Callable[[Image.Image], Image.Image] = Image.Image.copy,
-    max_pixels: int = Loading.max_pixels,
-) -> Image.Image:
-    """An image file's bytes -> `work` of the RGB image. Raises Unreadable, which says `name`.
-
-    max_pixels: as a recipe's data.max_pixels.
-    """
+def read_image(path: str) -> bytes:
+    """The bytes of an image file. Raises Unreadable for what is no file, is not there, or is larger than MOST_BYTES."""
     try:
-        with open_image(encoded, max_pixels) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            return work(_rgb(image))
-    except UnidentifiedImageError:
-        raise Unreadable(
-            f"image {name!r} does not decode (no known format: {', '.join(FORMATS)}); repair or remove it"
-        ) from None
-    except DAMAGED as error:
-        reason = str(error) or type(error).__name__
-        raise Unreadable(f"image {name!r} does not decode ({reason}); repair or remove it") from None
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Eight bits of red, green and blue; of 16-bit grey the upper ones, rounded. Transparency is left out.
-
-    Pillow's own conversion would cut all that is over 255 off. Raises ValueError for numbers without a range.
-    """
-    image.info.pop("transparency", None)  # about which Pillow would warn, in every process
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in OF_16_BITS):
-        grey = np.asarray(image).astype(np.float32) / 257
-        image = Image.fromarray(np.rint(grey).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are {'32-bit integers' if image.mode == 'I' else 'floats'}, which have no white")
-    return image.convert("RGB")
+        return read_bytes(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unreadable(f"image {path!r} cannot be read ({reason}); bring it back") from None
 
 
 def is_image(path: str) -> bool:
@@ -170,14 +246,13 @@ def check_classes(where: str, folders: Iterable[str], filled: Iterable[str]) -> 
         )
 
 
-class EncodedImages(Dataset):
-    """Images that lie as image files somewhere; a subclass reads the bytes. Items (index, flip) -> (image, label).
+class Images(Dataset):
+    """Images by index, each of a class. Items (index, flip) -> (image (C, size, size) in [-1, 1], label).
 
-    labels: the class of every image, int64 (N,). max_pixels: as a recipe's data.max_pixels.
+    labels: the class of every image, int64 (N,). A subclass gives the images.
     """
 
-    channels = 3
-    max_pixels = Loading.max_pixels
+    channels: int
     moments = False
     labels: np.ndarray
 
@@ -191,24 +266,32 @@ class EncodedImages(Dataset):
         """What to call an image in a message."""
         raise NotImplementedError
 
+    def picture(self, index: int, size: int | None = None) -> tuple[Image.Image, int]:
+        """The image, grey or RGB, its centre size x size where that is given, and the label. Raises Unreadable."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        index, flip = key
+        image, label = self.picture(index, self.image_size)
+        return to_tensor(image, flip), label
+
+
+class EncodedImages(Images):
+    """Images that lie as image files somewhere; a subclass reads the bytes. reader: by default that of RGB."""
+
+    def __init__(self, image_size: int, class_names: Iterable[str], reader: Reader | None):
+        super().__init__(image_size, class_names)
+        self.reader = reader or Reader()
+        self.channels = self.reader.channels
+
     def encoded(self, index: int) -> tuple[bytes, int]:
         """An image file's bytes, and the label. Raises Unreadable."""
         raise NotImplementedError
 
-    def _labelled(self, index: int) -> tuple[bytes, int]:
+    def picture(self, index: int, size: int | None = None) -> tuple[Image.Image, int]:
         encoded, label = self.encoded(index)
         check_label(label, self.class_names, self.name(index))
-        return encoded, label
-
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
-        index, flip = key
-        encoded, label = self._labelled(index)
-        return decode(encoded, self.image_size, flip, self.name(index), self.max_pixels), label
-
-    def picture(self, index: int) -> tuple[Image.Image, int]:
-        """The whole image in RGB, and the label. Raises Unreadable."""
-        encoded, label = self._labelled(index)
-        return picture(encoded, self.name(index), max_pixels=self.max_pixels), label
+        return self.reader(encoded, self.name(index), size), label
 
 
 class Packed:

@@ -113,14 +113,17 @@ class LatentCache(Dataset):
 
     The first C channels are the mean, the others the log-variance, in the stored dtype, without scale and shift.
     verify: compare every shard with its SHA-256 now. image_size: refused unless it is the cache's.
-    source: where the images themselves lie today, for `pixels`; None is where they were.
+    source: where the images themselves lie today, for `images`; None is where they were. max_pixels: of these.
     Raises InputError for a cache that is not there or not whole.
     """
 
-    moments, max_pixels = True, Loading.max_pixels
+    moments = True
 
-    def __init__(self, root: str, verify: bool, image_size: int | None = None, source: str | None = None):
-        self.root, self.source = Path(root).absolute(), source
+    def __init__(
+        self, root: str, verify: bool, image_size: int | None = None, source: str | None = None,
+        max_pixels: int = Loading.max_pixels,
+    ):  # fmt: skip
+        self.root, self.source, self.max_pixels = Path(root).absolute(), source, max_pixels
         self.index = index = read_index(self.root)
         problems = list(shard_problems(self.root, index, verify))
         if problems:
@@ -132,6 +135,7 @@ class LatentCache(Dataset):
                 "leave it out, or encode another cache"
             )
         self.channels, self.image_size = index["channels"], index["image_size"]
+        self.background = index["data"].get("background")  # a cache that does not say left transparency out
         self.class_names, self.latent_shape = tuple(index["class_names"]), tuple(index["latent_shape"])
         channels, height, width = self.latent_shape
         self._item, self._dtype = (2 * channels, height, width), DTYPES[index["dtype"]]
@@ -142,6 +146,16 @@ class LatentCache(Dataset):
         except Unreadable as error:
             raise InputError(str(error)) from None
         check_labels(f"cache of latents {root!r}", self.labels, self.class_names)
+
+    def check_stated(self, data: Data) -> None:
+        """Raise InputError for channels or a background, of a recipe, that are not those of the cache's images."""
+        for key in ("channels", "background"):
+            stated, own = getattr(data, key), getattr(self, key)
+            if stated not in (getattr(Loading, key), own):
+                raise InputError(
+                    f"data.{key}={stated}: the cache {str(self.root)!r} is of images with {key} {own}; leave it out, "
+                    "or encode another cache"
+                )
 
     def __len__(self) -> int:
         return self.index["num_images"]
@@ -168,19 +182,25 @@ class LatentCache(Dataset):
     def pixels(self, index: int, flip: bool) -> torch.Tensor:
         """The image (C, H, W) in [-1, 1] that the moments are of. Raises InputError when the images are not there."""
         if self._images is None:
-            self._images = self._open_images()
+            self._images = self.images()
         return self._images[index, flip][0]
 
-    def _open_images(self) -> Dataset:
-        data = make_recipe(self.index["data"], Data, stored=True)
+    @property
+    def images_data(self) -> Data:
+        """The section `data` of a recipe of the images that the cache is of."""
         moved = {} if self.source is None else {"root": self.source}
+        return replace(make_recipe(self.index["data"], Data, stored=True), max_pixels=self.max_pixels, **moved)
+
+    def images(self) -> Dataset:
+        """The images that the cache is of. Raises InputError when they are not there."""
         try:
-            images = open_dataset(replace(data, max_pixels=self.max_pixels, **moved))
+            data = self.images_data
+            images = open_dataset(data)
         except InputError as error:
             raise InputError(f"{error}; data.source says where the images of the cache lie today") from None
         if (len(images), images.class_names) != (len(self), self.class_names):
             raise InputError(
-                f"data.source={self.source or data.root!r}: the images are not those of the cache "
+                f"data.source={data.root!r}: the images are not those of the cache "
                 f"{str(self.root)!r}: other classes, or more or fewer images"
             )
         return images

@@ -24,7 +24,7 @@ from sit_atconv.claims import check_place, claim, clear_leftovers, write_whole, 
 from sit_atconv.comparison import compared
 from sit_atconv.config import Recipe
 from sit_atconv.config.earlier import MEANT
-from sit_atconv.data import open_dataset
+from sit_atconv.data import IMAGE_KEYS, describe_images, open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
 from sit_atconv.data.loading import TrainingBatches
@@ -32,18 +32,7 @@ from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.files import library_versions, resolved, sha256, sync, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
-from sit_atconv.reading import spelt
 
-IMAGE_KEYS = (
-    "kind",
-    "root",
-    "image_size",
-    "split",
-    "subset",
-    "revision",
-    "image_key",
-    "label_key",
-)  # of `data`: which images there are
 EARLIER = {f"data.{key}": MEANT[key] for key in IMAGE_KEYS if key in MEANT}
 # Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.
 NOT_COMPARED = ("codec.vae", "data.root", "versions")
@@ -92,9 +81,6 @@ def encode(
 
 def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shard_images: int) -> dict[str, Any]:
     """The settings of a cache: all of its index but the shards."""
-    data = {key: getattr(recipe.data, key) for key in IMAGE_KEYS if getattr(recipe.data, key) is not None}
-    if "root" in data and Path(data["root"]).exists():  # else it is the name of a dataset
-        data["root"] = spelt(str(Path(data["root"]).absolute()))
     return {
         "format_version": FORMAT_VERSION,
         "codec": codec.describe(),
@@ -109,7 +95,7 @@ def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shar
         "images_sha256": _identity(dataset, recipe.data.root),
         "shard_images": shard_images,
         "batch_size": recipe.latents.batch_size,
-        "data": data,
+        "data": describe_images(recipe.data),
         "versions": library_versions(),
     }
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from sit_atconv import checkpoint, config, files, processes
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
+from sit_atconv.data import IMAGE_KEYS
 from sit_atconv.errors import InputError
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
@@ -21,7 +22,7 @@ from sit_atconv.training.resolved import resolved
 BEGUN = (LOCK, "log.jsonl")  # one of them lies in the folder of every run
 
 # What a cache of latents stands for: these keys of the recipe that it was encoded by.
-ENCODED = ("kind", "image_size", "split", "subset", "revision", "image_key", "label_key")
+ENCODED = {*IMAGE_KEYS} - {"root"}
 
 
 def lock(run: Path) -> TextIO:

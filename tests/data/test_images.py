@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sit_atconv.data.digits import Digits
-from sit_atconv.data.images import Packed, Unreadable, center_crop, decode, is_image
+from sit_atconv.data.images import Packed, Reader, Unreadable, center_crop, decode, is_image
 from sit_atconv.images import NotFinite, to_uint8
 
 
@@ -146,14 +146,16 @@ def test_sixteen_bits_of_grey_in_rarer_forms(form):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_palette_with_transparency_gives_its_colors_and_no_warning():
+def test_a_palette_whose_transparency_is_left_out_gives_its_colors_and_no_warning():
     image = Image.new("P", (8, 8), 1)
     image.putpalette([9, 9, 9, 200, 100, 50])
     for transparency in (bytes([255, 7]), 1):
         file = io.BytesIO()
         image.save(file, "PNG", transparency=transparency)
-        pixels = (decode(file.getvalue(), 8, False, "x") + 1) * 127.5
+        reader = Reader(background=None)
+        pixels = (decode(file.getvalue(), 8, False, "x", reader) + 1) * 127.5
         assert torch.equal(pixels[:, 4, 4].round(), torch.tensor([200.0, 100.0, 50.0]))
+        assert not reader.transparent
 
 
 @pytest.mark.parametrize(("dtype", "words"), [(np.int32, "32-bit integers"), (np.float32, "floats")])
@@ -163,7 +165,7 @@ def test_numbers_without_a_white_are_refused(dtype, words):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "CMYK", "1"])
-def test_every_mode_becomes_three_channels_without_transparency(mode):
+def test_every_mode_becomes_three_channels_whose_transparency_is_left_out(mode):
     color = (200, 200, 200) if mode in ("LA", "1") else (200, 100, 50)
     image = Image.new("RGB", (8, 8), color)
     image = image.quantize(4) if mode == "P" else image.convert(mode)
@@ -171,6 +173,6 @@ def test_every_mode_becomes_three_channels_without_transparency(mode):
         image.putalpha(7)
     file = io.BytesIO()
     image.save(file, "TIFF" if mode == "CMYK" else "PNG")
-    pixels = (decode(file.getvalue(), 8, False, "x")[:, 4, 4] + 1) * 127.5
+    pixels = (decode(file.getvalue(), 8, False, "x", Reader(background=None))[:, 4, 4] + 1) * 127.5
     expected = (255, 255, 255) if mode == "1" else color
     assert (pixels - torch.tensor(expected)).abs().max() <= 2

@@ -1,5 +1,6 @@
 """Reading a cache of latents: training from it is training from the images; what is damaged or another's is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 import train_sit
+from eval.sources import open_source
 from sit_atconv import config
 from sit_atconv.config import Data, Latents
 from sit_atconv.data import open_dataset
@@ -20,6 +23,7 @@ from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.errors import InputError
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
+from sit_atconv.images import to_uint8
 from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.latents.codecs import VaeCodec, draw_latents, open_codec
 from sit_atconv.latents.encode import encode
@@ -300,3 +304,52 @@ def test_a_plan_takes_its_facts_from_the_cache_without_hashing_it(recipe, cache)
     assert "(11 images" in report
     with pytest.raises(InputError, match=r"data\.num_images: the recipe says 12"):
         dry_run(cached(recipe, cache, num_images=12))
+
+
+def test_what_transparent_images_lie_on_belongs_to_a_cache(recipe, vae_folder, pictures, tmp_path):
+    """One of a version that did not say so left their transparency out; it is read, and gone on with, as it began."""
+    root = tmp_path / "clear"
+    shutil.copytree(pictures, root)
+    with Image.open(root / "cat" / "00.png") as image:
+        image.putalpha(100)
+        image.save(root / "cat" / "00.png")
+    recipe.data.root, recipe.data.background = str(root), None
+    encode(recipe, tmp_path / "before", "fp32", SHARD)
+    stated = json.loads((tmp_path / "before" / "index.json").read_text())["data"]
+    assert stated.keys() == {"kind", "root", "image_size"}  # the form that it had
+    recipe.data.background = "black"
+    with pytest.raises(InputError, match=r'data\.background: null -> "black"'):
+        encode(recipe, tmp_path / "before", "fp32", SHARD)
+    encode(recipe, tmp_path / "black", "fp32", SHARD)
+    opaque = Data("imagefolder", str(root), SIZE, background=None)
+    for name, background in (("before", None), ("black", "black")):
+        dataset = open_dataset(Data("latents", str(tmp_path / name)))
+        images = open_dataset(dataclasses.replace(opaque, background=background))
+        assert torch.equal(dataset.pixels(0, True), images[0, True][0])
+        with pytest.raises(InputError, match=rf"data\.background=red: .* with background {background}; leave it"):
+            open_dataset(Data("latents", str(tmp_path / name), background="red"))
+        with pytest.raises(InputError, match=r"data\.channels=1: .* images with channels 3; leave it out"):
+            open_dataset(Data("latents", str(tmp_path / name), channels=1))
+        assert open_dataset(Data("latents", str(tmp_path / name), channels=3, background=background)).channels == 3
+        # It is scored as the images that it is of.
+        (tmp_path / "cached.yaml").write_text(
+            f"data: {{kind: latents, root: {tmp_path / name}}}\nlatents: {{codec: vae}}\npreview: {{every: 0}}\n"
+        )
+        source = open_source(tmp_path / "cached.yaml")
+        assert source.n == IMAGES
+        wanted = torch.stack([images[index, False][0] for index in range(IMAGES)])
+        assert torch.equal(torch.cat([*source.batches()]), to_uint8(wanted))
+        assert source.describe()["data"].get("background") == source.background == background
+    assert not torch.equal(LatentCache(str(tmp_path / "before"), True)[0, False][0], dataset[0, False][0])
+
+
+def test_a_run_of_images_goes_on_from_a_cache_of_the_same_background(recipe, tmp_path):
+    for background in ("white", None):
+        recipe.data.background = background
+        encode(recipe, tmp_path / f"{background}", "fp32", SHARD)
+    recipe.data.background, recipe.train.max_steps = "white", 2
+    train(recipe)
+    with pytest.raises(InputError, match=r"data\.background: white -> None"):
+        train(cached(recipe, tmp_path / "None"))
+    recipe.train.max_steps = 3
+    train(cached(recipe, tmp_path / "white"))

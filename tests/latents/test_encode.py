@@ -69,7 +69,8 @@ def test_an_index_says_all_there_is_to_know(recipe, recipe_path, vae_folder, pic
     assert stated == {
         "image_size": SIZE, "channels": 3, "latent_shape": [4, 4, 4], "dtype": "fp16", "num_images": IMAGES,
     }  # fmt: skip
-    assert index["data"] == {"kind": "imagefolder", "root": str(pictures), "image_size": SIZE}
+    data = {"kind": "imagefolder", "root": str(pictures), "image_size": SIZE, "background": "white"}
+    assert index["data"] == data
     assert index["versions"]["diffusers"]
     for shard in index["shards"]:
         path = tmp_path / "cache" / shard["file"]
@@ -167,6 +168,7 @@ def flip_a_bit(path) -> None:
         (["--dtype", "fp32"], 'dtype: "fp16" -> "fp32"'),
         (["--shard-images", "5"], "shard_images: 4 -> 5"),
         (["data.image_size=20"], "image_size: 16 -> 20"),
+        (["data.background=null"], 'data.background: "white" -> null'),
         (["latents.batch_size=2"], "batch_size: 3 -> 2"),
     ],
 )
