@@ -68,7 +68,7 @@ class Loading:
     max_bad_share: float = ranged(0.001, limits.SHARE, **MUTABLE)
     # of an image: a larger one counts as unreadable before it is decoded
     max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"), **MUTABLE)
-    # left out, 1 of digits, those of an npz, 3 of all others
+    # null: as many as the data have, 1 of digits, those of an npz, 3 of all others
     channels: int | None = ranged(None, Range(1, 3, "grey has 1, RGB has 3"))
     # the colour that transparent images are composited on, by name or #rrggbb; null: transparency is left out
     background: str | None = "white"

@@ -22,7 +22,7 @@ FACTS = Facts((4, 8, 6), 3, 12)
 # Nulls that are a choice of their own, or of what lies where.
 CHOICES = {
     "train.max_grad_norm", "ema.snapshot_every", "repa.encoder", "distill.teacher", "distill.blockwise_lr",
-    "checkpoint.keep_every", "score.weights", "latents.vae", "model.name",
+    "checkpoint.keep_every", "score.weights", "latents.vae", "model.name", "data.channels",
     # of the SDE samplers, see generation.SDE_DEFAULTS; previews and scores may change from start to start
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",
 }  # fmt: skip
