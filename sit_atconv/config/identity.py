@@ -29,7 +29,7 @@ def differences(
 
 
 def mutable_keys(recipe: dict[str, Any], schema: type = Recipe) -> set[str]:
-    """The keys that a later start of this recipe's run may state differently, see `schema.MUTABLE`."""
+    """The keys that a later start of this recipe's run may state differently, see `fields.MUTABLE`."""
     return {
         f"{section.name}.{entry.name}"
         for section in dataclasses.fields(schema)
