@@ -205,8 +205,8 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
         return {p: peak_bytes(call, model, *inputs) / 2**20 for p, call in calls.items()}
 
     # Every model compiles for its own shapes alone, however many there are.
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=256):
+    torch.compiler.reset()
+    with torch.compiler.config.patch(automatic_dynamic_shapes=False, recompile_limit=256):
         for name, model in models.items():
             with oracle():
                 expected = results(models[name.removesuffix(PAPER)], inputs, setting.passes)

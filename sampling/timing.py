@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sit_atconv.compat.torch import memory_tracker
 from sit_atconv.errors import InputError
 from sit_atconv.files import check_out
 from sit_atconv.reading import opened
@@ -105,9 +106,7 @@ def peak_bytes(call: Callable[[], object], model: torch.nn.Module, *inputs: torc
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before + own
-    from torch.distributed._tools.mem_tracker import MemTracker  # here: not every build of torch has it
-
-    tracker = MemTracker()
+    tracker = memory_tracker()
     tracker.track_external(model, *inputs)
     with tracker:
         call()

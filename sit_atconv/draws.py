@@ -8,7 +8,8 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from numpy.random.bit_generator import ISeedSequence
+
+from sit_atconv.compat.numpy import ISeedSequence
 
 
 class Stream(IntEnum):

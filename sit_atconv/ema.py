@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sit_atconv import config, limits
+from sit_atconv.compat.torch import copy_each, lerp_each
 from sit_atconv.errors import InputError
 from sit_atconv.files import DiskFull, disk_full, set_aside, settle, step_in, step_name, sync, tensors_made_here
 from sit_atconv.reading import COUNT, Malformed, parse_json
@@ -106,10 +107,10 @@ class Averages:
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for name, average in self.models.items():
             own, new = _pairs(dict(average.named_parameters()), parameters)
-            torch._foreach_lerp_(own, new, 1 - self.decays[name](updates))
+            lerp_each(own, new, 1 - self.decays[name](updates))
             own, new = _pairs(dict(average.named_buffers()), buffers)
             if own:
-                torch._foreach_copy_(own, new)
+                copy_each(own, new)
 
     def write_snapshot(self, run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], updates: int) -> Path:
         """Write `run`/snapshots/step-XXXXXXX with a safetensors file per power-function average, whole or not at all.

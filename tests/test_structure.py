@@ -1,6 +1,7 @@
 """The layout that DESIGN promises: imports go one way, and only the library is installed."""
 
 import ast
+import functools
 import tomllib
 from collections.abc import Iterator
 
@@ -8,9 +9,10 @@ import pytest
 from conftest import ROOT
 
 # What a part of the library may import from the rest of it.
-BASE = {"errors", "version", "limits", "reading", "markdown", "processes", "signals", "comparison"}
+BASE = {"compat", "errors", "version", "limits", "reading", "markdown", "processes", "signals", "comparison"}
 CORE = BASE | {"config", "flow", "draws", "console", "devices"}
 ALLOWED = {
+    "compat": set(),
     "errors": set(),
     "signals": set(),
     "comparison": set(),
@@ -116,6 +118,54 @@ def test_every_part_of_the_library_has_its_place():
 def test_only_the_library_is_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["packages"]["find"] == {"include": ["sit_atconv*"]}
+
+
+# Private too, without the underscore: experimental, or not in its library's documentation.
+PRIVATE = {"torch.fx.experimental", "numpy.random.bit_generator", "torch.utils.flop_counter.flop_registry"}
+# Python's own, which it documents; and what this package puts on models of others.
+NOT_PRIVATE = {"_asdict", "_replace", "_exit", "_swap_record"}
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and name.startswith("_") and not name.endswith("__") and name not in NOT_PRIVATE
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """The names of a module's functions, classes, variables, and attributes of `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+@functools.cache
+def own_names() -> set[str]:
+    return {name for path in PROGRAM for name in defined(ast.parse(path.read_text()))}
+
+
+def reached(tree: ast.Module) -> Iterator[str]:
+    """The names that a module imports from other libraries, part by part, and those that it asks objects for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] not in FOLDERS:
+            yield from (*node.module.split("."), *(alias.name for alias in node.names))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) != "super()":
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            yield from (each.value for each in node.args[1:2] if isinstance(each, ast.Constant))
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_parts_of_other_libraries_are_in_compat_alone(path):
+    """A name that is private, and that nothing here defines, is another library's. What a base class calls stays."""
+    if path.parent == ROOT / "sit_atconv/compat":
+        return
+    assert not {name for name in reached(ast.parse(path.read_text())) if is_private(name)} - own_names()
+    assert not {name for name in imports(path) if name.startswith(tuple(PRIVATE))}
 
 
 # Python's own modules that one system has alone, and what Windows lacks in those that all have.

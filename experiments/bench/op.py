@@ -138,7 +138,7 @@ def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list
     """Rows for one shape and dtype, after checking every form."""
     batch, height, width = parse_shape(shape)
     x = torch.randn(batch, height, width, dim, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     candidates = forms(x)
     for form in candidates:
         if form.oracle:

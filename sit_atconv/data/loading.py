@@ -10,8 +10,9 @@ import threading
 from collections.abc import Iterable
 
 import torch
-from torch.utils.data import DataLoader, _utils
+from torch.utils.data import DataLoader
 
+from sit_atconv.compat.torch import consider_ended, ignore_deaths, loader_processes
 from sit_atconv.data.samples import Batch, RankPositions, Samples
 from sit_atconv.errors import InputError
 
@@ -86,10 +87,7 @@ class TrainingBatches:
 
     def pids(self) -> list[int]:
         """The loader processes."""
-        return [worker.pid for worker in self._workers()]
-
-    def _workers(self) -> list:
-        return getattr(self._iterator, "_workers", [])
+        return [worker.pid for worker in loader_processes(self._iterator)]
 
     def _start(self) -> None:
         before = _mask("SIG_BLOCK", SIGNALS)  # till they are left alone there
@@ -100,17 +98,17 @@ class TrainingBatches:
             raise InputError(f"the loader processes cannot be started ({reason}); {REMEDY}", every_rank=True) from None
         finally:
             _mask("SIG_SETMASK", before)
-        self._watchdog = _Watchdog(self._workers(), self.timeout)
-        if self._workers():
+        workers = loader_processes(self._iterator)
+        self._watchdog = _Watchdog(workers, self.timeout)
+        if workers:
             self._watchdog.start()
-            _utils.signal_handling._remove_worker_pids(id(self._iterator))  # what torch's signal handler looks at
-            self._iterator._worker_pids_set = False
+            ignore_deaths(self._iterator)
             # Before multiprocessing ends its processes by SIGTERM at exit, and waits for them.
             multiprocessing.util.Finalize(self, _end, (self._iterator, self._watchdog), exitpriority=10)
 
     def _fault(self, error: Exception) -> InputError | None:
         """What is wrong with the loader processes, or None where they are only slow. Raises any other error."""
-        workers = self._workers()
+        workers = loader_processes(self._iterator)
         if not workers:
             raise error
         if self._watchdog.bitten:
@@ -205,13 +203,11 @@ def _mask(how: str, signals: Iterable[int]) -> Iterable[int]:
 def _end(iterator, watchdog: _Watchdog) -> None:
     """Kill the loader processes. torch's own way waits on locks that one that was killed may hold, and on hung ones."""
     watchdog.ended.set()
-    for worker in iterator._workers:
+    for worker in loader_processes(iterator):
         worker.kill()
-    for worker in iterator._workers:
+    for worker in loader_processes(iterator):
         worker.join()
-    if iterator._pin_memory:
-        iterator._pin_memory_thread_done_event.set()
-    iterator._shutdown = True
+    consider_ended(iterator)
 
 
 def check_bad(bad: dict[int, str], num_images: int, max_share: float) -> None:

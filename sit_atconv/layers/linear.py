@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sit_atconv.compat.torch import is_hooked
+
 FORWARD = nn.Linear.forward
 
 
@@ -31,7 +33,6 @@ def _is_plain(module: nn.Module, x: torch.Tensor) -> bool:
         and type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and module.forward == FORWARD.__get__(module)  # of the ways to ask, the one that torch.compile asks every time
-        and not (module._forward_pre_hooks or module._forward_hooks)
-        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not is_hooked(module)
         and not torch.compiler.is_exporting()
     )

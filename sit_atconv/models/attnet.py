@@ -22,11 +22,16 @@ from timm.layers import (
     get_device_dtype,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
 from torch import nn
 
+from sit_atconv.compat.timm import feature_take_indices
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv, flatten_pointwise_weights
 from sit_atconv.layers.embedders import sincos_position_embedding

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -14,8 +13,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sit_atconv.compat.diffusers import checkpoint_function, register_block
+from sit_atconv.compat.torch import maybe_mark_dynamic, statically_known_true
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.layers.atconv import ATConv
@@ -234,9 +234,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         foreign_grid = not torch.compiler.is_compiling() and not self._is_own(grid)
         for block in self.blocks:
             if foreign_grid:
-                torch._dynamo.maybe_mark_dynamic(x, (1, 2))
+                maybe_mark_dynamic(x, (1, 2))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = checkpointed(self._gradient_checkpointing_func, block, x, c)
+                x = checkpointed(checkpoint_function(self), block, x, c)
             else:
                 x = block(x, c)
         patches, p = self.final_layer(x, c), self.config.patch_size
@@ -268,9 +268,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 raise InputError(f"{name}={value!r} needs a block with {mixer}, and token_mixer has none; leave it out")
 
 
-# A block returns its hidden states alone.
 for block_class in (SiTBlock, SiTATConvBlock):
-    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))
+    register_block(block_class)
 
 _SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},

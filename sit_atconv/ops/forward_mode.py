@@ -11,17 +11,19 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from sit_atconv.compat.torch import in_dual_level, in_transform
+
 
 @torch.compiler.assume_constant_result  # torch.compile guards the level itself
 def forward_mode() -> bool:
     """Whether tensors may carry tangents here; true for every thread while it is so for one."""
-    return forward_ad._current_level >= 0
+    return in_dual_level()
 
 
 @torch.compiler.assume_constant_result
 def levels() -> bool:
     """Whether a transform of torch.func is at work here: `grad`, `vjp`, `jvp` or `vmap`."""
-    return torch._C._are_functorch_transforms_active()
+    return in_transform()
 
 
 def exact_derivatives() -> AbstractContextManager:

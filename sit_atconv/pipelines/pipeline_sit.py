@@ -14,6 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from sit_atconv.compat.diffusers import execution_device
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
 from sit_atconv.flow.path import LinearPath
@@ -168,7 +169,7 @@ class SiTPipeline(DiffusionPipeline):
         generators does not fit.
         """
         transformer = self.transformer
-        channels, patch, device = transformer.config.in_channels, transformer.config.patch_size, self._execution_device
+        channels, patch, device = transformer.config.in_channels, transformer.config.patch_size, execution_device(self)
         if isinstance(generator, list | tuple) and len(generator) != batch:
             raise InputError(f"{len(generator)} generators for {batch} images; give one for each, or a single one")
         if latents is None:
@@ -328,7 +329,7 @@ class SiTPipeline(DiffusionPipeline):
             len(sigmas) and sigmas[0] <= 1 and sigmas[-1] > 0 and all(a > b for a, b in pairwise(sigmas))
         ):
             raise InputError(f"sigmas={sigmas}: give falling noise levels, from 1 at the most and above 0; 0 is added")
-        levels = set_steps(self.scheduler, steps, sigmas, self._execution_device, given and sigmas is not None)
+        levels = set_steps(self.scheduler, steps, sigmas, execution_device(self), given and sigmas is not None)
         self.scheduler.set_begin_index(0)
         return self.scheduler.timesteps, 1 - levels
 

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from sit_atconv.compat.torch import forward_pre_hooks
 from sit_atconv.swap.adapters import SwapAdapter
 from sit_atconv.swap.calibration import Site
 from sit_atconv.swap.grafts import Graft, LayerOptions
@@ -26,10 +27,10 @@ def build(model, adapter: SwapAdapter, grafts: dict[str, Graft], config: dict) -
 
 def _reference_on(owner: nn.Module, model: nn.Module, adapter: SwapAdapter) -> GridReference:
     """The reference that a hook on `owner` sets; the hook is registered if it is the first."""
-    for hook in owner._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(owner):
         if isinstance(hook, GridHook):
             return hook.reference
-    others = (each for module in model.modules() for each in module._forward_pre_hooks.values())
+    others = (each for module in model.modules() for each in forward_pre_hooks(module))
     beside = next((each.reference for each in others if isinstance(each, GridHook)), None)
     hook = GridHook(GridReference(beside), adapter.grid)
     owner.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from sit_atconv.compat.torch import formulas_of_attention, tree_leaves, tree_map
 from sit_atconv.errors import InputError
 from sit_atconv.hooks import of_this_thread
 from sit_atconv.layers.atconv import KernelGenerator
@@ -257,14 +257,7 @@ def macs_of(module: nn.Module, site: Site) -> int:
 @torch.no_grad()
 def macs_of_call(module: nn.Module, call: Callable) -> int:
     """Multiply-accumulates of a call of `module`."""
-    aten = torch.ops.aten
-
-    def count_flash(*args, out_val=None, **kwargs) -> int:  # torch has the formula, and does not know it for CPUs
-        return flop_registry[aten._scaled_dot_product_flash_attention](*args, out_val=out_val, **kwargs)
-
-    count_flash._get_raw = True
-    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: count_flash}
-    counter, before, unseen = FlopCounterMode(display=False, custom_mapping=mapping), [], []
+    counter, before, unseen = FlopCounterMode(display=False, custom_mapping=formulas_of_attention()), [], []
 
     def total() -> int:
         return counter.get_total_flops() // 2 + sum(unseen)

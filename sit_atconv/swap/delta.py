@@ -7,13 +7,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from sit_atconv.compat.torch import uncompiled
 from sit_atconv.errors import InputError
 from sit_atconv.files import new_path, tensors_made_here
 from sit_atconv.reading import Malformed, parse_json
 from sit_atconv.swap.identity import fingerprint
 from sit_atconv.swap.stored import swap_as_stored
 from sit_atconv.swap.swapping import AttentionSwap
-from sit_atconv.swap.wrapping import check_unwrapped, model_of, uncompiled
+from sit_atconv.swap.wrapping import check_unwrapped, model_of
 
 KEY = "sit_atconv_delta"
 

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 import sit_atconv.layers.attention as sit_attention
+from sit_atconv.compat.diffusers import diffusers_hooks
 from sit_atconv.errors import InputError
 from sit_atconv.hooks import recorded
 from sit_atconv.layers.atconv import ATConv, KernelGenerator, TapLinear
@@ -106,8 +107,8 @@ def linear_refusal(attention: nn.Module, *names: str) -> str | None:
             return f"has {name} with weights of type {type(linear.weight).__name__}; swap before sharding or quantising"
         if linear.weight.dtype.itemsize < 2:
             return f"has {name} with weights in {linear.weight.dtype}; swap before casting layerwise"
-        if hasattr(linear, "_diffusers_hook") and linear._diffusers_hook.hooks:
-            return f"has {name} under diffusers' hook {next(iter(linear._diffusers_hook.hooks))!r}; swap before that"
+        if hooks := diffusers_hooks(linear):
+            return f"has {name} under diffusers' hook {next(iter(hooks))!r}; swap before that"
     return None
 
 

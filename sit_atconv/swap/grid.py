@@ -1,17 +1,15 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import set_code_exec_strategy
-from torch._dynamo.types import FrameAction, FrameExecStrategy
-from torch.utils.hooks import RemovableHandle
 
+from sit_atconv.compat import torch as compat
+from sit_atconv.compat.diffusers import checkpoint_function, set_checkpoint_function
 from sit_atconv.errors import InputError
 
 HALVES = (torch.bfloat16, torch.float16)  # FluxPipeline rounds ids to its own: 257 to 256 in bf16
@@ -61,7 +59,7 @@ class GridReference:
         if not self.first:
             self.first.append(tuple(grid))
         if tuple(grid) != self.first[0]:
-            torch._dynamo.maybe_mark_dynamic(self.now.shape, (0, 1))
+            compat.maybe_mark_dynamic(self.now.shape, (0, 1))
         self.last = self.now.shape
         self.ambiguous |= self.by_count.setdefault(grid[0] * grid[1], tuple(grid)) != tuple(grid)
 
@@ -100,9 +98,9 @@ class GridHook:
             raise InputError(f"{type(module).__name__} was called without a tensor, and with none it has no grid")
         self.reference.set(self.read(module, args, kwargs), tensor.device)
         if getattr(module, "gradient_checkpointing", False):
-            function = module._gradient_checkpointing_func
+            function = checkpoint_function(module)
             if not isinstance(function, _CheckpointOnGrid):
-                module._gradient_checkpointing_func = _CheckpointOnGrid(self.reference, function)
+                set_checkpoint_function(module, _CheckpointOnGrid(self.reference, function))
 
 
 class Scope:
@@ -113,7 +111,7 @@ class Scope:
 
     def put_on(self, module: nn.Module) -> None:
         """Register them, unless a scope of the same grid is on the module."""
-        there = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        there = [getattr(hook, "__self__", None) for hook in compat.forward_pre_hooks(module)]
         if not any(isinstance(each, Scope) and each.reference is self.reference for each in there):
             module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True)
             module.register_forward_hook(self.leave, always_call=True)
@@ -146,12 +144,10 @@ class BlockScope(Scope):
 
     # One key on all modules: a compiled block, in whose graph its hooks are, would guard one of its own, and blocks
     # that share a graph would not.
-    key = RemovableHandle(OrderedDict()).id
+    key = compat.hook_key()
 
     def put_on(self, module: nn.Module) -> None:
-        module._forward_pre_hooks[self.key], module._forward_hooks[self.key] = self.enter, self.leave
-        module._forward_pre_hooks.move_to_end(self.key, last=False)
-        module._forward_pre_hooks_with_kwargs[self.key] = module._forward_hooks_always_called[self.key] = True
+        compat.put_hooks(module, self.key, self.enter, self.leave)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
@@ -160,7 +156,7 @@ class BlockScope(Scope):
         storage, now = _storage_of_tokens(args, kwargs), self.reference.now
         if storage is None:
             return
-        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+        if compat.in_backward():
             now.shape = self.reference.of_tokens.get(storage, now.shape)
         if now.shape is not None:  # there too: a pass that is run again may checkpoint its blocks
             self.reference.of_tokens[storage] = now.shape
@@ -172,8 +168,7 @@ class BlockScope(Scope):
 
 # torch.compile(model) calls the model's hooks outside of its graph, and would make graphs of these by themselves, for
 # every resolution. Where a hook is traced as part of a graph (of a U-Net, say) this changes nothing.
-for _hook in (GridHook.__call__, Scope.enter, Scope.leave, PassScope.leave, BlockScope.enter, BlockScope.leave):
-    set_code_exec_strategy(_hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+compat.skip_as_frame(GridHook.__call__, Scope.enter, Scope.leave, PassScope.leave, BlockScope.enter, BlockScope.leave)
 
 
 def _storage_of_tokens(args: tuple, kwargs: dict) -> torch.UntypedStorage | None:
@@ -183,25 +178,22 @@ def _storage_of_tokens(args: tuple, kwargs: dict) -> torch.UntypedStorage | None
     """
     tensors = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor) and each.ndim > 2)
     tokens = next(tensors, None)
-    if tokens is None or torch._C._functorch.is_functorch_wrapped_tensor(tokens):
+    if tokens is None or compat.is_wrapped(tokens):
         return None
     return tokens.untyped_storage()
 
 
 def remove_hooks(module: nn.Module, used: set[int]) -> None:
     """Take off the hooks that tell a grid to nobody. used: ids of the references that layers have."""
-    for hooks, *marks in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-    ):
-        for key, hook in list(hooks.items()):
-            ours = getattr(hook, "__self__", hook)
-            if isinstance(ours, GridHook | Scope) and id(ours.reference) not in used:
-                for each in (hooks, *marks):
-                    each.pop(key, None)
-    function = getattr(module, "_gradient_checkpointing_func", None)
+
+    def unwanted(hook: Callable) -> bool:
+        ours = getattr(hook, "__self__", hook)
+        return isinstance(ours, GridHook | Scope) and id(ours.reference) not in used
+
+    compat.remove_hooks(module, unwanted)
+    function = checkpoint_function(module)
     if isinstance(function, _CheckpointOnGrid) and id(function.reference) not in used:
-        module._gradient_checkpointing_func = function.checkpoint
+        set_checkpoint_function(module, function.checkpoint)
 
 
 class _CheckpointOnGrid:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 
+from sit_atconv.compat.torch import keystr, tree_leaves, tree_leaves_with_path, tree_map
 from sit_atconv.errors import InputError
 from sit_atconv.swap.adapters import SwapAdapter
 

@@ -9,6 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
+from sit_atconv.compat.diffusers import attention_backend
 from sit_atconv.errors import InputError
 from sit_atconv.layers.attention import attend
 from sit_atconv.layers.norm import norm
@@ -84,7 +85,7 @@ class JointATConv(SwappedLayer):
         value = attention.to_v
         super().__init__(value.in_features, value.out_features, options.kernel_size, pool=options.pool)
         self.heads, self.reference = attention.heads, reference
-        self.backend = getattr(attention.processor, "_attention_backend", None)
+        self.backend = attention_backend(attention.processor)
         self.text_share = nn.Parameter(torch.empty(attention.heads))
         self.to(value.weight.device, value.weight.dtype)
         for name in (*IMAGE_MAPS, *TEXT_MAPS, "to_add_out"):

@@ -5,6 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from sit_atconv.compat.torch import metadata_of
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
@@ -28,8 +29,8 @@ class SwappedLayer(KernelGenerator):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]] = OfSwappedLayer(destination._metadata[prefix[:-1]])
+        if (metadata := metadata_of(destination)) is not None:
+            metadata[prefix[:-1]] = OfSwappedLayer(metadata[prefix[:-1]])
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
         super()._load_from_state_dict(state_dict, prefix, dict(local_metadata), *others)

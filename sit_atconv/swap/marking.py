@@ -5,6 +5,7 @@ import copy
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from sit_atconv.compat.diffusers import config_of, set_config
 from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
@@ -16,7 +17,7 @@ class SwapRecord:
     """On a swapped model: what it was, and `config`, what has been swapped (see `swap_attention`)."""
 
     def __init__(self, model: nn.Module, config: dict):
-        self.model_class, self.config_before = type(model), getattr(model, "_internal_dict", None)
+        self.model_class, self.config_before = type(model), config_of(model)
         self.config = copy.deepcopy(config)
         self.kinds = kinds_of(model)
 
@@ -93,12 +94,12 @@ def mark_nothing(model: nn.Module) -> None:
 
 def configure(model: nn.Module, without: str | None = None, **entries) -> None:
     """`register_to_config`, which keeps what others set as attributes of the configuration, as IP-Adapter does."""
-    before = model._internal_dict
+    before = config_of(model)
     after = FrozenDict({name: value for name, value in {**before, **entries}.items() if name != without})
     for name, value in vars(before).items():
         if name in after and name not in entries and before[name] is not value:
             setattr(after, name, value)
-    model._internal_dict = after
+    set_config(model, after)
 
 
 def mark_thin(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -22,6 +21,7 @@ from einops import rearrange
 from torch import nn
 
 from sit_atconv import limits
+from sit_atconv.compat.diffusers import checkpoint_function, fetch_lora
 from sit_atconv.errors import InputError, said
 from sit_atconv.reading import read_json
 from sit_atconv.swap.marking import THIN
@@ -161,7 +161,7 @@ class _TakesLoRA:
             "revision", "subfolder",
         )  # fmt: skip
         kwargs.setdefault("use_safetensors", True)
-        state, metadata = _fetch_state_dict(
+        state, metadata = fetch_lora(
             pretrained_model_name_or_path_or_dict,
             **{name: kwargs.pop(name, None) for name in where},
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
@@ -212,7 +212,7 @@ class ATConvDiTTransformer2DModel(_Swapped, DiTTransformer2DModel):
         for block in self.transformer_blocks:
             arguments = (x, None, None, None, timestep, cross_attention_kwargs, class_labels)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, *arguments)
+                x = checkpoint_function(self)(block, *arguments)
             else:
                 x = block(*arguments)
         conditioning = self.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)

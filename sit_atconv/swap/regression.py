@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from sit_atconv.compat.torch import tree_map
 from sit_atconv.errors import InputError
 from sit_atconv.processes import is_main
 from sit_atconv.swap.calibration import Site, run_over

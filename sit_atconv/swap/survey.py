@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from sit_atconv.compat.torch import tree_leaves
 from sit_atconv.errors import InputError
 from sit_atconv.hooks import of_this_thread
 from sit_atconv.processes import is_main

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import nn
 
+from sit_atconv.compat.torch import uncompiled
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import POOLS
@@ -28,7 +29,7 @@ from sit_atconv.swap.inputs import calibration_inputs, told_of
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.start import set_kernels
 from sit_atconv.swap.survey import Survey, survey_of
-from sit_atconv.swap.wrapping import check_bare, check_unhooked, check_unwrapped, model_of, uncompiled
+from sit_atconv.swap.wrapping import check_bare, check_unhooked, check_unwrapped, model_of
 
 SCHEMA = 1
 INITS = ("closed_form", "copy_vo", "random")

@@ -2,9 +2,11 @@
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
+from sit_atconv.compat.accelerate import is_dispatched
+from sit_atconv.compat.diffusers import diffusers_hooks, is_parallel
+from sit_atconv.compat.torch import OptimizedModule, has_compiled_call
 from sit_atconv.errors import InputError
 
 CASTING = {"layerwise_casting", "peft_autocast_disable"}  # hooks of diffusers that leave what a module does
@@ -21,16 +23,10 @@ def model_of(model_or_pipeline) -> tuple:
     raise InputError(f"{type(model_or_pipeline).__name__}: give a model, or a pipeline with a `transformer` or `unet`")
 
 
-def uncompiled(module):
-    """What torch.compile(module) wraps, or the module."""
-    return module._orig_mod if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) else module
-
-
 def check_unhooked(model: nn.Module, allowed: Collection[str] = CASTING) -> None:
     """Raises InputError where diffusers' hooks offload the model by groups, cache or skip what its modules give."""
     for name, module in model.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hooks = sorted(set(registry.hooks) - set(allowed)) if registry is not None else ()
+        hooks = sorted(set(diffusers_hooks(module)) - set(allowed))
         if hooks:
             raise InputError(
                 f"{name or 'the model'} runs diffusers' hook {hooks[0]!r}; swap, report, regress and revert without "
@@ -40,8 +36,7 @@ def check_unhooked(model: nn.Module, allowed: Collection[str] = CASTING) -> None
 
 def check_unwrapped(model: nn.Module) -> None:
     """Raises InputError where torch.compile has renamed parts of the model."""
-    wrapped = torch._dynamo.eval_frame.OptimizedModule
-    name = next((name for name, module in model.named_modules() if isinstance(module, wrapped)), None)
+    name = next((name for name, module in model.named_modules() if isinstance(module, OptimizedModule)), None)
     if name is not None:
         raise InputError(
             f"{name} is wrapped by torch.compile; put the module itself back, and use its compile() method"
@@ -51,14 +46,12 @@ def check_unwrapped(model: nn.Module) -> None:
 def check_bare(model: nn.Module) -> None:
     """Raises InputError where a model is compiled, parallel, sharded, offloaded or without data, or runs hooks."""
     check_unhooked(model)
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or any(
-        module._compiled_call_impl is not None for module in model.modules()
-    ):
+    if isinstance(model, OptimizedModule) or any(has_compiled_call(module) for module in model.modules()):
         raise InputError("the model is compiled, or blocks of it; swap first and compile after")
-    if getattr(model, "_parallel_config", None) is not None:
+    if is_parallel(model):
         raise InputError("the model runs under context or tensor parallelism, which swapped layers do not; swap before")
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
+        if is_dispatched(module):
             raise InputError(
                 f"{name or 'the model'} is offloaded or dispatched by hooks; swap first and offload after, or end it "
                 "(a pipeline's reset_device_map or remove_all_hooks, accelerate.hooks.remove_hook_from_submodules)"

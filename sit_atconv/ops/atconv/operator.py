@@ -11,11 +11,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
+from sit_atconv.compat.torch import (
+    SingleLevelFunction,
+    any_requires_grad,
+    enable_single_level_autograd_function,
+    is_forward_grad_enabled,
+    onednn_takes_bf16,
+    redispatch_below_autograd,
+    set_forward_grad_enabled,
+)
 from sit_atconv.errors import InputError, check_choice
 from sit_atconv.ops.atconv import conv, inlined, native, reference
 from sit_atconv.ops.forward_mode import forward_mode, levels
@@ -91,18 +98,14 @@ def _differentiable(operator, differentiate: Callable) -> Callable:
     and it refuses the transforms of torch.func. As there, the function runs only where something is to be kept.
     """
 
-    def below(keyset, arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-    class Bilinear(_SingleLevelFunction):
+    class Bilinear(SingleLevelFunction):
         @staticmethod
         def forward(keyset, grad, tangents, *arguments):
             if not levels():
-                return below(keyset, arguments)
+                return redispatch_below_autograd(operator, keyset, arguments)
             # The levels below this one differentiate on; `apply` has switched that off for all of them.
-            with torch.set_grad_enabled(grad), _set_fwd_grad_enabled(tangents):
-                return below(keyset, arguments)
+            with torch.set_grad_enabled(grad), set_forward_grad_enabled(tangents):
+                return redispatch_below_autograd(operator, keyset, arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -121,7 +124,7 @@ def _differentiable(operator, differentiate: Callable) -> Callable:
         def jvp(ctx, keyset, grad, tangents, to_first, to_second, *_):
             # Torch switches tangents off here, and a jvp of a jvp would lose the outer one's. With them on, what
             # was saved must not bring its own.
-            with _set_fwd_grad_enabled(ctx.tangents):
+            with set_forward_grad_enabled(ctx.tangents):
                 first, second = (unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors)
                 parts = [] if to_first is None else [operator(to_first, second, *ctx.settings)]
                 if to_second is not None:
@@ -130,11 +133,11 @@ def _differentiable(operator, differentiate: Callable) -> Callable:
 
     def kernel(keyset, *arguments):
         transformed = levels()
-        if transformed or forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            state = keyset, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        if transformed or forward_mode() or (torch.is_grad_enabled() and any_requires_grad(*arguments)):
+            state = keyset, torch.is_grad_enabled(), is_forward_grad_enabled()
             with enable_single_level_autograd_function() if transformed else nullcontext():
                 return Bilinear.apply(*state, *arguments)
-        return below(keyset, arguments)
+        return redispatch_below_autograd(operator, keyset, arguments)
 
     return kernel
 
@@ -165,7 +168,7 @@ def _operator(name: str, function: Callable, fake: Callable, differentiate: Call
     """The torch operator NAMESPACE::name, defined unless it is there already: this source may be imported twice."""
     operators = getattr(torch.ops, NAMESPACE)
     if not hasattr(operators, name):
-        # Not torch.library.custom_op: it takes the key Autograd, and torch 2.9 refuses a second kernel there.
+        # Not torch.library.custom_op: it takes the key Autograd, and torch refuses a second kernel there.
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
         library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
         packet = getattr(operators, name)
@@ -253,7 +256,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     """Whether this processor has oneDNN's depthwise convolution, forward and backward, in that dtype."""
     if not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn_takes_bf16())
 
 
 def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str = "auto") -> torch.Tensor:
