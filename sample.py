@@ -14,7 +14,7 @@ from sit_atconv import limits
 from sit_atconv.devices import numerics
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import REPORT, check_out, write_out
-from sit_atconv.generation import check_labels, generate, grid_png, random_label
+from sit_atconv.sampling.sampling import check_labels, generate, grid_png, random_label
 
 
 @command
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         for first in range(0, len(labels), args.batch):
             part = labels[first : first + args.batch]
             indices = range(first, first + len(part))
-            batch, evaluations = draw(ready.trained.model, ready.codec, indices, part, ready.sampling)
+            batch, evaluations = draw(ready.trained.model, ready.codec, indices, part, ready.sampling, args.seed)
             images.append(batch)
             nfe += evaluations * len(part)
             bar.update(len(part))

@@ -33,24 +33,24 @@ from eval.score import OFFERED, RESULT
 from eval.sources import from_arrays, open_source
 from sampling import generate
 from sampling.labels import RULES, sample_labels
-from sampling.options import DTYPES
+from sampling.options import DTYPES, SHORT, flag
 from sampling.samples import FORMATS, MANIFEST
 from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
 from sit_atconv.comparison import differences
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, arrays_of
-from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
+from sit_atconv.errors import ArgumentParser, InputError, check_choice, command, named
 from sit_atconv.files import sha256, write_out
-from sit_atconv.generation import Sampling
 from sit_atconv.images import to_uint8
 from sit_atconv.reading import as_stored, read_json, read_yaml
+from sit_atconv.sampling.settings import Sampling
 from sit_atconv.signals import ENDING, handled
 from sit_atconv.training.resolved import resolved
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
-SAMPLING = {"cfg": "guidance_scale", "cfg_channels": "guidance_channels", "cfg_interval": "guidance_interval"}
+FULL = {short: name for name, short in SHORT.items()}
 # What a metric of `score --metrics` puts in a result, where that is not the metric itself.
 GIVES = {"pr": [*NEAREST], "recognised": ["recognised", "classifier_heldout_accuracy"]}
 
@@ -83,20 +83,12 @@ class Entry:
 
 
 @dataclass
-class Sampler:
-    """Options of `python -m sampling generate`, under their names there; what is left out has its default there."""
+class Sampler(Sampling):
+    """Options of `python -m sampling generate`: how images are drawn, and which; as SHORT calls them."""
 
-    name: str = MISSING
     sampler: str = MISSING
-    steps: int | None = None
-    cfg: float = MISSING
-    cfg_channels: str | None = None
-    cfg_interval: list[float] | None = None
-    epsilon: float | None = None
-    diffusion: str | None = None
-    diffusion_norm: float | None = None
-    last_step: str | None = None
-    last_step_size: float | None = None
+    guidance_scale: float = MISSING
+    name: str = MISSING
     labels: str = "balanced"
     seed: int = 0
     batch: int | None = None
@@ -106,29 +98,21 @@ class Sampler:
     def __post_init__(self):
         if not NAME.fullmatch(self.name):
             raise InputError(f"sampler name {self.name!r}: letters, digits and . _ + - alone, no . first")
-        given = {
-            SAMPLING.get(key, key): tuple(value) if isinstance(value, list) else value
-            for key, value in dataclasses.asdict(self).items()
-            if value is not None and key not in ("name", "labels", "batch", "dtype", "vae")
-        }
-        try:
-            if self.cfg_interval is not None and len(self.cfg_interval) != 2:
-                raise InputError(f"cfg_interval={self.cfg_interval}: give two numbers, low and high")
-            Sampling(**given)
+        with named(f"sampler {self.name!r}"):
+            super().__post_init__()
             if self.dtype is not None:
                 check_choice("dtype", self.dtype, DTYPES)
+            limits.SEED.check("seed=", self.seed)
             limits.BATCH.check("batch=", self.batch)
             if self.labels not in RULES and not Path(self.labels).is_file():
                 raise InputError(f"labels={self.labels!r}: no such file; choose from {list(RULES)} or give a file")
-        except InputError as error:
-            raise InputError(f"sampler {self.name!r}: {error}") from None
 
     def options(self) -> list[str]:
         words = []
-        for key, value in dataclasses.asdict(self).items():
-            if key != "name" and value is not None:
-                values = value if isinstance(value, list) else [value]
-                words += [f"--{key.replace('_', '-')}", *map(str, values)]
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name != "name" and value is not None:
+                words += [flag(entry.name), *map(str, value if isinstance(value, list) else [value])]
         return words
 
 
@@ -169,6 +153,8 @@ def load_table(path: Path) -> Table:
     try:
         stated = read_yaml(path)
         _check_keys(stated, Table)
+        samplers = stated.get("samplers") or []
+        stated["samplers"] = [{FULL.get(key, key): value for key, value in sampler.items()} for sampler in samplers]
         table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Table), stated))
     except OSError as error:
         raise InputError(f"table {str(path)!r}: {error.strerror}; see experiments/tables") from None
@@ -183,9 +169,9 @@ def load_table(path: Path) -> Table:
 def _check_keys(stated: Any, schema: type) -> None:
     if not isinstance(stated, dict):
         raise InputError(f"table: {stated!r} is to be a mapping")
-    fields = {entry.name for entry in dataclasses.fields(schema)}
+    names = {SHORT.get(entry.name, entry.name) for entry in dataclasses.fields(schema)}
     for key, value in stated.items():
-        check_choice("table key", key, fields)
+        check_choice("table key", key, names)
         part = {"entries": Entry, "samplers": Sampler}.get(key) if schema is Table else None
         if part is None and isinstance(value, list) and any(isinstance(each, list | dict) for each in value):
             raise InputError(f"table: {key}={value!r} is to be a list of single values")

@@ -21,9 +21,9 @@ from sit_atconv.comparison import differences
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import library_versions, shown
-from sit_atconv.generation import generate
 from sit_atconv.images import UINT8_RULE
 from sit_atconv.models.cost import count_parameters
+from sit_atconv.sampling.sampling import generate
 from sit_atconv.signals import Interrupted, Interruptions
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class _Work:
         self.ready = setup(args, launched=True)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
-        self.labels = sample_labels(args.labels, args.num, total, self.ready.sampling.seed, config.num_classes)
+        self.labels = sample_labels(args.labels, args.num, total, args.seed, config.num_classes)
         self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]), args.force)
         return self.samples.settings
 
@@ -142,7 +142,8 @@ class _Work:
         ready, start = self.ready, time.perf_counter()
         indices = range(first, first + block)
         try:
-            images, nfe = generate(ready.trained.model, ready.codec, indices, labels, ready.sampling, len(kept))
+            model, seed = ready.trained.model, self.args.seed
+            images, nfe = generate(model, ready.codec, indices, labels, ready.sampling, seed, len(kept))
         except torch.OutOfMemoryError:
             raise InputError(
                 f"--batch {self.args.batch}: {ready.trained.model.device} has not the memory; give a smaller one and a "
@@ -160,6 +161,7 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         "labels_rule": labels_rule(args.labels),
         "block": min(args.batch, args.num),
         "dtype": args.dtype,
+        "seed": args.seed,
         **sampling_asked(args).describe(),
     }
 
@@ -170,7 +172,7 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[
     return {
         **stated(args),
         "labels": labels,
-        **ready.sampling.describe(trained.model),
+        **ready.sampling.describe(),
         "path": trained.model.config.path,
         "prediction": trained.model.config.prediction,
         "time_interval": ready.sampling.interval(trained.model),

@@ -4,8 +4,8 @@ import json
 import re
 
 from sit_atconv.errors import InputError
-from sit_atconv.generation import random_label
 from sit_atconv.reading import MOST_JSON, bounded, parse_json
+from sit_atconv.sampling.sampling import random_label
 
 RULES = ("balanced", "random")
 

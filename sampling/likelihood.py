@@ -20,8 +20,8 @@ from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
-from sit_atconv.generation import check_path
 from sit_atconv.layers.atconv import check_backend
+from sit_atconv.sampling.settings import check_path
 
 LEVELS = {"digits": 1 / 8}  # between two neighbouring grey levels, in [-1, 1]; of image files LEVEL_8_BIT
 

@@ -1,8 +1,11 @@
 """Command-line options that every sampling command shares."""
 
 import argparse
+import dataclasses
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,13 +13,15 @@ from sit_atconv import limits, processes
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.devices import resolve_device
 from sit_atconv.errors import InputError
-from sit_atconv.flow.guidance import CHANNELS
-from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
-from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON
-from sit_atconv.generation import SAMPLERS, SDE_DEFAULTS, Sampling
+from sit_atconv.fields import CHOICES, DEFAULT, HELP, WHEN
+from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.latents.codecs import reopen_codec
 from sit_atconv.layers.atconv import check_backend
+from sit_atconv.limits import RANGE
+from sit_atconv.sampling.settings import Sampling
 
+# What a setting is called on a command line and in a table, where that is not its name.
+SHORT = {"guidance_scale": "cfg", "guidance_channels": "cfg_channels", "guidance_interval": "cfg_interval"}
 VAE_BATCH = 16  # images per pass through the decoder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,44 +31,39 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
 
 
-def add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="default: euler")
-    parser.add_argument(
-        "--steps", **limits.EVALUATIONS.flag, default=50,
-        help="steps from noise to data, an SDE's last step included; dopri5 sets its own (default: 50)",
-    )  # fmt: skip
-    sde = parser.add_argument_group(f"SDE samplers ({', '.join(SDE_SAMPLERS)})")
-    sde.add_argument("--diffusion", choices=DIFFUSIONS, help=f"w(t) (default: {SDE_DEFAULTS['diffusion']})")
-    sde.add_argument(
-        "--diffusion-norm", **limits.DIFFUSION_NORM.flag, metavar="NORM",
-        help="w(t) is multiplied by it; with --diffusion decreasing w(t) = (NORM cos(pi t) + 1)^2 / 4 "
-        f"(default: {SDE_DEFAULTS['diffusion_norm']:g})",
-    )  # fmt: skip
-    sde.add_argument("--last-step", choices=LAST_STEPS, help=f"default: {SDE_DEFAULTS['last_step']}")
-    sde.add_argument(
-        "--last-step-size", **limits.LAST_STEP_SIZE.flag, metavar="H",
-        help=f"the last step goes from t = 1 - H to 1 (default: {SDE_DEFAULTS['last_step_size']:g})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cfg", **limits.GUIDANCE.flag, default=1.5, metavar="SCALE", help="guidance scale; 1 is none (default: 1.5)"
-    )
+def flag(name: str) -> str:
+    """The flag of an option; SHORT where its name is another one there."""
+    return f"--{SHORT.get(name, name).replace('_', '-')}"
+
+
+def add_settings(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """The options of Sampling, each stored under its name there, less those left out."""
+    of_sde, plain = parser.add_argument_group(f"SDE samplers ({', '.join(SDE_SAMPLERS)})"), Sampling()
+    for entry in dataclasses.fields(Sampling):
+        if entry.name in leave_out:
+            continue
+        said, default = entry.metadata, getattr(plain, entry.name)
+        options = said[RANGE].flag if RANGE in said else {"choices": said[CHOICES]}
+        if isinstance(default, list):
+            options |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
+        acting = said.get(DEFAULT, default)
+        shown = "" if acting is None else f" (default: {_text(acting)})"
+        (of_sde if WHEN in said else parser).add_argument(
+            flag(entry.name), dest=entry.name, **options, default=default, help=f"{said[HELP]}{shown}"
+        )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, its ema/ folder, or a model"
     )
-    add_sampler_options(parser)
-    parser.add_argument("--cfg-channels", choices=CHANNELS, default="all", help="latent channels guided (default: all)")
-    parser.add_argument(
-        "--cfg-interval", **limits.TIME.flag, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-        help="guidance acts for t in it, t = 0 noise, t = 1 data (default: 0 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--epsilon", **limits.EPSILON.flag, metavar="E",
-        help=f"how far t keeps from 0 or 1 where the flow is singular there (default: {SAMPLE_EPSILON:g}; "
-        f"{SBDM_EPSILON:g} with --diffusion sbdm where alpha vanishes)",
-    )  # fmt: skip
+    add_settings(parser)
     parser.add_argument(
         "--seed", **limits.SEED.flag, default=0, help="noise of image i is drawn from (seed, i) (default: 0)"
     )
@@ -76,20 +76,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
 
 
-def sampling_of(args: argparse.Namespace, **others) -> Sampling:
-    """The sampling that `add_sampler_options` read; others: fields of Sampling beside those."""
-    sde = {name: getattr(args, name) for name in SDE_DEFAULTS}
-    return Sampling(args.sampler, args.steps, args.cfg, **sde, **others)
-
-
 def sampling_asked(args: argparse.Namespace) -> Sampling:
-    """The sampling that `add_sampling_options` read. Raises InputError for a value that cannot be, or does nothing."""
-    return sampling_of(
-        args,
-        guidance_channels=args.cfg_channels,
-        guidance_interval=tuple(args.cfg_interval),
-        epsilon=args.epsilon,
-        seed=args.seed,
+    """The settings that `add_settings` read. Raises InputError for a value that cannot be, or does nothing."""
+    return Sampling(
+        **{entry.name: vars(args)[entry.name] for entry in dataclasses.fields(Sampling) if entry.name in args}
     )
 
 
@@ -101,7 +91,7 @@ def check_one_process() -> None:
 
 @dataclass
 class Setup:
-    """A trained model, its codec and the sampling asked for, all on the device."""
+    """A trained model and its codec, on the device, and the settings asked for, as they are for the model."""
 
     trained: Trained
     codec: torch.nn.Module
@@ -132,7 +122,7 @@ def setup(args: argparse.Namespace, launched: bool = False) -> Setup:
         check_one_process()
     device = resolve_device(own_device(args.device) if launched else args.device)
     trained = load_trained(args.ckpt, DTYPES[args.dtype])
-    sampling.check_model(trained.model)
+    sampling = sampling.for_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), args.vae, VAE_BATCH).to(device)
     trained.model.to(device)
     check_backend(trained.model, device)

@@ -15,9 +15,10 @@ from diffusers import (
 from sit_atconv import draws
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
-from sit_atconv.generation import Sampling, render
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+from sit_atconv.sampling.sampling import render
+from sit_atconv.sampling.settings import Sampling
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SCHEDULERS = {
@@ -48,8 +49,9 @@ def generate(
     indices: Sequence[int],
     labels: Sequence[int],
     sampling: Sampling,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, int]:
-    """As `sit_atconv.generation.generate`, with `scheduler` instead of the sampler of `sampling`.
+    """As `sit_atconv.sampling.sampling.generate`, with `scheduler` instead of the sampler of `sampling`.
 
     The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
     Warns of a scheduler that is right for distilled models alone. Raises InputError for a model that is not of the
@@ -58,8 +60,8 @@ def generate(
     pipe = SiTPipeline(model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     shape = (model.config.in_channels, *model.latent_size)
-    noise = [draws.normal(shape, sampling.seed, Stream.SAMPLE_NOISE, index) for index in indices]
-    seeds = [draws.generator(sampling.seed, Stream.SAMPLE_STEP, index).integers(2**63) for index in indices]
+    noise = [draws.normal(shape, seed, Stream.SAMPLE_NOISE, index) for index in indices]
+    drawing = [draws.generator(seed, Stream.SAMPLE_STEP, index).integers(2**63) for index in indices]
     latents = pipe(
         list(labels),
         sampling.steps,
@@ -67,7 +69,7 @@ def generate(
         sampling.guidance_channels,
         sampling.guidance_interval,
         latents=torch.stack(noise),
-        generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+        generator=[torch.Generator().manual_seed(int(seed)) for seed in drawing],
         output_type="latent",
     ).images
     return render(codec, latents, model.dtype, indices), pipe.nfe

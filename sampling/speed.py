@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
-from sampling.options import DTYPES, add_device_options, add_sampler_options, sampling_of
+from sampling.options import DTYPES, add_device_options, add_settings, sampling_asked
 from sampling.plots import LIMIT, plot_latency
 from sampling.timing import caption, commit, device_name, interleaved, memory_kept, peak_bytes
 from sit_atconv import limits
 from sit_atconv.devices import import_compiler, numerics, resolve_device
 from sit_atconv.errors import InputError, add_force, check_choice
 from sit_atconv.files import check_out, library_versions, made_here, named, write_out
-from sit_atconv.generation import Sampling, flow
 from sit_atconv.markdown import markdown_table
 from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
 from sit_atconv.ops.atconv import BACKEND_VARIABLE
+from sit_atconv.sampling.sampling import sample_latents
+from sit_atconv.sampling.settings import Sampling
 
 PIXELS_PER_LATENT = 8  # of the Stable-Diffusion autoencoders
 PASSES = ("forward", "backward", "sampling")
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json, STEM.md and STEM.png")
     add_force(parser)
-    add_sampler_options(parser)
+    add_settings(parser, leave_out=("guidance_channels", "guidance_interval", "epsilon"))
     add_device_options(parser)
     parser.set_defaults(run=run)
 
@@ -164,7 +165,7 @@ def evaluations(sampling: Sampling) -> int | None:
     if sampling.sampler == "dopri5":
         return None
     model = create_model(None, 1, num_classes=1, patch_size=1, in_channels=1, hidden_size=4, depth=1, num_heads=1)
-    return flow(model, [0], torch.zeros(1, dtype=torch.long), sampling)[1]
+    return sample_latents(model, [0], torch.zeros(1, dtype=torch.long), sampling)[1]
 
 
 def make_call(model: SiTTransformer2DModel, name: str, inputs: tuple, setting: Setting) -> Callable[[], object]:
@@ -180,7 +181,7 @@ def make_call(model: SiTTransformer2DModel, name: str, inputs: tuple, setting: S
         model.zero_grad(set_to_none=True)
 
     def sampling():
-        return flow(model, range(len(x)), labels, setting.sampling)[1]
+        return sample_latents(model, range(len(x)), labels, setting.sampling)[1]
 
     return {"forward": forward, "backward": backward, "sampling": sampling}[name]
 
@@ -318,7 +319,7 @@ def plot(result: dict) -> bytes:
 @numerics()
 def run(args: argparse.Namespace) -> None:
     """Measure size by size; after each, write the JSON, the table and the plot of what there is. Print the table."""
-    sampling = sampling_of(args)
+    sampling = sampling_asked(args)
     device = resolve_device(args.device)
     setting = Setting(
         args.batch, args.rounds, args.dtype, device, args.compile, tuple(args.passes), tuple(args.baselines), sampling

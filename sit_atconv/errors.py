@@ -7,7 +7,8 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 
@@ -21,6 +22,15 @@ class InputError(ValueError):
     def __init__(self, message: str, every_rank: bool = False):
         super().__init__(" ".join(message.split()))
         self.every_rank = every_rank
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Within it, an InputError begins with what it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def said(error: Exception) -> str:

@@ -9,11 +9,12 @@ from conftest import ROOT
 
 from sit_atconv import SiTTransformer2DModel, config, data
 from sit_atconv.classification.recipe import ClassifierRecipe
-from sit_atconv.config import When, differences, load_recipe, make_recipe, setting, settle, to_dict
+from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
 from sit_atconv.errors import InputError
-from sit_atconv.generation import Sampling
+from sit_atconv.fields import When, setting, settle
+from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training.objectives.flow import time_sampling
-from sit_atconv.training.plan import dry_run, preview_sampling
+from sit_atconv.training.plan import dry_run
 
 SHIPPED = sorted((ROOT / "experiments/recipes").glob("*.yaml"))
 RECIPES = [path for path in SHIPPED if "attnet" not in path.stem]  # those: tests/classification/test_recipes.py
@@ -199,9 +200,10 @@ def test_a_recipe_decides_where_t_is_drawn_and_how_previews_are():
     preview |= {"last_step": "tweedie", "last_step_size": 0.1}
     recipe = make_recipe({"run": {"out": "x", "seed": 3}, "preview": preview})
     model = SiTTransformer2DModel(sample_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1)
-    assert preview_sampling(recipe, model) == Sampling(
-        "sde-heun", 7, 2.5, seed=3, diffusion="linear", diffusion_norm=0.5, last_step="tweedie", last_step_size=0.1
+    expected = Sampling(
+        "sde-heun", 7, 2.5, diffusion="linear", diffusion_norm=0.5, last_step="tweedie", last_step_size=0.1
     )
+    assert recipe.preview.for_model(model).describe() == expected.describe()
 
 
 def test_every_key_that_is_not_said_to_may_not_change():

@@ -21,10 +21,11 @@ from sit_atconv.convert.__main__ import main
 from sit_atconv.convert.reading import read_source
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
-from sit_atconv.generation import Sampling, generate
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.pipelines.export import main as export
+from sit_atconv.sampling.sampling import generate
+from sit_atconv.sampling.settings import Sampling
 
 SIT = ("sit_attn", "sit_atconv", "sit_hybrid")
 MIXERS = {"sit_attn": "attention", "sit_atconv": "atconv", "sit_hybrid": "hybrid", "repa_hybrid": "hybrid"}

@@ -8,9 +8,10 @@ from golden_vectors import assert_golden, golden
 
 from sit_atconv import ATConv, SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe
-from sit_atconv.generation import Sampling, generate
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, reference
+from sit_atconv.sampling.sampling import generate
+from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -22,9 +22,9 @@ from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, differences, load_recipe, make_recipe, to_dict
 from sit_atconv.convert.__main__ import main as convert
 from sit_atconv.errors import InputError
-from sit_atconv.generation import Sampling
 from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.pipelines.export import main as export
+from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training.plan import dry_run
 
 SCHEMAS = {"sit": Recipe, "classifier": ClassifierRecipe}
@@ -209,6 +209,6 @@ def test_what_acts_on_nothing_can_be_left_out_on_a_command_line(overrides, other
 
 
 def test_sampling_has_the_ranges_of_its_flags():
-    for given in ({"steps": 0}, {"guidance_scale": math.nan}, {"seed": 2**64}, {"guidance_interval": (0.0, 2.0)}):
+    for given in ({"steps": 0}, {"guidance_scale": math.nan}, {"epsilon": 0.0}, {"guidance_interval": (0.0, 2.0)}):
         with pytest.raises(InputError, match=f"^{next(iter(given))}=.*must be at least"):
             Sampling(**given)

@@ -11,7 +11,7 @@ from sampling.timing import append_csv, caption, check_csv, device_name, interle
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import command
 from sit_atconv.files import write_atomic
-from sit_atconv.generation import Sampling
+from sit_atconv.sampling.settings import Sampling
 
 HERE = Path(__file__).parent
 DIM, MODEL, SIZE = 1152, "SiT-ATConv-XL/2", 256

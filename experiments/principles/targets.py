@@ -23,9 +23,10 @@ from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, said
 from sit_atconv.files import shown
 from sit_atconv.flow.path import PATHS
-from sit_atconv.generation import check_labels, check_path
 from sit_atconv.latents.codecs import check_same_codec, open_codec, reopen_codec
 from sit_atconv.reading import Malformed, read_config
+from sit_atconv.sampling.sampling import check_labels
+from sit_atconv.sampling.settings import check_path
 from sit_atconv.vit import CONFIG, load_folder
 
 

@@ -5,21 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sit_atconv import config, limits
-from sit_atconv.config import (
-    HUB,
-    MUTABLE,
-    PARTS,
-    Checkpoint,
-    Loading,
-    Optimisation,
-    Run,
-    When,
-    expand_home,
-    idle,
-    setting,
-    settle,
-)
+from sit_atconv.config import HUB, PARTS, Checkpoint, Loading, Optimisation, Run
 from sit_atconv.errors import InputError, check_choice
+from sit_atconv.fields import MUTABLE, When, expand_home, idle, setting, settle
 from sit_atconv.limits import Range, number, ranged
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz")

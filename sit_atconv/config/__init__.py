@@ -1,6 +1,5 @@
 """Recipes: their schema, how they are read, and what makes two of them the same run."""
 
-from sit_atconv.config.fields import MUTABLE, When, expand_home, idle, setting, settle
 from sit_atconv.config.identity import differences
 from sit_atconv.config.reading import load_recipe, make_recipe, to_dict
 from sit_atconv.config.schema import (
@@ -25,7 +24,7 @@ from sit_atconv.config.schema import (
 )
 
 __all__ = [
-    "DATA_KINDS", "HUB", "MUTABLE", "PARTS", "Checkpoint", "Data", "Distill", "Ema", "Flow", "Latents", "Loading",
-    "Model", "Optimisation", "Preview", "Recipe", "Repa", "Run", "Score", "Train", "When", "differences", "expand_home",
-    "idle", "load_recipe", "make_recipe", "setting", "settle", "to_dict",
+    "DATA_KINDS", "HUB", "PARTS", "Checkpoint", "Data", "Distill", "Ema", "Flow", "Latents", "Loading", "Model",
+    "Optimisation", "Preview", "Recipe", "Repa", "Run", "Score", "Train", "differences", "load_recipe",
+    "make_recipe", "to_dict",
 ]  # fmt: skip

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from sit_atconv.config.fields import WHEN
+from sit_atconv.fields import WHEN
 
 # What null stood for then, by the name of a setting that acts. It never changes, whatever the defaults become.
 MEANT = {
     "split": "train", "val_split": "validation", "image_key": "image", "label_key": "label", "shuffle_buffer": 10_000,
     "time_mean": 0.0, "time_std": 1.0, "decay": 0.9999, "stds": [0.05, 0.1],
+    "diffusion": "sigma", "diffusion_norm": 1.0, "last_step": "mean", "last_step_size": 0.04,
     "erasing_mode": "pixel", "mix_prob": 1.0, "switch_prob": 0.5, "warmup_lr": 1e-6,
 }  # fmt: skip
 

@@ -13,9 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
 from sit_atconv.config.earlier import left_out, meant
-from sit_atconv.config.fields import WHEN
 from sit_atconv.config.schema import Recipe
 from sit_atconv.errors import MOST, InputError, check_choice
+from sit_atconv.fields import WHEN
 from sit_atconv.reading import check_literal, read_yaml
 
 Schema = TypeVar("Schema")

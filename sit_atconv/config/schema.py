@@ -13,12 +13,13 @@ from omegaconf import MISSING
 from PIL import ImageColor
 
 from sit_atconv import limits
-from sit_atconv.config.fields import MUTABLE, When, expand_home, idle, setting, settle
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, named
+from sit_atconv.fields import MUTABLE, When, expand_home, idle, setting, settle
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS
 from sit_atconv.limits import Range, number, ranged
+from sit_atconv.sampling.settings import Sampling
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
 DATA_SAMPLINGS = ("natural", "balanced")
@@ -361,18 +362,15 @@ class Checkpoint:
 
 
 @dataclass
-class Preview:
-    """Grids of samples drawn while training."""
+class Preview(Sampling):
+    """Grids of samples drawn while training, and how they are drawn."""
 
     every: int = ranged(10_000, limits.STEPS_OR_NONE)  # steps between two grids of EMA samples; 0 draws none
     num: int = ranged(16, limits.PICTURE)
-    sampler: str = "euler"
-    steps: int = ranged(50, limits.EVALUATIONS)
-    guidance_scale: float = ranged(1.5, limits.GUIDANCE)
-    diffusion: str | None = None  # this and the next three: SDE samplers alone, see generation.Sampling
-    diffusion_norm: float | None = ranged(None, limits.DIFFUSION_NORM)
-    last_step: str | None = None
-    last_step_size: float | None = ranged(None, limits.LAST_STEP_SIZE)
+
+    def __post_init__(self):
+        with named("preview"):
+            self._settle()  # ranges are checked where a recipe is read, all together
 
 
 @dataclass

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from torchdiffeq import odeint
 
 from sit_atconv.flow.path import Velocity
 
@@ -69,6 +68,8 @@ def dopri5(
     low, high = ends.aminmax()
     stepping = False
 
+    import torchdiffeq  # here, with these words: what is exported names this sampler, and does without the library
+
     def within(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         nonlocal stepping
         stepping = False
@@ -77,7 +78,8 @@ def dopri5(
         return v
 
     try:
-        return odeint(within, x, ends, rtol=rtol, atol=atol, method="dopri5", options={"step_t": ends[-1:]})[-1]
+        options = {"step_t": ends[-1:]}
+        return torchdiffeq.odeint(within, x, ends, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
     except AssertionError:  # torchdiffeq's, of a step size of 0 or NaN; before it begins, of its arguments
         if not stepping:  # or the velocity's own
             raise

@@ -1,7 +1,6 @@
 """Class-conditional images from a SiT as a diffusers pipeline."""
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -16,12 +15,13 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from sit_atconv.compat.diffusers import execution_device
 from sit_atconv.errors import InputError, check_choice
-from sit_atconv.flow.guidance import CHANNELS, GuidedVelocity
+from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import LinearPath
-from sit_atconv.flow.times import sampling_interval
 from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
+from sit_atconv.limits import EVALUATIONS
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
+from sit_atconv.sampling.settings import Sampling
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -230,25 +230,16 @@ class SiTPipeline(DiffusionPipeline):
             warnings.warn(caution, stacklevel=3)  # of the caller: torch.no_grad is between
         self._check_vae()
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        check_choice("guidance_channels", guidance_channels, CHANNELS)
+        sampling = Sampling(
+            guidance_scale=guidance_scale, guidance_channels=guidance_channels, guidance_interval=guidance_interval
+        ).for_model(self.transformer)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         handed_over = callback_on_step_end_tensor_inputs or ()
         for name in handed_over:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        if not (isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2) or not (
-            0 <= guidance_interval[0] <= guidance_interval[1] <= 1
-        ):
-            raise InputError(f"guidance_interval={guidance_interval}: give 0 <= low <= high <= 1, with t = 0 noise")
-        if not math.isfinite(guidance_scale):
-            raise InputError(f"guidance_scale={guidance_scale}: must be a finite number")
         if num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt={num_images_per_prompt}: must be at least 1")
-        if guidance_scale != 1 and self.transformer.null_label is None:
-            raise InputError(
-                f"guidance_scale={guidance_scale:g} needs a null class, and this model was trained without class "
-                "dropout; use guidance_scale=1"
-            )
         channels = self.transformer.config.in_channels
         if output_type == "pil" and self.vae is None and channels not in (1, 3):
             raise InputError(f"latents of {channels} channels are no picture without a vae; use output_type='pt'")
@@ -259,7 +250,7 @@ class SiTPipeline(DiffusionPipeline):
         class_labels = torch.tensor(ids, device=latents.device)
         path, prediction = LinearPath(), self.transformer.config.prediction
         timesteps, times = self._schedule(num_inference_steps, sigmas, given is not None)
-        times = times.clamp(*sampling_interval(path, prediction))  # where the prediction gives a velocity
+        times = times.clamp(*sampling.interval(self.transformer))  # where the prediction gives a velocity
         self._num_timesteps = len(timesteps)
         # A list of generators is for schedulers that draw, too.
         draws = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -274,8 +265,8 @@ class SiTPipeline(DiffusionPipeline):
                     class_labels,
                     self.transformer.null_label,
                     self._guidance_scale,
-                    guidance_channels,
-                    guidance_interval,
+                    sampling.guidance_channels,
+                    sampling.guidance_interval,
                 )
                 velocity = path.velocity_from(prediction, guided(latents, t), latents, t)
                 self._nfe += guided.nfe
@@ -323,8 +314,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def _schedule(self, steps: int, sigmas: Sequence[float] | None, given: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The scheduler's timesteps, and t = 1 - sigma of each on the CPU. given: the latents were given."""
-        if steps < 1:
-            raise InputError(f"num_inference_steps={steps}: must be at least 1")
+        EVALUATIONS.check("num_inference_steps=", steps)
         if sigmas is not None and not (
             len(sigmas) and sigmas[0] <= 1 and sigmas[-1] > 0 and all(a > b for a, b in pairwise(sigmas))
         ):

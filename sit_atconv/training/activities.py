@@ -11,9 +11,9 @@ from sit_atconv.console import say
 from sit_atconv.ema import SAMPLED, SNAPSHOTS
 from sit_atconv.errors import InputError
 from sit_atconv.files import clear_leftovers, step_name, write_atomic
-from sit_atconv.generation import Sampling, generate, grid_png
 from sit_atconv.images import NotFinite
 from sit_atconv.processes import gathered, is_main, raise_together
+from sit_atconv.sampling.sampling import generate, grid_png
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
 
@@ -25,10 +25,10 @@ Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
 
 
 class Draws(Activity):
-    """Images of the sampled average, drawn by all processes together."""
+    """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says."""
 
-    def __init__(self, sampling: Sampling, codec: nn.Module):
-        self.sampling, self.codec = sampling, codec
+    def __init__(self, codec: nn.Module):
+        self.codec = codec
 
     def draw(self, trainer: Trainer, what: str, count: int, block: int) -> tuple[torch.Tensor, list[int]] | None:
         """Images 0 to count - 1 of the classes in turn, shared out over the processes: uint8 images, labels.
@@ -38,6 +38,7 @@ class Draws(Activity):
         EMA is evaluated by all of them together.
         """
         accelerator, model = trainer.accelerator, trainer.objective.averages.models[SAMPLED]
+        sampling, seed = trainer.recipe.preview, trainer.recipe.run.seed
         share = math.ceil(count / accelerator.num_processes)
         first = accelerator.process_index * share
         indices = [min(index, count - 1) for index in range(first, first + share)]
@@ -46,7 +47,7 @@ class Draws(Activity):
             part = indices[start : start + block]
             labels = [index % model.config.num_classes for index in part]
             try:
-                images.append(generate(model, self.codec, part, labels, self.sampling)[0])
+                images.append(generate(model, self.codec, part, labels, sampling, seed)[0])
             except NotFinite as error:  # and on, as the others do
                 fault = fault or error
         if said := next((str(error) for error in gathered(fault) if error is not None), None):
@@ -80,8 +81,8 @@ class Previews(Draws):
 class Scores(Draws):
     """Scores of `score.num` images every `score.every` steps, in scores.jsonl. scorer: the main process's."""
 
-    def __init__(self, sampling: Sampling, codec: nn.Module, scorer: Scorer | None):
-        super().__init__(sampling, codec)
+    def __init__(self, codec: nn.Module, scorer: Scorer | None):
+        super().__init__(codec)
         self.scorer = scorer
 
     def open(self, trainer: Trainer) -> None:
@@ -103,7 +104,8 @@ class Scores(Draws):
                 error = fault
         raise_together(error)
         if main:
-            sampling = self.sampling.describe(trainer.objective.model)
+            sampling = trainer.recipe.preview.for_model(trainer.objective.model).describe()
+            sampling["seed"] = trainer.recipe.run.seed
             self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
             trainer.trackers.log({f"score/{name}": value for name, value in values.items()}, trainer.step)
 

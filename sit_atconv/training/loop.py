@@ -15,7 +15,7 @@ from sit_atconv.training.facts import check_stated, measured_facts
 from sit_atconv.training.folder import check_place, check_run_folder, claim
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
-from sit_atconv.training.plan import preview_sampling
+from sit_atconv.training.plan import check_preview
 from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import Trainer
 
@@ -45,8 +45,8 @@ def train(
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
         objective = objective_of(recipe)(recipe, facts)
         objective.check_launch(accelerator)
-        sampling = preview_sampling(recipe, objective.model)
-        if accelerator.is_fsdp2 and sampling.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
+        check_preview(recipe, objective.model)
+        if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
         objective.open(codec)
         described = {
@@ -65,6 +65,6 @@ def train(
             must_resume,
             force,
         )
-        activities = Previews(sampling, codec), Scores(sampling, codec, scorer), Snapshots()
+        activities = Previews(codec), Scores(codec, scorer), Snapshots()
         samples = objective.make_samples(dataset)
         return Trainer(accelerator, recipe, claimed, objective, samples, activities).run_to_the_end(signals)

@@ -4,33 +4,18 @@ import torch
 
 from sit_atconv.config import Recipe
 from sit_atconv.ema import SAMPLED, describe
-from sit_atconv.errors import InputError
-from sit_atconv.generation import Sampling
+from sit_atconv.errors import named
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.training.facts import check_stated, opened_facts, stated_facts
 from sit_atconv.training.objectives import objective_of
 
 
-def preview_sampling(recipe: Recipe, model: SiTTransformer2DModel) -> Sampling:
-    """How previews are drawn. Raises InputError for settings that do not exist or that the model cannot follow."""
-    preview = recipe.preview
-    try:
-        sampling = Sampling(
-            preview.sampler,
-            preview.steps,
-            preview.guidance_scale,
-            seed=recipe.run.seed,
-            diffusion=preview.diffusion,
-            diffusion_norm=preview.diffusion_norm,
-            last_step=preview.last_step,
-            last_step_size=preview.last_step_size,
-        )
-        if preview.every:
-            sampling.check_model(model)
-    except InputError as error:
-        raise InputError(f"preview: {error}") from None
-    return sampling
+def check_preview(recipe: Recipe, model: SiTTransformer2DModel) -> None:
+    """Raise InputError where previews are to be drawn, and the model cannot be sampled as they say."""
+    if recipe.preview.every:
+        with named("preview"):
+            recipe.preview.for_model(model)
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -42,7 +27,7 @@ def dry_run(recipe: Recipe) -> str:
     with torch.device("meta"):
         objective = objective_of(recipe)(recipe, facts)
     model = objective.model
-    preview_sampling(recipe, model)
+    check_preview(recipe, model)
     train = recipe.train
     parameters, macs = count_parameters(model), count_macs(model)
     trainable = sum(p.numel() for p in model.parameters())

@@ -429,7 +429,10 @@ def test_models_trained_elsewhere_are_not_trained(tmp_path, capsys, fails):
     assert "train_sit.py" not in out
     assert "# checkpoint 'x' is not there" in out
     assert "checkpoint 'x' is not there" in fails(main, tmp_path / "t.yaml")
-    assert plan.samplers[0].options() == ["--sampler", "euler", "--cfg", "1.5", "--labels", "balanced", "--seed", "0"]
+    assert plan.samplers[0].options() == [
+        "--sampler", "euler", "--steps", "50", "--cfg", "1.5", "--cfg-channels", "all", "--cfg-interval", "0.0", "1.0",
+        "--labels", "balanced", "--seed", "0",
+    ]  # fmt: skip
 
 
 def test_several_processes_share_each_command_that_can(monkeypatch):
@@ -480,11 +483,14 @@ def test_the_first_command_that_fails_ends_it(small, monkeypatch, capsys):
         ("format: jpg", "format='jpg'"),
         ("entries: [{name: a, recipe: x, seeds: [1], overrides: [run.seed=3]}]", "the table decides run.seed"),
         ("samplers: [{name: s, sampler: heunn, cfg: 1}]", "sampler 's': sampler='heunn': did you mean 'heun'"),
-        ("samplers: [{name: s, sampler: euler, cfg: 1, last_step: mean}]", "last_step='mean' would do nothing"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1, last_step: mean}]", "last_step=mean goes with sampler="),
         ("samplers: [{name: s, sampler: euler, cfg: 2, cfg_interval: [0.1]}]", "give two numbers, low and high"),
         ("samplers: [{name: s, sampler: euler, cfg: 1, labels: blanced}]", "labels='blanced': no such file"),
         ("samplers: [{name: s, sampler: euler, cfg: 1, dtype: fp8}]", "dtype='fp8'"),
         ("samplers: [{name: s, sampler: euler, cfg: 1, batch: 0}]", "batch=0: must be at least 1"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1, seed: -1}]", "sampler 's': seed=-1: must be at least 0"),
+        ("samplers: [{name: s, sampler: euler, cfg: 1e30}]", "sampler 's': guidance_scale=1e+30: must be at least"),
+        ("samplers: [{name: s, sampler: euler, guidance_scale: 1}]", "table key='guidance_scale'"),
         ("weights: x", "weights belong to Inception"),
         ("- 1", "is to be a mapping"),
     ],

@@ -26,9 +26,10 @@ from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import library_versions
 from sit_atconv.flow.path import PATHS
-from sit_atconv.generation import Sampling, flow, generate, grid_png, random_label
 from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
+from sit_atconv.sampling.sampling import generate, grid_png, random_label, sample_latents
+from sit_atconv.sampling.settings import Sampling
 
 
 def lively_model(**options):
@@ -111,7 +112,7 @@ def test_evaluations_of_every_sampler():
 def test_it_follows_the_sde_with_noise_of_the_step():
     model = lively_model()
     options = {"diffusion": "linear", "diffusion_norm": 0.5, "last_step": "mean", "last_step_size": 0.1}
-    sampling = Sampling("euler-maruyama", steps=3, guidance_scale=1.0, seed=1, **options)
+    sampling = Sampling("euler-maruyama", steps=3, guidance_scale=1.0, **options)
 
     def normal(*key):
         numbers = np.random.default_rng(np.random.SeedSequence(key)).standard_normal((1, 4, 4), dtype=np.float32)
@@ -126,7 +127,7 @@ def test_it_follows_the_sde_with_noise_of_the_step():
         for step, t in enumerate((0.0, 0.45)):
             x = x + 0.45 * drift(x, t) + (2 * 0.5 * (1 - t) * 0.45) ** 0.5 * normal(1, 8, 7, step)
         x = x + 0.1 * drift(x, 0.9)
-    latents, _ = flow(model, [7], torch.tensor([2]), sampling)
+    latents, _ = sample_latents(model, [7], torch.tensor([2]), sampling)
     torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
 
 
@@ -149,7 +150,7 @@ def test_the_models_own_path_and_prediction_are_followed(path, prediction):
         for t, t_next in pairwise(torch.linspace(start, end, 7)):
             slope = velocity(x, t)
             x = x + (t_next - t) * (slope + velocity(x + (t_next - t) * slope, t_next)) / 2
-    latents, _ = flow(model, [3], torch.tensor([1]), sampling)
+    latents, _ = sample_latents(model, [3], torch.tensor([1]), sampling)
     assert latents.isfinite().all()
     torch.testing.assert_close(latents, x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
 
@@ -171,7 +172,7 @@ def closed_form(path, t):
 @pytest.mark.parametrize("last", ["mean", "tweedie"])
 def test_an_sde_follows_the_models_own_path_written_out(sampler, path, prediction, diffusion, start, last):
     model = lively_model(path=path, prediction=prediction, in_channels=4)
-    options = {"diffusion": diffusion, "diffusion_norm": 0.5, "last_step": last, "last_step_size": 0.2, "seed": 1}
+    options = {"diffusion": diffusion, "diffusion_norm": 0.5, "last_step": last, "last_step_size": 0.2}
     sampling = Sampling(sampler, 7, 2.0, "first3", (0.0, 0.5), **options)
 
     def normal(*key):
@@ -204,7 +205,7 @@ def test_an_sde_follows_the_models_own_path_written_out(sampler, path, predictio
                 x = x + h * drift(x, t) + kick
         alpha, sigma, _ = closed_form(path, 0.8)
         x = x + 0.2 * drift(x, 0.8) if last == "mean" else (x + sigma**2 * score(x, 0.8)) / alpha
-    latents, _ = flow(model, [7], torch.tensor([2]), sampling)
+    latents, _ = sample_latents(model, [7], torch.tensor([2]), sampling)
     torch.testing.assert_close(latents.double(), x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
 
 
@@ -217,7 +218,7 @@ def test_what_did_not_act_is_not_described():
     }  # fmt: skip
     assert Sampling("sde-heun", last_step="none").describe()["last_step_size"] is None
     guided = Sampling(guidance_scale=2.0, guidance_channels="first3", guidance_interval=(0.1, 0.5)).describe()
-    assert (guided["guidance_channels"], guided["guidance_interval"]) == ("first3", (0.1, 0.5))
+    assert (guided["guidance_channels"], guided["guidance_interval"]) == ("first3", [0.1, 0.5])
 
 
 @pytest.mark.parametrize(
@@ -235,21 +236,23 @@ def test_what_did_not_act_is_not_described():
 )
 def test_epsilon_keeps_from_singular_ends_and_is_refused_where_there_are_none(model, options, acts, interval):
     model, stated = lively_model(**model), Sampling(**options, epsilon=0.01)
-    assert Sampling(**options).describe(model)["epsilon"] == acts
+    assert Sampling(**options).for_model(model).describe()["epsilon"] == acts
     if acts is None:
         with pytest.raises(InputError, match=r"epsilon=0.01 would do nothing"):
-            stated.check_model(model)
+            stated.for_model(model)
         return
-    stated.check_model(model)
-    assert stated.describe(model)["epsilon"] == 0.01
+    assert stated.for_model(model).describe()["epsilon"] == 0.01
     assert stated.interval(model) == interval
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"guidance_scale": 1.0, "guidance_channels": "first3"}, "channels first3: with guidance scale 1 nothing is"),
-        ({"guidance_scale": 1.0, "guidance_interval": (0.0, 0.5)}, "with guidance scale 1 nothing is guided"),
+        (
+            {"guidance_scale": 1.0, "guidance_channels": "first3"},
+            "guidance_channels=first3: with guidance_scale=1 nothing is",
+        ),
+        ({"guidance_scale": 1.0, "guidance_interval": (0.0, 0.5)}, "with guidance_scale=1 nothing is guided"),
         ({"epsilon": 0.0}, "epsilon=0.0: must be at least 1e-06 and under 0.5"),
         ({"epsilon": 0.5}, "epsilon=0.5"),
         ({"epsilon": float("nan")}, "epsilon=nan"),
@@ -268,11 +271,11 @@ def test_a_scheduler_takes_no_epsilon(fails):
 def test_settings_that_do_nothing_to_this_model_are_refused():
     first3 = Sampling(guidance_channels="first3")
     with pytest.raises(InputError, match="first3 would do nothing: this model has 3"):
-        first3.check_model(lively_model(in_channels=3))
-    first3.check_model(lively_model(in_channels=4))
+        first3.for_model(lively_model(in_channels=3))
+    first3.for_model(lively_model(in_channels=4))
     long = Sampling("sde-heun", diffusion="sbdm", last_step_size=0.97)
     with pytest.raises(InputError, match="leave nothing of"):
-        long.check_model(lively_model())
+        long.for_model(lively_model())
 
 
 def test_the_first_step_of_sbdm_keeps_the_state_in_reach():
@@ -282,7 +285,7 @@ def test_the_first_step_of_sbdm_keeps_the_state_in_reach():
     torch.nn.init.zeros_(model.final_layer.linear.bias)
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].std().item()))
-    flow(model, range(20), torch.zeros(20, dtype=torch.long), Sampling("euler-maruyama", diffusion="sbdm"))
+    sample_latents(model, range(20), torch.zeros(20, dtype=torch.long), Sampling("euler-maruyama", diffusion="sbdm"))
     assert max(seen) < 3
 
 
@@ -747,7 +750,7 @@ def test_images_are_decoded_in_fp32_and_cut_off_to_levels(tmp_path, vae_folder):
     sampling(["generate", *map(str, base), "--out", str(tmp_path / "out"), "--format", "npz"])
     drawn = np.load(tmp_path / "out/samples.npz", allow_pickle=False)["arr_0"].astype(int)
     model = lively_model(in_channels=4).to(torch.bfloat16)
-    latents, _ = flow(model, range(3), torch.tensor([0, 1, 2]), Sampling(steps=2))
+    latents, _ = sample_latents(model, range(3), torch.tensor([0, 1, 2]), Sampling(steps=2))
     vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).double()
     with torch.no_grad():
         images = vae.decode(latents.double() / 0.5 + 0.1).sample
@@ -1037,7 +1040,7 @@ def test_low_precision_networks_still_integrate_in_fp32():
     assert (full.float() - low.float()).abs().mean() < 6
 
     model, sampling = lively_model().to(torch.bfloat16), Sampling(steps=3, guidance_scale=2.0)
-    latents, _ = flow(model, [7], torch.tensor([2]), sampling)
+    latents, _ = sample_latents(model, [7], torch.tensor([2]), sampling)
     numbers = np.random.default_rng(np.random.SeedSequence([0, 6, 7])).standard_normal((1, 4, 4), dtype=np.float32)
     x = torch.from_numpy(numbers)[None]
     with torch.no_grad():

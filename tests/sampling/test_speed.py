@@ -11,9 +11,10 @@ from PIL import Image
 from sampling import speed
 from sampling.__main__ import main as sampling
 from sit_atconv import create_model
-from sit_atconv.generation import Sampling, flow
 from sit_atconv.models.cost import count_parameters
 from sit_atconv.ops.atconv import BACKEND_VARIABLE, choose_backend, native
+from sit_atconv.sampling.sampling import sample_latents
+from sit_atconv.sampling.settings import Sampling
 
 
 def test_random_model_has_no_zero_gates():
@@ -132,6 +133,6 @@ def test_what_was_measured_stays_when_a_later_size_fails(tmp_path, monkeypatch):
 def test_evaluations_are_those_of_a_real_run(sampler, scale):
     settings = Sampling(sampler, 3, scale)
     model = speed.random_model("SiT-S/8", 8)
-    _, nfe = flow(model, [0], torch.tensor([1]), settings)
+    _, nfe = sample_latents(model, [0], torch.tensor([1]), settings)
     assert speed.evaluations(settings) == nfe
     assert speed.evaluations(Sampling("dopri5")) is None

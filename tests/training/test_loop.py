@@ -14,13 +14,12 @@ from conftest import assert_same_bits, log_rows, run_recipe, weights
 from PIL import Image
 
 from sit_atconv import SiTTransformer2DModel, checkpoint, draws
-from sit_atconv.config import Train, load_recipe
+from sit_atconv.config import Preview, Train, load_recipe
 from sit_atconv.draws import Stream
 from sit_atconv.ema import read_snapshots
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 from sit_atconv.flow.path import LinearPath
-from sit_atconv.generation import Sampling
 from sit_atconv.models.cost import count_macs
 from sit_atconv.signals import StopSignals
 from sit_atconv.training import activities
@@ -398,17 +397,17 @@ def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, 
     seen = []
     generate = activities.generate
 
-    def record(model, codec, indices, labels, sampling):
-        seen.append((model, labels, sampling))
-        return generate(model, codec, indices, labels, sampling)
+    def record(model, codec, indices, labels, sampling, seed):
+        seen.append((model, labels, sampling, seed))
+        return generate(model, codec, indices, labels, sampling, seed)
 
     monkeypatch.setattr(activities, "generate", record)
-    run_recipe(recipe_file(preview={"every": 4, "num": 12, "steps": 2, "guidance_scale": 2.0}))
+    run_recipe(recipe_file(preview={"every": 4, "num": 12, "steps": 2, "guidance_scale": 2.0}), "run.seed=3")
     assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == [
         "step-0000004.png", "step-0000008.png",
     ]  # fmt: skip
     assert seen[0][1] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert seen[0][2] == Sampling("euler", 2, 2.0, seed=0)
+    assert seen[0][2:] == (Preview("euler", 2, 2.0, every=4, num=12), 3)
     assert not any(parameter.requires_grad for parameter in seen[0][0].parameters())
     assert Image.open(tmp_path / "run/previews/step-0000004.png").size == (4 * 68 + 4, 3 * 68 + 4)
 

@@ -1,11 +1,11 @@
-"""What a field of a recipe says of itself, beside its range (`sit_atconv.limits`): when it acts, what null stands for
-then, and whether a later start of the run may change it."""
+"""What a setting says of itself beside its range (`sit_atconv.limits`), in the metadata of its dataclass field: when it
+acts, what null stands for then, its choices, and whether a later start of a run may change it."""
 
 import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from sit_atconv.limits import RANGE, Range
 # follows from the data, which is checked against them at every start. In the place of True, a function tells by the
 # values beside it.
 MUTABLE = {"mutable": True}
-WHEN, DEFAULT = "when", "default"
+WHEN, DEFAULT, CHOICES, HELP = "when", "default", "choices", "help"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class When:
 
     text: str
     holds: Callable[[Any], bool]
+
+
+def chosen(default: str, choices: Iterable[str], **metadata: Any) -> Any:
+    """A dataclass field with a default, that takes one of the choices; its class checks it. metadata: more of it."""
+    return dataclasses.field(default=default, metadata=metadata | {CHOICES: tuple(choices)})
 
 
 def setting(when: When, default: Any = None, within: Range | None = None, idle: Any = None, **metadata: Any) -> Any:
@@ -41,18 +46,19 @@ def setting(when: When, default: Any = None, within: Range | None = None, idle: 
 def settle(name: str, section: Any) -> None:
     """Put what null stands for in its place, in every setting of a section that acts; the others stay as they are.
 
-    Raises InputError for one that is stated and does nothing.
+    name: of the section; "" for settings that are of none. Raises InputError for one that is stated and does nothing.
     """
     for entry in dataclasses.fields(section):
         when: When | None = entry.metadata.get(WHEN)
         if when is None:
             continue
-        key, value = f"{name}.{entry.name}", getattr(section, entry.name)
+        key, value = f"{name}.{entry.name}" if name else entry.name, getattr(section, entry.name)
         if when.holds(section):
             if value is None:
                 setattr(section, entry.name, copy.copy(entry.metadata[DEFAULT]))
         elif value not in (None, entry.default):
-            raise InputError(f"{key}={value} goes with {when.text}; {idle(key, json.dumps(entry.default))}")
+            remedy = idle(key, json.dumps(entry.default)) if name else "leave it out"
+            raise InputError(f"{key}={value} goes with {when.text}; {remedy}")
 
 
 def idle(key: str, nothing: str = "null") -> str:

@@ -1,0 +1,1 @@
+"""Sampling: the settings, and the one routine from noise to images."""

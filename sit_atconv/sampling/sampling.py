@@ -1,0 +1,116 @@
+"""From seeds, indices and labels to images: the one sampling routine of previews, scores and commands."""
+
+from collections.abc import Sequence
+
+import torch
+from torchvision.utils import make_grid
+
+from sit_atconv import draws
+from sit_atconv.draws import Stream
+from sit_atconv.errors import InputError
+from sit_atconv.files import png
+from sit_atconv.flow.guidance import GuidedVelocity
+from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.samplers import SAMPLERS
+from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
+from sit_atconv.flow.times import time_grid
+from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.sampling.settings import Sampling
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Raise InputError for a class id out of range."""
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise InputError(f"class id {label} is out of range; this model has classes 0 to {num_classes - 1}")
+
+
+def random_label(seed: int, index: int, num_classes: int) -> int:
+    """The label of image `index`, uniform over the classes."""
+    return int(draws.generator(seed, Stream.SAMPLE_LABEL, index).integers(num_classes))
+
+
+GRID_PIXELS = 64
+
+
+def grid_png(images: torch.Tensor, columns: int) -> bytes:
+    """uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels."""
+    factor = max(1, GRID_PIXELS // images.shape[-1])
+    enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    return png(to_pil(make_grid(enlarged, nrow=columns, padding=4, pad_value=255)))
+
+
+@torch.no_grad()
+def sample_latents(
+    model: SiTTransformer2DModel, indices: Sequence[int], labels: torch.Tensor, sampling: Sampling, seed: int = 0
+) -> tuple[torch.Tensor, int]:
+    """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
+
+    The noise of image i comes from (seed, i) alone, that of a step of an SDE from (seed, i, step).
+    The model runs in its own dtype, on its own device, where `labels` must be; the state is fp32.
+    """
+    shape, path = (model.config.in_channels, *model.latent_size), PATHS[model.config.path]()
+
+    def noise(stream: Stream, *step: int) -> torch.Tensor:
+        each = [draws.normal(shape, seed, stream, index, *step) for index in indices]
+        return torch.stack(each).to(model.device)
+
+    def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x.to(model.dtype), t, y, return_dict=False)[0].float()
+
+    guided = GuidedVelocity(
+        network,
+        labels,
+        model.null_label,
+        sampling.guidance_scale,
+        sampling.guidance_channels,
+        sampling.guidance_interval,
+    )
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return path.velocity_from(model.config.prediction, guided(x, t), x, t)
+
+    times = time_grid(*sampling.interval(model), sampling.steps - (sampling.last_step_size is not None))
+    x = noise(Stream.SAMPLE_NOISE)
+    if sampling.sampler in SAMPLERS:
+        return SAMPLERS[sampling.sampler](velocity, x, times), guided.nfe
+    sde = SDE(path, sampling.diffusion, sampling.diffusion_norm)
+    x = SDE_SAMPLERS[sampling.sampler](velocity, x, times, sde, lambda step: noise(Stream.SAMPLE_STEP, step))
+    return last_step(sampling.last_step, velocity, x, times[-1], sde), guided.nfe
+
+
+def generate(
+    model: SiTTransformer2DModel,
+    codec,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    sampling: Sampling,
+    seed: int = 0,
+    kept: int | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Images of the given indices, and the number of network evaluations that each took.
+
+    codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
+    fill the batch up.
+    See `sample_latents`; dopri5 shares its step size over the batch. Decoding is fp32.
+    Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
+    Raises InputError for a label out of range, or settings that do not fit the model, see `Sampling.for_model`;
+    NotFinite where latents or images that are wanted are not finite.
+    """
+    sampling = sampling.for_model(model)
+    check_labels(labels, model.config.num_classes)
+    latents, nfe = sample_latents(model, indices, torch.tensor(labels, device=model.device), sampling, seed)
+    return render(codec, latents, model.dtype, indices, kept), nfe
+
+
+@torch.no_grad()
+def render(
+    codec, latents: torch.Tensor, network: torch.dtype, indices: Sequence[int], kept: int | None = None
+) -> torch.Tensor:
+    """uint8 images (kept, C, H, W) on the CPU, of latents (B, ...) that a network of that dtype led to; see `generate`.
+
+    Raises NotFinite.
+    """
+    check_latents(latents[:kept], network, indices)
+    return to_uint8(decoded(latents, lambda all_of_them: codec.decode(all_of_them)[:kept], indices)).cpu()

@@ -1,0 +1,136 @@
+"""How images are drawn: the one set of settings, of previews, scores, commands, tables and the pipeline."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.fields import CHOICES, When, chosen, setting, settle
+from sit_atconv.flow.guidance import CHANNELS
+from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.samplers import ATOL, RTOL
+from sit_atconv.flow.samplers import SAMPLERS as ODE_SAMPLERS
+from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
+from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval
+from sit_atconv.limits import DIFFUSION_NORM, EPSILON, EVALUATIONS, GUIDANCE, LAST_STEP_SIZE, TIME, ranged
+from sit_atconv.limits import check as check_ranges
+
+SAMPLERS = (*ODE_SAMPLERS, *SDE_SAMPLERS)
+SDE = When(f"sampler={' or '.join(SDE_SAMPLERS)}", lambda sampling: sampling.sampler in SDE_SAMPLERS)
+LAST_STEP = When(f"{SDE.text} and a last_step", lambda sampling: SDE.holds(sampling) and sampling.last_step != "none")
+
+
+@dataclass
+class Sampling:
+    """How images are drawn, whichever images they are; each setting says what it does as its `help`.
+
+    The settings of an SDE are None for an ODE sampler. Their defaults are those of the public SiT code's evaluation.
+    Raises InputError for a value out of range, or one that would do nothing.
+    """
+
+    sampler: str = chosen("euler", SAMPLERS, help="how t goes from noise to data")
+    steps: int = ranged(
+        50, EVALUATIONS, help="steps from noise to data, an SDE's last step included; dopri5 sets its own"
+    )
+    guidance_scale: float = ranged(1.5, GUIDANCE, help="classifier-free guidance; 1 is none")
+    guidance_channels: str = chosen("all", CHANNELS, help="latent channels guided")
+    guidance_interval: list[float] = ranged([0.0, 1.0], TIME, help="guidance acts for t in it, t = 0 noise, t = 1 data")
+    epsilon: float | None = ranged(
+        None, EPSILON,
+        help=f"how far t keeps from 0 or 1 where the flow is singular there (default: {SAMPLE_EPSILON:g}; "
+        f"{SBDM_EPSILON:g} for sbdm where alpha vanishes)",
+    )  # fmt: skip
+    diffusion: str | None = setting(SDE, "sigma", choices=DIFFUSIONS, help="the form of w(t)")
+    diffusion_norm: float | None = setting(
+        SDE, 1.0, DIFFUSION_NORM,
+        help="w(t) is multiplied by it; the form decreasing is w(t) = (norm cos(pi t) + 1)^2 / 4",
+    )  # fmt: skip
+    last_step: str | None = setting(SDE, "mean", choices=LAST_STEPS, help="the last step, which draws no noise")
+    last_step_size: float | None = setting(
+        LAST_STEP, 0.04, LAST_STEP_SIZE, help="the last step goes from t = 1 - size to 1"
+    )
+
+    def __post_init__(self):
+        check_ranges(Sampling, vars(self))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Put what None stands for in its place, and check all but ranges."""
+        settle("", self)
+        for entry in fields(Sampling):
+            if CHOICES in entry.metadata and getattr(self, entry.name) is not None:
+                check_choice(entry.name, getattr(self, entry.name), entry.metadata[CHOICES])
+        if self.steps < self.least_steps:
+            raise InputError(f"steps={self.steps}: must be at least 2 with a last step, which is one of them")
+        interval = self.guidance_interval
+        if not (isinstance(interval, list | tuple) and len(interval) == 2 and interval[0] <= interval[1]):
+            raise InputError(
+                f"guidance_interval={interval}: give two numbers, low and high, 0 <= low <= high <= 1 (t = 0 noise, "
+                "t = 1 data)"
+            )
+        self.guidance_interval = list(interval)
+        for name, whole in (("guidance_channels", "all"), ("guidance_interval", [0, 1])):
+            value = getattr(self, name)
+            if self.guidance_scale == 1 and value != whole:
+                raise InputError(f"{name}={value}: with guidance_scale=1 nothing is guided; leave it out")
+
+    @property
+    def least_steps(self) -> int:
+        """How few steps there can be: one, and the last step of an SDE."""
+        return 1 if self.last_step_size is None else 2
+
+    def interval(self, model: nn.Module) -> tuple[float, float]:
+        """The times [t0, t1] between which a SiT is integrated; an SDE's last step goes on from t1.
+
+        Raises ValueError where nothing is left of [0, 1].
+        """
+        path, last = PATHS[model.config.path](), self.last_step_size or 0.0
+        return sampling_interval(path, model.config.prediction, self.diffusion, last, self._epsilon(model))
+
+    def _epsilon(self, model: nn.Module) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        steep = self.diffusion == "sbdm" and PATHS[model.config.path].alpha_vanishes
+        return SBDM_EPSILON if steep else SAMPLE_EPSILON
+
+    def for_model(self, model: nn.Module) -> "Sampling":
+        """The settings with the epsilon that acts on this SiT, None where no end of its flow is singular.
+
+        Raises InputError when the model cannot be sampled as asked, or something asked would do nothing to it.
+        """
+        check_path(model)
+        if self.guidance_scale != 1 and model.null_label is None:
+            raise InputError(
+                f"guidance_scale={self.guidance_scale:g} needs a null class, and this model was trained without class "
+                "dropout; use guidance_scale=1"
+            )
+        if self.guidance_channels == "first3" and model.config.in_channels <= 3:
+            raise InputError(
+                f"guidance_channels=first3 would do nothing: this model has {model.config.in_channels}; leave it out"
+            )
+        try:
+            singular = self.interval(model) != (0, 1 - (self.last_step_size or 0))
+        except ValueError as error:
+            raise InputError(f"{error}; make the last step or epsilon smaller") from None
+        if self.epsilon is not None and not singular:
+            raise InputError(f"epsilon={self.epsilon:g} would do nothing: no end is singular here; leave it out")
+        return replace(self, epsilon=self._epsilon(model) if singular else None)
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records: the settings, None where one did not act, and dopri5's tolerances."""
+        settings = {entry.name: getattr(self, entry.name) for entry in fields(Sampling)}
+        if self.guidance_scale == 1:
+            settings |= {"guidance_channels": None, "guidance_interval": None}
+        if self.sampler == "dopri5":
+            settings |= {"steps": None, "rtol": RTOL, "atol": ATOL}
+        return settings
+
+
+def check_path(model: nn.Module) -> None:
+    """Raise InputError for a model that predicts something else than a flow from noise, t = 0, to data, t = 1."""
+    if model.config.path not in PATHS:
+        raise InputError(
+            f"path={model.config.path!r}: a DiT with time 0..999, 999 being noise; our samplers follow {sorted(PATHS)} "
+            "from t = 0, noise, to t = 1, data, and cannot draw from it"
+        )
