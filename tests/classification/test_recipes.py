@@ -71,7 +71,8 @@ def nulls(recipe) -> set[str]:
 
 # Nulls that are a choice of their own, or of what lies where.
 CHOICES = {
-    "data.root", "data.val_root", "data.channels", "augment.auto_augment", "train.max_grad_norm", "checkpoint.keep_every",
+    "data.root", "data.val_root", "data.channels", "augment.auto_augment", "train.max_grad_norm",
+    "checkpoint.keep_every",
 }  # fmt: skip
 ON_HUB = {f"data.{name}" for name in ("split", "val_split", "subset", "revision", "image_key", "label_key")}
 
