@@ -11,7 +11,9 @@ from sampling.options import check_one_process
 from sit_atconv import draws, limits
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.config import make_recipe
-from sit_atconv.data import Digits, Folder, open_dataset
+from sit_atconv.data import open_dataset
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.folder import Folder
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError, add_force

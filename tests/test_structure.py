@@ -111,6 +111,36 @@ def test_library_imports_go_one_way(path):
     assert not top & {"experiments", "sampling", "eval", "sample", "train_sit", "tests"}
 
 
+def modules_imported(path, named: dict) -> set[str]:
+    """The modules among the named ones that a file imports, within functions, too: `from package import module` is of
+    the module alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            wholes = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {whole if whole in named else node.module for whole in wholes}
+    return found & named.keys()
+
+
+def in_a_circle(graph: dict[str, set[str]]) -> set[str]:
+    """The names that lead to a circle, as each leads to those in its set."""
+    graph = dict(graph)
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    return graph.keys()
+
+
+def test_no_modules_import_each_other_in_a_circle(tmp_path):
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PROGRAM}
+    assert not in_a_circle({name: modules_imported(path, named) - {name} for name, path in named.items()})
+    (tmp_path / "x.py").write_text("def lazy():\n    from a import b, c\n    import d.e\n")
+    assert modules_imported(tmp_path / "x.py", {"a": 0, "a.b": 0, "d.e": 0, "f": 0}) == {"a", "a.b", "d.e"}
+    assert in_a_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "sit_atconv/flow").glob("*.py")), ids=lambda path: path.name)
 def test_flow_needs_torch_and_torchdiffeq_alone(path):
     outside = {name.partition(".")[0] for name in imports(path)} - {"sit_atconv"}

@@ -1,44 +1,23 @@
 """Images and labels. A dataset gives item `(index, flip)` as an image (C, H, W) in [-1, 1] and a label."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from torch.utils.data import Dataset
 
 from sit_atconv.config import Data
-from sit_atconv.data.archive import Zip
-from sit_atconv.data.arrays import Npz
-from sit_atconv.data.database import Lmdb
-from sit_atconv.data.digits import Digits
-from sit_atconv.data.folder import Folder
-from sit_atconv.data.hub import open_hub
-from sit_atconv.data.images import Reader
-from sit_atconv.reading import spelt
+from sit_atconv.data.kinds import IMAGE_KEYS, IMAGES, describe_images
+from sit_atconv.data.latent_cache import LatentCache
 
-# Of a recipe's section `data`: which images there are, and how they are read.
-IMAGE_KEYS = (
-    "kind", "root", "image_size", "split", "subset", "revision", "image_key", "label_key", "channels", "background",
-)  # fmt: skip
+__all__ = ["DATASETS", "IMAGE_KEYS", "describe_images", "open_dataset"]
 
 
-def _latents(data: Data) -> Dataset:
-    from sit_atconv.data.latent_cache import LatentCache  # which opens the images it is of: it imports this module
-
+def _latents(data: Data) -> LatentCache:
     cache = LatentCache(data.root, data.verify, data.image_size, data.source, data.max_pixels)
     cache.check_stated(data)
     return cache
 
 
-DATASETS: dict[str, Callable[[Data], Dataset]] = {
-    "digits": lambda data: Digits("train", data.channels),
-    "imagefolder": lambda data: Folder(data.root, data.image_size, Reader.of(data)),
-    "zip": lambda data: Zip(data.root, data.image_size, Reader.of(data)),
-    "lmdb": lambda data: Lmdb(data.root, data.image_size, Reader.of(data)),
-    "hf": open_hub,
-    "npz": lambda data: Npz(data.root, data.image_size, data.channels, data.max_pixels),
-    "latents": _latents,
-}
+DATASETS: dict[str, Callable[[Data], Dataset]] = {**IMAGES, "latents": _latents}
 
 
 def open_dataset(data: Data) -> Dataset:
@@ -51,11 +30,3 @@ def open_dataset(data: Data) -> Dataset:
     Raises InputError when the images are not there.
     """
     return DATASETS[data.kind](data)
-
-
-def describe_images(data: Data) -> dict[str, Any]:
-    """What is recorded of the images that something was made from: IMAGE_KEYS, but for those that are left out."""
-    stated = {key: getattr(data, key) for key in IMAGE_KEYS if getattr(data, key) is not None}
-    if "root" in stated and Path(stated["root"]).exists():  # else it is the name of a dataset
-        stated["root"] = spelt(str(Path(stated["root"]).absolute()))
-    return stated

@@ -29,8 +29,8 @@ from torch.utils.data import Dataset
 
 from sit_atconv.config import Data, Loading, make_recipe
 from sit_atconv.console import progress
-from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable, check_labels
+from sit_atconv.data.kinds import open_images
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 from sit_atconv.processes import is_main
@@ -195,7 +195,7 @@ class LatentCache(Dataset):
         """The images that the cache is of. Raises InputError when they are not there."""
         try:
             data = self.images_data
-            images = open_dataset(data)
+            images = open_images(data)
         except InputError as error:
             raise InputError(f"{error}; data.source says where the images of the cache lie today") from None
         if (len(images), images.class_names) != (len(self), self.class_names):

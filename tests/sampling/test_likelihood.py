@@ -14,7 +14,8 @@ from sampling.__main__ import main as sampling
 from sit_atconv import SiTTransformer2DModel, draws
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import load_recipe
-from sit_atconv.data import Digits, open_dataset
+from sit_atconv.data import open_dataset
+from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
 from sit_atconv.flow.likelihood import log_likelihood
 from sit_atconv.flow.samplers import SAMPLERS
