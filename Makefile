@@ -1,14 +1,22 @@
 # make demo: the main job on digits. make bench: the timings. make drill: faults. make ablation: the paper's findings,
-# switched off one by one. make test: the tests. All install what they need into .venv.
+# switched off one by one. make test: the tests. All install what they need into .venv. make test-floor: the tests with the
+# lowest versions that pyproject.toml allows, in .venv-floor.
 PYTHON ?= python3
 BIN := .venv/bin
+FLOOR := .venv-floor
 
-.PHONY: demo bench drill ablation test test-slow test-gpu lint
+.PHONY: demo bench drill ablation test test-slow test-gpu test-floor lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(FLOOR)/installed: pyproject.toml
+	$(PYTHON) -m venv $(FLOOR)
+	sed -n '/^dependencies/,/^\[tool/p' pyproject.toml | grep -oE '[A-Za-z0-9-]+>=[0-9.]+' | sed 's/>=/==/' > $(FLOOR)/floors.txt
+	$(FLOOR)/bin/pip install --quiet --constraint $(FLOOR)/floors.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed
@@ -24,7 +32,7 @@ ablation: .venv/installed
 	$(BIN)/python -m experiments.ablation
 
 # The models of the tests are tiny: more threads would wait for one another. Files are shared out over WORKERS processes.
-test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow test-floor: export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 test: .venv/installed
@@ -32,6 +40,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
+
+test-floor: $(FLOOR)/installed
+	$(FLOOR)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-gpu: .venv/installed
 	$(BIN)/python -m experiments.gpu_check
