@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -204,6 +205,21 @@ def test_a_recipe_decides_where_t_is_drawn_and_how_previews_are():
         "sde-heun", 7, 2.5, diffusion="linear", diffusion_norm=0.5, last_step="tweedie", last_step_size=0.1
     )
     assert recipe.preview.for_model(model).describe() == expected.describe()
+
+
+def test_a_preview_takes_every_setting_of_sampling_and_a_stored_one_means_what_it_meant():
+    stated = {"guidance_channels": "first3", "guidance_interval": [0.2, 0.6], "epsilon": 0.01, "num": 4}
+    recipe = make_recipe({**MINIMAL, "preview": stated})
+    assert stated.items() <= json.loads(json.dumps(to_dict(recipe)))["preview"].items()
+    assert make_recipe(to_dict(recipe), stored=True) == recipe
+    for wrong in ({"guidance_interval": [0.6, 0.2]}, {"guidance_interval": [0.2]}, {"guidance_scale": 1}):
+        with pytest.raises(InputError, match="preview: guidance_"):
+            make_recipe({**MINIMAL, "preview": stated | wrong})
+    earlier = {"sampler": "sde-heun", "steps": 10**6, "diffusion": None, "last_step": None, "last_step_size": None}
+    found = make_recipe({**MINIMAL, "preview": earlier}, stored=True).preview
+    assert (found.steps, found.diffusion, found.last_step, found.last_step_size) == (10**6, "sigma", "mean", 0.04)
+    with pytest.raises(InputError, match=r"preview\.steps=1000000: must be at least 1"):
+        make_recipe({**MINIMAL, "preview": earlier})
 
 
 def test_every_key_that_is_not_said_to_may_not_change():
