@@ -128,8 +128,8 @@ def features_of(
     source = path if isinstance(path, Source) else open_source(path, allow_lossy)
     out = resolved(out if out is not None else default_folder(source.place, extractor), FOLDER)
     extractor.check_images(source.name, source.image_shape)
-    processes.join()
     with ExitStack() as held, processes.lost_ones_told():
+        processes.join()
 
         def begin() -> tuple[dict[str, Any], list[tuple[int, int, int]]]:
             settings = _claim(out, describe(source, extractor, shard, batch), stated, force)

@@ -40,7 +40,7 @@ def claim(
 ) -> dict[str, Any]:  # fmt: skip
     """Make the folder of these settings, or take over the one that is there; the settings that it was begun with.
 
-    out: a path that is `files.resolved`. not_compared: beginnings of the flat keys that may be otherwise, see `flat`.
+    out: a path that is `files.resolved`. not_compared: keys and sections that may be otherwise, see `comparison`.
     what: the folder holds, "features". name: what `out` is; remedy: where it is something else. force: what would be
     refused is set aside, and the folder begun anew. meant: what flat keys stood for that an earlier version left out.
     Raises InputError for a file, a folder of something else, or one with other settings: in one line, what differs.

@@ -90,11 +90,6 @@ class Averages:
             self.decays = {SAMPLED: partial(rule, settings.decay)}
         self.models = {name: copy.deepcopy(model).float().eval().requires_grad_(False) for name in self.decays}
 
-    @property
-    def model(self) -> nn.Module:
-        """The average that gets sampled."""
-        return self.models[SAMPLED]
-
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
         """One step towards the weights of `model`.

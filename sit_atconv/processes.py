@@ -1,7 +1,6 @@
 """The processes of a launch: which one this is, and what they do together.
 
-A function that is "collective" must be called by all of them at the same place. Without a launch there is one process,
-which is the main one.
+A function that is "collective" must be called by all of them at the same place.
 """
 
 import os
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from sit_atconv.compat.accelerate import joined_rank
 from sit_atconv.errors import InputError
 from sit_atconv.signals import Interrupted
 
@@ -40,8 +40,14 @@ def leave() -> None:
 
 
 def rank() -> int:
-    """The number of this process, from 0; before a launch is joined, as the launcher says it."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    """The number of this process, from 0; before a launch is joined, as the launcher says it.
+
+    A process that has joined, and of which Accelerate has made no group, is alone, whatever the environment says.
+    """
+    if dist.is_initialized():
+        return dist.get_rank()
+    joined = joined_rank()
+    return int(os.environ.get("RANK", "0")) if joined is None else joined
 
 
 def local_rank() -> int:

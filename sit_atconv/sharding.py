@@ -1,7 +1,6 @@
 """State that several processes hold in parts: FSDP2's DTensors, gathered, loaded, and stored as they lie.
 
-What works on whole processes together ("collective") must be called by all of them. Without torch.distributed there is
-one process, which is the main one.
+A function that is "collective" must be called by all processes.
 """
 
 import warnings

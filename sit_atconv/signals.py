@@ -38,7 +38,7 @@ def handled(numbers: Iterable[int], handler: Callable) -> Iterator[None]:
 class StopSignals:
     """SIGTERM, SIGINT and SIGHUP as a request: `received` is the first one's name, a second one stops at once.
 
-    Under torchrun a signal within two seconds of the first is the first one, passed on. A context manager.
+    Under torchrun a signal within two seconds of the first is the first one, passed on. A context manager, for once.
     """
 
     def __init__(self):
@@ -77,7 +77,7 @@ class Interrupted(BaseException):
 class Interruptions:
     """SIGINT and SIGTERM end what is done within `working` at once; those that come between, at its next beginning.
 
-    So no process is ended where the others wait for its answer. A context manager.
+    So no process is ended where the others wait for its answer. A context manager, for once.
     """
 
     def __init__(self):

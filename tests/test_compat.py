@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from conftest import ROOT
 from torch import nn
 from torch.autograd import forward_ad
@@ -490,3 +491,12 @@ def test_what_our_classes_tell_others_by_private_names_is_still_asked_for():
     for base, names in named_by_others():
         for name in names:
             assert hasattr(base, name), (base, name)
+
+
+def test_a_process_has_the_number_it_joined_with(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert accelerate.joined_rank() is None
+    PartialState(cpu=True)  # of no launch: it is alone
+    assert accelerate.joined_rank() == 0
+    PartialState().destroy_process_group()
+    assert accelerate.joined_rank() == 0

@@ -43,7 +43,7 @@ def test_constant_closed_form_and_buffers():
         model.num_batches_tracked.fill_(4)
     for updates in range(1, 6):
         averages.update(model, updates)
-    ema = averages.model
+    ema = averages.models["ema"]
     torch.testing.assert_close(ema.weight, torch.full((2,), 3 + (1 - 3) * 0.9**5))
     assert ema.running_mean.tolist() == [7.0, 7.0]
     assert (ema.num_batches_tracked.item(), ema.training, model.training) == (4, False, True)
@@ -64,7 +64,7 @@ def test_warmup_is_the_least_of_its_growth_and_the_decay():
         fill(model, math.sin(n))
         averages.update(model, n)
         expected = decay * expected + (1 - decay) * math.sin(n)
-        assert averages.model.weight.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert averages.models["ema"].weight.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_power_averages_are_the_sum_by_their_profiles():
@@ -73,7 +73,6 @@ def test_power_averages_are_the_sum_by_their_profiles():
     fill(model, 1e6)
     averages = Averages(model, Ema(kind="power", stds=[0.05, 0.1, 0.25, 0.1234]))
     assert list(averages.models) == ["ema", "ema-0.100", "ema-0.250", "ema-0.1234"]
-    assert averages.model is averages.models["ema"]
     seen = []
     for n in range(1, 301):
         seen.append([float(n), math.cos(n / 20)])
@@ -86,7 +85,7 @@ def test_power_averages_are_the_sum_by_their_profiles():
                 np.testing.assert_allclose(averages.models[name].weight[0].numpy(), expected, rtol=1e-5, atol=2e-5)
     gamma = gamma_of(0.05)
     # The sum over steps is that of the integral, half a step later.
-    assert averages.model.weight[0, 0].item() == pytest.approx(300 * (gamma + 1) / (gamma + 2) + 0.5, rel=1e-3)
+    assert averages.models["ema"].weight[0, 0].item() == pytest.approx(300 * (gamma + 1) / (gamma + 2) + 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("std", [0.001, 0.03, 0.05, 0.1, 0.2, 0.28, 12**-0.5])
@@ -124,8 +123,8 @@ def test_averages_are_fp32_of_a_model_in_half_precision():
     fill(model, 2.0)
     for n in range(1, 11):
         averages.update(model, n)
-    assert averages.model.weight.dtype == torch.float32
-    assert averages.model.weight.item() == pytest.approx(2 - 0.999**10, rel=1e-6)  # lost in bf16
+    assert averages.models["ema"].weight.dtype == torch.float32
+    assert averages.models["ema"].weight.item() == pytest.approx(2 - 0.999**10, rel=1e-6)  # lost in bf16
 
 
 def test_a_wrapped_model_is_refused_rather_than_missed():

@@ -214,7 +214,7 @@ def trained(tmp_path):
             tensors = {name: average.state_dict() for name, average in averages.models.items()}
             averages.write_snapshot(run, n, tensors, n)
     folder = run / "step-0000100"
-    averages.model.save_pretrained(folder / "ema")
+    averages.models["ema"].save_pretrained(folder / "ema")
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
     manifest = {"format_version": checkpoint.FORMAT_VERSION, "step": 100, "files": files}
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))

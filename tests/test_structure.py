@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": set(),
     "signals": set(),
     "comparison": set(),
-    "processes": {"errors", "signals"},
+    "processes": {"compat", "errors", "signals"},
     "version": set(),
     "reading": {"errors"},
     "markdown": set(),

@@ -39,7 +39,7 @@ SIT = Subject(
         "checkpoint": CHECKPOINT,
         "preview": {"every": 5, "num": 10, "steps": 4},
     },
-    phases={"step": STEP, "preview": f"{ACTIVITIES}:Previews.after_step", "snapshot": f"{ACTIVITIES}:Snapshots.take"},
+    phases={"step": STEP, "preview": f"{ACTIVITIES}:Previews.take", "snapshot": f"{ACTIVITIES}:Snapshots.take"},
     killed_in=("step", "checkpoint", "preview", "checkpoint", "step", "snapshot"),
     weights="diffusion_pytorch_model.safetensors",
     timeless=(
@@ -54,7 +54,7 @@ SIT = Subject(
 SCORES = replace(
     SIT,
     recipe={**SIT.recipe, "preview": {"every": 0, "steps": 2}, "score": {"every": 6, "num": 40}},
-    phases={"step": STEP, "score": f"{ACTIVITIES}:Scores.after_step"},
+    phases={"step": STEP, "score": f"{ACTIVITIES}:Scores.take"},
     killed_in=("score", "checkpoint", "step"),
 )
 SUBJECTS = {

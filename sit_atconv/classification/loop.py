@@ -35,13 +35,13 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         accelerator = make_accelerator(recipe)
         drawing = [accelerator.device] if accelerator.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(drawing))  # stochastic depth draws there, from seeds of its own
+        ClassificationObjective.check_launch(accelerator)
         recipe.check_pairs(accelerator.num_processes)
         recipe = resolved(recipe)
         dataset, held_out = open_datasets(recipe.data)
         facts = facts_of(recipe, dataset, held_out)
         training, evaluation = transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
         objective = ClassificationObjective(recipe, facts)
-        objective.check_launch(accelerator)
         described = {
             "recipe": config.to_dict(recipe),
             "data": {"num_images": facts.num_images, "classes": list(facts.class_names)},

@@ -1,5 +1,6 @@
 """Private parts of accelerate."""
 
+from accelerate import PartialState
 from torch import nn
 
 
@@ -7,3 +8,9 @@ from torch import nn
 def is_dispatched(module: nn.Module) -> bool:
     """Whether a hook of accelerate offloads the module or brings its inputs to a device."""
     return hasattr(module, "_hf_hook")
+
+
+# accelerate 1.15: to ask a PartialState makes one, which joins the launch.
+def joined_rank() -> int | None:
+    """The number that this process joined a launch with, also once its process group is gone; None before it joined."""
+    return PartialState._shared_state.get("process_index")

@@ -303,7 +303,7 @@ class Repa:
 
 @dataclass
 class Distill:
-    """A teacher whose attention is distilled into ATConv; see sit_atconv.distill. The model is then a copy of it."""
+    """A teacher whose attention is distilled into ATConv; see training.objectives.distill. The model is then a copy."""
 
     # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
     teacher: str | None = field(default=None, metadata=MUTABLE)

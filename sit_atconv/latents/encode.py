@@ -60,7 +60,8 @@ def encode(
     if recipe.latents.codec != "vae":
         raise InputError(f"latents.codec={recipe.latents.codec}: there is nothing to encode; a cache takes a vae")
     check_place(out, "latents", force=force)  # before anything is loaded
-    device = processes.join().device
+    with processes.lost_ones_told():
+        device = processes.join().device
     dataset = open_dataset(recipe.data)
     codec = open_codec(recipe.latents)
 
@@ -74,8 +75,10 @@ def encode(
             settings, missing = processes.first(begin)
             mine = missing[processes.rank() :: processes.count()]
             processes.together(lambda: _make_shards(recipe, dataset, codec.to(device), device, settings, out, mine))
-        finally:
+        except InputError:  # which all have, where another error is of one process, and the others wait for it
             processes.leave()
+            raise
+        processes.leave()
     return finish(out, settings) if processes.is_main() else settings
 
 

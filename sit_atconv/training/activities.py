@@ -61,14 +61,18 @@ class Draws(Activity):
 class Previews(Draws):
     """A grid of images every `preview.every` steps, in previews/."""
 
-    def open(self, trainer: Trainer) -> None:
+    def clear(self, trainer: Trainer) -> None:
         if (folder := trainer.run / PREVIEWS).is_dir():
             clear_leftovers(folder)
 
     def after_step(self, trainer: Trainer) -> None:
-        every, count = trainer.recipe.preview.every, trainer.recipe.preview.num
-        if not every or trainer.step % every:
-            return
+        every = trainer.recipe.preview.every
+        if every and trainer.step % every == 0:
+            self.take(trainer)
+
+    def take(self, trainer: Trainer) -> None:
+        """Draw one, and write it."""
+        count = trainer.recipe.preview.num
         drawn = self.draw(trainer, "its preview", count, count)
         if drawn and is_main():
             file = trainer.run / PREVIEWS / f"{step_name(trainer.step)}.png"
@@ -90,10 +94,14 @@ class Scores(Draws):
             self.log = Log(trainer.run / "scores.jsonl", trainer.step)
 
     def after_step(self, trainer: Trainer) -> None:
-        score, main = trainer.recipe.score, is_main()
-        if not score.every or trainer.step % score.every:
-            return
-        drawn = self.draw(trainer, "its score", score.num, SCORE_BLOCK)
+        every = trainer.recipe.score.every
+        if every and trainer.step % every == 0:
+            self.take(trainer)
+
+    def take(self, trainer: Trainer) -> None:
+        """Draw, score and log. Raises InputError in every process where the scorer does."""
+        main = is_main()
+        drawn = self.draw(trainer, "its score", trainer.recipe.score.num, SCORE_BLOCK)
         if drawn is None:
             return
         (images, labels), error = drawn, None
@@ -113,7 +121,7 @@ class Scores(Draws):
 class Snapshots(Activity):
     """The power-function averages every `ema.snapshot_every` steps, in snapshots/."""
 
-    def open(self, trainer: Trainer) -> None:
+    def clear(self, trainer: Trainer) -> None:
         checkpoint.clear_unfinished(trainer.run / SNAPSHOTS)
 
     def after_step(self, trainer: Trainer) -> None:

@@ -43,8 +43,9 @@ def train(
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
             raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
-        objective = objective_of(recipe)(recipe, facts)
-        objective.check_launch(accelerator)
+        kind = objective_of(recipe)
+        kind.check_launch(accelerator)
+        objective = kind(recipe, facts)
         check_preview(recipe, objective.model)
         if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")

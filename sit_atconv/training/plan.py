@@ -24,8 +24,9 @@ def dry_run(recipe: Recipe) -> str:
     stated = stated_facts(recipe)
     facts = stated or opened_facts(recipe)
     check_stated(recipe, facts)
+    kind = objective_of(recipe)  # imported on no device but the CPU
     with torch.device("meta"):
-        objective = objective_of(recipe)(recipe, facts)
+        objective = kind(recipe, facts)
     model = objective.model
     check_preview(recipe, model)
     train = recipe.train

@@ -39,10 +39,13 @@ TRAINER_FORM = {
 
 
 class Activity:
-    """Something beside the steps of a run. The trainer calls it, in every process but for `open`."""
+    """Something beside the steps of a run, which the trainer calls."""
+
+    def clear(self, trainer: "Trainer") -> None:
+        """Remove what a killed run left half written in the run's folder, before anything new is: on the main process."""
 
     def open(self, trainer: "Trainer") -> None:
-        """Clear what a killed run left, and open what is written: on the main process, in the run's folder."""
+        """Open what is written in the run's folder: on the main process."""
 
     def begin(self, trainer: "Trainer") -> None:
         """What comes before the first step of this start."""
@@ -188,6 +191,8 @@ class Trainer:
                     new = False
                     raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
                 clear_leftovers(self.run)
+                for activity in self.activities:
+                    activity.clear(self)
                 write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
                 self.log = Log(self.run / "log.jsonl", self.step)
                 for activity in self.activities:

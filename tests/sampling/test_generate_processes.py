@@ -242,3 +242,9 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     assert [options.own_device(name) for name in ("cuda", "cpu")] == ["cuda:3", "cpu"]
     with pytest.raises(InputError, match="--device cuda:1: 4 processes take a GPU each; say --device cuda"):
         options.own_device("cuda:1")
+
+
+def test_a_number_in_the_environment_makes_no_process_of_a_launch(model_folder, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as a scheduler may leave it
+    sampling(command(model_folder, tmp_path / "out"))
+    assert content(tmp_path / "out") == whole["png"]

@@ -132,7 +132,7 @@ def test_a_step_whose_loss_alone_is_not_finite_is_skipped(recipe_file, monkeypat
     begin, seen = FlowObjective.begin_step, []
 
     def beginning(self):
-        models = self.model, self.averages.model
+        models = self.model, self.averages.models["ema"]
         seen.append([value.clone() for model in models for value in model.state_dict().values()])
         begin(self)
 

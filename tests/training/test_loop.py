@@ -490,3 +490,9 @@ def test_a_run_goes_on_from_the_cache_of_its_images(recipe_file, tmp_path, image
         last = run_recipe(path, *cache, f"train.max_steps={steps}")
     losses = [[row["loss"] for row in rows] for rows in (whole, log_rows(last.parent))]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
+
+
+def test_a_number_in_the_environment_makes_no_process_of_a_launch(recipe_file, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as a scheduler may leave it
+    last = run_recipe(recipe_file(), "train.max_steps=1")
+    assert checkpoint.read_manifest(last)["step"] == 1

@@ -1,4 +1,7 @@
-"""What training minimises: an object for each kind, which one loop runs. A new kind is a file here, and a row below."""
+"""What training minimises: an object for each kind, which one loop runs.
+
+A new kind of what a SiT learns is a file here, and a row in KINDS; `classification.objective` is another trainer's.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -46,8 +46,10 @@ class Averaged(Protocol):
 class Objective:
     """What training minimises, with its modules, losses, averages and learning rate.
 
-    The trainer calls `begin`, `make_optimizer` and `prepare` once, in this order; then, in every step, `begin_step`,
-    `set_learning_rate`, and `losses` of each micro-batch, and `take_back` where the step is skipped.
+    The trainer calls `check_launch`, `begin`, `make_optimizer` and `prepare` once, in this order, and asks for
+    `flops_per_image` before `prepare`; then, in every step, `begin_step`, `set_learning_rate`, `losses` of each
+    micro-batch, `idle`, and `take_back` where the step is skipped. A resumed run asks for `idle(0)` first: the optimiser
+    may have no state of these.
 
     model: what is averaged and stored. trained: the module with all that is trained: the model, or one around it.
     weights: of the losses in their sum, by the names of the losses. steps: of the whole training.
@@ -66,10 +68,11 @@ class Objective:
     time_bins: int = TIME_BINS
     no_fsdp: str | None = None
 
-    def check_launch(self, accelerator: Accelerator) -> None:
+    @classmethod
+    def check_launch(cls, accelerator: Accelerator) -> None:
         """Raise InputError where this cannot be trained as Accelerate was launched."""
-        if self.no_fsdp and accelerator.is_fsdp2:
-            raise InputError(self.no_fsdp)
+        if cls.no_fsdp and accelerator.is_fsdp2:
+            raise InputError(cls.no_fsdp)
 
     def begin(self, samples: Samples, checkpoint: Path | None) -> None:
         """Give the model the weights of a checkpoint, or those that it starts from, and make its averages."""
