@@ -60,7 +60,8 @@ def recorded(inputs: Path, out: Path) -> dict[str, str]:
         run = out / f"{name}-{processes}"
         call(script, recipe, f"run.out={run}", "checkpoint.every=40", *overrides, processes=processes)
         last = sorted(run.glob("step-*"))[-1]
-        found[f"{name}, {processes} process(es)"] = digest(*sorted(last.glob("ema*/*.safetensors")))
+        files = [path for path in last.rglob("*") if path.is_file() and path.name != "manifest.json"]
+        found[f"{name}, {processes} process(es)"] = digest(*sorted(files))
         return last
 
     steps = f"train.max_steps={STEPS}"
@@ -72,7 +73,7 @@ def recorded(inputs: Path, out: Path) -> dict[str, str]:
         )
         train(
             "digits_attnet", "train_attnet.py", recipes / "digits_attnet.yaml", f"train.epochs={STEPS * 64 / 1437}",
-            "train.warmup_epochs=0.2", processes=processes,
+            "train.warmup_epochs=0.2", "train.gradient_accumulation_steps=2", processes=processes,
         )  # fmt: skip
         train("repa", "train_sit.py", inputs / "repa.yaml", steps, processes=processes)
         train(

@@ -42,7 +42,7 @@ class Activity:
     """Something beside the steps of a run, which the trainer calls."""
 
     def clear(self, trainer: "Trainer") -> None:
-        """Remove what a killed run left half written in the run's folder, before anything new is: on the main process."""
+        """Remove what a killed run left half written, before anything new is written: on the main process."""
 
     def open(self, trainer: "Trainer") -> None:
         """Open what is written in the run's folder: on the main process."""

@@ -48,8 +48,8 @@ class Objective:
 
     The trainer calls `check_launch`, `begin`, `make_optimizer` and `prepare` once, in this order, and asks for
     `flops_per_image` before `prepare`; then, in every step, `begin_step`, `set_learning_rate`, `losses` of each
-    micro-batch, `idle`, and `take_back` where the step is skipped. A resumed run asks for `idle(0)` first: the optimiser
-    may have no state of these.
+    micro-batch, `idle`, and `take_back` where the step is skipped. A resumed run asks for `idle(0)` first, of which the
+    optimiser may have no state.
 
     model: what is averaged and stored. trained: the module with all that is trained: the model, or one around it.
     weights: of the losses in their sum, by the names of the losses. steps: of the whole training.
