@@ -14,12 +14,13 @@ from sit_atconv.files import sha256
 from sit_atconv.reading import COUNT, FILE, POSITIVE, SHA256, SHAPE, Malformed, read_json
 
 INDEX = "features.json"
+COLOUR = re.compile(r"[#\w(),.% ]{1,40}", re.ASCII)
 
 
 HISTOGRAM = ({re.compile("[0-9]+"): COUNT}, None)
 SOURCE_FORM = {
     "pixels_sha256": SHA256, "labels_sha256": (SHA256, None), "lossy": object, "manifest": (dict, None),
-    "manifest_sha256": (SHA256, None), "background?": str, "data?": dict,
+    "manifest_sha256": (SHA256, None), "background?": COLOUR, "data?": dict,
 }  # fmt: skip
 INFO_FORM = {
     "n": POSITIVE, "labels": bool, "class_histogram": HISTOGRAM, "shards": {FILE: SHA256}, "streams": {str: POSITIVE},

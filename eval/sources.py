@@ -251,6 +251,8 @@ class _Recipe(Source):
         if data.streaming:
             raise InputError("data.streaming=true: scores need to reach every image; leave it out")
         if data.kind == "latents":
+            if data.source is None:  # where a record says that they lie is not opened
+                raise InputError(f"{str(path)!r}: data.kind=latents: say with data.source=PLACE where its images lie")
             cache = open_dataset(dataclasses.replace(data, verify=False))
             data, self._dataset = cache.images_data, cache.images()
         else:
@@ -262,15 +264,18 @@ class _Recipe(Source):
         which = hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
         super().__init__(
             f"images of {str(path)!r}", len(self._dataset), shape, self._dataset.labels, None,
-            path.with_name(f"{path.stem}-{which[:8]}"),
+            path.with_name(f"{path.stem}-{which[:8]}.yaml"),
         )  # fmt: skip
         self._threads = _threads()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        images = torch.stack([*self._threads.map(lambda index: self._dataset[index, False][0], range(start, stop))])
+        images = torch.stack([*self._threads.map(self._image, range(start, stop))])
         if (reader := getattr(self._dataset, "reader", None)) is not None:  # else there are no files
             self._note(reader)
-        return to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()
+        return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def _image(self, index: int) -> torch.Tensor:
+        return to_uint8(self._dataset[index, False][0])  # at once: a batch of floats has four times the bytes
 
 
 class _Folder(Source):

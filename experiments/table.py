@@ -154,7 +154,9 @@ def load_table(path: Path) -> Table:
         stated = read_yaml(path)
         _check_keys(stated, Table)
         samplers = stated.get("samplers") or []
-        stated["samplers"] = [{FULL.get(key, key): value for key, value in sampler.items()} for sampler in samplers]
+        stated["samplers"] = [
+            {FULL.get(key, key): value for key, value in sampler.items() if value is not None} for sampler in samplers
+        ]
         table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Table), stated))
     except OSError as error:
         raise InputError(f"table {str(path)!r}: {error.strerror}; see experiments/tables") from None

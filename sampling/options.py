@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +79,22 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def sampling_asked(args: argparse.Namespace) -> Sampling:
     """The settings that `add_settings` read. Raises InputError for a value that cannot be, or does nothing."""
-    return Sampling(
-        **{entry.name: vars(args)[entry.name] for entry in dataclasses.fields(Sampling) if entry.name in args}
-    )
+    with in_short():
+        return Sampling(
+            **{entry.name: vars(args)[entry.name] for entry in dataclasses.fields(Sampling) if entry.name in args}
+        )
+
+
+@contextmanager
+def in_short() -> Iterator[None]:
+    """Within it, an InputError calls the settings as the command line does."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        for name in SHORT:
+            text = text.replace(f"{name}=", f"{flag(name)}=")
+        raise InputError(text) from None
 
 
 def check_one_process() -> None:
@@ -122,7 +136,8 @@ def setup(args: argparse.Namespace, launched: bool = False) -> Setup:
         check_one_process()
     device = resolve_device(own_device(args.device) if launched else args.device)
     trained = load_trained(args.ckpt, DTYPES[args.dtype])
-    sampling = sampling.for_model(trained.model)
+    with in_short():
+        sampling = sampling.for_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), args.vae, VAE_BATCH).to(device)
     trained.model.to(device)
     check_backend(trained.model, device)

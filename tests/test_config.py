@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from sit_atconv import SiTTransformer2DModel, config, data
@@ -13,8 +14,10 @@ from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
 from sit_atconv.errors import InputError
 from sit_atconv.fields import When, setting, settle
+from sit_atconv.models.sit import options_of as sit_options
 from sit_atconv.sampling.settings import Sampling
-from sit_atconv.training.objectives.flow import time_sampling
+from sit_atconv.training.facts import Facts
+from sit_atconv.training.objectives.flow import FlowObjective, time_sampling
 from sit_atconv.training.plan import dry_run
 
 SHIPPED = sorted((ROOT / "experiments/recipes").glob("*.yaml"))
@@ -150,14 +153,6 @@ def test_overrides_are_typed_and_win(recipe_file):
         ({"repa": {"encoder": "x", "depth": 0}}, "repa.depth=0"),
         ({"repa": {"depth": 4}}, "repa.depth does nothing without repa.encoder"),
         ({"data": {"verify": False}}, "data.verify=False goes with data.kind=latents"),
-        (
-            {
-                "data": {"kind": "latents", "root": "x", "source": "y"},
-                "latents": {"codec": "vae"},
-                "preview": {"every": 0},
-            },
-            "data.source='y': only a loss that looks at images needs them",
-        ),
         (
             {"data": {"kind": "zip", "root": 202401, "image_size": 8}},
             "data.root=202401: must be text; put it in quotes",
@@ -342,7 +337,7 @@ def test_a_background_is_a_colour_or_none(background):
     assert make_recipe({**MINIMAL, "data": {**FILES, "background": background}}).data.background == background
 
 
-def test_runs_of_before_there_was_a_background_go_on_as_they_began_or_with_one():
+def test_runs_of_before_there_was_a_background_go_on_as_they_began():
     def stored(**data) -> dict:
         return to_dict(make_recipe({**MINIMAL, "data": {**FILES, **data}}))
 
@@ -350,12 +345,30 @@ def test_runs_of_before_there_was_a_background_go_on_as_they_began_or_with_one()
     del before["data"]["background"], before["data"]["channels"]
     assert make_recipe(before, stored=True).data.background is None  # transparency was left out
     assert make_recipe(before).data.background == "white"
-    for background in (None, "white", "black"):
-        assert differences(before, stored(background=background)) == []
+    assert differences(before, stored(background=None)) == []
+    for background in ("white", "black"):  # which would change what the rest of the run sees
+        assert differences(before, stored(background=background)) == [f'data.background: null -> "{background}"']
     assert differences(stored(), stored(background=None)) == ['data.background: "white" -> null']
     assert differences(stored(background=None), stored()) == ['data.background: null -> "white"']
     assert differences(before, stored(channels=1)) == ["data.channels: null -> 1"]
     run = to_dict(make_recipe(MINIMAL, ClassifierRecipe))
-    assert "background" in run["data"]
+    assert run["data"]["background"] is None  # digits have no transparency
     before = {**run, "data": {key: value for key, value in run["data"].items() if key != "background"}}
     assert differences(before, run, ClassifierRecipe) == []
+
+
+def test_where_images_lie_is_for_losses_that_look_at_them():
+    data = {"kind": "latents", "root": "x", "source": "y"}
+    recipe = make_recipe({**MINIMAL, "data": data, "latents": {"codec": "vae"}, "preview": {"every": 0}})
+    with pytest.raises(InputError, match=r"data\.source='y': only a loss that looks at images needs them; leave it out"):
+        FlowObjective(recipe, Facts((4, 4, 4), 3, 12))
+
+
+def test_a_stored_recipe_takes_no_other_models_name(tmp_path):
+    stored = {**MINIMAL, "model": {"name": "SiT-S/2", **sit_options("SiT-S/2")}}
+    (tmp_path / "stored.yaml").write_text(yaml.safe_dump(stored))
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({**MINIMAL, "model": {"name": "SiT-S/2"}}))
+    with pytest.raises(InputError, match=r"model\.name=SiT-B/2: the recipe states the sizes of SiT-S/2, as a run stores"):
+        load_recipe(tmp_path / "stored.yaml", ["model.name=SiT-B/2"])
+    assert load_recipe(tmp_path / "stored.yaml", ["model.name=SiT-S/2"]).model.name == "SiT-S/2"
+    assert load_recipe(tmp_path / "plain.yaml", ["model.name=SiT-B/2"]).model.name == "SiT-B/2"

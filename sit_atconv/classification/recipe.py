@@ -10,7 +10,7 @@ from sit_atconv.errors import InputError, check_choice
 from sit_atconv.fields import MUTABLE, When, expand_home, idle, setting, settle
 from sit_atconv.limits import Range, number, ranged
 
-DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz")
+DATA_KINDS = tuple(kind for kind in config.DATA_KINDS if kind != "latents")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASING_MODES = ("const", "rand", "pixel")
 PROBABILITY = number(0, 1, "it is a probability")
@@ -194,7 +194,8 @@ class ClassifierRecipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
 
     def __post_init__(self):
-        mean, std = GREY if self.data.kind == "digits" else COLOUR
+        grey = (self.data.channels or (1 if self.data.kind == "digits" else 3)) == 1
+        mean, std = GREY if grey else COLOUR
         self.model.mean = list(mean) if self.model.mean is None else self.model.mean
         self.model.std = list(std) if self.model.std is None else self.model.std
         self.check_pairs()

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sit_atconv import comparison
-from sit_atconv.config.earlier import left_out
 from sit_atconv.config.reading import Schema, make_recipe, to_dict
 from sit_atconv.config.schema import Recipe
 
@@ -18,14 +17,13 @@ def differences(
 ) -> list[str]:
     """What keeps two recipes of a schema from being the same run: a text "key: old -> new" for each key.
 
-    old: as it was stored; a key that it leaves out, as one stored before the key was there, has its default, but one of
-    `earlier.LEFT_OUT` may be what the later start says.
+    old: as it was stored; a key that it leaves out, as one stored before the key was there, means what
+    `earlier.LEFT_OUT` says, or has its default.
     complete: puts in what a recipe leaves to others, as it was put into `new`.
     Raises InputError where `old` is no recipe.
     """
     before = to_dict(complete(make_recipe(old, schema, stored=True)))
-    unstated = comparison.flat(left_out(schema)).keys() - comparison.flat(old).keys()
-    return comparison.differences(before, new, mutable_keys(new, schema) | unstated)
+    return comparison.differences(before, new, mutable_keys(new, schema))
 
 
 def mutable_keys(recipe: dict[str, Any], schema: type = Recipe) -> set[str]:

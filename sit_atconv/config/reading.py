@@ -47,10 +47,27 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
     try:
         laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
         check_literal(OmegaConf.to_container(laid_over))
+        _check_renamed(OmegaConf.to_container(OmegaConf.create(stated)), OmegaConf.to_container(laid_over))
         stated = OmegaConf.merge(stated, laid_over)
     except UNREADABLE as error:
         raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated, schema)
+
+
+SIZES = ("depth", "hidden_size", "num_heads", "patch_size")
+
+
+def _check_renamed(stated: Any, laid_over: Any) -> None:
+    """Raise InputError for another model.name over a recipe that states all sizes of its own model, as a run stores it:
+    it would be that model, by another name."""
+    model, over = (part.get("model") if isinstance(part, dict) else None for part in (stated, laid_over))
+    if not isinstance(model, dict) or not isinstance(over, dict) or None in (model.get("name"), over.get("name")):
+        return
+    if over["name"] != model["name"] and all(model.get(key) and key not in over for key in SIZES):
+        raise InputError(
+            f"model.name={over['name']}: the recipe states the sizes of {model['name']}, as a run stores them; begin "
+            "with the recipe that the run was made by"
+        )
 
 
 def _as_text(override: str, schema: type) -> str:

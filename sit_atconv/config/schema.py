@@ -71,7 +71,8 @@ class Loading:
     max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"), **MUTABLE)
     # null: as many as the data have, 1 of digits, those of an npz, 3 of all others
     channels: int | None = ranged(None, Range(1, 3, "grey has 1, RGB has 3"))
-    # the colour that transparent images are composited on, by name or #rrggbb; null: transparency is left out
+    # the colour that transparent images are composited on, by name or #rrggbb; null: transparency is left out. digits
+    # and npz have none, and a cache of latents has that of its images: there it becomes null
     background: str | None = "white"
 
     def __post_init__(self):
@@ -85,7 +86,9 @@ class Loading:
             opaque = False
         if not opaque:
             raise InputError(f"data.background={self.background!r} is no opaque colour; give a name, or #rrggbb")
-        if self.kind in ("digits", "npz") and self.background != Loading.background:
+        if self.kind in ("digits", "npz", "latents") and self.background == Loading.background:
+            self.background = None
+        elif self.kind in ("digits", "npz"):
             raise InputError(
                 f"data.background={self.background}: data.kind={self.kind} has no transparency; "
                 f"{idle('data.background', Loading.background)}"
@@ -405,11 +408,6 @@ class Recipe:
 
     def __post_init__(self):
         self._check_codec()
-        if self.data.source is not None and self.repa.encoder is None:
-            raise InputError(
-                f"data.source={self.data.source!r}: only a loss that looks at images needs them; "
-                f"{idle('data.source')}, or name repa.encoder"
-            )
         if self.distill.teacher is not None:
             self._check_distill()
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from sit_atconv.config import Data, Loading, make_recipe
 from sit_atconv.console import progress
 from sit_atconv.data.images import Unreadable, check_labels
-from sit_atconv.data.kinds import open_images
+from sit_atconv.data.kinds import IMAGE_KEYS, open_images
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 from sit_atconv.processes import is_main
@@ -151,7 +151,7 @@ class LatentCache(Dataset):
         """Raise InputError for channels or a background, of a recipe, that are not those of the cache's images."""
         for key in ("channels", "background"):
             stated, own = getattr(data, key), getattr(self, key)
-            if stated not in (getattr(Loading, key), own):
+            if stated not in (None, own):
                 raise InputError(
                     f"data.{key}={stated}: the cache {str(self.root)!r} is of images with {key} {own}; leave it out, "
                     "or encode another cache"
@@ -189,7 +189,8 @@ class LatentCache(Dataset):
     def images_data(self) -> Data:
         """The section `data` of a recipe of the images that the cache is of."""
         moved = {} if self.source is None else {"root": self.source}
-        return replace(make_recipe(self.index["data"], Data, stored=True), max_pixels=self.max_pixels, **moved)
+        which = {key: value for key, value in self.index["data"].items() if key in IMAGE_KEYS}
+        return replace(make_recipe(which, Data, stored=True), max_pixels=self.max_pixels, **moved)
 
     def images(self) -> Dataset:
         """The images that the cache is of. Raises InputError when they are not there."""

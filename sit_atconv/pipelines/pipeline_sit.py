@@ -230,9 +230,9 @@ class SiTPipeline(DiffusionPipeline):
             warnings.warn(caution, stacklevel=3)  # of the caller: torch.no_grad is between
         self._check_vae()
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        sampling = Sampling(
-            guidance_scale=guidance_scale, guidance_channels=guidance_channels, guidance_interval=guidance_interval
-        ).for_model(self.transformer)
+        sampling = Sampling(guidance_scale=guidance_scale).for_model(self.transformer)
+        # Apart from the scale, which a callback may change: of none, they would do nothing.
+        guided_by = Sampling(guidance_channels=guidance_channels, guidance_interval=guidance_interval)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         handed_over = callback_on_step_end_tensor_inputs or ()
@@ -265,8 +265,8 @@ class SiTPipeline(DiffusionPipeline):
                     class_labels,
                     self.transformer.null_label,
                     self._guidance_scale,
-                    sampling.guidance_channels,
-                    sampling.guidance_interval,
+                    guided_by.guidance_channels,
+                    guided_by.guidance_interval,
                 )
                 velocity = path.velocity_from(prediction, guided(latents, t), latents, t)
                 self._nfe += guided.nfe

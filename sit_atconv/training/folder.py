@@ -139,7 +139,9 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any], Path | None], list[
             f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"
         ) from None
     if said:
-        raise InputError(f"run.out={str(run)!r} holds a run of another recipe ({said}); choose another folder")
+        raise InputError(
+            f"run.out={str(run)!r} holds a run of another recipe ({said}); state it as it was, or choose another folder"
+        )
     return found
 
 

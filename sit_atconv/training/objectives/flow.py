@@ -13,6 +13,8 @@ from sit_atconv.config import Flow, Recipe
 from sit_atconv.data.samples import Batch, TrainingSamples
 from sit_atconv.devices import import_compiler
 from sit_atconv.ema import Averages
+from sit_atconv.errors import InputError
+from sit_atconv.fields import idle
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.times import TimeSampling, training_interval
@@ -71,6 +73,11 @@ class FlowObjective(Objective):
     besides = ""  # what a plan says of memory that it does not count
 
     def __init__(self, recipe: Recipe, facts: Facts):
+        if recipe.data.source is not None and not self.with_image:
+            raise InputError(
+                f"data.source={recipe.data.source!r}: only a loss that looks at images needs them; "
+                f"{idle('data.source')}, or name repa.encoder"
+            )
         self.recipe, self.facts = recipe, facts
         self.path = PATHS[recipe.flow.path]()
         self.steps, self.weights = recipe.train.max_steps, {"loss": 1.0}
