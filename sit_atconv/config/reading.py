@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
 from sit_atconv.config.earlier import left_out, meant
 from sit_atconv.config.schema import Recipe
 from sit_atconv.errors import MOST, InputError, check_choice
-from sit_atconv.fields import WHEN
 from sit_atconv.reading import check_literal, read_yaml
 
 Schema = TypeVar("Schema")
@@ -154,7 +153,7 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
                 "none"
             )
     try:
-        # OmegaConf takes the defaults of a section from one that it makes, in which nulls are filled already.
+        # OmegaConf takes the defaults of a section from one that it makes, which has settled them already.
         earlier = left_out(schema) if stored else {}
         merged = OmegaConf.merge(OmegaConf.structured(schema), _declared(schema), earlier, stated)
         values = OmegaConf.to_container(merged)
@@ -167,12 +166,12 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
 
 
 def _declared(schema: type) -> dict[str, Any]:
-    """The settings that act where others say so, at their defaults."""
+    """The defaults of a schema's settings as they are declared."""
     found = {}
     for entry in dataclasses.fields(schema):
         if dataclasses.is_dataclass(entry.type):
             found[entry.name] = _declared(entry.type)
-        elif WHEN in entry.metadata:
+        elif entry.default not in (dataclasses.MISSING, MISSING):
             found[entry.name] = entry.default
     return found
 

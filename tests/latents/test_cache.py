@@ -335,7 +335,9 @@ def test_what_transparent_images_lie_on_belongs_to_a_cache(recipe, vae_folder, p
         (tmp_path / "cached.yaml").write_text(
             f"data: {{kind: latents, root: {tmp_path / name}}}\nlatents: {{codec: vae}}\npreview: {{every: 0}}\n"
         )
-        source = open_source(tmp_path / "cached.yaml")
+        with pytest.raises(InputError, match=r"say with data\.source=PLACE where its images lie"):
+            open_source(tmp_path / "cached.yaml")
+        source = open_source(tmp_path / "cached.yaml", overrides=[f"data.source={root}"])
         assert source.n == IMAGES
         wanted = torch.stack([images[index, False][0] for index in range(IMAGES)])
         assert torch.equal(torch.cat([*source.batches()]), to_uint8(wanted))
@@ -349,7 +351,7 @@ def test_a_run_of_images_goes_on_from_a_cache_of_the_same_background(recipe, tmp
         encode(recipe, tmp_path / f"{background}", "fp32", SHARD)
     recipe.data.background, recipe.train.max_steps = "white", 2
     train(recipe)
-    with pytest.raises(InputError, match=r"data\.background: white -> None"):
+    with pytest.raises(InputError, match=r'data\.background: "white" -> null'):
         train(cached(recipe, tmp_path / "None"))
     recipe.train.max_steps = 3
     train(cached(recipe, tmp_path / "white"))
