@@ -41,8 +41,8 @@ def lively_model(**options):
     return model.eval()
 
 
-def draw(indices, labels, **options):
-    return generate(lively_model(), IdentityCodec(), indices, labels, Sampling(**{"steps": 4, **options}))
+def draw(indices, labels, seed=0, **options):
+    return generate(lively_model(), IdentityCodec(), indices, labels, Sampling(**{"steps": 4, **options}), seed)
 
 
 def test_an_image_depends_on_seed_index_and_label_alone():
@@ -127,7 +127,7 @@ def test_it_follows_the_sde_with_noise_of_the_step():
         for step, t in enumerate((0.0, 0.45)):
             x = x + 0.45 * drift(x, t) + (2 * 0.5 * (1 - t) * 0.45) ** 0.5 * normal(1, 8, 7, step)
         x = x + 0.1 * drift(x, 0.9)
-    latents, _ = sample_latents(model, [7], torch.tensor([2]), sampling)
+    latents, _ = sample_latents(model, [7], torch.tensor([2]), sampling, 1)
     torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_an_sde_follows_the_models_own_path_written_out(sampler, path, predictio
                 x = x + h * drift(x, t) + kick
         alpha, sigma, _ = closed_form(path, 0.8)
         x = x + 0.2 * drift(x, 0.8) if last == "mean" else (x + sigma**2 * score(x, 0.8)) / alpha
-    latents, _ = sample_latents(model, [7], torch.tensor([2]), sampling)
+    latents, _ = sample_latents(model, [7], torch.tensor([2]), sampling, 1)
     torch.testing.assert_close(latents.double(), x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
 
 
