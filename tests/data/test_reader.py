@@ -336,3 +336,11 @@ def test_what_was_read_is_recorded(places, tmp_path):
     assert open_source(tmp_path / "tiff", allow_lossy=True).describe()["lossy"] is True
     with pytest.raises(InputError, match="is TIFF, which moves the scores"):
         open_source(tmp_path / "tiff")
+
+
+def test_a_record_that_is_none_ends_scoring_by_name(tmp_path):
+    records = [(ODD["RGB PNG"][0], 0), (ODD["RGB PNG"][0], "1"), (ODD["RGB PNG"][0], 0)]
+    place = {"kind": "lmdb", "root": str(kinds.write_lmdb(tmp_path / "lmdb", records)), "image_size": SIZE}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": place}))
+    with pytest.raises(InputError, match=r"lmdb:1' cannot be read \(its label is '1'"):
+        open_source(tmp_path / "recipe.yaml")
