@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 # A launcher passes on what its terminal or scheduler has sent to the whole process group already.
 LAUNCHED, SAME_SIGNAL_SECONDS = "TORCHELASTIC_RUN_ID", 2.0
@@ -38,20 +38,20 @@ def handled(numbers: Iterable[int], handler: Callable) -> Iterator[None]:
 class StopSignals:
     """SIGTERM, SIGINT and SIGHUP as a request: `received` is the first one's name, a second one stops at once.
 
-    Under torchrun a signal within two seconds of the first is the first one, passed on. A context manager, for once.
+    Under torchrun a signal within two seconds of the first is the first one, passed on. A context manager.
     """
 
     def __init__(self):
         self.received: str | None = None
         self._time = 0.0
-        self._open = handled(STOPPING, self._handle)
+        self._open = ExitStack()
 
     def __enter__(self) -> "StopSignals":
-        self._open.__enter__()
+        self._open.enter_context(handled(STOPPING, self._handle))
         return self
 
     def __exit__(self, *error) -> None:
-        self._open.__exit__(*error)
+        self._open.close()
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()
@@ -77,20 +77,20 @@ class Interrupted(BaseException):
 class Interruptions:
     """SIGINT and SIGTERM end what is done within `working` at once; those that come between, at its next beginning.
 
-    So no process is ended where the others wait for its answer. A context manager, for once.
+    So no process is ended where the others wait for its answer. A context manager.
     """
 
     def __init__(self):
         self._received: int | None = None
         self._working = False
-        self._open = handled(ENDING, self._handle)
+        self._open = ExitStack()
 
     def __enter__(self) -> "Interruptions":
-        self._open.__enter__()
+        self._open.enter_context(handled(ENDING, self._handle))
         return self
 
     def __exit__(self, *error) -> None:
-        self._open.__exit__(*error)
+        self._open.close()
 
     def _handle(self, number: int, frame) -> None:
         if self._received is None:  # a launcher may pass on what its terminal has sent to all: one signal, twice

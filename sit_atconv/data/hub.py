@@ -65,7 +65,8 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     try:
         if saved:
             found = datasets.load_from_disk(data.root)
-            table = _split(found if isinstance(found, dict) else {str(found.split or "train"): found}, data.split)
+            splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+            table = _split(splits, data.split or "train")
             number, table = len(table), table.with_format(None)  # one that it was saved with gives other objects
             table = table.to_iterable_dataset() if data.streaming else table
         else:
@@ -75,7 +76,7 @@ def open_hub(data: Data) -> "HubImages | HubStream":
             if not data.streaming:
                 builder.download_and_prepare()
             give = builder.as_streaming_dataset if data.streaming else builder.as_dataset
-            table = give(split=data.split)
+            table = give(split=data.split or "train")
             stated = (table.info.splits or {}).get(str(table.split))
             number = stated.num_examples if data.streaming and stated else None
     except InputError:

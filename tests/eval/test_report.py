@@ -672,6 +672,7 @@ def test_the_report_never_sees_a_model():
     own = {name for name in imported if name.startswith(("sit_atconv", "sampling", "experiments"))}
     assert own == {
         "sit_atconv.claims",
+        "sit_atconv.comparison",
         "sit_atconv.errors",
         "sit_atconv.files",
         "sit_atconv.images",

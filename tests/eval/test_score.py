@@ -15,7 +15,7 @@ from conftest import ROOT
 from PIL import Image
 
 import eval.score as scoring
-from eval import digits, extract
+from eval import digits
 from eval.__main__ import main as evaluate
 from eval.extractor import INCEPTION_PROTOCOL, Extractor, load_extractor
 from eval.features import Features
@@ -26,6 +26,7 @@ from eval.kernel import kernel_distance
 from eval.manifold import NEAREST, manifold_scores
 from eval.moments import moments
 from eval.score import OFFERED, training_scorer
+from sit_atconv import processes
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
@@ -642,7 +643,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     for name in ("all_reduce", "broadcast_object_list", "all_gather_object", "barrier"):
         monkeypatch.setattr(dist, name, never)
-    monkeypatch.setattr(extract, "PartialState", never)
+    monkeypatch.setattr(processes, "join", never)
 
 
 def test_training_scores_digits_as_the_command_does(held_out, tmp_path, classifier, request):
