@@ -126,7 +126,7 @@ def test_both_operators_have_forward_rules(backend, flip):
 
 
 def test_the_source_may_be_loaded_again_and_no_kernel_takes_anothers_place(monkeypatch):
-    """As the code of an export may be; and torch 2.9 refuses a second kernel for a key."""
+    """As the code of an export may be; and torch 2.11 refuses a second kernel for a key."""
     strict = partialmethod(torch.library.Library.impl, allow_override=False)
     monkeypatch.setattr(torch.library.Library, "impl", strict)
     source = Path(operator.__file__).read_text()

@@ -168,7 +168,7 @@ def _operator(name: str, function: Callable, fake: Callable, differentiate: Call
     """The torch operator NAMESPACE::name, defined unless it is there already: this source may be imported twice."""
     operators = getattr(torch.ops, NAMESPACE)
     if not hasattr(operators, name):
-        # Not torch.library.custom_op: it takes the key Autograd, and torch refuses a second kernel there.
+        # Not torch.library.custom_op: it takes the key Autograd, and torch 2.11 refuses a second kernel there.
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
         library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
         packet = getattr(operators, name)
