@@ -185,7 +185,7 @@ def test_skipped_steps_do_not_push_the_last_good_checkpoint_out(recipe_file, tmp
 def test_a_snapshot_of_weights_that_are_not_finite_is_not_written(recipe_file, tmp_path, monkeypatch):
     def overflow(self, model, updates):
         with torch.no_grad():
-            next(self.model.parameters()).fill_(float("inf"))
+            next(self.models["ema"].parameters()).fill_(float("inf"))
 
     monkeypatch.setattr(ema.Averages, "update", overflow)
     path = recipe_file(ema={"kind": "power", "snapshot_every": 1})
