@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.out:
         raise InputError("--out '': give the name of a new folder, or of one that the same command began")
     with Interruptions() as signals, processes.lost_ones_told():
-        processes.join(
-            cpu=True
-        )  # what they tell each other is short, and goes over gloo whatever their networks are on
+        # What they tell each other is short, and goes over gloo whatever their networks are on.
+        processes.join(cpu=True)
         work = _Work(args, signals)
         try:
             work.run()
