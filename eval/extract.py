@@ -25,7 +25,7 @@ from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, read_head, shard_name
 from eval.sources import Source, begun_as, open_source
 from sit_atconv import limits, processes
-from sit_atconv.claims import check_place, claim, clear_leftovers, write_whole, writing
+from sit_atconv.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.errors import InputError, add_force
 from sit_atconv.files import check_writable, library_versions, lock, resolved, sha256, sync, write_atomic
 from sit_atconv.reading import Malformed, read_json
@@ -123,8 +123,8 @@ def features_of(
     and a full disk; in every process, whichever found it.
     """
     stated, shard = shard is not None, SHARD if shard is None else shard
-    limits.SHARD_IMAGES.check("--shard ", shard)
-    limits.BATCH.check("--batch ", batch)
+    limits.SHARD_IMAGES.check("shard=", shard)
+    limits.BATCH.check("batch=", batch)
     source = path if isinstance(path, Source) else open_source(path, allow_lossy)
     out = resolved(out if out is not None else default_folder(source.place, extractor), FOLDER)
     extractor.check_images(source.name, source.image_shape)
@@ -310,7 +310,8 @@ def _write_shard(out: Path, span: tuple[int, int, int], tensors: dict[str, torch
     tensors = {**tensors, "index": torch.arange(first, stop)}
     if labels is not None:
         tensors["labels"] = torch.from_numpy(labels[first:stop].copy())
-    write_whole(out / shard_name(number), save(tensors), FOLDER)
+    with writing(out, FOLDER):
+        write_atomic(out / shard_name(number), save(tensors))
 
 
 def finish(out: Path, settings: dict[str, Any]) -> None:

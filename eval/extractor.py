@@ -1,6 +1,5 @@
 """From uint8 images to features: one call for Inception, DINOv2, the digits' classifier, or a module of one's own."""
 
-import hashlib
 import importlib
 import inspect
 import io
@@ -20,11 +19,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from eval import digits
 from sit_atconv.devices import FP32_SWITCHES, resolve_device, switches_kept
-from sit_atconv.errors import InputError, check_choice, said
+from sit_atconv.errors import InputError, check_choice, option, said
 from sit_atconv.files import sha256
 from sit_atconv.hooks import recorded
 from sit_atconv.processes import local_rank
 from sit_atconv.vit import is_rgb, load_vit
+from sit_atconv.weights import digest_of
 
 INCEPTION_PROTOCOL = "adm-inception-1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -94,7 +94,7 @@ class Extractor:
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"extractor {self.name}: {len(pixels)} images at once are too many for the memory of {self.device} "
-                f"({said(error)}); give a smaller --batch",
+                f"({said(error)}); give a smaller {option('batch')}",
                 every_rank=True,
             ) from None
         streams = out if isinstance(out, dict) else {"pool": out}
@@ -154,7 +154,7 @@ def load_extractor(spec: str, weights: str | None = None, device: str | torch.de
     """
     kind, _, rest = spec.partition(":")
     if weights is not None and spec != "inception":
-        raise InputError(f"--weights belongs to Inception, and the extractor is {spec!r}; leave it out")
+        raise InputError(f"{option('weights')} belongs to Inception, and the extractor is {spec!r}; leave it out")
     if kind in KINDS or not ("." in kind or rest):
         check_choice('extractor (or "package.module:callable")', kind, KINDS)
         if rest and kind != "dinov2":
@@ -192,7 +192,9 @@ def recorded_spec(where: str, about: dict[str, Any], spec: str | None) -> str:
     file = _module_file(own.partition(":")[0]) if OWN.fullmatch(own) else None
     if file is None or about.get("source_sha256") != sha256(file):
         state = "is not on PYTHONPATH" if file is None else "was changed since, or is a library's"
-        raise InputError(f"{where} is of features by the module {own!r}, whose file {state}; name one with --extractor")
+        raise InputError(
+            f"{where} is of features by the module {own!r}, whose file {state}; name one with {option('extractor')}"
+        )
     return own
 
 
@@ -239,7 +241,7 @@ def inception_weights(path: str | None) -> Path:
     if not weights.is_file():
         raise InputError(
             f"Inception weights {str(weights)!r} are not there; download {URL_INCEPTION_V3} to that place, or give the "
-            "file with --weights"
+            f"file with {option('weights')}"
         )
     return weights
 
@@ -361,14 +363,4 @@ def _own(spec: str, device: torch.device) -> Extractor:
 
 def state_digest(module: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and values of a module's state, and of the buffers outside it."""
-    state = {**dict(module.named_buffers()), **module.state_dict()}
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        if not isinstance(value, torch.Tensor):  # what get_extra_state gave
-            stored = io.BytesIO()
-            torch.save(value, stored)
-            digest.update(f"{name} {stored.tell()}\n".encode() + stored.getvalue())
-            continue
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest_of({**dict(module.named_buffers()), **module.state_dict()})

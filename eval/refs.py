@@ -25,7 +25,7 @@ from eval.moments import GroupSums, Moments
 from eval.sources import check_overrides, from_arrays, is_recipe, open_source, recipe_data
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, Array, arrays_of
-from sit_atconv.errors import InputError, add_force, said
+from sit_atconv.errors import InputError, add_force, option, said
 from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
 from sit_atconv.processes import is_main, leave
@@ -165,8 +165,9 @@ def check_recorded(ref: str, spec: str) -> None:
         return
     if kind_of(found[0]["protocol"]) != (kind if kind in KINDS else "module"):
         raise InputError(
-            f"--extractor {spec}: reference {ref!r} is of features with name {found[0]['name']!r}; leave the option "
-            f"out, or build a reference of {spec}"
+            f"{option('extractor', spec)}: reference {ref!r} is of features with name "
+            f"{found[0]['name']!r}; leave the option out, "
+            f"or build a reference of {spec}"
         )
 
 

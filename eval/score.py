@@ -37,7 +37,7 @@ from eval.result import bars_told, needs
 from eval.sources import Source, from_arrays, open_source
 from sit_atconv.console import progress
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import InputError, add_force, check_choice
+from sit_atconv.errors import InputError, add_force, check_choice, option
 from sit_atconv.files import check_out, library_versions, made_here, shown, write_out
 from sit_atconv.processes import is_main, leave, together
 
@@ -143,7 +143,7 @@ def score(
     names = [each.strip() for each in metrics.split(",")] if metrics is not None else []
     asked = list(dict.fromkeys(PARTS.get(each, each) for each in names))
     for each in asked:
-        check_choice("--metrics", each, STREAMS)
+        check_choice("metrics", each, STREAMS)
     check_root(root)
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
     vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
@@ -160,7 +160,7 @@ def score(
         others = [each for each in asked if each != "fdd"]
         wanted = [*([(wanted[0][0], others)] if others else []), (load_extractor(vit, None, device), ["fdd"])]
     elif dinov2 and extractor != vit:
-        raise InputError(f"--dinov2 {dinov2}: nothing asks for it; add fdd to --metrics, or leave it out")
+        raise InputError(f"{option('dinov2', dinov2)}: nothing asks for it; add fdd to the metrics, or leave it out")
     passes, notes = [], []
     for by, chosen in wanted:
         one, left_out = _prepare(samples, source, ref, by, chosen, batch, allow_lossy, root, overrides)
@@ -226,7 +226,8 @@ class _Stated(Extractor):
     def launch(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         raise InputError(
             f"the reference has images whose features are not there, and {str(self._path)!r} is of features: state "
-            f"their extractor again, with --extractor (for Inception also --weights), to extract the reference"
+            f"their extractor again, with {option('extractor')} (for Inception also {option('weights')}), to extract "
+            "the reference"
         )
 
 

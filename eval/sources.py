@@ -21,7 +21,7 @@ from sit_atconv.config import Data, Loading, load_recipe
 from sit_atconv.data import describe_images, open_dataset
 from sit_atconv.data.arrays import CHUNK, PixelArray, check_kind
 from sit_atconv.data.images import IMG_EXTENSIONS, Reader, image_files, is_image, read_image
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, option
 from sit_atconv.files import sha256
 from sit_atconv.images import to_uint8
 from sit_atconv.reading import POSITIVE, SHAPE, Malformed, read_json
@@ -315,7 +315,8 @@ class _Folder(Source):
         image = reader(read_image(str(file)), str(file))
         if reader.lossy and not self._allow_lossy:
             raise InputError(
-                f"image {str(file)!r} is {reader.lossy}, which moves the scores; give PNGs, or --allow-lossy",
+                f"image {str(file)!r} is {reader.lossy}, which moves the scores; give PNGs, or "
+                f"{option('allow_lossy', True)}",
                 every_rank=True,
             )
         self._note(reader)

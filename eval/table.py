@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.result import bars_told, named, needs, sound
-from sit_atconv.errors import MOST, InputError, add_force
+from sit_atconv.errors import MOST, InputError, add_force, option
 from sit_atconv.files import check_out, made_here, sha256, write_out
 from sit_atconv.markdown import markdown_table, plain
 from sit_atconv.reading import read_json, read_yaml
@@ -84,7 +84,7 @@ def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
         stated = [", ".join(f"{key} {_text(each[key])}" for key in theirs) for each in (facts[0], other["facts"])]
         raise InputError(
             f"{str(results[0]['path'])!r} has {stated[0]}, {str(other['path'])!r} {stated[1]}: such scores cannot be "
-            "compared; leave one out, or give --mix"
+            f"compared; leave one out, or give {option('mix', True)}"
         )
     rows: dict[str, list[dict]] = {}
     for result in results:
@@ -229,7 +229,7 @@ def _row(group: list[dict], differs: list[str]) -> dict[str, Any]:
         if None in each:
             raise InputError(
                 f"{str(group[each.index(None)]['path'])!r} lacks {name}, which others of {method['method']} have; "
-                "score it with the same --metrics"
+                f"score it with the same {option('metrics')}"
             )
         metrics[name] = {
             "mean": _mean([one["value"] for one in each]),

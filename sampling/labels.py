@@ -3,7 +3,7 @@
 import json
 import re
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, option
 from sit_atconv.reading import MOST_JSON, bounded, parse_json
 from sit_atconv.sampling.sampling import random_label
 
@@ -30,25 +30,26 @@ def sample_labels(option: str, num: int, total: int, seed: int, num_classes: int
 
 def _read(name: str, num: int, num_classes: int) -> list[int]:
     if not name:
-        raise InputError(f"--labels '': choose from {list(RULES)} or give a file")
+        raise InputError(f"{option('labels')} '': choose from {list(RULES)} or give a file")
     try:
         with open(name, "rb") as file:  # which may be a pipe
             text = bounded(file, MOST_JSON).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"--labels {name}: no text; give one class id a line, or a JSON list") from None
+        raise InputError(f"{option('labels')} {name}: no text; give one class id a line, or a JSON list") from None
     except ValueError as error:  # too large, or a NUL in the name
-        raise InputError(f"--labels {name!r}: {error}; give one class id a line, or a JSON list") from None
+        raise InputError(f"{option('labels')} {name!r}: {error}; give one class id a line, or a JSON list") from None
     except OSError as error:
-        raise InputError(f"--labels {name}: {error.strerror}; choose from {list(RULES)} or give a file") from None
+        remedy = f"choose from {list(RULES)} or give a file"
+        raise InputError(f"{option('labels')} {name}: {error.strerror}; {remedy}") from None
     if text.lstrip().startswith("["):
-        entries, unit = [json.dumps(entry) for entry in parse_json(text, f"--labels {name}", list)], "entry"
+        entries, unit = [json.dumps(entry) for entry in parse_json(text, f"{option('labels')} {name}", list)], "entry"
     else:
         entries, unit = text.rstrip().splitlines(), "line"
     labels = []
     for number, entry in enumerate(entries, 1):
-        where = f"--labels {name}, {unit} {number}"
+        where = f"{option('labels')} {name}, {unit} {number}"
         if number > num:
-            raise InputError(f"{where}: there are {len(entries)} class ids for --num {num}; make them equal")
+            raise InputError(f"{where}: there are {len(entries)} class ids for {option('num', num)}; make them equal")
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", entry.strip()):
             raise InputError(f"{where}: {entry.strip()[:40]!r} is no class id; give an integer")
         label = int(entry)
@@ -56,5 +57,8 @@ def _read(name: str, num: int, num_classes: int) -> list[int]:
             raise InputError(f"{where}: class id {label} is out of range; this model has 0 to {num_classes - 1}")
         labels.append(label)
     if len(labels) < num:
-        raise InputError(f"--labels {name} ends with {unit} {len(labels)}: --num {num} needs as many; make them equal")
+        raise InputError(
+            f"{option('labels')} {name} ends with {unit} {len(labels)}: {option('num', num)} needs as many; make them "
+            "equal"
+        )
     return labels

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from sit_atconv.claims import SETTINGS, clear_the_way
 from sit_atconv.comparison import differences
-from sit_atconv.errors import InputError
-from sit_atconv.files import LEFTOVER, LOCK, check_out, clear_leftovers, lock, resolved, sync, temporary, write_atomic
+from sit_atconv.errors import InputError, option
+from sit_atconv.files import LEFTOVER, LOCK, check_out, clear_leftovers, lock, resolved, sync, whole, write_atomic
 from sit_atconv.images import to_pil
 from sit_atconv.reading import COUNT, POSITIVE, SHA256, Malformed, as_stored, read_json
 
@@ -50,7 +50,9 @@ def check_place(path: str | Path, force: bool = False) -> None:
         begun = path.is_dir() and any((path / name).is_file() for name in (MANIFEST, SETTINGS))
         empty = path.is_dir() and all(each.name == LOCK or LEFTOVER.fullmatch(each.name) for each in path.iterdir())
     except OSError as error:
-        raise InputError(f"--out {str(path)!r} cannot be read: {error.strerror}; choose another folder") from None
+        raise InputError(
+            f"{option('out')} {str(path)!r} cannot be read: {error.strerror}; choose another one"
+        ) from None
     if not (begun or empty):
         check_out(path, force=force)
 
@@ -67,6 +69,10 @@ class Samples:
         self.settings = as_stored(settings)
         self.num, self.block = settings["num"], settings["block"]
         self._lock = None
+
+    @property
+    def _where(self) -> str:
+        return f"{option('out')} {str(self.path)!r}"
 
     @property
     def blocks(self) -> int:
@@ -98,7 +104,7 @@ class Samples:
             check_place(self.path)
             if self.force and (self.path / SETTINGS).is_file():  # set aside, a folder is no other command's
                 self._check_same(SETTINGS, versions=True)
-            self._lock = lock(self.path, f"--out {str(self.path)!r}")
+            self._lock = lock(self.path, self._where)
             if self._is_complete():  # meanwhile
                 return None
             if (self.path / SETTINGS).is_file():
@@ -140,10 +146,12 @@ class Samples:
         digest = hashlib.sha256()
         with self._disk():
             for path, content in zip(self._files(number), contents, strict=True):
-                _write(path, content)
+                with whole(path, synced=False) as unfinished:  # its digest tells what a crash of the machine cuts
+                    unfinished.write_bytes(content)
                 digest.update(content)
             record = {"image_shape": list(images.shape[1:]), "sha256": digest.hexdigest(), **measured}
-            _write(self._record_path(number), json.dumps(record).encode())
+            with whole(self._record_path(number), synced=False) as unfinished:
+                unfinished.write_text(json.dumps(record))
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Complete the samples: the npz, where asked for, then manifest.json; returns the manifest.
@@ -155,7 +163,7 @@ class Samples:
             records = [self._read_record(number) for number in range(self.blocks)]
             if None in records:
                 raise InputError(
-                    f"--out {str(self.path)!r}: block {records.index(None)} is not there; all machines must share the "
+                    f"{self._where}: block {records.index(None)} is not there; all machines must share the "
                     "file system: run the same command again on one that does"
                 )
             if self.settings["format"] == "npz":
@@ -175,7 +183,6 @@ class Samples:
             }
             lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
             write_atomic(self.path / MANIFEST, f"{{\n {lines}\n}}\n")
-            sync(self.path)
             self._clear()
         return manifest
 
@@ -205,16 +212,14 @@ class Samples:
         try:
             stored = read_json(self.path / name)
         except (OSError, Malformed) as error:
-            raise InputError(
-                f"--out {str(self.path)!r}: its {name} is damaged ({error}); choose another folder"
-            ) from None
+            raise InputError(f"{self._where}: its {name} is damaged ({error}); choose another folder") from None
         # What is complete stays as good when a library is renewed; half of it by another version would not be one set.
         passed_over = PLACES if versions else PLACES | {"versions"}
         stored = {key: stored.get(key) for key in self.settings}
         changed = differences(stored, self.settings, passed_over)
         if changed:
             raise InputError(
-                f"--out {str(self.path)!r} holds samples with other settings, {changed[0]}; state it as it was, or "
+                f"{self._where} holds samples with other settings, {changed[0]}; state it as it was, or "
                 "choose another folder"
             )
 
@@ -227,8 +232,7 @@ class Samples:
         lost = next((name for name in wanted if name not in present), None)
         if lost is not None:
             raise InputError(
-                f"--out {str(self.path)!r}: {MANIFEST} says it is complete, and {lost} is missing; remove the folder "
-                "and run again"
+                f"{self._where}: {MANIFEST} says it is complete, and {lost} is missing; remove the folder and run again"
             )
 
     def _files(self, number: int) -> list[Path]:
@@ -261,24 +265,21 @@ class Samples:
     def _write_npz(self, image_shape: list[int]) -> None:
         """One pass over the blocks, of which one is in memory at a time; stored, as numpy's own savez does it."""
         channels, height, width = image_shape
-        unfinished = temporary(self.path / NPZ)
         labels = np.array(self.settings["labels"], np.int64)
-        try:
-            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                    _write_header(member, np.dtype(np.uint8), (self.num, height, width, channels))
-                    for number in tqdm(range(self.blocks), desc=NPZ, unit="block", delay=1):
-                        block = np.load(self._files(number)[0], allow_pickle=False)
-                        if block.shape != (len(self.indices(number)), height, width, channels):
-                            raise InputError(f"{str(self._files(number)[0])!r} is {block.shape}; remove it, run again")
-                        member.write(block.tobytes())
-                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
-                    _write_header(member, labels.dtype, labels.shape)
-                    member.write(labels.tobytes())
-            sync(unfinished)
-            unfinished.rename(self.path / NPZ)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with (
+            whole(self.path / NPZ) as unfinished,
+            zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        ):
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                _write_header(member, np.dtype(np.uint8), (self.num, height, width, channels))
+                for number in tqdm(range(self.blocks), desc=NPZ, unit="block", delay=1):
+                    block = np.load(self._files(number)[0], allow_pickle=False)
+                    if block.shape != (len(self.indices(number)), height, width, channels):
+                        raise InputError(f"{str(self._files(number)[0])!r} is {block.shape}; remove it, run again")
+                    member.write(block.tobytes())
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
+                _write_header(member, labels.dtype, labels.shape)
+                member.write(labels.tobytes())
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -289,7 +290,7 @@ class Samples:
             raise self._unwritten(error, going_on) from None
 
     def _unwritten(self, error: OSError, remedy: str) -> InputError:
-        return InputError(f"--out {str(self.path)!r} cannot be written: {error.strerror or error}; {remedy}")
+        return InputError(f"{self._where} cannot be written: {error.strerror or error}; {remedy}")
 
 
 def _png(image: torch.Tensor) -> bytes:
@@ -307,13 +308,3 @@ def _npy(array: np.ndarray) -> bytes:
 def _write_header(file, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all; what a crash of the machine cuts, its digest tells."""
-    unfinished = temporary(path)
-    try:
-        unfinished.write_bytes(content)
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from diffusers import (
 
 from sit_atconv import draws
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, option
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.sampling.sampling import render
@@ -34,7 +34,7 @@ def make_scheduler(name: str, model: SiTTransformer2DModel) -> SchedulerMixin:
     """The scheduler of that name, one of SCHEDULERS. Raises InputError for a model that is not of the linear path."""
     if model.config.path != "linear":
         raise InputError(
-            f"--scheduler {name}: diffusers' schedulers follow the linear path, this model is of path="
+            f"{option('scheduler', name)}: diffusers' schedulers follow the linear path, this model is of path="
             f"{model.config.path!r}; leave it out"
         )
     scheduler, options = SCHEDULERS[name]

@@ -12,8 +12,8 @@ import torch
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
 from sampling.options import DTYPES, add_device_options, add_settings, sampling_asked
 from sampling.plots import LIMIT, plot_latency
-from sampling.timing import caption, commit, device_name, interleaved, memory_kept, peak_bytes
 from sit_atconv import limits
+from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept, peak_bytes
 from sit_atconv.devices import import_compiler, numerics, resolve_device
 from sit_atconv.errors import InputError, add_force, check_choice
 from sit_atconv.files import check_out, library_versions, made_here, named, write_out

@@ -13,8 +13,8 @@ from typing import Any
 
 from sit_atconv import files
 from sit_atconv.comparison import differences, flat
-from sit_atconv.errors import InputError
-from sit_atconv.files import LEFTOVER, LOCK, lock, set_aside, sync, temporary, write_atomic
+from sit_atconv.errors import InputError, option
+from sit_atconv.files import LEFTOVER, LOCK, lock, set_aside, write_atomic
 from sit_atconv.reading import Malformed, read_json
 
 SETTINGS = "settings.json"
@@ -22,8 +22,10 @@ REMEDY = "choose another folder"
 
 
 @contextmanager
-def writing(out: Path, name: str = "--out") -> Iterator[None]:
-    """Tell an error of the file system under `out` as an InputError, of this process alone; name: what `out` is."""
+def writing(out: Path, name: str | None = None) -> Iterator[None]:
+    """Tell an error of the file system under `out` as an InputError, of this process alone; name: what `out` is
+    called, by default as the argument."""
+    name = name or option("out")
     try:
         yield
     except OSError as error:
@@ -35,7 +37,7 @@ def writing(out: Path, name: str = "--out") -> Iterator[None]:
 
 
 def claim(
-    out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str = "--out",
+    out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str | None = None,
     remedy: str = REMEDY, force: bool = False, meant: Mapping[str, Any] = {},
 ) -> dict[str, Any]:  # fmt: skip
     """Make the folder of these settings, or take over the one that is there; the settings that it was begun with.
@@ -45,6 +47,7 @@ def claim(
     refused is set aside, and the folder begun anew. meant: what flat keys stood for that an earlier version left out.
     Raises InputError for a file, a folder of something else, or one with other settings: in one line, what differs.
     """
+    name = name or option("out")
     try:
         return _taken_over(out, settings, not_compared, what, name, remedy, meant)
     except InputError:
@@ -55,12 +58,13 @@ def claim(
 
 
 def check_place(
-    out: str | Path, what: str, name: str = "--out", remedy: str = REMEDY, force: bool = False
+    out: str | Path, what: str, name: str | None = None, remedy: str = REMEDY, force: bool = False
 ) -> None:  # fmt: skip
     """Raise InputError where `claim` would whatever the settings are, before a command loads what decides these.
 
     Nothing is changed there.
     """
+    name = name or option("out")
     out = files.resolved(out, name)
     try:
         _begun(out, what, name, remedy)
@@ -70,8 +74,9 @@ def check_place(
         files.check_movable(out)
 
 
-def clear_the_way(out: Path, name: str = "--out") -> None:
+def clear_the_way(out: Path, name: str | None = None) -> None:
     """Set aside what lies at `out`, and say so. Raises InputError where a process is at work there."""
+    name = name or option("out")
     with writing(out, name):
         if (out / LOCK).exists():
             lock(out, f"{name} {str(out)!r}").close()
@@ -115,23 +120,7 @@ def _begun(out: Path, what: str, name: str, remedy: str) -> dict[str, Any] | Non
     return stored
 
 
-def clear_leftovers(out: Path, name: str = "--out") -> None:
+def clear_leftovers(out: Path, name: str | None = None) -> None:
     """`files.clear_leftovers` of a claimed folder. Call it while no other process writes."""
     with writing(out, name):
         files.clear_leftovers(out)
-
-
-def write_whole(path: Path, content: bytes, name: str = "--out") -> None:
-    """Write a file of a claimed folder, there whole or not at all even where two processes write the same.
-
-    Raises InputError where the disk does not take it.
-    """
-    unfinished = temporary(path)
-    with writing(path.parent, name):
-        try:
-            unfinished.write_bytes(content)
-            sync(unfinished)
-            unfinished.rename(path)
-            sync(path.parent)
-        finally:
-            unfinished.unlink(missing_ok=True)

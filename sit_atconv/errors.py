@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
+
+_in_command = False  # whether a command runs in this process
 
 
 class InputError(ValueError):
@@ -31,6 +34,17 @@ def named(what: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{what}: {error}") from None
+
+
+def option(name: str, value: Any = None) -> str:
+    """An argument of a library function as its caller wrote it: `sample_size` in Python, `--sample-size` in a command.
+
+    value: what it was given, if that is to be said: `force=True` in Python, `--force` in a command.
+    """
+    if _in_command:
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value is None or value is True else f"{flag} {value}"
+    return name if value is None else f"{name}={value!r}"
 
 
 def said(error: Exception) -> str:
@@ -119,6 +133,8 @@ def command(main: Callable) -> Callable:
 
     @wraps(main)
     def wrapped(*args, **kwargs):
+        global _in_command
+        before, _in_command = _in_command, True
         try:
             if hasattr(sys.stdout, "reconfigure"):  # a terminal of few characters costs no result
                 sys.stdout.reconfigure(errors="backslashreplace")
@@ -136,6 +152,8 @@ def command(main: Callable) -> Callable:
             if told.every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
                 print(f"error: {told}", file=sys.stderr)
             sys.exit(2)
+        finally:
+            _in_command = before
 
     return wrapped
 

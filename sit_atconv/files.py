@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, option
 from sit_atconv.reading import read_json, spelt
 from sit_atconv.version import __version__
 
@@ -39,9 +39,10 @@ LARGEST_RESULT = 1 << 28  # bytes of a file that is read to see whose it is
 _held: set[Path] = set()  # what this process is writing, as system locks do not part its threads
 
 
-def resolved(path: str | Path, what: str = "--out") -> Path:
+def resolved(path: str | Path, what: str | None = None) -> Path:
     """The path without links and "..", relative where it lies below the current folder. Raises InputError for a path
-    that cannot be; what: its name there."""
+    that cannot be; what: its name there, by default that of the argument `out`."""
+    what = what or option("out")
     try:
         full = Path(path).resolve()
         full.exists()
@@ -148,7 +149,7 @@ def figure_png(figure) -> bytes:
 
 
 def check_out(
-    out: str | Path, what: str = "--out", force: bool = False, ours: Callable[[Path], bool] = lambda path: False
+    out: str | Path, what: str | None = None, force: bool = False, ours: Callable[[Path], bool] = lambda path: False
 ) -> Path:
     """Where a command writes to, `resolved`; nothing is changed there, but what was left by one that was killed once
     `out` was whole goes.
@@ -156,8 +157,8 @@ def check_out(
     ours: says of a file that it may be replaced. force: whatever is there may be set aside; see `put`.
     Raises InputError where something else is there, and where nothing can be written.
     """
+    what = what or option("out")
     out = resolved(out, what)
-    flag = "--force" if what.startswith("--") else "force=True"
     try:
         if os.path.lexists(out):
             if not (out.is_dir() or out.is_file()):
@@ -166,6 +167,7 @@ def check_out(
             if not (force or (out.is_file() and ours(out))):
                 _clear_claimed(out)
                 is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
+                flag = option("force", True)
                 raise InputError(f"{what} {str(out)!r}: {is_there}; choose a new name, or {flag}, which sets it aside")
         above = next(path for path in out.absolute().parents if path.exists())
         if not above.is_dir():
@@ -189,10 +191,10 @@ def check_writable(folder: Path) -> None:
 
 
 def named(stem: str, *ends: str) -> list[Path]:
-    """The files of a command whose --out is the beginning of their names. Raises InputError for one that is none."""
+    """The files of a command whose `out` is the beginning of their names. Raises InputError for one that is none."""
     path = Path(stem)
     if not path.name:
-        raise InputError(f"--out {stem!r}: give the beginning of a file's name, such as runs/new")
+        raise InputError(f"{option('out')} {stem!r}: give the beginning of a file's name, such as runs/new")
     return [path.with_name(path.name + end) for end in ends]
 
 
@@ -243,26 +245,35 @@ def clear_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file in a folder of this program so that it is there whole or not at all, even where two processes do;
-    makes the folders above.
+@contextmanager
+def whole(path: Path, synced: bool = True) -> Iterator[Path]:
+    """A path to write a file to, which then becomes `path` in a folder of this program: it is there whole or not at
+    all, even where two processes write it.
 
-    What a killed process leaves goes by `clear_leftovers`; after an error nothing is left.
+    synced: even where the machine crashes then. What a killed process leaves goes by `clear_leftovers`; after an error
+    nothing is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
     try:
-        with open(unfinished, "xb") as file:
-            file.write(encoded(content))
-            file.flush()
-            os.fsync(file.fileno())
+        yield unfinished
+        if synced:
+            sync(unfinished)
         unfinished.replace(path)
+        if synced:
+            sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file of a folder of this program, which is made, see `whole`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as unfinished:
+        unfinished.write_bytes(encoded(content))
+
+
 def write_out(
-    out: str | Path, content: str | bytes, what: str = "--out", force: bool = False,
+    out: str | Path, content: str | bytes, what: str | None = None, force: bool = False,
     ours: Callable[[Path], bool] = REPORT,
 ) -> None:  # fmt: skip
     """Write a result, whole or not at all, which the next call may replace: see `put`. Markdown gets its mark here.
@@ -359,7 +370,7 @@ def unleased(file: Path) -> Lease | None:
 
 @contextmanager
 def new_path(
-    out: str | Path, what: str = "--out", force: bool = False, ours: Callable[[Path], bool] = lambda path: False
+    out: str | Path, what: str | None = None, force: bool = False, ours: Callable[[Path], bool] = lambda path: False
 ) -> Iterator[Path]:
     """A path to write a file or folder to, which then becomes `out`, see `put`; after a fault nothing is left of it.
 
@@ -367,6 +378,7 @@ def new_path(
     refused, and the next one clears what a killed one left. Makes the folders above.
     Raises InputError as `check_out`, and where the disk does not take it; what: the name of `out` there.
     """
+    what = what or option("out")
     out, made = check_out(out, what, force, ours), Made()
     claimed = _claimed(out)
     key = claimed.absolute()

@@ -3,10 +3,12 @@
 The errors do not name the folder: who looks says what it is of.
 """
 
+import hashlib
+import io
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -120,3 +122,17 @@ def _of_variant(name: str, variant: str | None) -> str:
     """A file's name, with the variant before its last part."""
     start, _, end = name.rpartition(".")
     return name if variant is None else f"{start}.{variant}.{end}"
+
+
+def digest_of(state: Mapping[str, object]) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of a module's state dict, wherever its tensors lie."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        if not isinstance(value, torch.Tensor):  # what get_extra_state gave
+            stored = io.BytesIO()
+            torch.save(value, stored)
+            digest.update(f"{name} {stored.tell()}\n".encode() + stored.getvalue())
+            continue
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import tomllib
 from collections.abc import Iterator
 
@@ -61,12 +62,14 @@ ALLOWED = {
         "files",
         "swap",
         "vit",
+        "weights",
     },
     "convert": CORE | {"models", "layers", "checkpoint", "files", "weights"},
     "pipelines": BASE
     | {"flow", "models", "images", "checkpoint", "files", "latents", "config", "ema", "weights", "sampling.settings"},
     "classification": CORE | {"models", "data", "checkpoint", "training", "sharding"},
-    "swap": CORE | {"ops", "layers", "models", "files", "claims", "hooks"},
+    "bench": BASE | {"files"},
+    "swap": CORE | {"bench", "ops", "layers", "models", "files", "claims", "hooks"},
     "__init__": {"layers", "models", "pipelines", "swap", "version"},
 }
 LIBRARY = sorted((ROOT / "sit_atconv").rglob("*.py"))
@@ -286,3 +289,32 @@ def test_the_readmes_example_runs():
     exec(code, names)
     assert names["velocity"].shape == (1, 4, 32, 32)
     assert names["y"].shape == (1, 12, 20, 384)
+
+
+def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
+    """The texts in a file but for docstrings and what is told to a parser of options."""
+    silent = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            silent |= {id(each) for each in ast.walk(node)}
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            silent.add(id(node.body[0].value))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent:
+            yield node
+
+
+def flags_in(text: str) -> list[str]:
+    return [node.value for node in spoken(ast.parse(text)) if re.search(r"(^|[\s(`'])--[a-z]", node.value)]
+
+
+def test_the_library_speaks_of_arguments_and_not_of_flags():
+    """Its errors name an argument by `errors.option`, which gives the flag within a command."""
+    commands = {
+        "sit_atconv/convert/__main__.py": ["--sample-size "],
+        "sit_atconv/errors.py": [" --help`"],
+        "sit_atconv/bench/timing.py": ["--short", "--porcelain"],  # git's
+    }
+    found = {path.relative_to(ROOT).as_posix(): flags_in(path.read_text()) for path in LIBRARY}
+    assert {path: flags for path, flags in found.items() if flags} == commands
+    assert flags_in("""def f(x):\n    "Writes `--out`."\n    raise ValueError(f"give --out {x}")""") == ["give --out "]

@@ -7,7 +7,7 @@ import torch
 from experiments.bench import op
 from sampling import speed
 from sampling.options import DTYPES
-from sampling.timing import append_csv, caption, check_csv, device_name, interleaved, memory_kept
+from sit_atconv.bench.timing import append_csv, caption, check_csv, device_name, interleaved, memory_kept
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import command
 from sit_atconv.files import write_atomic

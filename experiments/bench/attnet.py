@@ -18,8 +18,8 @@ from torch import nn
 
 from sampling.options import DTYPES
 from sampling.speed import TOLERANCE, assert_close
-from sampling.timing import caption, commit, device_name, interleaved, memory_kept
 from sit_atconv import limits
+from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, check_choice, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out

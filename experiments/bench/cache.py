@@ -24,8 +24,8 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sampling.timing import device_name
 from sit_atconv import limits
+from sit_atconv.bench.timing import device_name
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, named, write_out

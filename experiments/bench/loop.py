@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from experiments.bench.cache import make_cache
-from sampling.timing import device_name
 from sit_atconv import limits
+from sit_atconv.bench.timing import device_name
 from sit_atconv.config import make_recipe
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out

@@ -13,8 +13,8 @@ from sampling.baselines import PaperForm
 from sampling.options import DTYPES, add_device_options
 from sampling.plots import plot_latency
 from sampling.speed import TOLERANCE, assert_close
-from sampling.timing import append_csv, check_csv, commit, device_name, interleaved, peak_bytes
 from sit_atconv import ATConv, limits
+from sit_atconv.bench.timing import append_csv, check_csv, commit, device_name, interleaved, peak_bytes
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, named, write_out

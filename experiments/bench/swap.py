@@ -10,8 +10,8 @@ import json
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
-from sampling.timing import device_name
 from sit_atconv import limits
+from sit_atconv.bench.timing import device_name
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, named, write_out

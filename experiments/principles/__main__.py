@@ -12,8 +12,8 @@ from experiments.principles import plots
 from experiments.principles.layers import find_layers
 from experiments.principles.report import measure, table
 from experiments.principles.targets import load, show
-from sampling.timing import commit, device_name
 from sit_atconv import limits
+from sit_atconv.bench.timing import commit, device_name
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, add_force, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out

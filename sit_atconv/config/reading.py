@@ -128,7 +128,7 @@ def _check_base(where: str, stated: Any, schema: type) -> None:
         _check_keys(keys, schema)
         OmegaConf.merge(OmegaConf.structured(schema), keys)
     except (InputError, OmegaConfBaseException, AttributeError, TypeError, ValueError):
-        raise InputError(f"{where} is no recipe, and a base has to be one; `--dry-run` of it alone says why") from None
+        raise InputError(f"{where} is no recipe, and a base has to be one; a dry run of it alone says why") from None
 
 
 def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False) -> Schema:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, option
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.layers.embedders import sincos_position_embedding
 from sit_atconv.models.sit import PATCH_SIZES, SiTTransformer2DModel, mixer_names
@@ -197,7 +197,7 @@ def _num_heads(
     if heads is None and attention:
         raise InputError(
             f"the number of attention heads cannot be told from the tensors: hidden_size={hidden} is none of the "
-            f"published widths {sorted(HEADS)}; give it with num_heads (--num-heads)"
+            f"published widths {sorted(HEADS)}; give it with {option('num_heads')}"
         )
     return heads or 1
 
@@ -216,9 +216,7 @@ def _sample_size(
             if sides[0] * sides[1] != tokens * patch**2:
                 raise InputError(f"sample size {told}: pos_embed has {tokens} positions of {patch} x {patch} pixels")
         elif math.isqrt(tokens) ** 2 != tokens or not tokens:
-            raise InputError(
-                f"pos_embed has {tokens} positions, which is no square grid; give sample_size (--sample-size H W)"
-            )
+            raise InputError(f"pos_embed has {tokens} positions, which is no square grid; give {option('sample_size')}")
         else:
             return math.isqrt(tokens) * patch
     if sides is not None:
@@ -228,7 +226,7 @@ def _sample_size(
         if _positive(stored) and stored % (factor * patch) == 0:
             return stored // factor
     notes.append(
-        f"nothing in the checkpoint gives its latent size: {DEFAULT_SAMPLE_SIZE} assumed (sample_size, --sample-size)"
+        f"nothing in the checkpoint gives its latent size: {DEFAULT_SAMPLE_SIZE} assumed ({option('sample_size')})"
     )
     return DEFAULT_SAMPLE_SIZE
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion
 from sit_atconv.convert import forms, layout
 from sit_atconv.convert.reading import PICKLES, Source, read_source
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, option
 from sit_atconv.files import check_out, library_versions, new_path, sha256
 from sit_atconv.layers.projectors import FILE as PROJECTORS_FILE
 from sit_atconv.layers.projectors import Projectors
@@ -178,7 +178,7 @@ def _public_layout(
     if found.config is not None:
         if found.config.get("_class_name") == SiTTransformer2DModel.__name__:
             raise InputError(
-                f"{name!r} is a model of this library already; `--to public` writes it in the public layout"
+                f"{name!r} is a model of this library already; {option('to', 'public')} writes it in the public layout"
             )
         if form not in (None, "dit"):
             raise InputError(f"form={form!r}: {name!r} is a diffusers folder, of which DiT is read; leave it out")
@@ -209,7 +209,7 @@ def _projectors(
     if not isinstance(number, int) or not 1 <= number <= depth:
         raise InputError(
             f"encoder depth {number}: the model has {depth} blocks; give the number of blocks before REPA's "
-            "projectors with encoder_depth (--encoder-depth), or drop them"
+            f"projectors with {option('encoder_depth')}, or drop them"
         )
     return Projectors.from_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, number)
 
@@ -227,9 +227,9 @@ def _check_expressible(model: SiTTransformer2DModel, form: str) -> None:
         needed = {**PUBLIC_ATCONV, "activation": "silu" if form == "repa" else "gelu_tanh"}
     if form == "repa":
         needed["prediction"] = "velocity"
-    for option, value in needed.items():
-        if config[option] != value:
-            raise InputError(f"{option}={config[option]!r}: the public {form} form has {value!r} and no other")
+    for key, value in needed.items():
+        if config[key] != value:
+            raise InputError(f"{key}={config[key]!r}: the public {form} form has {value!r} and no other")
     if form == "repa" and model.pos_embed is None:
         raise InputError("pos_embed=False: the public repa form always has a position embedding")
 

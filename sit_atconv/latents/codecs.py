@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from sit_atconv import limits
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.errors import InputError, said
+from sit_atconv.errors import InputError, option, said
 from sit_atconv.reading import read_config
 from sit_atconv.weights import fits, weight_files
 
@@ -203,13 +203,13 @@ def reopen_codec(description: dict[str, Any], vae: str | None, batch_size: int) 
         return _named_codec(description["channels"], vae or description.get("vae"), batch_size)
     if description["codec"] == "identity":
         if vae is not None:
-            raise InputError(f"--vae {vae}: this checkpoint is of a pixel model and has no autoencoder")
+            raise InputError(f"{option('vae', vae)}: this checkpoint is of a pixel model and has no autoencoder")
         return IdentityCodec()
     try:
         codec = VaeCodec(vae or description["vae"], batch_size)
         check_same_codec(description, codec.describe())
     except InputError as error:
-        raise InputError(f"{error}; say with --vae where the checkpoint's autoencoder lies") from None
+        raise InputError(f"{error}; say with {option('vae')} where the checkpoint's autoencoder lies") from None
     return codec
 
 
@@ -218,13 +218,14 @@ def _named_codec(channels: int, vae: str | None, batch_size: int) -> IdentityCod
         if channels in (1, 3):
             return IdentityCodec()
         raise InputError(
-            f"the model has {channels} latent channels and does not say of which autoencoder; name it with --vae, "
-            "such as stabilityai/sd-vae-ft-ema or a folder with it"
+            f"the model has {channels} latent channels and does not say of which autoencoder; name it with "
+            f"{option('vae')}, such as stabilityai/sd-vae-ft-ema or a folder with it"
         )
     codec = VaeCodec(vae, batch_size)
     if codec.vae.config.latent_channels != channels:
         raise InputError(
-            f"--vae {vae}: its latents have {codec.vae.config.latent_channels} channels, this model has {channels}"
+            f"{option('vae', vae)}: its latents have {codec.vae.config.latent_channels} channels, this model has "
+            f"{channels}"
         )
     return codec
 

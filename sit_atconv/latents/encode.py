@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from sit_atconv import limits, processes
-from sit_atconv.claims import check_place, claim, clear_leftovers, write_whole, writing
+from sit_atconv.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.comparison import compared
 from sit_atconv.config import Recipe
 from sit_atconv.config.earlier import MEANT
@@ -29,7 +29,7 @@ from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.devices import numerics
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, option
 from sit_atconv.files import library_versions, resolved, sha256, sync, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
 
@@ -51,8 +51,8 @@ def encode(
     read or encoded, and a full disk. The shards made so far stay.
     """
     out = resolved(out)
-    check_choice("--dtype", dtype, DTYPES)
-    limits.SHARD_IMAGES.check("--shard-images ", shard_images)
+    check_choice("dtype", dtype, DTYPES)
+    limits.SHARD_IMAGES.check("shard_images=", shard_images)
     if recipe.data.kind == "latents":
         raise InputError("data.kind=latents is encoded already; give the recipe of the images")
     if recipe.data.streaming:
@@ -186,7 +186,7 @@ def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, setting
                 if not moments[rows].isfinite().all():
                     raise InputError(
                         f"latents.vae={codec.source!r} gives moments that {settings['dtype']} does not hold, of an "
-                        f"image among {part[0]} to {part[-1]}; try --dtype fp32, or another vae",
+                        f"image among {part[0]} to {part[-1]}; try {option('dtype', 'fp32')}, or another vae",
                         every_rank=True,
                     )
                 bar.update(len(part))
@@ -220,10 +220,10 @@ def write_shard(path: Path, settings: dict[str, Any], moments: torch.Tensor, lab
     Raises InputError where the disk does not take it.
     """
     tensors = {"moments": moments, "labels": labels}
-    content = save(
-        tensors, metadata={"seal": seal(path.name, settings, tensors)}
-    )  # one key: of more the order is random
-    write_whole(path, content)
+    # One key: of more the order is random.
+    content = save(tensors, metadata={"seal": seal(path.name, settings, tensors)})
+    with writing(path.parent):
+        write_atomic(path, content)
 
 
 def finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from sit_atconv.checkpoint import PIPELINE_INDEX, load_trained
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command, said
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command, option, said
 from sit_atconv.files import check_out, new_path
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -135,7 +135,7 @@ def export(source: Source, out: str | Path, license: str = "unknown", force: boo
 def _check_target(out: str | Path, license: str, force: bool) -> None:
     check_out(out, force=force)
     if not re.fullmatch(r"[A-Za-z0-9.-]+", license):
-        raise InputError(f"--license {license!r}: give one identifier, such as mit, cc-by-nc-4.0 or other")
+        raise InputError(f"{option('license')} {license!r}: give one identifier, such as mit, cc-by-nc-4.0 or other")
 
 
 def _write(source: Source, folder: Path, name: str, license: str) -> None:

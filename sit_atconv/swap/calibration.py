@@ -1,5 +1,6 @@
 """What calibration learns of the attentions to be swapped and of the layers for them: taps, errors, cost."""
 
+import itertools
 import math
 import statistics
 import time
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from sit_atconv.bench.timing import in_turn
 from sit_atconv.compat.torch import formulas_of_attention, tree_leaves, tree_map
 from sit_atconv.errors import InputError
 from sit_atconv.hooks import of_this_thread
@@ -354,35 +356,22 @@ def row_of(site: Site, costs: dict[Hashable, Cost] | None) -> LayerReport:
 
 def timing_of(site: Site) -> Timing:
     args, kwargs = _materialised(site)
-    return settled(_rounds([lambda: site.attention(*args, **kwargs), lambda: site.layer(*args, **kwargs)]))
+    calls = [lambda: site.attention(*args, **kwargs), lambda: site.layer(*args, **kwargs)]
+    with torch.no_grad():
+        return settled(in_turn(calls, next(site.attention.parameters()).device, ROUND_SECONDS))
 
 
 def settled(rounds: Iterable[tuple[float, float]]) -> Timing:
-    """The timing of rounds of (attention, layer) in seconds, of which no more are taken than make it steady."""
-    seen, steady = [], False
-    for each in rounds:
+    """The timing of rounds of (attention, layer) in seconds, of which no more are taken than make it steady, or than
+    TIMING_SECONDS allow beyond the least number."""
+    seen, steady, start = [], False, time.monotonic()
+    for each in itertools.islice(rounds, ROUNDS[1]):
         seen.append(each)
         ordered = [sorted(times) for times in zip(*seen, strict=True)]
         steady = all(times[len(times) // 4] <= STEADY * times[0] for times in ordered)
-        if len(seen) >= ROUNDS[0] and steady:
+        if len(seen) >= ROUNDS[0] and (steady or time.monotonic() - start > TIMING_SECONDS):
             break
     quartiles = [[1e3 * each for each in statistics.quantiles(times, method="inclusive")] for times in ordered]
     (low, before, high), (low_after, after, high_after) = quartiles
     slowdown = ordered[1][0] / ordered[0][0] if steady else None
     return Timing(before, after, high - low, high_after - low_after, slowdown)
-
-
-@torch.no_grad()
-def _rounds(functions: list[Callable]) -> Iterator[tuple[float, ...]]:
-    """Seconds a call, round by round, in which the functions take turns."""
-    from torch.utils.benchmark import Timer  # which looks for compilers, and warns where CUDA is half there
-
-    timers = [
-        Timer("function()", globals={"function": each}, num_threads=torch.get_num_threads()) for each in functions
-    ]
-    runs = [max(1, int(ROUND_SECONDS / max(timer.timeit(1).mean, 1e-9))) for timer in timers]
-    start = time.monotonic()
-    for index in range(ROUNDS[1]):
-        if index >= ROUNDS[0] and time.monotonic() - start > TIMING_SECONDS:
-            return
-        yield tuple(timer.timeit(count).mean for timer, count in zip(timers, runs, strict=True))

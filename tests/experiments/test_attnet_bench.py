@@ -8,7 +8,7 @@ import torch
 from conftest import unmarked
 
 from experiments.bench import attnet
-from sampling.timing import Timing
+from sit_atconv.bench.timing import Timing
 from sit_atconv.models.attnet import ATConv2d
 
 # GMACs at 224 px of the published code.

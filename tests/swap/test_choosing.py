@@ -331,11 +331,11 @@ def test_the_choice_is_one_on_a_busy_machine(tiny, monkeypatch):
     """Times of 1.1 ms for 1, now and then five times that, choose the same again and again."""
     generator = random.Random(0)
 
-    def rounds(functions):
+    def rounds(*_):
         for _ in range(100):
             yield tuple(each * 1e-3 * generator.choice((1, 1, 1.04, 2, 5)) for each in (1.0, 1.1))
 
-    monkeypatch.setattr(calibration, "_rounds", rounds)
+    monkeypatch.setattr(calibration, "in_turn", rounds)
     model, calls = tiny.model("dit"), [tiny.inputs("dit")]
     for _ in range(10):
         swap = swap_attention(model, init="copy_vo", calib=calls, max_error=10, dry_run=True)

@@ -125,7 +125,7 @@ def test_an_attention_that_gives_zeros_is_met_exactly(tiny, monkeypatch):
     model = tiny.model("dit")
     for parameter in model.transformer_blocks[1].attn1.to_out[0].parameters():
         nn.init.zeros_(parameter)
-    monkeypatch.setattr(calibration, "_rounds", lambda functions: [(2.0, 1.0)] * 8)
+    monkeypatch.setattr(calibration, "in_turn", lambda *_: [(2.0, 1.0)] * 8)
     swap = swap_attention(model, "auto", max_error=1e-6)
     assert list(swap.layers) == ["transformer_blocks.1.attn1"]
     assert swap.sites[0].error == 0.0
@@ -159,7 +159,7 @@ def test_a_report_changes_nothing(tiny):
 
 
 def test_layers_that_save_no_time(tiny, monkeypatch):
-    monkeypatch.setattr(calibration, "_rounds", lambda functions: [(1.0, 1.3)] * 8)
+    monkeypatch.setattr(calibration, "in_turn", lambda *_: [(1.0, 1.3)] * 8)
     refused(tiny, tiny.model("dit"), "attention is the cheaper one in all 3 layers", select="auto", max_error=1e9)
 
 

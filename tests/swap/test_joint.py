@@ -498,7 +498,7 @@ def test_flux_within_a_traced_function_says_to_compile_its_blocks():
 @pytest.mark.parametrize(("kind", "grid"), [("sd3", (3, 4)), ("flux", (16, 16))])
 def test_auto_states_the_error_of_the_whole_model(kind, grid, monkeypatch):
     """Alone and together the layers give text and image as in the model that is swapped in the end."""
-    monkeypatch.setattr(calibration, "_rounds", lambda functions: [(2.0, 1.0)] * 8)
+    monkeypatch.setattr(calibration, "in_turn", lambda *_: [(2.0, 1.0)] * 8)
     make, inputs = {"sd3": (sd3, sd3_inputs), "flux": (flux, flux_inputs)}[kind]
     model, call = make(), inputs(grid)
     with torch.no_grad():

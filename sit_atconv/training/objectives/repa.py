@@ -3,7 +3,6 @@
 "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think" (arXiv 2410.06940).
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.objectives.objective import Forward
 from sit_atconv.vit import is_rgb, load_vit
+from sit_atconv.weights import digest_of
 
 
 class ImageEncoder(nn.Module):
@@ -41,7 +41,7 @@ class ImageEncoder(nn.Module):
         self.name = ".".join(part for part in (made["architecture"], made.get("tag")) if part)
         self.register_buffer("mean", torch.tensor(made["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(made["std"]).view(3, 1, 1))
-        self.sha256 = _digest(self.state_dict())
+        self.sha256 = digest_of(self.state_dict())
 
     @property
     def width(self) -> int:
@@ -73,15 +73,6 @@ def _load(name: str) -> VisionTransformer | Eva:
         raise InputError(f"{where} is no ViT of RGB images; choose such as vit_base_patch14_dinov2.lvd142m")
     vit.reset_classifier(0)
     return vit
-
-
-def _digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def repa_loss(z: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import itertools
 import math
 import os
 import platform
@@ -9,7 +10,7 @@ import reprlib
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,21 +75,29 @@ def caption(result: dict) -> str:
     return ", memory kept" if result.get("memory_kept", True) else ", memory not kept"
 
 
-def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, label: str) -> list[Timing]:
-    """The timing of each call. Every round measures each once, in turn, so a drift of the machine meets all alike.
+def in_turn(
+    calls: Sequence[Callable[[], object]], device: torch.device, shortest: float = SHORTEST
+) -> Iterator[tuple[float, ...]]:
+    """Endless rounds of seconds per call, in each of which every call is measured once, in turn: a drift of the machine
+    meets all alike.
 
-    A short call is repeated within its measurement. One call each, and one more to learn how long it takes, go before
-    the clock. On a CPU memory is kept, see `keep_memory`. `label` names the progress bar.
+    A call that takes less than `shortest` seconds is repeated within its measurement. One call each, and one more to
+    learn how long it takes, go before the clock.
     """
-    if device.type == "cpu":
-        keep_memory()
     for call in calls:
         call()
-    repeats = [max(1, math.ceil(SHORTEST / seconds(call, 1, device))) for call in calls]
-    records = [[] for _ in calls]
-    for _ in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
-        for call, count, record in zip(calls, repeats, records, strict=True):
-            record.append(seconds(call, count, device))
+    repeats = [max(1, math.ceil(shortest / max(seconds(call, 1, device), 1e-9))) for call in calls]
+    while True:
+        yield tuple(seconds(call, count, device) for call, count in zip(calls, repeats, strict=True))
+
+
+def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, label: str) -> list[Timing]:
+    """The timing of each call over so many rounds, see `in_turn`. On a CPU memory is kept, see `keep_memory`. `label`
+    names the progress bar."""
+    if device.type == "cpu":
+        keep_memory()
+    taken = itertools.islice(in_turn(calls, device), rounds)
+    records = list(zip(*tqdm(taken, desc=label, total=rounds, unit="round", leave=False, disable=None), strict=True))
     quartiles = [statistics.quantiles(record, n=4) if len(record) > 1 else [record[0]] * 3 for record in records]
     return [Timing(statistics.median(record), q[2] - q[0]) for record, q in zip(records, quartiles, strict=True)]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sampling import timing
+from sit_atconv.bench import timing
 from sit_atconv.errors import InputError
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_short_calls_are_repeated_within_a_measurement(monkeypatch):
 
 FAULTS = """
 import resource, sys, torch
-from sampling import timing
+from sit_atconv.bench import timing
 
 def call():
     torch.ones(20_000_000)

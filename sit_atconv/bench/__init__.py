@@ -1,0 +1,1 @@
+"""How long things take, and what they were measured on."""
