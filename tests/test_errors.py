@@ -14,7 +14,7 @@ import train_sit
 from sit_atconv import create_model
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.convert.reading import read_source
-from sit_atconv.errors import InputError, command
+from sit_atconv.errors import InputError, command, option
 
 OF_TWO = {"RANK": "1", "WORLD_SIZE": "2"}
 
@@ -158,3 +158,25 @@ def test_who_reads_no_more_is_not_told_of_it():
     assert child.stderr.read() == ""
     child.stderr.close()
     assert child.wait() == 128 + 13
+
+
+def test_an_argument_is_named_as_its_caller_wrote_it(capsys):
+    @command
+    def main():
+        within.append((option("sample_size"), option("force", True), option("vae", "a b")))
+        nested()
+        raise InputError(option("out"))
+
+    @command
+    def nested():
+        pass
+
+    within = []
+    assert (option("sample_size"), option("force", True), option("vae", "a b")) == (
+        "sample_size", "force=True", "vae='a b'",
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        main()
+    assert within == [("--sample-size", "--force", "--vae a b")]
+    assert capsys.readouterr().err == "error: --out\n"
+    assert option("out") == "out"

@@ -93,7 +93,7 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path):
     for out in (*places, "/dev/null", tmp_path, "."):
         with pytest.raises(InputError) as raised:
             check_out(out)
-        assert str(raised.value).startswith(f"--out {str(out)!r}") or out == "."
+        assert str(raised.value).startswith(f"out {str(out)!r}") or out == "."
 
 
 def test_what_a_command_left_that_was_killed_at_its_end_goes_with_the_next_one(tmp_path, monkeypatch):

@@ -189,7 +189,7 @@ def test_results_are_known_by_their_marks_and_written_anew(tmp_path):
     }
     for name, content in others.items():
         (tmp_path / name).write_text(content)
-        with pytest.raises(InputError, match=r"exists already; choose a new name, or --force, which sets it aside"):
+        with pytest.raises(InputError, match=r"exists already; choose a new name, or force=True, which sets it aside"):
             write_out(tmp_path / name, "new", ours=ours)
         assert (tmp_path / name).read_text() == content
     Image.new("L", (2, 2)).save(tmp_path / "photo.png")
@@ -330,7 +330,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(InputError, match=r"--out '.*x' cannot be written: No space left on device"):
+    with pytest.raises(InputError, match=r"out '.*x' cannot be written: No space left on device"):
         half(tmp_path / "new" / "x")
     assert list(tmp_path.iterdir()) == []
 

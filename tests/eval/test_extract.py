@@ -437,12 +437,12 @@ def processes():
 
 @pytest.fixture
 def run(processes, tmp_path):
-    """Runs `extract` in one process per number: SIGKILL on itself in place of that call of Path.rename, 0 for none."""
+    """Runs `extract` in one process per number: SIGKILL on itself in place of that shard's name, 0 for none."""
 
     def runs(samples, out, spec, *kills):
         arguments = ["extract", str(samples), "--out", str(out), "--extractor", spec, "--shard", "10", "--batch", "4"]
         environment = {"environment": {"ACCELERATE_USE_CPU": "true", "OWN": str(tmp_path)}}
-        at = [{"at": ["rename", kill, "KILL"]} if kill else {} for kill in kills]
+        at = [{"at": ["data", kill, "KILL"]} if kill else {} for kill in kills]
         codes, said = processes(tmp_path, arguments, *(environment | each for each in at))
         return codes, "".join(said)
 

@@ -44,7 +44,7 @@ def test_a_checkpoints_codec_is_found_again_and_another_one_refused(vae_folder, 
         reopen_codec(description, str(tmp_path), 4)
     moved = {**description, "vae": "/nowhere/vae"}
     assert reopen_codec(moved, str(vae_folder), 4).scale == 0.5
-    with pytest.raises(InputError, match="say with --vae"):
+    with pytest.raises(InputError, match="say with vae where"):
         reopen_codec(moved, None, 4)
 
 
@@ -53,7 +53,7 @@ def test_a_codec_that_a_model_leaves_open_is_the_one_named_or_pixels(vae_folder)
         assert isinstance(reopen_codec({"codec": "open", "channels": channels}, None, 4), IdentityCodec)
     codec = reopen_codec({"codec": "open", "channels": 4}, str(vae_folder), 4)
     assert (codec.source, codec.scale, codec.batch_size) == (str(vae_folder), 0.5, 4)
-    with pytest.raises(InputError, match=r"4 latent channels.*name it with --vae"):
+    with pytest.raises(InputError, match=r"4 latent channels.*name it with vae"):
         reopen_codec({"codec": "open", "channels": 4}, None, 4)
     beside = {"codec": "open", "channels": 4, "vae": str(vae_folder)}
     assert reopen_codec(beside, None, 4).source == str(vae_folder)

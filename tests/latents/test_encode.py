@@ -86,13 +86,13 @@ def test_the_number_of_loader_processes_changes_nothing(recipe, tmp_path):
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
-# Where processes die: in place of which call. Files get their names by rename (shards) and replace (settings, index).
+# Where processes die: in place of giving which file its name, of data (shards) or a record (settings, index).
 def kill(call: str, number: int) -> dict:
     return {"at": [call, number, "KILL"]}
 
 
-ONE = [[kill("replace", 1)], [kill("rename", 2)], [kill("rename", 1)], [kill("replace", 1)]]
-TWO = [[kill("replace", 1), {}], [{}, kill("rename", 1)], [kill("rename", 2), {}], [kill("replace", 1), {}]]
+ONE = [[kill("record", 1)], [kill("data", 2)], [kill("data", 1)], [kill("record", 1)]]
+TWO = [[kill("record", 1), {}], [{}, kill("data", 1)], [kill("data", 2), {}], [kill("record", 1), {}]]
 
 
 @pytest.mark.parametrize("kills", [ONE, TWO], ids=["one-process", "two-processes"])

@@ -74,12 +74,12 @@ def kill(call, number) -> dict:
     return {"at": [call, number, "KILL"]}
 
 
-# Who dies of SIGKILL, in place of which call. Renames name images and records, of format npz two a block, and
-# samples.npz. A replace names settings.json, and in a later process manifest.json.
+# Who dies of SIGKILL, in place of giving which file its name. Data are images and what says of a block what it is, of
+# format npz two a block, and samples.npz. A record is settings.json, and in a later process manifest.json.
 DEATHS = {
-    "one": [[kill("replace", 1)], [kill("rename", 1)], [kill("rename", 4)], [kill("rename", 4)], [kill("rename", 2)]],
-    "two": [[{}, kill("rename", 2)], [kill("rename", 4), {}], [{}, kill("evaluate", 2)]],
-    "mixed": [[kill("rename", 5)], [kill("evaluate", 6), {}], [kill("rename", 2)]],
+    "one": [[kill("record", 1)], [kill("data", 1)], [kill("data", 4)], [kill("data", 4)], [kill("data", 2)]],
+    "two": [[{}, kill("data", 2)], [kill("data", 4), {}], [{}, kill("evaluate", 2)]],
+    "mixed": [[kill("data", 5)], [kill("evaluate", 6), {}], [kill("data", 2)]],
 }
 
 
@@ -91,7 +91,7 @@ def test_killed_samples_end_as_uninterrupted_ones(model_folder, processes, whole
         codes, said = processes(tmp_path, arguments, *ranks)
         assert -9 in codes, said
         assert not (out / "manifest.json").exists()
-    last = [kill("replace", 1), {}]  # the images are there, and the manifest is about to get its name
+    last = [kill("record", 1), {}]  # the images are there, and the manifest is about to get its name
     assert -9 in processes(tmp_path, arguments, *last)[0]
     assert list(out.glob(".manifest.json.*.unfinished"))
     codes, said = processes(tmp_path, arguments, {}, {})
@@ -125,8 +125,8 @@ def test_the_evaluations_of_an_adaptive_sampler_do_not_depend_on_processes(model
         ([{"at": ["evaluate", 10, "INT"]}], 130, "SIGINT"),
         ([{"at": ["evaluate", 10, "TERM"]}, {"at": ["evaluate", 9, "TERM"]}], 143, "SIGTERM"),
         ([{}, {"at": ["evaluate", 9, "TERM"]}], 143, "SIGTERM"),
-        ([{"at": ["rename", 8, "TERM"]}, {}], 143, "SIGTERM"),
-        ([{"at": ["replace", 1, "INT"]}, {}], 130, "SIGINT"),
+        ([{"at": ["data", 8, "TERM"]}, {}], 143, "SIGTERM"),
+        ([{"at": ["record", 1, "INT"]}, {}], 130, "SIGINT"),
     ],
 )
 def test_a_signal_leaves_what_the_same_command_goes_on_with(
