@@ -3,7 +3,6 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +24,11 @@ def reset_accelerate() -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def slowly(cases) -> list:
+    """Parameters of a test that are `slow`: those that say little beyond the first, and take long."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 def weights(checkpoint: Path, which: str = "ema") -> dict[str, torch.Tensor]:
@@ -76,39 +80,40 @@ def project_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@contextmanager
-def process_server(module: str):
-    """Gives run(folder, arguments, *faults) -> (exit codes, what they said on stderr) of processes of a command.
+@pytest.fixture(scope="session")
+def process_server():
+    """Gives run(program, folder, arguments, *faults) -> (exit codes, what they said on stderr) of processes.
 
-    module: has the command's `main`. faults: one for each rank, more of what process_server is told; none, one process.
+    program: a module with the `main` of a command, or text with a line break, which is run. faults: one for each rank,
+    more of what tests/process_server.py is told; none, one process. What they print is in folder/printed-RANK.
     """
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "process_server.py"), module],
+        [sys.executable, str(ROOT / "tests" / "process_server.py")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
-    def run(folder: Path, arguments: list[str], *faults: dict) -> tuple[list[int], list[str]]:
+    def run(program: str, folder: Path, arguments: list[str], *faults: dict) -> tuple[list[int], list[str]]:
         faults = faults or ({},)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        what = {"program": None, "code": program} if "\n" in program else {"program": program}
         jobs = []
         for rank, fault in enumerate(faults):
             world = {"WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": len(faults), "RANK": rank, "LOCAL_RANK": rank}
-            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
             environment = {key: str(value) for key, value in world.items()} if len(faults) > 1 else {}
-            job = {"arguments": arguments, "stderr": str(folder / f"said-{rank}"), **fault}
+            said = {"stdout": str(folder / f"printed-{rank}"), "stderr": str(folder / f"said-{rank}")}
+            job = {**what, "arguments": [str(each) for each in arguments], **said, **fault}
             jobs.append({**job, "environment": environment | fault.get("environment", {})})
         server.stdin.write(json.dumps(jobs) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
         return codes, [Path(job["stderr"]).read_text() for job in jobs]
 
-    try:
-        yield run
-    finally:
-        server.communicate("")
+    yield run
+    server.communicate("")
 
 
 @pytest.fixture

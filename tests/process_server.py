@@ -1,13 +1,12 @@
-"""Runs a command in processes that fail when they are told to.
+"""Runs commands and programs in processes of their own, which fail when they are told to.
 
-    python tests/process_server.py MODULE
-
-MODULE has the command's `main`. A line of JSON on stdin is a list of processes, which start together: {"arguments":
-[...], "environment": {...}, "stderr": PATH, "at": ["data", 2, "KILL"], "largest_file": BYTES, "spared": true}. "at":
-the signal that the process sends itself in place of giving a file its name, the second of data ("record": of what says
-of a folder what it is, "evaluate": a network evaluation, which then goes on). One that is killed takes the others with
-it, as a launcher would, but for those that are spared. The answer is the list of exit codes. All are forked from here,
-so that libraries are imported once.
+A line of JSON on stdin is a list of processes, which start together: {"program": MODULE, "arguments": [...],
+"environment": {...}, "stdout": PATH, "stderr": PATH, "at": ["data", 2, "KILL"], "largest_file": BYTES, "spared": true}.
+MODULE has a command's `main`; without one, "code" is run, with `sys.argv[1:]` as the arguments. "at": the signal that
+the process sends itself in place of giving a file its name, the second of data ("record": of what says of a folder what
+it is, "evaluate" and "classify": a call of a SiT or an AttNet, which then goes on). One that is killed takes the others
+with it, as a launcher would, but for those that are spared. The answer is the list of exit codes. All are forked from
+here, so that libraries are imported once.
 """
 
 import importlib
@@ -19,17 +18,16 @@ import sys
 import traceback
 from pathlib import Path
 
+from sit_atconv.models.attnet import AttNet
+from sit_atconv.models.sit import SiTTransformer2DModel
+
 RECORDS = {"settings.json", "manifest.json", "index.json"}
-main = importlib.import_module(sys.argv[1]).main
 
 
 def signal_at(call: str, number: int, name: str) -> None:
-    if call == "evaluate":
-        from sit_atconv.models.sit import SiTTransformer2DModel
-
-        owner, method = SiTTransformer2DModel, "forward"
-    else:
-        owner, method = Path, "replace"
+    owner, method = {"evaluate": (SiTTransformer2DModel, "forward"), "classify": (AttNet, "forward")}.get(
+        call, (Path, "replace")
+    )
     original, calls = getattr(owner, method), iter(range(1, number))
     sent = []
 
@@ -47,13 +45,16 @@ def signal_at(call: str, number: int, name: str) -> None:
 def run(process: dict) -> None:
     os.environ.update(process["environment"])
     sys.path[:0] = filter(None, [process["environment"].get("OWN")])
-    for stream, name in ((sys.stdout, os.devnull), (sys.stderr, process["stderr"])):
+    for stream, name in ((sys.stdout, process["stdout"]), (sys.stderr, process["stderr"])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     if process.get("at"):
         signal_at(*process["at"])
     if process.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (process["largest_file"],) * 2)
-    main(process["arguments"])
+    if process["program"]:
+        return importlib.import_module(process["program"]).main(process["arguments"])
+    sys.argv[1:] = process["arguments"]
+    exec(process["code"], {"__name__": "__main__"})
 
 
 def start(process: dict) -> int:
@@ -69,12 +70,15 @@ def start(process: dict) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
 for line in sys.stdin:
     jobs = json.loads(line)
+    for program in {job["program"] for job in jobs} - {None}:
+        importlib.import_module(program)
     pids = [start(process) for process in jobs]
     codes, running = {}, set(pids)
     spared = {pid for pid, process in zip(pids, jobs, strict=True) if process.get("spared")}

@@ -3,13 +3,10 @@
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import sample
@@ -366,42 +363,33 @@ def test_score_refuses(fails, tmp_path):
     assert "arguments are required" in fails(evaluate, "score", tmp_path)
 
 
-def test_a_worker_says_one_line_and_no_traceback(recipe_file, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train_sit.py", str(recipe_file()), "train.lrr=1"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines() == [done.stderr.strip()]
-    assert done.stderr.startswith("error: recipe key='train.lrr': did you mean 'train.lr'?")
+def test_a_worker_says_one_line_and_no_traceback(process_server, recipe_file, tmp_path):
+    codes, (said,) = process_server("train_sit", tmp_path, [recipe_file(), "train.lrr=1"])
+    assert codes == [2]
+    assert (tmp_path / "printed-0").read_text() == ""
+    assert said.splitlines() == [said.strip()]
+    assert said.startswith("error: recipe key='train.lrr': did you mean 'train.lr'?")
     assert not (tmp_path / "run").exists()
 
 
-def error_lines(done) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def error_lines(said: list[str]) -> list[str]:
+    return [line for text in said for line in text.splitlines() if line.startswith("error: ")]
 
 
-def test_what_the_main_process_finds_ends_all_processes_with_one_line(trained, recipe_file):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, "train_sit.py", str(recipe_file()), "train.lr=0.5"],
-        cwd=ROOT, capture_output=True, text=True, env={"ACCELERATE_USE_CPU": "true", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    assert len(error_lines(done)) == 1
-    assert "another recipe (train.lr: 0.001 -> 0.5)" in error_lines(done)[0]
-    assert "Connection closed" not in done.stderr
+def test_what_the_main_process_finds_ends_all_processes_with_one_line(process_server, trained, recipe_file, tmp_path):
+    codes, said = process_server("train_sit", tmp_path, [recipe_file(), "train.lr=0.5"], {}, {})
+    assert codes == [2, 2]
+    (line,) = error_lines(said)
+    assert "another recipe (train.lr: 0.001 -> 0.5)" in line
+    assert not any("Connection closed" in text for text in said)
 
 
-def test_batch_must_divide_by_processes(recipe_file, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, "train_sit.py", str(recipe_file()), "train.batch_size=7"],
-        cwd=ROOT, capture_output=True, text=True, env={"ACCELERATE_USE_CPU": "true", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    errors = error_lines(done)
-    assert errors == ["error: train.batch_size=7 is not divisible by 2 processes x 1 accumulation steps; choose a "
-                      "multiple of 2"]  # fmt: skip
-    assert done.returncode != 0
+def test_batch_must_divide_by_processes(process_server, recipe_file, tmp_path):
+    codes, said = process_server("train_sit", tmp_path, [recipe_file(), "train.batch_size=7"], {}, {})
+    assert codes == [2, 2]
+    assert error_lines(said) == [
+        "error: train.batch_size=7 is not divisible by 2 processes x 1 accumulation steps; choose a multiple of 2"
+    ]
     assert not (tmp_path / "run").exists()
 
 

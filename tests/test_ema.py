@@ -3,16 +3,12 @@
 import hashlib
 import json
 import math
-import os
 import resource
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -147,8 +143,7 @@ SHARDED = """
     from sit_atconv.config import Ema
     from sit_atconv.ema import Averages
 
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 7))
     settings = Ema(kind="power", stds=[0.05, 0.2])
@@ -185,22 +180,14 @@ SHARDED = """
 """
 
 
-def test_sharded_averages_follow_a_sharded_model(tmp_path):
+def test_sharded_averages_follow_a_sharded_model(process_server, tmp_path):
     """FSDP2 on two processes: to the bit what one process computes, and refused where one side alone is sharded."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(SHARDED)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in ranks:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert out.splitlines()[-1] == "same"
-        assert out.startswith("refused EMA: 0.weight is ")
+    codes, said = process_server(textwrap.dedent(SHARDED), tmp_path, [], {}, {})
+    assert codes == [0, 0], said
+    for rank in range(2):
+        refused, same = (tmp_path / f"printed-{rank}").read_text().splitlines()
+        assert refused.startswith("refused EMA: 0.weight is ")
+        assert same == "same"
 
 
 # Snapshots

@@ -5,8 +5,6 @@ shows is in tests/test_gpu_sharding.py.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +39,7 @@ def go_on(aligned, average, optimizer, steps: range) -> list[list[float]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(process_server, tmp_path_factory) -> Path:
     """The folder in which everything has run; its expected.json is the unsharded run."""
     folder = tmp_path_factory.mktemp("sharded")
     aligned, average = sharded.make()
@@ -50,9 +48,9 @@ def runs(tmp_path_factory) -> Path:
     sharded.save(folder / "run-1", aligned, average, optimizer)
     figures += go_on(aligned, average, optimizer, range(sharded.STEP, sharded.STEP + sharded.MORE))
     (folder / "expected.json").write_text(json.dumps(figures))
-    command = [sys.executable, str(ROOT / "tests" / "sharded_training.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    program = (ROOT / "tests" / "sharded_training.py").read_text()
+    codes, said = process_server(program, folder, [folder], {"environment": {"OWN": str(ROOT / "tests")}})
+    assert codes == [0], said[0][-4000:]
     return folder
 
 

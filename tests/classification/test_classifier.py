@@ -5,7 +5,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -110,20 +109,13 @@ def test_a_run_goes_on_to_the_same_bits(classifier_file, tmp_path, monkeypatch, 
     assert [json.loads(line)["step"] for line in evals[0].splitlines()] == [4, 8, 9]
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(classifier_file, tmp_path):
+def test_sigterm_saves_and_the_same_command_goes_on(process_server, classifier_file, tmp_path):
     path = classifier_file()
     whole = run(path, f"run.out={tmp_path / 'whole'}")
-    process = subprocess.Popen(
-        [sys.executable, "train_attnet.py", str(path), "train.batch_size=32"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
-        pass
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "the same command goes on from there" in out or "top-1 on 360" in out
+    codes, said = process_server("train_attnet", tmp_path, [path], {"at": ["classify", 5, "TERM"]})
+    assert codes == [0], said
+    assert "stopped at step 4" in (tmp_path / "printed-0").read_text()
+    assert "the same command goes on from there" in (tmp_path / "printed-0").read_text()
     assert_same_bits(whole, run(path))
 
 

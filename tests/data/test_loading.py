@@ -255,9 +255,8 @@ print(*held.pids())
 
 
 def test_loader_processes_end_with_the_process_also_hung_ones(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, os.path.dirname(__file__)], capture_output=True, text=True, timeout=100
-    )
+    program = [sys.executable, "-c", PROGRAM, os.path.dirname(__file__)]  # one that ends as Python ends
+    run = subprocess.run(program, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     assert not any(alive(int(pid)) for pid in run.stdout.split())

@@ -3,11 +3,11 @@
 import json
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import process_server
 from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main as evaluate
@@ -430,9 +430,8 @@ def test_no_more_than_a_few_batches_are_in_memory(extractor, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    with process_server("eval.__main__") as run:
-        yield run
+def processes(process_server):
+    return partial(process_server, "eval.__main__")
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Extractors: Inception with random weights against torch-fidelity's own, a tiny ViT, modules of one's own."""
 
 import hashlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
 from tiny_vit import MEAN, STD, WIDTH, save_vit
 from torch import nn
@@ -180,10 +178,10 @@ for switch in (backends, backends.cudnn, backends.cuda.matmul, backends.cudnn.co
 """
 
 
-def test_true_fp32_whatever_torchs_newer_switches_say():
+def test_true_fp32_whatever_torchs_newer_switches_say(process_server, tmp_path):
     """In a process of its own: torch does not forget that they and the old ones contradicted each other."""
-    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    codes, said = process_server(SWITCHES, tmp_path, [])
+    assert codes == [0], said
 
 
 def test_descriptions_say_what_features_depend_on(inception, inception_weights):

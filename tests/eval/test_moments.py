@@ -1,13 +1,8 @@
 """Moments from sums per group: any split, order and number of processes give what numpy gives from all features."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from eval.jackknife import counted_off
 from eval.moments import GroupSums, moments
@@ -82,15 +77,11 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_add_up_to_one(tmp_path):
+def test_two_processes_add_up_to_one(process_server, tmp_path):
     x = features()
     np.save(tmp_path / "x.npy", x)
-    (tmp_path / "process.py").write_text(PROCESS)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "process.py"), str(tmp_path / "x.npy"), str(tmp_path)],
-        cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    codes, said = process_server(PROCESS, tmp_path, [tmp_path / "x.npy", tmp_path], {}, {})
+    assert codes == [0, 0], said
     ids = counted_off(np.arange(N) % 3, N)
     expected = (*by_numpy(x), *by_numpy(x[ids != 2]))
     for rank in range(2):

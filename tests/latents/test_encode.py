@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import process_server
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 
@@ -27,9 +27,8 @@ def content(folder) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def processes():
-    with process_server("sit_atconv.latents.__main__") as run:
-        yield run
+def processes(process_server):
+    return partial(process_server, "sit_atconv.latents.__main__")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import slowly
 from golden_vectors import assert_golden, golden
 
 from sit_atconv import ATConv
@@ -43,8 +44,14 @@ def test_equals_the_papers_order_in_fp64(pool, inhibition):
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"pool": "grid", "kernel_size": 5}, {"routing": "static"}], ids=str)
-@pytest.mark.parametrize("compiled", [False, True])
+FORMS = [{}, {"pool": "grid", "kernel_size": 5}, {"routing": "static"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [*((form, False) for form in FORMS), (FORMS[0], True), *slowly((form, True) for form in FORMS[1:])],
+    ids=str,
+)
 def test_tokens_with_their_grid_are_the_grid_to_the_bit(options, compiled):
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, process_server
+from conftest import ROOT
 
 from sampling import options
 from sampling.__main__ import main as sampling
@@ -38,9 +39,8 @@ def command(model, out, *more) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def processes():
-    with process_server("sampling.__main__") as run:
-        yield run
+def processes(process_server):
+    return partial(process_server, "sampling.__main__")
 
 
 MEASURED = ("processes", "seconds_per_image")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import signal
 import subprocess
 import sys
@@ -132,21 +131,12 @@ def test_falling_back_keeps_what_is_trained_from_there(recipe_file):
     assert [path.name for path in checkpoint.step_folders(again.parent)] == ["step-0000007"]
 
 
-def test_killed_at_an_arbitrary_moment_and_run_again(recipe_file, tmp_path):
+def test_killed_at_an_arbitrary_moment_and_run_again(process_server, recipe_file, tmp_path):
     path = recipe_file(train={"max_steps": 40}, checkpoint={"every": 3})
-    command = [sys.executable, "train_sit.py", str(path)]
     whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
-    for moment in (7, 20):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        seen = b""
-        while chunk := process.stderr.read(1):  # one byte at a time: the kill follows the bar at once
-            seen += chunk
-            steps = [int(number) for number in re.findall(rb" (\d+)/40 ", seen)]
-            if steps and steps[-1] >= moment:
-                break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, seen.decode()
+    for moment in (8, 14):  # in a step, of the second start from step 6 on
+        codes, said = process_server("train_sit", tmp_path, [path], {"at": ["evaluate", moment, "KILL"]})
+        assert codes == [-signal.SIGKILL], said
     parts = run_recipe(path)
     assert_same_bits(whole, parts)
     assert [row["step"] for row in log_rows(parts.parent)] == list(range(1, 41))

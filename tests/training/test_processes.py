@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_bits, log_rows, process_server, run_recipe, weights
+from conftest import ROOT, assert_same_bits, log_rows, run_recipe, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -57,12 +57,16 @@ def recipe(recipe_file):
     return recipe_file(train={"max_steps": 40, "lr": 1e-4}, data={"flip": True}, checkpoint={"every": 3})
 
 
-def test_two_processes_train_as_one_and_go_on_to_the_same_bits(recipe, tmp_path):
-    accumulate = "train.gradient_accumulation_steps=2"
+def test_two_processes_train_as_one_and_go_on_to_the_same_bits(process_server, recipe, tmp_path):
+    def two(*overrides):
+        arguments = [recipe, "train.gradient_accumulation_steps=2", *overrides]
+        codes, said = process_server("train_sit", tmp_path, arguments, {}, {})
+        assert codes == [0, 0], said
+
     single = run_recipe(recipe, f"run.out={tmp_path / 'single'}")
-    launch(2, recipe, f"run.out={tmp_path / 'whole'}", accumulate)
+    two(f"run.out={tmp_path / 'whole'}")
     for steps in (17, 40):
-        launch(2, recipe, f"run.out={tmp_path / 'parts'}", f"train.max_steps={steps}", accumulate)
+        two(f"run.out={tmp_path / 'parts'}", f"train.max_steps={steps}")
     assert_same_bits(tmp_path / "whole/step-0000040", tmp_path / "parts/step-0000040")
     assert json.loads((tmp_path / "whole/step-0000040/manifest.json").read_text())["processes"] == 2
     assert_same_run(log_rows(single.parent), log_rows(tmp_path / "whole"))
@@ -156,10 +160,8 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_both(recipe, tmp
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
-def test_a_process_that_is_left_says_so_in_one_line(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with process_server("train_sit") as processes:
-        codes, said = processes(tmp_path, [str(recipe)], {"spared": True}, {"at": ["evaluate", 5, "KILL"]})
+def test_a_process_that_is_left_says_so_in_one_line(process_server, recipe, tmp_path):
+    codes, said = process_server("train_sit", tmp_path, [recipe], {"spared": True}, {"at": ["evaluate", 5, "KILL"]})
     assert codes == [2, -signal.SIGKILL]
     assert "Traceback" not in said[0]
     assert said[0].count("error: another process of the launch was killed") == 1
