@@ -18,6 +18,11 @@ collect_ignore = [] if find_spec("datasets") else ["data/test_kinds.py", "data/t
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_runtest_setup() -> None:
+    if "datasets.config" in sys.modules:  # after each stream it sleeps for seconds, for a fault in threads that end
+        sys.modules["datasets.config"].SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+
+
 def reset_accelerate() -> None:
     """Accelerate keeps its state for the life of a process, and with it the first precision asked for."""
     from accelerate.state import AcceleratorState, GradientState

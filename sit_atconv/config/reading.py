@@ -1,6 +1,7 @@
 """How a YAML file and key=value overrides become a recipe."""
 
 import dataclasses
+import functools
 import json
 import math
 import reprlib
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
@@ -153,9 +154,7 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
                 "none"
             )
     try:
-        # OmegaConf takes the defaults of a section from one that it makes, which has settled them already.
-        earlier = left_out(schema) if stored else {}
-        merged = OmegaConf.merge(OmegaConf.structured(schema), _declared(schema), earlier, stated)
+        merged = OmegaConf.merge(_defaults(schema), left_out(schema) if stored else {}, stated)
         values = OmegaConf.to_container(merged)
         limits.check(schema, values, stored=stored)
         recipe = OmegaConf.to_object(OmegaConf.merge(merged, meant(schema, values)) if stored else merged)
@@ -163,6 +162,13 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"recipe: {key}{str(error).splitlines()[0]}") from None
     return recipe
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """A recipe that states nothing; never changed."""
+    # OmegaConf takes the defaults of a section from one that it makes, which has settled them already.
+    return OmegaConf.merge(OmegaConf.structured(schema), _declared(schema))
 
 
 def _declared(schema: type) -> dict[str, Any]:

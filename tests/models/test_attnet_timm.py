@@ -99,9 +99,15 @@ def test_default_cfg_says_what_the_model_is(name):
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
     x = torch.randn(1, *cfg["input_size"], device="meta")
-    width, map_shape = model.num_features, (1, model.num_features, *cfg["pool_size"])
+    assert model.forward_features(x).shape == (1, model.num_features, *cfg["pool_size"])
+
+
+def test_heads_are_as_they_are_asked_for():
+    name, options = "attnet_xxs", {"device": "meta", "dtype": torch.float32}
+    model = create_model(name, **options).eval()
+    x = torch.randn(1, *model.default_cfg["input_size"], device="meta")
+    width, map_shape = model.num_features, (1, model.num_features, *model.default_cfg["pool_size"])
     features = model.forward_features(x)
-    assert features.shape == map_shape
     assert model.forward_head(features, pre_logits=True).shape == (1, width) == (1, model.head_hidden_size)
     assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     model.float()

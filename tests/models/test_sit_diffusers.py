@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slowly
 from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import attention_backend
@@ -201,7 +201,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", ["hybrid", *slowly(mixer for mixer in MIXERS if mixer != "hybrid")])
 class TestCompiled:
     def test_whole_in_one_graph_and_once(self, mixer):
         model = make(mixer)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slowly
 from tangents import assert_tangent, differences
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jvp, vjp, vmap
@@ -173,7 +174,7 @@ def test_pooling_takes_a_dual_where_its_graph_is_older():
     torch.testing.assert_close(tangent, torch.autograd.grad(y, x, dg)[0])
 
 
-@pytest.mark.parametrize("backend", ["auto", "conv"])
+@pytest.mark.parametrize("backend", ["auto", *slowly(["conv"])])
 def test_compiled_with_the_jvp_inside(backend):
     (v, kernels), (dv, _) = problem()
     kernels.requires_grad_()
@@ -189,7 +190,7 @@ def test_compiled_with_the_jvp_inside(backend):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("backend", ["auto", "conv"])
+@pytest.mark.parametrize("backend", ["auto", *slowly(["conv"])])
 def test_compiled_with_a_dual_level_inside(backend, compiler):
     x, dx = problem()
 
@@ -202,7 +203,7 @@ def test_compiled_with_a_dual_level_inside(backend, compiler):
     torch.testing.assert_close(compiled(x, dx), jvp(on("reference"), x, dx)[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["auto", "conv"])
+@pytest.mark.parametrize("backend", ["auto", *slowly(["conv"])])
 @pytest.mark.parametrize("before", [False, True])
 def test_jvp_of_what_is_compiled(backend, before):
     x, dx = problem()

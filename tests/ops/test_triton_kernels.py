@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slowly
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
 from ops.triton_interpreted import assert_as_exact_as_fp32_sums_allow  # noqa: E402
@@ -70,9 +71,16 @@ def bits(access: str) -> int:
     return int(vector or 1) * int(element)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("k", [3, 5])
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+@pytest.mark.parametrize(
+    ("dtype", "k", "arch"),
+    [
+        (torch.bfloat16, 3, 90),
+        *slowly([
+            (torch.float32, 5, 80), (torch.bfloat16, 5, 90), (torch.float32, 3, 90), (torch.float32, 5, 90),
+            (torch.bfloat16, 3, 80), (torch.bfloat16, 5, 80), (torch.float32, 3, 80),
+        ]),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiled_kernels_spill_nothing_and_load_128_bits(name, dtype, k, arch, tmp_path):
     binary = compiled(name, dtype, k, arch)

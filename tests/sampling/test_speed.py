@@ -17,6 +17,13 @@ from sit_atconv.sampling.sampling import sample_latents
 from sit_atconv.sampling.settings import Sampling
 
 
+@pytest.fixture(autouse=True)
+def two_blocks_deep(monkeypatch):
+    """The presets, with fewer blocks: nothing here is of a speed."""
+    shallow = {name: {**options, "depth": 2} for name, options in speed.PRESETS.items()}
+    monkeypatch.setattr("sit_atconv.models.sit.PRESETS", shallow)
+
+
 def test_random_model_has_no_zero_gates():
     model = speed.random_model("SiT-ATConv-S/8", 8)
     assert all(parameter.any() for parameter in model.parameters())
