@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,15 +86,15 @@ def project_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="session")
-def process_server():
+@contextmanager
+def serving(*options: str):
     """Gives run(program, folder, arguments, *faults) -> (exit codes, what they said on stderr) of processes.
 
     program: a module with the `main` of a command, or text with a line break, which is run. faults: one for each rank,
     more of what tests/process_server.py is told; none, one process. What they print is in folder/printed-RANK.
     """
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "process_server.py")],
+        [sys.executable, str(ROOT / "tests" / "process_server.py"), *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -117,8 +118,22 @@ def process_server():
         codes = json.loads(server.stdout.readline())
         return codes, [Path(job["stderr"]).read_text() for job in jobs]
 
-    yield run
-    server.communicate("")
+    try:
+        yield run
+    finally:
+        server.communicate("")
+
+
+@pytest.fixture(scope="session")
+def process_server():
+    with serving() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def bare_server():
+    with serving("--bare") as run:
+        yield run
 
 
 @pytest.fixture

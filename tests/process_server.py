@@ -6,7 +6,7 @@ MODULE has a command's `main`; without one, "code" is run, with `sys.argv[1:]` a
 the process sends itself in place of giving a file its name, the second of data ("record": of what says of a folder what
 it is, "evaluate" and "classify": a call of a SiT or an AttNet, which then goes on). One that is killed takes the others
 with it, as a launcher would, but for those that are spared. The answer is the list of exit codes. All are forked from
-here, so that libraries are imported once.
+here, so that libraries are imported once: with --bare, the others' alone, as where this project is not installed.
 """
 
 import importlib
@@ -18,9 +18,16 @@ import sys
 import traceback
 from pathlib import Path
 
-from sit_atconv.models.attnet import AttNet
-from sit_atconv.models.sit import SiTTransformer2DModel
+import diffusers
+import torch
 
+if "--bare" not in sys.argv:
+    from sit_atconv.models.attnet import AttNet
+    from sit_atconv.models.sit import SiTTransformer2DModel
+
+del sys.argv[1:]
+torch.set_num_threads(1)
+assert diffusers.DiffusionPipeline, diffusers.AutoModel  # loaded, lazy as they are
 RECORDS = {"settings.json", "manifest.json", "index.json"}
 
 
@@ -45,6 +52,10 @@ def signal_at(call: str, number: int, name: str) -> None:
 def run(process: dict) -> None:
     os.environ.update(process["environment"])
     sys.path[:0] = filter(None, [process["environment"].get("OWN")])
+    os.chdir(process.get("cwd", "."))
+    for module in list(sys.modules.values()):  # which has read it when it was imported
+        if cache := hasattr(module, "HF_MODULES_CACHE") and process["environment"].get("HF_MODULES_CACHE"):
+            module.HF_MODULES_CACHE = cache
     for stream, name in ((sys.stdout, process["stdout"]), (sys.stderr, process["stderr"])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     if process.get("at"):

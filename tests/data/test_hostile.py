@@ -352,7 +352,7 @@ def test_a_saved_dataset_names_its_own_files_alone(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "[" * 100_000, "---\n" + "[" * 100_000 + "\n---\n", f"---\nconfigs: [{'a, ' * 200_000}]\n---\n",
+        "[" * 100_000, "---\n" + "[" * 100_000 + "\n---\n", f"---\nconfigs: [{'a, ' * 100_001}]\n---\n",
         "---\na: &a [*a]\n---",
         "---\na: !!python/object:os.system x\n---\n", f"---\na: {'x' * (1 << 20)}\n---\n",
         "---\na: 1\n" + " " * ((1 << 20) - 13) + "\n---x\nconfigs: 1\n---\n",

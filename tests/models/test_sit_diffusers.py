@@ -1,12 +1,10 @@
 """The model as diffusers sees it: what the testers of its own models check, for every mixer."""
 
 import inspect
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, slowly
+from conftest import slowly
 from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import attention_backend
@@ -91,7 +89,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path, mixer, routing):
     assert torch.equal(output(loaded), output(model))
 
 
-def test_it_loads_in_a_fresh_process(tmp_path):
+def test_it_loads_in_a_fresh_process(process_server, tmp_path):
     model = make("hybrid")
     model.save_pretrained(tmp_path)
     torch.save({"inputs": inputs(), "output": output(model)}, tmp_path / "case.pt")
@@ -103,7 +101,8 @@ def test_it_loads_in_a_fresh_process(tmp_path):
         "    actual = SiTTransformer2DModel.from_pretrained(sys.argv[1])(**case['inputs']).sample\n"
         "assert torch.equal(actual, case['output'])\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
+    codes, said = process_server(code, tmp_path, [tmp_path])
+    assert codes == [0], said
 
 
 def test_a_variant_is_saved_and_found_under_its_name_alone(tmp_path):

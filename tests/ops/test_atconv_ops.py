@@ -182,8 +182,9 @@ def test_compiling_inlines_plain_torch_for_any_grid(backend):
     assert not any("sit_atconv.dynamic_depthwise_conv" in graph for graph in graphs)
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("pool", ["raster", "grid"])
+@pytest.mark.parametrize(
+    ("pool", "tokens"), [("raster", False), *slowly([("raster", True), ("grid", False), ("grid", True)])]
+)
 def test_one_graph_serves_all_sizes_that_are_left_open(pool, tokens):
     def form(v, kernels, grid):
         if grid is not None:

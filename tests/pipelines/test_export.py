@@ -71,19 +71,18 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture
-def child(tmp_path):
+def child(process_server, bare_server, tmp_path):
     """Runs code in a process in which the package cannot be imported, and gives what it said on stderr."""
 
     def run(code: str, *arguments, absent: bool = True, cwd=tmp_path, **environment) -> str:
         prelude = PRELUDE.format(threads=torch.get_num_threads()) if absent else ""
         end = '\nassert not [name for name in sys.modules if name.startswith("sit_atconv")]\n' if absent else ""
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", prelude + textwrap.dedent(code) + end, *map(str, arguments)],
-            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", **environment},
-            cwd=cwd, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+        place = {"environment": environment, "cwd": str(cwd)}
+        server = bare_server if absent else process_server
+        codes, (said,) = server(prelude + textwrap.dedent(code) + end, tmp_path, arguments, place)
+        assert codes == [0], said
+        return said
 
     return run
 
@@ -268,11 +267,10 @@ def test_exports_of_two_versions_live_in_one_process(exported, child, tmp_path, 
     )
 
 
-def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
+def test_the_kernels_of_triton_are_in_the_file(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
     (tmp_path / "exported.py").write_text(MODEL.text())
-    child(
-        """
+    code = """
         import importlib
         sys.path.append(sys.argv[1])
         import exported
@@ -283,10 +281,11 @@ def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
             return [y, *torch.autograd.grad(y.square().sum(), (v, kernels))]
         for ours, oracle in zip(results("triton"), results("reference")):
             torch.testing.assert_close(ours, oracle)
-        """,
-        tmp_path,
-        TRITON_INTERPRET="1",
-    )
+    """
+    program = [sys.executable, "-I", "-c", PRELUDE.format(threads=1) + textwrap.dedent(code), str(tmp_path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which Triton reads when it is imported
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_card_says_what_the_model_is_and_its_example_runs(exported, child, tmp_path):

@@ -4,13 +4,10 @@ import contextlib
 import inspect
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import (
     AutoencoderKL,
     AutoModel,
@@ -485,7 +482,7 @@ def test_saved_and_loaded_it_draws_the_same_bits(make_pipe, tmp_path, mixer, saf
     assert isinstance(model, SiTTransformer2DModel)
 
 
-def test_it_loads_in_a_fresh_process(make_pipe, tmp_path):
+def test_it_loads_in_a_fresh_process(make_pipe, process_server, tmp_path):
     pipe = make_pipe()
     pipe.save_pretrained(tmp_path / "pipe")
     torch.save(draw(pipe, output_type="pt"), tmp_path / "images.pt")
@@ -497,7 +494,8 @@ def test_it_loads_in_a_fresh_process(make_pipe, tmp_path):
         "images = pipe([1, 'umbrella'], num_inference_steps=3, generator=generators, output_type='pt').images\n"
         "assert torch.equal(images, torch.load(sys.argv[1] + '/images.pt', weights_only=True))\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT, capture_output=True)
+    codes, said = process_server(code, tmp_path, [tmp_path])
+    assert codes == [0], said
 
 
 def test_without_a_vae_it_stays_without_one(make_pipe, tmp_path):
