@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
+RECORDED = "ccf83eb"  # the last commit whose operator took tokens beside their grid, and whose trainer knew kinds
 # Half of what these hold is of Hugging Face datasets; the extra `dev` brings the library.
 collect_ignore = [] if find_spec("datasets") else ["data/test_kinds.py", "data/test_hostile.py", "data/test_reader.py"]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -136,6 +137,27 @@ def bare_server():
         yield run
 
 
+@pytest.fixture(scope="session")
+def recorded_tree(tmp_path_factory):
+    """The sources of the recorded commit, in a worktree beside this tree; the test is skipped without that commit."""
+    known = subprocess.run(["git", "cat-file", "-e", f"{RECORDED}^{{commit}}"], cwd=ROOT, capture_output=True)
+    if known.returncode:
+        pytest.skip(f"commit {RECORDED} is not in this clone; fetch the whole history")
+    tree = tmp_path_factory.mktemp("recorded") / "before"
+    subprocess.run(["git", "worktree", "add", "--detach", tree, RECORDED], cwd=ROOT, check=True, capture_output=True)
+    yield tree
+    subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True, capture_output=True)
+
+
+def made_in(tree: Path, script: str, *words: Path, **environment: str | Path) -> dict:
+    """What a script of this folder prints as JSON, run in the root of a tree and with that tree's packages."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree), **environment}
+    command = [sys.executable, ROOT / "tests" / script, *words]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
     """Writes a tiny digits recipe, with sections overridden, and returns its path."""
@@ -183,23 +205,10 @@ def fails(capsys):
 
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
-    """A small AutoencoderKL with random weights, as a user would have it: 4 channels, 4 times smaller."""
-    import torch
-    from diffusers import AutoencoderKL
+    """A small AutoencoderKL with random weights, as a user would have it."""
+    from tiny_vae import save_vae
 
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[8, 8, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
+    save_vae(folder := tmp_path_factory.mktemp("vae"))
     return folder
 
 
