@@ -30,10 +30,11 @@ from safetensors.torch import load_file
 
 from sit_atconv import sharding
 from sit_atconv.console import say
-from sit_atconv.errors import InputError, check_choice, said
+from sit_atconv.errors import InputError, check_choice, reason, said
 from sit_atconv.files import (
     DiskFull,
     Lease,
+    being_written,
     by_step,
     check_space,
     disk_full,
@@ -46,7 +47,6 @@ from sit_atconv.files import (
     step_in,
     step_name,
     sync,
-    unleased,
 )
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.processes import is_main, raise_together
@@ -125,7 +125,7 @@ def save(
     """
     check_finite(step, [part.module for part in parts])
     final = folder_of(run, step)
-    temporary = unfinished(final)
+    temporary = being_written(final)
     stored = [part.module.state_dict() for part in parts] + [sharding.optimizer_tensors(trained, optimizer)]
     needed = sum(tensor.numel() * tensor.element_size() for tensors in stored for tensor in tensors.values())
 
@@ -175,18 +175,10 @@ def save(
 
 def check_finite(step: int, modules: Iterable[torch.nn.Module]) -> None:
     """Raise InputError in every process where one holds a tensor of the modules that is not finite. Collective."""
-    raise_together(_not_finite(step, modules))
-
-
-def _not_finite(step: int, modules: Iterable[torch.nn.Module]) -> InputError | None:
-    """What to say of the first tensor that is not finite in what this process holds."""
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            if not sharding.local(tensor).isfinite().all():
-                return InputError(
-                    f"step {step}: {name} is not finite, no checkpoint written; begin a new run with a lower train.lr"
-                )
-    return None
+    here = ((name, sharding.local(each)) for module in modules for name, each in module.state_dict().items())
+    wrong = next((name for name, tensor in here if not tensor.isfinite().all()), None)
+    text = f"step {step}: {wrong} is not finite, no checkpoint written; begin a new run with a lower train.lr"
+    raise_together(InputError(text) if wrong else None)
 
 
 def _unwritten(error: OSError | SafetensorError, run: Path, step: int, needed: int) -> InputError:
@@ -223,11 +215,6 @@ def load_optimizer(
             f"checkpoint {str(folder)!r}: its optimiser's state cannot be read: {said(error)}; remove the folder, and "
             "the same command goes on from the checkpoint before"
         ) from None
-
-
-def unfinished(final: Path) -> Path:
-    """Where a folder step-XXXXXXX of a run is written, or was when it is removed, as `clear_unfinished` knows it."""
-    return final.with_name(f".{final.name}.unfinished")
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -274,8 +261,8 @@ def _remove(folder: Path) -> bool:
     paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     if not listed.issuperset(path.relative_to(folder).as_posix() for path in paths):
         return False
-    if unread := unleased(folder / MANIFEST):
-        doomed = folder.with_name(f".{folder.name.partition('.')[0]}.unfinished")
+    if unread := lease(folder / MANIFEST, exclusive=True):
+        doomed = being_written(folder.with_name(folder.name.partition(".")[0]))
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)  # killed in the middle, it is no damaged checkpoint but a leftover
         shutil.rmtree(doomed, ignore_errors=True)
@@ -313,44 +300,41 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
 
     Raises Damaged naming the first thing that is missing or changed, InputError for another format.
     """
+    named = MANIFEST
     try:
         version = read_json(folder / MANIFEST, {"format_version": object})["format_version"]
         manifest = read_json(folder / MANIFEST, MANIFEST_FORM if version == FORMAT_VERSION else dict)
+        if version != FORMAT_VERSION:
+            raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
+        for named in filter(lambda name: name.startswith(under), manifest["files"]):
+            if not (folder / named).is_file():
+                raise _damaged(folder, f"{named} is missing")
+            if sha256(folder / named) != manifest["files"][named]:
+                raise _damaged(folder, f"{named} was changed or cut")
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
     except Malformed as error:
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST} ({error})") from None
-    except OSError as error:
-        raise _out_of_reach(folder, MANIFEST, error) from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
-    for name, digest in manifest["files"].items():
-        if name.startswith(under):
-            try:
-                if not (folder / name).is_file():
-                    raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
-                same = sha256(folder / name) == digest
-            except OSError as error:
-                raise _out_of_reach(folder, name, error) from None
-            if not same:
-                raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} was changed or cut")
+    except OSError as error:  # it may be whole, so nothing takes its place
+        raise InputError(
+            f"checkpoint {str(folder)!r}: {named} cannot be read: {reason(error)}; mend the disk"
+        ) from None
     return manifest
+
+
+def _damaged(folder: Path, what: str) -> Damaged:
+    return Damaged(f"checkpoint {str(folder)!r} is damaged: {what}")
 
 
 def _check_complete(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise Damaged where a manifest is not of this step, or lacks what a run goes on from."""
     if manifest.get("step") != step_of(folder):
-        raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} is of step {manifest.get('step')}")
+        raise _damaged(folder, f"its {MANIFEST} is of step {manifest.get('step')}")
     for name in ("ema/config.json", "model/config.json", "trainer.json"):
         if name not in manifest["files"]:
-            raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} lists no {name}")
+            raise _damaged(folder, f"its {MANIFEST} lists no {name}")
     if not manifest.get("recipe"):
-        raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} has no recipe")
-
-
-def _out_of_reach(folder: Path, name: str, error: OSError) -> InputError:
-    """What to say of a file that the disk does not give: it may be whole, so nothing takes its place."""
-    return InputError(f"checkpoint {str(folder)!r}: {name} cannot be read: {error.strerror or error}; mend the disk")
+        raise _damaged(folder, f"its {MANIFEST} has no recipe")
 
 
 def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -386,7 +370,7 @@ class Trained:
     def stated(self, name: str) -> Any:
         """What the manifest says under a name. Raises Damaged where it says nothing."""
         if not self.manifest.get(name):
-            raise Damaged(f"checkpoint {str(self.folder)!r} is damaged: its {MANIFEST} has no {name}")
+            raise _damaged(self.folder, f"its {MANIFEST} has no {name}")
         return self.manifest[name]
 
 
@@ -401,8 +385,8 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: 
     try:
         return _load_trained(Path(path).absolute(), dtype, variant)
     except OSError as error:
-        reason = f"{error.filename or path!r} cannot be read: {error.strerror or error}"
-        raise InputError(f"checkpoint {str(path)!r}: {reason}; make it readable") from None
+        what = f"{error.filename or path!r} cannot be read: {reason(error)}"
+        raise InputError(f"checkpoint {str(path)!r}: {what}; make it readable") from None
 
 
 def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Trained:
@@ -423,7 +407,7 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
     present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
     if present != set(files):
-        raise Damaged(f"checkpoint {str(folder)!r} is damaged: {MANIFEST} does not list {sorted(present ^ set(files))}")
+        raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
     return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files, held)
 
 
@@ -442,6 +426,13 @@ def read_conversion(folder: Path) -> dict[str, Any]:
             raise Damaged(f"model {str(folder)!r} is damaged: {name} is missing, was changed or cut; convert again")
     if strays := {path.name for path in _model_files(folder)} - {CONVERSION, *files}:
         raise Damaged(f"model {str(folder)!r} is damaged: {CONVERSION} does not list {sorted(strays)}; convert again")
+    return record
+
+
+def write_conversion(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write conversion.json into the folder of a model, with the record and the SHA-256 of all files; what it says."""
+    record = {**record, "files": {path.name: sha256(path) for path in sorted(folder.iterdir())}}
+    (folder / CONVERSION).write_text(json.dumps(record, indent=1))
     return record
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion
+from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion, write_conversion
 from sit_atconv.convert import forms, layout
 from sit_atconv.convert.reading import PICKLES, Source, read_source
 from sit_atconv.errors import InputError, check_choice, option
@@ -110,18 +110,11 @@ def convert(source: str | Path, out: str | Path, force: bool = False, **options)
     check_out(out, force=force)
     converted = read_public(source, **options)
     with new_path(out, force=force) as unfinished:
-        unfinished.mkdir()
         converted.model.save_pretrained(unfinished)
         if converted.projectors is not None:
             converted.projectors.save(unfinished)
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        record = {
-            **converted.record,
-            "source_sha256": {path.name: sha256(path) for path in converted.files},
-            "files": {path.name: sha256(path) for path in files},
-        }
-        (unfinished / CONVERSION).write_text(json.dumps(record, indent=1))
-    return record
+        sources = {path.name: sha256(path) for path in converted.files}
+        return write_conversion(unfinished, {**converted.record, "source_sha256": sources})
 
 
 def export_public(
