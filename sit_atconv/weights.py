@@ -28,7 +28,6 @@ from sit_atconv.reading import FILE, fault_of, read_json
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
 INDEX = ".index.json"
-REGISTRATIONS = (register_module_parameter_registration_hook, register_module_buffer_registration_hook)
 SPARE = 1 << 16  # numbers that a model may have beyond twice those of its weights
 OF_A_VARIANT = re.compile(rf"{STEM}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
 
@@ -105,12 +104,8 @@ def fits(files: list[Path]) -> Iterator[None]:
             if made > 2 * stored + SPARE:
                 raise InputError(f"its configuration is of another, larger model than its {stored:,} weights are")
 
-    hooks = [register(count) for register in REGISTRATIONS]
-    try:
+    with register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _numbers(file: Path) -> int:

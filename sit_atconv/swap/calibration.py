@@ -5,8 +5,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -176,14 +177,11 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
 
         return site.attention.register_forward_hook(of_this_thread(hook), with_kwargs=True)
 
-    handles = [watch(site) for site in sites]
-    try:
-        with evaluating(model, *(site.layer for site in sites)):
-            for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not is_main()):
-                call_model(model, each)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, evaluating(model, *(site.layer for site in sites)):
+        for site in sites:
+            stack.enter_context(watch(site))
+        for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not is_main()):
+            call_model(model, each)
 
 
 def read_share(site: Site, args: tuple, kwargs: dict, _) -> None:
@@ -251,12 +249,6 @@ def _materialised(site: Site) -> tuple[tuple, dict]:
 
 
 @torch.no_grad()
-def macs_of(module: nn.Module, site: Site) -> int:
-    args, kwargs = _materialised(site)
-    return macs_of_call(module, lambda: module(*args, **kwargs))
-
-
-@torch.no_grad()
 def macs_of_call(module: nn.Module, call: Callable) -> int:
     """Multiply-accumulates of a call of `module`."""
     counter, before, unseen = FlopCounterMode(display=False, custom_mapping=formulas_of_attention()), [], []
@@ -271,17 +263,11 @@ def macs_of_call(module: nn.Module, call: Callable) -> int:
         if total() == before.pop():  # kernels of quantised weights, which torch has no formula for
             unseen.append(inputs[0].numel() * output.shape[-1])
 
-    handles = [
-        handle
-        for each in _linears(module)
-        for handle in (each.register_forward_pre_hook(start), each.register_forward_hook(end))
-    ]
-    try:
-        with counter:
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, counter:
+        for each in _linears(module):
+            stack.enter_context(each.register_forward_pre_hook(start))
+            stack.enter_context(each.register_forward_hook(end))
+        call()
     return total()
 
 
@@ -325,7 +311,8 @@ def cost_of(site: Site, known: dict[Hashable, Cost]) -> Cost:
     shape = _shape_of(site)
     if shape not in known:
         with evaluating(site.attention, site.layer):
-            macs = [macs_of(module, site) for module in (site.attention, site.layer)]
+            args, kwargs = _materialised(site)
+            macs = [macs_of_call(each, partial(each, *args, **kwargs)) for each in (site.attention, site.layer)]
             known[shape] = Cost(*macs, timing_of(site))
     return known[shape]
 

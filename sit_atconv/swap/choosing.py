@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, told
 
 Select = str | float | Sequence[str] | Callable[[str, nn.Module], bool]
 MARGIN = 1.25  # how many times as long as its attention a layer may take before select="auto" leaves it out
@@ -200,7 +200,5 @@ def _longest_within(limit: float, order: list[Candidate], together: Callable) ->
 
 
 def _compiled(what: str, pattern: str) -> re.Pattern:
-    try:
+    with told(f"{what}={pattern!r} is no regular expression", re.error):
         return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{what}={pattern!r} is no regular expression: {error}") from error
