@@ -10,10 +10,13 @@ from torch.utils.data import Dataset
 from sit_atconv import limits
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import generators_kept, open_datasets, preprocessing, transforms
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, told
 from sit_atconv.limits import check_kernel
 from sit_atconv.models.attnet import AttNet  # which registers the family
 from sit_atconv.models.cost import count_forward_macs
+
+# What models of timm raise over options and images that they do not take.
+REFUSALS = AssertionError, RuntimeError, ValueError, LookupError, TypeError
 
 
 @dataclass
@@ -67,22 +70,20 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
     for name in ("drop_rate", "drop_path_rate"):  # not every model of timm has them
         if (value := getattr(settings, name)) is not None:
             options[name] = value
-    with generators_kept(), torch.device(device):
+    with (
+        generators_kept(),
+        torch.device(device),
+        told(f"model.name={settings.name} refuses its options {options}", *REFUSALS),
+    ):
         torch.default_generator.manual_seed(recipe.run.seed)
-        try:
-            model = timm.create_model(settings.name, **options)
-        except InputError:
-            raise
-        except (TypeError, AssertionError, KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise InputError(f"model.name={settings.name} refuses its options {options}: {error}") from None
+        model = timm.create_model(settings.name, **options)
     if isinstance(model, AttNet):
         side = settings.input_size // model.feature_info[-1]["reduction"]  # of the last stage
         check_kernel("model.options.kernel_size", settings.options.get("kernel_size"), (side, side))
     if recipe.train.gradient_checkpointing:
-        try:
+        cannot = f"train.gradient_checkpointing: {settings.name} cannot"
+        with told(cannot, AssertionError, AttributeError, remedy="leave it out"):
             model.set_grad_checkpointing()
-        except (AssertionError, AttributeError) as error:
-            raise InputError(f"train.gradient_checkpointing: {settings.name} cannot: {error}; leave it out") from None
     return model
 
 
@@ -90,10 +91,8 @@ def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one image. Raises InputError as `build_classifier`."""
     size = recipe.model.input_size
     model = build_classifier(recipe, facts, device="meta").eval().requires_grad_(False)
-    try:
+    with told(f"model.input_size={size}: {recipe.model.name} does not take such images", *REFUSALS):
         macs = count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
-    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise InputError(f"model.input_size={size}: {recipe.model.name} does not take such images: {error}") from None
     return sum(parameter.numel() for parameter in model.parameters()), macs
 
 

@@ -20,7 +20,7 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.order import Shuffled
 from sit_atconv.data.samples import Batch, Samples
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, named, told
 
 
 def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
@@ -32,10 +32,8 @@ def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
         return Digits("train", data.channels), Digits("test", data.channels)
     learnt_from, shown = data.open_as()
     train = open_dataset(learnt_from)
-    try:
+    with named("the held-out images (data.val_root, data.val_split)"):
         held_out = open_dataset(shown)
-    except InputError as error:
-        raise InputError(f"the held-out images (data.val_root, data.val_split): {error}") from None
     if train.class_names != held_out.class_names:
         strange = sorted({*train.class_names} ^ {*held_out.class_names})[:3] or "their order"
         raise InputError(f"data.root={data.root!r} and the held-out images are of different classes: {strange}")
@@ -161,7 +159,8 @@ def transforms(recipe: ClassifierRecipe, evaluation: dict) -> tuple:
     Raises InputError for augmentation that timm does not know.
     """
     augment = recipe.augment
-    try:
+    unknown = f"augment.auto_augment={augment.auto_augment!r} is nothing that timm knows"
+    with told(unknown, AssertionError, ValueError, LookupError):
         training = create_transform(
             **{key: evaluation[key] for key in ("input_size", "mean", "std")},
             is_training=True,
@@ -175,8 +174,6 @@ def transforms(recipe: ClassifierRecipe, evaluation: dict) -> tuple:
             re_prob=augment.erasing,
             re_mode=augment.erasing_mode,
         )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"augment.auto_augment={augment.auto_augment!r} is nothing that timm knows: {error}") from None
     if augment.auto_augment is not None and evaluation["input_size"][0] != 3:
         raise InputError(f"augment.auto_augment={augment.auto_augment!r} is for colours; leave it out for grey images")
     _mend_posterize(training)

@@ -17,7 +17,7 @@ from sit_atconv.errors import InputError, named
 from sit_atconv.fields import MUTABLE, PATH, Section, When, chosen, idle, setting
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
-from sit_atconv.flow.times import TIME_SAMPLINGS
+from sit_atconv.flow.times import TIME_SAMPLINGS, TimeSampling, training_interval
 from sit_atconv.limits import Range, number, ranged
 from sit_atconv.sampling.settings import Sampling
 
@@ -212,6 +212,11 @@ class Flow(Section):
                 f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; "
                 f"{idle('flow.loss_weight', 'none')}, or predict score or noise"
             )
+
+    def times(self) -> TimeSampling:
+        """How t is drawn, on the interval that path and prediction can be trained on."""
+        interval = training_interval(PATHS[self.path](), self.prediction)
+        return TimeSampling(interval, self.time_sampling, self.time_mean, self.time_std, self.time_shift)
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """From an image file to pixels, and to the tensor that a codec takes: ADM's centre crop, [-1, 1]. What all kinds of
 datasets share."""
 
+import importlib
 import os
 import struct
 import zlib
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sit_atconv.config import Loading
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, reason, said
 from sit_atconv.reading import read_bytes, spelt
 
 # What Pillow raises over bytes of any kind.
@@ -117,8 +119,7 @@ class Reader:
                 f"image {name!r} does not decode (no known format: {', '.join(FORMATS)}); repair or remove it"
             ) from None
         except DAMAGED as error:
-            reason = str(error) or type(error).__name__
-            raise Unreadable(f"image {name!r} does not decode ({reason}); repair or remove it") from None
+            raise Unreadable(f"image {name!r} does not decode ({said(error)}); repair or remove it") from None
 
     def _opaque(self, image: Image.Image) -> Image.Image:
         """Grey or RGB, of an image of 8 bits."""
@@ -162,11 +163,6 @@ def with_channels(image: Image.Image, channels: int | None) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def decode(encoded: bytes, size: int, flip: bool, name: str, reader: Reader | None = None) -> torch.Tensor:
-    """An image file's bytes -> (C, size, size) in [-1, 1], by default in RGB. Raises Unreadable, which says `name`."""
-    return to_tensor((reader or Reader())(encoded, name, size), flip)
-
-
 def to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
     """A grey or RGB image -> (C, H, W) in [-1, 1], mirrored where `flip`."""
     pixels = np.array(image)
@@ -179,8 +175,7 @@ def read_image(path: str) -> bytes:
     try:
         return read_bytes(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Unreadable(f"image {path!r} cannot be read ({reason}); bring it back") from None
+        raise Unreadable(f"image {path!r} cannot be read ({reason(error)}); bring it back") from None
 
 
 def is_image(path: str) -> bool:
@@ -244,6 +239,14 @@ def check_classes(where: str, folders: Iterable[str], filled: Iterable[str]) -> 
             f"{where}: no image in the class folder {', '.join(map(repr, empty[:3]))}{more}; remove it, or bring its "
             f"images ({', '.join(IMG_EXTENSIONS)})"
         )
+
+
+def of_extra(package: str, kind: str) -> ModuleType:
+    """A package that the extra `data` brings. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"data.kind={kind} needs a package: pip install 'sit_atconv[data]'") from None
 
 
 class Images(Dataset):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -12,7 +13,7 @@ from sit_atconv import checkpoint, config, files, processes
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.data import IMAGE_KEYS
-from sit_atconv.errors import InputError, option
+from sit_atconv.errors import InputError, option, told
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
 from sit_atconv.reading import read_json, read_yaml
@@ -33,19 +34,22 @@ def lock(run: Path) -> TextIO:
 def check_place(out: str, force: bool = False) -> None:
     """Raise InputError where a run cannot lie, whatever its recipe, before anything is loaded; nothing is changed."""
     run = files.resolved(out, "run.out")
-    try:
+    with usable(run):
         if not os.path.lexists(run):
             files.check_writable(run)
         elif not _is_run(run):
             if not force:
-                raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder")
+                raise _no_run(run)
             files.check_movable(run)
-    except OSError as error:
-        raise _unusable(run, error) from None
 
 
-def _unusable(run: Path, error: OSError) -> InputError:
-    return InputError(f"run.out={str(run)!r} cannot be written: {error.strerror or error}; choose another place")
+def usable(run: Path) -> AbstractContextManager[None]:
+    """Tell what the file system says of a run's folder as an InputError."""
+    return told(f"run.out={str(run)!r} cannot be written", OSError, remedy="choose another place")
+
+
+def _no_run(run: Path) -> InputError:
+    return InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder")
 
 
 def _is_run(run: Path) -> bool:
@@ -85,7 +89,7 @@ def claim(
     run, held = files.resolved(out, "run.out"), []
 
     def take() -> Found:
-        try:
+        with usable(run):
             # Before looking: another process may be at work there.
             held.extend([lock(run)] if (run / LOCK).exists() else [])
             try:
@@ -96,9 +100,7 @@ def claim(
                 while held:
                     held.pop().close()
                 say(f"run.out={str(run)!r}: what was there is now {str(files.set_aside(run))!r}")
-        except OSError as error:
-            raise _unusable(run, error) from None
-        return None
+                return None
 
     found = processes.first(take)
     if must_resume and not found:
@@ -127,17 +129,14 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any], Path | None], list[
     except OSError:
         if run.is_dir() and all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in run.iterdir()):
             return None  # killed at once
-        raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
+        raise _no_run(run) from None
     except ValueError:
         stored = None
     if not stored or not isinstance(stored, dict):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
-    try:
+    invalid = f"run.out={str(run)!r}: its own recipe is not valid here"
+    with told(invalid, InputError, remedy="choose another folder"):
         said = "; ".join(changed(stored, found and found[0]))
-    except InputError as error:
-        raise InputError(
-            f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"
-        ) from None
     if said:
         raise InputError(
             f"run.out={str(run)!r} holds a run of another recipe ({said}); state it as it was, or choose another folder"

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampled import sampled
 from torch.utils.data import Dataset
 
 from sit_atconv import draws
@@ -14,11 +15,10 @@ from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.data.samples import RankPositions, TrainingSamples
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
-from sit_atconv.flow.times import TimeSampling
 
 
 def samples(dataset=None, **options) -> TrainingSamples:
-    return TrainingSamples(dataset or Digits(), **{"latent_shape": (1, 8, 8), "batch_size": 6, "seed": 3, **options})
+    return sampled(dataset or Digits(), (1, 8, 8), 6, seed=3, **options)
 
 
 class Numbers(Dataset):
@@ -44,7 +44,7 @@ def numbers(batch) -> list[int]:
 
 
 def test_an_item_is_what_its_draws_say():
-    stream = samples(flip=True, drop=0.4, null_label=10, posterior=True, time=TimeSampling((0.1, 0.9), "logit-normal"))
+    stream = samples(flip=True, drop=0.4, posterior=True, flow={"time_sampling": "logit-normal"})
     order = draws.generator(3, Stream.ORDER, 0).permutation(1437)
     batch, bad = stream.fetch(range(100, 150))
     assert bad == {}
@@ -65,7 +65,7 @@ def test_an_item_is_what_its_draws_say():
 
 
 def test_an_item_is_the_same_in_a_batch_of_any_size():
-    options = {"flip": True, "drop": 0.3, "null_label": 10, "time": TimeSampling(kind="logit-normal", shift=2.0)}
+    options = {"flip": True, "drop": 0.3, "flow": {"time_sampling": "logit-normal", "time_shift": 2.0}}
     whole, _ = samples(**options).fetch(range(37))
     assert whole["label"].eq(10).any()
     for size in (1, 3, 36):
@@ -79,7 +79,7 @@ def test_an_item_is_the_same_in_a_batch_of_any_size():
 
 
 def test_draws_have_their_shares():
-    stream = samples(flip=True, drop=0.25, null_label=10)
+    stream = samples(flip=True, drop=0.25)
     batch, _ = stream.fetch(range(1400))
     plain, _ = samples().fetch(range(1400))
     flipped = (batch["image"] != plain["image"]).flatten(1).any(1)

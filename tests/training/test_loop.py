@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import assert_same_bits, log_rows, run_recipe, weights
 from PIL import Image
+from sampled import sampled
 
 from sit_atconv import SiTTransformer2DModel, checkpoint, draws
 from sit_atconv.config import Preview, Train, load_recipe
@@ -53,13 +54,12 @@ def test_two_steps_equal_a_loop_written_out(recipe_file):
     )
     recipe = load_recipe(path)
     from sit_atconv.data.digits import Digits
-    from sit_atconv.data.samples import TrainingSamples
 
     facts = Facts((1, 8, 8), 10, 1437)
     model = build_model(recipe, facts)
     averaged = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = make_optimizer(model, recipe.train)
-    samples = TrainingSamples(Digits(), (1, 8, 8), 8, seed=0, drop=0.5, null_label=10)
+    samples = sampled(Digits(), (1, 8, 8), 8, drop=0.5)
     losses = []
     for step in range(3):
         items = [samples[step * 8 + j] for j in range(8)]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sit_atconv.checkpoint import Part, load_weights, write_pretrained
-from sit_atconv.config import Flow, Recipe
+from sit_atconv.config import Recipe
 from sit_atconv.data.samples import Batch, TrainingSamples
 from sit_atconv.devices import import_compiler
 from sit_atconv.ema import Averages
@@ -17,7 +17,6 @@ from sit_atconv.errors import InputError
 from sit_atconv.fields import idle
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
-from sit_atconv.flow.times import TimeSampling, training_interval
 from sit_atconv.limits import check_kernel
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
@@ -50,17 +49,6 @@ def grid_of(model: SiTTransformer2DModel) -> tuple[int, int]:
     """Height and width of the tokens that a model was made for."""
     height, width = (side // model.config.patch_size for side in model.latent_size)
     return height, width
-
-
-def time_sampling(flow: Flow) -> TimeSampling:
-    """How the recipe draws t, on the interval that its path and prediction can be trained on."""
-    return TimeSampling(
-        training_interval(PATHS[flow.path](), flow.prediction),
-        flow.time_sampling,
-        flow.time_mean,
-        flow.time_std,
-        flow.time_shift,
-    )
 
 
 class FlowObjective(Objective):
@@ -108,21 +96,8 @@ class FlowObjective(Objective):
 
     def make_samples(self, dataset: Dataset) -> TrainingSamples:
         """What the steps are made of."""
-        recipe = self.recipe
-        return TrainingSamples(
-            dataset,
-            self.facts.latent_shape,
-            recipe.train.batch_size,
-            recipe.run.seed,
-            flip=recipe.data.flip,
-            drop=self.model.config.class_dropout_prob,
-            null_label=self.model.null_label,
-            posterior=self.codec.draws_posterior,
-            time=time_sampling(recipe.flow),
-            sampling=recipe.data.sampling,
-            with_image=self.with_image,
-            stratified=recipe.flow.time_stratified,
-        )
+        shape, drop = self.facts.latent_shape, self.model.config.class_dropout_prob
+        return TrainingSamples(dataset, shape, self.recipe, drop, self.codec.draws_posterior, self.with_image)
 
     def begin(self, samples: TrainingSamples, checkpoint: Path | None) -> None:
         if checkpoint is None:

@@ -1,0 +1,19 @@
+"""Images and training samples by what a test says of them."""
+
+from sit_atconv.config import Data, Flow, Recipe, Run, Train
+from sit_atconv.data.images import Reader, to_tensor
+from sit_atconv.data.samples import TrainingSamples
+
+
+def sampled(
+    dataset, latent_shape, batch_size, seed=0, drop=0.0, posterior=False, with_image=False, flow=None, **data
+) -> TrainingSamples:
+    """flow, data: settings of these sections of the recipe."""
+    run, train = Run(out="unused", seed=seed), Train(batch_size=batch_size)
+    recipe = Recipe(run=run, data=Data(**data), train=train, flow=Flow(**flow or {}))
+    return TrainingSamples(dataset, latent_shape, recipe, drop, posterior, with_image)
+
+
+def decode(encoded, size, flip, name, reader=None):
+    """The tensor (C, size, size) of an image file's bytes."""
+    return to_tensor((reader or Reader())(encoded, name, size), flip)
