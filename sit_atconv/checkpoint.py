@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from sit_atconv import sharding
 from sit_atconv.console import say
-from sit_atconv.errors import InputError, check_choice, reason, said
+from sit_atconv.errors import InputError, check_choice, reason, said, told
 from sit_atconv.files import (
     DiskFull,
     Lease,
@@ -51,7 +51,7 @@ from sit_atconv.files import (
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.processes import is_main, raise_together
 from sit_atconv.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json
-from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
+from sit_atconv.weights import STEM, load_pretrained, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -393,7 +393,10 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
     if not path.is_dir():
         raise InputError(f"checkpoint {str(path)!r}: no such folder; give a run, a step-... folder or its ema/ folder")
     if (path / PIPELINE_INDEX).is_file():
-        trained = load_trained(path / "transformer", dtype, _variant_of_pipeline(path, variant))
+        # A variant that other parts of the pipeline have may be one that the transformer has not.
+        elsewhere = any(variant in variants(part) for part in path.iterdir() if part.is_dir())
+        own = own_variant(path / "transformer", variant) if elsewhere else variant
+        trained = _load_trained(path / "transformer", dtype, own)
         if (path / "vae").is_dir():
             trained.manifest["codec"]["vae"] = str(path / "vae")
         return trained
@@ -440,12 +443,6 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
 
 
-def _variant_of_pipeline(folder: Path, variant: str | None) -> str | None:
-    """Of the transformer: None for a variant that other parts of the pipeline have, and it has not."""
-    elsewhere = any(variant in variants(part) for part in folder.iterdir() if part.is_dir())
-    return own_variant(folder / "transformer", variant) if elsewhere else variant
-
-
 def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Trained:
     if (folder / CONVERSION).is_file():
         record = read_conversion(folder)
@@ -473,22 +470,10 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 
 def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
-    try:
+    with told(f"checkpoint {str(folder)!r} cannot be read", InputError, OSError):
         read_options(folder)
         weight_files(folder, variant)  # which says what is there instead
-        model, found = SiTTransformer2DModel.from_pretrained(
-            folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-    # Files of any content: no JSON, no tensors, values that the model or diffusers refuses, tensors of other shapes.
-    except Exception as error:
-        # diffusers goes on to advise drawing tensors of other shapes at random.
-        raise InputError(
-            f"checkpoint {str(folder)!r} cannot be read: {said(error).partition('. If you want')[0]}"
-        ) from None
-    strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
-    if strays:  # which diffusers only warns of, drawing what is missing at random
-        raise Damaged(f"model {str(folder)!r} is damaged: its tensors are not those of its config: {strays}")
-    return model.eval()
+        return load_pretrained(SiTTransformer2DModel, folder, variant, dtype=dtype).eval()
 
 
 def load_weights(folder: Path, into: torch.nn.Module) -> None:

@@ -75,6 +75,7 @@ def read_public(
     if position == "stored":
         notes.append("pos_embed is not the fixed one, which takes its place at any other latent size")
     dtype = layout.widest({name: found.tensors[name] for name in found.tensors if name not in projectors})
+    described = {"encoder_depth": kept.encoder_depth, "z_dims": kept.z_dims} if kept is not None else None
     record = {
         "source": found.name,
         "weights": found.weights,
@@ -82,7 +83,7 @@ def read_public(
         "dtype": str(dtype).removeprefix("torch."),  # the source's: what absorbs REPA's time makes the model's wider
         "folded": folded,
         "pos_embed": position,
-        "projectors": _describe(projectors, kept),
+        "projectors": described or ("dropped" if projectors else None),
         "notes": notes + assumed,
         "versions": library_versions(),
     }
@@ -151,16 +152,20 @@ def export_public(
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         tensors |= projectors.state_dict() if projectors else {}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    args = {"form": "dit" if trained.model.config.path == "ddpm" else form, **_args(trained.model)}
+    config = trained.model.config
+    args = {
+        # What the tensors do not say, for whoever reads the file, this converter included.
+        "form": "dit" if config.path == "ddpm" else form, "input_size": config.sample_size,
+        "num_heads": config.num_heads, "num_classes": config.num_classes,
+        "class_dropout_prob": config.class_dropout_prob, "path_type": config.path, "prediction": config.prediction,
+    }  # fmt: skip
     if form == "repa" and projectors:
         args["encoder_depth"] = projectors.encoder_depth
     with new_path(out, force=force) as unfinished:
         if out.suffix == ".safetensors":
             save_file(tensors, unfinished, metadata={"format": "pt", "args": json.dumps(args)})
         else:
-            with open(
-                unfinished, "wb"
-            ) as file:  # which tells of a full disk as an OSError; torch's own writer does not
+            with open(unfinished, "wb") as file:  # it tells of a full disk as an OSError, torch's own writer does not
                 torch.save({"ema": tensors, "args": args}, file)
 
 
@@ -207,12 +212,6 @@ def _projectors(
     return Projectors.from_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, number)
 
 
-def _describe(tensors: dict[str, torch.Tensor], kept: Projectors | None) -> dict[str, Any] | str | None:
-    if kept is not None:
-        return {"encoder_depth": kept.encoder_depth, "z_dims": kept.z_dims}
-    return "dropped" if tensors else None
-
-
 def _check_expressible(model: SiTTransformer2DModel, form: str) -> None:
     config = model.config
     needed = {}
@@ -225,16 +224,3 @@ def _check_expressible(model: SiTTransformer2DModel, form: str) -> None:
             raise InputError(f"{key}={config[key]!r}: the public {form} form has {value!r} and no other")
     if form == "repa" and model.pos_embed is None:
         raise InputError("pos_embed=False: the public repa form always has a position embedding")
-
-
-def _args(model: SiTTransformer2DModel) -> dict[str, Any]:
-    """What the tensors do not say, for whoever reads the file, this converter included."""
-    config = model.config
-    return {
-        "input_size": config.sample_size,
-        "num_heads": config.num_heads,
-        "num_classes": config.num_classes,
-        "class_dropout_prob": config.class_dropout_prob,
-        "path_type": config.path,
-        "prediction": config.prediction,
-    }

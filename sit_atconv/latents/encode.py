@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import BatchSampler, Dataset, default_collate
 from tqdm import tqdm
 
 from sit_atconv import limits, processes
@@ -167,7 +167,8 @@ class _Batches(list):
 
 
 def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, settings, out: Path, spans: list) -> None:
-    cut = {span: _batches(*span, recipe.latents.batch_size) for span in spans}
+    size = recipe.latents.batch_size
+    cut = {span: list(BatchSampler(range(span[0], sum(span)), size, drop_last=False)) for span in spans}
     lists = _Batches(chain.from_iterable(cut.values()))
     batches = TrainingBatches(_Images(dataset), lists, recipe.data, device.type == "cuda")
     total = sum(count for _, count in spans)
@@ -181,7 +182,9 @@ def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, setting
                 rows = slice(part[0] - first, part[-1] + 1 - first)
                 with told("", Unreadable, remedy=WHOLE, every_rank=True):
                     images, labels[rows] = next(batches)
-                moments[rows] = _both_flips(codec, images.to(device, non_blocking=True)).cpu()
+                images = images.to(device, non_blocking=True)
+                both = [codec.moments(images), codec.moments(images.flip(3))]  # each a pass of its own
+                moments[rows] = torch.stack(both, dim=1).cpu()
                 if not moments[rows].isfinite().all():
                     raise InputError(
                         f"latents.vae={codec.source!r} gives moments that {settings['dtype']} does not hold, of an "
@@ -190,16 +193,6 @@ def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, setting
                     )
                 bar.update(len(part))
             write_shard(out / shard_name(first, count), settings, moments, labels)
-
-
-def _batches(first: int, count: int, size: int) -> list[list[int]]:
-    stop = first + count
-    return [list(range(start, min(start + size, stop))) for start in range(first, stop, size)]
-
-
-def _both_flips(codec: VaeCodec, images: torch.Tensor) -> torch.Tensor:
-    """Moments (B, 2, 2C, h, w) of images (B, C, H, W) as they are and mirrored, each a pass of its own."""
-    return torch.stack([codec.moments(images), codec.moments(images.flip(3))], dim=1)
 
 
 def write_shard(path: Path, settings: dict[str, Any], moments: torch.Tensor, labels: torch.Tensor) -> None:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.hooks import recorded
+from sit_atconv.reading import read_tensors
 
 FILE = "projectors.safetensors"
 
@@ -89,12 +89,9 @@ class Projectors(nn.Module):
         path = Path(folder) / FILE
         if not path.is_file():
             raise InputError(f"{str(folder)!r} holds no {FILE}; convert a REPA checkpoint and keep its projectors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                depth = int((file.metadata() or {})["encoder_depth"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{str(path)!r} is cut or damaged: {error}") from None
+        state, metadata = read_tensors(path, "projectors")
+        with told(f"projectors {str(path)!r} is cut or damaged", KeyError, ValueError):
+            depth = int(metadata["encoder_depth"])
         return cls.from_state_dict(state, depth)
 
 

@@ -41,9 +41,8 @@ def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
     """The mixer of every block, "attention" or "atconv"; "hybrid" puts attention in the even blocks (0-based)."""
     if isinstance(token_mixer, str):
         check_choice("token_mixer", token_mixer, TOKEN_MIXERS)
-        odd = {"attention": "attention", "atconv": "atconv", "hybrid": "atconv"}[token_mixer]
-        even = {"attention": "attention", "atconv": "atconv", "hybrid": "attention"}[token_mixer]
-        return [odd if index % 2 else even for index in range(depth)]
+        even_odd = ("attention", "atconv") if token_mixer == "hybrid" else (token_mixer, token_mixer)
+        return [even_odd[index % 2] for index in range(depth)]
     if not isinstance(token_mixer, list | tuple):
         raise InputError(f"token_mixer={token_mixer!r}: give a name or a list with one name per block")
     if len(token_mixer) != depth:

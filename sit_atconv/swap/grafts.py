@@ -86,7 +86,7 @@ def class_refusal(
     """Why an attention cannot be swapped as one of the class `wanted`, which is said to be of `of`, run by one of the
     processors, if any are given."""
     if type(attention) is not wanted:
-        return f"is a {type(attention).__name__}, not {of}{wanted.__name__}; register a Graft for it"
+        return f"is a {kind_of(attention)}, not {of}{wanted.__name__}; register a Graft for it"
     if processors and type(attention.processor) not in processors:
         return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
     return None
