@@ -12,7 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
-from sit_atconv.config.earlier import left_out, meant
+from sit_atconv.config.earlier import by_section, left_out, meant
 from sit_atconv.config.schema import Recipe
 from sit_atconv.errors import MOST, InputError, check_choice, said, told
 from sit_atconv.reading import check_literal, entries, read_yaml
@@ -137,25 +137,15 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
             raise InputError(f"{idle} does nothing without {section}.{switch}: name it, or null for none")
     try:
         # OmegaConf takes the defaults of a section from one that it makes, which has settled them already.
+        declared = by_section(schema, lambda entry: dataclasses.MISSING if entry.default == MISSING else entry.default)
         earlier = left_out(schema) if stored else {}
-        merged = OmegaConf.merge(OmegaConf.structured(schema), _declared(schema), earlier, stated)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), declared, earlier, stated)
         values = OmegaConf.to_container(merged)
         limits.check(schema, values, stored=stored)
         return OmegaConf.to_object(OmegaConf.merge(merged, meant(schema, values)) if stored else merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"recipe: {key}{said(error)}") from None
-
-
-def _declared(schema: type) -> dict[str, Any]:
-    """The defaults of a schema's settings as they are declared."""
-    found = {}
-    for entry in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(entry.type):
-            found[entry.name] = _declared(entry.type)
-        elif entry.default not in (dataclasses.MISSING, MISSING):
-            found[entry.name] = entry.default
-    return found
 
 
 def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:

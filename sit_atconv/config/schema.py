@@ -19,6 +19,7 @@ from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS, TimeSampling, training_interval
 from sit_atconv.limits import Range, number, ranged
+from sit_atconv.reading import fault_of
 from sit_atconv.sampling.settings import Sampling
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
@@ -174,12 +175,8 @@ class Model:
     qk_norm: bool | None = None
 
     def __post_init__(self):
-        size = self.sample_size
-        pair = [size, size] if isinstance(size, int) else size
-        if size is not None and not (
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
-        ):
-            raise InputError(f"model.sample_size={size!r}: give a number, or [height, width]")
+        if fault_of(self.sample_size, (None, int, [int, int])):
+            raise InputError(f"model.sample_size={self.sample_size!r}: give a number, or [height, width]")
 
     def options(self) -> dict[str, Any]:
         """What the recipe states, by the names of SiTTransformer2DModel."""
@@ -396,10 +393,9 @@ class Recipe:
 
     def _check_distill(self) -> None:
         decided = ("sample_size", "in_channels", "num_classes")  # by data and codec, and checked against the teacher
-        stated = [name for name in ("name", *self.model.options()) if getattr(self.model, name) is not None]
-        stated = [name for name in stated if name not in decided]
-        if stated:
-            key = f"model.{stated[0]}"
+        stated = {"name": self.model.name, **self.model.options()}
+        if name := next((name for name, value in stated.items() if value is not None and name not in decided), None):
+            key = f"model.{name}"
             raise InputError(f"{key}: with distill.teacher the model is the teacher's copy; {idle(key)}")
         if self.repa.encoder is not None:
             raise InputError(

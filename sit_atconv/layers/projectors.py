@@ -65,17 +65,13 @@ class Projectors(nn.Module):
 
         Gradients of z reach the model. Raises InputError for a model with fewer blocks than the encoder depth.
         """
-        self.check_model(model)
+        if self.encoder_depth > len(model.blocks):
+            raise InputError(f"encoder depth {self.encoder_depth}: the model has {len(model.blocks)} blocks")
         # Closed before a backward pass, in which gradient checkpointing calls the block again. A compiled block calls
         # its hooks outside of its graph.
         with recorded({"block": model.blocks[self.encoder_depth - 1]}) as seen:
             velocity = model(x, t, labels).sample
         return velocity, self(seen["block"][2].flatten(1, 2))
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raise InputError unless the model has the block whose tokens are projected."""
-        if self.encoder_depth > len(model.blocks):
-            raise InputError(f"encoder depth {self.encoder_depth}: the model has {len(model.blocks)} blocks")
 
     def save(self, folder: Path) -> None:
         """Write `folder`/projectors.safetensors, under the public names: equal bytes for equal tensors."""

@@ -67,7 +67,8 @@ def open_source(source: str | Path, vae: str | None = None, variant: str | None 
     is_pipeline = (folder / PIPELINE_INDEX).is_file()
     trained = load_trained(folder, variant=variant)
     names = [name for name in trained.files if Path(name).match(f"{STEM}*.safetensors")]
-    dtype = _widest([trained.folder / name for name in names])
+    tensors = (each for name in names for each in read_tensors(trained.folder / name, "model")[0].values())
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})  # the narrowest that holds all of them
     if dtype != torch.float32:
         trained = load_trained(folder, dtype, variant)
     if is_pipeline:
@@ -82,12 +83,6 @@ def open_source(source: str | Path, vae: str | None = None, variant: str | None 
             id2label=dict(enumerate(names)) if names else None,
         )
     return Source(pipeline, trained.manifest, dtype)
-
-
-def _widest(files: list[Path]) -> torch.dtype:
-    """The narrowest dtype that holds all tensors of these files."""
-    tensors = (tensor for path in files for tensor in read_tensors(path, "model")[0].values())
-    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
 
 def _open_pipeline(

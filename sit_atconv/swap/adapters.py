@@ -19,7 +19,7 @@ from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft, SiTAttentionGraft
 from sit_atconv.swap.grid import Reader, above, latent_grid, raster_of_ids
 from sit_atconv.swap.joint import FluxDoubleGraft, FluxSingleGraft, SD3JointGraft
-from sit_atconv.swap.marking import check_nothing, check_sit, check_thin, mark_nothing, mark_sit, mark_thin
+from sit_atconv.swap.marking import check_sit, check_thin, mark_nothing, mark_sit, mark_thin
 from sit_atconv.swap.prefix import PrefixGraft, check_vit, patch_grid
 
 Example = Callable[[nn.Module, torch.Generator], dict]
@@ -45,7 +45,7 @@ class SwapAdapter:
     grid: Reader | None = None
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
-    check: Callable[[nn.Module, dict], None] = check_nothing
+    check: Callable[[nn.Module, dict], None] = lambda model, config: None
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""

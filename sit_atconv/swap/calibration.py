@@ -68,8 +68,12 @@ class SwapReport:
 
     def __str__(self) -> str:
         titles, rows = self._cells()
-        named = ([f"`{name}`", *cells] for name, *cells in rows)
-        return "\n\n".join([markdown_table(titles, named), *self._summary()])
+        told = [markdown_table(titles, ([f"`{name}`", *cells] for name, *cells in rows))]
+        if self.refusal is not None:
+            told.append(f"None is chosen: {self.refusal}.")
+        elif self.output_error is not None:
+            told.append(f"Error of the model's output with all chosen layers swapped: {self.output_error:.3g}")
+        return "\n\n".join(told)
 
     def line(self) -> str:
         """The same in one line, for an error message."""
@@ -79,13 +83,6 @@ class SwapReport:
             for name, *cells in rows
         )
         return "; ".join(told)
-
-    def _summary(self) -> list[str]:
-        if self.refusal is not None:
-            return [f"None is chosen: {self.refusal}."]
-        if self.output_error is None:
-            return []
-        return [f"Error of the model's output with all chosen layers swapped: {self.output_error:.3g}"]
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         """The titles of the columns, and what stands in them."""

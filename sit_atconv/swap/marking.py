@@ -63,10 +63,6 @@ class NoSaving:
         )
 
 
-def check_nothing(model: nn.Module, config: dict) -> None:
-    """For a model that takes layers of any setting."""
-
-
 def check_thin(model: nn.Module, config: dict) -> None:
     """Raises InputError for a class that derives from a model of diffusers, and has no ATConv subclass of its own."""
     record = getattr(model, "_swap_record", None)

@@ -81,14 +81,10 @@ def repa_loss(z: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 class AlignedModel(nn.Module):
-    """A model with its projectors in one module, as DDP and FSDP want all that is trained.
-
-    Raises InputError where the model has fewer blocks than the projectors' encoder depth.
-    """
+    """A model with its projectors in one module, as DDP and FSDP want all that is trained."""
 
     def __init__(self, model: nn.Module, projectors: Projectors):
         super().__init__()
-        projectors.check_model(model)
         self.model, self.projectors = model, projectors
         self._no_split_modules = sorted({type(block).__name__ for block in model.blocks})  # what FSDP shards one by one
 
@@ -108,8 +104,7 @@ class AlignedModel(nn.Module):
 def align(model: nn.Module, encoder: ImageEncoder, settings: config.Repa, seed: int) -> AlignedModel:
     """The model with one projector to the encoder's width, after block `settings.depth`.
 
-    The projector has torch's default starting weights, drawn from the seed alone and apart from the model's. Raises
-    InputError where the model has fewer blocks.
+    The projector has torch's default starting weights, drawn from the seed alone and apart from the model's.
     """
     own_seed = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)[0]
     with torch.random.fork_rng(devices=[]):
