@@ -40,7 +40,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         recipe = resolved(recipe)
         dataset, held_out = open_datasets(recipe.data)
         facts = facts_of(recipe, dataset, held_out)
-        training, evaluation = transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
+        training, evaluation = transforms(recipe, preprocessing(recipe.model, facts.channels))
         objective = ClassificationObjective(recipe, facts)
         described = {
             "recipe": config.to_dict(recipe),

@@ -122,7 +122,6 @@ class ClassificationObjective(Objective):
         return [Part(name, model, self._write) for name, model in {"model": self.model, **self.averages.models}.items()]
 
     def _write(self, model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        facts = self.facts
-        shown = preprocessing(self.recipe, facts.mean, facts.std, facts.channels)
-        labels = {"label_names": list(facts.class_names)}
+        shown = preprocessing(self.recipe.model, self.facts.channels)
+        labels = {"label_names": list(self.facts.class_names)}
         save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=shown)

@@ -21,11 +21,9 @@ REFUSALS = AssertionError, RuntimeError, ValueError, LookupError, TypeError
 
 @dataclass
 class Facts:
-    """What a recipe and its images come to; mean and std are of values in [0, 1], a number for each channel."""
+    """What a recipe and its images come to."""
 
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     class_names: tuple[str, ...]
     num_images: int
     held_out: int
@@ -42,24 +40,15 @@ def steps_of(recipe: ClassifierRecipe, epochs: float, num_images: int) -> int:
 def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
     """What the recipe comes to with these images. Raises InputError where mean or std do not fit their channels."""
     train, channels, number = recipe.train, dataset.channels, len(dataset)
-    mean, std = recipe.model.mean, recipe.model.std
-    for name, values in (("mean", mean), ("std", std)):
+    for name, values in (("mean", recipe.model.mean), ("std", recipe.model.std)):
         if len(values) != channels:
             raise InputError(f"model.{name}={values}: the images have {channels} channels; one number for each")
 
     steps = steps_of(recipe, train.epochs, number)
     limits.STEPS.check(f"train.epochs={train.epochs:g} of {number:,} images, steps: ", steps)
-    return Facts(
-        channels,
-        tuple(mean),
-        tuple(std),
-        tuple(dataset.class_names),
-        number,
-        len(held_out),
-        steps,
-        steps_of(recipe, train.warmup_epochs, number) if train.warmup_epochs else 0,
-        steps_of(recipe, recipe.eval.every_epochs, number),
-    )
+    warmup = steps_of(recipe, train.warmup_epochs, number) if train.warmup_epochs else 0
+    every = steps_of(recipe, recipe.eval.every_epochs, number)
+    return Facts(channels, tuple(dataset.class_names), number, len(held_out), steps, warmup, every)
 
 
 def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu") -> nn.Module:
@@ -100,7 +89,7 @@ def dry_run(recipe: ClassifierRecipe) -> str:
     """What a recipe comes to, in lines: model, data, schedule, averages. Reads the list of images, and no image."""
     dataset, held_out = open_datasets(recipe.data)
     facts, settings = facts_of(recipe, dataset, held_out), recipe.train
-    transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
+    transforms(recipe, preprocessing(recipe.model, facts.channels))
     (parameters, macs), size = cost_of(recipe, facts), recipe.model.input_size
     flops = 6 * macs * facts.steps * settings.batch_size
     rows = {

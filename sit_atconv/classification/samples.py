@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
 from sit_atconv import draws
-from sit_atconv.classification.recipe import ClassifierRecipe, Data
+from sit_atconv.classification.recipe import ClassifierRecipe, Data, Model
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.order import Shuffled
@@ -144,12 +144,11 @@ def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
     return auto_augment.posterize(image, bits, **kwargs) if bits else image.point(lambda _: 0)
 
 
-def preprocessing(recipe: ClassifierRecipe, mean: Sequence[float], std: Sequence[float], channels: int) -> dict:
+def preprocessing(model: Model, channels: int) -> dict:
     """What evaluation does to an image, as timm's create_transform and a checkpoint's data configuration have it."""
-    size = recipe.model.input_size
     return {
-        "input_size": (channels, size, size), "mean": tuple(mean), "std": tuple(std),
-        "crop_pct": recipe.model.crop_pct, "interpolation": InterpolationMode.BICUBIC.value,
+        "input_size": (channels, model.input_size, model.input_size), "mean": tuple(model.mean),
+        "std": tuple(model.std), "crop_pct": model.crop_pct, "interpolation": InterpolationMode.BICUBIC.value,
     }  # fmt: skip
 
 
@@ -163,14 +162,11 @@ def transforms(recipe: ClassifierRecipe, evaluation: dict) -> tuple:
     with told(unknown, AssertionError, ValueError, LookupError):
         training = create_transform(
             **{key: evaluation[key] for key in ("input_size", "mean", "std")},
+            **{key: getattr(augment, key) for key in ("hflip", "vflip", "auto_augment", "interpolation")},
             is_training=True,
             scale=tuple(augment.scale),
             ratio=tuple(augment.ratio),
-            hflip=augment.hflip,
-            vflip=augment.vflip,
             color_jitter=augment.color_jitter or None,
-            auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation,
             re_prob=augment.erasing,
             re_mode=augment.erasing_mode,
         )

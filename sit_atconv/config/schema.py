@@ -25,6 +25,9 @@ from sit_atconv.sampling.settings import Sampling
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
 MAX_PIXELS = 178_956_970
 PARTS = Range(1, "batch_size", "each takes a share of the batch")
+CLIPPING = number(
+    1e-6, 1e6, "AdamW adds 1e-8 to a gradient's size: clipped to less it trains nothing; left out, none is clipped"
+)
 
 HUB = When("data.kind=hf", lambda data: data.kind == "hf")
 STREAMED = When("data.streaming=true", lambda data: data.kind == "hf" and data.streaming)
@@ -226,14 +229,7 @@ class Optimisation(Section):
     betas: list[float] = ranged([0.9, 0.999], limits.SHARE_UNDER_1)
     # on matrices; vectors (biases, norms, difference_control) are never decayed
     weight_decay: float = ranged(0.0, limits.WEIGHT_DECAY)
-    max_grad_norm: float | None = ranged(
-        None,
-        number(
-            1e-6,
-            1e6,
-            "AdamW adds 1e-8 to a gradient's size: clipped to less it trains nothing; left out, none is clipped",
-        ),
-    )
+    max_grad_norm: float | None = ranged(None, CLIPPING)
     # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
     precision: str = chosen("fp32", ("fp32", "tf32", "bf16", "fp16"))
     # steps in a row without a finite loss and gradient after which training stops

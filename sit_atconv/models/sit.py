@@ -74,13 +74,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     _no_split_modules = ["SiTBlock", "SiTATConvBlock"]  # noqa: RUF012 (diffusers' own type)
     _repeated_blocks = ["SiTBlock", "SiTATConvBlock"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = (
-        "x_embedder",
-        "t_embedder",
-        "y_embedder",
-        "norm",
-        "adaLN_modulation",
-        "pos_embed",
-    )
+        "x_embedder", "t_embedder", "y_embedder", "norm", "adaLN_modulation", "pos_embed",
+    )  # fmt: skip
 
     @register_to_config
     def __init__(
@@ -110,15 +105,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         sides = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
         if len(sides) != 2:
             raise InputError(f"sample_size={sample_size!r}: give a number, or height and width")
-        for name, value in (
-            ("sample_size", sides[0]),
-            ("sample_size", sides[1]),
-            ("in_channels", in_channels),
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-            ("num_classes", num_classes),
-        ):
+        sizes = {"in_channels": in_channels, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
+        for name, value in (*(("sample_size", side) for side in sides), *sizes.items(), ("num_classes", num_classes)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[name]:
                 raise InputError(f"{name}={value!r:.40}: must be a whole number from 1 to {MOST[name]:,}")
         if not (isinstance(mlp_ratio, int | float) and 1 <= hidden_size * mlp_ratio <= hidden_size * MOST_MLP_RATIO):
@@ -152,13 +140,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
         self.register_buffer("pos_embed", sincos_position_embedding(grid, hidden_size) if present else None)
 
-        atconv = {
-            "kernel_size": kernel_size,
-            "activation": activation,
-            "pool": pool,
-            "routing": routing,
-            "inhibition": inhibition,
-        }
+        atconv = {"kernel_size": kernel_size, "activation": activation, "pool": pool, "routing": routing}
+        atconv["inhibition"] = inhibition
         if "atconv" not in mixers:
             self._refuse_idle_options("ATConv", **atconv)
         if "attention" not in mixers:

@@ -73,6 +73,11 @@ class Sampling:
                 raise InputError(f"{name}={value}: with guidance_scale=1 nothing is guided; leave it out")
 
     @property
+    def guidance(self) -> tuple[float, str, list[float]]:
+        """Scale, channels and interval, as `GuidedVelocity` takes them."""
+        return self.guidance_scale, self.guidance_channels, self.guidance_interval
+
+    @property
     def least_steps(self) -> int:
         """How few steps there can be: one, and the last step of an SDE."""
         return 1 if self.last_step_size is None else 2

@@ -9,14 +9,6 @@ from sit_atconv.swap.regression import regress
 from sit_atconv.swap.swapping import AttentionSwap, swap_attention
 
 __all__ = [
-    "AttentionSwap",
-    "Graft",
-    "LayerOptions",
-    "SelfAttentionGraft",
-    "SwapAdapter",
-    "load_delta",
-    "register_adapter",
-    "regress",
-    "save_delta",
-    "swap_attention",
-]
+    "AttentionSwap", "Graft", "LayerOptions", "SelfAttentionGraft", "SwapAdapter", "load_delta", "register_adapter",
+    "regress", "save_delta", "swap_attention",
+]  # fmt: skip

@@ -198,21 +198,15 @@ def swap_attention(
     check_bare(model)
     adapter = adapter_of(model)
     record = getattr(model, "_swap_record", None)
-    config = {
-        "schema": SCHEMA,
-        "layers": [],
-        "kernel_size": kernel_size,
-        "pool": pool,
-        "prefix": prefix,
-        "teacher": teacher_of(model) if record is None else record.config["teacher"],
-    }
-    if record is not None:
-        for name in ("kernel_size", "pool", "prefix"):
-            if record.config[name] != config[name]:
-                raise InputError(
-                    f"{name}={config[name]!r}: this model has layers swapped with {record.config[name]!r}, and a model "
-                    "has one setting; revert them, or use theirs"
-                )
+    settings = {"kernel_size": kernel_size, "pool": pool, "prefix": prefix}
+    teacher = teacher_of(model) if record is None else record.config["teacher"]
+    config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}
+    for name, value in settings.items() if record is not None else ():
+        if record.config[name] != value:
+            raise InputError(
+                f"{name}={value!r}: this model has layers swapped with {record.config[name]!r}, and a model has one "
+                "setting; revert them, or use theirs"
+            )
     grafts = _candidates(model, adapter, joint, record, select)
     counted = [name for name, graft in adapter.find(model).items() if joint == "split" or not graft.joint]
     names = choose({name: model.get_submodule(name) for name in grafts}, select, exclude, counted)

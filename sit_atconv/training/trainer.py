@@ -111,14 +111,9 @@ class Trainer:
         self.means = Means([*objective.weights], accelerator.device, objective.time_bins)
         if self.last is not None:
             self._load_state(self.last, samples)
-        positions = RankPositions(
-            self.step,
-            objective.steps,
-            recipe.train.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            recipe.train.gradient_accumulation_steps,
-        )
+        train, share = recipe.train, (accelerator.process_index, accelerator.num_processes)
+        steps = self.step, objective.steps
+        positions = RankPositions(*steps, train.batch_size, *share, train.gradient_accumulation_steps)
         self.batches = TrainingBatches(samples, positions, recipe.data, accelerator.device.type == "cuda")
 
     def run_to_the_end(self, signals: StopSignals) -> Path:
