@@ -28,26 +28,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sit_atconv import sharding
+from sit_atconv import files, sharding
 from sit_atconv.console import say
 from sit_atconv.errors import InputError, check_choice, reason, said, told
-from sit_atconv.files import (
-    DiskFull,
-    Lease,
-    being_written,
-    by_step,
-    check_space,
-    disk_full,
-    free_space,
-    lease,
-    library_versions,
-    set_aside,
-    settle,
-    sha256,
-    step_in,
-    step_name,
-    sync,
-)
+from sit_atconv.files import DiskFull, Lease, check_space, lease, sha256
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.processes import is_main, raise_together
 from sit_atconv.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json
@@ -125,7 +109,7 @@ def save(
     """
     check_finite(step, [part.module for part in parts])
     final = folder_of(run, step)
-    temporary = being_written(final)
+    temporary = files.being_written(final)
     stored = [part.module.state_dict() for part in parts] + [sharding.optimizer_tensors(trained, optimizer)]
     needed = sum(tensor.numel() * tensor.element_size() for tensors in stored for tensor in tensors.values())
 
@@ -156,20 +140,20 @@ def save(
     with writing() as main:
         if main:
             (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1, allow_nan=False))
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            paths = sorted(path for path in temporary.rglob("*") if path.is_file())
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 **facts,
-                "versions": library_versions(),
-                "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
+                "versions": files.library_versions(),
+                "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in paths},
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            settle(temporary)
+            files.settle(temporary)
             if final.exists():  # left invalid by a fault: a valid one would have been resumed from
-                set_aside(final, DAMAGED)
+                files.set_aside(final, DAMAGED)
             temporary.rename(final)
-            sync(run)
+            files.sync(run)
     return final
 
 
@@ -183,9 +167,9 @@ def check_finite(step: int, modules: Iterable[torch.nn.Module]) -> None:
 
 def _unwritten(error: OSError | SafetensorError, run: Path, step: int, needed: int) -> InputError:
     """What to say when a file of a checkpoint cannot be written; needed: bytes of its tensors."""
-    if not disk_full(error):
+    if not files.disk_full(error):
         return InputError(f"step {step}: no checkpoint could be written in {str(run)!r}: {error}")
-    free = free_space(run)
+    free = files.free_space(run)
     return DiskFull(
         f"step {step}: no room for a checkpoint in {str(run)!r}: it needs {needed / 1e6:,.1f} MB and "
         f"{free / 1e6:,.1f} MB are free ({error}); make room or lower checkpoint.keep_last, and give the same command "
@@ -242,9 +226,9 @@ def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None)
         kept |= {folder for number, folder in firsts.items() if number}
     for folder in folders:
         if step_of(folder) > newest:
-            say(f"warning: {str(folder)!r} is damaged, and set aside as {str(set_aside(folder, DAMAGED))!r}")
+            say(f"warning: {str(folder)!r} is damaged, and set aside as {str(files.set_aside(folder, DAMAGED))!r}")
         elif folder not in kept and not _remove(folder):
-            say(f"warning: {str(folder)!r} holds more than a checkpoint, and is now {str(set_aside(folder))!r}")
+            say(f"warning: {str(folder)!r} holds more than a checkpoint, and is now {str(files.set_aside(folder))!r}")
     for aside in run.glob(f"step-*.{DAMAGED}*"):
         found = ASIDE.fullmatch(aside.name)
         if found and int(found[1]) <= newest:
@@ -262,7 +246,7 @@ def _remove(folder: Path) -> bool:
     if not listed.issuperset(path.relative_to(folder).as_posix() for path in paths):
         return False
     if unread := lease(folder / MANIFEST, exclusive=True):
-        doomed = being_written(folder.with_name(folder.name.partition(".")[0]))
+        doomed = files.being_written(folder.with_name(folder.name.partition(".")[0]))
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)  # killed in the middle, it is no damaged checkpoint but a leftover
         shutil.rmtree(doomed, ignore_errors=True)
@@ -272,7 +256,7 @@ def _remove(folder: Path) -> bool:
 
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return run / step_name(step)
+    return run / files.step_name(step)
 
 
 def newest_leased(run: Path) -> tuple[Path, Lease | None] | None:
@@ -287,12 +271,12 @@ def newest_leased(run: Path) -> tuple[Path, Lease | None] | None:
 
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
-    return step_in(folder.name)
+    return files.step_in(folder.name)
 
 
 def step_folders(run: Path) -> list[Path]:
     """The folders that claim to be checkpoints of a run, oldest first."""
-    return by_step(path for path in run.glob("step-*") if path.is_dir())
+    return files.by_step(path for path in run.glob("step-*") if path.is_dir())
 
 
 def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:

@@ -31,7 +31,8 @@ class InputError(ValueError):
 def told(what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool = False) -> Iterator[None]:
     """Within it, an error of these kinds becomes an InputError: `what`, what the error says, the remedy.
 
-    An InputError goes by, unless the kinds name it, or one that it derives from.
+    An InputError goes by, unless the kinds name it, or one that it derives from. Of kinds as wide as Exception the
+    first line of what they say is told, as they may say anything.
     """
     try:
         yield
@@ -39,7 +40,8 @@ def told(what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool 
         named = tuple(kind for kind in kinds if issubclass(kind, InputError))
         if isinstance(error, InputError) and not isinstance(error, named):
             raise
-        text = ": ".join(filter(None, (what, reason(error).removesuffix("."))))
+        words = said(error) if Exception in kinds else reason(error)
+        text = ": ".join(filter(None, (what, words.removesuffix("."))))
         raise InputError("; ".join(filter(None, (text, remedy))), every_rank) from None
 
 
@@ -65,8 +67,8 @@ def said(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What the system says of an error of files, without the file; of any other error, as `said`."""
-    return getattr(error, "strerror", None) or said(error)
+    """What the system says of an error of files, without the file; of any other error all it says, or its name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 # What launchers put into the environment, and accelerate and torch read there.

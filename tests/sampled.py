@@ -3,6 +3,7 @@
 from sit_atconv.config import Data, Flow, Recipe, Run, Train
 from sit_atconv.data.images import Reader, to_tensor
 from sit_atconv.data.samples import TrainingSamples
+from sit_atconv.errors import InputError
 
 
 def sampled(
@@ -12,6 +13,14 @@ def sampled(
     run, train = Run(out="unused", seed=seed), Train(batch_size=batch_size)
     recipe = Recipe(run=run, data=Data(**data), train=train, flow=Flow(**flow or {}))
     return TrainingSamples(dataset, latent_shape, recipe, drop, posterior, with_image)
+
+
+def item(samples, position):
+    """The sample at a position, or what is wrong with it, raised."""
+    batch, _ = samples.fetch([position])
+    if isinstance(batch, InputError):
+        raise batch
+    return {key: value[0] for key, value in batch.items()}
 
 
 def decode(encoded, size, flip, name, reader=None):

@@ -42,13 +42,6 @@ class Samples(Dataset):
         """`fetch`, by the name that torch's loader calls."""
         return self.fetch(positions)
 
-    def __getitem__(self, position: int) -> Batch:
-        """One item. Raises InputError where neither its image nor a substitute can be read."""
-        batch, _ = self.fetch([position])
-        if isinstance(batch, InputError):
-            raise batch
-        return {key: value[0] for key, value in batch.items()}
-
     def still_bad(self, bad: dict[int, str]) -> dict[int, str]:
         """Of images that could not be read once, by index, those that cannot be read now, with what is wrong now.
 

@@ -25,10 +25,20 @@ Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
 
 
 class Draws(Activity):
-    """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says."""
+    """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says.
+
+    `take` is called every so many steps as the recipe's `section` says.
+    """
+
+    section: str
 
     def __init__(self, codec: nn.Module):
         self.codec = codec
+
+    def after_step(self, trainer: Trainer) -> None:
+        every = getattr(trainer.recipe, self.section).every
+        if every and trainer.step % every == 0:
+            self.take(trainer)
 
     def draw(self, trainer: Trainer, what: str, count: int, block: int) -> tuple[torch.Tensor, list[int]] | None:
         """Images 0 to count - 1 of the classes in turn, shared out over the processes: uint8 images, labels.
@@ -61,14 +71,11 @@ class Draws(Activity):
 class Previews(Draws):
     """A grid of images every `preview.every` steps, in previews/."""
 
+    section = "preview"
+
     def clear(self, trainer: Trainer) -> None:
         if (folder := trainer.run / PREVIEWS).is_dir():
             clear_leftovers(folder)
-
-    def after_step(self, trainer: Trainer) -> None:
-        every = trainer.recipe.preview.every
-        if every and trainer.step % every == 0:
-            self.take(trainer)
 
     def take(self, trainer: Trainer) -> None:
         """Draw one, and write it."""
@@ -85,6 +92,8 @@ class Previews(Draws):
 class Scores(Draws):
     """Scores of `score.num` images every `score.every` steps, in scores.jsonl. scorer: the main process's."""
 
+    section = "score"
+
     def __init__(self, codec: nn.Module, scorer: Scorer | None):
         super().__init__(codec)
         self.scorer = scorer
@@ -92,11 +101,6 @@ class Scores(Draws):
     def open(self, trainer: Trainer) -> None:
         if trainer.recipe.score.every:
             self.log = Log(trainer.run / "scores.jsonl", trainer.step)
-
-    def after_step(self, trainer: Trainer) -> None:
-        every = trainer.recipe.score.every
-        if every and trainer.step % every == 0:
-            self.take(trainer)
 
     def take(self, trainer: Trainer) -> None:
         """Draw, score and log. Raises InputError in every process where the scorer does."""

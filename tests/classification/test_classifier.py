@@ -19,6 +19,7 @@ import yaml
 from conftest import ROOT, log_rows, reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
+from sampled import item
 from timm.data import Mixup
 
 import train_attnet
@@ -282,7 +283,7 @@ def test_what_is_drawn_for_a_sample_is_its_own(classifier_file):
     assert random.getstate() == state[1]
     assert np.random.get_state()[1].tolist() == state[2]
     for position in (40, 33):
-        alone = samples[position]
+        alone = item(samples, position)
         assert torch.equal(alone["image"], whole["image"][position - 32])
         assert alone["label"] == whole["label"][position - 32]
     other, _ = ClassifierSamples(dataset, transform, 32, 6).fetch(range(32, 64))

@@ -58,7 +58,7 @@ def folder(tmp_path):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_loader_processes_change_nothing(folder, sampling, workers):
-    options = {"sampling": sampling, "flip": True, "drop": 0.2, "null_label": 2, "accumulation": 2}
+    options = {"sampling": sampling, "flip": True, "drop": 0.2, "accumulation": 2}
     plain, loaded = batches(folder, 0, **options), batches(folder, workers, **options)
     assert_equal(list(plain), list(loaded))
     bad = plain.pop_bad()
@@ -158,7 +158,7 @@ def test_no_room_for_loader_processes_is_one_line(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(os, "fork", refuse)
-    with pytest.raises(InputError, match=r"cannot be started \(Cannot allocate memory\); use fewer data\.workers"):
+    with pytest.raises(InputError, match=r"cannot be started: Cannot allocate memory; use fewer data\.workers"):
         next(batches(Digits(), 1))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 

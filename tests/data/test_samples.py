@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampled import sampled
+from sampled import item, sampled
 from torch.utils.data import Dataset
 
 from sit_atconv import draws
@@ -72,8 +72,8 @@ def test_an_item_is_the_same_in_a_batch_of_any_size():
         parts = [samples(**options).fetch(range(first, min(first + size, 37)))[0] for first in range(0, 37, size)]
         for key, value in whole.items():
             assert torch.equal(torch.cat([part[key] for part in parts]), value)
-    item = samples(**options)[36]
-    assert all(torch.equal(item[key], value[36]) for key, value in whole.items())
+    alone = item(samples(**options), 36)
+    assert all(torch.equal(alone[key], value[36]) for key, value in whole.items())
     assert len(whole["t"].unique()) == 37
     assert len(whole["noise"].sum((1, 2, 3)).unique()) == 37
 
@@ -111,7 +111,7 @@ def test_a_substitute_is_the_first_that_reads_of_those_drawn_for_the_sample():
         assert batch["label"][position] == index % 4
     assert found == {index: f"image {index} is bad" for index in bad}
     assert all(torch.equal(batch[key], plain[key]) for key in ("t", "noise"))
-    assert numbers({"image": samples(Numbers(bad=bad))[39]["image"][None]}) == numbers(batch)[39:]
+    assert numbers({"image": item(samples(Numbers(bad=bad)), 39)["image"][None]}) == numbers(batch)[39:]
 
 
 def test_a_balanced_substitute_is_of_the_same_class_if_one_reads():
@@ -131,7 +131,7 @@ def test_a_dataset_that_does_not_read_at_all_is_an_error_that_says_what_was_bad(
     assert str(error).startswith(f"{MAX_ATTEMPTS} images in a row cannot be read, at last: image ")
     assert found.keys() == set(range(20))
     with pytest.raises(InputError, match="in a row"):
-        samples(Numbers(bad=tuple(range(20))))[0]
+        item(samples(Numbers(bad=tuple(range(20)))), 0)
 
 
 class Gone(Numbers):
@@ -201,7 +201,7 @@ def test_the_image_comes_besides_its_moments_where_it_is_wanted():
     batch, found = samples(Cached(bad=(5,))).fetch(range(20))
     assert "pixels" not in batch
     assert found == {}
-    assert "pixels" not in samples(with_image=True)[0]
+    assert "pixels" not in item(samples(with_image=True), 0)
 
 
 @given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import assert_same_bits, log_rows, run_recipe, weights
 from PIL import Image
-from sampled import sampled
+from sampled import item, sampled
 
 from sit_atconv import SiTTransformer2DModel, checkpoint, draws
 from sit_atconv.config import Preview, Train, load_recipe
@@ -62,7 +62,7 @@ def test_two_steps_equal_a_loop_written_out(recipe_file):
     samples = sampled(Digits(), (1, 8, 8), 8, drop=0.5)
     losses = []
     for step in range(3):
-        items = [samples[step * 8 + j] for j in range(8)]
+        items = [item(samples, step * 8 + j) for j in range(8)]
         image, noise, t = (torch.stack([item[key] for item in items]) for key in ("image", "noise", "t"))
         labels = torch.tensor([item["label"] for item in items])
         for group in optimizer.param_groups:
