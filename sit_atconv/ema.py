@@ -110,14 +110,9 @@ class Averages:
         try:
             temporary.mkdir(parents=True)
             for name, std in self.stds.items():
-                facts = {
-                    "format": SNAPSHOT_FORMAT,
-                    "step": step,
-                    "updates": updates,
-                    "std": std,
-                    "gamma": gamma_of(std),
-                    "buffers": sorted(dict(self.models[name].named_buffers())),
-                }
+                buffers = sorted(dict(self.models[name].named_buffers()))
+                facts = {"format": SNAPSHOT_FORMAT, "step": step, "updates": updates, "std": std}
+                facts |= {"gamma": gamma_of(std), "buffers": buffers}
                 # A single key: safetensors writes several in an order that changes from process to process.
                 save_file(tensors[name], temporary / f"{name}.safetensors", {METADATA: json.dumps(facts)})
             files.settle(temporary)

@@ -142,10 +142,8 @@ def write_model(run: Path, std: float, step: int | None, out: Path, force: bool 
     checkpoint.read_manifest(folder, under=f"{SAMPLED}/config.json")
     with torch.device("meta"), named(f"checkpoint {str(folder)!r} cannot be read"):
         model = SiTTransformer2DModel.from_config(checkpoint.read_options(folder / SAMPLED))
-    try:
+    with told(f"the snapshots of {str(run)!r} do not fit its model", RuntimeError):
         model.load_state_dict(combine(found), strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"the snapshots of {str(run)!r} do not fit its model: {error}") from None
     record = {
         "made_by": "sit_atconv.posthoc", "weights": SAMPLED, "std": found.std, "gamma": gamma_of(found.std),
         "step": found.step, "updates": found.updates, "profile_error": found.error,

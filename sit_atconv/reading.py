@@ -270,11 +270,6 @@ def read_yaml(path: str | Path, regular: bool = False) -> Any:
             text = bounded(file, MOST_YAML).decode()
     except UnicodeDecodeError:
         raise ValueError("it is no text") from None
-    return parse_yaml(text)
-
-
-def parse_yaml(text: str) -> Any:
-    """`read_yaml` of a text."""
     with _told():
         node = _composed(text, MOST_NODES)
         if isinstance(node, yaml.ScalarNode):  # which OmegaConf takes for a key, or does not take

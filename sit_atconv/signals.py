@@ -37,9 +37,7 @@ def handled(numbers: Iterable[int], handler: Callable) -> Iterator[None]:
 
 
 class _Handling:
-    """A context manager within which `_handle` gets the signals `numbers`."""
-
-    numbers: tuple[int, ...]
+    """A context manager within which `_handle` gets the signals `numbers`; a subclass has both."""
 
     def __enter__(self) -> Self:
         self._open = ExitStack()
@@ -48,9 +46,6 @@ class _Handling:
 
     def __exit__(self, *error) -> None:
         self._open.close()
-
-    def _handle(self, number: int, frame) -> None:
-        raise NotImplementedError
 
 
 class StopSignals(_Handling):

@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from sit_atconv import limits
-from sit_atconv.errors import InputError, check_choice, said, told
+from sit_atconv.errors import InputError, check_choice, told
 from sit_atconv.reading import read_config
 from sit_atconv.weights import fits
 
@@ -75,12 +75,9 @@ def load_folder(folder: Path, where: str, **options) -> tuple[nn.Module, Path]:
 
 @contextmanager
 def _loaded(where: str) -> Iterator[None]:
-    """Tell what timm raises, and leave the random stream where it is."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    except Exception as error:  # options of any kind: timm refuses them in every way there is
-        raise InputError(f"{where} cannot be loaded by timm: {said(error)}") from None
+    """Tell what timm raises, which refuses options in every way there is, and leave the random stream where it is."""
+    with told(f"{where} cannot be loaded by timm", Exception, InputError), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def is_rgb(model: nn.Module) -> bool:

@@ -37,19 +37,20 @@ class Timing:
 
 def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Seconds per call over `repeats` calls in a row: CUDA events on a CUDA device, else the clock on the wall."""
-    if device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3 / repeats
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - begin) / repeats
+    taken = time.perf_counter() - begin
+    if on_cuda:
+        end.record()
+        torch.cuda.synchronize(device)
+        taken = start.elapsed_time(end) / 1e3
+    return taken / repeats
 
 
 @lru_cache(maxsize=1)

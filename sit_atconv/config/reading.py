@@ -37,13 +37,11 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
         if "???" in override.partition("=")[2]:  # which would give way to whatever the file says
             raise InputError(f"override {override!r}: ??? stands for a value that is missing; state it")
     stated = _read_with_base(Path(path), (), schema)
-    try:
+    with told(f"recipe {str(path)!r} cannot be read", *UNREADABLE):
         laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
         check_literal(OmegaConf.to_container(laid_over))
         _check_renamed(OmegaConf.to_container(OmegaConf.create(stated)), OmegaConf.to_container(laid_over))
         stated = OmegaConf.merge(stated, laid_over)
-    except UNREADABLE as error:
-        raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated, schema)
 
 

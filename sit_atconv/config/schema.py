@@ -52,8 +52,7 @@ class Loading(Section):
     """Which images there are, and how they are read, whatever they are for: a part of a section `data`."""
 
     kind: str = chosen("digits", DATA_KINDS)
-    # all kinds but digits: folder, zip file, LMDB, hub id, npz, or cache of latents; of a classifier the images to
-    # learn from
+    # all kinds but digits: folder, zip file, LMDB, hub id, npz (a classifier's to learn from), or cache of latents
     root: str | None = field(default=None, metadata=MUTABLE | PATH)
     _: KW_ONLY
     split: str | None = setting(HUB, "train")

@@ -67,11 +67,10 @@ def read_public(
     actual, tensors, projectors, folded, notes = _public_layout(name, found, form, told)
     options, assumed = layout.read_options(name, tensors, found.args, told, actual)
     model = layout.build(name, tensors, options)
-    grid = tuple(side // model.config.patch_size for side in model.latent_size)
     kept = _projectors(projectors, found, encoder_depth, options["depth"]) if keep_projectors else None
     if encoder_depth is not None and kept is None:
         raise InputError(f"encoder depth {encoder_depth}: there are no projectors to keep; leave it out")
-    position = layout.position_embedding_kind(tensors, grid)
+    position = layout.position_embedding_kind(tensors, model.grid)
     if position == "stored":
         notes.append("pos_embed is not the fixed one, which takes its place at any other latent size")
     dtype = layout.widest({name: found.tensors[name] for name in found.tensors if name not in projectors})

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterable
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sit_atconv.compat.torch import consider_ended, ignore_deaths, loader_processes
 from sit_atconv.config import Loading
-from sit_atconv.data.samples import Batch, RankPositions, Samples
+from sit_atconv.data.samples import Batch
 from sit_atconv.errors import InputError, told
 
 POLL_SECONDS = 1.0  # between two looks at whether the loader processes are alive, while none gives a batch
@@ -26,6 +26,7 @@ REMEDY = "use fewer data.workers, or give more memory"
 class TrainingBatches:
     """The batches of one process in order; an iterator. Its loader processes start with the first batch.
 
+    samples: gives by `__getitems__` what `Samples.fetch` does. positions: of every batch, such as `RankPositions`.
     data: says how many loader processes there are, and after how many seconds without a batch they count as hung.
     `next` raises the InputError of a dataset that is gone, and of a loader process that died or hangs. Nothing is
     raised anywhere else: torch's way of raising from a signal handler, in whatever the process is doing, is off.
@@ -33,13 +34,14 @@ class TrainingBatches:
     with this object, at the latest with this process.
     """
 
-    def __init__(self, samples: Samples, positions: RankPositions, data: Loading, pin_memory: bool = False):
+    def __init__(self, samples: Dataset, positions: Iterable, data: Loading, pin_memory: bool = False):
         self.timeout, self._bad, self._iterator, self._watchdog = data.worker_timeout, {}, None, None
         options = {}
         if data.workers:
             # Enough for two batches of every loader process, and for the micro-batches of two steps.
+            accumulation = getattr(positions, "accumulation", 1)
             options = {
-                "prefetch_factor": max(2, math.ceil(2 * positions.accumulation / data.workers)),
+                "prefetch_factor": max(2, math.ceil(2 * accumulation / data.workers)),
                 "timeout": min(POLL_SECONDS, self.timeout),
                 "worker_init_fn": _begin,
             }

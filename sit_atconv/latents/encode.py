@@ -160,16 +160,10 @@ class _Images(Dataset):
             return error, {}
 
 
-class _Batches(list):
-    """Batch sampler: lists of indices."""
-
-    accumulation = 1
-
-
 def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, settings, out: Path, spans: list) -> None:
     size = recipe.latents.batch_size
     cut = {span: list(BatchSampler(range(span[0], sum(span)), size, drop_last=False)) for span in spans}
-    lists = _Batches(chain.from_iterable(cut.values()))
+    lists = list(chain.from_iterable(cut.values()))
     batches = TrainingBatches(_Images(dataset), lists, recipe.data, device.type == "cuda")
     total = sum(count for _, count in spans)
     label = "encode" if processes.count() == 1 else f"encode (1 of {processes.count()} processes)"

@@ -39,14 +39,12 @@ class Projectors(nn.Module):
 
         Raises InputError when one is missing, unexpected or of another shape.
         """
-        try:
+        with told("the projectors are not three linears for each encoder", LookupError, ValueError, RuntimeError):
             count = len({name.split(".")[1] for name in state})
             hidden_dim, dim = state["projectors.0.0.weight"].shape
             z_dims = [state[f"projectors.{index}.4.weight"].shape[0] for index in range(count)]
             projectors = cls(dim, hidden_dim, z_dims, encoder_depth)
             projectors.load_state_dict(state, strict=True, assign=True)
-        except (LookupError, ValueError, RuntimeError) as error:
-            raise InputError(f"the projectors are not three linears for each encoder: {error}") from None
         return projectors
 
     @property

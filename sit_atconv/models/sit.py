@@ -121,7 +121,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         check_choice("prediction", prediction, PREDICTIONS)
         if not (isinstance(class_dropout_prob, int | float) and 0 <= class_dropout_prob < 1):
             raise InputError(f"class_dropout_prob={reprlib.repr(class_dropout_prob)}: choose a share in [0, 1)")
-        grid = self._grid(*self.latent_size)
+        grid = self.grid
         present = "attention" in mixers if pos_embed == "auto" else bool(pos_embed)
         if present * grid[0] * grid[1] * hidden_size > MOST_POSITIONS:
             raise InputError(
@@ -169,6 +169,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         """Height and width of the latents that the model was made for."""
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the tokens of these latents."""
+        return self._grid(*self.latent_size)
 
     def reset_parameters(self) -> None:
         """Draw the starting weights of SiT: xavier-uniform linears, adaLN and output layer at zero."""
@@ -235,7 +240,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     def _is_own(self, grid: tuple[int, int]) -> bool:
         """Whether the model was made for that grid; False where a graph leaves the grid open, which this keeps so."""
         known = bool if torch.jit.is_tracing() else statically_known_true  # sizes are tensors for torch.jit.trace
-        return all(known(a == b) for a, b in zip(grid, self._grid(*self.latent_size), strict=True))
+        return all(known(a == b) for a, b in zip(grid, self.grid, strict=True))
 
     def _position_embedding(self, grid: tuple[int, int]) -> torch.Tensor:
         if self._is_own(grid):

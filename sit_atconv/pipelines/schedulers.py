@@ -73,13 +73,8 @@ DPM = (
         lambda config: config["algorithm_type"] == "sde-dpmsolver++",
     ),
 )
-RULES = {
-    FlowMatchEulerDiscreteScheduler: FLOW,
-    FlowMatchHeunDiscreteScheduler: FLOW,
-    FlowMatchLCMScheduler: FLOW,
-    UniPCMultistepScheduler: UNIPC,
-    DPMSolverMultistepScheduler: DPM,
-}
+OF_FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+RULES = dict.fromkeys(OF_FLOWS, FLOW) | {UniPCMultistepScheduler: UNIPC, DPMSolverMultistepScheduler: DPM}
 # Options with no rule of their own. They make the noise levels, which are checked themselves, ...
 LEVELS = {"num_train_timesteps", "shift", "flow_shift", "shift_terminal", "timestep_spacing"}
 LEVELS |= {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max"}

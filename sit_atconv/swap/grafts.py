@@ -22,9 +22,13 @@ from sit_atconv.swap.layers import LayerOptions, SelfATConv
 
 
 class Graft:
-    """What `swap_attention` needs to know of an attention class; subclass it to swap one of your own."""
+    """What `swap_attention` needs to know of an attention class; subclass it to swap one of your own.
+
+    layer: what takes the attention's place, where `build` is not another.
+    """
 
     joint = False  # whether text and image tokens attend together: swapped under joint="split" only
+    layer: type[KernelGenerator]
 
     def refusal(self, attention: nn.Module) -> str | None:
         """Why this attention cannot be swapped, in words that complete "NAME ..."; None where it can."""
@@ -32,11 +36,11 @@ class Graft:
 
     def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> KernelGenerator:
         """A layer of the attention's sizes that takes its place, freshly started."""
-        raise NotImplementedError
+        return self.layer(attention, reference, options)
 
     def heads(self, attention: nn.Module) -> int:
         """How many groups of channels get taps of their own."""
-        return attention.heads
+        return attention.heads if hasattr(attention, "heads") else attention.num_heads
 
     def copy(self, attention: nn.Module, layer: KernelGenerator) -> None:
         """Give the layer the attention's value and output maps, and whatever else it keeps of it."""
@@ -204,9 +208,6 @@ class SiTAttentionGraft(Graft):
     def build(self, attention, reference: GridReference, options: LayerOptions) -> ATConv:
         layer = ATConv(attention.proj.in_features, options.kernel_size, pool=options.pool)
         return layer.to(attention.proj.weight.device, attention.proj.weight.dtype)
-
-    def heads(self, attention) -> int:
-        return attention.num_heads
 
     def copy(self, attention, layer: ATConv) -> None:
         take_over(value_of(attention.qkv), attention.proj, layer.x_proj, layer.proj)

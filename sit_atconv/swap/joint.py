@@ -170,12 +170,11 @@ def text_length(sequence: torch.Tensor, reference: GridReference) -> int:
 
 
 class JointGraft(Graft):
-    """The base of the joint grafts. cls, processor: of the attention. layer: what takes its place."""
+    """The base of the joint grafts. cls, processor: of the attention."""
 
     joint = True
     cls: type[nn.Module]
     processor: type
-    layer: type[JointATConv]
     maps: tuple[str, ...]
 
     def refusal(self, attention: nn.Module) -> str | None:
@@ -187,9 +186,6 @@ class JointGraft(Graft):
         if missing is not None:
             return f"has no {missing}: it is no joint attention of the kind that this graft splits"
         return linear_refusal(attention, *self.maps)
-
-    def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> JointATConv:
-        return self.layer(attention, reference, options)
 
     def copy(self, attention: nn.Module, layer: JointATConv) -> None:
         """All maps as they are: the value's bias stays in the value, as text queries attend to it beside text's."""

@@ -63,6 +63,8 @@ class PrefixATConv(SwappedLayer):
 class PrefixGraft(Graft):
     """timm's `Attention` in a `VisionTransformer`."""
 
+    layer = PrefixATConv
+
     def refusal(self, attention: nn.Module) -> str | None:
         if reason := class_refusal(attention, Attention, "timm's "):
             return reason
@@ -71,12 +73,6 @@ class PrefixGraft(Graft):
         if not isinstance(attention.norm, nn.Identity):
             return "normalises what it has mixed (scale_norm): ATConv does not stand for that"
         return linear_refusal(attention, "qkv", "proj")
-
-    def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> PrefixATConv:
-        return PrefixATConv(attention, reference, options)
-
-    def heads(self, attention: Attention) -> int:
-        return attention.num_heads
 
     def copy(self, attention: Attention, layer: PrefixATConv) -> None:
         take_over(value_of(attention.qkv), attention.proj, layer.v_proj, layer.proj)

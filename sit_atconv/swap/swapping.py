@@ -187,13 +187,13 @@ def swap_attention(
     check_choice("joint", joint, JOINTS)
     check_choice("prefix", prefix, PREFIXES)
     check_choice("pool", pool, POOLS)
-    for name, value in (("max_error", max_error), ("speedup", speedup)):
+    for name, value, least in (("max_error", max_error, 0), ("speedup", speedup, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise InputError(f"{name}={value!r}: give a number")
         if value is not None and select != "auto":
             raise InputError(f"{name}={value}: a target needs select='auto', and select={select!r}; leave one out")
-        if value is not None and not value > (1 if name == "speedup" else 0):
-            raise InputError(f"{name}={value}: must be greater than {1 if name == 'speedup' else 0}")
+        if value is not None and not value > least:
+            raise InputError(f"{name}={value}: must be greater than {least}")
     pipeline, model = model_of(model_or_pipeline)
     check_bare(model)
     adapter = adapter_of(model)

@@ -108,9 +108,12 @@ def claim(
     return Claimed(described, found, held.pop() if held else None)
 
 
-def stored_run(run: Path, changed: Callable[[dict[str, Any], Path | None], list[str]]) -> Found:
+def stored_run(
+    run: Path, described: dict[str, Any], changed: Callable[[dict[str, Any], Path | None], list[str]]
+) -> Found:
     """The checkpoint to go on from, with its manifest, or None for a new run.
 
+    described: what this start would write into a manifest.
     changed: what keeps a stored recipe, that of a checkpoint where there is one, from being that of this start, see
     `config.differences`.
     Raises InputError for a folder that is not this run's.
@@ -141,13 +144,9 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any], Path | None], list[
         raise InputError(
             f"run.out={str(run)!r} holds a run of another recipe ({said}); state it as it was, or choose another folder"
         )
-    return found
-
-
-def check_same_data(run: Path, manifest: dict[str, Any], described: dict[str, Any]) -> None:
-    """Raise InputError where the images of a run are not those of this start."""
-    if manifest.get("data") != described["data"]:
+    if found and found[1].get("data") != described["data"]:
         raise InputError(f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images")
+    return found
 
 
 def check_run_folder(
@@ -168,14 +167,13 @@ def check_run_folder(
         made = {} if last is None else read_json(last / "model" / "config.json")
         return config.differences(stored, stated, complete=partial(resolved, made=made))
 
-    found = stored_run(run, changed)
+    found = stored_run(run, described, changed)
     if found:
         manifest = found[1]
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
         check_same_codec(manifest.get("codec", {}), described["codec"])
-        check_same_data(run, manifest, described)
         for part, name in FROZEN.items():
             if manifest.get(part) != described[part]:
                 stated = attrgetter(name)(recipe)

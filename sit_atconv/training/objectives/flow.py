@@ -41,14 +41,8 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.run.seed)
         model = create_model(recipe.model.name, **options)
-    check_kernel("model.kernel_size", recipe.model.kernel_size, grid_of(model))
+    check_kernel("model.kernel_size", recipe.model.kernel_size, model.grid)
     return model
-
-
-def grid_of(model: SiTTransformer2DModel) -> tuple[int, int]:
-    """Height and width of the tokens that a model was made for."""
-    height, width = (side // model.config.patch_size for side in model.latent_size)
-    return height, width
 
 
 class FlowObjective(Objective):
