@@ -51,14 +51,21 @@ CODEC_FORM = (
     {"codec": "vae", "vae": str, "sha256": str, "scale": float, "shift": float},
 )
 RECIPE_FORM = {
-    "run?": {"seed?": range(2**64)}, "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float},
-    "model?": {"name?": (str, None)}, "data?": {"kind?": str}, "ema?": dict,
+    "run?": {"seed?": range(2**64)},
+    "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float},
+    "model?": {"name?": (str, None)},
+    "data?": {"kind?": str},
+    "ema?": dict,
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
-}  # fmt: skip
+}
 MANIFEST_FORM = {
-    "step": COUNT, "files": {INSIDE: SHA256}, "recipe?": (RECIPE_FORM, None), "codec?": CODEC_FORM,
-    "data?": {"num_images": POSITIVE, "classes": [str]}, "images_seen?": COUNT,
-}  # fmt: skip
+    "step": COUNT,
+    "files": {INSIDE: SHA256},
+    "recipe?": (RECIPE_FORM, None),
+    "codec?": CODEC_FORM,
+    "data?": {"num_images": POSITIVE, "classes": [str]},
+    "images_seen?": COUNT,
+}
 CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}
 
 

@@ -145,13 +145,18 @@ def write_model(run: Path, std: float, step: int | None, out: Path, force: bool 
     with told(f"the snapshots of {str(run)!r} do not fit its model", RuntimeError):
         model.load_state_dict(combine(found), strict=True, assign=True)
     record = {
-        "made_by": "sit_atconv.posthoc", "weights": SAMPLED, "std": found.std, "gamma": gamma_of(found.std),
-        "step": found.step, "updates": found.updates, "profile_error": found.error,
+        "made_by": "sit_atconv.posthoc",
+        "weights": SAMPLED,
+        "std": found.std,
+        "gamma": gamma_of(found.std),
+        "step": found.step,
+        "updates": found.updates,
+        "profile_error": found.error,
         "snapshots": [
             {"file": each.path.relative_to(run).as_posix(), "std": each.std, "updates": each.updates, "weight": weight}
             for each, weight in zip(found.snapshots, found.weights, strict=True)
         ],
-    }  # fmt: skip
+    }
     with new_path(out, force=force) as unfinished:
         model.save_pretrained(unfinished)
         checkpoint.write_conversion(unfinished, record)

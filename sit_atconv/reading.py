@@ -116,8 +116,8 @@ def read_config(path: str | Path, form: Any = dict, most: int = MOST_CONFIG) -> 
         level = [(f"{place}.{key}".lstrip("."), inner) for place, each in level for key, inner in entries(each)]
         for place, value in level:
             if type(value) is int and abs(value) > MOST_SIZE:
-                told = f"{place} is {reprlib.repr(value)}, and must be at most {MOST_SIZE:,}"
-                raise Malformed(f"{Path(path).name}: {told}")
+                rule = f"{place} is {reprlib.repr(value)}, and must be at most {MOST_SIZE:,}"
+                raise Malformed(f"{Path(path).name}: {rule}")
     return config
 
 

@@ -1,7 +1,7 @@
 """Images and training samples by what a test says of them."""
 
 from sit_atconv.config import Data, Flow, Recipe, Run, Train
-from sit_atconv.data.images import Reader, to_tensor
+from sit_atconv.data.images import EncodedImages, Reader
 from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.errors import InputError
 
@@ -25,4 +25,12 @@ def item(samples, position):
 
 def decode(encoded, size, flip, name, reader=None):
     """The tensor (C, size, size) of an image file's bytes."""
-    return to_tensor((reader or Reader())(encoded, name, size), flip)
+
+    class One(EncodedImages):
+        def encoded(self, index):
+            return encoded, 0
+
+        def name(self, index):
+            return name
+
+    return One(size, ["the one"], reader or Reader())[0, flip][0]

@@ -21,8 +21,14 @@ Schema = TypeVar("Schema")
 
 # What YAML of any content ends in: the parser's own errors, and Python's of numbers and brackets without end.
 UNREADABLE = (
-    yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, RecursionError, AssertionError,
-)  # fmt: skip
+    yaml.YAMLError,
+    OmegaConfBaseException,
+    AttributeError,
+    TypeError,
+    ValueError,
+    RecursionError,
+    AssertionError,
+)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:

@@ -16,9 +16,11 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths S, B, L
 ATCONV_PARTS = ("kernel_proj", "kernel_gen", "x_proj", "difference_control")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MATRICES = {  # by name, their dimensions
-    "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "final_layer.linear.weight": 2,
     "blocks.0.mlp.fc1.weight": 2,
-}  # fmt: skip
+}
 VAE_FACTOR = 8  # pixels per latent pixel of the autoencoder that the public checkpoints were trained with
 DEFAULT_SAMPLE_SIZE = 32
 PATH_NAMES = {"cosine": "gvp", "v": "velocity"}  # REPA's words for ours

@@ -154,10 +154,14 @@ def export_public(
     config = trained.model.config
     args = {
         # What the tensors do not say, for whoever reads the file, this converter included.
-        "form": "dit" if config.path == "ddpm" else form, "input_size": config.sample_size,
-        "num_heads": config.num_heads, "num_classes": config.num_classes,
-        "class_dropout_prob": config.class_dropout_prob, "path_type": config.path, "prediction": config.prediction,
-    }  # fmt: skip
+        "form": "dit" if config.path == "ddpm" else form,
+        "input_size": config.sample_size,
+        "num_heads": config.num_heads,
+        "num_classes": config.num_classes,
+        "class_dropout_prob": config.class_dropout_prob,
+        "path_type": config.path,
+        "prediction": config.prediction,
+    }
     if form == "repa" and projectors:
         args["encoder_depth"] = projectors.encoder_depth
     with new_path(out, force=force) as unfinished:

@@ -163,13 +163,6 @@ def with_channels(image: Image.Image, channels: int | None) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
-    """A grey or RGB image -> (C, H, W) in [-1, 1], mirrored where `flip`."""
-    pixels = np.array(image)
-    tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
-    return tensor.flip(2) if flip else tensor
-
-
 def read_image(path: str) -> bytes:
     """The bytes of an image file. Raises Unreadable for what is no file, is not there, or is larger than MOST_BYTES."""
     try:
@@ -208,14 +201,6 @@ def image_files(root: str | Path) -> Iterator[str]:
                         folders.append((entry.path, above))
                 elif is_image(entry.name):
                     yield entry.path
-
-
-def check_label(label: int | None, class_names: Sequence[str], name: str) -> None:
-    """Raise Unreadable, which says `name`, for a label that is no class: len(class_names) would be the null class."""
-    if label is None or not 0 <= label < len(class_names):
-        raise Unreadable(
-            f"image {name!r} has the label {label}, and there are {len(class_names)} classes, from 0 on; correct it"
-        )
 
 
 def check_labels(where: str, labels: np.ndarray, class_names: Sequence[str]) -> None:
@@ -276,7 +261,9 @@ class Images(Dataset):
     def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
         index, flip = key
         image, label = self.picture(index, self.image_size)
-        return to_tensor(image, flip), label
+        pixels = np.array(image)
+        tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
+        return tensor.flip(2) if flip else tensor, label
 
 
 class EncodedImages(Images):
@@ -292,9 +279,12 @@ class EncodedImages(Images):
         raise NotImplementedError
 
     def picture(self, index: int, size: int | None = None) -> tuple[Image.Image, int]:
-        encoded, label = self.encoded(index)
-        check_label(label, self.class_names, self.name(index))
-        return self.reader(encoded, self.name(index), size), label
+        (encoded, label), name, classes = self.encoded(index), self.name(index), len(self.class_names)
+        if label is None or not 0 <= label < classes:  # which would be that of the null class, or of none
+            raise Unreadable(
+                f"image {name!r} has the label {label}, and there are {classes} classes, from 0 on; correct it"
+            )
+        return self.reader(encoded, name, size), label
 
 
 class Packed:

@@ -102,7 +102,7 @@ class LatentCache(Dataset):
     """The moments of a cache, in place of images. An item `(index, flip)` is a tensor (2C, h, w) and a label.
 
     The first C channels are the mean, the others the log-variance, in the stored dtype, without scale and shift.
-    verify: compare every shard with its SHA-256 now. image_size: refused unless it is the cache's.
+    verify: compare every shard with its SHA-256 now.
     source: where the images themselves lie today, for `images`; None is where they were. max_pixels: of these.
     Raises InputError for a cache that is not there or not whole.
     """
@@ -110,8 +110,7 @@ class LatentCache(Dataset):
     moments = True
 
     def __init__(
-        self, root: str, verify: bool, image_size: int | None = None, source: str | None = None,
-        max_pixels: int = Loading.max_pixels,
+        self, root: str, verify: bool, source: str | None = None, max_pixels: int = Loading.max_pixels
     ):  # fmt: skip
         self.root, self.source, self.max_pixels = Path(root).absolute(), source, max_pixels
         self.index = index = read_index(self.root)
@@ -119,11 +118,6 @@ class LatentCache(Dataset):
         if problems:
             more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
             raise InputError(f"cache of latents {root!r}: {problems[0]}{more}; {REMEDY}")
-        if image_size not in (None, index["image_size"]):
-            raise InputError(
-                f"data.image_size={image_size}: the cache {root!r} is of images of {index['image_size']} pixels; "
-                "leave it out, or encode another cache"
-            )
         self.channels, self.image_size = index["channels"], index["image_size"]
         self.background = index["data"].get("background")  # a cache that does not say left transparency out
         self.class_names, self.latent_shape = tuple(index["class_names"]), tuple(index["latent_shape"])
@@ -138,8 +132,8 @@ class LatentCache(Dataset):
         check_labels(f"cache of latents {root!r}", self.labels, self.class_names)
 
     def check_stated(self, data: Data) -> None:
-        """Raise InputError for channels or a background, of a recipe, that are not those of the cache's images."""
-        for key in ("channels", "background"):
+        """Raise InputError for a size, channels or a background, of a recipe, that the cache's images do not have."""
+        for key in ("image_size", "channels", "background"):
             stated, own = getattr(data, key), getattr(self, key)
             if stated not in (None, own):
                 raise InputError(

@@ -415,10 +415,17 @@ _SIZES = {
 }
 _PRESETS = {f"attnet_{size}": options for size, (_, options) in _SIZES.items()}
 _CFG = {
-    "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-    "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "stem.0.conv", "classifier": "head.fc",
-}  # fmt: skip
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stem.0.conv",
+    "classifier": "head.fc",
+}
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _PRESETS})
 
 

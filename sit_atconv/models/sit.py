@@ -74,8 +74,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     _no_split_modules = ["SiTBlock", "SiTATConvBlock"]  # noqa: RUF012 (diffusers' own type)
     _repeated_blocks = ["SiTBlock", "SiTATConvBlock"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = (
-        "x_embedder", "t_embedder", "y_embedder", "norm", "adaLN_modulation", "pos_embed",
-    )  # fmt: skip
+        "x_embedder",
+        "t_embedder",
+        "y_embedder",
+        "norm",
+        "adaLN_modulation",
+        "pos_embed",
+    )
 
     @register_to_config
     def __init__(

@@ -9,6 +9,14 @@ from sit_atconv.swap.regression import regress
 from sit_atconv.swap.swapping import AttentionSwap, swap_attention
 
 __all__ = [
-    "AttentionSwap", "Graft", "LayerOptions", "SelfAttentionGraft", "SwapAdapter", "load_delta", "register_adapter",
-    "regress", "save_delta", "swap_attention",
-]  # fmt: skip
+    "AttentionSwap",
+    "Graft",
+    "LayerOptions",
+    "SelfAttentionGraft",
+    "SwapAdapter",
+    "load_delta",
+    "register_adapter",
+    "regress",
+    "save_delta",
+    "swap_attention",
+]

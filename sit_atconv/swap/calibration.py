@@ -260,19 +260,16 @@ def macs_of_call(module: nn.Module, call: Callable) -> int:
         if total() == before.pop():  # kernels of quantised weights, which torch has no formula for
             unseen.append(inputs[0].numel() * output.shape[-1])
 
+    # The linear maps of a model or a layer, whoever's class they are of.
+    layers = (each for each in module.modules() if isinstance(each, KernelGenerator))
+    linears = {each for layer in layers for each in foreign_maps(layer).values()}
+    linears |= {each for each in module.modules() if hasattr(each, "in_features")}
     with ExitStack() as stack, counter:
-        for each in _linears(module):
+        for each in linears:
             stack.enter_context(each.register_forward_pre_hook(start))
             stack.enter_context(each.register_forward_hook(end))
         call()
     return total()
-
-
-def _linears(module: nn.Module) -> set[nn.Module]:
-    """The linear maps of a model or a layer, whoever's class they are of."""
-    layers = (each for each in module.modules() if isinstance(each, KernelGenerator))
-    foreign = {each for layer in layers for each in foreign_maps(layer).values()}
-    return foreign | {each for each in module.modules() if hasattr(each, "in_features")}
 
 
 @dataclass

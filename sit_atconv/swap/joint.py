@@ -170,7 +170,7 @@ def text_length(sequence: torch.Tensor, reference: GridReference) -> int:
 
 
 class JointGraft(Graft):
-    """The base of the joint grafts. cls, processor: of the attention."""
+    """The base of the joint grafts. cls, processor: of the attention. maps: linears that each has."""
 
     joint = True
     cls: type[nn.Module]
@@ -185,7 +185,8 @@ class JointGraft(Graft):
         missing = next((name for name in self.maps if getattr(attention, name.split(".")[0], None) is None), None)
         if missing is not None:
             return f"has no {missing}: it is no joint attention of the kind that this graft splits"
-        return linear_refusal(attention, *self.maps)
+        also = () if getattr(attention, "to_add_out", None) is None else ("to_add_out",)
+        return linear_refusal(attention, *self.maps, *also)
 
     def copy(self, attention: nn.Module, layer: JointATConv) -> None:
         """All maps as they are: the value's bias stays in the value, as text queries attend to it beside text's."""
@@ -221,12 +222,6 @@ class SD3JointGraft(JointGraft):
 
     cls, processor, layer = Attention, JointAttnProcessor2_0, StreamsJointATConv
     maps = (*IMAGE_MAPS, *TEXT_MAPS, "to_out.0")
-
-    def refusal(self, attention: Attention) -> str | None:
-        reason = super().refusal(attention)
-        if reason is None and attention.to_add_out is not None:
-            reason = linear_refusal(attention, "to_add_out")
-        return reason
 
 
 class FluxDoubleGraft(JointGraft):

@@ -55,14 +55,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             project_dir=str(resolved(recipe.run.out, "run.out")),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    if accelerator.distributed_type not in DISTRIBUTED or (accelerator.is_fsdp2 != _is_fsdp(accelerator)):
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type not in DISTRIBUTED or accelerator.is_fsdp2 != sharded:
         raise InputError(
             f"accelerate is configured for {accelerator.distributed_type.value}; this trainer runs on one process, "
             "under DDP on CPU or CUDA, or under FSDP with fsdp_version 2: see experiments/accelerate"
         )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if train.precision == "fp16" and _is_fsdp(accelerator):
+    if train.precision == "fp16" and sharded:
         raise InputError("train.precision=fp16 is not for FSDP; use bf16")
     parts = accelerator.num_processes * train.gradient_accumulation_steps
     if train.batch_size % parts:
@@ -71,7 +72,3 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{train.gradient_accumulation_steps} accumulation steps; choose a multiple of {parts}"
         )
     return accelerator
-
-
-def _is_fsdp(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type == DistributedType.FSDP

@@ -30,9 +30,12 @@ SCALER_FORM = {
     "scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": COUNT, "_growth_tracker": COUNT,
 }  # fmt: skip
 TRAINER_FORM = {
-    "skipped": COUNT, "skipped_in_a_row": COUNT, "scaler": (SCALER_FORM, None), "means": [[float]],
+    "skipped": COUNT,
+    "skipped_in_a_row": COUNT,
+    "scaler": (SCALER_FORM, None),
+    "means": [[float]],
     "bad": {re.compile("[0-9]{1,18}"): str},
-}  # fmt: skip
+}
 
 
 class Activity:

@@ -50,11 +50,11 @@ def test_an_item_is_what_its_draws_say():
     assert bad == {}
     for place, position in enumerate(range(100, 150)):
         index = divmod(position, 6)
-        flip = draws.uniform(3, Stream.FLIP, *index) < 0.5
+        flip = draws.uniforms((), 3, Stream.FLIP, *index) < 0.5
         image, label = Digits()[order[position], flip]
         assert torch.equal(batch["image"][place], image)
-        assert batch["label"][place] == (10 if draws.uniform(3, Stream.LABEL_DROP, *index) < 0.4 else label)
-        t = stream.time(torch.tensor([draws.uniform(3, Stream.TIME, *index)]))
+        assert batch["label"][place] == (10 if draws.uniforms((), 3, Stream.LABEL_DROP, *index) < 0.4 else label)
+        t = stream.time(draws.uniforms((1,), 3, Stream.TIME, *index))
         torch.testing.assert_close(batch["t"][place], t[0], atol=1e-7, rtol=0)
         assert torch.equal(batch["noise"][place], draws.normal((1, 8, 8), 3, Stream.NOISE, *index))
         assert torch.equal(batch["posterior"][place], draws.normal((1, 8, 8), 3, Stream.POSTERIOR, *index))

@@ -252,9 +252,11 @@ def test_the_images_are_found_again(cache, pictures, tmp_path):
 
 
 def test_another_image_size_is_refused(cache):
-    assert LatentCache(str(cache), True, SIZE).image_size == SIZE
-    with pytest.raises(InputError, match=r"data\.image_size=32: .* 16 pixels"):
-        LatentCache(str(cache), True, 32)
+    dataset = LatentCache(str(cache), verify=True)
+    assert dataset.image_size == SIZE
+    dataset.check_stated(Data(kind="latents", root=str(cache), image_size=SIZE))
+    with pytest.raises(InputError, match=r"data\.image_size=32: .* image_size 16"):
+        dataset.check_stated(Data(kind="latents", root=str(cache), image_size=32))
 
 
 def test_the_autoencoder_decodes_where_it_is_named_and_another_one_is_refused(cache, vae_folder, tmp_path):

@@ -419,7 +419,7 @@ def test_the_first_loss_is_the_recipes_flow_in_closed_form(recipe_file):
     last = run_recipe(recipe_file(flow=flow), "train.max_steps=1")
     expected = 0
     for sample in range(8):
-        u = NormalDist().inv_cdf(float(draws.uniform(0, Stream.TIME, 0, sample)))
+        u = NormalDist().inv_cdf(float(draws.uniforms((), 0, Stream.TIME, 0, sample)))
         noise_level = 1 - 1 / (1 + math.exp(-(0.5 + 0.8 * u)))
         t = (1 - 1e-5) * (1 - 2 * noise_level / (1 + noise_level))
         beta, log_alpha = 0.1 + 19.9 * (1 - t), -((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.05

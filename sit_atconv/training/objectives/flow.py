@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sit_atconv.checkpoint import Part, load_weights, write_pretrained
+from sit_atconv.checkpoint import load_weights, write_pretrained
 from sit_atconv.config import Recipe
 from sit_atconv.data.samples import Batch, TrainingSamples
 from sit_atconv.devices import import_compiler
@@ -51,6 +51,7 @@ class FlowObjective(Objective):
     A plan makes it on the meta device. `open` comes before training.
     """
 
+    write = staticmethod(write_pretrained)
     with_image = False  # whether the losses need images besides their latents
     besides = ""  # what a plan says of memory that it does not count
 
@@ -145,7 +146,3 @@ class FlowObjective(Objective):
         """(B,): see `sit_atconv.flow.loss.flow_loss`, at the batch's times and noise."""
         flow = self.recipe.flow
         return flow_loss(network, self.path, latents, batch["noise"], batch["t"], flow.prediction, flow.loss_weight)
-
-    def parts(self) -> list[Part]:
-        models = {"model": self.model, **self.averages.models}
-        return [Part(name, model, write_pretrained) for name, model in models.items()]

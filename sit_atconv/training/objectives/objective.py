@@ -95,5 +95,10 @@ class Objective:
         """Undo what the forward passes of a skipped step did to the model."""
 
     def parts(self) -> list[Part]:
-        """The modules of a checkpoint, the averages among them."""
+        """The modules of a checkpoint: the model, and the averages of it."""
+        return [Part(name, each, self.write) for name, each in {"model": self.model, **self.averages.models}.items()]
+
+    @staticmethod
+    def write(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write the model or an average, see `checkpoint.Part`."""
         raise NotImplementedError

@@ -88,15 +88,8 @@ class AlignedModel(nn.Module):
         self.model, self.projectors = model, projectors
         self._no_split_modules = sorted({type(block).__name__ for block in model.blocks})  # what FSDP shards one by one
 
-    def forward(
-        self, x: torch.Tensor, t: torch.Tensor | float, labels: torch.Tensor, return_dict: bool = False
-    ) -> tuple[torch.Tensor, ...]:
-        """(velocity, z of every encoder (B, N, z_dim) ...) at (x, t, labels).
-
-        Raises ValueError for return_dict=True: there is no dictionary that holds z.
-        """
-        if return_dict:
-            raise ValueError("return_dict=True: an AlignedModel returns a tuple alone")
+    def forward(self, x: torch.Tensor, t: torch.Tensor | float, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(velocity, z of every encoder (B, N, z_dim) ...) at (x, t, labels)."""
         velocity, z = self.projectors.with_model(self.model, x, t, labels)
         return (velocity, *z)
 
@@ -150,7 +143,7 @@ class RepaObjective(FlowObjective):
         hidden: list[torch.Tensor] = []
 
         def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            velocity, *z = forward(x, t, batch["label"], return_dict=False)
+            velocity, *z = forward(x, t, batch["label"])
             hidden.extend(z)
             return velocity
 
