@@ -28,30 +28,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sit_atconv import sharding
+from sit_atconv import files, sharding
 from sit_atconv.console import say
-from sit_atconv.errors import InputError, check_choice, said
-from sit_atconv.files import (
-    DiskFull,
-    Lease,
-    by_step,
-    check_space,
-    disk_full,
-    free_space,
-    lease,
-    library_versions,
-    set_aside,
-    settle,
-    sha256,
-    step_in,
-    step_name,
-    sync,
-    unleased,
-)
+from sit_atconv.errors import InputError, check_choice, reason, said, told
+from sit_atconv.files import DiskFull, Lease, check_space, lease, sha256
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.processes import is_main, raise_together
 from sit_atconv.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json
-from sit_atconv.weights import STEM, main_file, own_variant, variants, weight_files
+from sit_atconv.weights import STEM, load_pretrained, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,8 +62,8 @@ MANIFEST_FORM = {
     "step": COUNT,
     "files": {INSIDE: SHA256},
     "recipe?": (RECIPE_FORM, None),
-    "data?": {"num_images": POSITIVE, "classes": [str]},
     "codec?": CODEC_FORM,
+    "data?": {"num_images": POSITIVE, "classes": [str]},
     "images_seen?": COUNT,
 }
 CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}
@@ -125,7 +109,7 @@ def save(
     """
     check_finite(step, [part.module for part in parts])
     final = folder_of(run, step)
-    temporary = unfinished(final)
+    temporary = files.being_written(final)
     stored = [part.module.state_dict() for part in parts] + [sharding.optimizer_tensors(trained, optimizer)]
     needed = sum(tensor.numel() * tensor.element_size() for tensors in stored for tensor in tensors.values())
 
@@ -156,44 +140,36 @@ def save(
     with writing() as main:
         if main:
             (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1, allow_nan=False))
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            paths = sorted(path for path in temporary.rglob("*") if path.is_file())
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 **facts,
-                "versions": library_versions(),
-                "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
+                "versions": files.library_versions(),
+                "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in paths},
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            settle(temporary)
+            files.settle(temporary)
             if final.exists():  # left invalid by a fault: a valid one would have been resumed from
-                set_aside(final, DAMAGED)
+                files.set_aside(final, DAMAGED)
             temporary.rename(final)
-            sync(run)
+            files.sync(run)
     return final
 
 
 def check_finite(step: int, modules: Iterable[torch.nn.Module]) -> None:
     """Raise InputError in every process where one holds a tensor of the modules that is not finite. Collective."""
-    raise_together(_not_finite(step, modules))
-
-
-def _not_finite(step: int, modules: Iterable[torch.nn.Module]) -> InputError | None:
-    """What to say of the first tensor that is not finite in what this process holds."""
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            if not sharding.local(tensor).isfinite().all():
-                return InputError(
-                    f"step {step}: {name} is not finite, no checkpoint written; begin a new run with a lower train.lr"
-                )
-    return None
+    here = ((name, sharding.local(each)) for module in modules for name, each in module.state_dict().items())
+    wrong = next((name for name, tensor in here if not tensor.isfinite().all()), None)
+    text = f"step {step}: {wrong} is not finite, no checkpoint written; begin a new run with a lower train.lr"
+    raise_together(InputError(text) if wrong else None)
 
 
 def _unwritten(error: OSError | SafetensorError, run: Path, step: int, needed: int) -> InputError:
     """What to say when a file of a checkpoint cannot be written; needed: bytes of its tensors."""
-    if not disk_full(error):
+    if not files.disk_full(error):
         return InputError(f"step {step}: no checkpoint could be written in {str(run)!r}: {error}")
-    free = free_space(run)
+    free = files.free_space(run)
     return DiskFull(
         f"step {step}: no room for a checkpoint in {str(run)!r}: it needs {needed / 1e6:,.1f} MB and "
         f"{free / 1e6:,.1f} MB are free ({error}); make room or lower checkpoint.keep_last, and give the same command "
@@ -225,11 +201,6 @@ def load_optimizer(
         ) from None
 
 
-def unfinished(final: Path) -> Path:
-    """Where a folder step-XXXXXXX of a run is written, or was when it is removed, as `clear_unfinished` knows it."""
-    return final.with_name(f".{final.name}.unfinished")
-
-
 def clear_unfinished(folder: Path) -> None:
     """Remove what an interrupted save or removal left in a run's folder. Call it on the main process alone."""
     for path in folder.glob(".step-*.unfinished"):
@@ -255,9 +226,9 @@ def prune(run: Path, newest: int, keep_last: int, keep_every: int | None = None)
         kept |= {folder for number, folder in firsts.items() if number}
     for folder in folders:
         if step_of(folder) > newest:
-            say(f"warning: {str(folder)!r} is damaged, and set aside as {str(set_aside(folder, DAMAGED))!r}")
+            say(f"warning: {str(folder)!r} is damaged, and set aside as {str(files.set_aside(folder, DAMAGED))!r}")
         elif folder not in kept and not _remove(folder):
-            say(f"warning: {str(folder)!r} holds more than a checkpoint, and is now {str(set_aside(folder))!r}")
+            say(f"warning: {str(folder)!r} holds more than a checkpoint, and is now {str(files.set_aside(folder))!r}")
     for aside in run.glob(f"step-*.{DAMAGED}*"):
         found = ASIDE.fullmatch(aside.name)
         if found and int(found[1]) <= newest:
@@ -274,8 +245,8 @@ def _remove(folder: Path) -> bool:
     paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     if not listed.issuperset(path.relative_to(folder).as_posix() for path in paths):
         return False
-    if unread := unleased(folder / MANIFEST):
-        doomed = folder.with_name(f".{folder.name.partition('.')[0]}.unfinished")
+    if unread := lease(folder / MANIFEST, exclusive=True):
+        doomed = files.being_written(folder.with_name(folder.name.partition(".")[0]))
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)  # killed in the middle, it is no damaged checkpoint but a leftover
         shutil.rmtree(doomed, ignore_errors=True)
@@ -285,7 +256,7 @@ def _remove(folder: Path) -> bool:
 
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return run / step_name(step)
+    return run / files.step_name(step)
 
 
 def newest_leased(run: Path) -> tuple[Path, Lease | None] | None:
@@ -300,12 +271,12 @@ def newest_leased(run: Path) -> tuple[Path, Lease | None] | None:
 
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
-    return step_in(folder.name)
+    return files.step_in(folder.name)
 
 
 def step_folders(run: Path) -> list[Path]:
     """The folders that claim to be checkpoints of a run, oldest first."""
-    return by_step(path for path in run.glob("step-*") if path.is_dir())
+    return files.by_step(path for path in run.glob("step-*") if path.is_dir())
 
 
 def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
@@ -313,44 +284,41 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
 
     Raises Damaged naming the first thing that is missing or changed, InputError for another format.
     """
+    named = MANIFEST
     try:
         version = read_json(folder / MANIFEST, {"format_version": object})["format_version"]
         manifest = read_json(folder / MANIFEST, MANIFEST_FORM if version == FORMAT_VERSION else dict)
+        if version != FORMAT_VERSION:
+            raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
+        for named in filter(lambda name: name.startswith(under), manifest["files"]):
+            if not (folder / named).is_file():
+                raise _damaged(folder, f"{named} is missing")
+            if sha256(folder / named) != manifest["files"][named]:
+                raise _damaged(folder, f"{named} was changed or cut")
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
     except Malformed as error:
         raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST} ({error})") from None
-    except OSError as error:
-        raise _out_of_reach(folder, MANIFEST, error) from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
-    for name, digest in manifest["files"].items():
-        if name.startswith(under):
-            try:
-                if not (folder / name).is_file():
-                    raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
-                same = sha256(folder / name) == digest
-            except OSError as error:
-                raise _out_of_reach(folder, name, error) from None
-            if not same:
-                raise Damaged(f"checkpoint {str(folder)!r} is damaged: {name} was changed or cut")
+    except OSError as error:  # it may be whole, so nothing takes its place
+        raise InputError(
+            f"checkpoint {str(folder)!r}: {named} cannot be read: {reason(error)}; mend the disk"
+        ) from None
     return manifest
+
+
+def _damaged(folder: Path, what: str) -> Damaged:
+    return Damaged(f"checkpoint {str(folder)!r} is damaged: {what}")
 
 
 def _check_complete(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise Damaged where a manifest is not of this step, or lacks what a run goes on from."""
     if manifest.get("step") != step_of(folder):
-        raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} is of step {manifest.get('step')}")
+        raise _damaged(folder, f"its {MANIFEST} is of step {manifest.get('step')}")
     for name in ("ema/config.json", "model/config.json", "trainer.json"):
         if name not in manifest["files"]:
-            raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} lists no {name}")
+            raise _damaged(folder, f"its {MANIFEST} lists no {name}")
     if not manifest.get("recipe"):
-        raise Damaged(f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} has no recipe")
-
-
-def _out_of_reach(folder: Path, name: str, error: OSError) -> InputError:
-    """What to say of a file that the disk does not give: it may be whole, so nothing takes its place."""
-    return InputError(f"checkpoint {str(folder)!r}: {name} cannot be read: {error.strerror or error}; mend the disk")
+        raise _damaged(folder, f"its {MANIFEST} has no recipe")
 
 
 def newest_valid(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -386,7 +354,7 @@ class Trained:
     def stated(self, name: str) -> Any:
         """What the manifest says under a name. Raises Damaged where it says nothing."""
         if not self.manifest.get(name):
-            raise Damaged(f"checkpoint {str(self.folder)!r} is damaged: its {MANIFEST} has no {name}")
+            raise _damaged(self.folder, f"its {MANIFEST} has no {name}")
         return self.manifest[name]
 
 
@@ -401,15 +369,18 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: 
     try:
         return _load_trained(Path(path).absolute(), dtype, variant)
     except OSError as error:
-        reason = f"{error.filename or path!r} cannot be read: {error.strerror or error}"
-        raise InputError(f"checkpoint {str(path)!r}: {reason}; make it readable") from None
+        what = f"{error.filename or path!r} cannot be read: {reason(error)}"
+        raise InputError(f"checkpoint {str(path)!r}: {what}; make it readable") from None
 
 
 def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Trained:
     if not path.is_dir():
         raise InputError(f"checkpoint {str(path)!r}: no such folder; give a run, a step-... folder or its ema/ folder")
     if (path / PIPELINE_INDEX).is_file():
-        trained = load_trained(path / "transformer", dtype, _variant_of_pipeline(path, variant))
+        # A variant that other parts of the pipeline have may be one that the transformer has not.
+        elsewhere = any(variant in variants(part) for part in path.iterdir() if part.is_dir())
+        own = own_variant(path / "transformer", variant) if elsewhere else variant
+        trained = _load_trained(path / "transformer", dtype, own)
         if (path / "vae").is_dir():
             trained.manifest["codec"]["vae"] = str(path / "vae")
         return trained
@@ -423,7 +394,7 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
     present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
     if present != set(files):
-        raise Damaged(f"checkpoint {str(folder)!r} is damaged: {MANIFEST} does not list {sorted(present ^ set(files))}")
+        raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
     return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files, held)
 
 
@@ -445,14 +416,15 @@ def read_conversion(folder: Path) -> dict[str, Any]:
     return record
 
 
+def write_conversion(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write conversion.json into the folder of a model, with the record and the SHA-256 of all files; what it says."""
+    record = {**record, "files": {path.name: sha256(path) for path in sorted(folder.iterdir())}}
+    (folder / CONVERSION).write_text(json.dumps(record, indent=1))
+    return record
+
+
 def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-
-
-def _variant_of_pipeline(folder: Path, variant: str | None) -> str | None:
-    """Of the transformer: None for a variant that other parts of the pipeline have, and it has not."""
-    elsewhere = any(variant in variants(part) for part in folder.iterdir() if part.is_dir())
-    return own_variant(folder / "transformer", variant) if elsewhere else variant
 
 
 def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Trained:
@@ -482,22 +454,10 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 
 def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
-    try:
+    with told(f"checkpoint {str(folder)!r} cannot be read", InputError, OSError):
         read_options(folder)
         weight_files(folder, variant)  # which says what is there instead
-        model, found = SiTTransformer2DModel.from_pretrained(
-            folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-    # Files of any content: no JSON, no tensors, values that the model or diffusers refuses, tensors of other shapes.
-    except Exception as error:
-        # diffusers goes on to advise drawing tensors of other shapes at random.
-        raise InputError(
-            f"checkpoint {str(folder)!r} cannot be read: {said(error).partition('. If you want')[0]}"
-        ) from None
-    strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
-    if strays:  # which diffusers only warns of, drawing what is missing at random
-        raise Damaged(f"model {str(folder)!r} is damaged: its tensors are not those of its config: {strays}")
-    return model.eval()
+        return load_pretrained(SiTTransformer2DModel, folder, variant, dtype=dtype).eval()
 
 
 def load_weights(folder: Path, into: torch.nn.Module) -> None:

@@ -6,14 +6,14 @@ settings.json comes first and decides what the folder may become; a command with
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from sit_atconv import files
 from sit_atconv.comparison import differences, flat
-from sit_atconv.errors import InputError, option
+from sit_atconv.errors import InputError, option, told
 from sit_atconv.files import LEFTOVER, LOCK, lock, set_aside, write_atomic
 from sit_atconv.reading import Malformed, read_json
 
@@ -21,19 +21,11 @@ SETTINGS = "settings.json"
 REMEDY = "choose another folder"
 
 
-@contextmanager
-def writing(out: Path, name: str | None = None) -> Iterator[None]:
+def writing(out: Path, name: str | None = None) -> AbstractContextManager[None]:
     """Tell an error of the file system under `out` as an InputError, of this process alone; name: what `out` is
     called, by default as the argument."""
-    name = name or option("out")
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{name} {str(out)!r} cannot be written: {error.strerror or error}; whatever is there is whole: mend it "
-            "and run again",
-            every_rank=True,
-        ) from None
+    remedy = "whatever is there is whole: mend it and run again"
+    return told(f"{name or option('out')} {str(out)!r} cannot be written", OSError, remedy=remedy, every_rank=True)
 
 
 def claim(
@@ -48,13 +40,28 @@ def claim(
     Raises InputError for a file, a folder of something else, or one with other settings: in one line, what differs.
     """
     name = name or option("out")
+
+    def taken_over() -> dict[str, Any]:
+        stored = _begun(out, what, name, remedy)
+        if stored is None:
+            with writing(out, name):
+                write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
+            return settings
+        new = flat(settings)
+        earlier = {key: meant[key] for key in meant.keys() & new.keys() - flat(stored).keys()}
+        changed = differences(flat(stored) | earlier, new, not_compared)
+        if changed:
+            said = f"holds {what} with other settings ({'; '.join(changed)}); state them as they were, or {remedy}"
+            raise InputError(f"{name} {str(out)!r} {said}")
+        return stored
+
     try:
-        return _taken_over(out, settings, not_compared, what, name, remedy, meant)
+        return taken_over()
     except InputError:
         if not force or not os.path.lexists(out):
             raise
         clear_the_way(out, name)
-    return _taken_over(out, settings, not_compared, what, name, remedy, meant)
+    return taken_over()
 
 
 def check_place(
@@ -83,34 +90,12 @@ def clear_the_way(out: Path, name: str | None = None) -> None:
         print(f"{name} {str(out)!r}: what was there is now {str(set_aside(out))!r}", file=sys.stderr)
 
 
-def _taken_over(
-    out: Path, settings: dict[str, Any], not_compared: tuple[str, ...], what: str, name: str, remedy: str,
-    meant: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    stored = _begun(out, what, name, remedy)
-    if stored is None:
-        with writing(out, name):
-            write_atomic(out / SETTINGS, json.dumps(settings, indent=1))
-        return settings
-    new = flat(settings)
-    earlier = {key: meant[key] for key in meant.keys() & new.keys() - flat(stored).keys()}
-    changed = differences(flat(stored) | earlier, new, not_compared)
-    if changed:
-        raise InputError(
-            f"{name} {str(out)!r} holds {what} with other settings ({'; '.join(changed)}); state them as they were, or "
-            f"{remedy}"
-        )
-    return stored
-
-
 def _begun(out: Path, what: str, name: str, remedy: str) -> dict[str, Any] | None:
     """The settings that a folder was begun with; None of one that is to be begun, and can be."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{name} {str(out)!r} is a file; give a new folder, or one to go on with")
-    try:
+    with told(f"{name} {str(out)!r}: its {SETTINGS} is damaged", OSError, Malformed, remedy=remedy):
         stored = read_json(out / SETTINGS) if (out / SETTINGS).exists() else None
-    except (OSError, Malformed) as error:
-        raise InputError(f"{name} {str(out)!r}: its {SETTINGS} is damaged ({error}); {remedy}") from None
     if stored is None:
         with writing(out, name):
             files.check_writable(out)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sit_atconv.errors import InputError, option
+from sit_atconv.errors import option, told
 
 # Of torch's newer switches, those that operations ask: a network may enter any of them.
 FP32_SWITCHES = (
@@ -19,11 +19,9 @@ FP32_SWITCHES = (
 
 def resolve_device(name: str) -> torch.device:
     """The torch device of that name. Raises InputError when it is not there."""
-    try:
+    with told(option("device", name), RuntimeError, AssertionError):
         device = torch.device(name)
         torch.empty(1, device=device).item()  # a meta tensor has no value
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{option('device', name)}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what speaks of "the current device", such as events and memory counts, means it
     return device

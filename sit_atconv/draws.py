@@ -55,13 +55,8 @@ def uniforms(shape: tuple[int, ...], seed: int, stream: Stream, *index: int) -> 
     return torch.from_numpy(generator(seed, stream, *index).random(shape, dtype=np.float32))
 
 
-def uniform(seed: int, stream: Stream, *index: int) -> float:
-    """A number in [0, 1) that fp32 holds exactly."""
-    return float(generator(seed, stream, *index).random(dtype=np.float32))
-
-
 def uniform_batch(seed: int, stream: Stream, indices: np.ndarray) -> np.ndarray:
-    """`uniform` of every row of indices (N, k), fp32 (N,): the same numbers, several times faster."""
+    """`uniforms` of shape () of every row of indices (N, k), fp32 (N,): the same numbers, several times faster."""
     return np.array([_generator(words).random(dtype=np.float32) for words in _states(seed, stream, indices)])
 
 

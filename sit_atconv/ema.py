@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sit_atconv import config, limits
+from sit_atconv import config, files, limits
 from sit_atconv.compat.torch import copy_each, lerp_each
-from sit_atconv.errors import InputError
-from sit_atconv.files import DiskFull, disk_full, set_aside, settle, step_in, step_name, sync, tensors_made_here
+from sit_atconv.errors import InputError, reason, told
 from sit_atconv.reading import COUNT, Malformed, parse_json
 from sit_atconv.sharding import local
 
@@ -57,16 +55,12 @@ def gamma_of(std: float) -> float:
     return max(0.0, float(max(roots.real)))  # all three are real; 0 may come out as a rounding error below it
 
 
-def constant_decay(decay: float, updates: int) -> float:
-    return decay
-
-
-def warmup_decay(decay: float, updates: int) -> float:
-    return min(decay, (1 + updates) / (10 + updates))
-
-
-def power_decay(gamma: float, updates: int) -> float:
-    return (1 - 1 / updates) ** (gamma + 1)
+# The share beta_n of an average that update n leaves, by its kind and by decay or gamma.
+DECAYS = {
+    "constant": lambda decay, updates: decay,
+    "warmup": lambda decay, updates: min(decay, (1 + updates) / (10 + updates)),
+    "power": lambda gamma, updates: (1 - 1 / updates) ** (gamma + 1),
+}
 
 
 class Averages:
@@ -82,12 +76,8 @@ class Averages:
         if settings.kind == "power":
             first, *others = settings.stds
             self.stds = {SAMPLED: first, **{_width_name(std): std for std in others}}
-            self.decays: dict[str, Callable[[int], float]] = {
-                name: partial(power_decay, gamma_of(std)) for name, std in self.stds.items()
-            }
-        else:
-            rule = {"constant": constant_decay, "warmup": warmup_decay}[settings.kind]
-            self.decays = {SAMPLED: partial(rule, settings.decay)}
+        parameters = {name: gamma_of(std) for name, std in self.stds.items()} or {SAMPLED: settings.decay}
+        self.decays = {name: partial(DECAYS[settings.kind], each) for name, each in parameters.items()}
         self.models = {name: copy.deepcopy(model).float().eval().requires_grad_(False) for name in self.decays}
 
     @torch.no_grad()
@@ -114,37 +104,30 @@ class Averages:
         tensors: full CPU tensors of every average, by its name. updates: as `update` was last told.
         Raises DiskFull where the disk has no room, InputError where it does not take it; then nothing is left.
         """
-        final = run / SNAPSHOTS / step_name(step)
-        temporary = final.with_name(f".{final.name}.unfinished")
+        final = run / SNAPSHOTS / files.step_name(step)
+        temporary = files.being_written(final)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             for name, std in self.stds.items():
-                facts = {
-                    "format": SNAPSHOT_FORMAT,
-                    "step": step,
-                    "updates": updates,
-                    "std": std,
-                    "gamma": gamma_of(std),
-                    "buffers": sorted(dict(self.models[name].named_buffers())),
-                }
+                buffers = sorted(dict(self.models[name].named_buffers()))
+                facts = {"format": SNAPSHOT_FORMAT, "step": step, "updates": updates, "std": std}
+                facts |= {"gamma": gamma_of(std), "buffers": buffers}
                 # A single key: safetensors writes several in an order that changes from process to process.
                 save_file(tensors[name], temporary / f"{name}.safetensors", {METADATA: json.dumps(facts)})
-            settle(temporary)
+            files.settle(temporary)
             if final.exists():
-                if not all(map(tensors_made_here(METADATA), final.iterdir())):
-                    set_aside(final)
+                if not all(map(files.tensors_made_here(METADATA), final.iterdir())):
+                    files.set_aside(final)
                 else:
                     shutil.rmtree(final)
             temporary.rename(final)
-            sync(final.parent)
+            files.sync(final.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or error
-            kind = DiskFull if disk_full(error) else InputError
-            raise kind(
-                f"snapshot {str(final)!r} cannot be written: {reason}; make room, then go on from the last checkpoint"
-            ) from None
+            kind = files.DiskFull if files.disk_full(error) else InputError
+            remedy = "make room, then go on from the last checkpoint"
+            raise kind(f"snapshot {str(final)!r} cannot be written: {reason(error)}; {remedy}") from None
         return final
 
 
@@ -185,17 +168,15 @@ def read_snapshots(run: Path) -> list[Snapshot]:
     """
     found = []
     for path in run.glob(f"{SNAPSHOTS}/step-*/*.safetensors"):
-        if step_in(path.parent.name) is None:  # what an interrupted writing left
+        if files.step_in(path.parent.name) is None:  # what an interrupted writing left
             continue
-        try:
+        damaged = f"snapshot {str(path)!r} is cut or damaged"
+        with told(damaged, OSError, SafetensorError, Malformed, remedy="remove its folder"):
             with safe_open(path, framework="pt") as file:
-                told = (file.metadata() or {}).get(METADATA, "null")
-            version = parse_json(told, METADATA, {"format": object})["format"]
-            if version == SNAPSHOT_FORMAT:
-                facts = parse_json(told, METADATA, FACTS_FORM)
-        except (OSError, SafetensorError, Malformed) as error:
-            raise InputError(f"snapshot {str(path)!r} is cut or damaged: {error}; remove its folder") from None
-        if version != SNAPSHOT_FORMAT:
-            raise InputError(f"{str(path)!r} has snapshot format {version!r}; this reads {SNAPSHOT_FORMAT}")
+                text = (file.metadata() or {}).get(METADATA, "null")
+            version = parse_json(text, METADATA, {"format": object})["format"]
+            if version != SNAPSHOT_FORMAT:
+                raise InputError(f"{str(path)!r} has snapshot format {version!r}; this reads {SNAPSHOT_FORMAT}")
+            facts = parse_json(text, METADATA, FACTS_FORM)
         found.append(Snapshot(path, facts["step"], facts["updates"], facts["std"], tuple(facts["buffers"])))
     return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.std))

@@ -8,7 +8,7 @@ import select
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -28,12 +28,26 @@ class InputError(ValueError):
 
 
 @contextmanager
-def named(what: str) -> Iterator[None]:
-    """Within it, an InputError begins with what it is about."""
+def told(what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool = False) -> Iterator[None]:
+    """Within it, an error of these kinds becomes an InputError: `what`, what the error says, the remedy.
+
+    An InputError goes by, unless the kinds name it, or one that it derives from. Of kinds as wide as Exception the
+    first line of what they say is told, as they may say anything.
+    """
     try:
         yield
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from None
+    except kinds as error:
+        named = tuple(kind for kind in kinds if issubclass(kind, InputError))
+        if isinstance(error, InputError) and not isinstance(error, named):
+            raise
+        words = said(error) if Exception in kinds else reason(error)
+        text = ": ".join(filter(None, (what, words.removesuffix("."))))
+        raise InputError("; ".join(filter(None, (text, remedy))), every_rank) from None
+
+
+def named(what: str) -> AbstractContextManager[None]:
+    """Within it, an InputError begins with what it is about."""
+    return told(what, InputError)
 
 
 def option(name: str, value: Any = None) -> str:
@@ -50,6 +64,11 @@ def option(name: str, value: Any = None) -> str:
 def said(error: Exception) -> str:
     """The first line of an error of another library, or its name where it says nothing; for an InputError."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def reason(error: Exception) -> str:
+    """What the system says of an error of files, without the file; of any other error all it says, or its name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 # What launchers put into the environment, and accelerate and torch read there.
@@ -83,9 +102,9 @@ def check_launch() -> None:
         try:
             socket.getaddrinfo(host, None)
         except (OSError, UnicodeError) as error:  # which torch would wait with, for as long as for a slow process
-            said = getattr(error, "strerror", None) or "it is no name of a machine"
+            rule = getattr(error, "strerror", None) or "it is no name of a machine"
             remedy = "give the name or address of the first process's machine"
-            raise InputError(f"MASTER_ADDR={host!r} in the environment: {said}; {remedy}") from None
+            raise InputError(f"MASTER_ADDR={host!r} in the environment: {rule}; {remedy}") from None
     for name, text in os.environ.items():
         if name.startswith(SWITCH) and text.lower() not in ON_OR_OFF:
             raise InputError(f"{name}={text!r} in the environment: give true or false, or unset it", True)
@@ -146,11 +165,11 @@ def command(main: Callable) -> Callable:
         except (InputError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 sys.exit(128 + PIPE)
-            told = _told(error)
-            if told is None:
+            fault = _of_the_user(error)
+            if fault is None:
                 raise
-            if told.every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
-                print(f"error: {told}", file=sys.stderr)
+            if fault.every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                print(f"error: {fault}", file=sys.stderr)
             sys.exit(2)
         finally:
             _in_command = before
@@ -171,7 +190,7 @@ def _nobody_reads() -> bool:
     return ended
 
 
-def _told(error: Exception) -> InputError | None:
+def _of_the_user(error: Exception) -> InputError | None:
     """An error of the user's as a command tells it; None for any other."""
     if isinstance(error, InputError):
         return error
@@ -180,6 +199,5 @@ def _told(error: Exception) -> InputError | None:
         return InputError(f"{str(error.filename)[:60]!r}...: {error.strerror}; give a shorter name") if long else None
     # torch tells of the CPU's memory in words alone.
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
-        said = str(error).partition("\n")[0][:200] or "MemoryError"
-        return InputError(f"out of memory: {said}; take a smaller batch, size or model", every_rank=True)
+        return InputError(f"out of memory: {said(error)[:200]}; take a smaller batch, size or model", every_rank=True)
     return None

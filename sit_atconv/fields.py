@@ -1,5 +1,5 @@
 """What a setting says of itself beside its range (`sit_atconv.limits`), in the metadata of its dataclass field: when it
-acts, what null stands for then, its choices, and whether a later start of a run may change it."""
+acts, what null stands for then, its choices, whether it is a path, and whether a later start of a run may change it."""
 
 import copy
 import dataclasses
@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sit_atconv.errors import InputError
-from sit_atconv.limits import RANGE, Range
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.limits import RANGE, Range, declared
 
 # The metadata of a setting, or a section, that a later start of the same run may state differently: what is reported
 # and kept, where things lie and how the work is cut up (what is computed stays the same, to float rounding), and what
 # follows from the data, which is checked against them at every start. In the place of True, a function tells by the
 # values beside it.
 MUTABLE = {"mutable": True}
+PATH = {"path": True}  # in whose text ~ stands for the home folder; a shell leaves it standing after a `=`
 WHEN, DEFAULT, CHOICES, HELP = "when", "default", "choices", "help"
 
 
@@ -28,9 +29,12 @@ class When:
     holds: Callable[[Any], bool]
 
 
-def chosen(default: str, choices: Iterable[str], **metadata: Any) -> Any:
-    """A dataclass field with a default, that takes one of the choices; its class checks it. metadata: more of it."""
-    return dataclasses.field(default=default, metadata=metadata | {CHOICES: tuple(choices)})
+def chosen(default: Any, choices: Iterable[Any], **metadata: Any) -> Any:
+    """A dataclass field with a default, that takes one of the choices, a list of them, or None, see `settle`.
+
+    metadata: more of the field's.
+    """
+    return declared(default, **{CHOICES: tuple(choices)}, **metadata)
 
 
 def setting(when: When, default: Any = None, within: Range | None = None, idle: Any = None, **metadata: Any) -> Any:
@@ -46,29 +50,33 @@ def setting(when: When, default: Any = None, within: Range | None = None, idle: 
 def settle(name: str, section: Any) -> None:
     """Put what null stands for in its place, in every setting of a section that acts; the others stay as they are.
 
-    name: of the section; "" for settings that are of none. Raises InputError for one that is stated and does nothing.
+    So is ~ in paths. name: of the section; "" for settings that are of none.
+    Raises InputError for a setting that is stated and does nothing, or is none of its choices.
     """
     for entry in dataclasses.fields(section):
-        when: When | None = entry.metadata.get(WHEN)
-        if when is None:
-            continue
         key, value = f"{name}.{entry.name}" if name else entry.name, getattr(section, entry.name)
-        if when.holds(section):
+        if "path" in entry.metadata and isinstance(value, str) and value.startswith("~"):
+            setattr(section, entry.name, os.path.expanduser(value))
+        when: When | None = entry.metadata.get(WHEN)
+        if when is not None and when.holds(section):
             if value is None:
-                setattr(section, entry.name, copy.copy(entry.metadata[DEFAULT]))
-        elif value not in (None, entry.default):
+                value = copy.copy(entry.metadata[DEFAULT])
+                setattr(section, entry.name, value)
+        elif when is not None and value not in (None, entry.default):
             remedy = idle(key, json.dumps(entry.default)) if name else "leave it out"
             raise InputError(f"{key}={value} goes with {when.text}; {remedy}")
+        if CHOICES in entry.metadata and value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                check_choice(key, each, entry.metadata[CHOICES])
+
+
+class Section:
+    """A section of a recipe, whose name is that of its class; made, it is settled."""
+
+    def __post_init__(self):
+        settle(type(self).__name__.lower(), self)
 
 
 def idle(key: str, nothing: str = "null") -> str:
     """What to do about a key that acts on nothing: in a file, and over a file on a command line."""
     return f"leave it out, or state {key}={nothing}"
-
-
-def expand_home(section: Any, *names: str) -> None:
-    """Put the home folder in the place of ~, which a shell leaves standing after a `=`."""
-    for name in names:
-        value = getattr(section, name)
-        if isinstance(value, str) and value.startswith("~"):
-            setattr(section, name, os.path.expanduser(value))

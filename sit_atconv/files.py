@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 
-from sit_atconv.errors import InputError, option
+from sit_atconv.errors import InputError, option, reason, told
 from sit_atconv.reading import read_json, spelt
 from sit_atconv.version import __version__
 
@@ -42,13 +42,10 @@ _held: set[Path] = set()  # what this process is writing, as system locks do not
 def resolved(path: str | Path, what: str | None = None) -> Path:
     """The path without links and "..", relative where it lies below the current folder. Raises InputError for a path
     that cannot be; what: its name there, by default that of the argument `out`."""
-    what = what or option("out")
-    try:
+    kinds = OSError, ValueError, RuntimeError  # too long, NUL, links in a circle
+    with told(f"{what or option('out')} {str(path)!r} cannot be written", *kinds, remedy="choose another place"):
         full = Path(path).resolve()
         full.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, links in a circle
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{what} {str(path)!r} cannot be written: {reason}; choose another place") from None
     return _from_here(full)
 
 
@@ -159,31 +156,33 @@ def check_out(
     """
     what = what or option("out")
     out = resolved(out, what)
-    try:
+    name = f"{what} {str(out)!r}"
+    with told(f"{name} cannot be written", OSError):
         if os.path.lexists(out):
             if not (out.is_dir() or out.is_file()):
-                raise InputError(f"{what} {str(out)!r} is neither file nor folder; choose a new name")
+                raise InputError(f"{name} is neither file nor folder; choose a new name")
             check_movable(out)
             if not (force or (out.is_file() and ours(out))):
                 _clear_claimed(out)
                 is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
                 flag = option("force", True)
-                raise InputError(f"{what} {str(out)!r}: {is_there}; choose a new name, or {flag}, which sets it aside")
-        above = next(path for path in out.absolute().parents if path.exists())
+                raise InputError(f"{name}: {is_there}; choose a new name, or {flag}, which sets it aside")
+        above = _nearest(out.absolute().parent)
         if not above.is_dir():
-            raise InputError(
-                f"{what} {str(out)!r} cannot be written: {str(above)!r} is no folder; choose another place"
-            )
+            raise InputError(f"{name} cannot be written: {str(above)!r} is no folder; choose another place")
         tempfile.TemporaryFile(dir=above).close()
         out.exists()
-    except OSError as error:
-        raise InputError(f"{what} {str(out)!r} cannot be written: {error.strerror or error}") from None
     return out
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the first above it that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def check_writable(folder: Path) -> None:
     """Raise the OSError that making a file in a folder, which need not be there yet, is known to end in."""
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    above = _nearest(folder.absolute())
     if not above.is_dir():
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
     if not os.access(above, os.W_OK | os.X_OK):
@@ -330,7 +329,7 @@ def _lock(file: TextIO) -> None:
 
 
 class Lease:
-    """Keeps others from removing what a file stands for, as long as this object is there: see `lease`, `unleased`."""
+    """Keeps others from removing what a file stands for, as long as this object is there: see `lease`."""
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
@@ -339,14 +338,17 @@ class Lease:
         os.close(self._descriptor)
 
 
-def _flocked(file: Path, exclusive: bool = False) -> Lease | None:
-    """An open file with its lock, or None where another kind of lock is on it, or there is none. File systems without
-    locks are passed over."""
+def lease(file: Path, exclusive: bool = False) -> Lease | None:
+    """What keeps a file that is read from removal; None where it is gone, or about to go. Any number may have one.
+
+    exclusive: what keeps readers off a file that is to be removed; None where one has a lease. File systems without
+    locks are passed over.
+    """
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError:
         return None
-    lease = Lease(descriptor)
+    held = Lease(descriptor)
     try:
         import fcntl
 
@@ -355,17 +357,7 @@ def _flocked(file: Path, exclusive: bool = False) -> Lease | None:
         return None
     except (OSError, ImportError):
         pass
-    return lease if _is_same(descriptor, file) else None
-
-
-def lease(file: Path) -> Lease | None:
-    """What keeps a file that is read from removal; None where it is gone, or about to go. Any number may have one."""
-    return _flocked(file)
-
-
-def unleased(file: Path) -> Lease | None:
-    """Keeps readers off a file that is to be removed; None where one has a lease."""
-    return _flocked(file, exclusive=True)
+    return held if _is_same(descriptor, file) else None
 
 
 @contextmanager
@@ -380,16 +372,16 @@ def new_path(
     """
     what = what or option("out")
     out, made = check_out(out, what, force, ours), Made()
-    claimed = _claimed(out)
+    name, claimed = f"{what} {str(out)!r}", being_written(out)
     key = claimed.absolute()
     if key in _held:
-        raise InputError(f"{what} {str(out)!r} is being written by another thread; wait for it, or choose a new name")
+        raise InputError(f"{name} is being written by another thread; wait for it, or choose a new name")
     _held.add(key)
     try:
         made.folder(out.parent)
         if os.path.lexists(claimed) and not is_cleared_by_us(claimed):
-            raise InputError(f"{what} {str(out)!r}: {str(claimed)!r} is in the way; move it, or choose a new name")
-        with lock(claimed, f"{what} {str(out)!r}", OWNER):
+            raise InputError(f"{name}: {str(claimed)!r} is in the way; move it, or choose a new name")
+        with lock(claimed, name, OWNER):
             try:
                 empty(claimed)
                 yield claimed / out.name
@@ -403,16 +395,15 @@ def new_path(
         fault = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(fault, (OSError, SafetensorError)):
             raise
-        reason = getattr(fault, "strerror", None) or fault
-        raise InputError(f"{what} {str(out)!r} cannot be written: {reason}") from None
+        raise InputError(f"{name} cannot be written: {reason(fault)}") from None
     finally:
         _held.discard(key)
         if not os.path.lexists(out):
             made.take_back()
 
 
-def _claimed(out: Path) -> Path:
-    """The folder that what becomes `out` is written in."""
+def being_written(out: Path) -> Path:
+    """Where the folder `out`, or what becomes `out`, is written by one process alone, or was when it is removed."""
     return out.with_name(f".{_short(out.name)}.unfinished")
 
 
@@ -424,7 +415,7 @@ def _unclaim(claimed: Path) -> None:
 
 def _clear_claimed(out: Path) -> None:
     """Remove what is left of a command that wrote `out` and was killed then, unless one is writing there now."""
-    claimed = _claimed(out)
+    claimed = being_written(out)
     if claimed.absolute() not in _held and (claimed / OWNER).is_file() and is_cleared_by_us(claimed):
         with suppress(InputError, OSError), lock(claimed, str(out), OWNER):
             _unclaim(claimed)
@@ -456,8 +447,7 @@ def scratch(folder: str | Path) -> Path:
 
 def free_space(path: Path) -> int:
     """Bytes that are free where `path` lies or will lie."""
-    path = path.absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    return shutil.disk_usage(_nearest(path.absolute())).free
 
 
 class DiskFull(InputError):

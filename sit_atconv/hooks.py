@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -33,9 +33,7 @@ def recorded(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, tuple]]:
 
         return of_this_thread(hook)
 
-    handles = [module.register_forward_hook(keep(key), with_kwargs=True) for key, module in modules.items()]
-    try:
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(module.register_forward_hook(keep(key), with_kwargs=True))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

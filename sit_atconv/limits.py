@@ -68,15 +68,16 @@ def number(least: float, most: float | str, why: str, over: bool = False, under:
     return Range(least, most, why, over, under, whole=False)
 
 
-def ranged(default: Any, limits: Range, **metadata: Any) -> Any:
-    """A dataclass field with a default, whose number, or the numbers in whose list or mapping, lie in a range.
-
-    metadata: more of the field's.
-    """
-    metadata[RANGE] = limits
+def declared(default: Any, **metadata: Any) -> Any:
+    """A dataclass field with a default, which may be a list or a mapping, and what it says of itself."""
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def ranged(default: Any, limits: Range, **metadata: Any) -> Any:
+    """`declared`, of what takes a number, or a list or mapping of numbers, in a range."""
+    return declared(default, **{RANGE: limits}, **metadata)
 
 
 def check(schema: type, values: Mapping[str, Any], prefix: str = "", stored: bool = False) -> None:

@@ -5,11 +5,9 @@ to the profile wanted: "Analyzing and Improving the Training Dynamics of Diffusi
 section 3.2 and appendix C). FOLDER is a model that sample.py takes.
 """
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +16,8 @@ from tqdm import tqdm
 
 from sit_atconv import checkpoint, limits
 from sit_atconv.ema import SAMPLED, Snapshot, gamma_of, read_snapshots
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, new_path, sha256
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command, named, told
+from sit_atconv.files import check_out, new_path
 from sit_atconv.models.sit import SiTTransformer2DModel
 
 # Relative, in L2. Up to it, averages of weights that drift, decay or swing come out within about 1e-3, and noise that
@@ -102,32 +100,23 @@ def combine(found: Fit) -> dict[str, torch.Tensor]:
     """
     last = max(found.snapshots, key=lambda snapshot: snapshot.updates)
     summed = {}
-    try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(snapshot.path, framework="pt")) for snapshot in found.snapshots]
-            newest = files[found.snapshots.index(last)]
-            names = set(newest.keys())
-            for snapshot, file in zip(found.snapshots, files, strict=True):
-                if set(file.keys()) != names:
-                    raise InputError(f"snapshot {str(snapshot.path)!r} holds other tensors than the newest")
-            for name in tqdm(sorted(names), desc="sum", unit="tensor", delay=1):
-                tensor = newest.get_tensor(name)
-                if name in last.buffers:
-                    summed[name] = tensor.clone()
-                    continue
-                total = torch.zeros(tensor.shape, dtype=torch.float64)
-                for file, weight in zip(files, found.weights, strict=True):
-                    total.add_(file.get_tensor(name), alpha=weight)
-                summed[name] = total.to(tensor.dtype)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"the snapshots cannot be summed: {error}") from None
+    with told("the snapshots cannot be summed", OSError, SafetensorError, RuntimeError), ExitStack() as stack:
+        files = [stack.enter_context(safe_open(snapshot.path, framework="pt")) for snapshot in found.snapshots]
+        newest = files[found.snapshots.index(last)]
+        names = set(newest.keys())
+        for snapshot, file in zip(found.snapshots, files, strict=True):
+            if set(file.keys()) != names:
+                raise InputError(f"snapshot {str(snapshot.path)!r} holds other tensors than the newest")
+        for name in tqdm(sorted(names), desc="sum", unit="tensor", delay=1):
+            tensor = newest.get_tensor(name)
+            if name in last.buffers:
+                summed[name] = tensor.clone()
+                continue
+            total = torch.zeros(tensor.shape, dtype=torch.float64)
+            for file, weight in zip(files, found.weights, strict=True):
+                total.add_(file.get_tensor(name), alpha=weight)
+            summed[name] = total.to(tensor.dtype)
     return summed
-
-
-def reconstruct(snapshots: list[Snapshot], std: float, step: int) -> tuple[dict[str, torch.Tensor], Fit]:
-    """The tensors of the average of width `std` after `step`, and the fit. Raises InputError as `fit` and `combine`."""
-    found = fit(snapshots, std, step)
-    return combine(found), found
 
 
 def write_model(run: Path, std: float, step: int | None, out: Path, force: bool = False) -> Fit:
@@ -136,7 +125,7 @@ def write_model(run: Path, std: float, step: int | None, out: Path, force: bool 
     `out` holds what `SiTTransformer2DModel.save_pretrained` writes, of the configuration in the run's newest
     checkpoint, and conversion.json: std, step, profile error, snapshots with their weights, SHA-256 of every file.
     force: what is at `out` is set aside.
-    Raises InputError as `reconstruct`, for a run without a checkpoint, and for an `out` that exists or cannot be
+    Raises InputError as `fit` and `combine`, for a run without a checkpoint, and for an `out` that exists or cannot be
     written.
     """
     check_out(out, force=force)
@@ -151,26 +140,11 @@ def write_model(run: Path, std: float, step: int | None, out: Path, force: bool 
         raise InputError(f"run {str(run)!r} has no checkpoint yet, which says what the model is; train on to one")
     folder, _lease = newest
     checkpoint.read_manifest(folder, under=f"{SAMPLED}/config.json")
-    try:
-        with torch.device("meta"):
-            model = SiTTransformer2DModel.from_config(checkpoint.read_options(folder / SAMPLED))
-    except InputError as error:
-        raise InputError(f"checkpoint {str(folder)!r} cannot be read: {error}") from None
-    try:
+    with torch.device("meta"), named(f"checkpoint {str(folder)!r} cannot be read"):
+        model = SiTTransformer2DModel.from_config(checkpoint.read_options(folder / SAMPLED))
+    with told(f"the snapshots of {str(run)!r} do not fit its model", RuntimeError):
         model.load_state_dict(combine(found), strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"the snapshots of {str(run)!r} do not fit its model: {error}") from None
-    with new_path(out, force=force) as unfinished:
-        unfinished.mkdir()
-        model.save_pretrained(unfinished)
-        record = _record(found, run)
-        record["files"] = {path.name: sha256(path) for path in sorted(unfinished.iterdir())}
-        (unfinished / checkpoint.CONVERSION).write_text(json.dumps(record, indent=1))
-    return found
-
-
-def _record(found: Fit, run: Path) -> dict[str, Any]:
-    return {
+    record = {
         "made_by": "sit_atconv.posthoc",
         "weights": SAMPLED,
         "std": found.std,
@@ -179,15 +153,14 @@ def _record(found: Fit, run: Path) -> dict[str, Any]:
         "updates": found.updates,
         "profile_error": found.error,
         "snapshots": [
-            {
-                "file": snapshot.path.relative_to(run).as_posix(),
-                "std": snapshot.std,
-                "updates": snapshot.updates,
-                "weight": weight,
-            }
-            for snapshot, weight in zip(found.snapshots, found.weights, strict=True)
+            {"file": each.path.relative_to(run).as_posix(), "std": each.std, "updates": each.updates, "weight": weight}
+            for each, weight in zip(found.snapshots, found.weights, strict=True)
         ],
     }
+    with new_path(out, force=force) as unfinished:
+        model.save_pretrained(unfinished)
+        checkpoint.write_conversion(unfinished, record)
+    return found
 
 
 @command

@@ -84,7 +84,7 @@ def each(task: Callable[[], T]) -> list[T]:
     try:
         result = task()
     except InputError as error:
-        fault = InputError(str(error))  # every process is about to know it
+        error.every_rank, fault = False, error  # every process is about to know it
     except Interrupted as error:
         fault = error
     answers = gathered((result, fault))

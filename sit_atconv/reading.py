@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
 PIECE = 1 << 20  # bytes
@@ -75,6 +76,18 @@ def bounded(file: BinaryIO, most: int) -> bytes:
     return b"".join(pieces)
 
 
+def read_tensors(path: Path, what: str, remedy: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a safetensors file by name, mapped into memory, and its metadata.
+
+    Raises InputError, which begins with `what` and the path and ends with the remedy, for one that is cut or damaged.
+    """
+    with (
+        told(f"{what} {str(path)!r} is cut or damaged", OSError, SafetensorError, remedy=remedy),
+        safe_open(path, framework="pt") as file,
+    ):
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+
+
 class Malformed(InputError):
     """A text that is no JSON, or a document that lacks what it must hold; the message names the place and the rule."""
 
@@ -100,11 +113,11 @@ def read_config(path: str | Path, form: Any = dict, most: int = MOST_CONFIG) -> 
     config = read_json(path, form, most=most)
     level = [("", config)]
     while level:
-        level = [(f"{place}.{key}".lstrip("."), inner) for place, each in level for key, inner in _entries(each)]
+        level = [(f"{place}.{key}".lstrip("."), inner) for place, each in level for key, inner in entries(each)]
         for place, value in level:
             if type(value) is int and abs(value) > MOST_SIZE:
-                told = f"{place} is {reprlib.repr(value)}, and must be at most {MOST_SIZE:,}"
-                raise Malformed(f"{Path(path).name}: {told}")
+                rule = f"{place} is {reprlib.repr(value)}, and must be at most {MOST_SIZE:,}"
+                raise Malformed(f"{Path(path).name}: {rule}")
     return config
 
 
@@ -171,7 +184,7 @@ def _document(text: str | bytes) -> Any:
     for _ in range(MOST_NESTED):
         if not level:
             break
-        level = [inner for each in level for inner in _inside(each) if isinstance(inner, list | dict)]
+        level = [inner for each in level for _, inner in entries(each) if isinstance(inner, list | dict)]
     if level:
         raise ValueError(f"it is nested deeper than {MOST_NESTED} lists and objects")
     if "\\u" in text:  # the way to what no name of a file and no page can hold: a lone surrogate, a NUL
@@ -181,23 +194,15 @@ def _document(text: str | bytes) -> Any:
     return document
 
 
-def _entries(value: Any) -> Any:
+def entries(value: Any) -> Any:
+    """(key or index, value) of what lies in a dictionary or list; nothing of anything else."""
     return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
 
 
-def _inside(value: Any) -> Any:
-    return (inner for _, inner in _entries(value))
-
-
-def fault_of(value: Any, form: Any) -> str | None:
-    """What keeps a JSON value from having a form, see `parse_json`; None where nothing does."""
-    return _fault(value, form, "")
-
-
-def _fault(value: Any, form: Any, place: str) -> str | None:
-    """What keeps the value at a place from having the form, None where nothing does."""
+def fault_of(value: Any, form: Any, place: str = "") -> str | None:
+    """What keeps a JSON value, at that place, from having a form, see `parse_json`; None where nothing does."""
     if isinstance(form, tuple):
-        faults = [_fault(value, each, place) for each in form]
+        faults = [fault_of(value, each, place) for each in form]
         deeper = [fault for fault in faults if fault != _misfit(value, form[faults.index(fault)], place)]
         return None if None in faults else next(iter(deeper), _misfit(value, form, place))
     if isinstance(form, dict) and isinstance(value, dict):
@@ -209,9 +214,9 @@ def _fault(value: Any, form: Any, place: str) -> str | None:
                 names = [name] if name in value else []
             else:
                 names = list(value)
-                if strange := next((name for name in names if _fault(name, key, "")), None):
+                if strange := next((name for name in names if fault_of(name, key)), None):
                     return f"{place}{strange!r} is a key that must be {_named(key)}"
-            faults = (_fault(value[name], wanted, f"{place}{name}.") for name in names)
+            faults = (fault_of(value[name], wanted, f"{place}{name}.") for name in names)
             if fault := next(filter(None, faults), None):
                 return fault
         return None
@@ -219,11 +224,8 @@ def _fault(value: Any, form: Any, place: str) -> str | None:
         if len(form) > 1 and len(value) != len(form):
             return _misfit(value, form, place)
         forms = form if len(form) > 1 else form * len(value)
-        faults = (
-            _fault(each, wanted, f"{place}{index}.")
-            for index, (each, wanted) in enumerate(zip(value, forms, strict=True))
-        )
-        return next(filter(None, faults), None)
+        pairs = enumerate(zip(value, forms, strict=True))
+        return next(filter(None, (fault_of(each, wanted, f"{place}{index}.") for index, (each, wanted) in pairs)), None)
     if form is object:
         fits = True
     elif form is float:
@@ -268,11 +270,6 @@ def read_yaml(path: str | Path, regular: bool = False) -> Any:
             text = bounded(file, MOST_YAML).decode()
     except UnicodeDecodeError:
         raise ValueError("it is no text") from None
-    return parse_yaml(text)
-
-
-def parse_yaml(text: str) -> Any:
-    """`read_yaml` of a text."""
     with _told():
         node = _composed(text, MOST_NODES)
         if isinstance(node, yaml.ScalarNode):  # which OmegaConf takes for a key, or does not take
@@ -350,7 +347,6 @@ def check_literal(value: Any) -> None:
         raise ValueError("'${...}' is not worked out: write the value itself")
     if isinstance(value, str) and spelt(value) != value:
         raise ValueError("it holds a text with a NUL, or with half a character")
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    for each in value if isinstance(value, list) else ():
+    for key, each in entries(value):
+        check_literal(key)
         check_literal(each)

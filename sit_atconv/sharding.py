@@ -109,14 +109,9 @@ def fit_plugin(plugin: Any, model: nn.Module, bf16: bool) -> None:
             raise InputError(
                 f"fsdp_transformer_layer_cls_to_wrap: the model has none of {named}; see its block classes"
             )
-    plugin.mixed_precision_policy = bf16_policy() if bf16 else MixedPrecisionPolicy()
-
-
-def bf16_policy() -> MixedPrecisionPolicy:
-    """FSDP2's policy for training under bf16 autocast."""
-    return MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
-    )
+    halved = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "output_dtype": torch.float32}
+    options = {**halved, "cast_forward_inputs": False} if bf16 else {}
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(**options)
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

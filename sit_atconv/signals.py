@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Self
 
 # A launcher passes on what its terminal or scheduler has sent to the whole process group already.
 LAUNCHED, SAME_SIGNAL_SECONDS = "TORCHELASTIC_RUN_ID", 2.0
@@ -35,23 +36,25 @@ def handled(numbers: Iterable[int], handler: Callable) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
-class StopSignals:
+class _Handling:
+    """A context manager within which `_handle` gets the signals `numbers`; a subclass has both."""
+
+    def __enter__(self) -> Self:
+        self._open = ExitStack()
+        self._open.enter_context(handled(self.numbers, self._handle))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.close()
+
+
+class StopSignals(_Handling):
     """SIGTERM, SIGINT and SIGHUP as a request: `received` is the first one's name, a second one stops at once.
 
     Under torchrun a signal within two seconds of the first is the first one, passed on. A context manager.
     """
 
-    def __init__(self):
-        self.received: str | None = None
-        self._time = 0.0
-        self._open = ExitStack()
-
-    def __enter__(self) -> "StopSignals":
-        self._open.enter_context(handled(STOPPING, self._handle))
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._open.close()
+    numbers, received, _time = STOPPING, None, 0.0
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()
@@ -74,23 +77,13 @@ class Interrupted(BaseException):
         self.number = number
 
 
-class Interruptions:
+class Interruptions(_Handling):
     """SIGINT and SIGTERM end what is done within `working` at once; those that come between, at its next beginning.
 
     So no process is ended where the others wait for its answer. A context manager.
     """
 
-    def __init__(self):
-        self._received: int | None = None
-        self._working = False
-        self._open = ExitStack()
-
-    def __enter__(self) -> "Interruptions":
-        self._open.enter_context(handled(ENDING, self._handle))
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._open.close()
+    numbers, _received, _working = ENDING, None, False
 
     def _handle(self, number: int, frame) -> None:
         if self._received is None:  # a launcher may pass on what its terminal has sent to all: one signal, twice

@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from sit_atconv import limits
-from sit_atconv.errors import InputError, check_choice, said
+from sit_atconv.errors import InputError, check_choice, told
 from sit_atconv.reading import read_config
 from sit_atconv.weights import fits
 
@@ -42,7 +42,7 @@ def load_vit(name: str, where: str, option: str) -> tuple[nn.Module, Path]:
     else:
         file = _fetch(name, where, option)
         overlay = {"file": str(file), "custom_load": False}
-        with _told(where):
+        with _loaded(where):
             # With the classifier that the weights have, timm loads them strictly; with none, it would pass over gaps.
             vit = timm.create_model(name, pretrained=True, dynamic_img_size=True, pretrained_cfg_overlay=overlay)
     for key in ("mean", "std"):
@@ -64,7 +64,7 @@ def load_folder(folder: Path, where: str, **options) -> tuple[nn.Module, Path]:
                 "timm model"
             )
     name, file = f"{LOCAL}{folder}", folder / WEIGHTS
-    with _told(where):
+    with _loaded(where):
         read_config(folder / CONFIG, CONFIG_FORM)
         # Once without memory: what a model draws is in memory before it is counted.
         with fits([file]), torch.device("meta"), suppress(RuntimeError):  # some cannot
@@ -74,13 +74,10 @@ def load_folder(folder: Path, where: str, **options) -> tuple[nn.Module, Path]:
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Tell what timm raises, and leave the random stream where it is."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    except Exception as error:  # options of any kind: timm refuses them in every way there is
-        raise InputError(f"{where} cannot be loaded by timm: {said(error)}") from None
+def _loaded(where: str) -> Iterator[None]:
+    """Tell what timm raises, which refuses options in every way there is, and leave the random stream where it is."""
+    with told(f"{where} cannot be loaded by timm", Exception, InputError), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def is_rgb(model: nn.Module) -> bool:
@@ -92,10 +89,8 @@ def _fetch(name: str, where: str, option: str) -> Path:
     """The safetensors file of a model that timm knows by name, from the Hugging Face cache or the hub."""
     architecture, _ = split_model_name_tag(name)
     check_choice(f"{option}NAME (or {option}{LOCAL}FOLDER)", architecture, timm.list_models())
-    try:
+    with told(where, RuntimeError):
         source = get_pretrained_cfg(name).hf_hub_id
-    except RuntimeError as error:
-        raise InputError(f"{where}: {error}") from None
     if not source:
         raise InputError(f"{where}: timm has no weights of it on the Hugging Face hub; choose another")
     try:

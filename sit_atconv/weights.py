@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -22,13 +23,12 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, said
 from sit_atconv.reading import FILE, fault_of, read_json
 
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STEM = Path(SAFETENSORS_WEIGHTS_NAME).stem
 INDEX = ".index.json"
-REGISTRATIONS = (register_module_parameter_registration_hook, register_module_buffer_registration_hook)
 SPARE = 1 << 16  # numbers that a model may have beyond twice those of its weights
 OF_A_VARIANT = re.compile(rf"{STEM}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
 
@@ -88,6 +88,24 @@ def read_index(index: Path) -> list[Path]:
     return [index.with_name(name) for name in sorted(set(shards.values()))]
 
 
+def load_pretrained(kind: type, source: str | Path, variant: str | None, **options) -> Any:
+    """A model of diffusers by its `from_pretrained`, with all of its weights and no others, from safetensors alone.
+
+    Raises InputError, in the words of whatever refuses them, where it cannot be made.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            source, variant=variant, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # options and files of any kind: diffusers and torch refuse them in every way there is
+        # diffusers goes on to advise drawing tensors of other shapes at random.
+        raise InputError(said(error).partition(". If you want")[0]) from None
+    strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
+    if strays:  # which diffusers only warns of, drawing what is missing at random
+        raise InputError(f"its tensors are not those of its config.json: {strays}")
+    return model
+
+
 @contextmanager
 def fits(files: list[Path]) -> Iterator[None]:
     """What is made meanwhile is a model of these safetensors files: it has at most twice their numbers.
@@ -105,12 +123,8 @@ def fits(files: list[Path]) -> Iterator[None]:
             if made > 2 * stored + SPARE:
                 raise InputError(f"its configuration is of another, larger model than its {stored:,} weights are")
 
-    hooks = [register(count) for register in REGISTRATIONS]
-    try:
+    with register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _numbers(file: Path) -> int:

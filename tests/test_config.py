@@ -18,7 +18,7 @@ from sit_atconv.fields import When, setting, settle
 from sit_atconv.models.sit import options_of as sit_options
 from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training.facts import Facts
-from sit_atconv.training.objectives.flow import FlowObjective, time_sampling
+from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.plan import dry_run
 
 SHIPPED = sorted((ROOT / "experiments/recipes").glob("*.yaml"))
@@ -192,7 +192,7 @@ def test_score_and_noise_prediction_take_every_weight(prediction, weight):
 
 
 def test_a_recipe_decides_where_t_is_drawn_and_how_previews_are():
-    assert time_sampling(config.Flow(prediction="noise")).interval == (1e-3, 1 - 1e-3)
+    assert config.Flow(prediction="noise").times().interval == (1e-3, 1 - 1e-3)
     preview = {"sampler": "sde-heun", "steps": 7, "guidance_scale": 2.5, "diffusion": "linear", "diffusion_norm": 0.5}
     preview |= {"last_step": "tweedie", "last_step_size": 0.1}
     recipe = make_recipe({"run": {"out": "x", "seed": 3}, "preview": preview})

@@ -47,7 +47,7 @@ def test_distributions():
     assert normal.dtype == torch.float32
     assert abs(normal.mean()) < 0.02
     assert abs(normal.std() - 1) < 0.02
-    uniform = np.array([draws.uniform(0, Stream.TIME, 3, sample) for sample in range(4000)])
+    uniform = np.array([draws.uniforms((), 0, Stream.TIME, 3, sample).item() for sample in range(4000)])
     assert uniform.min() >= 0
     assert uniform.max() < 1
     assert uniform.mean() == pytest.approx(0.5, abs=0.02)
@@ -72,7 +72,7 @@ def test_a_batch_of_draws_is_the_draws(seed, length):
     indices = np.random.default_rng(length).integers(0, 2**32, (9, length))
     indices[0], indices[1] = 0, 2**32 - 1
     rows = [tuple(map(int, row)) for row in indices]
-    expected = [draws.uniform(seed, Stream.TIME, *row) for row in rows]
+    expected = [draws.uniforms((), seed, Stream.TIME, *row).item() for row in rows]
     assert draws.uniform_batch(seed, Stream.TIME, indices).tolist() == expected
     normal = torch.stack([draws.normal((2, 3), seed, Stream.NOISE, *row) for row in rows])
     assert torch.equal(draws.normal_batch((2, 3), seed, Stream.NOISE, indices), normal)

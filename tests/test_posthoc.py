@@ -17,7 +17,7 @@ from sit_atconv.ema import Averages, Snapshot, gamma_of, read_snapshots
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 from sit_atconv.models.sit import create_model
-from sit_atconv.posthoc import MAX_PROFILE_ERROR, fit, inner_product, main, reconstruct
+from sit_atconv.posthoc import MAX_PROFILE_ERROR, combine, fit, inner_product, main
 
 UPDATES, EVERY = 4000, 100
 TRACKED = [0.05, 0.1]
@@ -68,12 +68,17 @@ def run(tmp_path_factory):
     return folder
 
 
+def reconstruct(run, std, step):
+    found = fit(read_snapshots(run), std, step)
+    return combine(found), found
+
+
 @pytest.mark.parametrize(
     ("step", "std"),
     [*((UPDATES, std) for std in (0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2)), (2000, 0.04), (2000, 0.07), (2000, 0.15)],
 )
 def test_post_hoc_equals_the_sum_over_every_update(run, step, std):
-    tensors, found = reconstruct(read_snapshots(run), std, step)
+    tensors, found = reconstruct(run, std, step)
     values = np.array([course(n) for n in range(1, step + 1)])
     np.testing.assert_allclose(tensors["course"].numpy(), written_out(std, values), rtol=1e-3)
     assert tensors["course"][-1] == 0.25  # what never moves is left as it is
@@ -84,13 +89,13 @@ def test_post_hoc_equals_the_sum_over_every_update(run, step, std):
 def test_post_hoc_equals_the_average_tracked_directly(run, tmp_path):
     direct = follow(tmp_path, [0.07, 0.15], every=UPDATES)
     for std, average in zip((0.07, 0.15), direct.models.values(), strict=True):
-        tensors, _ = reconstruct(read_snapshots(run), std, UPDATES)
+        tensors, _ = reconstruct(run, std, UPDATES)
         torch.testing.assert_close(tensors["course"], average.course.data, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("std", TRACKED)
 def test_a_width_that_was_tracked_comes_back_to_the_bit(run, std):
-    tensors, found = reconstruct(read_snapshots(run), std, 2000)
+    tensors, found = reconstruct(run, std, 2000)
     stored = load_file(found.snapshots[0].path)
     assert [(one.step, one.std) for one in found.snapshots] == [(2000, std)]
     assert found.weights == (1.0,)
@@ -99,7 +104,7 @@ def test_a_width_that_was_tracked_comes_back_to_the_bit(run, std):
 
 def test_later_snapshots_are_left_out(run, tmp_path):
     follow(tmp_path, TRACKED, updates=1000)
-    early, late = (reconstruct(read_snapshots(folder), 0.08, 1000)[0] for folder in (tmp_path, run))
+    early, late = (reconstruct(folder, 0.08, 1000)[0] for folder in (tmp_path, run))
     assert all(torch.equal(early[name], late[name]) for name in early)
 
 

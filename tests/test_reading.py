@@ -23,7 +23,6 @@ from sit_atconv.reading import (
     fault_of,
     opened,
     parse_json,
-    parse_yaml,
     read_bytes,
     read_config,
     read_json,
@@ -170,10 +169,12 @@ def test_a_yaml_that_is_no_recipe_is_refused_in_one_line(text, tmp_path):
 
 
 def test_yaml_keeps_aliases_numbers_and_pipes(tmp_path):
-    assert parse_yaml("a: &x {b: 1e-4}\nc: *x\nd: {<<: *x, e: [1, two]}") == {
+    (tmp_path / "a.yaml").write_text("a: &x {b: 1e-4}\nc: *x\nd: {<<: *x, e: [1, two]}")
+    assert read_yaml(tmp_path / "a.yaml") == {
         "a": {"b": 1e-4}, "c": {"b": 1e-4}, "d": {"b": 1e-4, "e": [1, "two"]},
     }  # fmt: skip
-    assert parse_yaml("") == {}
+    (tmp_path / "empty.yaml").touch()
+    assert read_yaml(tmp_path / "empty.yaml") == {}
     check_literal({"a": ["$5", "{x}", "$ {x}"]})
     reading, writing = os.pipe()
     os.write(writing, RECIPE.encode())

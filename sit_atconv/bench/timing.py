@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from sit_atconv.compat.torch import memory_tracker
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.files import check_out
 from sit_atconv.reading import opened
 
@@ -37,19 +37,20 @@ class Timing:
 
 def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Seconds per call over `repeats` calls in a row: CUDA events on a CUDA device, else the clock on the wall."""
-    if device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3 / repeats
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - begin) / repeats
+    taken = time.perf_counter() - begin
+    if on_cuda:
+        end.record()
+        torch.cuda.synchronize(device)
+        taken = start.elapsed_time(end) / 1e3
+    return taken / repeats
 
 
 @lru_cache(maxsize=1)
@@ -153,16 +154,13 @@ def commit() -> str:
 
 def check_csv(path: Path, columns: Sequence[str]) -> bool:
     """Whether a CSV file is there already. Raises InputError where it has other columns, or takes no more rows."""
-    try:
+    with told(f"{path} is no CSV file that takes more rows", OSError, UnicodeError, csv.Error, remedy="move it away"):
         if not os.path.lexists(path):
             check_out(path, "CSV file")
             return False
         with opened(path) as file:
             header = next(csv.reader([file.readline(MOST_HEADER).decode()]), [])
         open(path, "ab").close()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} is no CSV file that takes more rows ({reason}); move it away") from None
     if header != list(columns):
         raise InputError(f"{path} has the columns {reprlib.repr(header)}, not {list(columns)}; move it away")
     return True
@@ -172,12 +170,10 @@ def append_csv(path: Path, rows: Sequence[dict]) -> None:
     """Append rows to a CSV file, with their keys as its header. Raises InputError as `check_csv`, which tells before
     the work, and where the disk does not take them."""
     there = check_csv(path, list(rows[0]))
-    try:
+    with told(f"{path} cannot be written", OSError, remedy="make room, and run again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             if not there:
                 writer.writeheader()
             writer.writerows(rows)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; make room, and run again") from None

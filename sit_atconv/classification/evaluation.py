@@ -15,7 +15,7 @@ from sit_atconv.classification.samples import HeldOut
 from sit_atconv.console import say
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.processes import agree, is_main, raise_together
 from sit_atconv.reading import COUNT, POSITIVE, Malformed, read_rows
 from sit_atconv.training.log import Log
@@ -61,12 +61,6 @@ class Evaluation(Activity):
             self.log.write(row | {"num": self.facts.held_out})
         trainer.trackers.log({f"eval/{key}": value for key, value in row.items()}, trainer.step)
 
-    def _batches(self, pin: bool) -> TrainingBatches:
-        """The held-out images, once through."""
-        size, data = self.recipe.eval.batch_size, self.recipe.data
-        places = RankPositions(0, math.ceil(len(self.held_out) / size), size)
-        return TrainingBatches(self.held_out, places, data.workers, pin, data.worker_timeout)
-
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float | None]:
         """Loss, and the shares of the held-out images whose class is the first, or among the first five, in percent.
@@ -75,10 +69,11 @@ class Evaluation(Activity):
         Raises InputError where one of them cannot be read: an accuracy on the others would be another figure.
         """
         training, device, classes = model.training, accelerator.device, len(self.facts.class_names)
-        sums, error = torch.zeros(3, dtype=torch.float64, device=device), None
+        sums, error, size = torch.zeros(3, dtype=torch.float64, device=device), None, self.recipe.eval.batch_size
+        places = RankPositions(0, math.ceil(len(self.held_out) / size), size)
         model.eval()
         try:
-            for batch in self._batches(device.type == "cuda"):
+            for batch in TrainingBatches(self.held_out, places, self.recipe.data, device.type == "cuda"):
                 image, label = batch["image"].to(device), batch["label"].to(device)
                 with accelerator.autocast():
                     logits = model(image).float()
@@ -98,10 +93,6 @@ class Evaluation(Activity):
 def last_evaluation(run: Path) -> dict[str, Any] | None:
     """What a run has written of its last evaluation, None of one that has made none. Raises InputError where that
     cannot be read."""
-    try:
+    remedy = "take that line away, and the same command evaluates anew"
+    with told(f"{str(run / EVALS)!r} cannot be read", OSError, Malformed, remedy=remedy):
         return next(reversed(read_rows(run / EVALS, EVAL_FORM)), None)
-    except (OSError, Malformed) as error:
-        said = f"{error.strerror or error}" if isinstance(error, OSError) else error
-        raise InputError(
-            f"{str(run / EVALS)!r} cannot be read: {said}; take that line away, and the same command evaluates anew"
-        ) from None

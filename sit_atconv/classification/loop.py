@@ -1,6 +1,7 @@
 """Training of a classifier: from a recipe to its images, its objective and the loop that runs it."""
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sit_atconv.classification.samples import ClassifierSamples, HeldOut, open_d
 from sit_atconv.devices import numerics
 from sit_atconv.processes import lost_ones_told
 from sit_atconv.signals import StopSignals
-from sit_atconv.training.folder import Found, check_place, check_same_data, claim, stored_run
+from sit_atconv.training.folder import check_place, claim, stored_run
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         recipe = resolved(recipe)
         dataset, held_out = open_datasets(recipe.data)
         facts = facts_of(recipe, dataset, held_out)
-        training, evaluation = transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
+        training, evaluation = transforms(recipe, preprocessing(recipe.model, facts.channels))
         objective = ClassificationObjective(recipe, facts)
         described = {
             "recipe": config.to_dict(recipe),
@@ -48,15 +49,10 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
             "processes": accelerator.num_processes,
         }
 
-        def look(run: Path) -> Found:
-            def changed(stored: dict[str, Any], last: Path | None) -> list[str]:
-                return config.differences(stored, described["recipe"], ClassifierRecipe, resolved)
+        def changed(stored: dict[str, Any], last: Path | None) -> list[str]:
+            return config.differences(stored, described["recipe"], ClassifierRecipe, resolved)
 
-            found = stored_run(run, changed)
-            if found:
-                check_same_data(run, found[1], described)
-            return found
-
+        look = partial(stored_run, described=described, changed=changed)
         claimed = claim(recipe.run.out, described, look, must_resume, force)
         samples = ClassifierSamples(dataset, training, recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
         held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes)

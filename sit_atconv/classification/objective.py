@@ -16,7 +16,6 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from sit_atconv import processes
-from sit_atconv.checkpoint import Part
 from sit_atconv.classification.plan import Facts, build_classifier, cost_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import generators_kept, preprocessing, seed_generators
@@ -118,11 +117,7 @@ class ClassificationObjective(Objective):
         for buffer, before in zip(self.model.buffers(), self.statistics, strict=True):
             buffer.copy_(before)  # of a batch that is not finite they never recover
 
-    def parts(self) -> list[Part]:
-        return [Part(name, model, self._write) for name, model in {"model": self.model, **self.averages.models}.items()]
-
-    def _write(self, model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        facts = self.facts
-        shown = preprocessing(self.recipe, facts.mean, facts.std, facts.channels)
-        labels = {"label_names": list(facts.class_names)}
+    def write(self, model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        shown = preprocessing(self.recipe.model, self.facts.channels)
+        labels = {"label_names": list(self.facts.class_names)}
         save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=shown)

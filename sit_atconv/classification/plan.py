@@ -10,19 +10,20 @@ from torch.utils.data import Dataset
 from sit_atconv import limits
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import generators_kept, open_datasets, preprocessing, transforms
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, told
 from sit_atconv.limits import check_kernel
 from sit_atconv.models.attnet import AttNet  # which registers the family
 from sit_atconv.models.cost import count_forward_macs
 
+# What models of timm raise over options and images that they do not take.
+REFUSALS = AssertionError, RuntimeError, ValueError, LookupError, TypeError
+
 
 @dataclass
 class Facts:
-    """What a recipe and its images come to; mean and std are of values in [0, 1], a number for each channel."""
+    """What a recipe and its images come to."""
 
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     class_names: tuple[str, ...]
     num_images: int
     held_out: int
@@ -39,24 +40,15 @@ def steps_of(recipe: ClassifierRecipe, epochs: float, num_images: int) -> int:
 def facts_of(recipe: ClassifierRecipe, dataset: Dataset, held_out: Dataset) -> Facts:
     """What the recipe comes to with these images. Raises InputError where mean or std do not fit their channels."""
     train, channels, number = recipe.train, dataset.channels, len(dataset)
-    mean, std = recipe.model.mean, recipe.model.std
-    for name, values in (("mean", mean), ("std", std)):
+    for name, values in (("mean", recipe.model.mean), ("std", recipe.model.std)):
         if len(values) != channels:
             raise InputError(f"model.{name}={values}: the images have {channels} channels; one number for each")
 
     steps = steps_of(recipe, train.epochs, number)
     limits.STEPS.check(f"train.epochs={train.epochs:g} of {number:,} images, steps: ", steps)
-    return Facts(
-        channels,
-        tuple(mean),
-        tuple(std),
-        tuple(dataset.class_names),
-        number,
-        len(held_out),
-        steps,
-        steps_of(recipe, train.warmup_epochs, number) if train.warmup_epochs else 0,
-        steps_of(recipe, recipe.eval.every_epochs, number),
-    )
+    warmup = steps_of(recipe, train.warmup_epochs, number) if train.warmup_epochs else 0
+    every = steps_of(recipe, recipe.eval.every_epochs, number)
+    return Facts(channels, tuple(dataset.class_names), number, len(held_out), steps, warmup, every)
 
 
 def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu") -> nn.Module:
@@ -67,22 +59,20 @@ def build_classifier(recipe: ClassifierRecipe, facts: Facts, device: str = "cpu"
     for name in ("drop_rate", "drop_path_rate"):  # not every model of timm has them
         if (value := getattr(settings, name)) is not None:
             options[name] = value
-    with generators_kept(), torch.device(device):
+    with (
+        generators_kept(),
+        torch.device(device),
+        told(f"model.name={settings.name} refuses its options {options}", *REFUSALS),
+    ):
         torch.default_generator.manual_seed(recipe.run.seed)
-        try:
-            model = timm.create_model(settings.name, **options)
-        except InputError:
-            raise
-        except (TypeError, AssertionError, KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise InputError(f"model.name={settings.name} refuses its options {options}: {error}") from None
+        model = timm.create_model(settings.name, **options)
     if isinstance(model, AttNet):
         side = settings.input_size // model.feature_info[-1]["reduction"]  # of the last stage
         check_kernel("model.options.kernel_size", settings.options.get("kernel_size"), (side, side))
     if recipe.train.gradient_checkpointing:
-        try:
+        cannot = f"train.gradient_checkpointing: {settings.name} cannot"
+        with told(cannot, AssertionError, AttributeError, remedy="leave it out"):
             model.set_grad_checkpointing()
-        except (AssertionError, AttributeError) as error:
-            raise InputError(f"train.gradient_checkpointing: {settings.name} cannot: {error}; leave it out") from None
     return model
 
 
@@ -90,10 +80,8 @@ def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one image. Raises InputError as `build_classifier`."""
     size = recipe.model.input_size
     model = build_classifier(recipe, facts, device="meta").eval().requires_grad_(False)
-    try:
+    with told(f"model.input_size={size}: {recipe.model.name} does not take such images", *REFUSALS):
         macs = count_forward_macs(model, torch.zeros(1, facts.channels, size, size, device="meta"))
-    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise InputError(f"model.input_size={size}: {recipe.model.name} does not take such images: {error}") from None
     return sum(parameter.numel() for parameter in model.parameters()), macs
 
 
@@ -101,7 +89,7 @@ def dry_run(recipe: ClassifierRecipe) -> str:
     """What a recipe comes to, in lines: model, data, schedule, averages. Reads the list of images, and no image."""
     dataset, held_out = open_datasets(recipe.data)
     facts, settings = facts_of(recipe, dataset, held_out), recipe.train
-    transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
+    transforms(recipe, preprocessing(recipe.model, facts.channels))
     (parameters, macs), size = cost_of(recipe, facts), recipe.model.input_size
     flops = 6 * macs * facts.steps * settings.batch_size
     rows = {

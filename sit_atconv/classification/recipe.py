@@ -6,13 +6,11 @@ from typing import Any
 
 from sit_atconv import config, limits
 from sit_atconv.config import HUB, PARTS, Checkpoint, Loading, Optimisation, Run
-from sit_atconv.errors import InputError, check_choice
-from sit_atconv.fields import MUTABLE, When, expand_home, idle, setting, settle
+from sit_atconv.errors import InputError
+from sit_atconv.fields import MUTABLE, PATH, Section, When, chosen, setting
 from sit_atconv.limits import Range, number, ranged
 
 DATA_KINDS = tuple(kind for kind in config.DATA_KINDS if kind != "latents")
-INTERPOLATIONS = ("bilinear", "bicubic", "random")
-ERASING_MODES = ("const", "rand", "pixel")
 PROBABILITY = number(0, 1, "it is a probability")
 MIXING = number(0, 1_000, "with a larger alpha all images are mixed half and half")
 # Mean and deviation of pixels in [0, 1]: of ImageNet's colours, and what takes grey levels to [-1, 1].
@@ -28,31 +26,16 @@ WARMED_UP = When("train.warmup_epochs", lambda train: train.warmup_epochs > 0)
 class Data(Loading):
     """The images: those to learn from, and those held out."""
 
-    kind: str = "digits"
-    # all kinds but digits: folder, zip file, LMDB, hub id, or npz of the training images
-    root: str | None = field(default=None, metadata=MUTABLE)
-    # the same of the held-out images; hf: left out, root
-    val_root: str | None = field(default=None, metadata=MUTABLE)
-    split: str | None = setting(HUB, "train")
+    kind: str = chosen("digits", DATA_KINDS)
+    # as root, of the held-out images; hf: left out, root
+    val_root: str | None = field(default=None, metadata=MUTABLE | PATH)
     val_split: str | None = setting(HUB, "validation")
-    subset: str | None = setting(HUB)  # the configuration of a dataset that has several
-    revision: str | None = setting(HUB)  # branch, tag or commit; left out, the newest
-    image_key: str | None = setting(HUB, "image")  # the column of the images
-    label_key: str | None = setting(HUB, "label")  # the column of the classes
     # of every image of an epoch, each augmented anew, and as many times fewer images in it
     repeats: int = ranged(1, Range(1, 1_000, "an epoch shows as many times fewer images"))
 
     def __post_init__(self):
         super().__post_init__()
-        expand_home(self, "root", "val_root")
-        check_choice("data.kind", self.kind, DATA_KINDS)
-        for name in ("root", "val_root"):
-            value = getattr(self, name)
-            if self.kind == "digits" and value is not None:
-                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
-            if value is None and self.kind != "digits" and (self.kind, name) != ("hf", "val_root"):
-                raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
-        settle("data", self)
+        self._check_needed("root", "val_root", of_its_own="hf")
         if self.label_key == "":
             raise InputError("data.label_key='': a classifier needs classes; name their column")
 
@@ -62,18 +45,13 @@ class Data(Loading):
         Their size is that of the model's crops, which are cut from the whole image: the one that is stated acts on
         nothing.
         """
-        return tuple(
-            config.Data(
-                kind=self.kind, root=root, image_size=1, split=split, subset=self.subset, revision=self.revision,
-                image_key=self.image_key, label_key=self.label_key, max_pixels=self.max_pixels,
-                channels=self.channels, background=self.background,
-            )
-            for root, split in ((self.root, self.split), (self.val_root or self.root, self.val_split))
-        )  # fmt: skip
+        shared = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(Loading)} | {"image_size": 1}
+        held_out = {"root": self.val_root or self.root, "split": self.val_split}
+        return config.Data(**shared), config.Data(**shared | held_out)
 
 
 @dataclass
-class Augment:
+class Augment(Section):
     """What training does to an image, by timm's create_transform and Mixup."""
 
     # share of the image's area in a crop
@@ -87,9 +65,10 @@ class Augment:
     # brightness, contrast, saturation; not beside auto_augment
     color_jitter: float = ranged(0.0, number(0, 10, "they are multiplied by up to 1 and that"))
     auto_augment: str | None = None  # as timm writes it, e.g. rand-m9-mstd0.5-inc1
-    interpolation: str = "bicubic"  # of a crop: bilinear, bicubic, or random for either
+    interpolation: str = chosen("bicubic", ("bilinear", "bicubic", "random"))  # of a crop; random for either
     erasing: float = ranged(0.0, PROBABILITY)  # probability that a rectangle is erased
-    erasing_mode: str | None = setting(ERASING, "pixel")  # filled with const 0, one rand colour, or a value per pixel
+    # filled with 0, one random colour, or a value per pixel
+    erasing_mode: str | None = setting(ERASING, "pixel", choices=("const", "rand", "pixel"))
     mixup: float = ranged(0.0, MIXING)  # alpha of the beta distribution; 0 mixes none
     cutmix: float = ranged(0.0, MIXING)
     mix_prob: float | None = setting(MIXED, 1.0, PROBABILITY)  # that a batch is mixed at all
@@ -97,13 +76,10 @@ class Augment:
     smoothing: float = ranged(0.1, limits.SHARE_UNDER_1)  # share of the target that all classes have alike
 
     def __post_init__(self):
+        super().__post_init__()
         for name, values in (("scale", self.scale), ("ratio", self.ratio)):
             if len(values) != 2 or not values[0] <= values[1]:
                 raise InputError(f"augment.{name}={values}: give two rising numbers")
-        check_choice("augment.interpolation", self.interpolation, INTERPOLATIONS)
-        if self.erasing_mode is not None:
-            check_choice("augment.erasing_mode", self.erasing_mode, ERASING_MODES)
-        settle("augment", self)
         if self.auto_augment is not None and self.color_jitter:
             raise InputError(
                 f"augment.color_jitter={self.color_jitter} beside augment.auto_augment={self.auto_augment}, which has "
@@ -135,13 +111,11 @@ class Model:
     std: list[float] | None = ranged(None, number(1e-4, 1e4, "pixels are numbers from 0 to 1, and are divided by it"))
 
     def __post_init__(self):
-        for name in ("in_chans", "num_classes", "drop_path_rate", "drop_rate"):
-            if name in self.options:
-                where = "follows from the data" if name in ("in_chans", "num_classes") else f"is model.{name}"
-                raise InputError(f"model.options.{name}: it {where}; leave it out")
-        for name in ("pretrained", "checkpoint_path"):
-            if name in self.options:
-                raise InputError(f"model.options.{name}: a run begins with new weights; leave it out")
+        elsewhere = dict.fromkeys(("in_chans", "num_classes"), "it follows from the data")
+        elsewhere |= {name: f"it is model.{name}" for name in ("drop_path_rate", "drop_rate")}
+        elsewhere |= dict.fromkeys(("pretrained", "checkpoint_path"), "a run begins with new weights")
+        if name := next((name for name in elsewhere if name in self.options), None):
+            raise InputError(f"model.options.{name}: {elsewhere[name]}; leave it out")
 
 
 @dataclass
@@ -158,10 +132,6 @@ class Train(Optimisation):
     # at the start
     warmup_lr: float | None = setting(WARMED_UP, 1e-6, dataclasses.replace(limits.LEARNING_RATE, least=0))
     weight_decay: float = ranged(0.05, limits.WEIGHT_DECAY)
-
-    def __post_init__(self):
-        super().__post_init__()
-        settle("train", self)
 
 
 @dataclass

@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
 from sit_atconv import draws
-from sit_atconv.classification.recipe import ClassifierRecipe, Data
+from sit_atconv.classification.recipe import ClassifierRecipe, Data, Model
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.order import Shuffled
 from sit_atconv.data.samples import Batch, Samples
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, named, told
 
 
 def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
@@ -32,10 +32,8 @@ def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
         return Digits("train", data.channels), Digits("test", data.channels)
     learnt_from, shown = data.open_as()
     train = open_dataset(learnt_from)
-    try:
+    with named("the held-out images (data.val_root, data.val_split)"):
         held_out = open_dataset(shown)
-    except InputError as error:
-        raise InputError(f"the held-out images (data.val_root, data.val_split): {error}") from None
     if train.class_names != held_out.class_names:
         strange = sorted({*train.class_names} ^ {*held_out.class_names})[:3] or "their order"
         raise InputError(f"data.root={data.root!r} and the held-out images are of different classes: {strange}")
@@ -146,12 +144,11 @@ def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
     return auto_augment.posterize(image, bits, **kwargs) if bits else image.point(lambda _: 0)
 
 
-def preprocessing(recipe: ClassifierRecipe, mean: Sequence[float], std: Sequence[float], channels: int) -> dict:
+def preprocessing(model: Model, channels: int) -> dict:
     """What evaluation does to an image, as timm's create_transform and a checkpoint's data configuration have it."""
-    size = recipe.model.input_size
     return {
-        "input_size": (channels, size, size), "mean": tuple(mean), "std": tuple(std),
-        "crop_pct": recipe.model.crop_pct, "interpolation": InterpolationMode.BICUBIC.value,
+        "input_size": (channels, model.input_size, model.input_size), "mean": tuple(model.mean),
+        "std": tuple(model.std), "crop_pct": model.crop_pct, "interpolation": InterpolationMode.BICUBIC.value,
     }  # fmt: skip
 
 
@@ -161,22 +158,18 @@ def transforms(recipe: ClassifierRecipe, evaluation: dict) -> tuple:
     Raises InputError for augmentation that timm does not know.
     """
     augment = recipe.augment
-    try:
+    unknown = f"augment.auto_augment={augment.auto_augment!r} is nothing that timm knows"
+    with told(unknown, AssertionError, ValueError, LookupError):
         training = create_transform(
             **{key: evaluation[key] for key in ("input_size", "mean", "std")},
+            **{key: getattr(augment, key) for key in ("hflip", "vflip", "auto_augment", "interpolation")},
             is_training=True,
             scale=tuple(augment.scale),
             ratio=tuple(augment.ratio),
-            hflip=augment.hflip,
-            vflip=augment.vflip,
             color_jitter=augment.color_jitter or None,
-            auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation,
             re_prob=augment.erasing,
             re_mode=augment.erasing_mode,
         )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"augment.auto_augment={augment.auto_augment!r} is nothing that timm knows: {error}") from None
     if augment.auto_augment is not None and evaluation["input_size"][0] != 3:
         raise InputError(f"augment.auto_augment={augment.auto_augment!r} is for colours; leave it out for grey images")
     _mend_posterize(training)

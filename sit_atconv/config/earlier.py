@@ -1,7 +1,7 @@
 """What was stored before stored recipes held every value that a run ran with."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,15 +19,18 @@ MEANT = {
 LEFT_OUT = {"background": None}
 
 
-def left_out(schema: type) -> dict[str, Any]:
-    """The keys of LEFT_OUT that a schema has, in its sections, with what they mean where they are not there."""
+def by_section(schema: type, value_of: Callable[[dataclasses.Field], Any]) -> dict[str, Any]:
+    """What a function gives for the settings of a schema, in its sections; those left out that it gives MISSING for."""
     found = {}
     for entry in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(entry.type):
-            found |= {entry.name: inner} if (inner := left_out(entry.type)) else {}
-        elif entry.name in LEFT_OUT:
-            found[entry.name] = LEFT_OUT[entry.name]
+        inner = by_section(entry.type, value_of) if dataclasses.is_dataclass(entry.type) else value_of(entry)
+        found |= {} if inner is dataclasses.MISSING else {entry.name: inner}
     return found
+
+
+def left_out(schema: type) -> dict[str, Any]:
+    """The keys of LEFT_OUT that a schema has, in its sections, with what they mean where they are not there."""
+    return by_section(schema, lambda entry: LEFT_OUT.get(entry.name, dataclasses.MISSING))
 
 
 def meant(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:

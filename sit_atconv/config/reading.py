@@ -13,10 +13,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import limits
-from sit_atconv.config.earlier import left_out, meant
+from sit_atconv.config.earlier import by_section, left_out, meant
 from sit_atconv.config.schema import Recipe
-from sit_atconv.errors import MOST, InputError, check_choice
-from sit_atconv.reading import check_literal, read_yaml
+from sit_atconv.errors import MOST, InputError, check_choice, said, told
+from sit_atconv.reading import check_literal, entries, read_yaml
 
 Schema = TypeVar("Schema")
 
@@ -44,13 +44,11 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
         if "???" in override.partition("=")[2]:  # which would give way to whatever the file says
             raise InputError(f"override {override!r}: ??? stands for a value that is missing; state it")
     stated = _read_with_base(Path(path), (), schema)
-    try:
+    with told(f"recipe {str(path)!r} cannot be read", *UNREADABLE):
         laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
         check_literal(OmegaConf.to_container(laid_over))
         _check_renamed(OmegaConf.to_container(OmegaConf.create(stated)), OmegaConf.to_container(laid_over))
         stated = OmegaConf.merge(stated, laid_over)
-    except UNREADABLE as error:
-        raise InputError(f"recipe {str(path)!r} cannot be read: {error}") from None
     return make_recipe(stated, schema)
 
 
@@ -82,17 +80,14 @@ def _type_of(key: str, schema: type) -> Any:
     """The type of a recipe's key, None where there is no such key."""
     found: Any = schema
     for name in key.split("."):
-        fields = (
-            {entry.name: entry.type for entry in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else {}
-        )
-        found = fields.get(name)
+        own = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+        found = next((entry.type for entry in own if entry.name == name), None)
     return found
 
 
 def _lacks_value(value: Any) -> bool:
     """Whether OmegaConf's mark of a missing value is left in a recipe's value."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return value == "???" or any(map(_lacks_value, parts))
+    return value == "???" or any(_lacks_value(part) for _, part in entries(value))
 
 
 def _is_text(wanted: Any) -> bool:
@@ -102,12 +97,8 @@ def _is_text(wanted: Any) -> bool:
 def _read_with_base(path: Path, above: tuple[Path, ...], schema: type) -> Any:
     """The keys of a recipe file over those of its base; above: the files that led here."""
     where = f"recipe {str(path)!r}"
-    try:
+    with told(where, OSError, remedy="see experiments/recipes"), told(f"{where} cannot be read", ValueError):
         stated, place = read_yaml(path, regular=bool(above)), path.resolve()
-    except OSError as error:
-        raise InputError(f"{where}: {error.strerror}; see experiments/recipes") from None
-    except ValueError as error:
-        raise InputError(f"{where} cannot be read: {error}") from None
     if place in above:
         raise InputError(f"{where}: its base leads back to it; leave one `base` out")
     if above:
@@ -139,47 +130,32 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
     ranges may have been wider, see `limits.check`, whose nulls mean what they meant, and which may have lacked keys,
     see `earlier`.
     """
-    try:
+    with told("recipe", ValueError):
         check_literal(stated)  # before OmegaConf looks into a text
         keys = OmegaConf.to_container(OmegaConf.create(stated))
         check_literal(keys)
-    except ValueError as error:
-        raise InputError(f"recipe: {error}") from None
     _check_keys(keys, schema)
     _check_values(keys)
     for section, switch in (("repa", "encoder"), ("distill", "teacher")):
         if keys.get(section) and switch not in keys[section]:
-            raise InputError(
-                f"{section}.{next(iter(keys[section]))} does nothing without {section}.{switch}: name it, or null for "
-                "none"
-            )
+            idle = f"{section}.{next(iter(keys[section]))}"
+            raise InputError(f"{idle} does nothing without {section}.{switch}: name it, or null for none")
     try:
         merged = OmegaConf.merge(_defaults(schema), left_out(schema) if stored else {}, stated)
         values = OmegaConf.to_container(merged)
         limits.check(schema, values, stored=stored)
-        recipe = OmegaConf.to_object(OmegaConf.merge(merged, meant(schema, values)) if stored else merged)
+        return OmegaConf.to_object(OmegaConf.merge(merged, meant(schema, values)) if stored else merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise InputError(f"recipe: {key}{str(error).splitlines()[0]}") from None
-    return recipe
+        raise InputError(f"recipe: {key}{said(error)}") from None
 
 
 @functools.cache
 def _defaults(schema: type) -> DictConfig:
     """A recipe that states nothing; never changed."""
     # OmegaConf takes the defaults of a section from one that it makes, which has settled them already.
-    return OmegaConf.merge(OmegaConf.structured(schema), _declared(schema))
-
-
-def _declared(schema: type) -> dict[str, Any]:
-    """The defaults of a schema's settings as they are declared."""
-    found = {}
-    for entry in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(entry.type):
-            found[entry.name] = _declared(entry.type)
-        elif entry.default not in (dataclasses.MISSING, MISSING):
-            found[entry.name] = entry.default
-    return found
+    declared = by_section(schema, lambda entry: dataclasses.MISSING if entry.default == MISSING else entry.default)
+    return OmegaConf.merge(OmegaConf.structured(schema), declared)
 
 
 def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
@@ -190,38 +166,38 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
         check_choice("recipe key", f"{prefix}{key}", [f"{prefix}{name}" for name in fields])
         if dataclasses.is_dataclass(fields[key]):
             _check_keys(value, fields[key], f"{prefix}{key}.")
-        elif _lacks_value(value):
-            raise InputError(f"recipe: {prefix}{key}={value}: ??? stands for a value that is missing; state it")
-        elif isinstance(value, dict | list) and not _takes(fields[key], type(value)):
-            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a single value")
-        elif value is not None and _takes(fields[key], list) and not isinstance(value, list) and fields[key] is not Any:
-            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a list, in [ and ]")
-        elif (
-            isinstance(value, list) and fields[key] is not Any and any(isinstance(each, dict | list) for each in value)
-        ):
-            raise InputError(f"recipe: {prefix}{key}={reprlib.repr(value)}: must be a list of single values")
-        elif fields[key] is bool and not (isinstance(value, bool | str) or value in (0, 1)):
-            raise InputError(f"recipe: {prefix}{key}={value!r}: give true or false")
-        elif _is_text(fields[key]) and not isinstance(value, str | None):
-            raise InputError(f"recipe: {prefix}{key}={value!r}: must be text; put it in quotes")
+        elif rule := _broken_rule(value, fields[key]):
+            raise InputError(
+                f"recipe: {prefix}{key}={value if isinstance(value, str) else reprlib.repr(value)}: {rule}"
+            )
 
 
-def _takes(wanted: Any, kind: type) -> bool:
-    """Whether a field of that type may hold a list, or a dictionary."""
-    return wanted is Any or kind in {get_origin(each) or each for each in (wanted, *get_args(wanted))}
+def _broken_rule(value: Any, wanted: Any) -> str | None:
+    """What keeps a value from being of a field's type, None where nothing does that OmegaConf would not say."""
+    if _lacks_value(value):
+        return "??? stands for a value that is missing; state it"
+    if wanted is Any:
+        return None
+    kinds = {get_origin(each) or each for each in (wanted, *get_args(wanted))}
+    if isinstance(value, dict | list) and type(value) not in kinds:
+        return "must be a single value"
+    if list in kinds and not isinstance(value, list | None):
+        return "must be a list, in [ and ]"
+    if isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+        return "must be a list of single values"
+    if wanted is bool and not (isinstance(value, bool | str) or value in (0, 1)):
+        return "give true or false"
+    return "must be text; put it in quotes" if _is_text(wanted) and not isinstance(value, str | None) else None
 
 
 def _check_values(stated: Any, key: str = "") -> None:
-    """Raise InputError for numbers that torch has no room for, and texts that no file holds, wherever they are."""
-    if isinstance(stated, dict | list):
-        for name, value in stated.items() if isinstance(stated, dict) else enumerate(stated):
-            _check_values(value, f"{key}.{name}".lstrip("."))
-    elif isinstance(stated, int) and not -(2**63) <= stated < 2**64:
+    """Raise InputError for numbers that torch has no room for, wherever they are."""
+    for name, value in entries(stated):
+        _check_values(value, f"{key}.{name}".lstrip("."))
+    if isinstance(stated, int) and not -(2**63) <= stated < 2**64:
         raise InputError(f"recipe: {key}={reprlib.repr(stated)}: must be a whole number of 64 bits")
-    elif isinstance(stated, float) and MOST < abs(stated) < math.inf:
+    if isinstance(stated, float) and MOST < abs(stated) < math.inf:
         raise InputError(f"recipe: {key}={stated}: must be a number that fp32 holds, at most {MOST:.1e}")
-    elif isinstance(stated, str) and "\0" in stated:
-        raise InputError(f"recipe: {key}={stated!r} has a NUL in it; leave it out")
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:

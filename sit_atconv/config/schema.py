@@ -6,31 +6,28 @@ data, the codec or a preset of the model decide is left to them here, and put in
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 from PIL import ImageColor
 
 from sit_atconv import limits
-from sit_atconv.errors import InputError, check_choice, named
-from sit_atconv.fields import MUTABLE, When, expand_home, idle, setting, settle
+from sit_atconv.errors import InputError, named
+from sit_atconv.fields import MUTABLE, PATH, Section, When, chosen, idle, setting
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
-from sit_atconv.flow.times import TIME_SAMPLINGS
+from sit_atconv.flow.times import TIME_SAMPLINGS, TimeSampling, training_interval
 from sit_atconv.limits import Range, number, ranged
+from sit_atconv.reading import fault_of
 from sit_atconv.sampling.settings import Sampling
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
-DATA_SAMPLINGS = ("natural", "balanced")
-CODECS = ("identity", "vae")
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-LR_SCHEDULES = ("constant", "linear", "cosine")
-TRACKERS = ("tensorboard", "wandb")
-EMA_KINDS = ("constant", "warmup", "power")
-ON_FULL_DISK = ("stop", "continue")
 MAX_PIXELS = 178_956_970
 PARTS = Range(1, "batch_size", "each takes a share of the batch")
+CLIPPING = number(
+    1e-6, 1e6, "AdamW adds 1e-8 to a gradient's size: clipped to less it trains nothing; left out, none is clipped"
+)
 
 HUB = When("data.kind=hf", lambda data: data.kind == "hf")
 STREAMED = When("data.streaming=true", lambda data: data.kind == "hf" and data.streaming)
@@ -41,25 +38,28 @@ POWER = When("ema.kind=power", lambda ema: ema.kind == "power")
 
 
 @dataclass
-class Run:
+class Run(Section):
     """Where a run lies, what its randomness starts from, and what it reports."""
 
-    out: str = field(default=MISSING, metadata=MUTABLE)  # folder of the run: recipe, log, checkpoints, previews
+    out: str = field(default=MISSING, metadata=MUTABLE | PATH)  # folder of the run: recipe, log, checkpoints, previews
     seed: int = ranged(0, limits.SEED)
     log_every: int = ranged(10, limits.STEPS, **MUTABLE)  # steps between two lines of log.jsonl
-    # besides log.jsonl: tensorboard, wandb
-    trackers: list[str] = field(default_factory=list, metadata=MUTABLE)
-
-    def __post_init__(self):
-        expand_home(self, "out")
-        for tracker in self.trackers:
-            check_choice("run.trackers", tracker, TRACKERS)
+    trackers: list[str] = chosen([], ("tensorboard", "wandb"), **MUTABLE)  # besides log.jsonl
 
 
-@dataclass(kw_only=True)
-class Loading:
-    """How images are read, whatever they are for: a part of a section `data`."""
+@dataclass
+class Loading(Section):
+    """Which images there are, and how they are read, whatever they are for: a part of a section `data`."""
 
+    kind: str = chosen("digits", DATA_KINDS)
+    # all kinds but digits: folder, zip file, LMDB, hub id, npz (a classifier's to learn from), or cache of latents
+    root: str | None = field(default=None, metadata=MUTABLE | PATH)
+    _: KW_ONLY
+    split: str | None = setting(HUB, "train")
+    subset: str | None = setting(HUB)  # the configuration of a dataset that has several
+    revision: str | None = setting(HUB)  # branch, tag or commit; left out, the newest
+    image_key: str | None = setting(HUB, "image")  # the column of the images
+    label_key: str | None = setting(HUB, "label")  # the column of the classes; "" for a single class
     workers: int = ranged(0, limits.WORKERS, **MUTABLE)  # loader processes per training process
     # seconds without a batch after which a loader process counts as hung
     worker_timeout: float = ranged(
@@ -70,14 +70,13 @@ class Loading:
     # of an image: a larger one counts as unreadable before it is decoded
     max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"), **MUTABLE)
     # null: as many as the data have, 1 of digits, those of an npz, 3 of all others
-    channels: int | None = ranged(None, Range(1, 3, "grey has 1, RGB has 3"))
+    channels: int | None = ranged(None, Range(1, 3, "grey has 1, RGB has 3"), choices=(1, 3))
     # the colour that transparent images are composited on, by name or #rrggbb; null: transparency is left out. digits
     # and npz have none, and a cache of latents has that of its images: there it becomes null
     background: str | None = "white"
 
     def __post_init__(self):
-        if self.channels is not None:
-            check_choice("data.channels", self.channels, (1, 3))
+        super().__post_init__()
         if self.background is None:
             return
         try:
@@ -94,61 +93,56 @@ class Loading:
                 f"{idle('data.background', Loading.background)}"
             )
 
+    def _check_needed(self, *names: str, of_its_own: str) -> None:
+        """Raise InputError for a setting that digits have no use for, and where one is missing that other kinds need,
+        but the last at the kind of_its_own."""
+        for name in names:
+            value = getattr(self, name)
+            if self.kind == "digits" and value is not None:
+                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
+            if value is None and self.kind != "digits" and (self.kind, name) != (of_its_own, names[-1]):
+                raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
+
 
 @dataclass
 class Data(Loading):
     """The training images."""
 
-    kind: str = "digits"
-    # all kinds but digits: folder, zip file, LMDB, hub id, npz, or cache of latents
-    root: str | None = field(default=None, metadata=MUTABLE)
     # pixels after the centre crop; digits and latents have their own
     image_size: int | None = ranged(None, limits.PIXELS)
-    split: str | None = setting(HUB, "train")
-    subset: str | None = setting(HUB)  # the configuration of a dataset that has several
-    revision: str | None = setting(HUB)  # branch, tag or commit; left out, the newest
-    image_key: str | None = setting(HUB, "image")  # the column of the images
-    label_key: str | None = setting(HUB, "label")  # the column of the classes; "" for a single class
     # read the dataset in its order, shuffled within a buffer, instead of storing it
     streaming: bool = setting(HUB, idle=False)
     # images in the buffer
     shuffle_buffer: int | None = setting(STREAMED, 10_000, Range(1, 1_000_000, "all of them are held in memory"))
-    sampling: str = "natural"  # every image once an epoch; or balanced: every class equally often
+    sampling: str = chosen(
+        "natural", ("natural", "balanced")
+    )  # every image once an epoch, or every class equally often
     flip: bool = False  # mirror half of the images
     # checked against the data; lets --dry-run work without them
     num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"), **MUTABLE)
-    source: str | None = setting(CACHED, **MUTABLE)  # where a loss needs the images: their root today, if it has moved
+    # where a loss needs the images: their root today, if it has moved
+    source: str | None = setting(CACHED, **MUTABLE, **PATH)
     verify: bool = setting(CACHED, idle=True, **MUTABLE)  # compare every shard with its SHA-256 at the start
 
     def __post_init__(self):
         super().__post_init__()
-        expand_home(self, "root", "source")
-        check_choice("data.kind", self.kind, DATA_KINDS)
-        check_choice("data.sampling", self.sampling, DATA_SAMPLINGS)
-        for name in ("root", "image_size"):
-            value = getattr(self, name)
-            if self.kind == "digits" and value is not None:
-                raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
-            # A cache of latents knows the size of its images, which is checked against this.
-            if value is None and not (self.kind == "digits" or (self.kind, name) == ("latents", "image_size")):
-                raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
-        settle("data", self)
+        # A cache of latents knows the size of its images, which is checked against this.
+        self._check_needed("root", "image_size", of_its_own="latents")
         if self.streaming and self.sampling == "balanced":
             raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
 
 
 @dataclass
-class Latents:
+class Latents(Section):
     """The codec between images and latents."""
 
-    codec: str = "identity"  # identity: pixels are the latents; vae: a diffusers AutoencoderKL
+    codec: str = chosen("identity", ("identity", "vae"))  # pixels are the latents, or a diffusers AutoencoderKL's are
     # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
-    vae: str | None = field(default=None, metadata=MUTABLE)
+    vae: str | None = field(default=None, metadata=MUTABLE | PATH)
     batch_size: int = ranged(16, limits.BATCH, **MUTABLE)  # images per pass through the VAE
 
     def __post_init__(self):
-        expand_home(self, "vae")
-        check_choice("latents.codec", self.codec, CODECS)
+        super().__post_init__()
         if self.codec == "identity" and self.vae is not None:
             said = f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae"
             raise InputError(f"{said}; {idle('latents.vae')}")
@@ -183,12 +177,8 @@ class Model:
     qk_norm: bool | None = None
 
     def __post_init__(self):
-        size = self.sample_size
-        pair = [size, size] if isinstance(size, int) else size
-        if size is not None and not (
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
-        ):
-            raise InputError(f"model.sample_size={size!r}: give a number, or [height, width]")
+        if fault_of(self.sample_size, (None, int, [int, int])):
+            raise InputError(f"model.sample_size={self.sample_size!r}: give a number, or [height, width]")
 
     def options(self) -> dict[str, Any]:
         """What the recipe states, by the names of SiTTransformer2DModel."""
@@ -198,13 +188,13 @@ class Model:
 
 
 @dataclass
-class Flow:
+class Flow(Section):
     """The path from noise to data, what the network predicts on it, and where training looks."""
 
-    path: str = "linear"
-    prediction: str = "velocity"
-    loss_weight: str = "none"  # of score and noise prediction: none, velocity, likelihood
-    time_sampling: str = "uniform"  # or logit-normal
+    path: str = chosen("linear", PATHS)
+    prediction: str = chosen("velocity", PREDICTIONS)
+    loss_weight: str = chosen("none", WEIGHTS)  # of score and noise prediction
+    time_sampling: str = chosen("uniform", TIME_SAMPLINGS)
     # of logit(t), t = 1 is data
     time_mean: float | None = setting(
         LOGIT_NORMAL, 0.0, number(-10, 10, "beyond it nearly all t lie within 0.0001 of one end")
@@ -215,20 +205,21 @@ class Flow:
     time_shift: float = ranged(1.0, number(0.001, 1_000, "nearly all t would lie at one end"))
 
     def __post_init__(self):
-        check_choice("flow.path", self.path, PATHS)
-        check_choice("flow.prediction", self.prediction, PREDICTIONS)
-        check_choice("flow.loss_weight", self.loss_weight, WEIGHTS)
-        check_choice("flow.time_sampling", self.time_sampling, TIME_SAMPLINGS)
+        super().__post_init__()
         if self.prediction == "velocity" and self.loss_weight != "none":
             raise InputError(
                 f"flow.loss_weight={self.loss_weight}: flow.prediction=velocity has no weight; "
                 f"{idle('flow.loss_weight', 'none')}, or predict score or noise"
             )
-        settle("flow", self)
+
+    def times(self) -> TimeSampling:
+        """How t is drawn, on the interval that path and prediction can be trained on."""
+        interval = training_interval(PATHS[self.path](), self.prediction)
+        return TimeSampling(interval, self.time_sampling, self.time_mean, self.time_std, self.time_shift)
 
 
 @dataclass(kw_only=True)
-class Optimisation:
+class Optimisation(Section):
     """What every trainer has of a section `train`; each has its own defaults, and its own schedule."""
 
     batch_size: int = ranged(256, limits.GLOBAL_BATCH)  # global: all processes and accumulation steps together
@@ -237,49 +228,36 @@ class Optimisation:
     betas: list[float] = ranged([0.9, 0.999], limits.SHARE_UNDER_1)
     # on matrices; vectors (biases, norms, difference_control) are never decayed
     weight_decay: float = ranged(0.0, limits.WEIGHT_DECAY)
-    max_grad_norm: float | None = ranged(
-        None,
-        number(
-            1e-6,
-            1e6,
-            "AdamW adds 1e-8 to a gradient's size: clipped to less it trains nothing; left out, none is clipped",
-        ),
-    )
-    precision: str = "fp32"  # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
+    max_grad_norm: float | None = ranged(None, CLIPPING)
+    # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
+    precision: str = chosen("fp32", ("fp32", "tf32", "bf16", "fp16"))
     # steps in a row without a finite loss and gradient after which training stops
     max_skipped: int = ranged(20, limits.STEPS, **MUTABLE)
     gradient_checkpointing: bool = field(default=False, metadata=MUTABLE)
     compile: bool = field(default=False, metadata=MUTABLE)
 
     def __post_init__(self):
-        check_choice("train.precision", self.precision, PRECISIONS)
+        super().__post_init__()
         if len(self.betas) != 2:
             raise InputError(f"train.betas={self.betas}: give two numbers in [0, 1)")
-
-
-def _has_constant_rate(train: dict[str, Any]) -> bool:
-    return train["lr_schedule"] == "constant"
 
 
 @dataclass
 class Train(Optimisation):
     """The optimisation."""
 
-    # where another schedule would end: its rate would jump
-    max_steps: int = ranged(400_000, limits.STEPS, mutable=_has_constant_rate)
+    # not to be changed where another schedule would end: its rate would jump
+    max_steps: int = ranged(400_000, limits.STEPS, mutable=lambda train: train["lr_schedule"] == "constant")
     warmup_steps: int = ranged(0, Range(0, "max_steps", "a longer warm-up never gets to train.lr"))
-    lr_schedule: str = "constant"  # after the warm-up: constant, or linear or cosine down to 0 at max_steps
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
+    lr_schedule: str = chosen("constant", ("constant", "linear", "cosine"))  # the others go down to 0 at max_steps
 
 
 @dataclass
-class Ema:
+class Ema(Section):
     """The moving average of the weights, which is what gets sampled."""
 
-    kind: str = "constant"  # or warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.ema
+    # warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.ema
+    kind: str = chosen("constant", ("constant", "warmup", "power"))
     decay: float | None = setting(ONE_DECAY, 0.9999, limits.SHARE_UNDER_1)
     # widths relative to the step; the first is sampled
     stds: list[float] | None = setting(POWER, [0.05, 0.1], limits.EMA_STD)
@@ -287,8 +265,7 @@ class Ema:
     snapshot_every: int | None = setting(POWER, None, limits.STEPS, **MUTABLE)
 
     def __post_init__(self):
-        check_choice("ema.kind", self.kind, EMA_KINDS)
-        settle("ema", self)
+        super().__post_init__()
         if self.stds is not None and not (self.stds and len(set(self.stds)) == len(self.stds)):
             raise InputError(f"ema.stds={self.stds}: give different numbers")
 
@@ -305,14 +282,14 @@ class Repa:
 
 
 @dataclass
-class Distill:
+class Distill(Section):
     """A teacher whose attention is distilled into ATConv; see training.objectives.distill. The model is then a copy."""
 
     # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
-    teacher: str | None = field(default=None, metadata=MUTABLE)
+    teacher: str | None = field(default=None, metadata=MUTABLE | PATH)
     select: Any = "all"  # of the teacher's attentions: all, even, odd, a share, a regular expression or names
     exclude: list[str] = field(default_factory=list)
-    init: str = "closed_form"  # or copy_vo, random: see swap_attention
+    init: str = chosen("closed_form", ("closed_form", "copy_vo", "random"))  # see swap_attention
     control: bool = False  # attention in the place of ATConv, fresh: what the recipe itself costs
     pool: str = "raster"
     kernel_size: int = ranged(3, limits.KERNEL)
@@ -329,8 +306,7 @@ class Distill:
     share_steps: int = ranged(500, limits.STEPS)  # steps of every share but the last
 
     def __post_init__(self):
-        expand_home(self, "teacher")
-        check_choice("distill.init", self.init, ("closed_form", "copy_vo", "random"))
+        super().__post_init__()
         if self.select is None or isinstance(self.select, dict):
             raise InputError(
                 f"distill.select={self.select!r}: give all, even, odd, a share, a regular expression or names"
@@ -348,16 +324,16 @@ class Distill:
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(Section):
     """How often the run is saved, and how much of it is kept."""
 
     every: int = ranged(10_000, limits.STEPS)  # steps; the last step is always kept
     keep_last: int = ranged(3, limits.STEPS)
     keep_every: int | None = ranged(None, limits.STEPS)  # steps: checkpoints of its multiples are never removed
-    on_full_disk: str = "stop"  # or continue: go on training, and try again at the next checkpoint
+    on_full_disk: str = chosen("stop", ("stop", "continue"))  # go on training, and try again at the next checkpoint
 
     def __post_init__(self):
-        check_choice("checkpoint.on_full_disk", self.on_full_disk, ON_FULL_DISK)
+        super().__post_init__()
         if self.keep_every is not None and self.keep_every % self.every:
             raise InputError(
                 f"checkpoint.keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}"
@@ -377,16 +353,13 @@ class Preview(Sampling):
 
 
 @dataclass
-class Score:
+class Score(Section):
     """Scores of EMA samples while training, drawn as the previews are."""
 
     every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two scores; 0 computes none
     num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))
-    ref: str = "digits"  # as `python -m eval score --ref` takes it
-    weights: str | None = None  # Inception weights; left out, torch's hub cache
-
-    def __post_init__(self):
-        expand_home(self, "ref", "weights")
+    ref: str = field(default="digits", metadata=PATH)  # as `python -m eval score --ref` takes it
+    weights: str | None = field(default=None, metadata=PATH)  # Inception weights; left out, torch's hub cache
 
 
 @dataclass
@@ -415,10 +388,9 @@ class Recipe:
 
     def _check_distill(self) -> None:
         decided = ("sample_size", "in_channels", "num_classes")  # by data and codec, and checked against the teacher
-        stated = [name for name in ("name", *self.model.options()) if getattr(self.model, name) is not None]
-        stated = [name for name in stated if name not in decided]
-        if stated:
-            key = f"model.{stated[0]}"
+        stated = {"name": self.model.name, **self.model.options()}
+        if name := next((name for name, value in stated.items() if value is not None and name not in decided), None):
+            key = f"model.{name}"
             raise InputError(f"{key}: with distill.teacher the model is the teacher's copy; {idle(key)}")
         if self.repa.encoder is not None:
             raise InputError(

@@ -37,14 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         "--encoder-depth", **limits.BLOCKS.flag, metavar="N", help="blocks before them (default: as stored, else 8)"
     )
     args = parser.parse_args(argv)
-    told = {
-        "weights": args.weights,
-        "num_heads": args.num_heads,
-        "sample_size": _size(args.sample_size),
-        "path": args.path,
-        "prediction": args.prediction,
-        "encoder_depth": args.encoder_depth,
-    }
+    told = {name: getattr(args, name) for name in ("weights", "num_heads", "path", "prediction", "encoder_depth")}
+    told["sample_size"] = _size(args.sample_size)
     if args.to == "public":
         idle = [name for name, value in {**told, "projectors": args.projectors}.items() if value is not None]
         if idle:

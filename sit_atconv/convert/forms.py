@@ -17,10 +17,7 @@ from sit_atconv.reading import fault_of
 POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")
 TIME_WEIGHT = "t_embedder.mlp.0.weight"
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
-REPA_FOLDED = [
-    f"t -> 1 - t into {TIME_WEIGHT}",
-    f"v -> -v into {' and '.join(OUTPUT)}",
-]
+REPA_FOLDED = [f"t -> 1 - t into {TIME_WEIGHT}", f"v -> -v into {' and '.join(OUTPUT)}"]
 
 # What decides the function of a DiTTransformer2DModel, and the values that a SiT block computes.
 DIT_CONFIG = {

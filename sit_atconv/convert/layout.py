@@ -10,12 +10,12 @@ import torch
 from sit_atconv.errors import InputError, check_choice, option
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.layers.embedders import sincos_position_embedding
-from sit_atconv.models.sit import PATCH_SIZES, SiTTransformer2DModel, mixer_names
+from sit_atconv.models.sit import PATCH_SIZES, TOKEN_MIXERS, SiTTransformer2DModel, mixer_names
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths S, B, L, XL
 ATCONV_PARTS = ("kernel_proj", "kernel_gen", "x_proj", "difference_control")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MATRICES = {
+MATRICES = {  # by name, their dimensions
     "x_embedder.proj.weight": 4,
     "y_embedder.embedding_table.weight": 2,
     "final_layer.linear.weight": 2,
@@ -63,7 +63,7 @@ def read_options(
         "num_classes": rows - null_class,
         "class_dropout_prob": 0.1 if null_class else 0.0,
         "learn_sigma": output == 2 * channels * patch * patch,
-        "token_mixer": _mixer_option(mixers),
+        "token_mixer": next((name for name in TOKEN_MIXERS if mixer_names(name, len(mixers)) == mixers), mixers),
         "pos_embed": "pos_embed" in tensors,
         **_meaning(args, told, form),
     }
@@ -124,13 +124,6 @@ def _mixers(tensors: dict[str, torch.Tensor]) -> list[str]:
     # A stray index must not make the model deep enough to fill the memory; the blocks between are missing anyway.
     depth = min(depth, len(names) + 1)
     return ["atconv" if index in atconv else "attention" for index in range(depth)]
-
-
-def _mixer_option(mixers: list[str]) -> str | list[str]:
-    for name in ("attention", "atconv", "hybrid"):
-        if mixer_names(name, len(mixers)) == mixers:
-            return name
-    return mixers
 
 
 def _check_names(source: str, tensors: dict[str, torch.Tensor], mixers: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion
+from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion, write_conversion
 from sit_atconv.convert import forms, layout
 from sit_atconv.convert.reading import PICKLES, Source, read_source
 from sit_atconv.errors import InputError, check_choice, option
@@ -67,14 +67,14 @@ def read_public(
     actual, tensors, projectors, folded, notes = _public_layout(name, found, form, told)
     options, assumed = layout.read_options(name, tensors, found.args, told, actual)
     model = layout.build(name, tensors, options)
-    grid = tuple(side // model.config.patch_size for side in model.latent_size)
     kept = _projectors(projectors, found, encoder_depth, options["depth"]) if keep_projectors else None
     if encoder_depth is not None and kept is None:
         raise InputError(f"encoder depth {encoder_depth}: there are no projectors to keep; leave it out")
-    position = layout.position_embedding_kind(tensors, grid)
+    position = layout.position_embedding_kind(tensors, model.grid)
     if position == "stored":
         notes.append("pos_embed is not the fixed one, which takes its place at any other latent size")
     dtype = layout.widest({name: found.tensors[name] for name in found.tensors if name not in projectors})
+    described = {"encoder_depth": kept.encoder_depth, "z_dims": kept.z_dims} if kept is not None else None
     record = {
         "source": found.name,
         "weights": found.weights,
@@ -82,7 +82,7 @@ def read_public(
         "dtype": str(dtype).removeprefix("torch."),  # the source's: what absorbs REPA's time makes the model's wider
         "folded": folded,
         "pos_embed": position,
-        "projectors": _describe(projectors, kept),
+        "projectors": described or ("dropped" if projectors else None),
         "notes": notes + assumed,
         "versions": library_versions(),
     }
@@ -110,18 +110,11 @@ def convert(source: str | Path, out: str | Path, force: bool = False, **options)
     check_out(out, force=force)
     converted = read_public(source, **options)
     with new_path(out, force=force) as unfinished:
-        unfinished.mkdir()
         converted.model.save_pretrained(unfinished)
         if converted.projectors is not None:
             converted.projectors.save(unfinished)
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        record = {
-            **converted.record,
-            "source_sha256": {path.name: sha256(path) for path in converted.files},
-            "files": {path.name: sha256(path) for path in files},
-        }
-        (unfinished / CONVERSION).write_text(json.dumps(record, indent=1))
-    return record
+        sources = {path.name: sha256(path) for path in converted.files}
+        return write_conversion(unfinished, {**converted.record, "source_sha256": sources})
 
 
 def export_public(
@@ -158,16 +151,24 @@ def export_public(
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         tensors |= projectors.state_dict() if projectors else {}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    args = {"form": "dit" if trained.model.config.path == "ddpm" else form, **_args(trained.model)}
+    config = trained.model.config
+    args = {
+        # What the tensors do not say, for whoever reads the file, this converter included.
+        "form": "dit" if config.path == "ddpm" else form,
+        "input_size": config.sample_size,
+        "num_heads": config.num_heads,
+        "num_classes": config.num_classes,
+        "class_dropout_prob": config.class_dropout_prob,
+        "path_type": config.path,
+        "prediction": config.prediction,
+    }
     if form == "repa" and projectors:
         args["encoder_depth"] = projectors.encoder_depth
     with new_path(out, force=force) as unfinished:
         if out.suffix == ".safetensors":
             save_file(tensors, unfinished, metadata={"format": "pt", "args": json.dumps(args)})
         else:
-            with open(
-                unfinished, "wb"
-            ) as file:  # which tells of a full disk as an OSError; torch's own writer does not
+            with open(unfinished, "wb") as file:  # it tells of a full disk as an OSError, torch's own writer does not
                 torch.save({"ema": tensors, "args": args}, file)
 
 
@@ -214,12 +215,6 @@ def _projectors(
     return Projectors.from_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, number)
 
 
-def _describe(tensors: dict[str, torch.Tensor], kept: Projectors | None) -> dict[str, Any] | str | None:
-    if kept is not None:
-        return {"encoder_depth": kept.encoder_depth, "z_dims": kept.z_dims}
-    return "dropped" if tensors else None
-
-
 def _check_expressible(model: SiTTransformer2DModel, form: str) -> None:
     config = model.config
     needed = {}
@@ -232,16 +227,3 @@ def _check_expressible(model: SiTTransformer2DModel, form: str) -> None:
             raise InputError(f"{key}={config[key]!r}: the public {form} form has {value!r} and no other")
     if form == "repa" and model.pos_embed is None:
         raise InputError("pos_embed=False: the public repa form always has a position embedding")
-
-
-def _args(model: SiTTransformer2DModel) -> dict[str, Any]:
-    """What the tensors do not say, for whoever reads the file, this converter included."""
-    config = model.config
-    return {
-        "input_size": config.sample_size,
-        "num_heads": config.num_heads,
-        "num_classes": config.num_classes,
-        "class_dropout_prob": config.class_dropout_prob,
-        "path_type": config.path,
-        "prediction": config.prediction,
-    }

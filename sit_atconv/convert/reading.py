@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from sit_atconv.errors import InputError, check_choice
-from sit_atconv.reading import Malformed, parse_json, read_json
+from sit_atconv.errors import InputError, check_choice, told
+from sit_atconv.reading import Malformed, parse_json, read_json, read_tensors
 from sit_atconv.weights import INDEX, read_index, weight_files
 
 WEIGHTS = ("ema", "model")
@@ -50,11 +49,9 @@ def read_source(path: str | Path, weights: str | None = None, variant: str | Non
         check_choice("weights", weights, WEIGHTS)
     if path.is_dir():
         path = path / "transformer" if (path / "model_index.json").is_file() else path  # a diffusers pipeline
-        try:
+        with told(f"checkpoint {str(path)!r}", OSError, InputError):
             config = read_json(path / "config.json") if (path / "config.json").is_file() else None
             files = _files_of(path) if config is None else weight_files(path, variant, pickles=True)
-        except (OSError, InputError) as error:
-            raise InputError(f"checkpoint {str(path)!r}: {error}") from None
     elif path.is_file():
         config, files = None, [path]
     else:
@@ -66,9 +63,10 @@ def read_source(path: str | Path, weights: str | None = None, variant: str | Non
     content, args = {}, {}
     for file in files:
         if file.suffix == ".safetensors":
-            tensors, stored = _read_safetensors(file)
+            tensors, metadata = read_tensors(file, "checkpoint")
             content.update(tensors)
-            args.update(stored)
+            with told(f"checkpoint {str(file)!r}: args in its header are not a JSON object", Malformed):
+                args.update(parse_json(metadata.get("args", "{}"), "args"))
         elif file.suffix in PICKLES:
             content.update(_read_pickle(file))
         else:
@@ -96,21 +94,6 @@ def _only(folder: Path, suffix: str) -> list[Path]:
             f"it holds {[file.name for file in found]}; give a file of weights, or a folder with one of these"
         )
     return usual or found
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors, and the options that `export_public` put into the header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            args = (file.metadata() or {}).get("args", "{}")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"checkpoint {str(path)!r} is cut or damaged: {error}") from None
-    try:
-        return tensors, parse_json(args, "args")
-    except Malformed as error:
-        said = f"args in its header are not a JSON object ({error})"
-        raise InputError(f"checkpoint {str(path)!r}: {said}") from None
 
 
 def _compressed(path: Path) -> bool:

@@ -12,7 +12,7 @@ __all__ = ["DATASETS", "IMAGE_KEYS", "describe_images", "open_dataset"]
 
 
 def _latents(data: Data) -> LatentCache:
-    cache = LatentCache(data.root, data.verify, data.image_size, data.source, data.max_pixels)
+    cache = LatentCache(data.root, data.verify, data.source, data.max_pixels)
     cache.check_stated(data)
     return cache
 

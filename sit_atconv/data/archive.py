@@ -20,7 +20,7 @@ from sit_atconv.data.images import (
     is_hidden,
     is_image,
 )
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.reading import opened
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -55,13 +55,14 @@ class Zip(EncodedImages):
 
     def __init__(self, root: str, image_size: int, reader: Reader | None = None):
         where = f"data.root={root!r}"
-        try:
-            with opened(root) as file, zipfile.ZipFile(file) as archive:
-                listed = {_place(entry): entry for entry in archive.infolist()}
-        except OSError as error:
-            raise InputError(f"{where}: {error.strerror}; give a zip archive of a folder per class") from None
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, MemoryError) as error:
-            raise InputError(f"{where} is no zip archive, or damaged: {error}") from None
+        damaged = zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, MemoryError
+        with (
+            told(where, OSError, remedy="give a zip archive of a folder per class"),
+            told(f"{where} is no zip archive, or damaged", *damaged),
+            opened(root) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            listed = {_place(entry): entry for entry in archive.infolist()}
         images = [(tuple(place.split("/")), entry) for place, entry in listed.items() if is_image(place)]
         paths = [path for path, _ in images]
         wraps = 0
@@ -110,13 +111,11 @@ class Zip(EncodedImages):
             if method == zipfile.ZIP_DEFLATED:
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
             whole = signature == b"PK\3\4" and len(content) == size and zlib.crc32(content) == crc
-            reason = "damaged"
-        except OSError as error:
-            whole, reason = False, error.strerror
-        except (struct.error, zlib.error, OverflowError):
-            whole, reason = False, "damaged"
-        if not whole:
-            raise Unreadable(f"image {self.name(index)!r} cannot be read ({reason}); make the archive anew")
+            fault = None if whole else "damaged"
+        except (OSError, struct.error, zlib.error, OverflowError) as error:
+            fault = getattr(error, "strerror", "damaged")
+        if fault:
+            raise Unreadable(f"image {self.name(index)!r} cannot be read ({fault}); make the archive anew")
         return content, int(self.labels[index])
 
     def __getstate__(self) -> dict[str, Any]:

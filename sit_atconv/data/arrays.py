@@ -4,6 +4,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from sit_atconv.data.images import (
     with_channels,
 )
 from sit_atconv.data.npz import UNREADABLE, Array, arrays_of, fill, read_header
-from sit_atconv.errors import InputError, said
+from sit_atconv.errors import InputError, told
 
 CHUNK = 1 << 22  # bytes that are read at once
 WANTED = "give an npz with arr_0, uint8 (N, H, W, C) with 1 or 3 channels"
@@ -35,17 +36,13 @@ class PixelArray:
 
     def __init__(self, path: Path, name: str):
         self.name, self._path = name, path
-        try:
+        with told(f"{name} cannot be read", *UNREADABLE, remedy=WANTED):
             arrays = arrays_of(path, ("arr_0", "arr_1"))
             self._array, labels = arrays["arr_0"], arrays.get("arr_1")
             self.shape = self._array.shape
             if labels is not None:
                 check_kind(name, labels, self.shape[0] if self.shape else 0)
                 labels = labels.read()
-        except InputError:
-            raise
-        except UNREADABLE as error:
-            raise InputError(f"{name} cannot be read: {said(error).rstrip('.')}; {WANTED}") from None
         dtype, fortran = self._array.dtype, self._array.fortran
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] not in (1, 3) or fortran:
             raise InputError(f"{name}: arr_0 is {dtype} {self.shape}{', in Fortran order' * fortran}; {WANTED}")
@@ -62,7 +59,7 @@ class PixelArray:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images start to stop - 1, (stop - start, H, W, C). One thread at a time may read what is compressed."""
         images = np.empty((stop - start, *self.shape[1:]), np.uint8)
-        try:
+        with self._damage_told():
             if not self.compressed:  # read, not mapped: a file that shrinks is an error then, not a fatal signal
                 with open(self._path, "rb", buffering=0) as file:
                     file.seek(self._array.place + start * self._row)
@@ -73,17 +70,12 @@ class PixelArray:
                 self._stream.seek((start - self._next) * self._row, os.SEEK_CUR)  # reads what it passes over
                 fill(self._stream, images)
                 self._next = stop
-        except UNREADABLE as error:
-            raise self._damaged(error) from None
         return images
 
     def whole(self) -> np.ndarray:
         """All images, in memory. Raises InputError where they are too many for that, or damaged."""
-        try:
+        with told(self.name, *UNREADABLE, remedy="store it without compression, as numpy.savez does"):
             return self._array.read()
-        except UNREADABLE as error:
-            reason = said(error).rstrip(".")
-            raise InputError(f"{self.name}: {reason}; store it without compression, as numpy.savez does") from None
 
     def _open(self) -> None:
         if self._stream is not None:
@@ -95,18 +87,17 @@ class PixelArray:
 
     def content(self) -> Iterator[bytes]:
         """All bytes in order, as zipfile reads them, which compares the member's CRC."""
-        try:
-            with zipfile.ZipFile(self._path) as archive, archive.open(self._array.entry) as file:
-                file.read(self._array.start)
-                while chunk := file.read(CHUNK):
-                    yield chunk
-        except UNREADABLE as error:
-            raise self._damaged(error) from None
+        with (
+            self._damage_told(),
+            zipfile.ZipFile(self._path) as archive,
+            archive.open(self._array.entry) as file,
+        ):
+            file.read(self._array.start)
+            while chunk := file.read(CHUNK):
+                yield chunk
 
-    def _damaged(self, error: Exception) -> InputError:
-        return InputError(
-            f"{self.name} is truncated or damaged: {said(error).rstrip('.')}; make it again", every_rank=True
-        )
+    def _damage_told(self) -> AbstractContextManager[None]:
+        return told(f"{self.name} is truncated or damaged", *UNREADABLE, remedy="make it again", every_rank=True)
 
 
 def check_kind(name: str, labels: np.ndarray | Array, n: int) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from sit_atconv.console import progress
-from sit_atconv.data.images import MOST_BYTES, MOST_CLASSES, EncodedImages, Packed, Reader, Unreadable
+from sit_atconv.data.images import MOST_BYTES, MOST_CLASSES, EncodedImages, Packed, Reader, Unreadable, of_extra
 from sit_atconv.data.plain_pickle import load_plain
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.processes import is_main
 
 CLASSES = "classes.txt"
@@ -33,32 +33,23 @@ class Lmdb(EncodedImages):
     """
 
     def __init__(self, root: str, image_size: int, reader: Reader | None = None):
-        try:
-            import lmdb
-        except ImportError:
-            raise InputError("data.kind=lmdb needs a package: pip install 'sit_atconv[data]'") from None
+        lmdb = of_extra("lmdb", "lmdb")
         where = f"data.root={root!r}"
         self.root, self._error = root, lmdb.Error
         path = Path(root)
         if not (path / "data.mdb" if path.is_dir() else path).is_file():
             raise InputError(f"{where}: no such LMDB; give its file, or the folder that holds data.mdb")
-        try:
-            with _environment(root).begin(buffers=True) as transaction:
-                length, keys = (self._header(transaction, key) for key in (b"__len__", b"__keys__"))
-        except lmdb.Error as error:
-            raise InputError(f"{where} is no LMDB, or damaged: {error}") from None
+        with told(f"{where} is no LMDB, or damaged", lmdb.Error), _environment(root).begin(buffers=True) as transaction:
+            length, keys = (self._header(transaction, key) for key in (b"__len__", b"__keys__"))
         if not (isinstance(keys, list) and keys and all(isinstance(key, bytes) for key in keys)):
             raise InputError(f"{where}: __keys__ is not a list of bytes; write the database anew")
         if length != len(keys):
             raise InputError(f"{where}: __len__ is {length}, __keys__ lists {len(keys)}; write the database anew")
         self._keys = Packed(keys)
         names = (path if path.is_dir() else path.parent) / CLASSES
-        try:
-            lines = names.read_text().splitlines() if names.is_file() else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{str(names)!r} cannot be read: {error}") from None
-        if lines is not None:
-            class_names = [line.strip() for line in lines if line.strip()]
+        if names.is_file():
+            with told(f"{str(names)!r} cannot be read", OSError, UnicodeDecodeError):
+                class_names = [line.strip() for line in names.read_text().splitlines() if line.strip()]
         else:
             class_names = [str(label) for label in range(self.labels.max() + 1)]
         super().__init__(image_size, class_names, reader)
@@ -70,10 +61,8 @@ class Lmdb(EncodedImages):
         where, value = f"data.root={self.root!r}: {key.decode()}", transaction.get(key)
         if value is None:
             raise InputError(f"{where} is not there; the layout of folder2lmdb is needed")
-        try:
+        with told(f"{where} refused, and nothing in it was run", ValueError):
             return load_plain(bytes(value))
-        except ValueError as error:
-            raise InputError(f"{where} refused, and nothing in it was run: {error}") from None
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
+from PIL import Image
 
 from sit_atconv.config import Data
 from sit_atconv.data.images import (
@@ -26,13 +25,12 @@ from sit_atconv.data.images import (
     EncodedImages,
     Reader,
     Unreadable,
-    check_label,
     check_labels,
-    decode,
+    of_extra,
 )
 from sit_atconv.data.order import MAX_ATTEMPTS
-from sit_atconv.errors import InputError, check_choice
-from sit_atconv.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json, spelt
+from sit_atconv.errors import InputError, check_choice, reason, told
+from sit_atconv.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json
 
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")  # of fsspec and `datasets`: files in a file
 CARDS = ("README.md", ".huggingface.yaml")  # what `datasets` reads of a folder before its files
@@ -50,10 +48,7 @@ BACKENDS = (
 
 def open_hub(data: Data) -> "HubImages | HubStream":
     """The images of `data.kind=hf`. Raises InputError for a dataset that is not there, or has other columns."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("data.kind=hf needs a package: pip install 'sit_atconv[data]'") from None
+    datasets = of_extra("datasets", "hf")
     where, root = f"data.root={data.root!r}", Path(data.root)
     saved = any((root / name).is_file() for name in (STATE, SPLITS))
     for name, acts in (("revision", not root.exists()), ("subset", not saved)):
@@ -62,7 +57,8 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     files = _Files.of(data.root)
     if root.is_dir():
         _check_described(root, where, files)
-    try:
+    asked = f"{where}, data.subset={data.subset}, data.split={data.split}"
+    with told(f"{asked}: cannot be opened", OSError, datasets.exceptions.DatasetsError, *ANY):
         if saved:
             found = datasets.load_from_disk(data.root)
             splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
@@ -79,11 +75,6 @@ def open_hub(data: Data) -> "HubImages | HubStream":
             table = give(split=data.split or "train")
             stated = (table.info.splits or {}).get(str(table.split))
             number = stated.num_examples if data.streaming and stated else None
-    except InputError:
-        raise
-    except (OSError, datasets.exceptions.DatasetsError, *ANY) as error:
-        asked = f"{where}, data.subset={data.subset}, data.split={data.split}"
-        raise InputError(f"{asked}: cannot be opened: {error or type(error).__name__}") from None
     columns = table.features
     if columns is None:
         raise InputError(f"{where} does not say its columns; leave data.streaming out")
@@ -103,13 +94,13 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     table = table.select_columns([key for key in (image, label) if key is not None])
     names = list(ONE_CLASS) if label is None else getattr(columns[label], "names", None)  # of a ClassLabel
     if not data.streaming:
-        return HubImages(data, table, image, label, names)
+        return HubImages(data, table, names)
     if names is None:
         raise InputError(f"data.label_key={label!r}: a stream tells its classes by a ClassLabel alone; leave it stored")
     number = number or data.num_images
     if number is None:
         raise InputError(f"{where} does not say how many images it has; state data.num_images")
-    return HubStream(data, table, image, label, names, number)
+    return HubStream(data, table, names, number)
 
 
 def _check_described(root: Path, where: str, files: "_Files") -> None:
@@ -133,8 +124,7 @@ def _check_described(root: Path, where: str, files: "_Files") -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError) and not isinstance(error, Malformed):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{where}: {path.name} cannot be read: {reason}; mend it") from None
+        raise InputError(f"{where}: {path.name} cannot be read: {reason(error)}; mend it") from None
 
 
 def _named_by(card: Any) -> Iterator[str]:
@@ -206,14 +196,18 @@ class _Files:
             raise InputError(f"{who} {named}, which is no file of the dataset, and is not opened; bring it there")
 
 
-def _file(value: Any, name: str, files: _Files = _Files()) -> bytes:
+def _held(value: Any) -> tuple[bytes | None, str | None]:
+    """(bytes, path) in what a column holds of an image: either, or both."""
+    return (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
+
+
+def _file(value: Any, name: str, files: _Files) -> bytes:
     """An image file's bytes, from what a column holds: the bytes, or their path in the dataset. Raises Unreadable."""
     import fsspec
 
-    held = value if isinstance(value, dict) else {"bytes": value, "path": None}
-    if held["bytes"] is not None:
-        return held["bytes"]
-    path = held["path"]
+    content, path = _held(value)
+    if content is not None:
+        return content
     if path is None:
         raise Unreadable(f"image {name!r} is missing: its record is empty")
     if not files.has(path):
@@ -230,28 +224,23 @@ def _file(value: Any, name: str, files: _Files = _Files()) -> bytes:
 
 
 class HubImages(EncodedImages):
-    """A stored dataset. Classes are those of a ClassLabel, or the distinct values of integers or strings, sorted.
+    """A stored dataset. Classes are those of a ClassLabel, or the distinct values of integers or strings, sorted."""
 
-    label_key: None where all images are of one class.
-    """
-
-    def __init__(self, data: Data, table: Any, image_key: str, label_key: str | None, names: list[str] | None):
+    def __init__(self, data: Data, table: Any, names: list[str] | None):
+        key = data.label_key or None
         if not len(table):
             raise InputError(f"data.root={data.root!r} holds no images")
-        if label_key is None:
-            stored = np.zeros(len(table), np.int64)
-        else:
-            stored = np.asarray(table.select_columns([label_key]).with_format("numpy")[:][label_key])
+        stored = np.zeros(len(table), np.int64)
+        if key is not None:
+            stored = np.asarray(table.select_columns([key]).with_format("numpy")[:][key])
         if stored.ndim != 1 or stored.dtype.kind not in "iuUT":
-            raise InputError(
-                f"data.label_key={label_key!r}: the column must hold an integer or a string for every image"
-            )
+            raise InputError(f"data.label_key={key!r}: the column must hold an integer or a string for every image")
         if names is None:
             names, stored = np.unique(stored, return_inverse=True)
         super().__init__(data.image_size, map(str, names), Reader.of(data))
         self.labels, self._files = stored.astype(np.int64), _Files.of(data.root)
-        check_labels(f"data.root={data.root!r}, data.label_key={label_key!r}", self.labels, self.class_names)
-        self._table, self._image_key = table, image_key
+        check_labels(f"data.root={data.root!r}, data.label_key={key!r}", self.labels, self.class_names)
+        self._table, self._image_key = table, data.image_key
         self._name = f"{data.root}[{data.split}]"
 
     def name(self, index: int) -> str:
@@ -265,7 +254,7 @@ class HubImages(EncodedImages):
         return _file(value, self.name(index), self._files), int(self.labels[index])
 
 
-class HubStream(Dataset):
+class HubStream(EncodedImages):
     """A dataset without access by index: its place n of epoch e is the n-th item of `shuffle(seed)`, `set_epoch(e)`.
 
     Item (position, flip), position = e * num_images + n, so `len` images make an epoch. Every reader walks the whole
@@ -275,24 +264,12 @@ class HubStream(Dataset):
     An image has no index here: what is unreadable is counted by a digest of its content.
     """
 
-    moments, in_order = False, True
+    in_order, seed = True, 0
 
-    def __init__(
-        self,
-        data: Data,
-        table: Any,
-        image_key: str,
-        label_key: str | None,
-        names: list[str],
-        num_images: int,
-        seed: int = 0,
-    ):
-        self.image_size, self.class_names = data.image_size, tuple(map(spelt, names))
-        self.reader = Reader.of(data)
-        self.channels = self.reader.channels
-        self.seed, self.buffer = seed, data.shuffle_buffer
-        self._table, self._keys, self._num_images, self._root = table, (image_key, label_key), num_images, data.root
-        self._files = _Files.of(data.root)
+    def __init__(self, data: Data, table: Any, names: list[str], num_images: int):
+        super().__init__(data.image_size, names, Reader.of(data))
+        self.buffer, self._keys = data.shuffle_buffer, (data.image_key, data.label_key or None)
+        self._table, self._num_images, self._root, self._files = table, num_images, data.root, _Files.of(data.root)
         # By process: one from before a fork has lost its threads. It is kept, for closing it would wait for them.
         self._walks: dict[int, _Walk] = {}
 
@@ -305,15 +282,20 @@ class HubStream(Dataset):
     def __len__(self) -> int:
         return self._num_images
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
-        position, flip = key
+    def name(self, position: int) -> str:
+        return f"{self._root}[epoch {position // len(self)}, place {position % len(self)}]"
+
+    def encoded(self, position: int) -> tuple[bytes, int]:
         value, label = self._row(position)
-        name = f"{self._root}[epoch {position // len(self)}, place {position % len(self)}]"
+        return _file(value, self.name(position), self._files), label
+
+    def picture(self, position: int, size: int | None = None) -> tuple[Image.Image, int]:
         try:
-            check_label(label, self.class_names, name)
-            return decode(_file(value, name, self._files), self.image_size, flip, name, self.reader), label
+            return super().picture(position, size)
         except Unreadable as error:
-            error.image = _digest(value)
+            content, path = _held(self._row(position)[0])
+            digest = hashlib.sha256((path or "").encode() if content is None else content).digest()
+            error.image = int.from_bytes(digest[:8]) >> 1
             raise
 
     def _row(self, position: int) -> tuple[Any, Any]:
@@ -336,18 +318,15 @@ class HubStream(Dataset):
             # `iter` gives every loader process all of the stream, `__iter__` would share it out among them.
             rows = table.iter(batch_size=1)
             for place in range(len(self)):
-                try:
+                where = f"data.root={self._root!r}: the stream"
+                broke = f"{where} broke at image {place:,} of epoch {number}"
+                remedy = "start again to go on from the last checkpoint"
+                with told(broke, OSError, ValueError, RuntimeError, remedy=remedy, every_rank=True):
                     row = next(rows, None)
-                except (OSError, ValueError, RuntimeError) as error:
-                    raise InputError(
-                        f"data.root={self._root!r}: the stream broke at image {place:,} of epoch {number} ({error}); "
-                        "start again to go on from the last checkpoint",
-                        every_rank=True,
-                    ) from None
                 if row is None:
                     raise InputError(
-                        f"data.root={self._root!r}: the stream ends after {place:,} images, and data.num_images or "
-                        f"the dataset itself says {len(self):,}; correct data.num_images",
+                        f"{where} ends after {place:,} images, and data.num_images or the dataset itself says "
+                        f"{len(self):,}; correct data.num_images",
                         every_rank=True,
                     )
                 image, label = (0 if key is None else row[key][0] for key in self._keys)
@@ -364,9 +343,3 @@ class _Walk:
     rows: Iterator[tuple[Any, Any]]
     next: int
     recent: deque[tuple[Any, Any]] = field(default_factory=lambda: deque(maxlen=MAX_ATTEMPTS + 1))
-
-
-def _digest(value: Any) -> int:
-    held = value if isinstance(value, dict) else {"bytes": value, "path": None}
-    content = held["bytes"] if held["bytes"] is not None else (held["path"] or "").encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8]) >> 1

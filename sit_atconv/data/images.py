@@ -1,6 +1,7 @@
 """From an image file to pixels, and to the tensor that a codec takes: ADM's centre crop, [-1, 1]. What all kinds of
 datasets share."""
 
+import importlib
 import os
 import struct
 import zlib
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sit_atconv.config import Loading
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, reason, said
 from sit_atconv.reading import read_bytes, spelt
 
 # What Pillow raises over bytes of any kind.
@@ -117,8 +119,7 @@ class Reader:
                 f"image {name!r} does not decode (no known format: {', '.join(FORMATS)}); repair or remove it"
             ) from None
         except DAMAGED as error:
-            reason = str(error) or type(error).__name__
-            raise Unreadable(f"image {name!r} does not decode ({reason}); repair or remove it") from None
+            raise Unreadable(f"image {name!r} does not decode ({said(error)}); repair or remove it") from None
 
     def _opaque(self, image: Image.Image) -> Image.Image:
         """Grey or RGB, of an image of 8 bits."""
@@ -162,25 +163,12 @@ def with_channels(image: Image.Image, channels: int | None) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def decode(encoded: bytes, size: int, flip: bool, name: str, reader: Reader | None = None) -> torch.Tensor:
-    """An image file's bytes -> (C, size, size) in [-1, 1], by default in RGB. Raises Unreadable, which says `name`."""
-    return to_tensor((reader or Reader())(encoded, name, size), flip)
-
-
-def to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
-    """A grey or RGB image -> (C, H, W) in [-1, 1], mirrored where `flip`."""
-    pixels = np.array(image)
-    tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
-    return tensor.flip(2) if flip else tensor
-
-
 def read_image(path: str) -> bytes:
     """The bytes of an image file. Raises Unreadable for what is no file, is not there, or is larger than MOST_BYTES."""
     try:
         return read_bytes(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Unreadable(f"image {path!r} cannot be read ({reason}); bring it back") from None
+        raise Unreadable(f"image {path!r} cannot be read ({reason(error)}); bring it back") from None
 
 
 def is_image(path: str) -> bool:
@@ -215,14 +203,6 @@ def image_files(root: str | Path) -> Iterator[str]:
                     yield entry.path
 
 
-def check_label(label: int | None, class_names: Sequence[str], name: str) -> None:
-    """Raise Unreadable, which says `name`, for a label that is no class: len(class_names) would be the null class."""
-    if label is None or not 0 <= label < len(class_names):
-        raise Unreadable(
-            f"image {name!r} has the label {label}, and there are {len(class_names)} classes, from 0 on; correct it"
-        )
-
-
 def check_labels(where: str, labels: np.ndarray, class_names: Sequence[str]) -> None:
     """Raise InputError, beginning with `where`, where one of the labels (N,) of all images is none of the classes."""
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
@@ -244,6 +224,14 @@ def check_classes(where: str, folders: Iterable[str], filled: Iterable[str]) -> 
             f"{where}: no image in the class folder {', '.join(map(repr, empty[:3]))}{more}; remove it, or bring its "
             f"images ({', '.join(IMG_EXTENSIONS)})"
         )
+
+
+def of_extra(package: str, kind: str) -> ModuleType:
+    """A package that the extra `data` brings. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"data.kind={kind} needs a package: pip install 'sit_atconv[data]'") from None
 
 
 class Images(Dataset):
@@ -273,7 +261,9 @@ class Images(Dataset):
     def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
         index, flip = key
         image, label = self.picture(index, self.image_size)
-        return to_tensor(image, flip), label
+        pixels = np.array(image)
+        tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
+        return tensor.flip(2) if flip else tensor, label
 
 
 class EncodedImages(Images):
@@ -289,9 +279,12 @@ class EncodedImages(Images):
         raise NotImplementedError
 
     def picture(self, index: int, size: int | None = None) -> tuple[Image.Image, int]:
-        encoded, label = self.encoded(index)
-        check_label(label, self.class_names, self.name(index))
-        return self.reader(encoded, self.name(index), size), label
+        (encoded, label), name, classes = self.encoded(index), self.name(index), len(self.class_names)
+        if label is None or not 0 <= label < classes:  # which would be that of the null class, or of none
+            raise Unreadable(
+                f"image {name!r} has the label {label}, and there are {classes} classes, from 0 on; correct it"
+            )
+        return self.reader(encoded, name, size), label
 
 
 class Packed:

@@ -4,15 +4,9 @@
     moments-0000000-0004096.safetensors       of the images [0, 4096): `moments` (N, 2, 2C, h, w), `labels` (N,)
 
 Why safetensors: `get_tensor` maps a file and copies nothing, so rows cost what they cost in numpy's memmap, and a file
-says itself what it holds. Measured by `python -m experiments.bench.cache` over 100,000 latents of 8 x 32 x 32 in fp16
-(1.6 GB, in the page cache), shuffled batches of 256 through two loader processes on two cores of a Xeon, latents/s:
-
-    this class 52,000; numpy.memmap of the same files 43,000, of one file 51,000; safetensors' slices, which cost a call
-    each, 32,000; Hugging Face datasets (Arrow) with a column of bytes 25,000, of arrays 18,000
-
-without loader processes 216,000. The three processes have 0.54 GB of anonymous memory, 0.51 GB of that from imports.
-webdataset reads tar files from front to back and shuffles within a buffer, so neither the image of an index nor the
-place where a run was interrupted can be asked for. SHA-256 runs at 1.6 GB/s on a core.
+says itself what it holds; `python -m experiments.bench.cache` compares it with what else there is. webdataset reads tar
+files from front to back and shuffles within a buffer, so neither the image of an index nor the place where a run was
+interrupted can be asked for.
 """
 
 import os
@@ -24,17 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from sit_atconv.config import Data, Loading, make_recipe
 from sit_atconv.console import progress
 from sit_atconv.data.images import Unreadable, check_labels
 from sit_atconv.data.kinds import IMAGE_KEYS, open_images
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.files import sha256
 from sit_atconv.processes import is_main
-from sit_atconv.reading import COUNT, POSITIVE, SHA256, SHAPE, Malformed, read_json
+from sit_atconv.reading import COUNT, POSITIVE, SHA256, SHAPE, Malformed, read_json, read_tensors
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -63,15 +56,12 @@ def shard_ranges(num_images: int, shard_images: int) -> list[tuple[int, int]]:
 def read_index(root: Path) -> dict[str, Any]:
     """What a finished cache says of itself. Raises InputError where there is none, or none that this library reads."""
     where = f"cache of latents {str(root)!r}"
-    try:
+    unfinished = told(f"{where}: {INDEX}", OSError, remedy=f"if it is a cache yet to be finished, {REMEDY}")
+    with unfinished, told(f"{where}: {INDEX} is damaged", Malformed, remedy=REMEDY):
         version = read_json(root / INDEX).get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(f"{where} has format {version!r}; this library reads {FORMAT_VERSION}; encode it anew")
         index = read_json(root / INDEX, FORM)
-    except OSError as error:
-        raise InputError(f"{where}: {INDEX}: {error.strerror}; if it is a cache yet to be finished, {REMEDY}") from None
-    except Malformed as error:
-        raise InputError(f"{where}: {INDEX} is damaged ({error}); {REMEDY}") from None
     named = [(shard["file"], shard["first"], shard["count"]) for shard in index["shards"]]
     count = -(-index["num_images"] // index["shard_images"])
     ranges = shard_ranges(index["num_images"], index["shard_images"]) if count == len(named) else []
@@ -112,7 +102,7 @@ class LatentCache(Dataset):
     """The moments of a cache, in place of images. An item `(index, flip)` is a tensor (2C, h, w) and a label.
 
     The first C channels are the mean, the others the log-variance, in the stored dtype, without scale and shift.
-    verify: compare every shard with its SHA-256 now. image_size: refused unless it is the cache's.
+    verify: compare every shard with its SHA-256 now.
     source: where the images themselves lie today, for `images`; None is where they were. max_pixels: of these.
     Raises InputError for a cache that is not there or not whole.
     """
@@ -120,8 +110,7 @@ class LatentCache(Dataset):
     moments = True
 
     def __init__(
-        self, root: str, verify: bool, image_size: int | None = None, source: str | None = None,
-        max_pixels: int = Loading.max_pixels,
+        self, root: str, verify: bool, source: str | None = None, max_pixels: int = Loading.max_pixels
     ):  # fmt: skip
         self.root, self.source, self.max_pixels = Path(root).absolute(), source, max_pixels
         self.index = index = read_index(self.root)
@@ -129,11 +118,6 @@ class LatentCache(Dataset):
         if problems:
             more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
             raise InputError(f"cache of latents {root!r}: {problems[0]}{more}; {REMEDY}")
-        if image_size not in (None, index["image_size"]):
-            raise InputError(
-                f"data.image_size={image_size}: the cache {root!r} is of images of {index['image_size']} pixels; "
-                "leave it out, or encode another cache"
-            )
         self.channels, self.image_size = index["channels"], index["image_size"]
         self.background = index["data"].get("background")  # a cache that does not say left transparency out
         self.class_names, self.latent_shape = tuple(index["class_names"]), tuple(index["latent_shape"])
@@ -148,8 +132,8 @@ class LatentCache(Dataset):
         check_labels(f"cache of latents {root!r}", self.labels, self.class_names)
 
     def check_stated(self, data: Data) -> None:
-        """Raise InputError for channels or a background, of a recipe, that are not those of the cache's images."""
-        for key in ("channels", "background"):
+        """Raise InputError for a size, channels or a background, of a recipe, that the cache's images do not have."""
+        for key in ("image_size", "channels", "background"):
             stated, own = getattr(data, key), getattr(self, key)
             if stated not in (None, own):
                 raise InputError(
@@ -194,11 +178,9 @@ class LatentCache(Dataset):
 
     def images(self) -> Dataset:
         """The images that the cache is of. Raises InputError when they are not there."""
-        try:
+        with told("", InputError, remedy="data.source says where the images of the cache lie today"):
             data = self.images_data
             images = open_images(data)
-        except InputError as error:
-            raise InputError(f"{error}; data.source says where the images of the cache lie today") from None
         if (len(images), images.class_names) != (len(self), self.class_names):
             raise InputError(
                 f"data.source={data.root!r}: the images are not those of the cache "
@@ -218,14 +200,14 @@ class LatentCache(Dataset):
         problem = _problem(path, shard, hashes=False)  # a page past a file's end would be a SIGBUS
         if not problem:
             try:
-                with safe_open(path, framework="pt") as file:
-                    moments, labels = file.get_tensor("moments").numpy(), file.get_tensor("labels").numpy()
-                form = (moments.shape, moments.dtype, labels.shape, labels.dtype)
-                if form == ((shard["count"], 2, *self._item), self._dtype, (shard["count"],), np.int64):
-                    return moments, labels
+                tensors, _ = read_tensors(path, "shard")
+                found = {name: (tensor.shape, tensor.numpy().dtype) for name, tensor in tensors.items()}
+                count = shard["count"]
+                if found == {"moments": ((count, 2, *self._item), self._dtype), "labels": ((count,), np.int64)}:
+                    return tensors["moments"].numpy(), tensors["labels"].numpy()
                 problem = f"{shard['file']} holds tensors of another form"
-            except (OSError, SafetensorError) as error:
-                problem = f"{shard['file']}: {error}"
+            except InputError as error:
+                problem = str(error)
         if not self.root.is_dir():
             raise InputError(f"cache of latents {str(self.root)!r} is no longer there; bring it back", every_rank=True)
         raise Unreadable(f"cache of latents {str(self.root)!r}: {problem}; {REMEDY}")

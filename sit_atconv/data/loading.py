@@ -10,11 +10,12 @@ import threading
 from collections.abc import Iterable
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sit_atconv.compat.torch import consider_ended, ignore_deaths, loader_processes
-from sit_atconv.data.samples import Batch, RankPositions, Samples
-from sit_atconv.errors import InputError
+from sit_atconv.config import Loading
+from sit_atconv.data.samples import Batch
+from sit_atconv.errors import InputError, told
 
 POLL_SECONDS = 1.0  # between two looks at whether the loader processes are alive, while none gives a batch
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -25,34 +26,29 @@ REMEDY = "use fewer data.workers, or give more memory"
 class TrainingBatches:
     """The batches of one process in order; an iterator. Its loader processes start with the first batch.
 
-    workers: loader processes, 0 for none. timeout: seconds without a batch after which they count as hung.
+    samples: gives by `__getitems__` what `Samples.fetch` does. positions: of every batch, such as `RankPositions`.
+    data: says how many loader processes there are, and after how many seconds without a batch they count as hung.
     `next` raises the InputError of a dataset that is gone, and of a loader process that died or hangs. Nothing is
     raised anywhere else: torch's way of raising from a signal handler, in whatever the process is doing, is off.
     The loader processes leave signals to this one: a terminal and a scheduler send them to all. They end by SIGKILL
     with this object, at the latest with this process.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        positions: RankPositions,
-        workers: int = 0,
-        pin_memory: bool = False,
-        timeout: float = 600.0,
-    ):
-        self.timeout, self._bad, self._iterator, self._watchdog = timeout, {}, None, None
+    def __init__(self, samples: Dataset, positions: Iterable, data: Loading, pin_memory: bool = False):
+        self.timeout, self._bad, self._iterator, self._watchdog = data.worker_timeout, {}, None, None
         options = {}
-        if workers:
+        if data.workers:
             # Enough for two batches of every loader process, and for the micro-batches of two steps.
+            accumulation = getattr(positions, "accumulation", 1)
             options = {
-                "prefetch_factor": max(2, math.ceil(2 * positions.accumulation / workers)),
-                "timeout": min(POLL_SECONDS, timeout),
+                "prefetch_factor": max(2, math.ceil(2 * accumulation / data.workers)),
+                "timeout": min(POLL_SECONDS, self.timeout),
                 "worker_init_fn": _begin,
             }
         self._loader = DataLoader(
             samples,
             batch_sampler=positions,
-            num_workers=workers,
+            num_workers=data.workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # torch would take a seed from the global one, which is not its to move
@@ -92,10 +88,8 @@ class TrainingBatches:
     def _start(self) -> None:
         before = _mask("SIG_BLOCK", SIGNALS)  # till they are left alone there
         try:
-            self._iterator = iter(self._loader)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(f"the loader processes cannot be started ({reason}); {REMEDY}", every_rank=True) from None
+            with told("the loader processes cannot be started", OSError, remedy=REMEDY, every_rank=True):
+                self._iterator = iter(self._loader)
         finally:
             _mask("SIG_SETMASK", before)
         workers = loader_processes(self._iterator)
@@ -136,7 +130,7 @@ class _Watchdog(threading.Thread):
 
     A batch is awaited within `with`. torch's timeout is for the next message alone: to fetch the tensors that it names,
     torch waits for the sender without one. Looks are counted, not seconds: a job that is suspended for hours while it
-    waits finds its loader processes as it left them. One thread for all batches: to start a timer takes 0.1 ms.
+    waits finds its loader processes as it left them. One thread for all batches: to start a timer for each takes long.
     """
 
     def __init__(self, workers: list, timeout: float):

@@ -7,11 +7,11 @@ import torch
 from torch.utils.data import Dataset
 
 from sit_atconv import draws
+from sit_atconv.config import Recipe
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.order import MAX_ATTEMPTS, Balanced, InOrder, Shuffled
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
-from sit_atconv.flow.times import UNIFORM, TimeSampling
 
 # Times are computed in multiples of this many: torch rounds what is left over from its vectors another way, and t must
 # not depend on the size of a batch.
@@ -41,13 +41,6 @@ class Samples(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
         """`fetch`, by the name that torch's loader calls."""
         return self.fetch(positions)
-
-    def __getitem__(self, position: int) -> Batch:
-        """One item. Raises InputError where neither its image nor a substitute can be read."""
-        batch, _ = self.fetch([position])
-        if isinstance(batch, InputError):
-            raise batch
-        return {key: value[0] for key, value in batch.items()}
 
     def still_bad(self, bad: dict[int, str]) -> dict[int, str]:
         """Of images that could not be read once, by index, those that cannot be read now, with what is wrong now.
@@ -90,11 +83,11 @@ class Samples(Dataset):
 class TrainingSamples(Samples):
     """Everything that sample j of optimisation step s needs, found at position s * batch_size + j.
 
-    dataset: gives (image, label) for (index, flip). flip: whether half of the images are mirrored.
-    latent_shape: (C, H, W) of the noise. drop: share of labels replaced by `null_label`.
-    posterior: whether the codec draws from a posterior and wants noise for it. time: the distribution of t.
-    sampling: "natural", every image once an epoch, or "balanced", every class equally often; see data.order.
-    stratified: sample j of a batch of B takes its t from the j-th of B equal parts of the distribution.
+    dataset: gives (image, label) for (index, flip). latent_shape: (C, H, W) of the noise.
+    recipe: says the seed, the size of a batch, the order of the images, whether half of them are mirrored, and how t is
+    drawn; stratified, sample j of a batch of B takes it from the j-th of B equal parts of the distribution.
+    drop: share of labels replaced by that of the null class, which comes after the dataset's.
+    posterior: whether the codec draws from a posterior and wants noise for it.
     with_image: the image is needed besides the moments that a dataset gives in its place.
     Items: image (C, H, W), label, t, noise, if wanted posterior (both of the latent's shape), and pixels (C, H, W)
     where the image is something else.
@@ -104,27 +97,21 @@ class TrainingSamples(Samples):
         self,
         dataset: Dataset,
         latent_shape: tuple[int, int, int],
-        batch_size: int,
-        seed: int,
-        flip: bool = False,
+        recipe: Recipe,
         drop: float = 0.0,
-        null_label: int | None = None,
         posterior: bool = False,
-        time: TimeSampling = UNIFORM,
-        sampling: str = "natural",
         with_image: bool = False,
-        stratified: bool = False,
     ):
+        seed = recipe.run.seed
         if getattr(dataset, "in_order", False):
             dataset, order = dataset.shuffled(seed), InOrder()
-        elif sampling == "balanced":
+        elif recipe.data.sampling == "balanced":
             order = Balanced(dataset.labels, dataset.class_names, seed)
         else:
             order = Shuffled(len(dataset), seed)
-        super().__init__(dataset, order, batch_size, seed)
-        self.latent_shape = latent_shape
-        self.flip, self.drop, self.null_label, self.posterior = flip, drop, null_label, posterior
-        self.time, self.stratified = time, stratified
+        super().__init__(dataset, order, recipe.train.batch_size, seed)
+        self.latent_shape, self.drop, self.posterior = latent_shape, drop, posterior
+        self.flip, self.stratified, self.time = recipe.data.flip, recipe.flow.time_stratified, recipe.flow.times()
         self.pixels = with_image and dataset.moments
 
     def fetch(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
@@ -142,7 +129,8 @@ class TrainingSamples(Samples):
         images, labels, *pixels = zip(*items, strict=True)
         labels = np.array(labels)
         if self.drop:
-            labels[draws.uniform_batch(self.seed, Stream.LABEL_DROP, indices) < self.drop] = self.null_label
+            dropped = draws.uniform_batch(self.seed, Stream.LABEL_DROP, indices) < self.drop
+            labels[dropped] = len(self.dataset.class_names)
         batch = {
             "image": torch.stack(images),
             "label": torch.from_numpy(labels),

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 
 from sit_atconv import limits
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.errors import InputError, option, said
+from sit_atconv.errors import InputError, option, told
 from sit_atconv.reading import read_config
-from sit_atconv.weights import fits, weight_files
+from sit_atconv.weights import fits, load_pretrained, weight_files
 
 CONFIG = "config.json"
 WIDTH, LAYERS = range(1, (1 << 16) + 1), range(1, 1001)
@@ -84,20 +85,15 @@ class VaeCodec(nn.Module):
         folder = Path(source)
         if folder.exists() and not (folder / CONFIG).is_file():
             raise InputError(f"latents.vae={source!r}: the folder holds no {CONFIG} of an AutoencoderKL")
-        try:
-            with fits(_files_of(folder, variant)) if folder.is_dir() else nullcontext():
-                self.vae, found = AutoencoderKL.from_pretrained(
-                    source, variant=variant, use_safetensors=True, output_loading_info=True
-                )
-            strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
-            if strays:  # which diffusers only warns of, drawing what is missing at random
-                raise InputError(f"its tensors are not those of its {CONFIG}: {strays}")
-        except Exception as error:  # options of any kind: diffusers and torch refuse them in every way there is
-            raise InputError(
-                f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema "
-                f"and give its folder ({CONFIG}, diffusion_pytorch_model.safetensors): "
-                f"{said(error).partition('. If you want')[0]}"
-            ) from None
+        wanted = (
+            f"latents.vae={source!r} cannot be loaded; download a repository such as stabilityai/sd-vae-ft-ema and "
+            f"give its folder ({CONFIG}, diffusion_pytorch_model.safetensors)"
+        )
+        with (
+            told(wanted, InputError, OSError, SafetensorError),
+            fits(_files_of(folder, variant)) if folder.is_dir() else nullcontext(),
+        ):
+            self.vae = load_pretrained(AutoencoderKL, source, variant)
         if getattr(self.vae.config, "latents_mean", None) is not None:
             raise InputError(
                 f"latents.vae={source!r} normalises each channel (latents_mean); only scale and shift are known"
@@ -205,11 +201,9 @@ def reopen_codec(description: dict[str, Any], vae: str | None, batch_size: int) 
         if vae is not None:
             raise InputError(f"{option('vae', vae)}: this checkpoint is of a pixel model and has no autoencoder")
         return IdentityCodec()
-    try:
+    with told("", InputError, remedy=f"say with {option('vae')} where the checkpoint's autoencoder lies"):
         codec = VaeCodec(vae or description["vae"], batch_size)
         check_same_codec(description, codec.describe())
-    except InputError as error:
-        raise InputError(f"{error}; say with {option('vae')} where the checkpoint's autoencoder lies") from None
     return codec
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import BatchSampler, Dataset, default_collate
 from tqdm import tqdm
 
 from sit_atconv import limits, processes
@@ -29,13 +28,18 @@ from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.devices import numerics
-from sit_atconv.errors import InputError, check_choice, option
+from sit_atconv.errors import InputError, check_choice, option, told
 from sit_atconv.files import library_versions, resolved, sha256, sync, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
+from sit_atconv.reading import read_tensors
 
 EARLIER = {f"data.{key}": MEANT[key] for key in IMAGE_KEYS if key in MEANT}
 # Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.
 NOT_COMPARED = ("codec.vae", "data.root", "versions")
+WHOLE = (
+    "a cache holds every image, and goes on when this one is whole again (without it the images are others, and a "
+    "cache of them begins anew)"
+)
 
 
 @numerics(deterministic=True)
@@ -128,11 +132,10 @@ def missing_shards(out: Path, settings: dict[str, Any]) -> list[tuple[int, int]]
 
 def _is_whole(path: Path, settings: dict[str, Any]) -> bool:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return file.metadata() == {"seal": seal(path.name, settings, tensors)}
-    except (OSError, SafetensorError):
+        tensors, metadata = read_tensors(path, "shard")
+    except InputError:
         return False
+    return metadata == {"seal": seal(path.name, settings, tensors)}
 
 
 def seal(name: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -157,21 +160,11 @@ class _Images(Dataset):
             return error, {}
 
 
-class _Batches(list):
-    """Batch sampler: lists of indices."""
-
-    accumulation = 1
-
-
 def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, settings, out: Path, spans: list) -> None:
-    cut = {span: _batches(*span, recipe.latents.batch_size) for span in spans}
-    batches = TrainingBatches(
-        _Images(dataset),
-        _Batches(chain.from_iterable(cut.values())),
-        recipe.data.workers,
-        device.type == "cuda",
-        recipe.data.worker_timeout,
-    )
+    size = recipe.latents.batch_size
+    cut = {span: list(BatchSampler(range(span[0], sum(span)), size, drop_last=False)) for span in spans}
+    lists = list(chain.from_iterable(cut.values()))
+    batches = TrainingBatches(_Images(dataset), lists, recipe.data, device.type == "cuda")
     total = sum(count for _, count in spans)
     label = "encode" if processes.count() == 1 else f"encode (1 of {processes.count()} processes)"
     with tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not processes.is_main()) as bar:
@@ -181,8 +174,11 @@ def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, setting
             labels = torch.empty(count, dtype=torch.int64)
             for part in parts:
                 rows = slice(part[0] - first, part[-1] + 1 - first)
-                images, labels[rows] = _next(batches)
-                moments[rows] = _both_flips(codec, images.to(device, non_blocking=True)).cpu()
+                with told("", Unreadable, remedy=WHOLE, every_rank=True):
+                    images, labels[rows] = next(batches)
+                images = images.to(device, non_blocking=True)
+                both = [codec.moments(images), codec.moments(images.flip(3))]  # each a pass of its own
+                moments[rows] = torch.stack(both, dim=1).cpu()
                 if not moments[rows].isfinite().all():
                     raise InputError(
                         f"latents.vae={codec.source!r} gives moments that {settings['dtype']} does not hold, of an "
@@ -191,27 +187,6 @@ def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, setting
                     )
                 bar.update(len(part))
             write_shard(out / shard_name(first, count), settings, moments, labels)
-
-
-def _batches(first: int, count: int, size: int) -> list[list[int]]:
-    stop = first + count
-    return [list(range(start, min(start + size, stop))) for start in range(first, stop, size)]
-
-
-def _next(batches: TrainingBatches) -> list[torch.Tensor]:
-    try:
-        return next(batches)
-    except Unreadable as error:
-        raise InputError(
-            f"{error}; a cache holds every image, and goes on when this one is whole again (without it the images are "
-            "others, and a cache of them begins anew)",
-            every_rank=True,
-        ) from None
-
-
-def _both_flips(codec: VaeCodec, images: torch.Tensor) -> torch.Tensor:
-    """Moments (B, 2, 2C, h, w) of images (B, C, H, W) as they are and mirrored, each a pass of its own."""
-    return torch.stack([codec.moments(images), codec.moments(images.flip(3))], dim=1)
 
 
 def write_shard(path: Path, settings: dict[str, Any], moments: torch.Tensor, labels: torch.Tensor) -> None:

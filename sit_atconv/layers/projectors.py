@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.hooks import recorded
+from sit_atconv.reading import read_tensors
 
 FILE = "projectors.safetensors"
 
@@ -39,14 +39,12 @@ class Projectors(nn.Module):
 
         Raises InputError when one is missing, unexpected or of another shape.
         """
-        try:
+        with told("the projectors are not three linears for each encoder", LookupError, ValueError, RuntimeError):
             count = len({name.split(".")[1] for name in state})
             hidden_dim, dim = state["projectors.0.0.weight"].shape
             z_dims = [state[f"projectors.{index}.4.weight"].shape[0] for index in range(count)]
             projectors = cls(dim, hidden_dim, z_dims, encoder_depth)
             projectors.load_state_dict(state, strict=True, assign=True)
-        except (LookupError, ValueError, RuntimeError) as error:
-            raise InputError(f"the projectors are not three linears for each encoder: {error}") from None
         return projectors
 
     @property
@@ -65,17 +63,13 @@ class Projectors(nn.Module):
 
         Gradients of z reach the model. Raises InputError for a model with fewer blocks than the encoder depth.
         """
-        self.check_model(model)
+        if self.encoder_depth > len(model.blocks):
+            raise InputError(f"encoder depth {self.encoder_depth}: the model has {len(model.blocks)} blocks")
         # Closed before a backward pass, in which gradient checkpointing calls the block again. A compiled block calls
         # its hooks outside of its graph.
         with recorded({"block": model.blocks[self.encoder_depth - 1]}) as seen:
             velocity = model(x, t, labels).sample
         return velocity, self(seen["block"][2].flatten(1, 2))
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raise InputError unless the model has the block whose tokens are projected."""
-        if self.encoder_depth > len(model.blocks):
-            raise InputError(f"encoder depth {self.encoder_depth}: the model has {len(model.blocks)} blocks")
 
     def save(self, folder: Path) -> None:
         """Write `folder`/projectors.safetensors, under the public names: equal bytes for equal tensors."""
@@ -89,12 +83,9 @@ class Projectors(nn.Module):
         path = Path(folder) / FILE
         if not path.is_file():
             raise InputError(f"{str(folder)!r} holds no {FILE}; convert a REPA checkpoint and keep its projectors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                depth = int((file.metadata() or {})["encoder_depth"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{str(path)!r} is cut or damaged: {error}") from None
+        state, metadata = read_tensors(path, "projectors")
+        with told(f"projectors {str(path)!r} is cut or damaged", KeyError, ValueError):
+            depth = int(metadata["encoder_depth"])
         return cls.from_state_dict(state, depth)
 
 

@@ -5,7 +5,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -288,10 +288,8 @@ class AttNet(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of the parameters without weight decay, beside those that timm spares anyway."""
-        return {"*.difference_control"} if self._inhibits_by_parameter() else set()
-
-    def _inhibits_by_parameter(self) -> bool:
-        return any(name.endswith("difference_control") for name, _ in self.named_parameters())
+        there = any(name.endswith("difference_control") for name, _ in self.named_parameters())
+        return {"*.difference_control"} if there else set()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -405,93 +403,59 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module | None = None) -> di
     return renamed
 
 
-_SHAPES = {
-    "xxs": {"depths": (2, 2, 4, 2), "dims": (32, 64, 128, 240), "glu_norm": False, "layer_scale": None},
-    "xs": {"depths": (2, 2, 7, 2), "dims": (40, 80, 160, 320), "glu_norm": False},
-    "s": {"depths": (2, 3, 10, 3), "dims": (40, 80, 160, 320), "glu_norm": False, "layer_scale": None},
-    "t1": {"depths": (2, 3, 12, 3), "dims": (48, 96, 224, 384)},
-    "t2": {"depths": (3, 3, 16, 3), "dims": (64, 128, 288, 512)},
-    "t3": {"depths": (4, 4, 26, 4), "dims": (72, 144, 320, 576)},
-    "t4": {"depths": (5, 5, 28, 5), "dims": (96, 192, 384, 768)},
+# Of each size: its parameters in millions, and its options. T2 is published with 84.4% ImageNet-1k top-1.
+_SIZES = {
+    "xxs": (2.85, {"depths": (2, 2, 4, 2), "dims": (32, 64, 128, 240), "glu_norm": False, "layer_scale": None}),
+    "xs": (5.55, {"depths": (2, 2, 7, 2), "dims": (40, 80, 160, 320), "glu_norm": False}),
+    "s": (7.68, {"depths": (2, 3, 10, 3), "dims": (40, 80, 160, 320), "glu_norm": False, "layer_scale": None}),
+    "t1": (13.71, {"depths": (2, 3, 12, 3), "dims": (48, 96, 224, 384)}),
+    "t2": (27.01, {"depths": (3, 3, 16, 3), "dims": (64, 128, 288, 512)}),
+    "t3": (49.18, {"depths": (4, 4, 26, 4), "dims": (72, 144, 320, 576)}),
+    "t4": (87.32, {"depths": (5, 5, 28, 5), "dims": (96, 192, 384, 768)}),
 }
-
-
-def _cfg(url: str = "", **overrides) -> dict:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0.conv",
-        "classifier": "head.fc",
-        **overrides,
-    }
-
-
-default_cfgs = generate_default_cfgs({f"attnet_{name}.untrained": _cfg() for name in _SHAPES})
+_PRESETS = {f"attnet_{size}": options for size, (_, options) in _SIZES.items()}
+_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stem.0.conv",
+    "classifier": "head.fc",
+}
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _PRESETS})
 
 
 def options_of(name: str) -> dict[str, Any]:
     """The options of the AttNet of that name, but for images, classes and placement; of another model none."""
-    if (shape := _SHAPES.get(name.removeprefix("attnet_"))) is None:
+    if name not in _PRESETS:
         return {}
     _, *parameters = inspect.signature(AttNet.__init__).parameters.values()
     others = ("in_chans", "num_classes", "device", "dtype")
-    return {each.name: each.default for each in parameters if each.name not in others} | shape
+    return {each.name: each.default for each in parameters if each.name not in others} | _PRESETS[name]
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> AttNet:
-    return build_model_with_cfg(
-        AttNet,
-        f"attnet_{name}",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{**_SHAPES[name], **kwargs},
-    )
+def _entry_point(size: str, millions: float) -> Callable[..., AttNet]:
+    """What timm calls by the name of a model."""
+    name = f"attnet_{size}"
+
+    def create(pretrained=False, **kwargs) -> AttNet:
+        return build_model_with_cfg(
+            AttNet,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+            **{**_PRESETS[name], **kwargs},
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"AttNet-{size.upper()}: {millions} M parameters."
+    return create
 
 
-@register_model
-def attnet_xxs(pretrained=False, **kwargs) -> AttNet:
-    """AttNet-XXS: 2.85 M parameters."""
-    return _create("xxs", pretrained, **kwargs)
-
-
-@register_model
-def attnet_xs(pretrained=False, **kwargs) -> AttNet:
-    """AttNet-XS: 5.55 M parameters."""
-    return _create("xs", pretrained, **kwargs)
-
-
-@register_model
-def attnet_s(pretrained=False, **kwargs) -> AttNet:
-    """AttNet-S: 7.68 M parameters."""
-    return _create("s", pretrained, **kwargs)
-
-
-@register_model
-def attnet_t1(pretrained=False, **kwargs) -> AttNet:
-    """AttNet-T1: 13.71 M parameters."""
-    return _create("t1", pretrained, **kwargs)
-
-
-@register_model
-def attnet_t2(pretrained=False, **kwargs) -> AttNet:
-    """AttNet-T2: 27.01 M parameters, 84.4% ImageNet-1k top-1 as published."""
-    return _create("t2", pretrained, **kwargs)
-
-
-@register_model
-def attnet_t3(pretrained=False, **kwargs) -> AttNet:
-    """AttNet-T3: 49.18 M parameters."""
-    return _create("t3", pretrained, **kwargs)
-
-
-@register_model
-def attnet_t4(pretrained=False, **kwargs) -> AttNet:
-    """AttNet-T4: 87.32 M parameters."""
-    return _create("t4", pretrained, **kwargs)
+for _size, (_millions, _) in _SIZES.items():
+    globals()[f"attnet_{_size}"] = register_model(_entry_point(_size, _millions))

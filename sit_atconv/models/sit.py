@@ -41,9 +41,8 @@ def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
     """The mixer of every block, "attention" or "atconv"; "hybrid" puts attention in the even blocks (0-based)."""
     if isinstance(token_mixer, str):
         check_choice("token_mixer", token_mixer, TOKEN_MIXERS)
-        odd = {"attention": "attention", "atconv": "atconv", "hybrid": "atconv"}[token_mixer]
-        even = {"attention": "attention", "atconv": "atconv", "hybrid": "attention"}[token_mixer]
-        return [odd if index % 2 else even for index in range(depth)]
+        even_odd = ("attention", "atconv") if token_mixer == "hybrid" else (token_mixer, token_mixer)
+        return [even_odd[index % 2] for index in range(depth)]
     if not isinstance(token_mixer, list | tuple):
         raise InputError(f"token_mixer={token_mixer!r}: give a name or a list with one name per block")
     if len(token_mixer) != depth:
@@ -111,15 +110,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         sides = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
         if len(sides) != 2:
             raise InputError(f"sample_size={sample_size!r}: give a number, or height and width")
-        for name, value in (
-            ("sample_size", sides[0]),
-            ("sample_size", sides[1]),
-            ("in_channels", in_channels),
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-            ("num_classes", num_classes),
-        ):
+        sizes = {"in_channels": in_channels, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
+        for name, value in (*(("sample_size", side) for side in sides), *sizes.items(), ("num_classes", num_classes)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[name]:
                 raise InputError(f"{name}={value!r:.40}: must be a whole number from 1 to {MOST[name]:,}")
         if not (isinstance(mlp_ratio, int | float) and 1 <= hidden_size * mlp_ratio <= hidden_size * MOST_MLP_RATIO):
@@ -134,7 +126,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         check_choice("prediction", prediction, PREDICTIONS)
         if not (isinstance(class_dropout_prob, int | float) and 0 <= class_dropout_prob < 1):
             raise InputError(f"class_dropout_prob={reprlib.repr(class_dropout_prob)}: choose a share in [0, 1)")
-        grid = self._grid(*self.latent_size)
+        grid = self.grid
         present = "attention" in mixers if pos_embed == "auto" else bool(pos_embed)
         if present * grid[0] * grid[1] * hidden_size > MOST_POSITIONS:
             raise InputError(
@@ -153,13 +145,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
         self.register_buffer("pos_embed", sincos_position_embedding(grid, hidden_size) if present else None)
 
-        atconv = {
-            "kernel_size": kernel_size,
-            "activation": activation,
-            "pool": pool,
-            "routing": routing,
-            "inhibition": inhibition,
-        }
+        atconv = {"kernel_size": kernel_size, "activation": activation, "pool": pool, "routing": routing}
+        atconv["inhibition"] = inhibition
         if "atconv" not in mixers:
             self._refuse_idle_options("ATConv", **atconv)
         if "attention" not in mixers:
@@ -187,6 +174,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         """Height and width of the latents that the model was made for."""
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the tokens of these latents."""
+        return self._grid(*self.latent_size)
 
     def reset_parameters(self) -> None:
         """Draw the starting weights of SiT: xavier-uniform linears, adaLN and output layer at zero."""
@@ -253,7 +245,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     def _is_own(self, grid: tuple[int, int]) -> bool:
         """Whether the model was made for that grid; False where a graph leaves the grid open, which this keeps so."""
         known = bool if torch.jit.is_tracing() else statically_known_true  # sizes are tensors for torch.jit.trace
-        return all(known(a == b) for a, b in zip(grid, self._grid(*self.latent_size), strict=True))
+        return all(known(a == b) for a, b in zip(grid, self.grid, strict=True))
 
     def _position_embedding(self, grid: tuple[int, int]) -> torch.Tensor:
         if self._is_own(grid):

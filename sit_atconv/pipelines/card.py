@@ -48,12 +48,6 @@ def model_card(
     return f"{header}\n# {plain(name)}\n\n{_summary(model)}\n\n{body}"
 
 
-def _preset(model: SiTTransformer2DModel) -> str | None:
-    """The preset that has this model's shape and mixer."""
-    config = dict(model.config)
-    return next((name for name, shape in PRESETS.items() if shape.items() <= config.items()), None)
-
-
 def _summary(model: SiTTransformer2DModel) -> str:
     mixers = set(mixer_names(model.config.token_mixer, model.config.depth))
     tokens = "self-attention"
@@ -62,8 +56,10 @@ def _summary(model: SiTTransformer2DModel) -> str:
         tokens = (
             f"3x3 Attentive Convolution ([arXiv 2510.20092](https://arxiv.org/abs/2510.20092)) {place} self-attention"
         )
+    config = dict(model.config)
+    preset = next((name for name, shape in PRESETS.items() if shape.items() <= config.items()), "a SiT")
     return (
-        f"A class-conditional image generator: {_preset(model) or 'a SiT'}, a flow-matching diffusion transformer "
+        f"A class-conditional image generator: {preset}, a flow-matching diffusion transformer "
         f"(SiT, [arXiv 2401.08740](https://arxiv.org/abs/2401.08740)) with {tokens}."
     )
 

@@ -19,17 +19,16 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from safetensors import safe_open
 
 from sit_atconv.checkpoint import PIPELINE_INDEX, load_trained
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command, option, said
+from sit_atconv.errors import ArgumentParser, InputError, add_force, command, option, told
 from sit_atconv.files import check_out, new_path
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.bundle import Bundle, digest
 from sit_atconv.pipelines.card import model_card
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
-from sit_atconv.reading import Malformed, read_config, read_json
+from sit_atconv.reading import Malformed, read_config, read_json, read_tensors
 from sit_atconv.version import __version__
 from sit_atconv.weights import STEM, own_variant
 
@@ -68,7 +67,8 @@ def open_source(source: str | Path, vae: str | None = None, variant: str | None 
     is_pipeline = (folder / PIPELINE_INDEX).is_file()
     trained = load_trained(folder, variant=variant)
     names = [name for name in trained.files if Path(name).match(f"{STEM}*.safetensors")]
-    dtype = _widest([trained.folder / name for name in names])
+    tensors = (each for name in names for each in read_tensors(trained.folder / name, "model")[0].values())
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})  # the narrowest that holds all of them
     if dtype != torch.float32:
         trained = load_trained(folder, dtype, variant)
     if is_pipeline:
@@ -85,19 +85,11 @@ def open_source(source: str | Path, vae: str | None = None, variant: str | None 
     return Source(pipeline, trained.manifest, dtype)
 
 
-def _widest(files: list[Path]) -> torch.dtype:
-    """The narrowest dtype that holds all tensors of these files."""
-    dtypes = set()
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            dtypes |= {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return reduce(torch.promote_types, dtypes)
-
-
 def _open_pipeline(
     folder: Path, transformer: SiTTransformer2DModel, vae: str | None, variant: str | None
 ) -> SiTPipeline:  # fmt: skip
-    try:
+    # Exception: options of any kind, which diffusers, numpy and torch refuse in every way there is.
+    with told(f"pipeline {str(folder)!r} cannot be read", Malformed, Exception):
         index = read_json(folder / PIPELINE_INDEX, INDEX_FORM)
         # A list where the folder was exported before.
         names = index["_class_name"] if isinstance(index["_class_name"], list) else [index["_class_name"]]
@@ -110,12 +102,6 @@ def _open_pipeline(
         scheduler = kind.from_config(scheduler_config)
         beside = vae is None and (index.get("vae") or [None])[0] is not None
         vae = folder / "vae" if beside else vae
-    except Malformed as error:
-        raise InputError(f"pipeline {str(folder)!r} cannot be read: {error}") from None
-    except InputError:
-        raise
-    except Exception as error:  # options of any kind: diffusers, numpy and torch refuse them in every way there is
-        raise InputError(f"pipeline {str(folder)!r} cannot be read: {said(error)}") from None
     own = own_variant(folder / "vae", variant) if beside else None
     autoencoder = VaeCodec(str(vae), batch_size=1, variant=own).vae if vae is not None else None
     return SiTPipeline(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))

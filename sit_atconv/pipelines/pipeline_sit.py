@@ -260,14 +260,8 @@ class SiTPipeline(DiffusionPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = timestep
-                guided = GuidedVelocity(
-                    self._network,
-                    class_labels,
-                    self.transformer.null_label,
-                    self._guidance_scale,
-                    guided_by.guidance_channels,
-                    guided_by.guidance_interval,
-                )
+                scales = self._guidance_scale, *guided_by.guidance[1:]
+                guided = GuidedVelocity(self._network, class_labels, self.transformer.null_label, *scales)
                 velocity = path.velocity_from(prediction, guided(latents, t), latents, t)
                 self._nfe += guided.nfe
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]

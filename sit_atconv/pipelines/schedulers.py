@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from sit_atconv.errors import InputError, said
+from sit_atconv.errors import InputError, told
 
 LEAST_START = 0.998  # what is drawn is noise, of sigma 1: begun at 1 - e, the spread of the images is up to e off
 FINE_STEPS, LARGEST_FALL = 1000, 0.02  # of so many steps none may take more than that of sigma
@@ -73,13 +73,8 @@ DPM = (
         lambda config: config["algorithm_type"] == "sde-dpmsolver++",
     ),
 )
-RULES = {
-    FlowMatchEulerDiscreteScheduler: FLOW,
-    FlowMatchHeunDiscreteScheduler: FLOW,
-    FlowMatchLCMScheduler: FLOW,
-    UniPCMultistepScheduler: UNIPC,
-    DPMSolverMultistepScheduler: DPM,
-}
+OF_FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+RULES = dict.fromkeys(OF_FLOWS, FLOW) | {UniPCMultistepScheduler: UNIPC, DPMSolverMultistepScheduler: DPM}
 # Options with no rule of their own. They make the noise levels, which are checked themselves, ...
 LEVELS = {"num_train_timesteps", "shift", "flow_shift", "shift_terminal", "timestep_spacing"}
 LEVELS |= {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max"}
@@ -155,12 +150,11 @@ def set_steps(
         sigmas = np.linspace(1, 1 / steps, steps)  # its own default stops at the smallest sigma of training
     if sigmas is not None and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise InputError(f"{name} takes no sigmas; leave them out, or take another scheduler")
-    try:
+    # Exception: options of any kind, which diffusers, numpy and torch refuse in every way there is. What is not finite
+    # is told below.
+    with told(f"scheduler {name} refuses its own settings", Exception), np.errstate(all="ignore"):
         asked = {"num_inference_steps": steps} if sigmas is None else {"sigmas": np.array(sigmas, dtype=np.float64)}
-        with np.errstate(all="ignore"):  # what is not finite is told below
-            scheduler.set_timesteps(**asked, device=device)
-    except Exception as error:  # options of any kind: diffusers, numpy and torch refuse them in every way there is
-        raise InputError(f"scheduler {name} refuses its own settings: {said(error)}") from None
+        scheduler.set_timesteps(**asked, device=device)
     levels = scheduler.sigmas.cpu()
     distinct = levels.unique_consecutive() if scheduler.order == 2 else levels  # Heun's method visits each twice
     if not (levels[0] <= 1 and levels[-1] == 0 and (distinct.diff() < 0).all()):

@@ -59,14 +59,7 @@ def sample_latents(
     def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x.to(model.dtype), t, y, return_dict=False)[0].float()
 
-    guided = GuidedVelocity(
-        network,
-        labels,
-        model.null_label,
-        sampling.guidance_scale,
-        sampling.guidance_channels,
-        sampling.guidance_interval,
-    )
+    guided = GuidedVelocity(network, labels, model.null_label, *sampling.guidance)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return path.velocity_from(model.config.prediction, guided(x, t), x, t)

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from sit_atconv.errors import InputError, check_choice
-from sit_atconv.fields import CHOICES, When, chosen, setting, settle
+from sit_atconv.errors import InputError, told
+from sit_atconv.fields import When, chosen, setting, settle
 from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL
@@ -58,9 +58,6 @@ class Sampling:
     def _settle(self) -> None:
         """Put what None stands for in its place, and check all but ranges."""
         settle("", self)
-        for entry in fields(Sampling):
-            if CHOICES in entry.metadata and getattr(self, entry.name) is not None:
-                check_choice(entry.name, getattr(self, entry.name), entry.metadata[CHOICES])
         if self.steps < self.least_steps:
             raise InputError(f"steps={self.steps}: must be at least 2 with a last step, which is one of them")
         interval = self.guidance_interval
@@ -74,6 +71,11 @@ class Sampling:
             value = getattr(self, name)
             if self.guidance_scale == 1 and value != whole:
                 raise InputError(f"{name}={value}: with guidance_scale=1 nothing is guided; leave it out")
+
+    @property
+    def guidance(self) -> tuple[float, str, list[float]]:
+        """Scale, channels and interval, as `GuidedVelocity` takes them."""
+        return self.guidance_scale, self.guidance_channels, self.guidance_interval
 
     @property
     def least_steps(self) -> int:
@@ -109,10 +111,8 @@ class Sampling:
             raise InputError(
                 f"guidance_channels=first3 would do nothing: this model has {model.config.in_channels}; leave it out"
             )
-        try:
+        with told("", ValueError, remedy="make the last step or epsilon smaller"):
             singular = self.interval(model) != (0, 1 - (self.last_step_size or 0))
-        except ValueError as error:
-            raise InputError(f"{error}; make the last step or epsilon smaller") from None
         if self.epsilon is not None and not singular:
             raise InputError(f"epsilon={self.epsilon:g} would do nothing: no end is singular here; leave it out")
         return replace(self, epsilon=self._epsilon(model) if singular else None)

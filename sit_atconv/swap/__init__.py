@@ -3,7 +3,8 @@
 from sit_atconv.swap import models  # noqa: F401  (makes the subclasses known)
 from sit_atconv.swap.adapters import SwapAdapter, register_adapter
 from sit_atconv.swap.delta import load_delta, save_delta
-from sit_atconv.swap.grafts import Graft, LayerOptions, SelfAttentionGraft
+from sit_atconv.swap.grafts import Graft, SelfAttentionGraft
+from sit_atconv.swap.layers import LayerOptions
 from sit_atconv.swap.regression import regress
 from sit_atconv.swap.swapping import AttentionSwap, swap_attention
 

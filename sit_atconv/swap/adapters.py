@@ -17,9 +17,9 @@ from torch import nn
 from sit_atconv.errors import InputError
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft, SiTAttentionGraft
-from sit_atconv.swap.grid import Reader, latent_grid, raster_of_ids
+from sit_atconv.swap.grid import Reader, above, latent_grid, raster_of_ids
 from sit_atconv.swap.joint import FluxDoubleGraft, FluxSingleGraft, SD3JointGraft
-from sit_atconv.swap.marking import check_nothing, check_sit, check_thin, mark_nothing, mark_sit, mark_thin
+from sit_atconv.swap.marking import check_sit, check_thin, mark_nothing, mark_sit, mark_thin
 from sit_atconv.swap.prefix import PrefixGraft, check_vit, patch_grid
 
 Example = Callable[[nn.Module, torch.Generator], dict]
@@ -45,7 +45,7 @@ class SwapAdapter:
     grid: Reader | None = None
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
-    check: Callable[[nn.Module, dict], None] = check_nothing
+    check: Callable[[nn.Module, dict], None] = lambda model, config: None
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""
@@ -62,12 +62,10 @@ class SwapAdapter:
             return None
         if isinstance(self.owner, str):
             return model.get_submodule(self.owner)
-        parts = name.split(".")
-        for end in range(len(parts) - 1, -1, -1):
-            above = model.get_submodule(".".join(parts[:end]))
-            if isinstance(above, self.owner):
-                return above
-        raise InputError(f"{name} has no {self.owner.__name__} above it, which would tell its grid")
+        owner = next((module for module in above(model, name) if isinstance(module, self.owner)), None)
+        if owner is None:
+            raise InputError(f"{name} has no {self.owner.__name__} above it, which would tell its grid")
+        return owner
 
 
 _ADAPTERS: list[SwapAdapter] = []
@@ -91,10 +89,10 @@ def adapter_of(model: nn.Module) -> SwapAdapter:
     )
 
 
-def _latents(model: nn.Module, generator: torch.Generator, batch: int = 2) -> torch.Tensor:
+def _latents(model: nn.Module, generator: torch.Generator) -> torch.Tensor:
     size = model.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(batch, model.config.in_channels, height, width, generator=generator)
+    return torch.randn(2, model.config.in_channels, height, width, generator=generator)
 
 
 def _sit_example(model: SiTTransformer2DModel, generator: torch.Generator) -> dict:
@@ -131,9 +129,7 @@ def _unet_example(model: UNet2DConditionModel, generator: torch.Generator) -> di
     config = model.config
     if config.addition_embed_type or model.class_embedding is not None or model.encoder_hid_proj is not None:
         return None  # conditions of the model's own making
-    if not isinstance(config.cross_attention_dim, int):
-        return None
-    if config.sample_size is None:
+    if not isinstance(config.cross_attention_dim, int) or config.sample_size is None:
         return None
     return {
         "sample": _latents(model, generator),
@@ -171,74 +167,45 @@ def _vit_example(model: VisionTransformer, generator: torch.Generator) -> dict |
     return None if size is None else {"x": torch.randn(2, model.in_chans, *size, generator=generator)}
 
 
-register_adapter(
+def _of_diffusers(
+    model: type[nn.Module],
+    sites: Mapping[str, Graft],
+    example: Example,
+    owner: type[nn.Module] | None = None,
+    grid: Reader = latent_grid,
+) -> SwapAdapter:
+    """For a model of diffusers that has an ATConv subclass. owner: by default the model itself."""
+    return SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin)
+
+
+BLOCK = r"transformer_blocks\.\d+\."
+for each in (
     SwapAdapter(
         SiTTransformer2DModel,
         {r"blocks\.\d+\.attn": SiTAttentionGraft()},
         example=_sit_example,
         mark=mark_sit,
         check=check_sit,
-    )
-)
-register_adapter(
-    SwapAdapter(
-        DiTTransformer2DModel,
-        {r"transformer_blocks\.\d+\.attn1": SelfAttentionGraft()},
-        DiTTransformer2DModel,
-        latent_grid,
-        _dit_example,
-        mark_thin,
-        check=check_thin,
-    )
-)
-register_adapter(
-    SwapAdapter(
-        PixArtTransformer2DModel,
-        {r"transformer_blocks\.\d+\.attn1": SelfAttentionGraft()},
-        PixArtTransformer2DModel,
-        latent_grid,
-        _pixart_example,
-        mark_thin,
-        check=check_thin,
-    )
-)
-register_adapter(
-    SwapAdapter(
+    ),
+    _of_diffusers(DiTTransformer2DModel, {f"{BLOCK}attn1": SelfAttentionGraft()}, _dit_example),
+    _of_diffusers(PixArtTransformer2DModel, {f"{BLOCK}attn1": SelfAttentionGraft()}, _pixart_example),
+    _of_diffusers(
         UNet2DConditionModel,
-        {r"(.+\.)?attentions\.\d+\.transformer_blocks\.\d+\.attn1": SelfAttentionGraft()},
-        Transformer2DModel,
-        latent_grid,
+        {rf"(.+\.)?attentions\.\d+\.{BLOCK}attn1": SelfAttentionGraft()},
         _unet_example,
-        mark_thin,
-        check=check_thin,
-    )
-)
-register_adapter(
-    SwapAdapter(
+        owner=Transformer2DModel,
+    ),
+    _of_diffusers(
         SD3Transformer2DModel,
-        {r"transformer_blocks\.\d+\.attn": SD3JointGraft(), r"transformer_blocks\.\d+\.attn2": SelfAttentionGraft()},
-        SD3Transformer2DModel,
-        latent_grid,
+        {f"{BLOCK}attn": SD3JointGraft(), f"{BLOCK}attn2": SelfAttentionGraft()},
         _sd3_example,
-        mark_thin,
-        check=check_thin,
-    )
-)
-register_adapter(
-    SwapAdapter(
+    ),
+    _of_diffusers(
         FluxTransformer2DModel,
-        {
-            r"transformer_blocks\.\d+\.attn": FluxDoubleGraft(),
-            r"single_transformer_blocks\.\d+\.attn": FluxSingleGraft(),
-        },
-        FluxTransformer2DModel,
-        raster_of_ids,
+        {f"{BLOCK}attn": FluxDoubleGraft(), f"single_{BLOCK}attn": FluxSingleGraft()},
         _flux_example,
-        mark_thin,
-        check=check_thin,
-    )
-)
-register_adapter(
+        grid=raster_of_ids,
+    ),
     SwapAdapter(
         VisionTransformer,
         {r"blocks\.\d+\.(attns\.\d+\.)?attn": PrefixGraft()},
@@ -246,5 +213,6 @@ register_adapter(
         patch_grid,
         _vit_example,
         check=check_vit,
-    )
-)
+    ),
+):
+    register_adapter(each)

@@ -5,8 +5,9 @@ from torch import nn
 from sit_atconv.compat.torch import forward_pre_hooks
 from sit_atconv.swap.adapters import SwapAdapter
 from sit_atconv.swap.calibration import Site
-from sit_atconv.swap.grafts import Graft, LayerOptions
-from sit_atconv.swap.grid import BlockScope, GridHook, GridReference, PassScope, remove_hooks
+from sit_atconv.swap.grafts import Graft
+from sit_atconv.swap.grid import BlockScope, GridHook, GridReference, PassScope, above, remove_hooks
+from sit_atconv.swap.layers import LayerOptions
 from sit_atconv.swap.start import TapFit
 
 
@@ -39,15 +40,13 @@ def _reference_on(owner: nn.Module, model: nn.Module, adapter: SwapAdapter) -> G
 
 def _keep_grid(layer: nn.Module, reference: GridReference, owner: nn.Module, model: nn.Module, name: str) -> None:
     """The hooks that keep a grid to its pass: on the layer, the blocks around it, and the owner (or model) above."""
-    parts = name.split(".")
     BlockScope(reference).put_on(layer)
-    for end in range(len(parts) - 1, -1, -1):
-        above = model.get_submodule(".".join(parts[:end]))
-        if above is owner or above is model:
-            PassScope(reference).put_on(above)
+    for module in above(model, name):
+        if module is owner or module is model:
+            PassScope(reference).put_on(module)
             return
-        if not isinstance(above, nn.ModuleList | nn.Sequential):
-            BlockScope(reference).put_on(above)
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            BlockScope(reference).put_on(module)
 
 
 def sweep(model: nn.Module) -> None:

@@ -5,8 +5,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -67,8 +68,12 @@ class SwapReport:
 
     def __str__(self) -> str:
         titles, rows = self._cells()
-        named = ([f"`{name}`", *cells] for name, *cells in rows)
-        return "\n\n".join([markdown_table(titles, named), *self._summary()])
+        told = [markdown_table(titles, ([f"`{name}`", *cells] for name, *cells in rows))]
+        if self.refusal is not None:
+            told.append(f"None is chosen: {self.refusal}.")
+        elif self.output_error is not None:
+            told.append(f"Error of the model's output with all chosen layers swapped: {self.output_error:.3g}")
+        return "\n\n".join(told)
 
     def line(self) -> str:
         """The same in one line, for an error message."""
@@ -78,13 +83,6 @@ class SwapReport:
             for name, *cells in rows
         )
         return "; ".join(told)
-
-    def _summary(self) -> list[str]:
-        if self.refusal is not None:
-            return [f"None is chosen: {self.refusal}."]
-        if self.output_error is None:
-            return []
-        return [f"Error of the model's output with all chosen layers swapped: {self.output_error:.3g}"]
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         """The titles of the columns, and what stands in them."""
@@ -176,14 +174,11 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
 
         return site.attention.register_forward_hook(of_this_thread(hook), with_kwargs=True)
 
-    handles = [watch(site) for site in sites]
-    try:
-        with evaluating(model, *(site.layer for site in sites)):
-            for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not is_main()):
-                call_model(model, each)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, evaluating(model, *(site.layer for site in sites)):
+        for site in sites:
+            stack.enter_context(watch(site))
+        for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not is_main()):
+            call_model(model, each)
 
 
 def read_share(site: Site, args: tuple, kwargs: dict, _) -> None:
@@ -251,12 +246,6 @@ def _materialised(site: Site) -> tuple[tuple, dict]:
 
 
 @torch.no_grad()
-def macs_of(module: nn.Module, site: Site) -> int:
-    args, kwargs = _materialised(site)
-    return macs_of_call(module, lambda: module(*args, **kwargs))
-
-
-@torch.no_grad()
 def macs_of_call(module: nn.Module, call: Callable) -> int:
     """Multiply-accumulates of a call of `module`."""
     counter, before, unseen = FlopCounterMode(display=False, custom_mapping=formulas_of_attention()), [], []
@@ -271,25 +260,16 @@ def macs_of_call(module: nn.Module, call: Callable) -> int:
         if total() == before.pop():  # kernels of quantised weights, which torch has no formula for
             unseen.append(inputs[0].numel() * output.shape[-1])
 
-    handles = [
-        handle
-        for each in _linears(module)
-        for handle in (each.register_forward_pre_hook(start), each.register_forward_hook(end))
-    ]
-    try:
-        with counter:
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total()
-
-
-def _linears(module: nn.Module) -> set[nn.Module]:
-    """The linear maps of a model or a layer, whoever's class they are of."""
+    # The linear maps of a model or a layer, whoever's class they are of.
     layers = (each for each in module.modules() if isinstance(each, KernelGenerator))
-    foreign = {each for layer in layers for each in foreign_maps(layer).values()}
-    return foreign | {each for each in module.modules() if hasattr(each, "in_features")}
+    linears = {each for layer in layers for each in foreign_maps(layer).values()}
+    linears |= {each for each in module.modules() if hasattr(each, "in_features")}
+    with ExitStack() as stack, counter:
+        for each in linears:
+            stack.enter_context(each.register_forward_pre_hook(start))
+            stack.enter_context(each.register_forward_hook(end))
+        call()
+    return total()
 
 
 @dataclass
@@ -325,7 +305,8 @@ def cost_of(site: Site, known: dict[Hashable, Cost]) -> Cost:
     shape = _shape_of(site)
     if shape not in known:
         with evaluating(site.attention, site.layer):
-            macs = [macs_of(module, site) for module in (site.attention, site.layer)]
+            args, kwargs = _materialised(site)
+            macs = [macs_of_call(each, partial(each, *args, **kwargs)) for each in (site.attention, site.layer)]
             known[shape] = Cost(*macs, timing_of(site))
     return known[shape]
 

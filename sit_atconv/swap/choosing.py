@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sit_atconv.errors import InputError, check_choice
+from sit_atconv.errors import InputError, check_choice, told
 
 Select = str | float | Sequence[str] | Callable[[str, nn.Module], bool]
 MARGIN = 1.25  # how many times as long as its attention a layer may take before select="auto" leaves it out
@@ -137,25 +137,23 @@ def choose_best(
     if speedup is not None:
         fewer = [whole / max(1, whole - saved) for saved in itertools.accumulate(each.saved for each in order)]
         wanted = next((count for count, found in enumerate(fewer, 1) if found >= speedup), 0)
-        if not wanted:
-            reasons |= dict.fromkeys((each.name for each in order), "too little with all that would do")
-            return Choice(
-                [], None, reasons,
-                f"the {len(order)} of {len(candidates)} layers that would do make the model's multiply-accumulates "
-                f"{fewer[-1]:.3g} times fewer, not {speedup:g} times; "
-                + ("lower speedup" if max_error is None else "raise max_error or lower speedup"),
-            )  # fmt: skip
-    count, error = _longest_within(limit, order[:wanted], together)
-    if speedup is not None and count < wanted:
-        reasons |= dict.fromkeys((each.name for each in order), "too little with all that would do")
-        return Choice(
-            [], None, reasons,
-            f"the {wanted} layers that make the model's multiply-accumulates {speedup:g} times fewer put its output "
-            f"off by more than {limit:g}; raise max_error or lower speedup",
-        )  # fmt: skip
-    reasons |= dict.fromkeys((each.name for each in order[count:wanted]), "too much with those chosen")
-    reasons |= dict.fromkeys((each.name for each in order[wanted:]), "not needed for speedup")
-    return Choice([each.name for each in candidates if each.name not in reasons], error, reasons)
+    count, error = _longest_within(limit, order[:wanted], together) if wanted else (0, None)
+    if speedup is None or 0 < wanted == count:
+        reasons |= dict.fromkeys((each.name for each in order[count:wanted]), "too much with those chosen")
+        reasons |= dict.fromkeys((each.name for each in order[wanted:]), "not needed for speedup")
+        return Choice([each.name for each in candidates if each.name not in reasons], error, reasons)
+    reasons |= dict.fromkeys((each.name for each in order), "too little with all that would do")
+    refusal = (
+        f"the {wanted} layers that make the model's multiply-accumulates {speedup:g} times fewer put its output off by "
+        f"more than {limit:g}; raise max_error or lower speedup"
+    )
+    if not wanted:
+        refusal = (
+            f"the {len(order)} of {len(candidates)} layers that would do make the model's multiply-accumulates "
+            f"{fewer[-1]:.3g} times fewer, not {speedup:g} times; "
+            + ("lower speedup" if max_error is None else "raise max_error or lower speedup")
+        )
+    return Choice([], None, reasons, refusal)
 
 
 def _unfit(each: Candidate, limit: float) -> str | None:
@@ -200,7 +198,5 @@ def _longest_within(limit: float, order: list[Candidate], together: Callable) ->
 
 
 def _compiled(what: str, pattern: str) -> re.Pattern:
-    try:
+    with told(f"{what}={pattern!r} is no regular expression", re.error):
         return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{what}={pattern!r} is no regular expression: {error}") from error

@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from sit_atconv.compat.torch import uncompiled
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.files import new_path, tensors_made_here
-from sit_atconv.reading import Malformed, parse_json
+from sit_atconv.reading import Malformed, parse_json, read_tensors
 from sit_atconv.swap.identity import fingerprint
 from sit_atconv.swap.stored import swap_as_stored
 from sit_atconv.swap.swapping import AttentionSwap
@@ -95,13 +94,9 @@ def _read(path: Path) -> tuple[dict, dict]:
     """(what the metadata hold, tensors). Raises InputError where the file is no whole delta."""
     if not path.is_file():
         raise InputError(f"delta {str(path)!r}: no such file; give one that save_delta wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        stored = parse_json(metadata[KEY], KEY) if KEY in metadata else None
-    except (OSError, SafetensorError, Malformed) as error:
-        raise InputError(f"delta {str(path)!r} is cut or damaged: {error}; write it again by save_delta") from None
-    if stored is None:
+    remedy = "write it again by save_delta"
+    tensors, metadata = read_tensors(path, "delta", remedy)
+    if KEY not in metadata:
         raise InputError(f"delta {str(path)!r} was not written by save_delta; give one that was")
-    return stored, tensors
+    with told(f"delta {str(path)!r} is cut or damaged", Malformed, remedy=remedy):
+        return parse_json(metadata[KEY], KEY), tensors

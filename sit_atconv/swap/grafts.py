@@ -1,6 +1,6 @@
 """How one kind of attention is replaced by one kind of layer: built, started, and compared on its inputs."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import torch
 from diffusers.models.attention_processor import (
@@ -15,30 +15,20 @@ from torch import nn
 
 import sit_atconv.layers.attention as sit_attention
 from sit_atconv.compat.diffusers import diffusers_hooks
-from sit_atconv.errors import InputError
 from sit_atconv.hooks import recorded
 from sit_atconv.layers.atconv import ATConv, KernelGenerator, TapLinear
-from sit_atconv.swap.grid import GridReference
-from sit_atconv.swap.layers import SelfATConv
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """What all swapped layers of a model share. kernel_size, pool: of `ATConv`. prefix_tokens: before the patches."""
-
-    kernel_size: int = 3
-    pool: str = "raster"
-    prefix_tokens: int = 0
-
-    def __post_init__(self):
-        if type(self.kernel_size) is not int:
-            raise InputError(f"kernel_size={self.kernel_size!r}: choose an odd whole number, such as 3")
+from sit_atconv.swap.grid import GridReference, argument
+from sit_atconv.swap.layers import LayerOptions, SelfATConv
 
 
 class Graft:
-    """What `swap_attention` needs to know of an attention class; subclass it to swap one of your own."""
+    """What `swap_attention` needs to know of an attention class; subclass it to swap one of your own.
+
+    layer: what takes the attention's place, where `build` is not another.
+    """
 
     joint = False  # whether text and image tokens attend together: swapped under joint="split" only
+    layer: type[KernelGenerator]
 
     def refusal(self, attention: nn.Module) -> str | None:
         """Why this attention cannot be swapped, in words that complete "NAME ..."; None where it can."""
@@ -46,11 +36,11 @@ class Graft:
 
     def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> KernelGenerator:
         """A layer of the attention's sizes that takes its place, freshly started."""
-        raise NotImplementedError
+        return self.layer(attention, reference, options)
 
     def heads(self, attention: nn.Module) -> int:
         """How many groups of channels get taps of their own."""
-        return attention.heads
+        return attention.heads if hasattr(attention, "heads") else attention.num_heads
 
     def copy(self, attention: nn.Module, layer: KernelGenerator) -> None:
         """Give the layer the attention's value and output maps, and whatever else it keeps of it."""
@@ -92,6 +82,18 @@ def is_fused(module: nn.Module) -> bool:
 
 def kind_of(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def class_refusal(
+    attention: nn.Module, wanted: type[nn.Module], of: str = "", processors: Collection[type] = ()
+) -> str | None:
+    """Why an attention cannot be swapped as one of the class `wanted`, which is said to be of `of`, run by one of the
+    processors, if any are given."""
+    if type(attention) is not wanted:
+        return f"is a {kind_of(attention)}, not {of}{wanted.__name__}; register a Graft for it"
+    if processors and type(attention.processor) not in processors:
+        return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
+    return None
 
 
 def linear_refusal(attention: nn.Module, *names: str) -> str | None:
@@ -145,16 +147,20 @@ def take_over(attention_value: nn.Linear, attention_out: nn.Linear, value: nn.Li
         out.bias.data.copy_(bias)
 
 
-def input_of(module: nn.Module, call) -> torch.Tensor:
-    """What `module` is given while `call()` runs."""
-    with recorded({"module": module}) as seen:
-        call()
-    (given, *_), _, _ = seen["module"]
-    return given.detach()
+def observed(
+    attention: nn.Module, value: nn.Linear, out: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of x, and what the attention gives its output map in a call, both without the bias of the values."""
+    with recorded({"out": out}) as seen:
+        attention(*args, **kwargs)
+    (mixed, *_), _, _ = seen["out"]
+    found = value(x), mixed.detach()
+    return found if value.bias is None else tuple(each - value.bias.to(each.dtype) for each in found)
 
 
-def without_bias(linear: nn.Linear, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tensors if linear.bias is None else tuple(tensor - linear.bias.to(tensor.dtype) for tensor in tensors)
+def qkv_observed(attention: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """`observed` of an attention with one linear for queries, keys and values."""
+    return observed(attention, value_of(attention.qkv), attention.proj, x, args, kwargs)
 
 
 class SelfAttentionGraft(Graft):
@@ -163,10 +169,8 @@ class SelfAttentionGraft(Graft):
     processors = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
     def refusal(self, attention: Attention) -> str | None:
-        if type(attention) is not Attention:
-            return f"is a {type(attention).__name__}, not diffusers' Attention; register a Graft for it"
-        if type(attention.processor) not in self.processors:
-            return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
+        if reason := class_refusal(attention, Attention, "diffusers' ", self.processors):
+            return reason
         for trait, present in {
             "attends to a context": attention.is_cross_attention,
             "attends jointly with text": attention.added_kv_proj_dim is not None,
@@ -182,59 +186,37 @@ class SelfAttentionGraft(Graft):
         return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
 
     def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
-        value, out = attention.to_v, attention.to_out[0]
-        return SelfATConv(
-            value.in_features,
-            value.out_features,
-            out.out_features,
-            reference,
-            value_bias=value.bias is not None,
-            out_bias=out.bias is not None or value.bias is not None,
-            dropout=attention.to_out[1].p,
-            kernel_size=options.kernel_size,
-            pool=options.pool,
-        ).to(value.weight.device, value.weight.dtype)
+        out, dropout = attention.to_out
+        return SelfATConv(attention.to_v, out, reference, options, dropout.p)
 
     def copy(self, attention: Attention, layer: SelfATConv) -> None:
         take_over(attention.to_v, attention.to_out[0], layer.to_v, layer.to_out[0])
 
     def observe(self, attention, layer, args, kwargs):
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        mixed = input_of(attention.to_out[0], lambda: attention(*args, **kwargs))
-        return without_bias(attention.to_v, attention.to_v(x), mixed)
+        x = argument("hidden_states", args, kwargs)
+        return observed(attention, attention.to_v, attention.to_out[0], x, args, kwargs)
 
 
 class SiTAttentionGraft(Graft):
     """The attention of our own SiT, for our own ATConv: a model with both is a hybrid like any other."""
 
     def refusal(self, attention: nn.Module) -> str | None:
-        if type(attention) is not sit_attention.Attention:
-            return f"is a {type(attention).__name__}, not SiT's Attention"
-        if type(attention.processor) is not sit_attention.SiTAttnProcessor:
-            return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
-        return linear_refusal(attention, "qkv", "proj")
+        processors = (sit_attention.SiTAttnProcessor,)
+        unknown = class_refusal(attention, sit_attention.Attention, "SiT's ", processors)
+        return unknown or linear_refusal(attention, "qkv", "proj")
 
     def build(self, attention, reference: GridReference, options: LayerOptions) -> ATConv:
         layer = ATConv(attention.proj.in_features, options.kernel_size, pool=options.pool)
         return layer.to(attention.proj.weight.device, attention.proj.weight.dtype)
 
-    def heads(self, attention) -> int:
-        return attention.num_heads
-
     def copy(self, attention, layer: ATConv) -> None:
         take_over(value_of(attention.qkv), attention.proj, layer.x_proj, layer.proj)
 
     def observe(self, attention, layer, args, kwargs):
-        x, value = _input(args, kwargs).flatten(1, 2), value_of(attention.qkv)
-        return without_bias(value, value(x), input_of(attention.proj, lambda: attention(*args, **kwargs)))
+        return qkv_observed(attention, argument("x", args, kwargs).flatten(1, 2), args, kwargs)
 
     def grid(self, layer, args, kwargs) -> tuple[int, int]:
-        return tuple(_input(args, kwargs).shape[1:3])
-
-
-def _input(args: tuple, kwargs: dict) -> torch.Tensor:
-    """x (B, H, W, C) of a call of SiT's attention."""
-    return kwargs["x"] if "x" in kwargs else args[0]
+        return tuple(argument("x", args, kwargs).shape[1:3])
 
 
 def value_of(qkv: nn.Linear) -> nn.Linear:

@@ -1,7 +1,7 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -212,6 +212,12 @@ class _CheckpointOnGrid:
             return function(*args, **kwargs)
         finally:
             now.shape = before
+
+
+def above(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that hold the one of that name, from the inside out; the model is the last."""
+    parts = name.split(".")
+    return (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
 
 
 def argument(name: str, args: tuple, kwargs: dict, position: int = 0):

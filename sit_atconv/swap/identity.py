@@ -11,18 +11,15 @@ from torch import nn
 def teacher_of(model: nn.Module) -> dict:
     """What identifies an unswapped model: class, name or path, the revision if these tell it, and a fingerprint."""
     config = getattr(model, "config", None) or getattr(model, "pretrained_cfg", None) or {}
+    path, hub_id = (str(config.get(key) or "") for key in ("_name_or_path", "hf_hub_id"))
+    # The commit that a folder of the hub's cache is of, as a pipeline loads its models, or of timm's NAME@REVISION.
+    found = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?:[\\/]|$)", path)
     return {
         "class": type(model).__name__,
-        "name": str(config.get("_name_or_path") or config.get("hf_hub_id") or "") or None,
-        "revision": _revision(str(config.get("_name_or_path") or ""), str(config.get("hf_hub_id") or "")),
+        "name": path or hub_id or None,
+        "revision": found[1] if found else hub_id.partition("@")[2] or None,
         "fingerprint": fingerprint(model.state_dict()),
     }
-
-
-def _revision(path: str, hub_id: str) -> str | None:
-    """The commit that a folder of the hub's cache is of, as a pipeline loads its models, or of timm's NAME@REVISION."""
-    found = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?:[\\/]|$)", path)
-    return found[1] if found else hub_id.partition("@")[2] or None
 
 
 def fingerprint(state: Mapping) -> str:

@@ -23,7 +23,9 @@ def calibration_inputs(
         return checked_inputs("calib", calib)
     generator, device, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).device, dtype_of(model)
     examples = []
-    if adapter.example is not None and not _takes_images(model):
+    # An IP-Adapter takes images, of which no configuration tells.
+    processors = (type(getattr(module, "processor", None)).__name__ for module in model.modules())
+    if adapter.example is not None and not any("IPAdapter" in name for name in processors):
         examples = [adapter.example(model, generator) for _ in range(EXAMPLES if needed else 1)]
         examples = [each for each in examples if each is not None]
     if needed and not examples:
@@ -76,11 +78,6 @@ def told_of(model: nn.Module, what: str, inputs: list) -> Iterator[None]:
             f"{', '.join(list(other)[:4])}: {next(iter(other.values()))}, which the model in {dtype} on {device} does "
             f"not take; give it what it takes, such as value.to({str(device)!r}, {dtype})"
         ) from error
-
-
-def _takes_images(model: nn.Module) -> bool:
-    """Whether an IP-Adapter is on it, whose images no configuration tells of."""
-    return any("IPAdapter" in type(getattr(module, "processor", None)).__name__ for module in model.modules())
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -14,9 +14,9 @@ from sit_atconv.errors import InputError
 from sit_atconv.layers.attention import attend
 from sit_atconv.layers.norm import norm
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
-from sit_atconv.swap.grafts import Graft, LayerOptions, is_fused, linear_refusal
-from sit_atconv.swap.grid import GridReference
-from sit_atconv.swap.layers import SwappedLayer
+from sit_atconv.swap.grafts import Graft, class_refusal, is_fused, linear_refusal
+from sit_atconv.swap.grid import GridReference, argument
+from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
 
 IMAGE_MAPS = ("to_q", "to_k", "to_v")
 TEXT_MAPS = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -83,8 +83,8 @@ class JointATConv(SwappedLayer):
 
     def __init__(self, attention: nn.Module, reference: GridReference, options: LayerOptions, without: tuple = ()):
         value = attention.to_v
-        super().__init__(value.in_features, value.out_features, options.kernel_size, pool=options.pool)
-        self.heads, self.reference = attention.heads, reference
+        super().__init__(value.in_features, value.out_features, reference, options)
+        self.heads = attention.heads
         self.backend = attention_backend(attention.processor)
         self.text_share = nn.Parameter(torch.empty(attention.heads))
         self.to(value.weight.device, value.weight.dtype)
@@ -102,9 +102,6 @@ class JointATConv(SwappedLayer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.text_share.zero_()
-        for each in (getattr(self, name) for name in NORMS):
-            for name, parameter in each.named_parameters() if each is not None else ():
-                parameter.fill_(0 if name.endswith("bias") else 1)
 
     def attend(self, q: torch.Tensor, *others: Heads) -> torch.Tensor:
         """softmax attention of q over the tokens of `others`."""
@@ -142,10 +139,7 @@ class StreamsJointATConv(JointATConv):
     def forward(
         self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **extra
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.masked:
-            _refuse_mask(attention_mask)
-        if extra.get("ip_hidden_states") is not None:
-            raise InputError("an IP-adapter's tokens were given to a layer swapped for ATConv, which knows none")
+        refuse(attention_mask=attention_mask if self.masked else None, ip_hidden_states=extra.get("ip_hidden_states"))
         text, image = project_streams(self, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
         text, image = self.mix(text, image, hidden_states)
         return self.to_out[1](self.to_out[0](image)), None if text is None else self.to_add_out(text)
@@ -157,7 +151,7 @@ class SequenceJointATConv(JointATConv):
     def forward(
         self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
     ) -> torch.Tensor:
-        _refuse_mask(attention_mask)
+        refuse(attention_mask=attention_mask)
         length = text_length(hidden_states, self.reference)
         text, image = project_sequence(self, length, hidden_states, image_rotary_emb)
         return torch.cat(self.mix(text, image, hidden_states[:, length:]), 1)
@@ -175,34 +169,24 @@ def text_length(sequence: torch.Tensor, reference: GridReference) -> int:
     return length
 
 
-def _refuse_mask(mask: torch.Tensor | None) -> None:
-    if mask is not None:
-        raise InputError("attention_mask was given to a layer swapped for ATConv, which knows no such thing")
-
-
 class JointGraft(Graft):
-    """The base of the joint grafts. cls, processor: of the attention. layer: what takes its place."""
+    """The base of the joint grafts. cls, processor: of the attention. maps: linears that each has."""
 
     joint = True
     cls: type[nn.Module]
     processor: type
-    layer: type[JointATConv]
     maps: tuple[str, ...]
 
     def refusal(self, attention: nn.Module) -> str | None:
-        if type(attention) is not self.cls:
-            return f"is a {type(attention).__name__}, not {self.cls.__name__}; register a Graft for it"
-        if type(attention.processor) is not self.processor:
-            return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
+        if reason := class_refusal(attention, self.cls, processors=(self.processor,)):
+            return reason
         if is_fused(attention):
             return "has fused projections; call unfuse_qkv_projections first"
         missing = next((name for name in self.maps if getattr(attention, name.split(".")[0], None) is None), None)
         if missing is not None:
             return f"has no {missing}: it is no joint attention of the kind that this graft splits"
-        return linear_refusal(attention, *self.maps)
-
-    def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> JointATConv:
-        return self.layer(attention, reference, options)
+        also = () if getattr(attention, "to_add_out", None) is None else ("to_add_out",)
+        return linear_refusal(attention, *self.maps, *also)
 
     def copy(self, attention: nn.Module, layer: JointATConv) -> None:
         """All maps as they are: the value's bias stays in the value, as text queries attend to it beside text's."""
@@ -239,12 +223,6 @@ class SD3JointGraft(JointGraft):
     cls, processor, layer = Attention, JointAttnProcessor2_0, StreamsJointATConv
     maps = (*IMAGE_MAPS, *TEXT_MAPS, "to_out.0")
 
-    def refusal(self, attention: Attention) -> str | None:
-        reason = super().refusal(attention)
-        if reason is None and attention.to_add_out is not None:
-            reason = linear_refusal(attention, "to_add_out")
-        return reason
-
 
 class FluxDoubleGraft(JointGraft):
     """The attention of Flux's double blocks."""
@@ -260,14 +238,8 @@ class FluxSingleGraft(JointGraft):
     maps = IMAGE_MAPS
 
     def project(self, attention, layer, args, kwargs):
-        return self._project(attention, layer, *args, **kwargs)
-
-    @staticmethod
-    def _project(
-        attention, layer, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
-    ):
-        length = text_length(hidden_states, layer.reference)
-        return project_sequence(attention, length, hidden_states, image_rotary_emb)
+        hidden_states, tables = argument("hidden_states", args, kwargs), argument("image_rotary_emb", args, kwargs, 3)
+        return project_sequence(attention, text_length(hidden_states, layer.reference), hidden_states, tables)
 
     def approximated(self, layer, output):
         height, width = layer.reference.get()

@@ -1,6 +1,7 @@
 """ATConv in the place of self-attention, with the argument and parameter names of diffusers' attention."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,14 +13,38 @@ from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.swap.grid import GridReference
 
 
+@dataclass(frozen=True)
+class LayerOptions:
+    """What all swapped layers of a model share. kernel_size, pool: of `ATConv`. prefix_tokens: before the patches."""
+
+    kernel_size: int = 3
+    pool: str = "raster"
+    prefix_tokens: int = 0
+
+    def __post_init__(self):
+        if type(self.kernel_size) is not int:
+            raise InputError(f"kernel_size={self.kernel_size!r}: choose an odd whole number, such as 3")
+
+
 class SwappedLayer(KernelGenerator):
     """The base of the layers in the place of attention, whose grid `reference` tells: a hook of their model sets it.
 
-    Their weights load into such a layer, and into no other module.
+    dim, channels: of `KernelGenerator`. Their weights load into such a layer, and into no other module.
 
     A class that makes a network of parts of another, as ControlNets do in diffusers, loads those parts without asking
     for all of their weights: from a swapped model it would keep random attention and say nothing.
     """
+
+    def __init__(self, dim: int, channels: int, reference: GridReference, options: LayerOptions):
+        super().__init__(dim, channels, options.kernel_size, pool=options.pool)
+        self.reference = reference
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(0 if name.endswith("bias") else 1)
 
     def __prepare_scriptable__(self):
         raise InputError(
@@ -49,30 +74,31 @@ class OfSwappedLayer(OrderedDict):
         return OrderedDict, (), None, None, iter(self.items())
 
 
+def refuse(**given) -> None:
+    """Raise InputError for what a layer was called with, other than None or False, and ATConv has no use for."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise InputError(f"{name} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
+
+
 class SelfATConv(SwappedLayer):
     """to_out(K2 * to_v(x)), called as diffusers calls an attention: hidden_states (B, N, dim) -> (B, N, out_dim).
 
     K2 (B, K, inner_dim) as `KernelGenerator` makes it from x; `*` is the depthwise convolution on the grid that
-    `reference` tells. Raises InputError for a context or an attention mask, which ATConv has no use for.
+    `reference` tells. value, out: the attention's maps, whose sizes, device and dtype it takes.
+    Raises InputError for a context or an attention mask, which ATConv has no use for.
     """
 
     def __init__(
-        self,
-        dim: int,
-        inner_dim: int,
-        out_dim: int,
-        reference: GridReference,
-        value_bias: bool = False,
-        out_bias: bool = True,
-        dropout: float = 0.0,
-        kernel_size: int = 3,
-        pool: str = "raster",
+        self, value: nn.Linear, out: nn.Linear, reference: GridReference, options: LayerOptions, dropout: float = 0.0
     ):
-        super().__init__(dim, inner_dim, kernel_size, pool=pool)
-        self.to_v = nn.Linear(dim, inner_dim, bias=value_bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner_dim, out_dim, bias=out_bias), nn.Dropout(dropout)])
-        self.reference = reference
+        inner, biased = value.out_features, value.bias is not None
+        super().__init__(value.in_features, inner, reference, options)
+        self.to_v = nn.Linear(value.in_features, inner, bias=biased)
+        to_out = nn.Linear(inner, out.out_features, bias=biased or out.bias is not None)
+        self.to_out = nn.ModuleList([to_out, nn.Dropout(dropout)])
         self.reset_parameters()
+        self.to(value.weight.device, value.weight.dtype)
 
     def forward(
         self,
@@ -81,9 +107,7 @@ class SelfATConv(SwappedLayer):
         attention_mask: torch.Tensor | None = None,
         **_,
     ) -> torch.Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None:
-            what = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
-            raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
+        refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         x = on_grid(hidden_states, self.reference.get())
         kernels = self.kernels(x)
         v = self.to_v(x)

@@ -63,10 +63,6 @@ class NoSaving:
         )
 
 
-def check_nothing(model: nn.Module, config: dict) -> None:
-    """For a model that takes layers of any setting."""
-
-
 def check_thin(model: nn.Module, config: dict) -> None:
     """Raises InputError for a class that derives from a model of diffusers, and has no ATConv subclass of its own."""
     record = getattr(model, "_swap_record", None)
@@ -121,14 +117,9 @@ def mark_sit(model: nn.Module) -> None:
     for block, mixer in zip(model.blocks, mixers, strict=True):
         block.__class__ = SiTATConvBlock if mixer == "atconv" else SiTBlock
     if record.config["layers"]:
-        configure(
-            model,
-            token_mixer=mixers,
-            pos_embed=model.pos_embed is not None,
-            qk_norm=record.config_before["qk_norm"] and "attention" in mixers,
-            pool=record.config["pool"],
-            kernel_size=record.config["kernel_size"],
-        )
+        options = {name: record.config[name] for name in ("pool", "kernel_size")}
+        options["qk_norm"] = record.config_before["qk_norm"] and "attention" in mixers
+        configure(model, token_mixer=mixers, pos_embed=model.pos_embed is not None, **options)
     else:
         changed = ("token_mixer", "pos_embed", "qk_norm", "pool", "kernel_size")
         configure(model, **{name: record.config_before[name] for name in changed})

@@ -27,14 +27,6 @@ from sit_atconv.reading import read_json
 from sit_atconv.swap.marking import THIN
 from sit_atconv.swap.stored import install
 
-__all__ = [
-    "ATConvDiTTransformer2DModel",
-    "ATConvFluxTransformer2DModel",
-    "ATConvPixArtTransformer2DModel",
-    "ATConvSD3Transformer2DModel",
-    "ATConvUNet2DConditionModel",
-]
-
 # Of a config.json, how many layers its model is made of, one after the other, see `reading.parse_json`.
 LAYERS = range(limits.BLOCKS.most + 1)
 CONFIG_FORM = {

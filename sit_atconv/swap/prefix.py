@@ -10,9 +10,9 @@ from torch import nn
 from sit_atconv.errors import InputError
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.ops.forward_mode import exact_derivatives
-from sit_atconv.swap.grafts import Graft, LayerOptions, input_of, linear_refusal, take_over, value_of, without_bias
-from sit_atconv.swap.grid import GridReference
-from sit_atconv.swap.layers import SwappedLayer
+from sit_atconv.swap.grafts import Graft, class_refusal, linear_refusal, qkv_observed, take_over, value_of
+from sit_atconv.swap.grid import GridReference, argument
+from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
 
 
 class PrefixATConv(SwappedLayer):
@@ -25,8 +25,8 @@ class PrefixATConv(SwappedLayer):
 
     def __init__(self, attention: Attention, reference: GridReference, options: LayerOptions):
         out, biased = attention.proj, attention.qkv.bias is not None
-        super().__init__(attention.qkv.in_features, out.in_features, options.kernel_size, pool=options.pool)
-        self.heads, self.prefix, self.reference = attention.num_heads, options.prefix_tokens, reference
+        super().__init__(attention.qkv.in_features, out.in_features, reference, options)
+        self.heads, self.prefix = attention.num_heads, options.prefix_tokens
         for name in ("q_proj", "k_proj", "v_proj") if self.prefix else ("v_proj",):
             setattr(self, name, nn.Linear(attention.qkv.in_features, out.in_features, bias=biased))
         self.proj = nn.Linear(out.in_features, out.out_features, bias=biased or out.bias is not None)
@@ -38,17 +38,8 @@ class PrefixATConv(SwappedLayer):
         self.attn_drop, self.proj_drop = nn.Dropout(attention.attn_drop.p), nn.Dropout(attention.proj_drop.p)
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for norm in (self.q_norm, self.k_norm) if self.prefix else ():
-            for name, parameter in norm.named_parameters():
-                parameter.fill_(0 if name.endswith("bias") else 1)
-
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        if attn_mask is not None or is_causal:
-            what = "is_causal" if attn_mask is None else "attn_mask"
-            raise InputError(f"{what} was given to a layer swapped for ATConv, which knows no such thing; leave it out")
+        refuse(attn_mask=attn_mask, is_causal=is_causal)
         grid = self.reference.get()
         kernels = self.kernels(on_grid(x[:, self.prefix :], grid))
         v = self.v_proj(x)
@@ -72,22 +63,16 @@ class PrefixATConv(SwappedLayer):
 class PrefixGraft(Graft):
     """timm's `Attention` in a `VisionTransformer`."""
 
+    layer = PrefixATConv
+
     def refusal(self, attention: nn.Module) -> str | None:
-        if type(attention) is not Attention:
-            return (
-                f"is a {type(attention).__module__}.{type(attention).__name__}, not timm's Attention; register a Graft"
-            )
+        if reason := class_refusal(attention, Attention, "timm's "):
+            return reason
         if attention.gate is not None:
             return "gates what it has mixed: ATConv does not stand for that"
         if not isinstance(attention.norm, nn.Identity):
             return "normalises what it has mixed (scale_norm): ATConv does not stand for that"
         return linear_refusal(attention, "qkv", "proj")
-
-    def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> PrefixATConv:
-        return PrefixATConv(attention, reference, options)
-
-    def heads(self, attention: Attention) -> int:
-        return attention.num_heads
 
     def copy(self, attention: Attention, layer: PrefixATConv) -> None:
         take_over(value_of(attention.qkv), attention.proj, layer.v_proj, layer.proj)
@@ -100,9 +85,7 @@ class PrefixGraft(Graft):
         layer.k_norm.load_state_dict(attention.k_norm.state_dict())
 
     def observe(self, attention, layer, args, kwargs):
-        value = value_of(attention.qkv)
-        x = kwargs["x"] if "x" in kwargs else args[0]
-        seen = without_bias(value, value(x), input_of(attention.proj, lambda: attention(*args, **kwargs)))
+        seen = qkv_observed(attention, argument("x", args, kwargs), args, kwargs)
         return tuple(each[:, layer.prefix :] for each in seen)
 
     def approximated(self, layer, output):

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -36,7 +37,11 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         raise InputError("this swap was reverted, or was a dry run; swap first")
     if steps < 1 or not lr > 0:
         raise InputError(f"steps={steps}, lr={lr}: both must be greater than 0")
-    source = itertools.cycle(checked_inputs("inputs", inputs, steps)) if inputs is not None else _synthetic(swap)
+    if inputs is not None:
+        source = itertools.cycle(checked_inputs("inputs", inputs, steps))
+    else:
+        drawn = partial(calibration_inputs, swap.model, swap.adapter, None, needed=True)
+        source = itertools.chain.from_iterable(drawn(seed=seed) for seed in itertools.count())
     check_unhooked(swap.model, allowed=())
     swap.follow()
     model, layers, attentions = swap.model, swap.layers, swap.attentions
@@ -93,11 +98,6 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         for parameter, dtype in halves.items():
             parameter.data = parameter.data.to(dtype)
     return history
-
-
-def _synthetic(swap: AttentionSwap):
-    for seed in itertools.count():
-        yield from calibration_inputs(swap.model, swap.adapter, None, needed=True, seed=seed)
 
 
 def _put(model, modules: dict) -> None:

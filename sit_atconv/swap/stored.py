@@ -70,12 +70,9 @@ def swap_as_stored(
 
 
 def _check_stored(config: dict) -> None:
-    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
-        found = config.get("schema") if isinstance(config, dict) else config
+    found = config.get("schema") if isinstance(config, dict) else config
+    if found != SCHEMA:
         raise InputError(f"atconv schema {found!r}: this version reads {SCHEMA}; use the one that wrote it")
-    missing = [name for name in STORED_FORM if name not in config]
-    if missing:
-        raise InputError(f"atconv has no {', '.join(missing)}; it is not as swap_attention wrote it")
     if fault := fault_of(config, STORED_FORM):
         raise InputError(f"atconv: {fault}; it is not as swap_attention wrote it")
 

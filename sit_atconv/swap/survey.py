@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
@@ -71,17 +71,13 @@ class Outputs:
 def _standing_in(sites: list[Site]) -> Iterator[None]:
     """While this is open, what the attentions give is what their layers give; the model holds no other modules."""
 
-    def stand_in(site: Site):
-        return site.attention.register_forward_hook(
-            of_this_thread(lambda _, args, kwargs, output: site.layer(*args, **kwargs)), with_kwargs=True
-        )
+    def stand_in(layer: nn.Module):
+        return of_this_thread(lambda _, args, kwargs, output: layer(*args, **kwargs))
 
-    handles = [stand_in(site) for site in sites]
-    try:
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(site.attention.register_forward_hook(stand_in(site.layer), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sums_of_squares(outputs: list[list[torch.Tensor]]) -> list[float]:

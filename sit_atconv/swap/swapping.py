@@ -187,32 +187,26 @@ def swap_attention(
     check_choice("joint", joint, JOINTS)
     check_choice("prefix", prefix, PREFIXES)
     check_choice("pool", pool, POOLS)
-    for name, value in (("max_error", max_error), ("speedup", speedup)):
+    for name, value, least in (("max_error", max_error, 0), ("speedup", speedup, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise InputError(f"{name}={value!r}: give a number")
         if value is not None and select != "auto":
             raise InputError(f"{name}={value}: a target needs select='auto', and select={select!r}; leave one out")
-        if value is not None and not value > (1 if name == "speedup" else 0):
-            raise InputError(f"{name}={value}: must be greater than {1 if name == 'speedup' else 0}")
+        if value is not None and not value > least:
+            raise InputError(f"{name}={value}: must be greater than {least}")
     pipeline, model = model_of(model_or_pipeline)
     check_bare(model)
     adapter = adapter_of(model)
     record = getattr(model, "_swap_record", None)
-    config = {
-        "schema": SCHEMA,
-        "layers": [],
-        "kernel_size": kernel_size,
-        "pool": pool,
-        "prefix": prefix,
-        "teacher": teacher_of(model) if record is None else record.config["teacher"],
-    }
-    if record is not None:
-        for name in ("kernel_size", "pool", "prefix"):
-            if record.config[name] != config[name]:
-                raise InputError(
-                    f"{name}={config[name]!r}: this model has layers swapped with {record.config[name]!r}, and a model "
-                    "has one setting; revert them, or use theirs"
-                )
+    settings = {"kernel_size": kernel_size, "pool": pool, "prefix": prefix}
+    teacher = teacher_of(model) if record is None else record.config["teacher"]
+    config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}
+    for name, value in settings.items() if record is not None else ():
+        if record.config[name] != value:
+            raise InputError(
+                f"{name}={value!r}: this model has layers swapped with {record.config[name]!r}, and a model has one "
+                "setting; revert them, or use theirs"
+            )
     grafts = _candidates(model, adapter, joint, record, select)
     counted = [name for name, graft in adapter.find(model).items() if joint == "split" or not graft.joint]
     names = choose({name: model.get_submodule(name) for name in grafts}, select, exclude, counted)

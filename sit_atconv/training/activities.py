@@ -9,10 +9,10 @@ from torch import nn
 from sit_atconv import checkpoint, sharding
 from sit_atconv.console import say
 from sit_atconv.ema import SAMPLED, SNAPSHOTS
-from sit_atconv.errors import InputError
+from sit_atconv.errors import reason
 from sit_atconv.files import clear_leftovers, step_name, write_atomic
 from sit_atconv.images import NotFinite
-from sit_atconv.processes import gathered, is_main, raise_together
+from sit_atconv.processes import first, gathered, is_main
 from sit_atconv.sampling.sampling import generate, grid_png
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
@@ -25,10 +25,20 @@ Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
 
 
 class Draws(Activity):
-    """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says."""
+    """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says.
+
+    `take` is called every so many steps as the recipe's `section` says.
+    """
+
+    section: str
 
     def __init__(self, codec: nn.Module):
         self.codec = codec
+
+    def after_step(self, trainer: Trainer) -> None:
+        every = getattr(trainer.recipe, self.section).every
+        if every and trainer.step % every == 0:
+            self.take(trainer)
 
     def draw(self, trainer: Trainer, what: str, count: int, block: int) -> tuple[torch.Tensor, list[int]] | None:
         """Images 0 to count - 1 of the classes in turn, shared out over the processes: uint8 images, labels.
@@ -61,14 +71,11 @@ class Draws(Activity):
 class Previews(Draws):
     """A grid of images every `preview.every` steps, in previews/."""
 
+    section = "preview"
+
     def clear(self, trainer: Trainer) -> None:
         if (folder := trainer.run / PREVIEWS).is_dir():
             clear_leftovers(folder)
-
-    def after_step(self, trainer: Trainer) -> None:
-        every = trainer.recipe.preview.every
-        if every and trainer.step % every == 0:
-            self.take(trainer)
 
     def take(self, trainer: Trainer) -> None:
         """Draw one, and write it."""
@@ -79,11 +86,13 @@ class Previews(Draws):
             try:
                 write_atomic(file, grid_png(drawn[0], math.ceil(math.sqrt(count))))
             except OSError as error:
-                say(f"warning: preview {str(file)!r} cannot be written: {error.strerror or error}")
+                say(f"warning: preview {str(file)!r} cannot be written: {reason(error)}")
 
 
 class Scores(Draws):
     """Scores of `score.num` images every `score.every` steps, in scores.jsonl. scorer: the main process's."""
+
+    section = "score"
 
     def __init__(self, codec: nn.Module, scorer: Scorer | None):
         super().__init__(codec)
@@ -93,25 +102,14 @@ class Scores(Draws):
         if trainer.recipe.score.every:
             self.log = Log(trainer.run / "scores.jsonl", trainer.step)
 
-    def after_step(self, trainer: Trainer) -> None:
-        every = trainer.recipe.score.every
-        if every and trainer.step % every == 0:
-            self.take(trainer)
-
     def take(self, trainer: Trainer) -> None:
         """Draw, score and log. Raises InputError in every process where the scorer does."""
-        main = is_main()
         drawn = self.draw(trainer, "its score", trainer.recipe.score.num, SCORE_BLOCK)
         if drawn is None:
             return
-        (images, labels), error = drawn, None
-        if main:
-            try:
-                values = self.scorer(images, labels)
-            except InputError as fault:
-                error = fault
-        raise_together(error)
-        if main:
+        images, labels = drawn
+        values = first(lambda: self.scorer(images, labels))
+        if is_main():
             sampling = trainer.recipe.preview.for_model(trainer.objective.model).describe()
             sampling["seed"] = trainer.recipe.run.seed
             self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
@@ -134,10 +132,4 @@ class Snapshots(Activity):
         averages = trainer.objective.averages
         checkpoint.check_finite(trainer.step, averages.models.values())
         tensors = {name: sharding.full_tensors(average) for name, average in averages.models.items()}
-        error = None
-        if is_main():
-            try:
-                averages.write_snapshot(trainer.run, trainer.step, tensors, trainer.updates)
-            except InputError as fault:
-                error = fault
-        raise_together(error)
+        first(lambda: averages.write_snapshot(trainer.run, trainer.step, tensors, trainer.updates))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -12,7 +13,7 @@ from sit_atconv import checkpoint, config, files, processes
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.data import IMAGE_KEYS
-from sit_atconv.errors import InputError, option
+from sit_atconv.errors import InputError, option, told
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
 from sit_atconv.reading import read_json, read_yaml
@@ -33,19 +34,22 @@ def lock(run: Path) -> TextIO:
 def check_place(out: str, force: bool = False) -> None:
     """Raise InputError where a run cannot lie, whatever its recipe, before anything is loaded; nothing is changed."""
     run = files.resolved(out, "run.out")
-    try:
+    with usable(run):
         if not os.path.lexists(run):
             files.check_writable(run)
         elif not _is_run(run):
             if not force:
-                raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder")
+                raise _no_run(run)
             files.check_movable(run)
-    except OSError as error:
-        raise _unusable(run, error) from None
 
 
-def _unusable(run: Path, error: OSError) -> InputError:
-    return InputError(f"run.out={str(run)!r} cannot be written: {error.strerror or error}; choose another place")
+def usable(run: Path) -> AbstractContextManager[None]:
+    """Tell what the file system says of a run's folder as an InputError."""
+    return told(f"run.out={str(run)!r} cannot be written", OSError, remedy="choose another place")
+
+
+def _no_run(run: Path) -> InputError:
+    return InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder")
 
 
 def _is_run(run: Path) -> bool:
@@ -85,7 +89,7 @@ def claim(
     run, held = files.resolved(out, "run.out"), []
 
     def take() -> Found:
-        try:
+        with usable(run):
             # Before looking: another process may be at work there.
             held.extend([lock(run)] if (run / LOCK).exists() else [])
             try:
@@ -96,9 +100,7 @@ def claim(
                 while held:
                     held.pop().close()
                 say(f"run.out={str(run)!r}: what was there is now {str(files.set_aside(run))!r}")
-        except OSError as error:
-            raise _unusable(run, error) from None
-        return None
+                return None
 
     found = processes.first(take)
     if must_resume and not found:
@@ -106,9 +108,12 @@ def claim(
     return Claimed(described, found, held.pop() if held else None)
 
 
-def stored_run(run: Path, changed: Callable[[dict[str, Any], Path | None], list[str]]) -> Found:
+def stored_run(
+    run: Path, described: dict[str, Any], changed: Callable[[dict[str, Any], Path | None], list[str]]
+) -> Found:
     """The checkpoint to go on from, with its manifest, or None for a new run.
 
+    described: what this start would write into a manifest.
     changed: what keeps a stored recipe, that of a checkpoint where there is one, from being that of this start, see
     `config.differences`.
     Raises InputError for a folder that is not this run's.
@@ -127,28 +132,21 @@ def stored_run(run: Path, changed: Callable[[dict[str, Any], Path | None], list[
     except OSError:
         if run.is_dir() and all(path.name == LOCK or LEFTOVER.fullmatch(path.name) for path in run.iterdir()):
             return None  # killed at once
-        raise InputError(f"run.out={str(run)!r} exists and is not a run; choose another folder") from None
+        raise _no_run(run) from None
     except ValueError:
         stored = None
     if not stored or not isinstance(stored, dict):
         raise InputError(f"run.out={str(run)!r}: its recipe.yaml is damaged; choose another folder")
-    try:
+    invalid = f"run.out={str(run)!r}: its own recipe is not valid here"
+    with told(invalid, InputError, remedy="choose another folder"):
         said = "; ".join(changed(stored, found and found[0]))
-    except InputError as error:
-        raise InputError(
-            f"run.out={str(run)!r}: its own recipe is not valid here ({error}); choose another folder"
-        ) from None
     if said:
         raise InputError(
             f"run.out={str(run)!r} holds a run of another recipe ({said}); state it as it was, or choose another folder"
         )
-    return found
-
-
-def check_same_data(run: Path, manifest: dict[str, Any], described: dict[str, Any]) -> None:
-    """Raise InputError where the images of a run are not those of this start."""
-    if manifest.get("data") != described["data"]:
+    if found and found[1].get("data") != described["data"]:
         raise InputError(f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images")
+    return found
 
 
 def check_run_folder(
@@ -169,14 +167,13 @@ def check_run_folder(
         made = {} if last is None else read_json(last / "model" / "config.json")
         return config.differences(stored, stated, complete=partial(resolved, made=made))
 
-    found = stored_run(run, changed)
+    found = stored_run(run, described, changed)
     if found:
         manifest = found[1]
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
         check_same_codec(manifest.get("codec", {}), described["codec"])
-        check_same_data(run, manifest, described)
         for part, name in FROZEN.items():
             if manifest.get(part) != described[part]:
                 stated = attrgetter(name)(recipe)

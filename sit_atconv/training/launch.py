@@ -13,18 +13,13 @@ from accelerate.utils import (
 )
 
 from sit_atconv.config import Recipe
-from sit_atconv.errors import ArgumentParser, InputError
+from sit_atconv.errors import ArgumentParser, InputError, told
 from sit_atconv.files import resolved
 
 # How long processes wait for one that works alone: at a score, a checkpoint's hashes, a slow disk. torch's own ten
 # minutes would end a run.
 PATIENCE = timedelta(hours=1)
-DISTRIBUTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.FSDP,
-)
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
 def training_arguments(prog: str, about: str, argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +47,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         if not installed[tracker]:
             raise InputError(f"run.trackers: {tracker!r} is not installed; pip install {tracker}")
     plugin = GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps, sync_with_dataloader=False)
-    try:
+    with told(f"accelerate refuses the launch with train.precision={train.precision}", ValueError):
         accelerator = Accelerator(
             mixed_precision={"bf16": "bf16", "fp16": "fp16"}.get(train.precision, "no"),
             gradient_accumulation_plugin=plugin,
@@ -60,16 +55,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             project_dir=str(resolved(recipe.run.out, "run.out")),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    except ValueError as error:
-        raise InputError(f"accelerate refuses the launch with train.precision={train.precision}: {error}") from None
-    if accelerator.distributed_type not in DISTRIBUTED or (accelerator.is_fsdp2 != _is_fsdp(accelerator)):
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type not in DISTRIBUTED or accelerator.is_fsdp2 != sharded:
         raise InputError(
             f"accelerate is configured for {accelerator.distributed_type.value}; this trainer runs on one process, "
             "under DDP on CPU or CUDA, or under FSDP with fsdp_version 2: see experiments/accelerate"
         )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if train.precision == "fp16" and _is_fsdp(accelerator):
+    if train.precision == "fp16" and sharded:
         raise InputError("train.precision=fp16 is not for FSDP; use bf16")
     parts = accelerator.num_processes * train.gradient_accumulation_steps
     if train.batch_size % parts:
@@ -78,7 +72,3 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{train.gradient_accumulation_steps} accumulation steps; choose a multiple of {parts}"
         )
     return accelerator
-
-
-def _is_fsdp(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type == DistributedType.FSDP

@@ -156,10 +156,24 @@ class Trackers:
     def __init__(self, accelerator: Accelerator, recipe: Recipe, step: int):
         self.accelerator, self.warned = accelerator, False
         try:
-            _start(accelerator, recipe, step)
+            self._start(recipe, step)
         except Exception as error:  # other people's programs, which may raise anything
             said = f"{type(error).__name__}: {error}"
             raise InputError(f"run.trackers={recipe.run.trackers}: {said}; mend it, or leave the tracker out") from None
+
+    def _start(self, recipe: Recipe, step: int) -> None:
+        run = resolved(recipe.run.out, "run.out")
+        options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
+        if is_main() and "wandb" in recipe.run.trackers:
+            file = run / "trackers.json"
+            if not file.exists():
+                write_atomic(file, json.dumps({"wandb": uuid.uuid4().hex[:12]}))
+            run_id = read_json(file, {"wandb": str})["wandb"]
+            options["wandb"] = {"id": run_id, "name": run.name, "dir": str(run), "resume": "allow"}
+        settings = flat(config.to_dict(recipe))
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        own = {name: options.get(name, {}) for name in recipe.run.trackers}
+        self.accelerator.init_trackers("sit_atconv", plain, own)
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Pass on the numbers of a row."""
@@ -169,20 +183,6 @@ class Trackers:
             if not self.warned:
                 say(f"warning: a tracker failed at step {step}: {type(error).__name__}: {error}")
             self.warned = True
-
-
-def _start(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
-    run = resolved(recipe.run.out, "run.out")
-    options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
-    if is_main() and "wandb" in recipe.run.trackers:
-        file = run / "trackers.json"
-        if not file.exists():
-            write_atomic(file, json.dumps({"wandb": uuid.uuid4().hex[:12]}))
-        run_id = read_json(file, {"wandb": str})["wandb"]
-        options["wandb"] = {"id": run_id, "name": run.name, "dir": str(run), "resume": "allow"}
-    settings = flat(config.to_dict(recipe))
-    plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
-    accelerator.init_trackers("sit_atconv", plain, {name: options.get(name, {}) for name in recipe.run.trackers})
 
 
 def for_trackers(row: dict[str, Any]) -> dict[str, float]:

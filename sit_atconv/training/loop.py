@@ -1,5 +1,6 @@
 """Training of a SiT: from a recipe to its data, its objective and the loop that runs it."""
 
+from functools import partial
 from pathlib import Path
 
 from sit_atconv import config
@@ -59,13 +60,8 @@ def train(
             "processes": accelerator.num_processes,
         }
         encoded = dataset.index["data"] if dataset.moments else None
-        claimed = claim(
-            recipe.run.out,
-            described,
-            lambda run: check_run_folder(run, recipe, described, encoded),
-            must_resume,
-            force,
-        )
+        look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
+        claimed = claim(recipe.run.out, described, look, must_resume, force)
         activities = Previews(codec), Scores(codec, scorer), Snapshots()
         samples = objective.make_samples(dataset)
         return Trainer(accelerator, recipe, claimed, objective, samples, activities).run_to_the_end(signals)

@@ -16,12 +16,12 @@ from sit_atconv import checkpoint, processes, sharding
 from sit_atconv.console import progress, say
 from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, Samples
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, reason
 from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.reading import COUNT, read_json
 from sit_atconv.signals import StopSignals
-from sit_atconv.training.folder import Claimed, lock
+from sit_atconv.training.folder import Claimed, lock, usable
 from sit_atconv.training.log import Log, Means, Trackers, peak_flops, peak_memory
 from sit_atconv.training.objectives.objective import Forward, Objective
 from sit_atconv.training.optimizer import step_and_weight_squares
@@ -111,16 +111,10 @@ class Trainer:
         self.means = Means([*objective.weights], accelerator.device, objective.time_bins)
         if self.last is not None:
             self._load_state(self.last, samples)
-        positions = RankPositions(
-            self.step,
-            objective.steps,
-            recipe.train.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            recipe.train.gradient_accumulation_steps,
-        )
-        loading = recipe.data.workers, accelerator.device.type == "cuda", recipe.data.worker_timeout
-        self.batches = TrainingBatches(samples, positions, *loading)
+        train, share = recipe.train, (accelerator.process_index, accelerator.num_processes)
+        steps = self.step, objective.steps
+        positions = RankPositions(*steps, train.batch_size, *share, train.gradient_accumulation_steps)
+        self.batches = TrainingBatches(samples, positions, recipe.data, accelerator.device.type == "cuda")
 
     def run_to_the_end(self, signals: StopSignals) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
@@ -184,24 +178,22 @@ class Trainer:
         """
         recipe, error, new = self.recipe, None, False
         try:
-            if processes.is_main():
-                new = self.made.folder(self.run)
-                self.lock = self.lock or lock(self.run)
-                if self.last is None and checkpoint.step_folders(self.run):
-                    new = False
-                    raise InputError(f"run.out={str(self.run)!r} was begun by another process meanwhile; start again")
-                clear_leftovers(self.run)
-                for activity in self.activities:
-                    activity.clear(self)
-                write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
-                self.log = Log(self.run / "log.jsonl", self.step)
-                for activity in self.activities:
-                    activity.open(self)
-                checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
-            self.trackers = Trackers(self.accelerator, recipe, self.step)
-        except OSError as fault:
-            reason = fault.strerror or fault
-            error = InputError(f"run.out={str(self.run)!r} cannot be written: {reason}; choose another place")
+            with usable(self.run):
+                if processes.is_main():
+                    new = self.made.folder(self.run)
+                    self.lock = self.lock or lock(self.run)
+                    if self.last is None and checkpoint.step_folders(self.run):
+                        new, begun = False, "was begun by another process meanwhile"
+                        raise InputError(f"run.out={str(self.run)!r} {begun}; start again")
+                    clear_leftovers(self.run)
+                    for activity in self.activities:
+                        activity.clear(self)
+                    write_atomic(self.run / "recipe.yaml", yaml.safe_dump(self.described["recipe"], sort_keys=False))
+                    self.log = Log(self.run / "log.jsonl", self.step)
+                    for activity in self.activities:
+                        activity.open(self)
+                    checkpoint.prune(self.run, self.step, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+                self.trackers = Trackers(self.accelerator, recipe, self.step)
         except InputError as fault:
             error = fault
         if new and self.lock is not None:  # what has come into it since is this process's, and its trackers'
@@ -214,16 +206,14 @@ class Trainer:
 
     def _fetch(self, signals: StopSignals) -> list[dict[str, torch.Tensor]] | None:
         """The micro-batches of a step, or None where a signal asks to stop. Raises in every process where one must."""
-        batches, fault = [], None
+        batches, fault, device = [], None, self.accelerator.device
         try:
             if signals.received is None:
                 batches = [next(self.batches) for _ in range(self.recipe.train.gradient_accumulation_steps)]
         except InputError as error:
             fault = error
         found = self.batches.pop_bad()
-        stop, faults, news = processes.agree(
-            self.accelerator.device, signals.received is not None, fault is not None, len(found)
-        )
+        stop, faults, news = processes.agree(device, signals.received is not None, fault is not None, len(found))
         if news:
             fault = self._count_bad(found) or fault
             faults += fault is not None
@@ -321,8 +311,7 @@ class Trainer:
 
         Such a step is skipped, but begins no streak of them. It scales less from each to the next, so they are few.
         """
-        scaler = self.accelerator.scaler
-        return scaler is not None and scaler.get_scale() > 1
+        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
 
     def _update_ratio(self) -> float:
         """|w' - w| / |w| of the step just taken, over all weights."""
@@ -389,8 +378,7 @@ class Trainer:
             try:
                 checkpoint.prune(self.run, self.step, keep.keep_last, keep.keep_every)
             except OSError as error:
-                reason = error.strerror or error
-                say(f"warning: older checkpoints stay, they cannot be removed: {reason}")
+                say(f"warning: older checkpoints stay, they cannot be removed: {reason(error)}")
         self.accelerator.wait_for_everyone()
 
     def _load_state(self, folder: Path, samples: Samples) -> None:

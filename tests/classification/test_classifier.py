@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import yaml
 from conftest import ROOT, log_rows, reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
+from sampled import item
 from timm.data import Mixup
 
 import train_attnet
@@ -125,7 +127,7 @@ def test_the_first_step_by_hand(classifier_file, monkeypatch):
     recipe = load_recipe(path, (), ClassifierRecipe)
     dataset, held_out = open_datasets(recipe.data)
     facts = facts_of(recipe, dataset, held_out)
-    transform, _ = transforms(recipe, preprocessing(recipe, facts.mean, facts.std, facts.channels))
+    transform, _ = transforms(recipe, preprocessing(recipe.model, facts.channels))
     order = draws.generator(0, Stream.ORDER, 0).permutation(len(dataset))[:32]
 
     def seed(*draw):
@@ -265,7 +267,7 @@ def test_timm_loads_it_and_finds_the_accuracy_that_was_written(classifier_file):
 def test_what_is_drawn_for_a_sample_is_its_own(classifier_file):
     recipe = load_recipe(classifier_file(), (), ClassifierRecipe)
     dataset, _ = open_datasets(recipe.data)
-    transform, _ = transforms(recipe, preprocessing(recipe, [0.3], [0.4], 1))
+    transform, _ = transforms(recipe, preprocessing(replace(recipe.model, mean=[0.3], std=[0.4]), 1))
     samples = ClassifierSamples(dataset, transform, 32, 5)
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     whole, _ = samples.fetch(range(32, 64))
@@ -273,7 +275,7 @@ def test_what_is_drawn_for_a_sample_is_its_own(classifier_file):
     assert random.getstate() == state[1]
     assert np.random.get_state()[1].tolist() == state[2]
     for position in (40, 33):
-        alone = samples[position]
+        alone = item(samples, position)
         assert torch.equal(alone["image"], whole["image"][position - 32])
         assert alone["label"] == whole["label"][position - 32]
     other, _ = ClassifierSamples(dataset, transform, 32, 6).fetch(range(32, 64))
@@ -297,7 +299,7 @@ def test_repeats_are_the_same_image_augmented_anew():
 def test_the_strongest_level_is_no_error(classifier_file, policy):
     path = classifier_file(augment={"auto_augment": policy})
     recipe = load_recipe(path, (), ClassifierRecipe)
-    training, _ = transforms(recipe, preprocessing(recipe, [0.5] * 3, [0.5] * 3, 3))
+    training, _ = transforms(recipe, preprocessing(replace(recipe.model, mean=[0.5] * 3, std=[0.5] * 3), 3))
     picture = Image.new("RGB", (24, 24), (200, 100, 50))
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     assert all(training(picture).isfinite().all() for _ in range(100))

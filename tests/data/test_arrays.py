@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampled import sampled
 
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
@@ -13,7 +14,7 @@ from sit_atconv.data.arrays import Npz
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Reader
 from sit_atconv.data.loading import TrainingBatches
-from sit_atconv.data.samples import RankPositions, TrainingSamples
+from sit_atconv.data.samples import RankPositions
 from sit_atconv.errors import InputError
 
 SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
@@ -58,8 +59,8 @@ def test_loader_processes_read_it_too(root):
     batches = []
     for workers in (0, 2):
         dataset = pickle.loads(pickle.dumps(open_dataset(Data("npz", root, 16))))
-        samples = TrainingSamples(dataset, (dataset.channels, 2, 2), 3, seed=1, flip=True)
-        batches.append(list(TrainingBatches(samples, RankPositions(0, 4, 3), workers)))
+        samples = sampled(dataset, (dataset.channels, 2, 2), 3, seed=1, flip=True)
+        batches.append(list(TrainingBatches(samples, RankPositions(0, 4, 3), Data(workers=workers))))
     assert len(batches[0]) == 4
     for plain, loaded in zip(*batches, strict=True):
         assert all(torch.equal(plain[key], loaded[key]) for key in plain)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Features
 from PIL import Image
+from sampled import decode
 from torchvision.datasets import ImageFolder
 
 from eval.sources import open_source
@@ -27,7 +28,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.database import MOST_CLASSES, Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.hub import _file, _Files
-from sit_atconv.data.images import FORMATS, Reader, Unreadable, check_labels, decode, image_files
+from sit_atconv.data.images import FORMATS, Reader, Unreadable, check_labels, image_files
 from sit_atconv.errors import InputError
 from sit_atconv.training import train
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampled import decode
 from sklearn.datasets import load_digits
 
 from sit_atconv.data.digits import Digits
-from sit_atconv.data.images import Packed, Reader, Unreadable, center_crop, decode, is_image
+from sit_atconv.data.images import Packed, Reader, Unreadable, center_crop, is_image
 from sit_atconv.images import NotFinite, to_uint8
 
 

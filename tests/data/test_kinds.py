@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from sampled import sampled
 
 from sit_atconv.config import DATA_KINDS, Data
 from sit_atconv.data import DATASETS, database, open_dataset
@@ -21,7 +22,7 @@ from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.loading import TrainingBatches
-from sit_atconv.data.samples import RankPositions, TrainingSamples
+from sit_atconv.data.samples import RankPositions
 from sit_atconv.errors import InputError
 
 _spec = importlib.util.spec_from_file_location("kinds", Path(__file__).with_name("kinds.py"))
@@ -142,8 +143,8 @@ def test_loader_processes_change_nothing(kind, folder, tmp_path):
     dataset, batches = open_dataset(data), []
     dataset[5, False]  # what is open here goes over into the loader processes
     for workers in (0, 2):
-        samples = TrainingSamples(dataset, (3, 2, 2), 4, seed=1, flip=True)
-        batches.append(list(TrainingBatches(samples, RankPositions(0, 5, 4), workers)))
+        samples = sampled(dataset, (3, 2, 2), 4, seed=1, flip=True)
+        batches.append(list(TrainingBatches(samples, RankPositions(0, 5, 4), Data(workers=workers))))
     assert len(batches[0]) == 5
     for plain, loaded in zip(*batches, strict=True):
         assert all(torch.equal(plain[key], loaded[key]) for key in plain)

@@ -14,21 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampled import sampled
 
+from sit_atconv.config import Data
 from sit_atconv.data import loading
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.loading import TrainingBatches, check_bad
-from sit_atconv.data.samples import RankPositions, TrainingSamples
+from sit_atconv.data.samples import RankPositions
 from sit_atconv.errors import InputError
 
 
 def batches(dataset, workers: int, steps: int = 6, timeout: float = 60.0, start: int = 0, **options) -> TrainingBatches:
     shape = (dataset.channels, dataset.image_size, dataset.image_size)
     positions = RankPositions(start, start + steps, 6, accumulation=options.pop("accumulation", 1))
-    samples = TrainingSamples(dataset, shape, 6, seed=3, **options)
-    return TrainingBatches(samples, positions, workers, timeout=timeout)
+    samples = sampled(dataset, shape, 6, seed=3, **options)
+    return TrainingBatches(samples, positions, Data(workers=workers, worker_timeout=timeout))
 
 
 def assert_equal(a: list[dict], b: list[dict]) -> None:
@@ -56,7 +58,7 @@ def folder(tmp_path):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_loader_processes_change_nothing(folder, sampling, workers):
-    options = {"sampling": sampling, "flip": True, "drop": 0.2, "null_label": 2, "accumulation": 2}
+    options = {"sampling": sampling, "flip": True, "drop": 0.2, "accumulation": 2}
     plain, loaded = batches(folder, 0, **options), batches(folder, workers, **options)
     assert_equal(list(plain), list(loaded))
     bad = plain.pop_bad()
@@ -156,7 +158,7 @@ def test_no_room_for_loader_processes_is_one_line(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(os, "fork", refuse)
-    with pytest.raises(InputError, match=r"cannot be started \(Cannot allocate memory\); use fewer data\.workers"):
+    with pytest.raises(InputError, match=r"cannot be started: Cannot allocate memory; use fewer data\.workers"):
         next(batches(Digits(), 1))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
@@ -246,7 +248,7 @@ def test_loader_processes_end_with_the_object_also_hung_ones():
 
 PROGRAM = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from test_loading import Hangs, batches
 held = batches(Hangs(), 2)
 next(held)
@@ -323,14 +325,16 @@ def test_unreadable_is_an_input_error_that_a_process_can_send():
 
 TRAINER = """
 import multiprocessing, os, signal
+from sit_atconv.config import Data, Recipe, Run, Train
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions, TrainingSamples
 if __name__ == "__main__":
     multiprocessing.set_start_method("forkserver")
-    loader = TrainingBatches(TrainingSamples(Digits(), (1, 8, 8), 6, seed=3), RankPositions(0, 6, 6, accumulation=1), 1)
+    samples = TrainingSamples(Digits(), (1, 8, 8), Recipe(run=Run(out="x", seed=3), train=Train(batch_size=6)))
+    loader = TrainingBatches(samples, RankPositions(0, 6, 6, accumulation=1), Data(workers=1))
     next(loader)
-    print(loader._workers()[0].pid, flush=True)
+    print(loader.pids()[0], flush=True)
     signal.pause()
 """
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampled import item, sampled
 from torch.utils.data import Dataset
 
 from sit_atconv import draws
@@ -14,11 +15,10 @@ from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.data.samples import RankPositions, TrainingSamples
 from sit_atconv.draws import Stream
 from sit_atconv.errors import InputError
-from sit_atconv.flow.times import TimeSampling
 
 
 def samples(dataset=None, **options) -> TrainingSamples:
-    return TrainingSamples(dataset or Digits(), **{"latent_shape": (1, 8, 8), "batch_size": 6, "seed": 3, **options})
+    return sampled(dataset or Digits(), (1, 8, 8), 6, seed=3, **options)
 
 
 class Numbers(Dataset):
@@ -44,17 +44,17 @@ def numbers(batch) -> list[int]:
 
 
 def test_an_item_is_what_its_draws_say():
-    stream = samples(flip=True, drop=0.4, null_label=10, posterior=True, time=TimeSampling((0.1, 0.9), "logit-normal"))
+    stream = samples(flip=True, drop=0.4, posterior=True, flow={"time_sampling": "logit-normal"})
     order = draws.generator(3, Stream.ORDER, 0).permutation(1437)
     batch, bad = stream.fetch(range(100, 150))
     assert bad == {}
     for place, position in enumerate(range(100, 150)):
         index = divmod(position, 6)
-        flip = draws.uniform(3, Stream.FLIP, *index) < 0.5
+        flip = draws.uniforms((), 3, Stream.FLIP, *index) < 0.5
         image, label = Digits()[order[position], flip]
         assert torch.equal(batch["image"][place], image)
-        assert batch["label"][place] == (10 if draws.uniform(3, Stream.LABEL_DROP, *index) < 0.4 else label)
-        t = stream.time(torch.tensor([draws.uniform(3, Stream.TIME, *index)]))
+        assert batch["label"][place] == (10 if draws.uniforms((), 3, Stream.LABEL_DROP, *index) < 0.4 else label)
+        t = stream.time(draws.uniforms((1,), 3, Stream.TIME, *index))
         torch.testing.assert_close(batch["t"][place], t[0], atol=1e-7, rtol=0)
         assert torch.equal(batch["noise"][place], draws.normal((1, 8, 8), 3, Stream.NOISE, *index))
         assert torch.equal(batch["posterior"][place], draws.normal((1, 8, 8), 3, Stream.POSTERIOR, *index))
@@ -65,21 +65,21 @@ def test_an_item_is_what_its_draws_say():
 
 
 def test_an_item_is_the_same_in_a_batch_of_any_size():
-    options = {"flip": True, "drop": 0.3, "null_label": 10, "time": TimeSampling(kind="logit-normal", shift=2.0)}
+    options = {"flip": True, "drop": 0.3, "flow": {"time_sampling": "logit-normal", "time_shift": 2.0}}
     whole, _ = samples(**options).fetch(range(37))
     assert whole["label"].eq(10).any()
     for size in (1, 3, 36):
         parts = [samples(**options).fetch(range(first, min(first + size, 37)))[0] for first in range(0, 37, size)]
         for key, value in whole.items():
             assert torch.equal(torch.cat([part[key] for part in parts]), value)
-    item = samples(**options)[36]
-    assert all(torch.equal(item[key], value[36]) for key, value in whole.items())
+    alone = item(samples(**options), 36)
+    assert all(torch.equal(alone[key], value[36]) for key, value in whole.items())
     assert len(whole["t"].unique()) == 37
     assert len(whole["noise"].sum((1, 2, 3)).unique()) == 37
 
 
 def test_draws_have_their_shares():
-    stream = samples(flip=True, drop=0.25, null_label=10)
+    stream = samples(flip=True, drop=0.25)
     batch, _ = stream.fetch(range(1400))
     plain, _ = samples().fetch(range(1400))
     flipped = (batch["image"] != plain["image"]).flatten(1).any(1)
@@ -111,7 +111,7 @@ def test_a_substitute_is_the_first_that_reads_of_those_drawn_for_the_sample():
         assert batch["label"][position] == index % 4
     assert found == {index: f"image {index} is bad" for index in bad}
     assert all(torch.equal(batch[key], plain[key]) for key in ("t", "noise"))
-    assert numbers({"image": samples(Numbers(bad=bad))[39]["image"][None]}) == numbers(batch)[39:]
+    assert numbers({"image": item(samples(Numbers(bad=bad)), 39)["image"][None]}) == numbers(batch)[39:]
 
 
 def test_a_balanced_substitute_is_of_the_same_class_if_one_reads():
@@ -131,7 +131,7 @@ def test_a_dataset_that_does_not_read_at_all_is_an_error_that_says_what_was_bad(
     assert str(error).startswith(f"{MAX_ATTEMPTS} images in a row cannot be read, at last: image ")
     assert found.keys() == set(range(20))
     with pytest.raises(InputError, match="in a row"):
-        samples(Numbers(bad=tuple(range(20))))[0]
+        item(samples(Numbers(bad=tuple(range(20)))), 0)
 
 
 class Gone(Numbers):
@@ -201,7 +201,7 @@ def test_the_image_comes_besides_its_moments_where_it_is_wanted():
     batch, found = samples(Cached(bad=(5,))).fetch(range(20))
     assert "pixels" not in batch
     assert found == {}
-    assert "pixels" not in samples(with_image=True)[0]
+    assert "pixels" not in item(samples(with_image=True), 0)
 
 
 @given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))

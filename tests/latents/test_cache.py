@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from sampled import sampled
 
 import train_sit
 from eval.sources import open_source
@@ -19,7 +20,6 @@ from sit_atconv.config import Data, Latents
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.errors import InputError
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
@@ -60,9 +60,7 @@ def losses(recipe, positions) -> torch.Tensor:
     torch.manual_seed(0)
     for parameter in model.parameters():  # it starts with a last layer of zeros, whose losses see half of everything
         torch.nn.init.normal_(parameter, std=0.1)
-    samples = TrainingSamples(
-        dataset, facts.latent_shape, 8, recipe.run.seed, flip=True, posterior=codec.draws_posterior
-    )
+    samples = sampled(dataset, facts.latent_shape, 8, recipe.run.seed, posterior=codec.draws_posterior, flip=True)
     batch, bad = samples.fetch(positions)
     assert not bad
     latents = codec.encode(batch["image"], batch["posterior"])
@@ -107,7 +105,7 @@ def test_the_commands_encode_and_train_with_previews(recipe_path, tmp_path, caps
 def test_the_posterior_is_drawn_anew_at_every_visit_by_index(recipe, cache):
     dataset = open_dataset(cached(recipe, cache).data)
     codec = open_codec(Latents(codec="vae"), dataset)
-    samples = TrainingSamples(dataset, (4, 4, 4), 8, 0, posterior=True)
+    samples = sampled(dataset, (4, 4, 4), 8, posterior=True)
     places = [(samples.order.index(position), position) for position in range(2 * IMAGES)]
     first, second = (position for index, position in places if index == 7)
     batch, _ = samples.fetch([first, second])
@@ -228,7 +226,7 @@ def test_a_shard_that_goes_while_training_costs_its_images_and_the_cache_everyth
     for index in range(4, 8):
         with pytest.raises(Unreadable, match=SECOND):
             dataset[index, False]
-    batch, bad = TrainingSamples(dataset, (4, 4, 4), 8, 0).fetch(range(IMAGES))
+    batch, bad = sampled(dataset, (4, 4, 4), 8).fetch(range(IMAGES))
     assert sorted(bad) == [4, 5, 6, 7]
     assert batch["image"].shape == (IMAGES, 8, 4, 4)
     shutil.rmtree(cache)
@@ -254,9 +252,11 @@ def test_the_images_are_found_again(cache, pictures, tmp_path):
 
 
 def test_another_image_size_is_refused(cache):
-    assert LatentCache(str(cache), True, SIZE).image_size == SIZE
-    with pytest.raises(InputError, match=r"data\.image_size=32: .* 16 pixels"):
-        LatentCache(str(cache), True, 32)
+    dataset = LatentCache(str(cache), verify=True)
+    assert dataset.image_size == SIZE
+    dataset.check_stated(Data(kind="latents", root=str(cache), image_size=SIZE))
+    with pytest.raises(InputError, match=r"data\.image_size=32: .* image_size 16"):
+        dataset.check_stated(Data(kind="latents", root=str(cache), image_size=32))
 
 
 def test_the_autoencoder_decodes_where_it_is_named_and_another_one_is_refused(cache, vae_folder, tmp_path):

@@ -265,7 +265,7 @@ def test_a_file_that_is_no_whole_delta(tiny, tmp_path):
     [
         ({"schema": 2}, "atconv schema 2: this version reads 1"),
         ({"schema": None}, "atconv schema None"),
-        ({"pool": None}, "atconv has no pool; it is not as"),
+        ({"pool": None}, "atconv: pool is missing; it is not as"),
         ({"layers": ["transformer_blocks.0.attn"]}, "did you mean 'transformer_blocks.0.attn1'"),
         ({"layers": ["transformer_blocks.0.attn1"]}, "transformer_blocks.1.attn1.* surplus"),
         ({"kernel_size": 5}, "kernel_gen.weight is missing, surplus or misshapen"),

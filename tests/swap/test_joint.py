@@ -441,7 +441,7 @@ def test_what_a_layer_cannot_do_it_refuses():
     grid = (3, 4)
     with pytest.raises(InputError, match="attention_mask was given"):
         model(**inputs(grid), joint_attention_kwargs={"attention_mask": torch.ones(1)})
-    with pytest.raises(InputError, match="IP-adapter"):
+    with pytest.raises(InputError, match="ip_hidden_states was given"):
         model(**inputs(grid), joint_attention_kwargs={"ip_hidden_states": [torch.ones(1)]})
     with pytest.raises(InputError, match="attention_mask was given"):
         swap.layers["transformer_blocks.0.attn"](torch.zeros(1, 12, 16), torch.zeros(1, 5, 16), torch.ones(1))
@@ -452,7 +452,7 @@ def test_what_a_layer_cannot_do_it_refuses():
     model(**inputs(grid))
     with pytest.raises(InputError, match="without encoder_hidden_states"):
         swap.layers["transformer_blocks.1.attn"](torch.zeros(1, 12, 16))
-    with pytest.raises(InputError, match="IP-adapter"):
+    with pytest.raises(InputError, match="ip_hidden_states was given"):
         model(**inputs(grid), joint_attention_kwargs={"ip_hidden_states": torch.ones(1)})
 
 

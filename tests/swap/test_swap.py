@@ -583,9 +583,7 @@ class OwnGraft(sit_atconv.swap.Graft):
         return None
 
     def build(self, attention, reference, options):
-        dim = attention.out.in_features
-        layer = SelfATConv(dim, dim, dim, reference, value_bias=True, kernel_size=options.kernel_size)
-        return layer.to(attention.out.weight.dtype)
+        return SelfATConv(attention.inner, attention.out, reference, options)
 
     def copy(self, attention, layer):
         layer.to_v.load_state_dict(attention.inner.state_dict())

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from conftest import assert_same_bits, log_rows, run_recipe, weights
+from sampled import sampled
 
 from experiments import distill_swap
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import Distill, load_recipe
 from sit_atconv.data.digits import Digits
-from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
 from sit_atconv.layers.attention import Attention
@@ -63,9 +63,7 @@ def parts(recipe, **changes):
 
 
 def batch_of(step: int, size: int = 8):
-    samples = TrainingSamples(
-        Digits("train"), (1, 8, 8), size, seed=0, drop=0.1, null_label=10, stratified=True
-    )  # fmt: skip
+    samples = sampled(Digits("train"), (1, 8, 8), size, drop=0.1, flow={"time_stratified": True})
     batch, _ = samples.fetch(range(size * step, size * step + size))
     t = batch["t"][:, None, None, None]
     return batch, t * batch["image"] + (1 - t) * batch["noise"]
@@ -81,7 +79,7 @@ def test_times_are_stratified():
 def test_the_run_equals_a_loop_written_out(recipe):
     settings, teacher, student, distillation = parts(recipe)
     calibration = []
-    samples = TrainingSamples(Digits("train"), (1, 8, 8), 8, seed=0, drop=0.1, null_label=10, stratified=True)
+    samples = sampled(Digits("train"), (1, 8, 8), 8, drop=0.1, flow={"time_stratified": True})
     for positions in (range(8), range(8, 12)):
         batch, _ = samples.fetch(positions)
         t = batch["t"][:, None, None, None]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_same_bits, log_rows, run_recipe, weights
 from PIL import Image
+from sampled import item, sampled
 
 from sit_atconv import SiTTransformer2DModel, checkpoint, draws
 from sit_atconv.config import Preview, Train, load_recipe
@@ -52,16 +53,15 @@ def test_two_steps_equal_a_loop_written_out(recipe_file):
     )
     recipe = load_recipe(path)
     from sit_atconv.data.digits import Digits
-    from sit_atconv.data.samples import TrainingSamples
 
     facts = Facts((1, 8, 8), 10, 1437)
     model = build_model(recipe, facts)
     averaged = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = make_optimizer(model, recipe.train)
-    samples = TrainingSamples(Digits(), (1, 8, 8), 8, seed=0, drop=0.5, null_label=10)
+    samples = sampled(Digits(), (1, 8, 8), 8, drop=0.5)
     losses = []
     for step in range(3):
-        items = [samples[step * 8 + j] for j in range(8)]
+        items = [item(samples, step * 8 + j) for j in range(8)]
         image, noise, t = (torch.stack([item[key] for item in items]) for key in ("image", "noise", "t"))
         labels = torch.tensor([item["label"] for item in items])
         for group in optimizer.param_groups:
@@ -409,7 +409,7 @@ def test_the_first_loss_is_the_recipes_flow_in_closed_form(recipe_file):
     last = run_recipe(recipe_file(flow=flow), "train.max_steps=1")
     expected = 0
     for sample in range(8):
-        u = NormalDist().inv_cdf(float(draws.uniform(0, Stream.TIME, 0, sample)))
+        u = NormalDist().inv_cdf(float(draws.uniforms((), 0, Stream.TIME, 0, sample)))
         noise_level = 1 - 1 / (1 + math.exp(-(0.5 + 0.8 * u)))
         t = (1 - 1e-5) * (1 - 2 * noise_level / (1 + noise_level))
         beta, log_alpha = 0.1 + 19.9 * (1 - t), -((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.05

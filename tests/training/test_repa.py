@@ -289,7 +289,7 @@ def inputs():
 
 def test_the_aligned_model_is_the_model_and_its_tokens_projected(vit):
     aligned, (x, t, labels) = small_aligned(vit), inputs()
-    velocity, z = aligned(x, t, labels, return_dict=False)
+    velocity, z = aligned(x, t, labels)
     assert torch.equal(velocity, aligned.model(x, t, labels).sample)
     model = aligned.model
     tokens = model.x_embedder(x) + model.pos_embed.view(1, 4, 4, 8)
@@ -303,15 +303,13 @@ def test_the_aligned_model_is_the_model_and_its_tokens_projected(vit):
         expected = F.silu(expected) if index < 4 else expected
     assert z.shape == (2, 16, WIDTH)
     torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="a tuple alone"):
-        aligned(x, t, labels, return_dict=True)
     assert not any(module._forward_hooks for module in aligned.modules())
 
 
 def gradients(aligned: AlignedModel, encoder: ImageEncoder, weight: float = 1.0) -> dict[str, torch.Tensor]:
     x, t, labels = inputs()
     aligned.zero_grad()
-    velocity, z = aligned(x, t, labels, return_dict=False)
+    velocity, z = aligned(x, t, labels)
     (weight * velocity.square().mean() + repa_loss(z, encoder.features(x.clamp(-1, 1), (4, 4))).mean()).backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in aligned.named_parameters()}
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from conftest import assert_same_bits, log_rows, run_recipe
+from sampled import sampled
 from tiny_vit import save_vit
 
 from sit_atconv.config import load_recipe
 from sit_atconv.data.folder import Folder
-from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.training.facts import Facts
@@ -31,7 +31,7 @@ def test_two_steps_equal_a_loop_written_out(recipe, image_folder):
     encoder = ImageEncoder(settings.repa.encoder)
     aligned = align(model, encoder, settings.repa, settings.run.seed)
     optimizer = make_optimizer(aligned, settings.train)
-    samples = TrainingSamples(Folder(str(image_folder), 8), (3, 8, 8), 8, seed=0, flip=True)
+    samples = sampled(Folder(str(image_folder), 8), (3, 8, 8), 8, flip=True)
     expected = []
     for step in range(2):
         batch, _ = samples.fetch(range(8 * step, 8 * step + 8))

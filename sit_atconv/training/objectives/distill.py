@@ -21,7 +21,7 @@ from sit_atconv.swap.choosing import choose
 from sit_atconv.swap.identity import teacher_of
 from sit_atconv.swap.swapping import swap_attention
 from sit_atconv.training.facts import Facts
-from sit_atconv.training.objectives.flow import FlowObjective, grid_of
+from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.objectives.objective import Forward
 
 
@@ -67,9 +67,8 @@ def swapped_names(teacher: SiTTransformer2DModel, settings: config.Distill) -> l
     attentions = {name: module for name, module in teacher.named_modules() if isinstance(module, Attention)}
     if not attentions:
         raise InputError(f"distill.teacher={settings.teacher!r} has no attention to distil; give one that has")
-    return choose(
-        attentions, settings.select, settings.exclude, [f"blocks.{i}.attn" for i in range(len(teacher.blocks))]
-    )
+    every = [f"blocks.{index}.attn" for index in range(len(teacher.blocks))]
+    return choose(attentions, settings.select, settings.exclude, every)
 
 
 class Distillation(nn.Module):
@@ -216,7 +215,7 @@ class DistillObjective(FlowObjective):
 
     def _make_model(self) -> SiTTransformer2DModel:
         self.teacher = load_teacher(self.recipe, self.facts.latent_shape, self.facts.num_classes)
-        check_kernel("distill.kernel_size", self.recipe.distill.kernel_size, grid_of(self.teacher))
+        check_kernel("distill.kernel_size", self.recipe.distill.kernel_size, self.teacher.grid)
         return student_of(self.teacher, self.recipe.distill, self.recipe.run.seed)
 
     def rows(self) -> dict[str, str]:

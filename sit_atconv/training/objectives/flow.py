@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sit_atconv.checkpoint import Part, load_weights, write_pretrained
-from sit_atconv.config import Flow, Recipe
+from sit_atconv.checkpoint import load_weights, write_pretrained
+from sit_atconv.config import Recipe
 from sit_atconv.data.samples import Batch, TrainingSamples
 from sit_atconv.devices import import_compiler
 from sit_atconv.ema import Averages
@@ -17,7 +17,6 @@ from sit_atconv.errors import InputError
 from sit_atconv.fields import idle
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
-from sit_atconv.flow.times import TimeSampling, training_interval
 from sit_atconv.limits import check_kernel
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
@@ -42,25 +41,8 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.run.seed)
         model = create_model(recipe.model.name, **options)
-    check_kernel("model.kernel_size", recipe.model.kernel_size, grid_of(model))
+    check_kernel("model.kernel_size", recipe.model.kernel_size, model.grid)
     return model
-
-
-def grid_of(model: SiTTransformer2DModel) -> tuple[int, int]:
-    """Height and width of the tokens that a model was made for."""
-    height, width = (side // model.config.patch_size for side in model.latent_size)
-    return height, width
-
-
-def time_sampling(flow: Flow) -> TimeSampling:
-    """How the recipe draws t, on the interval that its path and prediction can be trained on."""
-    return TimeSampling(
-        training_interval(PATHS[flow.path](), flow.prediction),
-        flow.time_sampling,
-        flow.time_mean,
-        flow.time_std,
-        flow.time_shift,
-    )
 
 
 class FlowObjective(Objective):
@@ -69,6 +51,7 @@ class FlowObjective(Objective):
     A plan makes it on the meta device. `open` comes before training.
     """
 
+    write = staticmethod(write_pretrained)
     with_image = False  # whether the losses need images besides their latents
     besides = ""  # what a plan says of memory that it does not count
 
@@ -108,21 +91,8 @@ class FlowObjective(Objective):
 
     def make_samples(self, dataset: Dataset) -> TrainingSamples:
         """What the steps are made of."""
-        recipe = self.recipe
-        return TrainingSamples(
-            dataset,
-            self.facts.latent_shape,
-            recipe.train.batch_size,
-            recipe.run.seed,
-            flip=recipe.data.flip,
-            drop=self.model.config.class_dropout_prob,
-            null_label=self.model.null_label,
-            posterior=self.codec.draws_posterior,
-            time=time_sampling(recipe.flow),
-            sampling=recipe.data.sampling,
-            with_image=self.with_image,
-            stratified=recipe.flow.time_stratified,
-        )
+        shape, drop = self.facts.latent_shape, self.model.config.class_dropout_prob
+        return TrainingSamples(dataset, shape, self.recipe, drop, self.codec.draws_posterior, self.with_image)
 
     def begin(self, samples: TrainingSamples, checkpoint: Path | None) -> None:
         if checkpoint is None:
@@ -176,7 +146,3 @@ class FlowObjective(Objective):
         """(B,): see `sit_atconv.flow.loss.flow_loss`, at the batch's times and noise."""
         flow = self.recipe.flow
         return flow_loss(network, self.path, latents, batch["noise"], batch["t"], flow.prediction, flow.loss_weight)
-
-    def parts(self) -> list[Part]:
-        models = {"model": self.model, **self.averages.models}
-        return [Part(name, model, write_pretrained) for name, model in models.items()]

@@ -81,26 +81,15 @@ def repa_loss(z: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 class AlignedModel(nn.Module):
-    """A model with its projectors in one module, as DDP and FSDP want all that is trained.
-
-    Raises InputError where the model has fewer blocks than the projectors' encoder depth.
-    """
+    """A model with its projectors in one module, as DDP and FSDP want all that is trained."""
 
     def __init__(self, model: nn.Module, projectors: Projectors):
         super().__init__()
-        projectors.check_model(model)
         self.model, self.projectors = model, projectors
         self._no_split_modules = sorted({type(block).__name__ for block in model.blocks})  # what FSDP shards one by one
 
-    def forward(
-        self, x: torch.Tensor, t: torch.Tensor | float, labels: torch.Tensor, return_dict: bool = False
-    ) -> tuple[torch.Tensor, ...]:
-        """(velocity, z of every encoder (B, N, z_dim) ...) at (x, t, labels).
-
-        Raises ValueError for return_dict=True: there is no dictionary that holds z.
-        """
-        if return_dict:
-            raise ValueError("return_dict=True: an AlignedModel returns a tuple alone")
+    def forward(self, x: torch.Tensor, t: torch.Tensor | float, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(velocity, z of every encoder (B, N, z_dim) ...) at (x, t, labels)."""
         velocity, z = self.projectors.with_model(self.model, x, t, labels)
         return (velocity, *z)
 
@@ -108,8 +97,7 @@ class AlignedModel(nn.Module):
 def align(model: nn.Module, encoder: ImageEncoder, settings: config.Repa, seed: int) -> AlignedModel:
     """The model with one projector to the encoder's width, after block `settings.depth`.
 
-    The projector has torch's default starting weights, drawn from the seed alone and apart from the model's. Raises
-    InputError where the model has fewer blocks.
+    The projector has torch's default starting weights, drawn from the seed alone and apart from the model's.
     """
     own_seed = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)[0]
     with torch.random.fork_rng(devices=[]):
@@ -155,7 +143,7 @@ class RepaObjective(FlowObjective):
         hidden: list[torch.Tensor] = []
 
         def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            velocity, *z = forward(x, t, batch["label"], return_dict=False)
+            velocity, *z = forward(x, t, batch["label"])
             hidden.extend(z)
             return velocity
 

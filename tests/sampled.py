@@ -1,0 +1,36 @@
+"""Images and training samples by what a test says of them."""
+
+from sit_atconv.config import Data, Flow, Recipe, Run, Train
+from sit_atconv.data.images import EncodedImages, Reader
+from sit_atconv.data.samples import TrainingSamples
+from sit_atconv.errors import InputError
+
+
+def sampled(
+    dataset, latent_shape, batch_size, seed=0, drop=0.0, posterior=False, with_image=False, flow=None, **data
+) -> TrainingSamples:
+    """flow, data: settings of these sections of the recipe."""
+    run, train = Run(out="unused", seed=seed), Train(batch_size=batch_size)
+    recipe = Recipe(run=run, data=Data(**data), train=train, flow=Flow(**flow or {}))
+    return TrainingSamples(dataset, latent_shape, recipe, drop, posterior, with_image)
+
+
+def item(samples, position):
+    """The sample at a position, or what is wrong with it, raised."""
+    batch, _ = samples.fetch([position])
+    if isinstance(batch, InputError):
+        raise batch
+    return {key: value[0] for key, value in batch.items()}
+
+
+def decode(encoded, size, flip, name, reader=None):
+    """The tensor (C, size, size) of an image file's bytes."""
+
+    class One(EncodedImages):
+        def encoded(self, index):
+            return encoded, 0
+
+        def name(self, index):
+            return name
+
+    return One(size, ["the one"], reader or Reader())[0, flip][0]
