@@ -15,9 +15,10 @@ import numpy as np
 from eval.report.curves import Interval, Series, chart, intervals, swatch
 from eval.report.markup import Content, Markup, markup, tag
 from eval.report.pictures import CLASSES, PER_CLASS, grid, preview
-from eval.report.runs import Run, SampleSet, at, flat, number
-from eval.result import bars_told, needs
+from eval.report.runs import Run, SampleSet, at
+from eval.result import bars_told, needs, number
 from eval.score import FRECHET
+from sit_atconv.comparison import flat
 from sit_atconv.files import MARK
 
 STYLE = Path(__file__).with_name("style.css")
