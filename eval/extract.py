@@ -111,13 +111,14 @@ def read_as(source: dict[str, Any]) -> list[str]:
 
 def features_of(
     path: str | Path | Source, extractor: Extractor, shard: int | None = None, batch: int = BATCH,
-    out: str | Path | None = None, allow_lossy: bool = False, force: bool = False,
+    out: str | Path | None = None, root: str | None = None, force: bool = False,
 ) -> Features:  # fmt: skip
     """The features of the images at `path`, extracted unless they are there, whole and of these images.
 
     path: as `open_source` takes it, or a Source. shard: images per file; default: as a folder that is there has them,
     or 1,000. batch: images at once; it moves features by float rounding alone. out: the folder; default
-    the one of `default_folder`. force: what is there and would be refused is set aside.
+    the one of `default_folder`, below `root` where that is given. force: what is there and would be refused is set
+    aside.
     Every process of a distributed launch calls this, and makes its part of the missing shards.
     Raises InputError for images that cannot be read, a folder with something else in it, or that another run writes to,
     and a full disk; in every process, whichever found it.
@@ -125,8 +126,8 @@ def features_of(
     stated, shard = shard is not None, SHARD if shard is None else shard
     limits.SHARD_IMAGES.check("shard=", shard)
     limits.BATCH.check("batch=", batch)
-    source = path if isinstance(path, Source) else open_source(path, allow_lossy)
-    out = resolved(out if out is not None else default_folder(source.place, extractor), FOLDER)
+    source = path if isinstance(path, Source) else open_source(path)
+    out = resolved(out if out is not None else default_folder(source.place, extractor, root), FOLDER)
     extractor.check_images(source.name, source.image_shape)
     with ExitStack() as held, processes.lost_ones_told():
         processes.join()

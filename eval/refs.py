@@ -15,13 +15,12 @@ from eval.extract import (
     add_features_argument,
     add_overrides,
     check_root,
-    default_folder,
     features_of,
     read_as,
 )
 from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
-from eval.features import INDEX, Features, is_features
-from eval.moments import GroupSums, Moments
+from eval.features import INDEX, Features, Held, held, is_features
+from eval.moments import Moments, stream_sums
 from eval.sources import check_overrides, from_arrays, is_recipe, open_source, recipe_data
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, Array, arrays_of
@@ -117,14 +116,17 @@ def read_reference(
         raise InputError(f'reference {spec!r}: no such file or folder; give one, or "digits"')
     name = shown(path)
     if is_features(path):
-        return _of_features(name, Features(path, verify=True), extractor, sha256(path / INDEX), samples)
-    statistics = _read_statistics(path)
-    if statistics is not None:
+        features, digest = Features(path, verify=True), sha256(path / INDEX)
+    elif (statistics := _read_statistics(path)) is not None:
         return _of_statistics(path, statistics, extractor, batch, samples, root)
-    source = open_source(path, allow_lossy, overrides)
-    _check_shape(name, source.image_shape, samples)
-    features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
-    return _of_features(name, features, extractor, features.info["source"]["pixels_sha256"], samples)
+    else:
+        source = open_source(path, allow_lossy, overrides)
+        _check_shape(name, source.image_shape, samples)
+        features = features_of(source, extractor, batch=batch, root=root)
+        digest = features.info["source"]["pixels_sha256"]
+    extractor.check_same(f"reference {name!r}", features.info["extractor"])
+    _check_shape(name, features.image_shape, samples)
+    return _of_features(name, features, features.info, digest)
 
 
 def recorded_extractor(ref: str) -> tuple[dict[str, Any], str | None] | None:
@@ -132,17 +134,16 @@ def recorded_extractor(ref: str) -> tuple[dict[str, Any], str | None] | None:
     it; None for images and the statistics of others. Raises InputError for a record that is damaged."""
     path = Path(ref)
     if is_features(path):
-        info = Features(path).info
-        return info["extractor"], info.get("extractor_spec")
-    try:
-        arrays = arrays_of(path, ("mu", "meta"))
-        stored = _meta(arrays["meta"]) if {"mu", "meta"} <= arrays.keys() else None
-    except UNREADABLE:  # no npz, or nothing there: who reads the reference says so
-        return None
-    if stored is None:
-        return None
-    meta = _read_meta(shown(path), stored)
-    return meta["extractor"], meta.get("extractor_spec")
+        about = Features(path).info
+    else:
+        try:
+            arrays = arrays_of(path, ("mu", "meta"))
+        except UNREADABLE:  # no npz, or nothing there: who reads the reference says so
+            return None
+        if not {"mu", "meta"} <= arrays.keys():
+            return None
+        about = _read_meta(shown(path), arrays["meta"])
+    return about["extractor"], about.get("extractor_spec")
 
 
 def reference_spec(ref: str, overrides: Sequence[str] = ()) -> str:
@@ -176,40 +177,19 @@ def _digits(extractor: Extractor, batch: int, samples: Sequence[int] | None) -> 
     source = from_arrays(to_uint8(digits.images), digits.labels, "reference 'digits'")
     extractor.check_images(source.name, source.image_shape)
     _check_shape("digits", source.image_shape, samples)
-    parts = [extractor(pixels) for pixels in source.batches(size=batch)]
-    features = {name: np.concatenate([part[name].numpy() for part in parts]) for name in extractor.streams}
-    moments = {name: _sums(len(rows[0]), [rows]).moments() for name, rows in features.items() if name in ARRAYS}
-    kept = {name: rows[spread(source.n)] for name, rows in features.items() if name == "pool"}
-    return Reference(
-        "digits train split", source.n, source.digest(), source.image_shape, moments, kept, extractor.describe(),
-        source.describe(),
-    )  # fmt: skip
+    about = {"extractor": extractor.describe(), "source": source.describe()}
+    return _of_features("digits train split", held(source, extractor, batch), about, source.digest())
 
 
-def _of_features(
-    name: str, features: Features, extractor: Extractor, digest: str, samples: Sequence[int] | None
-) -> Reference:
-    extractor.check_same(f"reference {name!r}", features.info["extractor"])
-    _check_shape(name, features.image_shape, samples)
+def _of_features(name: str, features: Features | Held, about: dict[str, Any], digest: str) -> Reference:
+    """about: their extractor and the source of the images, as features.json says it."""
     rows = spread(features.n)
     return Reference(
         name, features.n, digest, features.image_shape,
-        {stream: stream_moments(features, stream) for stream in features.streams if stream in ARRAYS},
+        {stream: stream_sums(features, stream).moments() for stream in features.streams if stream in ARRAYS},
         {stream: features.load(stream, rows) for stream in features.streams if stream == "pool"},
-        features.info["extractor"], features.info["source"],
+        about["extractor"], about["source"],
     )  # fmt: skip
-
-
-def stream_moments(features: Features, stream: str) -> Moments:
-    """Moments of one stream of all images."""
-    return _sums(features.streams[stream], (rows for _, rows in features.batches(stream))).moments()
-
-
-def _sums(dim: int, parts) -> GroupSums:
-    sums = GroupSums(dim, 1)
-    for rows in parts:
-        sums.update(rows, np.zeros(len(rows), np.int64))
-    return sums
 
 
 def spread(n: int, kept: int = KEPT) -> np.ndarray:
@@ -238,8 +218,7 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
 
 
 def _unreadable(name: str, error: Exception) -> InputError:
-    reason = said(error)
-    return InputError(f"reference {name!r} cannot be read: {reason}; give an npz that is whole")
+    return InputError(f"reference {name!r} cannot be read: {said(error)}; give an npz that is whole")
 
 
 def _read(name: str, array: Array) -> np.ndarray:
@@ -261,14 +240,18 @@ def _of_statistics(
     if meta:
         _check_shape(name, shape, samples)
         if "pool" in arrays:
-            features = {"pool": _check_kept(name, arrays["pool"], len(moments["pool"].mu))}
+            pool, dim = arrays["pool"], len(moments["pool"].mu)
+            fits = pool.dtype == np.float32 and pool.ndim == 2 and pool.shape[1] == dim
+            if not fits or not np.isfinite(kept := _read(name, pool)).all():
+                raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
+            features = {"pool": kept}
     elif "arr_0" in arrays:
         source = open_source(path)
         shape = source.image_shape
         _check_shape(name, shape, samples)
 
         def extract() -> dict[str, np.ndarray]:
-            extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor, root))
+            extracted = features_of(source, extractor, batch=batch, root=root)
             return {"pool": extracted.load("pool", spread(extracted.n))}
 
     return Reference(
@@ -278,14 +261,13 @@ def _of_statistics(
 
 def _moments(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Moments]:
     """Of the streams that the extractor gives too; of a module of one's own they may not be known yet."""
-    return {
-        stream: _check_moments(name, keys, arrays, extractor, stream)
-        for stream, keys in ARRAYS.items()
-        if keys[0] in arrays and stream in (extractor.streams or ARRAYS)
-    }
+    known = extractor.streams or ARRAYS
+    streams = [stream for stream, keys in ARRAYS.items() if keys[0] in arrays and stream in known]
+    return {stream: _check_moments(name, arrays, extractor, stream) for stream in streams}
 
 
-def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extractor, stream: str) -> Moments:
+def _check_moments(name: str, arrays: dict[str, Array], extractor: Extractor, stream: str) -> Moments:
+    keys = ARRAYS[stream]
     mu, sigma = (arrays[key] for key in keys)
     dim = extractor.streams.get(stream, mu.size)
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
@@ -311,23 +293,11 @@ def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extracto
     return Moments(mu, sigma)
 
 
-def _check_kept(name: str, pool: Array, dim: int) -> np.ndarray:
-    if pool.dtype == np.float32 and pool.ndim == 2 and pool.shape[1] == dim:
-        kept = _read(name, pool)
-        if np.isfinite(kept).all():
-            return kept
-    raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
-
-
 def _checked_meta(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Any]:
     """What a file of ours says of itself, {} of another's. Raises InputError for that of another extractor."""
     if "meta" not in arrays:
         return {}
-    try:
-        stored = _meta(arrays["meta"])
-    except UNREADABLE as error:
-        raise _unreadable(name, error) from None
-    meta = _read_meta(name, stored)
+    meta = _read_meta(name, arrays["meta"])
     extractor.check_same(f"reference {name!r}", meta["extractor"])
     return meta
 
@@ -340,14 +310,10 @@ META_FORM = {
 }
 
 
-def _meta(array: Array) -> str:
-    """The text of `meta`, whose characters take four bytes each. Raises one of UNREADABLE."""
-    if array.nbytes > 4 * MOST_META:
-        raise ValueError(f"meta is longer than {MOST_META:,} characters")
-    return str(array.read())
-
-
-def _read_meta(name: str, meta: str) -> dict[str, Any]:
+def _read_meta(name: str, array: Array) -> dict[str, Any]:
+    if array.nbytes > 4 * MOST_META:  # a character takes four
+        raise _unreadable(name, ValueError(f"meta is longer than {MOST_META:,} characters"))
+    meta = str(_read(name, array))
     try:
         version = parse_json(meta, "meta", {"format_version": object})["format_version"]
         if version != FORMAT_VERSION:
@@ -422,7 +388,7 @@ def build_reference(
         extractor.check_same(str(path), features.info["extractor"])
     else:
         source = open_source(path, allow_lossy, overrides)
-        features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
+        features = features_of(source, extractor, batch=batch, root=root)
     if "pool" not in features.streams:
         raise InputError(f"extractor {extractor.name} gives {sorted(features.streams)}; a reference needs 'pool'")
     rows = spread(features.n)
@@ -436,8 +402,9 @@ def build_reference(
     }
     if is_main():
         arrays = {"pool": features.load("pool", rows), "meta": np.array(json.dumps(meta))}
-        for stream in ARRAYS.keys() & features.streams.keys():
-            arrays |= zip(ARRAYS[stream], stream_moments(features, stream), strict=True)
+        for stream, names in ARRAYS.items():
+            if stream in features.streams:
+                arrays |= zip(names, stream_sums(features, stream).moments(), strict=True)
         with new_path(out, force=force) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, **arrays)
     return meta
