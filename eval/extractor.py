@@ -99,7 +99,14 @@ class Extractor:
             ) from None
         streams = out if isinstance(out, dict) else {"pool": out}
         for name, values in streams.items():
-            self._check_form(name, values, len(pixels))
+            fits = isinstance(values, torch.Tensor) and values.is_floating_point() and values.numel()
+            if not (fits and values.ndim == 2 and len(values) == len(pixels)):
+                found = getattr(values, "dtype", type(values).__name__), tuple(getattr(values, "shape", ()))
+                raise InputError(
+                    f"extractor {self.name}: of {len(pixels)} images, stream {name!r} is {found[0]} {found[1]}; a "
+                    f"float tensor ({len(pixels)}, D) is needed",
+                    every_rank=True,
+                )
         dimensions = {name: values.shape[1] for name, values in streams.items()}
         if not dimensions or dimensions != (self.streams or dimensions):
             raise InputError(
@@ -109,16 +116,6 @@ class Extractor:
             )
         self.streams = dimensions
         return streams
-
-    def _check_form(self, name: str, values, images: int) -> None:
-        tensor = isinstance(values, torch.Tensor) and values.is_floating_point()
-        if not (tensor and values.ndim == 2 and len(values) == images and values.numel()):
-            found = getattr(values, "dtype", type(values).__name__), tuple(getattr(values, "shape", ()))
-            raise InputError(
-                f"extractor {self.name}: of {images} images, stream {name!r} is {found[0]} {found[1]}; a float tensor "
-                f"({images}, D) is needed",
-                every_rank=True,
-            )
 
     def fetch(self, streams: Streams) -> Streams:
         """The streams on the CPU, in fp32, once they are found to be finite."""
@@ -271,20 +268,10 @@ def _inception(weights: Path, device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
-class _Digits(nn.Module):
-    def __init__(self, classifier: digits.DigitsClassifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, pixels: torch.Tensor) -> Streams:
-        pool, logits = self.classifier(pixels)
-        return {"pool": pool, "logits": logits}
-
-
 def _digits(device: torch.device) -> Extractor:
     classifier, accuracy = digits.train_classifier()
     return Extractor(
-        "digits", digits.PROTOCOL, _Digits(classifier), {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
+        "digits", digits.PROTOCOL, classifier, {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
         weights_sha256=state_digest(classifier), input="x / 255", heldout_accuracy=accuracy,
     )  # fmt: skip
 
@@ -305,19 +292,7 @@ class _ClassToken(nn.Module):
 
 
 def _dinov2(name: str, device: torch.device) -> Extractor:
-    vit, file = _load_vit(name)
-    made = vit.pretrained_cfg
-    full = ".".join(part for part in (made["architecture"], made.get("tag")) if part)
-    mean, std = (", ".join(f"{value:g}" for value in made[key]) for key in ("mean", "std"))
-    return Extractor(
-        f"dinov2-{full}", f"dinov2-{full}-1", _ClassToken(vit), {"pool": vit.embed_dim}, device,
-        spec=f"dinov2:{name}", weights_sha256=sha256(file),
-        input=f"bicubic, antialiased, to {DINOV2_SIZE} px, clamped; grey repeated to RGB; mean {mean}; std {std}",
-    )  # fmt: skip
-
-
-def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
-    """A ViT of timm, and the safetensors file of its weights."""
+    """Of a ViT of timm."""
     where = f"extractor 'dinov2:{name}'"
     vit, file = load_vit(name, where, "dinov2:")
     whole = isinstance(vit, VisionTransformer) and is_rgb(vit)
@@ -326,7 +301,14 @@ def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
     if any(DINOV2_SIZE % side for side in vit.patch_embed.patch_size):
         raise InputError(f"{where}: its patches of {vit.patch_embed.patch_size} do not tile {DINOV2_SIZE} px")
     vit.reset_classifier(0)
-    return vit, file
+    made = vit.pretrained_cfg
+    full = ".".join(part for part in (made["architecture"], made.get("tag")) if part)
+    mean, std = (", ".join(f"{value:g}" for value in made[key]) for key in ("mean", "std"))
+    return Extractor(
+        f"dinov2-{full}", f"dinov2-{full}-1", _ClassToken(vit), {"pool": vit.embed_dim}, device,
+        spec=f"dinov2:{name}", weights_sha256=sha256(file),
+        input=f"bicubic, antialiased, to {DINOV2_SIZE} px, clamped; grey repeated to RGB; mean {mean}; std {std}",
+    )  # fmt: skip
 
 
 def _own(spec: str, device: torch.device) -> Extractor:
