@@ -153,8 +153,8 @@ def features_of(
         settings, missing = processes.first(begin)
         own = missing[processes.rank() :: processes.count()]
         processes.together(lambda: _make_shards(source, extractor, batch, out, own))
-        if missing:
-            _trim()
+        if missing and platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # it keeps 400 MB of the network's that a score would come on top of
         processes.first(lambda: finish(out, settings))
     features = Features(out)
     extractor.streams = extractor.streams or features.streams  # of a module of one's own that had nothing to do
@@ -247,12 +247,6 @@ def _make_shards(
             pending = writer.submit(_write_shard, out, span, tensors, source.labels)
         if pending is not None:
             pending.result()
-
-
-def _trim() -> None:
-    """Hand freed memory back: of what the network took, glibc keeps 400 MB that a score would come on top of."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def ahead(items: Iterable[T], depth: int = AHEAD) -> Iterator[T]:

@@ -61,7 +61,14 @@ class Features:
         self._starts, labels = [], []
         first = 0
         for file, digest in self.info["shards"].items():
-            index, ids = self._head(file, first)
+            try:
+                index, ids, streams = read_head(self.path / file)
+            except (OSError, SafetensorError) as error:
+                raise self._broken(file, str(error)) from None
+            if streams != self.streams or not np.array_equal(index, np.arange(first, first + len(index))):
+                raise self._broken(file, "it holds other images or streams")
+            if self.info["labels"] != (ids is not None):
+                raise self._broken(file, "labels" + " are missing" * (ids is None))
             self._starts.append(first)
             labels.append(ids)
             first += len(index)
@@ -72,18 +79,6 @@ class Features:
         self.labels = np.concatenate(labels) if self.info["labels"] else None
         if class_histogram(self.labels) != self.info["class_histogram"]:
             raise self._broken(INDEX, "its class histogram is not that of the labels")
-
-    def _head(self, file: str, first: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Indices and labels of a shard that begins with image `first`."""
-        try:
-            index, labels, streams = read_head(self.path / file)
-        except (OSError, SafetensorError) as error:
-            raise self._broken(file, str(error)) from None
-        if streams != self.streams or not np.array_equal(index, np.arange(first, first + len(index))):
-            raise self._broken(file, "it holds other images or streams")
-        if self.info["labels"] != (labels is not None):
-            raise self._broken(file, "labels" + " are missing" * (labels is None))
-        return index, labels
 
     def _broken(self, file: str, reason: str) -> InputError:
         return InputError(

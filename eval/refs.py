@@ -36,6 +36,10 @@ KEPT = 10_000  # images whose features are kept for precision, recall and KID: a
 MOST_META = 1 << 24  # characters
 SYMMETRY = 1e-5  # of the largest covariance: what fp32 statistics may be off by
 NEGATIVE = 1e-3  # of the largest eigenvalue: likewise
+META_FORM = {
+    "n": POSITIVE, "image_shape": SHAPE, "extractor": {"name": str, "protocol": str},
+    "source": {"pixels_sha256": str, "lossy": object},
+}  # fmt: skip
 
 
 @dataclass
@@ -234,8 +238,7 @@ def _of_statistics(
 ) -> Reference:  # fmt: skip
     """Of an npz with mu and sigma: ADM's, whose arr_0 are images, or ours, whose features are there."""
     name = shown(path)
-    meta = _checked_meta(name, arrays, extractor)
-    moments = _moments(name, arrays, extractor)
+    meta, moments = _statistics(name, arrays, extractor)
     shape, features, extract = (tuple(meta["image_shape"]) if meta else None), None, None
     if meta:
         _check_shape(name, shape, samples)
@@ -259,11 +262,16 @@ def _of_statistics(
     )  # fmt: skip
 
 
-def _moments(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Moments]:
-    """Of the streams that the extractor gives too; of a module of one's own they may not be known yet."""
+def _statistics(name: str, arrays: dict[str, Array], extractor: Extractor) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """What a file of ours says of itself, {} of another's; and the moments of the streams that the extractor gives too,
+    of all there are where it is a module of one's own whose streams are not known yet."""
+    meta = {}
+    if "meta" in arrays:
+        meta = _read_meta(name, arrays["meta"])
+        extractor.check_same(f"reference {name!r}", meta["extractor"])
     known = extractor.streams or ARRAYS
     streams = [stream for stream, keys in ARRAYS.items() if keys[0] in arrays and stream in known]
-    return {stream: _check_moments(name, arrays, extractor, stream) for stream in streams}
+    return meta, {stream: _check_moments(name, arrays, extractor, stream) for stream in streams}
 
 
 def _check_moments(name: str, arrays: dict[str, Array], extractor: Extractor, stream: str) -> Moments:
@@ -291,23 +299,6 @@ def _check_moments(name: str, arrays: dict[str, Array], extractor: Extractor, st
             "covariance; take the statistics again"
         )
     return Moments(mu, sigma)
-
-
-def _checked_meta(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Any]:
-    """What a file of ours says of itself, {} of another's. Raises InputError for that of another extractor."""
-    if "meta" not in arrays:
-        return {}
-    meta = _read_meta(name, arrays["meta"])
-    extractor.check_same(f"reference {name!r}", meta["extractor"])
-    return meta
-
-
-META_FORM = {
-    "n": POSITIVE,
-    "image_shape": SHAPE,
-    "extractor": {"name": str, "protocol": str},
-    "source": {"pixels_sha256": str, "lossy": object},
-}
 
 
 def _read_meta(name: str, array: Array) -> dict[str, Any]:
@@ -416,8 +407,4 @@ def read_moments(path: Path, extractor: Extractor) -> Moments | None:
     It works in one process alone, as a trainer needs it. Raises InputError.
     """
     arrays = _read_statistics(path)
-    if arrays is None:
-        return None
-    name = shown(path)
-    _checked_meta(name, arrays, extractor)
-    return _moments(name, arrays, extractor)["pool"]
+    return None if arrays is None else _statistics(shown(path), arrays, extractor)[1]["pool"]

@@ -114,12 +114,14 @@ def table(metrics: dict[str, Metric], upper_bound: bool = False) -> str:
 
 @dataclass
 class _Pass:
-    """What one extractor gives: features of the samples, the reference in its features, and the metrics from both."""
+    """What one extractor gives: features of the samples, the reference in its features, and the metrics from both;
+    left_out: why metrics that nobody asked for are not among them."""
 
     extractor: Extractor
     features: Features
     reference: Reference
     metrics: list[str]
+    left_out: list[str]
 
 
 @numerics()
@@ -156,12 +158,8 @@ def score(
         wanted = [*([(wanted[0][0], others)] if others else []), (load_extractor(vit, None, device), ["fdd"])]
     elif dinov2 and extractor != vit:
         raise InputError(f"{option('dinov2', dinov2)}: nothing asks for it; add fdd to the metrics, or leave it out")
-    passes, notes = [], []
-    for by, chosen in wanted:
-        one, left_out = _prepare(samples, source, ref, by, chosen, batch, allow_lossy, root, overrides)
-        passes.append(one)
-        notes += [f"left out: {reason.partition(';')[0]}" for reason in left_out]
-
+    passes = [_prepare(samples, source, ref, *each, batch, allow_lossy, root, overrides) for each in wanted]
+    notes = [f"left out: {reason.partition(';')[0]}" for one in passes for reason in one.left_out]
     main = passes[0]
     info, about = main.features.info, main.features.info["source"]
     design = design_of(main.features.n, info["class_histogram"], (about["manifest"] or {}).get("labels_rule"))
@@ -245,8 +243,8 @@ def _main_extractor(source, ref: str, spec: str | None, weights: str | None, dev
 def _prepare(
     samples: str, source: Source | Features, ref: str, extractor: Extractor, asked: list[str], batch: int,
     allow_lossy: bool, root: str | None, overrides: Sequence[str],
-) -> tuple[_Pass, list[str]]:  # fmt: skip
-    """A pass, and why what was not asked for by name is left out. The reference is read first: it may not do."""
+) -> _Pass:  # fmt: skip
+    """The reference is read first: it may not do."""
     offered = OFFERED[kind_of(extractor.protocol)]
     for metric in asked:
         if metric not in offered:
@@ -270,10 +268,8 @@ def _prepare(
             f"recognised: {samples!r} has the label {last}, and extractor {extractor.name} knows "
             f"{extractor.streams['logits']} classes; give labels from 0 on"
         )
-    features = source
-    if isinstance(source, Source):
-        features = features_of(source, extractor, batch=batch, root=root)
-    return _Pass(extractor, features, reference, metrics), left_out
+    features = source if isinstance(source, Features) else features_of(source, extractor, batch=batch, root=root)
+    return _Pass(extractor, features, reference, metrics, left_out)
 
 
 def _check(metric: str, samples: Source | Features, extractor: Extractor, reference: Reference) -> None:

@@ -323,13 +323,14 @@ def _drawn(manifest: dict[str, Any]) -> str:
 
 def _warnings(columns: Sequence[Column]) -> list[str]:
     """What keeps metrics from being believed, or compared."""
-    found = [
-        f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); score "
-        "them again."
-        for column in columns
-        if column.samples and column.samples.scored_others
-    ]
-    scored = [column for column in columns if column.metrics]
+    found, scored = [], [column for column in columns if column.metrics]
+    for column in scored:
+        digests = column.samples.manifest_sha256, column.metrics.get("samples_manifest_sha256")
+        if None not in digests and digests[0] != digests[1]:
+            found.append(
+                f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); "
+                "score them again."
+            )
     facts = [flat(column.samples.facts) for column in scored]
     names = dict.fromkeys(name for each in facts for name in each)
     differing = [name for name in names if any(each.get(name) != facts[0].get(name) for each in facts)]

@@ -44,12 +44,6 @@ class SampleSet:
         there = self.finished and _holds_images(self.path)
         return open_source(self.path, allow_lossy=True) if there else None
 
-    @property
-    def scored_others(self) -> bool:
-        """Whether the metrics say that they are of other samples than those that lie here now."""
-        scored = self.metrics.get("samples_manifest_sha256")
-        return None not in (scored, self.manifest_sha256) and scored != self.manifest_sha256
-
 
 @dataclass
 class Run:
