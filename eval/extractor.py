@@ -243,26 +243,21 @@ def inception_weights(path: str | None) -> Path:
     return weights
 
 
-def load_inception(weights: Path) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's Inception with these weights. Raises InputError for a file that is not its state dict."""
+def _inception(weights: Path, device: torch.device) -> Extractor:
     try:
         # torch-fidelity would unpickle the file without restraint; it gets tensors that were read safely instead.
         safe = io.BytesIO()
         torch.save(torch.load(weights, map_location="cpu", weights_only=True), safe)
         safe.seek(0)
         with torch.random.fork_rng(devices=[]):
-            return FeatureExtractorInceptionV3(
+            model = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
             )
     except Exception as error:  # bytes of any kind: the restricted unpickler fails in every way there is
-        reason = said(error)
-        raise InputError(f"Inception weights {str(weights)!r} cannot be read: {reason}") from None
-
-
-def _inception(weights: Path, device: torch.device) -> Extractor:
+        raise InputError(f"Inception weights {str(weights)!r} cannot be read: {said(error)}") from None
     streams = {"pool": 2048, "logits": 1008, "spatial": 2023}
     return Extractor(
-        "inception", INCEPTION_PROTOCOL, _Inception(load_inception(weights)), streams, device, spec="inception",
+        "inception", INCEPTION_PROTOCOL, _Inception(model), streams, device, spec="inception",
         weights_sha256=sha256(weights),
         input="grey repeated to RGB; bilinear to 299 px as TensorFlow 1 does it; (x - 128) / 128",
     )  # fmt: skip
@@ -292,7 +287,6 @@ class _ClassToken(nn.Module):
 
 
 def _dinov2(name: str, device: torch.device) -> Extractor:
-    """Of a ViT of timm."""
     where = f"extractor 'dinov2:{name}'"
     vit, file = load_vit(name, where, "dinov2:")
     whole = isinstance(vit, VisionTransformer) and is_rgb(vit)
@@ -312,7 +306,6 @@ def _dinov2(name: str, device: torch.device) -> Extractor:
 
 
 def _own(spec: str, device: torch.device) -> Extractor:
-    """A module of the user's own."""
     where = f"extractor={spec!r}"
     if not OWN.fullmatch(spec):
         raise InputError(f"{where}: give package.module:callable")

@@ -82,15 +82,11 @@ def _full(real, fake, group_ids, device, progress) -> tuple[float, list[float]]:
 
 def _kernel_sum(a: torch.Tensor, b: torch.Tensor, device) -> float:
     return sum(
-        _cube(rows.to(device, torch.float64) @ columns.to(device, torch.float64).T, a.shape[1]).sum().item()
+        ((rows.to(device, torch.float64) @ columns.to(device, torch.float64).T / a.shape[1] + 1) ** 3).sum().item()
         for rows in a.split(ROWS)
         for columns in b.split(ROWS)
     )
 
 
 def _diagonal_sum(a: torch.Tensor) -> float:
-    return sum(_cube(rows.double().square().sum(1), a.shape[1]).sum().item() for rows in a.split(ROWS))
-
-
-def _cube(products: torch.Tensor, dim: int) -> torch.Tensor:
-    return (products / dim + 1) ** 3
+    return sum(((rows.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item() for rows in a.split(ROWS))

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,8 @@ def check_recorded(ref: str, spec: str) -> None:
         return
     if kind_of(found[0]["protocol"]) != (kind if kind in KINDS else "module"):
         raise InputError(
-            f"{option('extractor', spec)}: reference {ref!r} is of features with name "
-            f"{found[0]['name']!r}; leave the option out, "
-            f"or build a reference of {spec}"
+            f"{option('extractor', spec)}: reference {ref!r} is of features with name {found[0]['name']!r}; leave the "
+            f"option out, or build a reference of {spec}"
         )
 
 
@@ -206,12 +206,10 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
     """The arrays of an npz with mu, of which none is read; None for an npz without mu, a folder and a recipe."""
     if is_recipe(path) or not path.is_file():
         return None
-    try:
+    with _readable(str(path)):
         found = arrays_of(path, ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta", "arr_0"))
         for name in found.keys() - {"arr_0"} if "mu" in found else ():
             found[name].check()
-    except UNREADABLE as error:
-        raise _unreadable(str(path), error) from None
     if "mu" not in found:
         return None
     for keys in ARRAYS.values():
@@ -221,15 +219,13 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
     return found
 
 
-def _unreadable(name: str, error: Exception) -> InputError:
-    return InputError(f"reference {name!r} cannot be read: {said(error)}; give an npz that is whole")
-
-
-def _read(name: str, array: Array) -> np.ndarray:
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Tell what a broken npz raises as an InputError."""
     try:
-        return array.read()
+        yield
     except UNREADABLE as error:
-        raise _unreadable(name, error) from None
+        raise InputError(f"reference {name!r} cannot be read: {said(error)}; give an npz that is whole") from None
 
 
 def _of_statistics(
@@ -244,8 +240,9 @@ def _of_statistics(
         _check_shape(name, shape, samples)
         if "pool" in arrays:
             pool, dim = arrays["pool"], len(moments["pool"].mu)
-            fits = pool.dtype == np.float32 and pool.ndim == 2 and pool.shape[1] == dim
-            if not fits or not np.isfinite(kept := _read(name, pool)).all():
+            with _readable(name):
+                kept = pool.read() if pool.dtype == np.float32 and pool.ndim == 2 and pool.shape[1] == dim else None
+            if kept is None or not np.isfinite(kept).all():
                 raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
             features = {"pool": kept}
     elif "arr_0" in arrays:
@@ -285,7 +282,8 @@ def _check_moments(name: str, arrays: dict[str, Array], extractor: Extractor, st
         )
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise InputError(f"reference {name!r}: {keys[0]} is {mu.dtype}, {keys[1]} {sigma.dtype}; floats are needed")
-    mu, sigma = (_read(name, array).astype(np.float64, copy=False) for array in (mu, sigma))
+    with _readable(name):
+        mu, sigma = (array.read().astype(np.float64, copy=False) for array in (mu, sigma))
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"reference {name!r}: {keys[0]} or {keys[1]} is not finite; take the statistics again")
     if np.abs(sigma - sigma.T).max() > SYMMETRY * np.abs(sigma).max() or sigma.diagonal().min() < 0:
@@ -302,9 +300,10 @@ def _check_moments(name: str, arrays: dict[str, Array], extractor: Extractor, st
 
 
 def _read_meta(name: str, array: Array) -> dict[str, Any]:
-    if array.nbytes > 4 * MOST_META:  # a character takes four
-        raise _unreadable(name, ValueError(f"meta is longer than {MOST_META:,} characters"))
-    meta = str(_read(name, array))
+    with _readable(name):
+        if array.nbytes > 4 * MOST_META:  # a character takes four
+            raise ValueError(f"meta is longer than {MOST_META:,} characters")
+        meta = str(array.read())
     try:
         version = parse_json(meta, "meta", {"format_version": object})["format_version"]
         if version != FORMAT_VERSION:

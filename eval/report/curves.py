@@ -12,6 +12,7 @@ LOG_RATIO = 50  # greatest to least value from which on an axis is logarithmic
 WIDTH, HEIGHT = 400, 240  # of a chart, as wide on the page as a phone: the type keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 38
 COLOURS, DASHES = 6, ("", "7 3", "2 3", "9 3 2 3")
+Points = Sequence[tuple[float, float | None]]
 Axis = Callable[[float], float]  # from a value to its place
 
 
@@ -21,7 +22,7 @@ class Series:
 
     name: str
     number: int
-    points: Sequence[tuple[float, float | None]]
+    points: Points
 
     @property
     def values(self) -> list[float]:
@@ -33,9 +34,7 @@ def style_of(number: int) -> dict[str, str]:
     return {"class_": f"s{number % COLOURS}", "stroke_dasharray": DASHES[number % len(DASHES)] or None}
 
 
-def thinned(
-    points: Sequence[tuple[float, float | None]],
-) -> list[tuple[float, float | None, float | None, float | None]]:
+def thinned(points: Points) -> list[tuple[float, float | None, float | None, float | None]]:
     """Points (x, mean, least, greatest), POINTS at most, each of equally many neighbours."""
     size = math.ceil(len(points) / POINTS) or 1
     result = []

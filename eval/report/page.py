@@ -116,9 +116,6 @@ def _sample_sections(runs: Sequence[Run]) -> list[tuple[str, list[Column]]]:
     return sections
 
 
-# --- pieces
-
-
 def _table(
     caption: str, head: Sequence[Content], rows: Sequence[tuple[Content, Sequence[Content]]], class_=""
 ) -> Markup:
@@ -198,9 +195,6 @@ def _with_error(value: float, se: float | None) -> tuple[str, str | None]:
     return f"{value:,.{digits}f}", f"{se:,.{digits}f}"
 
 
-# --- header
-
-
 def _header(runs: Sequence[Run]) -> list[Content]:
     title = tag("h1", " vs ".join(run.name for run in runs))
     facts = [_key_facts(run) for run in runs]
@@ -245,9 +239,6 @@ def _key_facts(run: Run) -> dict[str, Content]:
         "Latest loss": _quantity(losses[-1] if losses else None),
         "Sample sets": _quantity(len(run.sets)),
     }
-
-
-# --- samples
 
 
 def _samples(columns: Sequence[Column], share: float) -> list[Content]:
@@ -412,9 +403,6 @@ def _cell(name: str, one: Interval) -> Content:
     return cells
 
 
-# --- training
-
-
 def _training(runs: Sequence[Run]) -> list[Content]:
     trained = [(index, run) for index, run in enumerate(runs) if run.trained]
     if not trained:
@@ -423,7 +411,12 @@ def _training(runs: Sequence[Run]) -> list[Content]:
     for key, title in CURVES.items():
         if key != "repa_loss" or any(key in row for _, run in trained for row in run.log):
             charts.append(_curve(title, [_series(index, run, run.log, key) for index, run in trained]))
-    by_time = [Series(run.name, index, _by_time(run)) for index, run in trained]
+    by_time = []
+    for index, run in trained:
+        stated = run.log[-1].get("loss_by_time") if run.log else None
+        bins = stated if isinstance(stated, list) else []
+        middles = [((place + 0.5) / len(bins), number(value)) for place, value in enumerate(bins)]
+        by_time.append(Series(run.name, index, middles))
     charts.insert(1, _curve("Loss by time, at the latest report", by_time, "t (0 noise, 1 data)"))
     names = dict.fromkeys(
         key for _, run in trained for row in run.scores for key, value in row.items()
@@ -457,14 +450,6 @@ def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str) -> S
     return Series(run.name, index, [(row["step"], number(row.get(key))) for row in rows])
 
 
-def _by_time(run: Run) -> list[tuple[float, float | None]]:
-    """The latest report's loss over the bins of t, at their middles."""
-    bins = run.log[-1].get("loss_by_time") if run.log else None
-    if not isinstance(bins, list):
-        return []
-    return [((index + 0.5) / len(bins), number(value)) for index, value in enumerate(bins)]
-
-
 def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
     """A figure of the series that have values; a legend says the last value of each."""
     measured = [each for each in series if each.values]
@@ -493,8 +478,7 @@ def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Marku
     return tag("figure", tag("h4", title, scale), drawing, tag("figcaption", tag("ul", legend, class_="legend")))
 
 
-# --- speed, settings, hashes, versions
-
+# Of a manifest of samples: what its key is called, and how it is said.
 SAMPLING = (
     ("Seconds per image", "seconds_per_image", _quantity), ("NFE", "nfe", _quantity),
     ("Processes", "processes", _quantity), ("Block of images", "block", _quantity),
