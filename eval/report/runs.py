@@ -1,6 +1,7 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from sit_atconv.comparison import flat
 from sit_atconv.data.images import is_image
 from sit_atconv.errors import InputError
 from sit_atconv.files import by_step, sha256, step_in
-from sit_atconv.reading import Malformed, read_json, read_rows, read_yaml
+from sit_atconv.reading import read_json, read_rows, read_yaml
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
@@ -108,7 +109,10 @@ def _read(folder: Path, name: str) -> Run:
         raise InputError(f"RUN {str(folder)!r} is no folder; give that of a training run, or of samples")
     if (folder / MANIFEST).is_file() or (folder / METRICS).is_file():
         return Run(name, [_read_set(folder)], trained=False)
-    recipe = _read_recipe(folder / RECIPE)
+    with _whole(folder / RECIPE):
+        recipe = read_yaml(folder / RECIPE, regular=True) if (folder / RECIPE).is_file() else {}
+        if not isinstance(recipe, dict):
+            raise ValueError("it is no recipe: it holds no sections")
     checkpoints = [path for path in by_step(folder.glob("step-*")) if (path / MANIFEST).is_file()]
     previews = by_step((folder / "previews").glob("step-*.png"), ".png")
     sets = [
@@ -121,7 +125,7 @@ def _read(folder: Path, name: str) -> Run:
         if not _holds_images(folder):
             raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
         return Run(name, [_read_set(folder)], trained=False)
-    run = Run(name, sets, recipe, log, scores)
+    run = Run(name, sets, flat(recipe), log, scores)
     if checkpoints:
         run.checkpoint, run.checkpoint_folder = _read_manifest(checkpoints[-1] / MANIFEST), checkpoints[-1]
     if previews:
@@ -145,31 +149,21 @@ def _read_set(folder: Path) -> SampleSet:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
+    with _whole(path):
         return read_json(path)
-    except Malformed as error:
-        raise InputError(f"{str(path)!r} is not JSON, or no object ({error}); make it again, or take it away") from None
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe by dotted key, {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        recipe = read_yaml(path, regular=True)
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not YAML ({error}); mend it, or take it away") from None
-    if not isinstance(recipe, dict):
-        raise InputError(f"{str(path)!r} is no recipe: it holds no sections; mend it, or take it away")
-    return flat(recipe)
 
 
 def _read_rows(path: Path) -> list[Row]:
     """The lines of a log in the order of their steps, but for a last one that was cut short as it was written."""
-    if not path.is_file():
-        return []
-    try:
-        rows = read_rows(path, {"step": float})
-    except Malformed as error:
-        raise InputError(f"{str(path.parent)!r}: {error}; mend that line, or take it away") from None
+    with _whole(path):
+        rows = read_rows(path, {"step": float}) if path.is_file() else []
     return sorted(rows, key=lambda row: row["step"])
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Tell what a damaged file raises when it is read as an InputError."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is damaged ({error}); mend it, or take it away") from None
