@@ -14,7 +14,7 @@ EPOCHS, BATCH, LR = 30, 64, 2e-3
 
 
 class DigitsClassifier(nn.Module):
-    """uint8 digits (N, 1, 8, 8) -> (features (N, 64), logits (N, 10))."""
+    """uint8 digits (N, 1, 8, 8) -> their streams: pool (N, 64) and logits (N, 10)."""
 
     def __init__(self):
         super().__init__()
@@ -31,9 +31,9 @@ class DigitsClassifier(nn.Module):
         )
         self.head = nn.Linear(64, 10)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         features = self.features(pixels.float() / 255)
-        return features, self.head(features)
+        return {"pool": features, "logits": self.head(features)}
 
 
 def train_classifier() -> tuple[DigitsClassifier, float]:
@@ -48,18 +48,12 @@ def train_classifier() -> tuple[DigitsClassifier, float]:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=total)
         for _ in range(EPOCHS):
             for batch in torch.randperm(len(labels))[: total // EPOCHS * BATCH].split(BATCH):
-                loss = F.cross_entropy(model(pixels[batch])[1], labels[batch])
+                loss = F.cross_entropy(model(pixels[batch])["logits"], labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
     model.eval()
-    _, logits = extract(model, to_uint8(test.images))
-    return model, float((logits.argmax(1) == np.array(test.labels)).mean())
-
-
-@torch.no_grad()
-def extract(model: DigitsClassifier, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, 64) and logits (N, 10) of uint8 digits (N, 1, 8, 8)."""
-    features, logits = model(pixels)
-    return features.numpy(), logits.numpy()
+    with torch.no_grad():
+        found = model(to_uint8(test.images))["logits"].argmax(1)
+    return model, float(np.mean(found.numpy() == np.array(test.labels)))

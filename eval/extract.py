@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from eval.extractor import Extractor, load_extractor
 from eval.features import INDEX, Features, read_head, shard_name
-from eval.sources import Source, begun_as, open_source
+from eval.sources import Source, begun_as, class_histogram, open_source
 from sit_atconv import limits, processes
 from sit_atconv.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.errors import InputError, add_force
@@ -111,55 +112,53 @@ def read_as(source: dict[str, Any]) -> list[str]:
 
 def features_of(
     path: str | Path | Source, extractor: Extractor, shard: int | None = None, batch: int = BATCH,
-    out: str | Path | None = None, allow_lossy: bool = False, force: bool = False,
+    out: str | Path | None = None, root: str | None = None, force: bool = False,
 ) -> Features:  # fmt: skip
     """The features of the images at `path`, extracted unless they are there, whole and of these images.
 
     path: as `open_source` takes it, or a Source. shard: images per file; default: as a folder that is there has them,
     or 1,000. batch: images at once; it moves features by float rounding alone. out: the folder; default
-    the one of `default_folder`. force: what is there and would be refused is set aside.
+    the one of `default_folder`, below `root` where that is given. force: what is there and would be refused is set
+    aside.
     Every process of a distributed launch calls this, and makes its part of the missing shards.
     Raises InputError for images that cannot be read, a folder with something else in it, or that another run writes to,
     and a full disk; in every process, whichever found it.
     """
-    stated, shard = shard is not None, SHARD if shard is None else shard
     limits.SHARD_IMAGES.check("shard=", shard)
     limits.BATCH.check("batch=", batch)
-    source = path if isinstance(path, Source) else open_source(path, allow_lossy)
-    out = resolved(out if out is not None else default_folder(source.place, extractor), FOLDER)
+    source = path if isinstance(path, Source) else open_source(path)
+    out = resolved(out if out is not None else default_folder(source.place, extractor, root), FOLDER)
     extractor.check_images(source.name, source.image_shape)
     with ExitStack() as held, processes.lost_ones_told():
         processes.join()
 
         def begin() -> tuple[dict[str, Any], list[tuple[int, int, int]]]:
-            settings = _claim(out, describe(source, extractor, shard, batch), stated, force)
+            stated = describe(source, extractor, shard or SHARD, batch)
+            not_compared = NOT_COMPARED if shard else (*NOT_COMPARED, "shard")  # else it is as the folder has it
+            settings = claim(out, stated, not_compared, "features", FOLDER, REMEDY, force)
+            found = settings.get("shard")
+            if type(found) is not int or found < 1:
+                raise InputError(f"{FOLDER} {str(out)!r}: its settings.json has {found!r} images per file; {REMEDY}")
             if (out / INDEX).is_file() and not missing_shards(out, settings):
                 return settings, []  # nothing to write: others may read at the same time, and the disk be read-only
             with writing(out, FOLDER):
                 held.enter_context(lock(out, f"{FOLDER} {str(out)!r}"))
             clear_leftovers(out, FOLDER)
-            return settings, _take_back(out, settings)
+            missing = missing_shards(out, settings)
+            if missing:  # it does not call itself whole until they are there
+                with writing(out, FOLDER):
+                    (out / INDEX).unlink(missing_ok=True)
+            return settings, missing
 
         settings, missing = processes.first(begin)
         own = missing[processes.rank() :: processes.count()]
-        processes.together(lambda: _make_shards(source, extractor, settings, batch, out, own))
-        if missing:
-            _trim()
+        processes.together(lambda: _make_shards(source, extractor, batch, out, own))
+        if missing and platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # it keeps 400 MB of the network's that a score would come on top of
         processes.first(lambda: finish(out, settings))
     features = Features(out)
     extractor.streams = extractor.streams or features.streams  # of a module of one's own that had nothing to do
     return features
-
-
-def _claim(out: Path, settings: dict[str, Any], stated: bool, force: bool) -> dict[str, Any]:
-    """The settings of the folder, this one's or those that it was begun with; stated: whether its images per file are
-    asked for, and not just to be as they are there."""
-    not_compared = NOT_COMPARED if stated else (*NOT_COMPARED, "shard")
-    settings = claim(out, settings, not_compared, "features", FOLDER, REMEDY, force)
-    shard = settings.get("shard")
-    if type(shard) is not int or shard < 1:
-        raise InputError(f"{FOLDER} {str(out)!r}: its settings.json has {shard!r} images per file; {REMEDY}")
-    return settings
 
 
 def default_folder(path: Path, extractor: Extractor, root: str | None = None) -> Path:
@@ -188,7 +187,7 @@ def describe(source: Source, extractor: Extractor, shard: int, batch: int) -> di
         "source": source.describe(),
         "n": source.n,
         "image_shape": list(source.image_shape),
-        "class_histogram": source.class_histogram(),
+        "class_histogram": class_histogram(source.labels),
         "extractor": extractor.describe(),
         "extractor_spec": extractor.spec,
         "shard": shard,
@@ -198,97 +197,56 @@ def describe(source: Source, extractor: Extractor, shard: int, batch: int) -> di
     }
 
 
-def _spans(settings: dict[str, Any]) -> list[tuple[int, int]]:
-    """(first, stop) of every shard."""
-    n, shard = settings["n"], settings["shard"]
-    return [(first, min(first + shard, n)) for first in range(0, n, shard)]
-
-
 def missing_shards(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(number, first, stop) of every shard that is not there, or not whole; or not the one that features.json names."""
-    digests = _digests(out / INDEX)
-    spans = [(number, *span) for number, span in enumerate(_spans(settings))]
-    with ThreadPoolExecutor() as pool:
-        whole = list(pool.map(lambda span: _is_whole(out, span, digests), spans))
-    return [span for span, there in zip(spans, whole, strict=True) if not there]
-
-
-def _take_back(out: Path, settings: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """The missing shards, of a folder that does not call itself whole until they are there."""
-    missing = missing_shards(out, settings)
-    if missing:
-        with writing(out, FOLDER):
-            (out / INDEX).unlink(missing_ok=True)
-    return missing
-
-
-def _digests(index: Path) -> dict[str, str]:
+    n, shard = settings["n"], settings["shard"]
+    spans = [(number, first, min(first + shard, n)) for number, first in enumerate(range(0, n, shard))]
     try:
-        return read_json(index, {"shards": {str: str}})["shards"] if index.is_file() else {}
+        digests = read_json(out / INDEX, {"shards": {str: str}})["shards"]
     except (OSError, Malformed):
-        return {}
+        digests = {}
 
+    def is_whole(span: tuple[int, int, int]) -> bool:
+        number, first, stop = span
+        path = out / shard_name(number)
+        try:
+            index = read_head(path)[0]
+            return index.tolist() == list(range(first, stop)) and digests.get(path.name) in (None, sha256(path))
+        except (OSError, SafetensorError):
+            return False
 
-def _is_whole(out: Path, span: tuple[int, int, int], digests: dict[str, str]) -> bool:
-    number, first, stop = span
-    path = out / shard_name(number)
-    try:
-        index = read_head(path)[0]
-        return index.tolist() == list(range(first, stop)) and digests.get(path.name) in (None, sha256(path))
-    except (OSError, SafetensorError):
-        return False
+    with ThreadPoolExecutor() as pool:
+        return [span for span, whole in zip(spans, pool.map(is_whole, spans), strict=True) if not whole]
 
 
 def _make_shards(
-    source: Source, extractor: Extractor, settings: dict[str, Any], batch: int, out: Path,
-    spans: list[tuple[int, int, int]],
+    source: Source, extractor: Extractor, batch: int, out: Path, spans: list[tuple[int, int, int]]
 ) -> None:  # fmt: skip
     """One thread reads ahead, another writes, and the device has its next batch before the last is fetched."""
-    pinned = extractor.device.type == "cuda"
-
-    def read() -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
-        for span in spans:
-            for pixels in source.batches(*span[1:], batch):
-                yield span, pixels.pin_memory() if pinned else pixels
-
+    pixels = (each for _, first, stop in spans for each in source.batches(first, stop, batch))
+    if extractor.device.type == "cuda":
+        pixels = (each.pin_memory() for each in pixels)
     total = sum(stop - first for _, first, stop in spans)
     label = "features" if processes.count() == 1 else f"features (1 of {processes.count()} processes)"
-    parts, pending = [], None
+    pending = None
     with (
         tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not (spans and processes.is_main())) as bar,
         ThreadPoolExecutor(1, "shards") as writer,
-        closing(ahead(read())) as batches,
+        closing(ahead(pixels)) as batches,
     ):
-        for span, streams in _pipelined(extractor, batches):
-            parts.append(streams)
-            done = sum(len(next(iter(part.values()))) for part in parts)
-            bar.update(len(next(iter(streams.values()))))
-            if done == span[2] - span[1]:
-                if pending is not None:
-                    pending.result()
-                tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                pending = writer.submit(_write_shard, out, span, tensors, source.labels)
-                parts = []
+        launched = map(extractor.launch, batches)
+        fetched = (extractor.fetch(streams) for streams, _ in pairwise(chain(launched, [None])))
+        for span in spans:
+            parts = []
+            for streams in islice(fetched, -(-(span[2] - span[1]) // batch)):
+                parts.append(streams)
+                bar.update(len(next(iter(streams.values()))))
+            if pending is not None:
+                pending.result()
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            pending = writer.submit(_write_shard, out, span, tensors, source.labels)
         if pending is not None:
             pending.result()
-
-
-def _trim() -> None:
-    """Hand freed memory back: of what the network took, glibc keeps 400 MB that a score would come on top of."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _pipelined(extractor: Extractor, batches: Iterable[tuple[T, torch.Tensor]]) -> Iterator[tuple[T, dict]]:
-    """Features of batches, each fetched after the next one was launched: a GPU does not wait for the copy."""
-    waiting = None
-    for key, pixels in batches:
-        launched = key, extractor.launch(pixels)
-        if waiting is not None:
-            yield waiting[0], extractor.fetch(waiting[1])
-        waiting = launched
-    if waiting is not None:
-        yield waiting[0], extractor.fetch(waiting[1])
 
 
 def ahead(items: Iterable[T], depth: int = AHEAD) -> Iterator[T]:
@@ -318,7 +276,7 @@ def finish(out: Path, settings: dict[str, Any]) -> None:
     """Write features.json of a folder with all of its shards, unless it is there."""
     if (out / INDEX).is_file():
         return
-    names = [shard_name(number) for number in range(len(_spans(settings)))]
+    names = [shard_name(number) for number in range(-(-settings["n"] // settings["shard"]))]
     with writing(out, FOLDER), ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, [out / name for name in names])
         info = {

@@ -99,7 +99,14 @@ class Extractor:
             ) from None
         streams = out if isinstance(out, dict) else {"pool": out}
         for name, values in streams.items():
-            self._check_form(name, values, len(pixels))
+            fits = isinstance(values, torch.Tensor) and values.is_floating_point() and values.numel()
+            if not (fits and values.ndim == 2 and len(values) == len(pixels)):
+                found = getattr(values, "dtype", type(values).__name__), tuple(getattr(values, "shape", ()))
+                raise InputError(
+                    f"extractor {self.name}: of {len(pixels)} images, stream {name!r} is {found[0]} {found[1]}; a "
+                    f"float tensor ({len(pixels)}, D) is needed",
+                    every_rank=True,
+                )
         dimensions = {name: values.shape[1] for name, values in streams.items()}
         if not dimensions or dimensions != (self.streams or dimensions):
             raise InputError(
@@ -109,16 +116,6 @@ class Extractor:
             )
         self.streams = dimensions
         return streams
-
-    def _check_form(self, name: str, values, images: int) -> None:
-        tensor = isinstance(values, torch.Tensor) and values.is_floating_point()
-        if not (tensor and values.ndim == 2 and len(values) == images and values.numel()):
-            found = getattr(values, "dtype", type(values).__name__), tuple(getattr(values, "shape", ()))
-            raise InputError(
-                f"extractor {self.name}: of {images} images, stream {name!r} is {found[0]} {found[1]}; a float tensor "
-                f"({images}, D) is needed",
-                every_rank=True,
-            )
 
     def fetch(self, streams: Streams) -> Streams:
         """The streams on the CPU, in fp32, once they are found to be finite."""
@@ -246,45 +243,30 @@ def inception_weights(path: str | None) -> Path:
     return weights
 
 
-def load_inception(weights: Path) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's Inception with these weights. Raises InputError for a file that is not its state dict."""
+def _inception(weights: Path, device: torch.device) -> Extractor:
     try:
         # torch-fidelity would unpickle the file without restraint; it gets tensors that were read safely instead.
         safe = io.BytesIO()
         torch.save(torch.load(weights, map_location="cpu", weights_only=True), safe)
         safe.seek(0)
         with torch.random.fork_rng(devices=[]):
-            return FeatureExtractorInceptionV3(
+            model = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
             )
     except Exception as error:  # bytes of any kind: the restricted unpickler fails in every way there is
-        reason = said(error)
-        raise InputError(f"Inception weights {str(weights)!r} cannot be read: {reason}") from None
-
-
-def _inception(weights: Path, device: torch.device) -> Extractor:
+        raise InputError(f"Inception weights {str(weights)!r} cannot be read: {said(error)}") from None
     streams = {"pool": 2048, "logits": 1008, "spatial": 2023}
     return Extractor(
-        "inception", INCEPTION_PROTOCOL, _Inception(load_inception(weights)), streams, device, spec="inception",
+        "inception", INCEPTION_PROTOCOL, _Inception(model), streams, device, spec="inception",
         weights_sha256=sha256(weights),
         input="grey repeated to RGB; bilinear to 299 px as TensorFlow 1 does it; (x - 128) / 128",
     )  # fmt: skip
 
 
-class _Digits(nn.Module):
-    def __init__(self, classifier: digits.DigitsClassifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, pixels: torch.Tensor) -> Streams:
-        pool, logits = self.classifier(pixels)
-        return {"pool": pool, "logits": logits}
-
-
 def _digits(device: torch.device) -> Extractor:
     classifier, accuracy = digits.train_classifier()
     return Extractor(
-        "digits", digits.PROTOCOL, _Digits(classifier), {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
+        "digits", digits.PROTOCOL, classifier, {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
         weights_sha256=state_digest(classifier), input="x / 255", heldout_accuracy=accuracy,
     )  # fmt: skip
 
@@ -305,7 +287,14 @@ class _ClassToken(nn.Module):
 
 
 def _dinov2(name: str, device: torch.device) -> Extractor:
-    vit, file = _load_vit(name)
+    where = f"extractor 'dinov2:{name}'"
+    vit, file = load_vit(name, where, "dinov2:")
+    whole = isinstance(vit, VisionTransformer) and is_rgb(vit)
+    if not whole or not vit.has_class_token or isinstance(vit.norm, nn.Identity):
+        raise InputError(f"{where} is no ViT of RGB images with a normed class token; choose such as {DINOV2}")
+    if any(DINOV2_SIZE % side for side in vit.patch_embed.patch_size):
+        raise InputError(f"{where}: its patches of {vit.patch_embed.patch_size} do not tile {DINOV2_SIZE} px")
+    vit.reset_classifier(0)
     made = vit.pretrained_cfg
     full = ".".join(part for part in (made["architecture"], made.get("tag")) if part)
     mean, std = (", ".join(f"{value:g}" for value in made[key]) for key in ("mean", "std"))
@@ -316,21 +305,7 @@ def _dinov2(name: str, device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
-def _load_vit(name: str) -> tuple[VisionTransformer, Path]:
-    """A ViT of timm, and the safetensors file of its weights."""
-    where = f"extractor 'dinov2:{name}'"
-    vit, file = load_vit(name, where, "dinov2:")
-    whole = isinstance(vit, VisionTransformer) and is_rgb(vit)
-    if not whole or not vit.has_class_token or isinstance(vit.norm, nn.Identity):
-        raise InputError(f"{where} is no ViT of RGB images with a normed class token; choose such as {DINOV2}")
-    if any(DINOV2_SIZE % side for side in vit.patch_embed.patch_size):
-        raise InputError(f"{where}: its patches of {vit.patch_embed.patch_size} do not tile {DINOV2_SIZE} px")
-    vit.reset_classifier(0)
-    return vit, file
-
-
 def _own(spec: str, device: torch.device) -> Extractor:
-    """A module of the user's own."""
     where = f"extractor={spec!r}"
     if not OWN.fullmatch(spec):
         raise InputError(f"{where}: give package.module:callable")

@@ -3,29 +3,27 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
-from eval.sources import begun_as, class_histogram
+from eval.extractor import Extractor
+from eval.sources import Source, begun_as, class_histogram
+from sit_atconv.console import progress
 from sit_atconv.errors import InputError
 from sit_atconv.files import sha256
 from sit_atconv.reading import COUNT, FILE, POSITIVE, SHA256, SHAPE, Malformed, read_json
 
 INDEX = "features.json"
-COLOUR = re.compile(r"[#\w(),.% ]{1,40}", re.ASCII)
-
-
-HISTOGRAM = ({re.compile("[0-9]+"): COUNT}, None)
-SOURCE_FORM = {
-    "pixels_sha256": SHA256, "labels_sha256": (SHA256, None), "lossy": object, "manifest": (dict, None),
-    "manifest_sha256": (SHA256, None), "background?": COLOUR, "data?": dict,
-}  # fmt: skip
-INFO_FORM = {
-    "n": POSITIVE, "labels": bool, "class_histogram": HISTOGRAM, "shards": {FILE: SHA256}, "streams": {str: POSITIVE},
-    "image_shape": SHAPE, "device": str, "batch": POSITIVE, "extractor": {"name": str, "protocol": str},
-    "source": SOURCE_FORM,
+FORM = {
+    "n": POSITIVE, "labels": bool, "class_histogram": ({re.compile("[0-9]+"): COUNT}, None),
+    "shards": {FILE: SHA256}, "streams": {str: POSITIVE}, "image_shape": SHAPE, "device": str, "batch": POSITIVE,
+    "extractor": {"name": str, "protocol": str},
+    "source": {
+        "pixels_sha256": SHA256, "labels_sha256": (SHA256, None), "lossy": object, "manifest": (dict, None),
+        "manifest_sha256": (SHA256, None), "background?": re.compile(r"[#\w(),.% ]{1,40}", re.ASCII), "data?": dict,
+    },
 }  # fmt: skip
 
 
@@ -49,14 +47,28 @@ class Features:
 
     def __init__(self, path: str | Path, verify: bool = False):
         self.path = Path(path)
-        self.info = _read_index(self.path)
+        if not (self.path / INDEX).is_file():
+            raise InputError(
+                f"features {str(self.path)!r}: no {INDEX}, so they are not whole; run `extract` again, which goes on"
+            )
+        try:
+            self.info = read_json(self.path / INDEX, FORM, finite=True)
+        except (OSError, Malformed) as error:
+            raise self._broken(INDEX, str(error)) from None
         self.n, self.streams = self.info["n"], self.info["streams"]
         self.image_shape = tuple(self.info["image_shape"])
         self._shards = list(self.info["shards"])
         self._starts, labels = [], []
         first = 0
         for file, digest in self.info["shards"].items():
-            index, ids = self._head(file, first)
+            try:
+                index, ids, streams = read_head(self.path / file)
+            except (OSError, SafetensorError) as error:
+                raise self._broken(file, str(error)) from None
+            if streams != self.streams or not np.array_equal(index, np.arange(first, first + len(index))):
+                raise self._broken(file, "it holds other images or streams")
+            if self.info["labels"] != (ids is not None):
+                raise self._broken(file, "labels" + " are missing" * (ids is None))
             self._starts.append(first)
             labels.append(ids)
             first += len(index)
@@ -67,18 +79,6 @@ class Features:
         self.labels = np.concatenate(labels) if self.info["labels"] else None
         if class_histogram(self.labels) != self.info["class_histogram"]:
             raise self._broken(INDEX, "its class histogram is not that of the labels")
-
-    def _head(self, file: str, first: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Indices and labels of a shard that begins with image `first`."""
-        try:
-            index, labels, streams = read_head(self.path / file)
-        except (OSError, SafetensorError) as error:
-            raise self._broken(file, str(error)) from None
-        if streams != self.streams or not np.array_equal(index, np.arange(first, first + len(index))):
-            raise self._broken(file, "it holds other images or streams")
-        if self.info["labels"] != (labels is not None):
-            raise self._broken(file, "labels" + " are missing" * (labels is None))
-        return index, labels
 
     def _broken(self, file: str, reason: str) -> InputError:
         return InputError(
@@ -118,6 +118,35 @@ class Features:
         return out
 
 
+class Held:
+    """Features in memory, (n, D) of each stream, with the face of a folder of them."""
+
+    def __init__(
+        self, arrays: dict[str, np.ndarray], labels: np.ndarray | None, image_shape: tuple[int, int, int] | None = None
+    ):  # fmt: skip
+        self.n, self.labels, self.image_shape = len(next(iter(arrays.values()))), labels, image_shape
+        self.streams = {name: array.shape[1] for name, array in arrays.items()}
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return 1
+
+    def batches(self, stream: str, shards: Iterable[int] = (0,)) -> Iterator[tuple[int, np.ndarray]]:
+        return ((0, self._arrays[stream]) for _ in shards)
+
+    def load(self, stream: str, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        return self._arrays[stream][indices]
+
+
+def held(source: Source, extractor: Extractor, batch: int) -> Held:
+    """The features of images, in memory. Raises InputError for images that cannot be read."""
+    total = -(-source.n // batch)
+    batches = progress(source.batches(size=batch), desc="features", total=total, unit="batch", leave=False, delay=1)
+    parts = [extractor(pixels) for pixels in batches]
+    arrays = {name: torch.cat([part[name] for part in parts]).numpy() for name in extractor.streams}
+    return Held(arrays, source.labels, source.image_shape)
+
+
 def read_head(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:
     """Indices, labels if there are any, and the dimension of each stream of a shard.
 
@@ -132,16 +161,3 @@ def read_head(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]
     if any(len(shape) != 2 or shape[0] != len(index) for shape in shapes.values()):
         raise SafetensorError("streams of other lengths")
     return index, labels, {name: shape[1] for name, shape in shapes.items()}
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    if not (path / INDEX).is_file():
-        raise InputError(
-            f"features {str(path)!r}: no {INDEX}, so they are not whole; run `extract` again, which goes on"
-        )
-    try:
-        return read_json(path / INDEX, INFO_FORM, finite=True)
-    except (OSError, Malformed) as error:
-        raise InputError(
-            f"features {str(path)!r}: {INDEX} is damaged ({error}); delete the folder, extract anew"
-        ) from None

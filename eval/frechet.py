@@ -4,13 +4,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from eval.moments import Moments, moments
+from eval.moments import Moments
 
-__all__ = ["Moments", "correction_needs", "frechet_distance", "frechet_distances", "moments"]
-
-PER_FEATURE = (
-    10  # images; with fewer the bias is more than its part proportional to 1/N, which the jackknife takes away
-)
+# Images; with fewer the bias is more than its part proportional to 1/N, which the jackknife takes away.
+PER_FEATURE = 10
 
 
 def correction_needs(features: int) -> int:

@@ -7,6 +7,8 @@ import torch
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from tqdm import tqdm
 
+from eval.moments import checked_pair
+
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020  # torch-fidelity's own
 ROWS = 4096  # images of a side whose kernel matrix is there at once
 
@@ -37,13 +39,9 @@ def kernel_distance(
 
     Raises ValueError for fewer than two images on a side, shapes that differ or numbers that are not finite.
     """
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features of shapes {tuple(real.shape)} and {tuple(fake.shape)} do not go together")
+    real, fake = checked_pair(real, fake)
     if min(len(real), len(fake)) < 2:
         raise ValueError(f"{len(real)} real images and {len(fake)} samples have no kernel distance; give at least two")
-    if not (real.isfinite().all() and fake.isfinite().all()):
-        raise ValueError("features are not finite; check the images and the extractor's weights")
     full, deleted = _full(real, fake, group_ids, device, progress)
     subsets = kid_features_to_metric(
         fake.double(), real.double(),
@@ -84,15 +82,11 @@ def _full(real, fake, group_ids, device, progress) -> tuple[float, list[float]]:
 
 def _kernel_sum(a: torch.Tensor, b: torch.Tensor, device) -> float:
     return sum(
-        _cube(rows.to(device, torch.float64) @ columns.to(device, torch.float64).T, a.shape[1]).sum().item()
+        ((rows.to(device, torch.float64) @ columns.to(device, torch.float64).T / a.shape[1] + 1) ** 3).sum().item()
         for rows in a.split(ROWS)
         for columns in b.split(ROWS)
     )
 
 
 def _diagonal_sum(a: torch.Tensor) -> float:
-    return sum(_cube(rows.double().square().sum(1), a.shape[1]).sum().item() for rows in a.split(ROWS))
-
-
-def _cube(products: torch.Tensor, dim: int) -> torch.Tensor:
-    return (products / dim + 1) ** 3
+    return sum(((rows.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item() for rows in a.split(ROWS))

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.moments import checked_pair
+
 NEAREST = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
 TILE = 2048  # images of a side whose distances are there at once (32 MiB)
 
@@ -34,9 +36,7 @@ def manifold_scores(
     Raises ValueError where images are too few, shapes differ or a number is not finite.
     """
     groups = int(group_ids.max()) + 1
-    real, fake = _checked(real, "real images"), _checked(fake, "samples")
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"samples have {fake.shape[1]} features, real images {real.shape[1]}")
+    real, fake = checked_pair(real, fake)
     left = len(fake) - (int(np.bincount(group_ids).max()) if groups > 1 else 0)
     closed, opened = NEAREST["precision"], NEAREST["density"]
     if min(len(real), left) <= opened:
@@ -77,15 +77,6 @@ def manifold_scores(
         "coverage": covered.double().mean(0),
     }
     return {name: (value[0].item(), value[1:].tolist()) for name, value in values.items()}
-
-
-def _checked(features: np.ndarray, name: str) -> torch.Tensor:
-    features = torch.as_tensor(features)
-    if features.ndim != 2 or not len(features):
-        raise ValueError(f"features of {name} are of shape {tuple(features.shape)}; give (N, D)")
-    if not features.isfinite().all():
-        raise ValueError(f"features of {name} are not finite; check the images and the extractor's weights")
-    return features
 
 
 def _tiles(rows: torch.Tensor, columns: torch.Tensor, runs: list[slice], device, bar):

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 
 from eval.jackknife import GROUPS
+from sit_atconv.console import progress
+from sit_atconv.processes import is_main
 
 
 class Moments(NamedTuple):
@@ -15,6 +17,24 @@ class Moments(NamedTuple):
 
     mu: np.ndarray
     sigma: np.ndarray
+
+
+def checked(features: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    """Features (N, D). Raises ValueError, which says what they are of, for another shape, or not finite."""
+    features = torch.as_tensor(features)
+    if features.ndim != 2 or not len(features):
+        raise ValueError(f"features of {name} are of shape {tuple(features.shape)}; give (N, D)")
+    if not features.isfinite().all():
+        raise ValueError(f"features of {name} are not finite; check the images and the extractor's weights")
+    return features
+
+
+def checked_pair(real: np.ndarray, fake: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (M, D) of real images and (N, D) of samples, `checked`. Raises ValueError where D differs."""
+    real, fake = checked(real, "real images"), checked(fake, "samples")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"samples have {fake.shape[1]} features, real images {real.shape[1]}")
+    return real, fake
 
 
 class GroupSums:
@@ -30,13 +50,11 @@ class GroupSums:
 
     def update(self, features: np.ndarray | torch.Tensor, group_ids: np.ndarray) -> "GroupSums":
         """Add features (B, D) of images of these groups (B,). Raises ValueError for other shapes, or not finite."""
-        features = torch.as_tensor(features)
-        if features.ndim != 2 or features.shape[1] != self.sum.shape[1] or len(features) != len(group_ids):
+        features = checked(features, "images")
+        if features.shape != (wanted := (len(group_ids), self.sum.shape[1])):
             raise ValueError(
-                f"features of shape {tuple(features.shape)} for {len(group_ids)} images of {self.sum.shape[1]} features"
+                f"features are of shape {tuple(features.shape)}; give {wanted} for {len(group_ids)} images"
             )
-        if not features.isfinite().all():
-            raise ValueError("features are not finite; check the images and the extractor's weights")
         group_ids = torch.as_tensor(group_ids)
         for group in group_ids.unique().tolist():
             rows = features[group_ids == group].to("cpu", torch.float64)
@@ -72,6 +90,21 @@ class GroupSums:
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.n, self.sum, self.outer
+
+
+def stream_sums(features, stream: str, groups: np.ndarray | None = None, shared: bool = False) -> GroupSums:
+    """Sums of one stream of `Features` or `Held`, by the group of every image (n,), by default one.
+
+    shared: of this process's part of the shards, where there are several processes.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shared and dist.is_initialized() else (0, 1)
+    groups = np.zeros(features.n, np.int64) if groups is None else groups
+    sums = GroupSums(features.streams[stream], int(groups.max()) + 1)
+    shards = range(rank, len(features), world)
+    batches = features.batches(stream, shards)
+    for first, rows in progress(batches, desc=f"sums of {stream}", total=len(shards), delay=1, disable=not is_main()):
+        sums.update(rows, groups[first : first + len(rows)])
+    return sums
 
 
 def moments(features: np.ndarray | torch.Tensor) -> Moments:

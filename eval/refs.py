@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from eval.extract import (
     add_features_argument,
     add_overrides,
     check_root,
-    default_folder,
     features_of,
     read_as,
 )
 from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
-from eval.features import INDEX, Features, is_features
-from eval.moments import GroupSums, Moments
+from eval.features import INDEX, Features, Held, held, is_features
+from eval.moments import Moments, stream_sums
 from eval.sources import check_overrides, from_arrays, is_recipe, open_source, recipe_data
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, Array, arrays_of
@@ -37,6 +37,10 @@ KEPT = 10_000  # images whose features are kept for precision, recall and KID: a
 MOST_META = 1 << 24  # characters
 SYMMETRY = 1e-5  # of the largest covariance: what fp32 statistics may be off by
 NEGATIVE = 1e-3  # of the largest eigenvalue: likewise
+META_FORM = {
+    "n": POSITIVE, "image_shape": SHAPE, "extractor": {"name": str, "protocol": str},
+    "source": {"pixels_sha256": str, "lossy": object},
+}  # fmt: skip
 
 
 @dataclass
@@ -117,14 +121,17 @@ def read_reference(
         raise InputError(f'reference {spec!r}: no such file or folder; give one, or "digits"')
     name = shown(path)
     if is_features(path):
-        return _of_features(name, Features(path, verify=True), extractor, sha256(path / INDEX), samples)
-    statistics = _read_statistics(path)
-    if statistics is not None:
+        features, digest = Features(path, verify=True), sha256(path / INDEX)
+    elif (statistics := _read_statistics(path)) is not None:
         return _of_statistics(path, statistics, extractor, batch, samples, root)
-    source = open_source(path, allow_lossy, overrides)
-    _check_shape(name, source.image_shape, samples)
-    features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
-    return _of_features(name, features, extractor, features.info["source"]["pixels_sha256"], samples)
+    else:
+        source = open_source(path, allow_lossy, overrides)
+        _check_shape(name, source.image_shape, samples)
+        features = features_of(source, extractor, batch=batch, root=root)
+        digest = features.info["source"]["pixels_sha256"]
+    extractor.check_same(f"reference {name!r}", features.info["extractor"])
+    _check_shape(name, features.image_shape, samples)
+    return _of_features(name, features, features.info, digest)
 
 
 def recorded_extractor(ref: str) -> tuple[dict[str, Any], str | None] | None:
@@ -132,17 +139,16 @@ def recorded_extractor(ref: str) -> tuple[dict[str, Any], str | None] | None:
     it; None for images and the statistics of others. Raises InputError for a record that is damaged."""
     path = Path(ref)
     if is_features(path):
-        info = Features(path).info
-        return info["extractor"], info.get("extractor_spec")
-    try:
-        arrays = arrays_of(path, ("mu", "meta"))
-        stored = _meta(arrays["meta"]) if {"mu", "meta"} <= arrays.keys() else None
-    except UNREADABLE:  # no npz, or nothing there: who reads the reference says so
-        return None
-    if stored is None:
-        return None
-    meta = _read_meta(shown(path), stored)
-    return meta["extractor"], meta.get("extractor_spec")
+        about = Features(path).info
+    else:
+        try:
+            arrays = arrays_of(path, ("mu", "meta"))
+        except UNREADABLE:  # no npz, or nothing there: who reads the reference says so
+            return None
+        if not {"mu", "meta"} <= arrays.keys():
+            return None
+        about = _read_meta(shown(path), arrays["meta"])
+    return about["extractor"], about.get("extractor_spec")
 
 
 def reference_spec(ref: str, overrides: Sequence[str] = ()) -> str:
@@ -165,9 +171,8 @@ def check_recorded(ref: str, spec: str) -> None:
         return
     if kind_of(found[0]["protocol"]) != (kind if kind in KINDS else "module"):
         raise InputError(
-            f"{option('extractor', spec)}: reference {ref!r} is of features with name "
-            f"{found[0]['name']!r}; leave the option out, "
-            f"or build a reference of {spec}"
+            f"{option('extractor', spec)}: reference {ref!r} is of features with name {found[0]['name']!r}; leave the "
+            f"option out, or build a reference of {spec}"
         )
 
 
@@ -176,40 +181,19 @@ def _digits(extractor: Extractor, batch: int, samples: Sequence[int] | None) -> 
     source = from_arrays(to_uint8(digits.images), digits.labels, "reference 'digits'")
     extractor.check_images(source.name, source.image_shape)
     _check_shape("digits", source.image_shape, samples)
-    parts = [extractor(pixels) for pixels in source.batches(size=batch)]
-    features = {name: np.concatenate([part[name].numpy() for part in parts]) for name in extractor.streams}
-    moments = {name: _sums(len(rows[0]), [rows]).moments() for name, rows in features.items() if name in ARRAYS}
-    kept = {name: rows[spread(source.n)] for name, rows in features.items() if name == "pool"}
-    return Reference(
-        "digits train split", source.n, source.digest(), source.image_shape, moments, kept, extractor.describe(),
-        source.describe(),
-    )  # fmt: skip
+    about = {"extractor": extractor.describe(), "source": source.describe()}
+    return _of_features("digits train split", held(source, extractor, batch), about, source.digest())
 
 
-def _of_features(
-    name: str, features: Features, extractor: Extractor, digest: str, samples: Sequence[int] | None
-) -> Reference:
-    extractor.check_same(f"reference {name!r}", features.info["extractor"])
-    _check_shape(name, features.image_shape, samples)
+def _of_features(name: str, features: Features | Held, about: dict[str, Any], digest: str) -> Reference:
+    """about: their extractor and the source of the images, as features.json says it."""
     rows = spread(features.n)
     return Reference(
         name, features.n, digest, features.image_shape,
-        {stream: stream_moments(features, stream) for stream in features.streams if stream in ARRAYS},
+        {stream: stream_sums(features, stream).moments() for stream in features.streams if stream in ARRAYS},
         {stream: features.load(stream, rows) for stream in features.streams if stream == "pool"},
-        features.info["extractor"], features.info["source"],
+        about["extractor"], about["source"],
     )  # fmt: skip
-
-
-def stream_moments(features: Features, stream: str) -> Moments:
-    """Moments of one stream of all images."""
-    return _sums(features.streams[stream], (rows for _, rows in features.batches(stream))).moments()
-
-
-def _sums(dim: int, parts) -> GroupSums:
-    sums = GroupSums(dim, 1)
-    for rows in parts:
-        sums.update(rows, np.zeros(len(rows), np.int64))
-    return sums
 
 
 def spread(n: int, kept: int = KEPT) -> np.ndarray:
@@ -222,12 +206,10 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
     """The arrays of an npz with mu, of which none is read; None for an npz without mu, a folder and a recipe."""
     if is_recipe(path) or not path.is_file():
         return None
-    try:
+    with _readable(str(path)):
         found = arrays_of(path, ("mu", "sigma", "mu_s", "sigma_s", "pool", "meta", "arr_0"))
         for name in found.keys() - {"arr_0"} if "mu" in found else ():
             found[name].check()
-    except UNREADABLE as error:
-        raise _unreadable(str(path), error) from None
     if "mu" not in found:
         return None
     for keys in ARRAYS.values():
@@ -237,16 +219,13 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
     return found
 
 
-def _unreadable(name: str, error: Exception) -> InputError:
-    reason = said(error)
-    return InputError(f"reference {name!r} cannot be read: {reason}; give an npz that is whole")
-
-
-def _read(name: str, array: Array) -> np.ndarray:
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Tell what a broken npz raises as an InputError."""
     try:
-        return array.read()
+        yield
     except UNREADABLE as error:
-        raise _unreadable(name, error) from None
+        raise InputError(f"reference {name!r} cannot be read: {said(error)}; give an npz that is whole") from None
 
 
 def _of_statistics(
@@ -255,20 +234,24 @@ def _of_statistics(
 ) -> Reference:  # fmt: skip
     """Of an npz with mu and sigma: ADM's, whose arr_0 are images, or ours, whose features are there."""
     name = shown(path)
-    meta = _checked_meta(name, arrays, extractor)
-    moments = _moments(name, arrays, extractor)
+    meta, moments = _statistics(name, arrays, extractor)
     shape, features, extract = (tuple(meta["image_shape"]) if meta else None), None, None
     if meta:
         _check_shape(name, shape, samples)
         if "pool" in arrays:
-            features = {"pool": _check_kept(name, arrays["pool"], len(moments["pool"].mu))}
+            pool, dim = arrays["pool"], len(moments["pool"].mu)
+            with _readable(name):
+                kept = pool.read() if pool.dtype == np.float32 and pool.ndim == 2 and pool.shape[1] == dim else None
+            if kept is None or not np.isfinite(kept).all():
+                raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
+            features = {"pool": kept}
     elif "arr_0" in arrays:
         source = open_source(path)
         shape = source.image_shape
         _check_shape(name, shape, samples)
 
         def extract() -> dict[str, np.ndarray]:
-            extracted = features_of(source, extractor, batch=batch, out=default_folder(path, extractor, root))
+            extracted = features_of(source, extractor, batch=batch, root=root)
             return {"pool": extracted.load("pool", spread(extracted.n))}
 
     return Reference(
@@ -276,16 +259,20 @@ def _of_statistics(
     )  # fmt: skip
 
 
-def _moments(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Moments]:
-    """Of the streams that the extractor gives too; of a module of one's own they may not be known yet."""
-    return {
-        stream: _check_moments(name, keys, arrays, extractor, stream)
-        for stream, keys in ARRAYS.items()
-        if keys[0] in arrays and stream in (extractor.streams or ARRAYS)
-    }
+def _statistics(name: str, arrays: dict[str, Array], extractor: Extractor) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """What a file of ours says of itself, {} of another's; and the moments of the streams that the extractor gives too,
+    of all there are where it is a module of one's own whose streams are not known yet."""
+    meta = {}
+    if "meta" in arrays:
+        meta = _read_meta(name, arrays["meta"])
+        extractor.check_same(f"reference {name!r}", meta["extractor"])
+    known = extractor.streams or ARRAYS
+    streams = [stream for stream, keys in ARRAYS.items() if keys[0] in arrays and stream in known]
+    return meta, {stream: _check_moments(name, arrays, extractor, stream) for stream in streams}
 
 
-def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extractor, stream: str) -> Moments:
+def _check_moments(name: str, arrays: dict[str, Array], extractor: Extractor, stream: str) -> Moments:
+    keys = ARRAYS[stream]
     mu, sigma = (arrays[key] for key in keys)
     dim = extractor.streams.get(stream, mu.size)
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
@@ -295,7 +282,8 @@ def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extracto
         )
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise InputError(f"reference {name!r}: {keys[0]} is {mu.dtype}, {keys[1]} {sigma.dtype}; floats are needed")
-    mu, sigma = (_read(name, array).astype(np.float64, copy=False) for array in (mu, sigma))
+    with _readable(name):
+        mu, sigma = (array.read().astype(np.float64, copy=False) for array in (mu, sigma))
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"reference {name!r}: {keys[0]} or {keys[1]} is not finite; take the statistics again")
     if np.abs(sigma - sigma.T).max() > SYMMETRY * np.abs(sigma).max() or sigma.diagonal().min() < 0:
@@ -311,43 +299,11 @@ def _check_moments(name: str, keys: tuple[str, str], arrays, extractor: Extracto
     return Moments(mu, sigma)
 
 
-def _check_kept(name: str, pool: Array, dim: int) -> np.ndarray:
-    if pool.dtype == np.float32 and pool.ndim == 2 and pool.shape[1] == dim:
-        kept = _read(name, pool)
-        if np.isfinite(kept).all():
-            return kept
-    raise InputError(f"reference {name!r}: pool is no finite fp32 (M, {dim}); build it anew with build-ref")
-
-
-def _checked_meta(name: str, arrays: dict[str, Array], extractor: Extractor) -> dict[str, Any]:
-    """What a file of ours says of itself, {} of another's. Raises InputError for that of another extractor."""
-    if "meta" not in arrays:
-        return {}
-    try:
-        stored = _meta(arrays["meta"])
-    except UNREADABLE as error:
-        raise _unreadable(name, error) from None
-    meta = _read_meta(name, stored)
-    extractor.check_same(f"reference {name!r}", meta["extractor"])
-    return meta
-
-
-META_FORM = {
-    "n": POSITIVE,
-    "image_shape": SHAPE,
-    "extractor": {"name": str, "protocol": str},
-    "source": {"pixels_sha256": str, "lossy": object},
-}
-
-
-def _meta(array: Array) -> str:
-    """The text of `meta`, whose characters take four bytes each. Raises one of UNREADABLE."""
-    if array.nbytes > 4 * MOST_META:
-        raise ValueError(f"meta is longer than {MOST_META:,} characters")
-    return str(array.read())
-
-
-def _read_meta(name: str, meta: str) -> dict[str, Any]:
+def _read_meta(name: str, array: Array) -> dict[str, Any]:
+    with _readable(name):
+        if array.nbytes > 4 * MOST_META:  # a character takes four
+            raise ValueError(f"meta is longer than {MOST_META:,} characters")
+        meta = str(array.read())
     try:
         version = parse_json(meta, "meta", {"format_version": object})["format_version"]
         if version != FORMAT_VERSION:
@@ -422,7 +378,7 @@ def build_reference(
         extractor.check_same(str(path), features.info["extractor"])
     else:
         source = open_source(path, allow_lossy, overrides)
-        features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
+        features = features_of(source, extractor, batch=batch, root=root)
     if "pool" not in features.streams:
         raise InputError(f"extractor {extractor.name} gives {sorted(features.streams)}; a reference needs 'pool'")
     rows = spread(features.n)
@@ -436,8 +392,9 @@ def build_reference(
     }
     if is_main():
         arrays = {"pool": features.load("pool", rows), "meta": np.array(json.dumps(meta))}
-        for stream in ARRAYS.keys() & features.streams.keys():
-            arrays |= zip(ARRAYS[stream], stream_moments(features, stream), strict=True)
+        for stream, names in ARRAYS.items():
+            if stream in features.streams:
+                arrays |= zip(names, stream_sums(features, stream).moments(), strict=True)
         with new_path(out, force=force) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, **arrays)
     return meta
@@ -449,8 +406,4 @@ def read_moments(path: Path, extractor: Extractor) -> Moments | None:
     It works in one process alone, as a trainer needs it. Raises InputError.
     """
     arrays = _read_statistics(path)
-    if arrays is None:
-        return None
-    name = shown(path)
-    _checked_meta(name, arrays, extractor)
-    return _moments(name, arrays, extractor)["pool"]
+    return None if arrays is None else _statistics(shown(path), arrays, extractor)[1]["pool"]

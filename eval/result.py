@@ -1,14 +1,36 @@
 """What is certain in a result of `eval score`, whatever version of this package wrote it."""
 
-from types import NoneType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from eval.digits import PROTOCOL as DIGITS
 from eval.frechet import PER_FEATURE, correction_needs
 from eval.jackknife import GROUPS, Design, design_of
+from sit_atconv.errors import MOST, InputError
+from sit_atconv.reading import fault_of
 
+BARS_FORM = {"design": ("stratified", "random", None), "groups": (int, None), "upper_bound": bool, "why": str}
+FORM = {"metrics?": {str: dict}, "samples_manifest?": (dict, None), "error_bars?": (BARS_FORM, None)}
 # Features of what earlier versions corrected; of others they did not say how many there are.
 FEATURES = {"fid": 2048, "sfid": 2023}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tell what a file that is no result raises when it is taken for one as an InputError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{str(path)!r} is no result of `eval score` ({type(error).__name__}: {error}); score the samples again"
+        ) from None
+
+
+def number(value: Any) -> float | None:
+    """A number that fp32 holds, as all that is measured does, else None."""
+    return value if fault_of(value, float) is None and abs(value) <= MOST else None
 
 
 def sound(result: dict[str, Any]) -> dict[str, Any]:
@@ -19,14 +41,14 @@ def sound(result: dict[str, Any]) -> dict[str, Any]:
     today, and their corrected values where the images are known to be enough. What does not stand becomes None.
     Raises ValueError, KeyError, TypeError or AttributeError for what is no result.
     """
+    if fault := fault_of(result, FORM):
+        raise ValueError(fault)
     stated = result.get("error_bars")
     if stated is not None:
-        whole = isinstance(stated["upper_bound"], bool) and isinstance(stated["why"], str)
-        counted = type(stated["groups"]) is (int if stated["design"] else NoneType)
-        if not (whole and counted and stated["design"] in ("stratified", "random", None)):
+        if (stated["groups"] is None) != (stated["design"] is None):
             raise ValueError(f"error_bars is {stated!r}")
         for name, metric in result.get("metrics", {}).items():
-            if ((metric or {}).get("se") or 0) < 0:
+            if (metric.get("se") or 0) < 0:
                 raise ValueError(f"se of {name} is {metric['se']!r}, and no error is negative")
         return result
     n, manifest = result.get("n"), result.get("samples_manifest") or {}

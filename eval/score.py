@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from eval.extract import (
@@ -20,22 +19,20 @@ from eval.extract import (
     add_features_argument,
     add_overrides,
     check_root,
-    default_folder,
     features_of,
     read_as,
 )
 from eval.extractor import Extractor, default_device, kind_of, load_extractor
-from eval.features import Features, is_features
+from eval.features import Features, Held, held, is_features
 from eval.frechet import correction_needs, frechet_distances
 from eval.inception_score import inception_scores
 from eval.jackknife import Estimate, design_of, jackknife
 from eval.kernel import kernel_distance
 from eval.manifold import NEAREST, manifold_scores
-from eval.moments import GroupSums, Moments
+from eval.moments import GroupSums, Moments, stream_sums
 from eval.refs import Reference, check_recorded, read_moments, read_reference, reference_spec
 from eval.result import bars_told, needs
 from eval.sources import Source, from_arrays, open_source
-from sit_atconv.console import progress
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import InputError, add_force, check_choice, option
 from sit_atconv.files import check_out, library_versions, made_here, shown, write_out
@@ -53,8 +50,6 @@ OFFERED = {
     "digits": ["frechet_distance", "is", "pr", "kid", "recognised"],
     "module": ["frechet_distance", "is", "pr", "kid"],
 }
-# What is asked for under another name: a part for the whole, and the Fréchet distance where it is not Inception's.
-PARTS = dict.fromkeys(NEAREST, "pr")
 # What comes of it, in the order of a result.
 NAMES = (*FRECHET, "is", *NEAREST, "kid", "recognised", "classifier_heldout_accuracy")
 
@@ -119,12 +114,14 @@ def table(metrics: dict[str, Metric], upper_bound: bool = False) -> str:
 
 @dataclass
 class _Pass:
-    """What one extractor gives: features of the samples, the reference in its features, and the metrics from both."""
+    """What one extractor gives: features of the samples, the reference in its features, and the metrics from both;
+    left_out: why metrics that nobody asked for are not among them."""
 
     extractor: Extractor
     features: Features
     reference: Reference
     metrics: list[str]
+    left_out: list[str]
 
 
 @numerics()
@@ -141,9 +138,9 @@ def score(
     cannot be scored.
     """
     names = [each.strip() for each in metrics.split(",")] if metrics is not None else []
-    asked = list(dict.fromkeys(PARTS.get(each, each) for each in names))
+    asked = list(dict.fromkeys("pr" if each in NEAREST else each for each in names))
     for each in asked:
-        check_choice("metrics", each, STREAMS)
+        check_choice(option("metrics"), each, STREAMS)
     check_root(root)
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
     vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
@@ -161,12 +158,8 @@ def score(
         wanted = [*([(wanted[0][0], others)] if others else []), (load_extractor(vit, None, device), ["fdd"])]
     elif dinov2 and extractor != vit:
         raise InputError(f"{option('dinov2', dinov2)}: nothing asks for it; add fdd to the metrics, or leave it out")
-    passes, notes = [], []
-    for by, chosen in wanted:
-        one, left_out = _prepare(samples, source, ref, by, chosen, batch, allow_lossy, root, overrides)
-        passes.append(one)
-        notes += [f"left out: {reason.partition(';')[0]}" for reason in left_out]
-
+    passes = [_prepare(samples, source, ref, *each, batch, allow_lossy, root, overrides) for each in wanted]
+    notes = [f"left out: {reason.partition(';')[0]}" for one in passes for reason in one.left_out]
     main = passes[0]
     info, about = main.features.info, main.features.info["source"]
     design = design_of(main.features.n, info["class_histogram"], (about["manifest"] or {}).get("labels_rule"))
@@ -250,8 +243,8 @@ def _main_extractor(source, ref: str, spec: str | None, weights: str | None, dev
 def _prepare(
     samples: str, source: Source | Features, ref: str, extractor: Extractor, asked: list[str], batch: int,
     allow_lossy: bool, root: str | None, overrides: Sequence[str],
-) -> tuple[_Pass, list[str]]:  # fmt: skip
-    """A pass, and why what was not asked for by name is left out. The reference is read first: it may not do."""
+) -> _Pass:  # fmt: skip
+    """The reference is read first: it may not do."""
     offered = OFFERED[kind_of(extractor.protocol)]
     for metric in asked:
         if metric not in offered:
@@ -275,10 +268,8 @@ def _prepare(
             f"recognised: {samples!r} has the label {last}, and extractor {extractor.name} knows "
             f"{extractor.streams['logits']} classes; give labels from 0 on"
         )
-    features = source
-    if isinstance(source, Source):
-        features = features_of(source, extractor, batch=batch, out=default_folder(source.place, extractor, root))
-    return _Pass(extractor, features, reference, metrics), left_out
+    features = source if isinstance(source, Features) else features_of(source, extractor, batch=batch, root=root)
+    return _Pass(extractor, features, reference, metrics, left_out)
 
 
 def _check(metric: str, samples: Source | Features, extractor: Extractor, reference: Reference) -> None:
@@ -297,18 +288,6 @@ def _check(metric: str, samples: Source | Features, extractor: Extractor, refere
             raise InputError(f"{metric}: {found} images, and it takes {fewest}; leave {metric} out, or give more")
 
 
-def stream_sums(features, stream: str, groups: np.ndarray, shared: bool = False) -> GroupSums:
-    """Sums of one stream; shared: of this process's part of the shards, where there are several processes."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if shared and dist.is_initialized() else (0, 1)
-    sums = GroupSums(features.streams[stream], int(groups.max()) + 1)
-    shards = range(rank, len(features), world)
-    label = f"sums of {stream}"
-    batches = features.batches(stream, shards)
-    for first, rows in progress(batches, desc=label, total=len(shards), delay=1, disable=not is_main()):
-        sums.update(rows, groups[first : first + len(rows)])
-    return sums
-
-
 def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:
     """The Fréchet distance as a result has it; `corrected_needs`: images without which it has no corrected value."""
     value, *deleted = frechet_distances(sums.all_moments(), reference)
@@ -320,7 +299,7 @@ def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:
 
 
 def other_metrics(
-    metrics, features, reference: Reference, groups: np.ndarray, device, progress: bool = True
+    metrics, features: Features | Held, reference: Reference, groups: np.ndarray, device, progress: bool = True
 ) -> dict[str, Metric]:
     """What is no Fréchet distance. Their biases are not 1/N, so none is corrected."""
     values = {}
@@ -344,86 +323,42 @@ def other_metrics(
     return {name: estimate._asdict() for name, estimate in estimates.items()}
 
 
-def _recognised(features, groups: np.ndarray) -> tuple[float, list[float]]:
+def _recognised(features: Features | Held, groups: np.ndarray) -> tuple[float, list[float]]:
     """Share of samples that the classifier gives their class: of all, and without each group."""
-    batches = ((first, _finite(rows)) for first, rows in features.batches("logits"))
-    hits = np.concatenate([rows.argmax(1) == features.labels[first : first + len(rows)] for first, rows in batches])
+    hits = np.empty(features.n, bool)
+    for first, rows in features.batches("logits"):
+        if not np.isfinite(rows).all():  # of which NaN would be the greatest
+            raise InputError("logits are not finite; check the images and the extractor's weights")
+        hits[first : first + len(rows)] = rows.argmax(1) == features.labels[first : first + len(rows)]
     number = int(groups.max()) + 1
     return hits.mean(), [hits[groups != group].mean() for group in range(number)] if number > 1 else []
 
 
-def _finite(rows: np.ndarray) -> np.ndarray:
-    """The logits of a batch. Raises InputError for what is not finite, of which NaN would be the greatest."""
-    if not np.isfinite(rows).all():
-        raise InputError("logits are not finite; check the images and the extractor's weights")
-    return rows
-
-
-class Held:
-    """Features in memory, (n, D) of each stream, with the face of a folder of them."""
-
-    def __init__(self, arrays: dict[str, np.ndarray], labels: np.ndarray | None):
-        self.n, self.labels = len(next(iter(arrays.values()))), labels
-        self.streams = {name: array.shape[1] for name, array in arrays.items()}
-        self._arrays = arrays
-
-    def __len__(self) -> int:
-        return 1
-
-    def batches(self, stream: str, shards: Sequence[int] = (0,)) -> Iterator[tuple[int, np.ndarray]]:
-        return ((0, self._arrays[stream]) for _ in shards)
-
-    def load(self, stream: str) -> np.ndarray:
-        return self._arrays[stream]
-
-
-def _held(source: Source, extractor: Extractor) -> Held:
-    total = -(-source.n // BATCH)
-    batches = progress(source.batches(size=BATCH), desc="features", total=total, unit="batch", leave=False)
-    parts = [extractor(pixels) for pixels in batches]
-    return Held({name: torch.cat([part[name] for part in parts]).numpy() for name in extractor.streams}, source.labels)
-
-
-class TrainingScorer:
-    """What scores images while a model trains, in memory: the Fréchet distance; of digits also the share recognised.
-
-    It is of one process and asks nothing of the others. Raises InputError for a reference that cannot be compared with.
-    """
-
-    def __init__(self, ref: str, weights: str | None):
-        spec = reference_spec(ref)
-        self._extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
-        self._kind = kind_of(self._extractor.protocol)
-        self._name = next(each for each in OFFERED[self._kind] if each in FRECHET)
-        self._moments = self._read(ref)
-
-    def _read(self, ref: str) -> Moments:
-        path = Path(ref)
-        if ref == "digits" or is_features(path):
-            return read_reference(ref, self._extractor).need("pool", self._name)
-        found = read_moments(path, self._extractor)
-        if found is not None:
-            return found
-        held = _held(open_source(path), self._extractor)
-        return next(stream_sums(held, "pool", np.zeros(held.n, np.int64)).all_moments())
-
-    def __call__(self, pixels: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
-        """Scores by name, of uint8 images (N, C, H, W) of these classes; only digits look at the classes."""
-        source = from_arrays(pixels, labels, "samples")
-        self._extractor.check_images(source.name, source.image_shape)
-        held = _held(source, self._extractor)
-        one = np.zeros(held.n, np.int64)  # nobody asks for an error bar
-        values = {self._name: frechet_metric(stream_sums(held, "pool", one), self._moments)["value"]}
-        if self._kind == "digits":
-            values["recognised"] = float(_recognised(held, one)[0])
-        return values
-
-
-def training_scorer(ref: str, weights: str | None) -> TrainingScorer:
+def training_scorer(ref: str, weights: str | None) -> Callable[[torch.Tensor, Sequence[int]], dict[str, float]]:
     """What scores images while a model trains: called with uint8 images (N, C, H, W) and labels, gives numbers by name.
 
+    These are the Fréchet distance and, of digits, the share recognised, which alone looks at the labels. All of it is
+    in memory, of one process, and asks nothing of the others.
     ref, weights: as the command takes them. Raises InputError for what cannot be compared with.
     """
-    if weights and (spec := reference_spec(ref)) != "inception":
+    spec = reference_spec(ref)
+    if weights and spec != "inception":
         raise InputError(f"score.weights belongs to Inception, and score.ref={ref} is of {spec}; leave it out")
-    return TrainingScorer(ref, weights)
+    extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
+    kind = kind_of(extractor.protocol)
+    distance = next(each for each in OFFERED[kind] if each in FRECHET)
+    if ref == "digits" or is_features(ref):
+        moments = read_reference(ref, extractor).need("pool", distance)
+    elif (moments := read_moments(Path(ref), extractor)) is None:
+        moments = stream_sums(held(open_source(ref), extractor, BATCH), "pool").moments()
+
+    def scores(pixels: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
+        source = from_arrays(pixels, labels, "samples")
+        extractor.check_images(source.name, source.image_shape)
+        features = held(source, extractor, BATCH)
+        values = {distance: frechet_metric(stream_sums(features, "pool"), moments)["value"]}
+        if kind == "digits":
+            values["recognised"] = float(_recognised(features, np.zeros(features.n, np.int64))[0])
+        return values
+
+    return scores

@@ -58,22 +58,17 @@ class Source:
                 f"{name}: images of {pixels:,} pixels; at most {Loading.max_pixels:,} are scored: give smaller ones"
             )
         if self.manifest is not None:
-            labels = self._agree_with_manifest(labels)
+            num, stated = self.manifest["num"], self.manifest["labels"]
+            if n != num:
+                raise InputError(f"{name}: {n} images, but its manifest says {num}; make the missing ones again")
+            shape = tuple(self.manifest.get("image_shape") or self.image_shape)
+            if shape != self.image_shape:
+                raise InputError(f"{name}: images of shape {self.image_shape}, but its manifest says {shape}")
+            if labels is None:
+                labels = stated
+            elif stated is not None and not np.array_equal(labels, np.asarray(stated)):
+                raise InputError(f"{name}: arr_1 and the manifest's labels differ; make the samples again")
         self.labels = None if labels is None else _check_labels(name, labels, n)
-
-    def _agree_with_manifest(self, labels):
-        """The labels, after the manifest's number of images, their shape and their labels are found to be these."""
-        num, stated = self.manifest["num"], self.manifest["labels"]
-        if self.n != num:
-            raise InputError(f"{self.name}: {self.n} images, but its manifest says {num}; make the missing ones again")
-        shape = tuple(self.manifest.get("image_shape") or self.image_shape)
-        if shape != self.image_shape:
-            raise InputError(f"{self.name}: images of shape {self.image_shape}, but its manifest says {shape}")
-        if labels is None or stated is None:
-            return stated if labels is None else labels
-        if not np.array_equal(labels, np.asarray(stated)):
-            raise InputError(f"{self.name}: arr_1 and the manifest's labels differ; make the samples again")
-        return labels
 
     def _note(self, reader: Reader) -> None:
         """Keep what a reader has met."""
@@ -116,10 +111,6 @@ class Source:
         for part in self._content():
             digest.update(part)
         return digest.hexdigest()
-
-    def class_histogram(self) -> dict[str, int] | None:
-        """Number of images of each class that there is; None without labels."""
-        return class_histogram(self.labels)
 
     def describe(self) -> dict[str, Any]:
         """What a result records: name, digest of the pixels, labels' digest, and the manifest but for its labels.
@@ -202,39 +193,33 @@ def begun_as(path: Path) -> dict[str, Any]:
         return {}
 
 
-def from_arrays(pixels: torch.Tensor | Sequence[torch.Tensor], labels=None, name: str = "images") -> Source:
-    """Images that are in memory: uint8 (N, C, H, W), or batches of that form. labels: integers (N,).
+def from_arrays(pixels: torch.Tensor, labels=None, name: str = "images") -> Source:
+    """Images that are in memory: uint8 (N, C, H, W). labels: integers (N,).
 
     Raises InputError for what breaks a rule of `Source`.
     """
-    return _Arrays(name, [pixels] if isinstance(pixels, torch.Tensor) else list(pixels), labels)
+    return _Arrays(name, pixels, labels)
 
 
 class _Arrays(Source):
-    def __init__(self, name: str, parts: list[torch.Tensor], labels):
-        for part in parts:
-            if part.dtype != torch.uint8 or part.ndim != 4 or part.shape[1] not in (1, 3):
-                found = f"{part.dtype} {tuple(part.shape)}".removeprefix("torch.")
-                raise InputError(f"{name}: {found}; give uint8 (N, C, H, W) with 1 or 3 channels")
-            if part.shape[1:] != parts[0].shape[1:]:
-                raise InputError(f"{name}: of shapes {tuple(parts[0].shape[1:])} and {tuple(part.shape[1:])}; give one")
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)])
-        super().__init__(name, int(self._starts[-1]), parts[0].shape[1:] if parts else (), labels)
+    def __init__(self, name: str, pixels: torch.Tensor, labels):
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            found = f"{pixels.dtype} {tuple(pixels.shape)}".removeprefix("torch.")
+            raise InputError(f"{name}: {found}; give uint8 (N, C, H, W) with 1 or 3 channels")
+        self._pixels = pixels
+        super().__init__(name, len(pixels), pixels.shape[1:], labels)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        parts = zip(self._parts, self._starts.tolist(), strict=False)
-        chosen = [part[max(0, start - first) : max(0, stop - first)] for part, first in parts]
-        return np.ascontiguousarray(torch.cat(chosen).permute(0, 2, 3, 1).cpu().numpy())
+        pixels = self._pixels[start:stop].clone(memory_format=torch.contiguous_format)
+        return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
 class _Npz(Source):
     def __init__(self, path: Path, manifest: Path | None, place: Path | None = None):
         self._pixels = PixelArray(path, f"images {str(path)!r}")
         n, height, width, channels = self._pixels.shape
-        super().__init__(
-            self._pixels.name, n, (channels, height, width), self._pixels.labels, manifest, place or path
-        )  # fmt: skip
+        shape = (channels, height, width)
+        super().__init__(self._pixels.name, n, shape, self._pixels.labels, manifest, place or path)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         return self._pixels.read(start, stop)
@@ -269,13 +254,12 @@ class _Recipe(Source):
         self._threads = _threads()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        images = torch.stack([*self._threads.map(self._image, range(start, stop))])
+        # uint8 at once: a batch of floats has four times the bytes.
+        images = self._threads.map(lambda index: to_uint8(self._dataset[index, False][0]), range(start, stop))
+        images = torch.stack([*images])
         if (reader := getattr(self._dataset, "reader", None)) is not None:  # else there are no files
             self._note(reader)
         return images.permute(0, 2, 3, 1).contiguous().numpy()
-
-    def _image(self, index: int) -> torch.Tensor:
-        return to_uint8(self._dataset[index, False][0])  # at once: a batch of floats has four times the bytes
 
 
 class _Folder(Source):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.result import bars_told, named, needs, sound
-from sit_atconv.errors import MOST, InputError, add_force, option
+from eval.result import bars_told, named, needs, number, reading, sound
+from sit_atconv.errors import InputError, add_force, option
 from sit_atconv.files import check_out, made_here, sha256, write_out
 from sit_atconv.markdown import markdown_table, plain
 from sit_atconv.reading import read_json, read_yaml
@@ -22,8 +22,12 @@ SAMPLED = (
     "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "diffusion", "diffusion_norm",
     "last_step", "last_step_size", "epsilon", "rtol", "atol", "labels_rule", "weights", "dtype", "uint8_rule",
 )  # fmt: skip
-# Of a result, what every one states.
-SCORED = ("protocol", "n", "image_shape", "reference", "extractors", "groups", "class_histogram")
+# Of a result, what every one states, and what a table needs besides.
+FORM = {
+    **dict.fromkeys(("protocol", "n", "image_shape", "extractors", "groups", "class_histogram"), object),
+    "metrics": {str: {"se": object, "corrected": object}}, "reference": {"name": str, "sha256": str},
+    "samples_manifest": {"training?": ({"name?": (str, None), "token_mixer?": (str, [str], None)}, None)},
+}  # fmt: skip
 NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
 # Of the training; with step and images seen, what a row is of.
 METHOD = ("name", "token_mixer", "params", "precision", "repa")
@@ -71,9 +75,9 @@ def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
     """
     results = [_read(str(file)) for file in files]
     for key, what in (
-        ("file", "are the same file"),
-        ("samples", "are of the same samples"),
-        ("weights", "are of the same weights"),
+        ("file", "the same file"),
+        ("samples", "of the same samples"),
+        ("weights", "of the same weights"),
     ):
         _refuse_twice(results, key, what)
     facts = [result["facts"] for result in results]
@@ -107,60 +111,43 @@ def _read(file: str) -> dict[str, Any]:
     name, _, file = ("", "", file) if Path(file).is_file() else file.rpartition("=")
     path = Path(file)
     try:
-        stored = sound(read_json(path))
-        manifest = stored["samples_manifest"]
-        training = manifest.get("training") or {}
-        metrics = {
-            metric: {
-                "value": _number(metric, each["value"]),
-                **{key: _optional(f"{key} of {metric}", each[key]) for key in ("se", "corrected")},
-                "corrected_needs": _optional(f"corrected_needs of {metric}", each.get("corrected_needs")),
+        with reading(path):
+            stored = sound(read_json(path, FORM))
+            manifest = stored["samples_manifest"]
+            training = manifest.get("training") or {}
+            numbers = {
+                key: _number(key, stated.get(key))
+                for stated, keys in ((training, ("params", "seed", "images_seen")), (manifest, ("step", "nfe")))
+                for key in keys
             }
-            for metric, each in stored["metrics"].items()
-            if metric != "classifier_heldout_accuracy"  # which is of the extractor
-        }
-        method = {key: training.get(key) for key in METHOD}
-        repa = REPA if method["repa"] else ""
-        if not isinstance(method["name"], str | None):
-            raise ValueError(f"name is {method['name']!r}")
-        if lost := [key for key in SCORED if key not in stored]:
-            raise KeyError(lost[0])
-        for key in ("name", "sha256"):
-            if not isinstance(stored["reference"][key], str):
-                raise ValueError(f"{key} of the reference is {stored['reference'][key]!r}")
-        numbers = {
-            "params": method["params"], "seed": training.get("seed"), "images_seen": training.get("images_seen"),
-            "step": manifest.get("step"), "nfe": manifest.get("nfe"),
-        }  # fmt: skip
-        for key, value in numbers.items():
-            _optional(key, value)
-        facts = comparable(stored, manifest)
-        found = {
-            "facts": facts,
-            "error_bars": bars_told(stored["error_bars"]),
-            "upper_bound": stored["error_bars"]["upper_bound"],
-            "metrics": metrics,
-            "method": {
-                "method": name or (method["name"] or _mixer(method["token_mixer"]) or "unnamed") + repa,
-                **method,
-                "step": manifest.get("step"),
-                "images_seen": training.get("images_seen"),
-            },
-            "seed": training.get("seed"),
-            "nfe": manifest.get("nfe"),
-            "reference_name": stored["reference"]["name"],
-            "file": str(path.resolve()),
-            "samples": stored["samples_manifest_sha256"] or stored["pixels_sha256"],
-            "weights": manifest.get("checkpoint_sha256"),
-        }
-        _text(found)  # raises where a number in it is not finite
-        return {"path": path, **found}
+            method = {key: training.get(key) for key in METHOD}
+            called = (
+                name or f"{method['name'] or _mixer(method['token_mixer']) or 'unnamed'}{REPA * bool(method['repa'])}"
+            )
+            found = {
+                "facts": comparable(stored, manifest),
+                "error_bars": bars_told(stored["error_bars"]),
+                "upper_bound": stored["error_bars"]["upper_bound"],
+                "metrics": {
+                    metric: {
+                        key: _number(f"{key} of {metric}", each.get(key), needed=key == "value")
+                        for key in ("value", "se", "corrected", "corrected_needs")
+                    }
+                    for metric, each in stored["metrics"].items()
+                    if metric != "classifier_heldout_accuracy"  # which is of the extractor
+                },
+                "method": {"method": called, **method, **{key: numbers[key] for key in ("step", "images_seen")}},
+                "seed": numbers["seed"],
+                "nfe": numbers["nfe"],
+                "reference_name": stored["reference"]["name"],
+                "file": str(path.resolve()),
+                "samples": stored["samples_manifest_sha256"] or stored["pixels_sha256"],
+                "weights": manifest.get("checkpoint_sha256"),
+            }
+            _text(found)  # raises where a number in it is not finite
+            return {"path": path, **found}
     except OSError as error:
         raise InputError(f"{str(path)!r}: {error.strerror or error}; give files that `eval score` wrote") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{str(path)!r} is no result of `eval score` ({type(error).__name__}: {error}); score the samples again"
-        ) from None
 
 
 def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
@@ -184,14 +171,10 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
     }
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
+def _number(name: str, value: Any, needed: bool = False) -> float | None:
+    if (needed or value is not None) and number(value) is None:
         raise ValueError(f"{name} is {value!r}, no finite number")
     return value
-
-
-def _optional(name: str, value: Any) -> float | None:
-    return None if value is None else _number(name, value)
 
 
 def _mixer(mixer: str | list[str] | None) -> str | None:
@@ -209,7 +192,7 @@ def _refuse_twice(results: list[dict], key: str, what: str) -> None:
             continue
         mark = _text([result[key], result["facts"]])
         if mark in seen:
-            raise InputError(f"{str(seen[mark]['path'])!r} and {str(result['path'])!r} {what}; give one of them")
+            raise InputError(f"{str(seen[mark]['path'])!r} and {str(result['path'])!r} are {what}; give one of them")
         seen[mark] = result
 
 
@@ -264,13 +247,9 @@ def _std(values: list[float | None]) -> float | None:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def _stated() -> dict[str, Any]:
-    return read_yaml(PUBLISHED)
-
-
 def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
     """Published figures of the results' methods and of the attention models that those stand against, and claims."""
-    stated = _stated()
+    stated = read_yaml(PUBLISHED)
     names = {
         result["method"]["method"].removesuffix(REPA)
         for result in results
@@ -285,19 +264,18 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def _cell(
-    metric: dict[str, Any] | None, upper_bound: bool, mean: str = "mean", std: str = "std", se: str | None = "se"
-) -> str:
+def _cell(metric: dict[str, Any] | None, upper_bound: bool, corrected: bool = False) -> str:
+    mean, std = ("corrected", "corrected_std") if corrected else ("mean", "std")
     if metric is None or metric[mean] is None:
         return ""
     # As many digits as the error has a use for.
     scale = min((metric[key] for key in (std, "se") if metric[key]), default=None)
     digits = 4 if not scale else min(6, max(0, 1 - math.floor(math.log10(scale))))
-    text = "≥ " * (upper_bound and mean == "corrected") + f"{metric[mean]:.{digits}f}"
+    text = "≥ " * (upper_bound and corrected) + f"{metric[mean]:.{digits}f}"
     if metric[std] is not None:
         text += f" ± {metric[std]:.{digits}f}"
-    if se and metric[se] is not None:
-        text += f" [{'≤ ' * upper_bound}{metric[se]:.{digits}f}]"
+    if metric["se"] is not None and not corrected:
+        text += f" [{'≤ ' * upper_bound}{metric['se']:.{digits}f}]"
     return text
 
 
@@ -315,10 +293,7 @@ def markdown(table: dict[str, Any]) -> str:
     )  # fmt: skip
     lines = []
     if differs:
-        lines += [
-            f"**These rows cannot be compared with each other: they differ in {', '.join(differs)}.**",
-            "",
-        ]
+        lines += [f"**These rows cannot be compared with each other: they differ in {', '.join(differs)}.**", ""]
     cells = (_cells(row, differs, names, corrected) for row in rows)
     lines.append(markdown_table(head, cells, (*TEXTS, *differs)))
     lines += [
@@ -339,15 +314,10 @@ def markdown(table: dict[str, Any]) -> str:
         lines += ["", f"Not recorded, so not known to be equal: {', '.join(unknown)}."]
     if table["published"]:
         figures = [
-            [
-                entry["model"],
-                entry["conditions"],
-                *(_plain(entry.get(name)) for name in PUBLISHED_METRICS),
-                entry["source"],
-            ]
-            for entry in table["published"]
+            [each["model"], each["conditions"], *(_plain(each.get(name)) for name in PUBLISHED_METRICS), each["source"]]
+            for each in table["published"]
         ]
-        lines += ["", f"Published by others, not measured here, of {_stated()['of']}:", ""]
+        lines += ["", f"Published by others, not measured here, of {read_yaml(PUBLISHED)['of']}:", ""]
         lines.append(markdown_table(["model", "conditions", *PUBLISHED_METRICS, "source"], figures, TEXTS))
     for claim in table["claimed"]:
         lines += ["", claim]
@@ -366,7 +336,7 @@ def _cells(row: dict, differs: list[str], names: list[str], corrected: list[str]
         "" if row["nfe"] is None else f"{row['nfe']:g}",
         seeds,
         *(_cell(metrics.get(name), row["upper_bound"]) for name in names),
-        *(_cell(metrics.get(name), row["upper_bound"], "corrected", "corrected_std", None) for name in corrected),
+        *(_cell(metrics.get(name), row["upper_bound"], corrected=True) for name in corrected),
     ]
 
 

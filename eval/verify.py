@@ -10,7 +10,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from eval.extract import BATCH, add_features_argument
-from eval.extractor import load_extractor
+from eval.extractor import inception_weights, load_extractor
 from eval.score import score, table
 from sit_atconv import limits
 from sit_atconv.errors import InputError
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     for name in (SAMPLES, REFERENCE) if folder else ():
         if not (folder / name).is_file():
             raise InputError(f"--adm {args.adm!r}: {name} is not there; {URL_ADM} says where it is to be had")
-    digest = check_weights(Path(args.weights))
+    digest = check_weights(args.weights)
     extractor = load_extractor("inception", args.weights, args.device)
     streams = extractor(synthetic_images())
     if is_main():
@@ -65,10 +65,9 @@ def run(args: argparse.Namespace) -> None:
         print("all as published: " + ", ".join(f"{name} {value}" for name, (value, _) in PUBLISHED.items()))
 
 
-def check_weights(path: Path) -> str:
+def check_weights(weights: str) -> str:
     """SHA-256 of the weights file. Raises InputError where it is not that of the published one."""
-    if not path.is_file():
-        raise InputError(f"Inception weights {str(path)!r} are not there; download {URL_INCEPTION_V3}")
+    path = inception_weights(weights)
     digest = sha256(path)
     if not digest.startswith(DIGEST):
         raise InputError(

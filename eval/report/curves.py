@@ -1,8 +1,9 @@
 """Curves and intervals as inline SVG; colours come from the page's style, by the number of the series."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from eval.report.markup import Markup, tag
 
@@ -11,6 +12,8 @@ LOG_RATIO = 50  # greatest to least value from which on an axis is logarithmic
 WIDTH, HEIGHT = 400, 240  # of a chart, as wide on the page as a phone: the type keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 38
 COLOURS, DASHES = 6, ("", "7 3", "2 3", "9 3 2 3")
+Points = Sequence[tuple[float, float | None]]
+Axis = Callable[[float], float]  # from a value to its place
 
 
 @dataclass
@@ -19,7 +22,7 @@ class Series:
 
     name: str
     number: int
-    points: Sequence[tuple[float, float | None]]
+    points: Points
 
     @property
     def values(self) -> list[float]:
@@ -31,9 +34,7 @@ def style_of(number: int) -> dict[str, str]:
     return {"class_": f"s{number % COLOURS}", "stroke_dasharray": DASHES[number % len(DASHES)] or None}
 
 
-def thinned(
-    points: Sequence[tuple[float, float | None]],
-) -> list[tuple[float, float | None, float | None, float | None]]:
+def thinned(points: Points) -> list[tuple[float, float | None, float | None, float | None]]:
     """Points (x, mean, least, greatest), POINTS at most, each of equally many neighbours."""
     size = math.ceil(len(points) / POINTS) or 1
     result = []
@@ -71,45 +72,41 @@ def short(value: float) -> str:
     return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-@dataclass
-class _Scale:
-    low: float
-    high: float
-    start: float
-    stop: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (math.log(each) if self.log else each for each in (self.low, self.high, value))
-        return self.start + (self.stop - self.start) * (value - low) / (high - low)
-
-
-def _limits(values: Sequence[float], log: bool, room: float) -> tuple[float, float]:
-    """What an axis goes from and to: the values, and a share of their range beyond."""
+def _axis(
+    values: Sequence[float], room: float, start: float, stop: float, log: bool = False
+) -> tuple[float, float, Axis]:
+    """What an axis goes from and to, which is the values and a share of their range beyond; and the axis."""
     low, high = min(values), max(values)
     if log:
         beyond = (high / low) ** room
-        return low / beyond, high * beyond
-    span = (high - low) or abs(high) or 1.0
-    span = max(span, 1e-9 * max(abs(low), abs(high)))  # fewer digits than that no label shows
-    return low - room * span, high + room * span
+        low, high = low / beyond, high * beyond
+    else:
+        span = (high - low) or abs(high) or 1.0
+        span = max(span, 1e-9 * max(abs(low), abs(high)))  # fewer digits than that no label shows
+        low, high = low - room * span, high + room * span
+
+    def at(value: float) -> float:
+        least, most, value = (math.log(each) if log else each for each in (low, high, value))
+        return start + (stop - start) * (value - least) / (most - least)
+
+    return low, high, at
 
 
 def chart(series: Sequence[Series], x_label: str, alt: str) -> tuple[Markup, bool]:
     """The curves over one another, at least one of which has a value; also whether the axis is logarithmic."""
     values = [value for each in series for value in each.values]
     log = min(values) > 0 and max(values) / min(values) >= LOG_RATIO
-    x = _Scale(*_limits([x for each in series for x, _ in each.points], False, 0.02), LEFT, WIDTH - RIGHT)
-    y = _Scale(*_limits(values, log, 0.06), HEIGHT - BOTTOM, TOP, log)
-    marks = log_ticks(y.low, y.high) if log else ticks(y.low, y.high)
+    left, right, x = _axis([x for each in series for x, _ in each.points], 0.02, LEFT, WIDTH - RIGHT)
+    low, high, y = _axis(values, 0.06, HEIGHT - BOTTOM, TOP, log)
+    marks = log_ticks(low, high) if log else []
     if len(marks) < 2:
-        marks = ticks(y.low, y.high)
+        marks = ticks(low, high)
     lines: list[Markup] = []
     for value in marks:
-        lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=_at(y(value)), y2=_at(y(value)), class_="rule"))
-        lines.append(tag("text", short(value), x=LEFT - 6, y=_at(y(value) + 4), text_anchor="end"))
-    for value in ticks(x.low, x.high):
-        lines.append(tag("text", short(value), x=_at(x(value)), y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
+        lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value), class_="rule"))
+        lines.append(tag("text", short(value), x=LEFT - 6, y=y(value) + 4, text_anchor="end"))
+    for value in ticks(left, right):
+        lines.append(tag("text", short(value), x=x(value), y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
     lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="axis"))
     lines.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, text_anchor="middle"))
     for each in series:
@@ -117,27 +114,21 @@ def chart(series: Sequence[Series], x_label: str, alt: str) -> tuple[Markup, boo
     return tag("svg", lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=alt, class_="chart"), log
 
 
-def _curve(series: Series, x: _Scale, y: _Scale) -> list[Markup]:
+def _curve(series: Series, x: Axis, y: Axis) -> list[Markup]:
     """A line per stretch without gaps, over the band where points stand for several; a lone point as a dot."""
-    drawn = []
-    stretches: list[list[tuple[float, float, float, float]]] = [[]]
-    for point in thinned(series.points):
-        if point[1] is None:
-            stretches.append([])
-        else:
-            stretches[-1].append(point)
-    style = style_of(series.number)
-    for stretch in filter(None, stretches):
-        line = [f"{_at(x(at))},{_at(y(mean))}" for at, mean, _, _ in stretch]
+    drawn, style = [], style_of(series.number)
+    for measured, points in groupby(thinned(series.points), lambda point: point[1] is not None):
+        stretch = list(points) if measured else []
+        line = [f"{x(at):.1f},{y(mean):.1f}" for at, mean, _, _ in stretch]
         if any(least != greatest for _, _, least, greatest in stretch):
-            upper = [f"{_at(x(at))},{_at(y(greatest))}" for at, _, _, greatest in stretch]
-            lower = [f"{_at(x(at))},{_at(y(least))}" for at, _, least, _ in reversed(stretch)]
+            upper = [f"{x(at):.1f},{y(greatest):.1f}" for at, _, _, greatest in stretch]
+            lower = [f"{x(at):.1f},{y(least):.1f}" for at, _, least, _ in reversed(stretch)]
             drawn.append(tag("polygon", points=" ".join(upper + lower), class_=f"band {style['class_']}"))
         if len(stretch) > 1:
             drawn.append(tag("polyline", points=" ".join(line), **style | {"class_": f"line {style['class_']}"}))
         if len(stretch) == 1 or len(series.points) <= 12:
             for at, mean, _, _ in stretch:
-                drawn.append(tag("circle", cx=_at(x(at)), cy=_at(y(mean)), r=3.5, class_=f"dot {style['class_']}"))
+                drawn.append(tag("circle", cx=x(at), cy=y(mean), r=3.5, class_=f"dot {style['class_']}"))
     return drawn
 
 
@@ -174,39 +165,24 @@ def intervals(rows: Sequence[Interval], alt: str) -> Markup:
     """
     shown = [row for row in rows if row.value is not None]
     ends = [row.value + sign * 2 * (row.se or 0) for row in shown for sign in (-1, 1)]
-    x = _Scale(
-        *_limits([*ends, *(row.corrected for row in shown if row.corrected is not None)], False, 0.08), 8, STRIP - 8
-    )
+    ends += [row.corrected for row in shown if row.corrected is not None]
+    low, high, x = _axis(ends, 0.08, 8, STRIP - 8)
     height = ROW * len(rows) + 22
     lines = [tag("line", x1=8, x2=STRIP - 8, y1=height - 18, y2=height - 18, class_="axis")]
-    marks = ticks(x.low, x.high, 3)
-    for value in marks:
-        lines.append(tag("line", x1=_at(x(value)), x2=_at(x(value)), y1=2, y2=height - 15, class_="rule"))
+    for value in ticks(low, high, 3):
+        lines.append(tag("line", x1=x(value), x2=x(value), y1=2, y2=height - 15, class_="rule"))
         near = "start" if x(value) < 24 else "end" if x(value) > STRIP - 24 else "middle"
-        lines.append(tag("text", short(value), x=_at(x(value)), y=height - 4, text_anchor=near))
+        lines.append(tag("text", short(value), x=x(value), y=height - 4, text_anchor=near))
     for index, row in enumerate(rows):
         if row.value is None:
             continue
         y, colour = ROW * index + ROW / 2 + 2, style_of(row.number)["class_"]
         for count, width in ((2, 1.5), (1, 5)) if row.se else ():
-            lines.append(
-                tag(
-                    "line",
-                    x1=_at(x(row.value - count * row.se)),
-                    x2=_at(x(row.value + count * row.se)),
-                    y1=y,
-                    y2=y,
-                    stroke_width=width,
-                    class_=f"error {colour}",
-                )
-            )
+            ends = {"x1": x(row.value - count * row.se), "x2": x(row.value + count * row.se)}
+            lines.append(tag("line", **ends, y1=y, y2=y, stroke_width=width, class_=f"error {colour}"))
         if row.corrected is not None:
             at = x(row.corrected)
-            points = f"{_at(at - 5)},{y} {_at(at)},{y - 5} {_at(at + 5)},{y} {_at(at)},{y + 5}"
+            points = f"{at - 5:.1f},{y} {at:.1f},{y - 5} {at + 5:.1f},{y} {at:.1f},{y + 5}"
             lines.append(tag("polygon", points=points, class_=f"corrected {colour}"))
-        lines.append(tag("circle", cx=_at(x(row.value)), cy=y, r=4.5, class_=f"dot {colour}"))
+        lines.append(tag("circle", cx=x(row.value), cy=y, r=4.5, class_=f"dot {colour}"))
     return tag("svg", lines, viewBox=f"0 0 {STRIP} {height}", role="img", aria_label=alt, class_="strip")
-
-
-def _at(value: float) -> str:
-    return f"{value:.1f}"

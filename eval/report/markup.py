@@ -23,11 +23,12 @@ def markup(content: Content) -> Markup:
 
 
 def tag(name: str, /, *content: Content, **attributes: str | int | float | bool | None) -> Markup:
-    """An element. Attributes: a trailing _ is dropped, another one is a hyphen; None or False leaves one out."""
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{"" if value is True else html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None and value is not False
-    )
+    """An element. Attributes: a trailing _ is dropped, another one is a hyphen; None or False leaves one out; a float
+    has one digit after the point."""
+    given = ""
+    for key, value in attributes.items():
+        if value is not None and value is not False:
+            text = "" if value is True else f"{value:.1f}" if isinstance(value, float) else html.escape(str(value))
+            given += f' {key.rstrip("_").replace("_", "-")}="{text}"'
     inner = markup(content)
     return Markup(f"<{name}{given}>" if name in ("img", "meta") else f"<{name}{given}>{inner}</{name}>")

@@ -5,17 +5,20 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.report.curves import Interval, Series, chart, intervals, swatch
 from eval.report.markup import Content, Markup, markup, tag
-from eval.report.pictures import CLASSES, PER_CLASS, Picture, grid, preview
-from eval.report.runs import Run, SampleSet, at, flat, number
-from eval.result import bars_told, needs
+from eval.report.pictures import CLASSES, PER_CLASS, grid, preview
+from eval.report.runs import Run, SampleSet, at
+from eval.result import bars_told, needs, number
 from eval.score import FRECHET
+from sit_atconv.comparison import flat
 from sit_atconv.files import MARK
 
 STYLE = Path(__file__).with_name("style.css")
@@ -33,7 +36,6 @@ CURVES = {
     "loss": "Training loss", "repa_loss": "REPA loss", "grad_norm": "Gradient norm", "lr": "Learning rate",
     "update_ratio": "Update ratio |Δw| / |w|", "images_per_second": "Training images per second",
 }  # fmt: skip
-OPTIONAL_CURVES = ("repa_loss",)  # of runs that train with it
 TOLD = 12  # differences at most that a warning tells
 
 
@@ -61,24 +63,19 @@ class Column:
 
 def render(runs: Sequence[Run]) -> str:
     """The page, as ASCII. Raises InputError for pictures that cannot be read."""
-    sections = _sample_sections(runs)
-    columns = [column for _, group in sections for column in group]
-    pictures = _pictures(columns)
-    body: list[Content] = []
-    links: list[tuple[str, str]] = []
-
-    def section(name: str, title: str, *content: Content) -> None:
-        links.append((name, title))
-        body.append(tag("section", tag("h2", title), content, id=name))
-
-    for index, (title, group) in enumerate(sections):
-        section(f"samples-{index}", title, _samples(group, pictures))
-    section("training", "Training", _training(runs))
-    section("speed", "Speed", _speed(runs, columns))
-    section("settings", "Settings", _settings(runs, columns))
-    section("hashes", "Hashes", _hashes(runs, columns))
-    section("versions", "Versions", _versions(runs, columns))
-
+    groups = _sample_sections(runs)
+    columns = [column for _, group in groups for column in group]
+    sections = [
+        *(
+            (f"samples-{index}", title, _samples(group, 1 / len(columns)))
+            for index, (title, group) in enumerate(groups)
+        ),
+        ("training", "Training", _training(runs)),
+        ("speed", "Speed", _speed(runs, columns)),
+        ("settings", "Settings", _settings(runs, columns)),
+        ("hashes", "Hashes", _hashes(runs, columns)),
+        ("versions", "Versions", _versions(runs, columns)),
+    ]
     names = [run.name for run in runs]
     title = f"{names[0]}: report" if len(runs) == 1 else f"{' | '.join(names)}: side by side"
     style = STYLE.read_text(encoding="ascii")
@@ -93,23 +90,22 @@ def render(runs: Sequence[Run]) -> str:
         tag("title", title),
         tag("style", Markup(style)),
     )
-    contents = tag("nav", tag("ul", [tag("li", tag("a", text, href=f"#{name}")) for name, text in links]))
+    contents = tag("nav", tag("ul", [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]))
+    body = [tag("section", tag("h2", title), content, id=name) for name, title, content in sections]
     page = tag("html", head, tag("body", tag("header", _header(runs), contents), tag("main", body)), lang="en")
     return ("<!doctype html>\n" + page + "\n").encode("ascii", "xmlcharrefreplace").decode()
 
 
 def _sample_sections(runs: Sequence[Run]) -> list[tuple[str, list[Column]]]:
     """Title and columns of each section of samples: one for the only ones of every run, else one per name."""
+    names = dict.fromkeys(samples.name for run in runs for samples in run.sets)
     if all(len(run.sets) <= 1 for run in runs):
         columns = []
         for index, run in enumerate(runs):
             samples = run.sets[0] if run.sets else None
-            other = samples and run.trained and samples.name
-            name = f"{run.name}: {other}" if other else run.name
+            name = f"{run.name}: {samples.name}" if samples and run.trained else run.name
             columns.append(Column(index, run, samples, name, name))
-        title = f"Samples: {runs[0].sets[0].name}" if len(runs) == 1 and runs[0].sets else "Samples"
-        return [(title, columns)]
-    names = list(dict.fromkeys(samples.name for run in runs for samples in run.sets))
+        return [(f"Samples: {next(iter(names))}" if len(runs) == 1 and names else "Samples", columns)]
     sections = []
     for name in names:
         columns = []
@@ -118,9 +114,6 @@ def _sample_sections(runs: Sequence[Run]) -> list[tuple[str, list[Column]]]:
             columns.append(Column(index, run, samples, f"{run.name}: {name}" if len(runs) > 1 else name, run.name))
         sections.append((f"Samples: {name}", columns))
     return sections
-
-
-# --- pieces
 
 
 def _table(
@@ -138,9 +131,24 @@ def _table(
     return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
+def _compared(
+    caption: str, corner: str, heads: Sequence[Content], facts: Sequence[Mapping[str, Content]], folded: bool = False
+) -> Markup:
+    """A table with a column of each of the facts, and a row for every name in any of them."""
+    names = dict.fromkeys(name for each in facts for name in each)
+    table = _table(
+        caption, [corner, *heads], [(name, [each.get(name, UNRECORDED) for each in facts]) for name in names]
+    )
+    return tag("details", tag("summary", caption), table) if folded else table
+
+
 def _chip(index: int, name: str, runs: int) -> Markup:
     """A run's name, behind a piece of its curve where there are several."""
     return markup([swatch(index) if runs > 1 else None, name])
+
+
+def _run_heads(runs: Sequence[Run]) -> list[Markup]:
+    return [_chip(index, run.name, len(runs)) for index, run in enumerate(runs)]
 
 
 def _heads(columns: Sequence[Column]) -> list[Markup]:
@@ -168,7 +176,7 @@ def _fact(value: Any) -> Markup | str:
 
 
 def _hash(value: Any) -> Markup:
-    return UNRECORDED if value is None else tag("code", value if isinstance(value, str) else _fact(value))
+    return UNRECORDED if value is None else tag("code", _fact(value))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -187,25 +195,15 @@ def _with_error(value: float, se: float | None) -> tuple[str, str | None]:
     return f"{value:,.{digits}f}", f"{se:,.{digits}f}"
 
 
-# --- header
-
-
 def _header(runs: Sequence[Run]) -> list[Content]:
-    title = tag(
-        "h1",
-        [runs[0].name] if len(runs) == 1 else [[" vs " if index else "", run.name] for index, run in enumerate(runs)],
-    )
+    title = tag("h1", " vs ".join(run.name for run in runs))
     facts = [_key_facts(run) for run in runs]
-    if len(runs) == 1:
-        cards = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts[0].items()]
-        return [
-            title,
-            tag("p", "Report of ", "a training run" if runs[0].trained else "samples", class_="soft"),
-            tag("dl", cards, class_="facts"),
-        ]
-    head = ["", *(_chip(index, run.name, len(runs)) for index, run in enumerate(runs))]
-    rows = [(name, [each[name] for each in facts]) for name in facts[0]]
-    return [title, tag("p", f"{len(runs)} runs side by side", class_="soft"), _table("Key facts", head, rows)]
+    if len(runs) > 1:
+        about = tag("p", f"{len(runs)} runs side by side", class_="soft")
+        return [title, about, _compared("Key facts", "", _run_heads(runs), facts)]
+    cards = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts[0].items()]
+    about = tag("p", "Report of ", "a training run" if runs[0].trained else "samples", class_="soft")
+    return [title, about, tag("dl", cards, class_="facts")]
 
 
 def _key_facts(run: Run) -> dict[str, Content]:
@@ -243,31 +241,12 @@ def _key_facts(run: Run) -> dict[str, Content]:
     }
 
 
-# --- samples
-
-
-def _pictures(columns: Sequence[Column]) -> dict[int, Any]:
-    """By id of a column: the rows of its grid, a preview's picture, or None; they share the page's budget."""
-    share = 1 / max(1, len(columns))
-    found = {}
+def _samples(columns: Sequence[Column], share: float) -> list[Content]:
+    """share: of the page's budget of pictures, that each column has."""
+    grids = []
     for column in columns:
-        rows = grid(column.samples, share) if column.samples else []
-        if not rows and not column.samples and column.run.preview:
-            found[id(column)] = preview(column.run.preview[0], share)
-        else:
-            found[id(column)] = rows or None
-    return found
-
-
-def _samples(columns: Sequence[Column], pictures: dict[int, Any]) -> list[Content]:
-    grids = [
-        tag(
-            "div",
-            tag("h3", _chip(column.number, column.title, len(columns))) if len(columns) > 1 else None,
-            _grid(column, pictures[id(column)]),
-        )
-        for column in columns
-    ]
+        head = tag("h3", _chip(column.number, column.title, len(columns))) if len(columns) > 1 else None
+        grids.append(tag("div", head, _grid(column, share)))
     metrics = _metrics(columns)
     warnings = [tag("p", text, class_="warn") for text in _warnings(columns)]
     if len(columns) == 1:
@@ -275,27 +254,32 @@ def _samples(columns: Sequence[Column], pictures: dict[int, Any]) -> list[Conten
     return [tag("div", grids, class_="beside"), warnings, metrics]
 
 
-def _grid(column: Column, shown: list | Picture | None) -> Markup:
-    if isinstance(shown, Picture):
-        step = column.run.preview[1]
+def _grid(column: Column, share: float) -> Markup:
+    samples = column.samples
+    if samples is None and column.run.preview:
+        file, step = column.run.preview
+        picture = preview(file, share)
         text = (
             f"Not measured: no samples of this run. Instead its newest preview, drawn while it was trained, at step "
             f"{step:,}: samples of the EMA, of the classes in turn, row by row."
         )
         image = tag(
-            "img", src=shown.uri, width=shown.width, height=shown.height, class_="preview",
+            "img", src=picture.uri, width=picture.width, height=picture.height, class_="preview",
             alt=f"Preview of {column.run.name} at step {step}: a grid of samples of the classes in turn",
         )  # fmt: skip
         return tag("figure", image, tag("figcaption", text))
-    if column.samples is None:
-        return tag("p", "Sample grid: ", UNMEASURED, "; no samples in the run, and no preview.")
-    if not column.samples.finished:
-        return tag("p", "Sample grid: ", UNMEASURED, "; these samples are not finished.")
-    if shown is None:
-        return tag("p", "Sample grid: ", UNMEASURED, "; the folder holds no images. ", _drawn(column.manifest))
-    cells = []
+    shown = grid(samples, share) if samples else []
+    if not shown:
+        if samples is None:
+            reason = ["no samples in the run, and no preview."]
+        elif not samples.finished:
+            reason = ["these samples are not finished."]
+        else:
+            reason = ["the folder holds no images. ", _drawn(column.manifest)]
+        return tag("p", "Sample grid: ", UNMEASURED, "; ", reason)
+    cells, names = [], column.run.class_names
     for label, row in shown:
-        name = _class_name(column.run, label)
+        name = "" if label is None else names[label] if label < len(names) else str(label)
         what = f"{len(row)} sample{'s' * (len(row) != 1)}" + ("" if label is None else f" of class {name}")
         images = [
             tag("img", src=picture.uri, width=picture.width, height=picture.height, alt="", title=f"sample {index}",
@@ -303,57 +287,47 @@ def _grid(column: Column, shown: list | Picture | None) -> Markup:
             for index, picture in row
         ]  # fmt: skip
         cells += [tag("span", name), tag("div", images, class_="row", role="img", aria_label=what)]
-    classes = None if shown[0][0] is None else len(set(column.samples.source.labels.tolist()))
-    if classes is None:
-        text = "The first samples by index, none chosen; they have no labels."
-    else:
+    text = "The first samples by index, none chosen; they have no labels."
+    if shown[0][0] is not None:
+        classes = len(np.unique(samples.source.labels))
         which = f"each of {CLASSES} of the {classes:,} classes" if classes > CLASSES else "each class"
         text = f"The first samples of {which}, {PER_CLASS} at most, by index: none chosen."
     return tag("figure", tag("div", cells, class_="samples"), tag("figcaption", text, " ", _drawn(column.manifest)))
-
-
-def _class_name(run: Run, label: int | None) -> str:
-    if label is None:
-        return ""
-    names = run.class_names
-    return names[label] if label < len(names) else str(label)
 
 
 def _drawn(manifest: dict[str, Any]) -> str:
     """How samples were made, in a line."""
     if not manifest:
         return "How they were made is not recorded."
-    guidance = manifest.get("guidance_scale")
+    guidance, weights = manifest.get("guidance_scale"), manifest.get("weights")
+    num, steps, step = (number(manifest.get(key)) for key in ("num", "steps", "step"))
     parts = [
-        f"{_quantity(manifest.get('num'))} samples" if number(manifest.get("num")) is not None else "Samples",
+        "Samples" if num is None else f"{_quantity(num)} samples",
         manifest.get("sampler"),
-        f"{manifest['steps']} steps" if number(manifest.get("steps")) is not None else None,
+        None if steps is None else f"{steps} steps",
         None if guidance is None else "no guidance" if guidance == 1 else f"guidance {guidance}",
-        f"{_weights_name(manifest['weights'])} weights" if manifest.get("weights") else None,
-        f"training step {_quantity(manifest['step'])}" if number(manifest.get("step")) is not None else None,
+        f"{'EMA' if weights == 'ema' else weights} weights" if weights else None,
+        None if step is None else f"training step {_quantity(step)}",
     ]
     return ", ".join(str(part) for part in parts if part) + "."
 
 
-def _weights_name(which: Any) -> str:
-    return "EMA" if which == "ema" else str(which)
-
-
 def _warnings(columns: Sequence[Column]) -> list[str]:
     """What keeps metrics from being believed, or compared."""
-    found = [
-        f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); score "
-        "them again."
-        for column in columns
-        if column.samples and column.samples.scored_others
-    ]
-    scored = [column for column in columns if column.metrics]
+    found, scored = [], [column for column in columns if column.metrics]
+    for column in scored:
+        digests = column.samples.manifest_sha256, column.metrics.get("samples_manifest_sha256")
+        if None not in digests and digests[0] != digests[1]:
+            found.append(
+                f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); "
+                "score them again."
+            )
     facts = [flat(column.samples.facts) for column in scored]
     names = dict.fromkeys(name for each in facts for name in each)
     differing = [name for name in names if any(each.get(name) != facts[0].get(name) for each in facts)]
     if differing:
         told = "; ".join(
-            f"{name.replace('_', ' ')} {' | '.join(str(_short(each.get(name))) for each in facts)}"
+            f"{name.replace('_', ' ')} {' | '.join(_short(each.get(name)) for each in facts)}"
             for name in differing[:TOLD]
         )
         if len(differing) > TOLD:
@@ -368,11 +342,8 @@ def _short(value: Any) -> str:
 
 
 def _metrics(columns: Sequence[Column]) -> list[Content]:
-    names = [name for column in columns for name in column.metrics.get("metrics", {})]
-    names = [
-        *(name for name in METRICS if name in names),
-        *dict.fromkeys(name for name in names if name not in METRICS),
-    ]
+    found = dict.fromkeys(name for column in columns for name in column.metrics.get("metrics", {}))
+    names = [*(name for name in METRICS if name in found), *(name for name in found if name not in METRICS)]
     if not names:
         return [tag("p", "Metrics: ", UNMEASURED, "; `eval score` writes metrics.json beside the samples.")]
     rows = []
@@ -432,18 +403,20 @@ def _cell(name: str, one: Interval) -> Content:
     return cells
 
 
-# --- training
-
-
 def _training(runs: Sequence[Run]) -> list[Content]:
     trained = [(index, run) for index, run in enumerate(runs) if run.trained]
     if not trained:
         return [tag("p", "Curves: ", UNMEASURED, "; these are samples alone, without their training run.")]
     charts = []
     for key, title in CURVES.items():
-        if key not in OPTIONAL_CURVES or any(key in row for _, run in trained for row in run.log):
+        if key != "repa_loss" or any(key in row for _, run in trained for row in run.log):
             charts.append(_curve(title, [_series(index, run, run.log, key) for index, run in trained]))
-    by_time = [Series(run.name, index, _by_time(run)) for index, run in trained]
+    by_time = []
+    for index, run in trained:
+        stated = run.log[-1].get("loss_by_time") if run.log else None
+        bins = stated if isinstance(stated, list) else []
+        middles = [((place + 0.5) / len(bins), number(value)) for place, value in enumerate(bins)]
+        by_time.append(Series(run.name, index, middles))
     charts.insert(1, _curve("Loss by time, at the latest report", by_time, "t (0 noise, 1 data)"))
     names = dict.fromkeys(
         key for _, run in trained for row in run.scores for key, value in row.items()
@@ -477,14 +450,6 @@ def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str) -> S
     return Series(run.name, index, [(row["step"], number(row.get(key))) for row in rows])
 
 
-def _by_time(run: Run) -> list[tuple[float, float | None]]:
-    """The latest report's loss over the bins of t, at their middles."""
-    bins = run.log[-1].get("loss_by_time") if run.log else None
-    if not isinstance(bins, list):
-        return []
-    return [((index + 0.5) / len(bins), number(value)) for index, value in enumerate(bins)]
-
-
 def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
     """A figure of the series that have values; a legend says the last value of each."""
     measured = [each for each in series if each.values]
@@ -513,108 +478,89 @@ def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Marku
     return tag("figure", tag("h4", title, scale), drawing, tag("figcaption", tag("ul", legend, class_="legend")))
 
 
-# --- speed, settings, hashes, versions
+# Of a manifest of samples: what its key is called, and how it is said.
+SAMPLING = (
+    ("Seconds per image", "seconds_per_image", _quantity), ("NFE", "nfe", _quantity),
+    ("Processes", "processes", _quantity), ("Block of images", "block", _quantity),
+    ("Dtype", "dtype", _fact), ("Device", "device", _fact),
+)  # fmt: skip
 
 
 def _speed(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
-    def median(run: Run, key: str, scale: float = 1.0) -> float | None:
-        values = [number(row.get(key)) for row in run.log]
-        values = [value for value in values if value is not None]
-        return scale * statistics.median(values) if values else None
-
-    def most(run: Run, key: str) -> float | None:
-        return max((value for row in run.log if (value := number(row.get(key))) is not None), default=None)
-
-    training: dict[str, Callable[[Run], Content]] = {
-        "Images per second": lambda run: _quantity(median(run, "images_per_second")),
-        "TFLOP per second": lambda run: _quantity(median(run, "flops_per_second", 1e-12)),
-        "Share of the device's peak": lambda run: _quantity(median(run, "peak_share", 100), 3, " %"),
-        "Share spent waiting for data": lambda run: _quantity(median(run, "data_wait", 100), 3, " %"),
-        "Most memory": lambda run: _quantity((most(run, "memory_bytes") or math.nan) / 2**30, 3, " GiB"),
-        "Processes": lambda run: _quantity(run.checkpoint.get("processes")),
-    }
-    sampling = {
-        "Seconds per image": "seconds_per_image", "NFE": "nfe", "Processes": "processes", "Block of images": "block",
-    }  # fmt: skip
     sampled = [column for column in columns if column.samples]
-    tables: list[Content] = [
-        _table(
-            "Training: medians over the reports in log.jsonl",
-            ["Training", *(_chip(index, run.name, len(runs)) for index, run in enumerate(runs))],
-            [(name, [of(run) for run in runs]) for name, of in training.items()],
-        )
-    ]
+    title, facts = "Training: medians over the reports in log.jsonl", [_training_speed(run) for run in runs]
+    training = _compared(title, "Training", _run_heads(runs), facts)
     if not sampled:
-        return [*tables, tag("p", "Speed of sampling: ", UNMEASURED, "; there are no samples.")]
-    rows = [(name, [_quantity(column.manifest.get(key)) for column in sampled]) for name, key in sampling.items()]
-    rows += [
-        (name, [_fact(column.manifest.get(key)) for column in sampled])
-        for name, key in (("Dtype", "dtype"), ("Device", "device"))
-    ]
-    return [
-        tables,
-        _table("Sampling: as the samples' manifest states it", ["Sampling", *_heads(sampled)], rows),
-        tag("p", "NFE: evaluations of the network per image, guidance's included.", class_="soft"),
-    ]
+        return [training, tag("p", "Speed of sampling: ", UNMEASURED, "; there are no samples.")]
+    facts = [{name: said(column.manifest.get(key)) for name, key, said in SAMPLING} for column in sampled]
+    sampling = _compared("Sampling: as the samples' manifest states it", "Sampling", _heads(sampled), facts)
+    nfe = tag("p", "NFE: evaluations of the network per image, guidance's included.", class_="soft")
+    return [training, sampling, nfe]
+
+
+def _training_speed(run: Run) -> dict[str, Content]:
+    def values(key: str) -> list[float]:
+        return [value for row in run.log if (value := number(row.get(key))) is not None]
+
+    def median(key: str, scale: float = 1.0) -> float | None:
+        return scale * statistics.median(found) if (found := values(key)) else None
+
+    return {
+        "Images per second": _quantity(median("images_per_second")),
+        "TFLOP per second": _quantity(median("flops_per_second", 1e-12)),
+        "Share of the device's peak": _quantity(median("peak_share", 100), 3, " %"),
+        "Share spent waiting for data": _quantity(median("data_wait", 100), 3, " %"),
+        "Most memory": _quantity((max(values("memory_bytes"), default=0) or math.nan) / 2**30, 3, " GiB"),
+        "Processes": _quantity(run.checkpoint.get("processes")),
+    }
 
 
 def _settings(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
-    heads = [_chip(index, run.name, len(runs)) for index, run in enumerate(runs)]
-    keys = list(dict.fromkeys(key for run in runs for key in run.recipe))
-    differ = [key for key in keys if any(_stated(run, key) != _stated(runs[0], key) for run in runs)]
+    keys = dict.fromkeys(key for run in runs for key in run.recipe)
+    # As text, in which 1 and True differ; one that is missing is none of them.
+    stated = [{key: repr(value) for key, value in run.recipe.items()} for run in runs]
+    differ = [key for key in keys if len({each.get(key) for each in stated}) > 1]
     found: list[Content] = []
     if not keys:
         found.append(tag("p", "Recipe: ", UNRECORDED, "; there is no recipe.yaml."))
+    elif differ:
+        facts = [_coded({key: run.recipe[key] for key in differ if key in run.recipe}) for run in runs]
+        found.append(_compared("Where the recipes differ", "Key", _run_heads(runs), facts))
     elif len(runs) > 1:
-        if differ:
-            rows = [(tag("code", key), [_setting(run, key) for run in runs]) for key in differ]
-            found.append(_table("Where the recipes differ", ["Key", *heads], rows))
-        else:
-            found.append(tag("p", "The recipes are the same."))
+        found.append(tag("p", "The recipes are the same."))
     if keys:
-        # The keys that they share have one value, which one column says.
-        shared = [key for key in keys if key not in differ]
-        rows = [(tag("code", key), [_setting(runs[0], key)]) for key in shared]
+        shared = {key: runs[0].recipe[key] for key in keys if key not in differ}
         title = "The whole recipe" if len(runs) == 1 else f"What the recipes share, {len(shared)} keys"
-        found.append(_details(title, _table(title, ["Key", "Value"], rows)))
+        found.append(_compared(title, "Key", ["Value"], [_coded(shared)], folded=True))
     for column in columns:
         if column.samples:
             # What has a place of its own: hashes, versions, and what the training was.
             own = ("versions", "training", "checkpoint_sha256", "labels")
-            stated = {key: value for key, value in column.manifest.items() if key not in own}
-            rows = [(tag("code", key), [_plain(value)]) for key, value in flat(stated).items()]
+            settings = flat({key: value for key, value in column.manifest.items() if key not in own})
             title = f"Settings of the samples {column.name}"
-            if rows:
-                found.append(_details(title, _table(title, ["Key", "Value"], rows)))
+            if settings:
+                found.append(_compared(title, "Key", ["Value"], [_coded(settings)], folded=True))
             else:
                 found.append(tag("p", f"{title}: ", UNRECORDED, "."))
     return found
 
 
-def _details(title: str, content: Content) -> Markup:
-    return tag("details", tag("summary", title), content)
-
-
-def _stated(run: Run, key: str) -> str:
-    """The value as text, in which 1 and True differ; one that is missing is none of them."""
-    return repr(run.recipe[key]) if key in run.recipe else ""
-
-
-def _setting(run: Run, key: str) -> Markup | str:
-    return _plain(run.recipe[key]) if key in run.recipe else UNRECORDED
-
-
-def _plain(value: Any) -> Markup | str:
-    """A setting whose null was stated, and is not missing."""
-    return tag("code", "null") if value is None else _fact(value)
+def _coded(settings: Mapping[str, Any]) -> dict[str, Content]:
+    """Settings as rows, of which a null was stated, and is not missing."""
+    return {tag("code", key): tag("code", "null") if value is None else _fact(value) for key, value in settings.items()}
 
 
 def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
     found: list[Content] = []
     sampled = [column for column in columns if column.samples]
     if sampled:
-        weights = [_weights(column.manifest.get("checkpoint_sha256")) for column in sampled]
-        extractors = [_extractors(column.metrics) for column in sampled]
+        # SHA-256 by name; that of a single file has none.
+        weights = [column.manifest.get("checkpoint_sha256") or {} for column in sampled]
+        weights = [each if isinstance(each, dict) else {"": each} for each in weights]
+        extractors = [
+            {str(each["name"]): each.get("weights_sha256") for each in column.metrics.get("extractors") or ()}
+            for column in sampled
+        ]
         rows: list[tuple[Content, list[Content]]] = [
             ("Manifest of the samples", [_hash(column.samples.manifest_sha256) for column in sampled]),
             ("Manifest that was scored", [_hash(column.metrics.get("samples_manifest_sha256")) for column in sampled]),
@@ -623,57 +569,38 @@ def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
         ]
         for what, each in (("Extractor", extractors), ("Checkpoint", weights)):
             for name in dict.fromkeys(name for one in each for name in one) or [""]:
-                shown = [tag("small", name)] if name else []
-                rows.append(([what, *shown], [_hash(one.get(name)) for one in each]))
+                heading = [what, tag("small", name) if name else None]
+                rows.append((heading, [_hash(one.get(name)) for one in each]))
         found.append(_table("SHA-256 of what the scores stand on", ["Samples", *_heads(sampled)], rows))
-    files = [flat({"files": run.checkpoint.get("files")}) for run in runs]
-    names = [name for name in dict.fromkeys(name for each in files for name in each) if name != "files"]
-    heads = [_chip(index, run.name, len(runs)) for index, run in enumerate(runs)]
-    if names:
-        about = [run.checkpoint_folder.name if run.checkpoint_folder else UNRECORDED for run in runs]
-        rows = [("Checkpoint", about)]
-        rows += [
-            (tag("code", name.removeprefix("files.")), [_hash(each.get(name)) for each in files]) for name in names
+    files = [flat(_mapping(run.checkpoint.get("files"))) for run in runs]
+    if any(files):
+        facts = [
+            {
+                "Checkpoint": run.checkpoint_folder.name if run.checkpoint_folder else UNRECORDED,
+                **{tag("code", name): _hash(digest) for name, digest in each.items()},
+            }
+            for run, each in zip(runs, files, strict=True)
         ]
         title = "SHA-256 of the newest checkpoint's files"
-        found.append(_details(title, _table(title, ["File", *heads], rows)))
+        found.append(_compared(title, "File", _run_heads(runs), facts, folded=True))
     else:
         found.append(tag("p", "Checkpoint: ", UNRECORDED, "."))
     return found
 
 
-def _weights(stated: Any) -> dict[str, Any]:
-    """SHA-256 by file; a single one has no name."""
-    return stated if isinstance(stated, dict) else {} if stated is None else {"": stated}
-
-
-def _extractors(metrics: dict[str, Any]) -> dict[str, Any]:
-    """SHA-256 of the weights by the extractor's name."""
-    stated = metrics.get("extractors")
-    listed = stated if isinstance(stated, list) else []
-    return {str(at(each, "name")): at(each, "weights_sha256") for each in listed}
-
-
 def _versions(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
-    several = len(runs) > 1
     stages: list[tuple[Content, dict[str, Any]]] = []
     for index, run in enumerate(runs):
         if run.trained:
-            stages.append(
-                ([_chip(index, run.name, len(runs)) if several else None, tag("small", "training")], run.checkpoint)
-            )
+            name = _chip(index, run.name, len(runs)) if len(runs) > 1 else None
+            stages.append(([name, tag("small", "training")], run.checkpoint))
     for column in columns:
         if column.samples:
             name = _chip(column.number, column.name, len(runs))
             stages.append(([name, tag("small", "sampling")], column.manifest))
             stages.append(([name, tag("small", "scoring")], column.metrics))
-    versions = [_mapping(stated.get("versions")) for _, stated in stages]
-    names = dict.fromkeys(name for each in versions for name in each)
-    if not names:
+    facts = [{name: _fact(value) for name, value in _mapping(stated.get("versions")).items()} for _, stated in stages]
+    if not any(facts):
         return [tag("p", "Versions: ", UNRECORDED, ".")]
-    rows = [(name, [_fact(each.get(name)) for each in versions]) for name in names]
-    return [
-        _table(
-            "Versions of the libraries, as each stage wrote them down", ["Library", *(head for head, _ in stages)], rows
-        )
-    ]
+    title = "Versions of the libraries, as each stage wrote them down"
+    return [_compared(title, "Library", [head for head, _ in stages], facts)]

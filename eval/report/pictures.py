@@ -21,12 +21,21 @@ PREVIEW_SIDES = (1024, 768, 512, 384, 256)
 
 
 class Picture:
-    """A picture as it goes into the page. uri: data URI of a PNG. sharp: so small that its pixels are to be seen."""
+    """An image as it goes into the page, its longest side at most `side`. sharp: so small that its pixels are to be
+    seen."""
 
-    def __init__(self, image: Image.Image, png: bytes):
-        self.uri = "data:image/png;base64," + base64.b64encode(png).decode()
-        self.width, self.height = image.size
-        self.sharp = max(image.size) <= 64
+    def __init__(self, image: Image.Image, side: int):
+        small, buffer = image.copy(), io.BytesIO()
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        small.save(buffer, "png", optimize=True)
+        self.png = buffer.getvalue()
+        self.width, self.height = small.size
+        self.sharp = max(small.size) <= 64
+
+    @property
+    def uri(self) -> str:
+        """The data URI of its PNG."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 def chosen(labels: np.ndarray | None, n: int) -> list[tuple[int | None, list[int]]]:
@@ -71,20 +80,7 @@ def preview(path: Path, share: float) -> Picture:
 def _fit(images: Sequence[Image.Image], sides: Sequence[int], budget: float) -> list[Picture]:
     """The images with the longest side in `sides` that the budget allows, else the shortest; none is enlarged."""
     for side in sides:
-        small = [_reduced(image, side) for image in images]
-        encoded = [_png(image) for image in small]
-        if sum(map(len, encoded)) <= budget:
+        pictures = [Picture(image, side) for image in images]
+        if sum(len(picture.png) for picture in pictures) <= budget:
             break
-    return [Picture(image, png) for image, png in zip(small, encoded, strict=True)]
-
-
-def _reduced(image: Image.Image, side: int) -> Image.Image:
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return small
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png", optimize=True)
-    return buffer.getvalue()
+    return pictures

@@ -1,20 +1,21 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.result import sound
+from eval.result import reading, sound
 from eval.sources import MANIFEST, SAMPLES, Source, open_source
 from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.comparison import flat
 from sit_atconv.data.images import is_image
-from sit_atconv.errors import MOST, InputError
+from sit_atconv.errors import InputError
 from sit_atconv.files import by_step, sha256, step_in
-from sit_atconv.reading import Malformed, fault_of, read_json, read_rows, read_yaml
+from sit_atconv.reading import read_json, read_rows, read_yaml
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
@@ -44,28 +45,21 @@ class SampleSet:
         there = self.finished and _holds_images(self.path)
         return open_source(self.path, allow_lossy=True) if there else None
 
-    @property
-    def scored_others(self) -> bool:
-        """Whether the metrics say that they are of other samples than those that lie here now."""
-        scored = self.metrics.get("samples_manifest_sha256")
-        return None not in (scored, self.manifest_sha256) and scored != self.manifest_sha256
-
 
 @dataclass
 class Run:
     """A run. recipe: by dotted key. checkpoint: the manifest of its newest checkpoint, {} without one. preview: the
-    newest one's file, and step."""
+    newest one's file, and step. trained: False for a folder of samples alone."""
 
     name: str
-    path: Path
-    recipe: dict[str, Any]
-    log: list[Row]
-    scores: list[Row]
-    checkpoint: dict[str, Any]
-    checkpoint_folder: Path | None
-    preview: tuple[Path, int] | None
     sets: list[SampleSet]
-    trained: bool = True  # False: a folder of samples alone
+    recipe: dict[str, Any] = field(default_factory=dict)
+    log: list[Row] = field(default_factory=list)
+    scores: list[Row] = field(default_factory=list)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    checkpoint_folder: Path | None = None
+    preview: tuple[Path, int] | None = None
+    trained: bool = True
 
     @property
     def class_names(self) -> list[str]:
@@ -79,11 +73,6 @@ def at(tree: Any, *keys: str) -> Any:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
-
-
-def number(value: Any) -> float | None:
-    """A number that fp32 holds, as all that is measured does, else None."""
-    return value if fault_of(value, float) is None and abs(value) <= MOST else None
 
 
 def _holds_images(folder: Path) -> bool:
@@ -119,8 +108,11 @@ def _read(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise InputError(f"RUN {str(folder)!r} is no folder; give that of a training run, or of samples")
     if (folder / MANIFEST).is_file() or (folder / METRICS).is_file():
-        return Run(name, folder, {}, [], [], {}, None, None, [_read_set(folder)], trained=False)
-    recipe = _read_recipe(folder / RECIPE)
+        return Run(name, [_read_set(folder)], trained=False)
+    with _whole(folder / RECIPE):
+        recipe = read_yaml(folder / RECIPE, regular=True) if (folder / RECIPE).is_file() else {}
+        if not isinstance(recipe, dict):
+            raise ValueError("it is no recipe: it holds no sections")
     checkpoints = [path for path in by_step(folder.glob("step-*")) if (path / MANIFEST).is_file()]
     previews = by_step((folder / "previews").glob("step-*.png"), ".png")
     sets = [
@@ -132,71 +124,46 @@ def _read(folder: Path, name: str) -> Run:
     if not (recipe or checkpoints or previews or sets or log or scores):
         if not _holds_images(folder):
             raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
-        return Run(name, folder, {}, [], [], {}, None, None, [_read_set(folder)], trained=False)
-    checkpoint = _read_json(checkpoints[-1] / MANIFEST) if checkpoints else {}
-    return Run(
-        name,
-        folder,
-        recipe,
-        log,
-        scores,
-        checkpoint,
-        checkpoints[-1] if checkpoints else None,
-        (previews[-1], step_in(previews[-1].stem)) if previews else None,
-        sets,
-    )
+        return Run(name, [_read_set(folder)], trained=False)
+    run = Run(name, sets, flat(recipe), log, scores)
+    if checkpoints:
+        run.checkpoint, run.checkpoint_folder = _read_manifest(checkpoints[-1] / MANIFEST), checkpoints[-1]
+    if previews:
+        run.preview = previews[-1], step_in(previews[-1].stem)
+    return run
 
 
 def _read_set(folder: Path) -> SampleSet:
     manifest, metrics = folder / MANIFEST, folder / METRICS
-    stated = _read_json(manifest) if manifest.is_file() else {}
+    stated = _read_manifest(manifest) if manifest.is_file() else {}
     stated.pop("labels", None)
-    result = _read_json(metrics) if metrics.is_file() else {}
-    try:
-        if not isinstance(result.get("samples_manifest") or {}, dict):
-            raise ValueError("its samples_manifest is none")
-        if not all(isinstance(each, dict) for each in result.get("metrics", {}).values()):
-            raise ValueError("its metrics are none")
-        result = sound(result) if result else {}
+    with reading(metrics):
+        stored = read_json(metrics) if metrics.is_file() else {}
+        result = sound(stored) if stored else {}
         scored = result.get("samples_manifest") or stated
         facts = comparable(result, scored) if result else {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{str(metrics)!r} is no result of `eval score` ({type(error).__name__}: {error}); score the samples again"
-        ) from None
     # Where there is no manifest, as the result kept it, of an npz or a folder that has moved.
     digest = sha256(manifest) if manifest.is_file() else None
     begun = (folder / SETTINGS).is_file() and digest is None and not result
     return SampleSet(folder.resolve().name, folder, stated or scored, digest, result, facts, finished=not begun)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except Malformed as error:
-        raise InputError(f"{str(path)!r} is not JSON, or no object ({error}); make it again, or take it away") from None
-    return value
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe by dotted key, {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        recipe = read_yaml(path, regular=True)
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not YAML ({error}); mend it, or take it away") from None
-    if not isinstance(recipe, dict):
-        raise InputError(f"{str(path)!r} is no recipe: it holds no sections; mend it, or take it away")
-    return flat(recipe)
+def _read_manifest(path: Path) -> dict[str, Any]:
+    with _whole(path):
+        return read_json(path)
 
 
 def _read_rows(path: Path) -> list[Row]:
     """The lines of a log in the order of their steps, but for a last one that was cut short as it was written."""
-    if not path.is_file():
-        return []
-    try:
-        rows = read_rows(path, {"step": float})
-    except Malformed as error:
-        raise InputError(f"{str(path.parent)!r}: {error}; mend that line, or take it away") from None
+    with _whole(path):
+        rows = read_rows(path, {"step": float}) if path.is_file() else []
     return sorted(rows, key=lambda row: row["step"])
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Tell what a damaged file raises when it is read as an InputError."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is damaged ({error}); mend it, or take it away") from None

@@ -8,7 +8,8 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from eval.frechet import Moments, frechet_distance, frechet_distances, moments
+from eval.frechet import frechet_distance, frechet_distances
+from eval.moments import Moments, moments
 
 
 def random_moments(dim, seed, rank=None):

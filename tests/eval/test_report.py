@@ -529,7 +529,7 @@ def damaged_line(run):
             )
         ),
         (lambda run: (run / "step-0000030/manifest.json").write_text("x"), "manifest.json is no JSON"),
-        (lambda run: (run / "recipe.yaml").write_text("a: [b"), "is not YAML"),
+        (lambda run: (run / "recipe.yaml").write_text("a: [b"), "is no YAML"),
         (lambda run: (run / "recipe.yaml").write_text("- a"), "is no recipe"),
         (lambda run: (run / "samples/x/000003.png").write_bytes(b"x"), "does not decode"),
     ],
