@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sampling.options import add_sampling_options, setup
+from sampling.options import add_number, add_sampling_options, setup
 from sampling.schedulers import SCHEDULERS, make_scheduler
 from sampling.schedulers import generate as generate_scheduled
 from sit_atconv import limits
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     which.add_argument(
         "--classes", **limits.CLASS_ID.flag, nargs="+", metavar="ID", help="one image of each, in this order"
     )
-    which.add_argument("--num", **limits.PICTURE.flag, default=16, help="images of random classes (default: 16)")
+    add_number(which, "--num", limits.PICTURE, 16, "images of random classes")
     parser.add_argument(
         "--rows", **limits.PICTURE.flag, default=1, help="with --classes: rows of the grid, one image per class each"
     )

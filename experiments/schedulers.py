@@ -22,8 +22,9 @@ from diffusers import (
 )
 
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
+from sit_atconv.bench.results import Results
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, made_here, write_out
+from sit_atconv.files import named
 from sit_atconv.markdown import markdown_table
 from sit_atconv.pipelines.schedulers import check_scheduler
 
@@ -198,13 +199,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=default, help="folder (default: experiments/results/schedulers)")
     add_force(parser)
     args = parser.parse_args(argv)
-    ours = made_here("scheduler", "options")
-    files = [check_out(args.out / f"schedulers{end}", force=args.force, ours=ours) for end in (".json", ".md")]
+    files = Results(named(args.out / "schedulers", ".json", ".md"), args.force, "scheduler", "options")
     measured = list(rows())
     stated = "[\n" + ",\n".join(map(json.dumps, measured)) + "\n]\n"
-    told = f"# diffusers' schedulers against a closed form\n\n{table(measured)}\n"
-    for file, content in zip(files, (stated, told), strict=True):
-        write_out(file, content, force=args.force, ours=ours)
+    files.write(stated, f"# diffusers' schedulers against a closed form\n\n{table(measured)}\n")
     refused = sum("refused" in row for row in measured)
     print(f"{len(measured) - refused} settings measured, {refused} refused: {args.out}")
 

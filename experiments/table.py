@@ -33,7 +33,7 @@ from eval.score import OFFERED, RESULT
 from eval.sources import from_arrays, open_source
 from sampling import generate
 from sampling.labels import RULES, sample_labels
-from sampling.options import DTYPES, SHORT, flag
+from sampling.options import DTYPES, SHORT, add_number, flag
 from sampling.samples import FORMATS, MANIFEST
 from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
@@ -375,9 +375,7 @@ def call(words: list[str]) -> tuple[int, signal.Signals | None]:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.table", description=__doc__.split("\n")[0])
     parser.add_argument("file", help="YAML file of a table, see experiments/tables")
-    parser.add_argument(
-        "--processes", **limits.PROCESSES.flag, default=1, metavar="N", help="processes per command (default: 1)"
-    )
+    add_number(parser, "--processes", limits.PROCESSES, 1, "processes per command", metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
     args = parser.parse_args(argv)
     table = load_table(Path(args.file))

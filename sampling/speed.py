@@ -1,7 +1,6 @@
 """Time models against attention, the paper's form of ATConv, and their own matrix products, interleaved."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -10,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
-from sampling.options import DTYPES, add_device_options, add_settings, sampling_asked
+from sampling.options import DTYPES, add_device_options, add_number, add_settings, sampling_asked
 from sampling.plots import LIMIT, plot_latency
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept, peak_bytes
 from sit_atconv.devices import import_compiler, numerics, resolve_device
 from sit_atconv.errors import InputError, add_force, check_choice
-from sit_atconv.files import check_out, library_versions, made_here, named, write_out
+from sit_atconv.files import library_versions, named
 from sit_atconv.markdown import markdown_table
 from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
@@ -27,7 +27,7 @@ from sit_atconv.sampling.settings import Sampling
 PIXELS_PER_LATENT = 8  # of the Stable-Diffusion autoencoders
 PASSES = ("forward", "backward", "sampling")
 BASELINES = ("attention", "paper", "gemm")
-OURS = made_here("rounds", "compiled", "backend", "sampling", "rows")
+KEYS = ("rounds", "compiled", "backend", "sampling", "rows")  # by which its JSON is known
 PAPER = " (paper's form)"
 # Largest distance of an output from another form of the same function, over its norm.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -35,15 +35,11 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="presets, such as SiT-ATConv-XL/2")
+    sizes = limits.Range(1, 8_192, "attention over the tokens of more pixels fits no memory")
     parser.add_argument(
-        "--sizes",
-        nargs="+",
-        **limits.Range(1, 8_192, "attention over the tokens of more pixels fits no memory").flag,
-        default=[256],
-        metavar="PX",
-        help="image sizes (default: 256)",
+        "--sizes", nargs="+", **sizes.flag, default=[256], metavar="PX", help="image sizes (default: 256)"
     )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=1, help="images per network evaluation (default: 1)")
+    add_number(parser, "--batch", limits.BATCH, 1, "images per network evaluation")
     parser.add_argument(
         "--passes", nargs="+", choices=PASSES, default=["forward"],
         help="forward; backward (forward and backward); sampling (a whole guided run); default: forward",
@@ -54,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its matrix products alone (default: all)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, of the baselines too")
-    parser.add_argument(
-        "--rounds", **limits.ROUNDS.flag, default=10, help="measurements of each, in turn (default: 10)"
-    )
+    add_number(parser, "--rounds", limits.ROUNDS, 10, "measurements of each, in turn")
     parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json, STEM.md and STEM.png")
     add_force(parser)
     add_settings(parser, leave_out=("guidance_channels", "guidance_interval", "epsilon"))
@@ -305,15 +299,14 @@ def to_markdown(result: dict) -> str:
 
 def plot(result: dict) -> bytes:
     """A PNG: ms/NFE against resolution, a panel per pass; dashed: the model's matrix products alone."""
-    panels: dict[str, dict[str, list]] = {}
+    points = []
     for row in result["rows"]:
-        lines = panels.setdefault("forward and backward" if row["pass"] == "backward" else row["pass"], {})
-        lines.setdefault(row["model"], []).append((row["size"], row["ms_per_nfe"]))
+        points.append((row["pass"], row["model"], row["size"], row["ms_per_nfe"]))
         if row["gemm_ms"]:
-            lines.setdefault(row["model"] + LIMIT, []).append((row["size"], row["gemm_ms"]))
+            points.append((row["pass"], row["model"] + LIMIT, row["size"], row["gemm_ms"]))
     mode = "compiled" if result["compiled"] else "eager"
     title = f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}"
-    return plot_latency(panels, title, "image size (px)", "ms per network evaluation")
+    return plot_latency(points, title, "image size (px)", "ms per network evaluation")
 
 
 @numerics()
@@ -325,10 +318,8 @@ def run(args: argparse.Namespace) -> None:
         args.batch, args.rounds, args.dtype, device, args.compile, tuple(args.passes), tuple(args.baselines), sampling
     )
     result = setting.describe() | {"rows": []}
-    files = [check_out(file, force=args.force, ours=OURS) for file in named(args.out, ".json", ".md", ".png")]
+    files = Results(named(args.out, ".json", ".md", ".png"), args.force, *KEYS)
     for size in args.sizes:
         result["rows"] += measure(args.models, size, setting)
-        contents = [json.dumps(result, indent=1, allow_nan=False), to_markdown(result), plot(result)]
-        for file, content in zip(files, contents, strict=True):
-            write_out(file, content, force=args.force, ours=OURS)
+        files.write(result, to_markdown(result), plot(result))
     print(to_markdown(result), end="")

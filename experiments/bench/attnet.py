@@ -4,10 +4,7 @@ Inference with random weights, all in turn; the published form is the same funct
 with ours before the clock. Then the multiply-accumulates of the whole family, counted without weights.
 """
 
-import argparse
 import copy
-import itertools
-import json
 from pathlib import Path
 
 import timm
@@ -16,13 +13,14 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from sampling.options import DTYPES
+from sampling.options import DTYPES, add_device_options, add_number
 from sampling.speed import TOLERANCE, assert_close
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import ArgumentParser, InputError, add_force, check_choice, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.files import library_versions
 from sit_atconv.markdown import markdown_table
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
 from sit_atconv.models.cost import count_forward_macs
@@ -38,23 +36,6 @@ TOP1_SOURCES = (
     "ImageNet-1k top-1 at 224 px, from the literature, none of it measured here: AttNet-T2 as its authors publish it; "
     "ConvNeXt-T from the ConvNeXt paper; ViT-S/16 as DeiT-S (300 epochs, no distillation)."
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", default=["attnet_t2"], metavar="NAME", help="default: attnet_t2")
-    parser.add_argument(
-        "--size", **limits.PIXELS.flag, default=224, metavar="PX", help=f"a multiple of {STRIDE} (default: 224)"
-    )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=8, help="images per call (default: 8)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--rounds", **limits.ROUNDS.flag, default=15, help="measurements of each, in turn (default: 15)"
-    )
-    parser.add_argument(
-        "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
-    )
-    add_force(parser)
 
 
 class PaperATConv2d(nn.Module):
@@ -157,10 +138,10 @@ def random_attnet(name: str) -> AttNet:
     return model
 
 
-def baseline(name: str, size: int, device: str | None = None) -> nn.Module:
+def baseline(name: str, size: int) -> nn.Module:
     """One of BASELINES for images of `size` px."""
     sized = {"img_size": size} if name.startswith("vit") else {}
-    return timm.create_model(name, device=device, **sized).eval()
+    return timm.create_model(name, **sized).eval()
 
 
 def contenders(names: list[str], images: torch.Tensor, dtype: str, device: torch.device) -> dict[str, nn.Module]:
@@ -183,19 +164,16 @@ def contenders(names: list[str], images: torch.Tensor, dtype: str, device: torch
     return models | {name: baseline(name, images.shape[-1]).to(device, DTYPES[dtype]) for name in BASELINES}
 
 
-def macs(model: nn.Module, size: int) -> float:
-    """Giga multiply-accumulates for one image; the model is on the meta device."""
-    return count_forward_macs(model, torch.zeros(1, 3, size, size, device="meta")) / 1e9
+def cost(model: nn.Module, size: int) -> dict[str, float]:
+    """Parameters of a model on the meta device and its giga multiply-accumulates for one image."""
+    macs = count_forward_macs(model, torch.zeros(1, 3, size, size, device="meta"))
+    return {"params": sum(parameter.numel() for parameter in model.parameters()), "gmacs": macs / 1e9}
 
 
 def costs(name: str, size: int) -> dict[str, float]:
-    """Parameters of a model of the family and its giga multiply-accumulates per image, ours and in the paper's form."""
+    """The `cost` of a model of the family, and its multiply-accumulates in the paper's form."""
     model = timm.create_model(name, device="meta").eval()
-    return {
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-        "gmacs": macs(model, size),
-        "paper_gmacs": macs(PaperForm(model, False), size),
-    }
+    return {**cost(model, size), "paper_gmacs": cost(PaperForm(model, False), size)["gmacs"]}
 
 
 def measure(names: list[str], size: int, batch: int, dtype: str, device: torch.device, rounds: int) -> list[dict]:
@@ -207,23 +185,15 @@ def measure(names: list[str], size: int, batch: int, dtype: str, device: torch.d
     timings = dict(zip(models, interleaved(calls, rounds, device, f"{size} px"), strict=True))
     rows = []
     for what, timing in timings.items():
-        name = what.partition(" ")[0]
-        if name in BASELINES:
-            meta = baseline(name, size, "meta")
-            params, gmacs = sum(parameter.numel() for parameter in meta.parameters()), macs(meta, size)
-        else:
-            cost = costs(name, size)
-            params, gmacs = cost["params"], cost["gmacs" if what == name else "paper_gmacs"]
-        papers = [timings[name + form].median for form in (PAPER, PAPER_NCHW) if name + form in timings]
+        papers = [timings[what + form].median for form in (PAPER, PAPER_NCHW) if what + form in timings]
         rows.append(
             {
                 "model": what,
-                "params": params,
-                "gmacs": gmacs,
+                **cost(models[what].to("meta", torch.float32), size),
                 "ms_per_image": 1e3 * timing.median / batch,
                 "iqr_ms": 1e3 * timing.iqr / batch,
                 "over_first": timing.median / timings[names[0]].median,
-                "vs_paper": min(papers) / timing.median if what == name and papers else None,
+                "vs_paper": min(papers) / timing.median if papers else None,
                 "top1": TOP1.get(what),
             }
         )
@@ -271,17 +241,23 @@ def cost_markdown(result: dict) -> str:
 @numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.attnet", description=__doc__.partition(": ")[2])
-    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", default=["attnet_t2"], metavar="NAME", help="default: attnet_t2")
+    add_number(parser, "--size", limits.PIXELS, 224, f"a multiple of {STRIDE}", metavar="PX")
+    add_number(parser, "--batch", limits.BATCH, 8, "images per call")
+    add_number(parser, "--rounds", limits.ROUNDS, 15, "measurements of each, in turn")
+    parser.add_argument(
+        "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
+    )
+    add_force(parser)
+    add_device_options(parser, ("fp32", "bf16"))
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     for name in args.models:
         check_choice("--models", name, FAMILY)
     if args.size < STRIDE or args.size % STRIDE:
         raise InputError(f"--size {args.size}: give a multiple of {STRIDE} pixels")
-    folder = Path(args.out)
-    ours, stems = made_here("size", "commit", "rows"), ("latency", "cost")
-    for stem, end in itertools.product(stems, (".json", ".md")):
-        check_out(folder / f"{stem}{end}", force=args.force, ours=ours)
+    names = ("latency.json", "latency.md", "cost.json", "cost.md")
+    files = Results([Path(args.out) / name for name in names], args.force, "size", "commit", "rows")
     made = {"commit": commit(), "versions": library_versions()}
     latency = {
         "device": device_name(device), "dtype": args.dtype, "size": args.size, "batch": args.batch,
@@ -289,11 +265,10 @@ def main(argv: list[str] | None = None) -> None:
         "rows": measure(args.models, args.size, args.batch, args.dtype, device, args.rounds),
     }  # fmt: skip
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}
-    for stem, result, markdown in (("latency", latency, latency_markdown), ("cost", cost, cost_markdown)):
-        stated = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        write_out(folder / f"{stem}.json", stated, force=args.force, ours=ours)
-        write_out(folder / f"{stem}.md", markdown(result), force=args.force)
-        print(markdown(result))
+    tables = latency_markdown(latency), cost_markdown(cost)
+    files.write(latency, tables[0], cost, tables[1])
+    for table in tables:
+        print(table)
 
 
 if __name__ == "__main__":

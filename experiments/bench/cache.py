@@ -5,7 +5,6 @@ read through a DataLoader, in the same random order, up to the batch of moments 
 of it fits the page cache: what is compared is the way from there to a batch, not the disk.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -24,12 +23,15 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from sampling.options import add_number
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
 from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, named, write_out
+from sit_atconv.files import library_versions, named
 from sit_atconv.latents.encode import finish, write_shard
+from sit_atconv.markdown import markdown_table
 
 SHAPE = (8, 32, 32)  # moments of a latent of ImageNet at 256 pixels
 SHARD_IMAGES = 4096
@@ -38,23 +40,6 @@ GOAL = 20_000  # latents/s
 
 
 Read = Callable[[list[int]], torch.Tensor]  # numbers of latents -> moments (B, *SHAPE)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--latents",
-        **limits.Range(2, 10**9, "each takes 16 kB of the disk").flag,
-        default=100_000,
-        help="two per image (default: 100000, 1.6 GB)",
-    )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=256, help="latents per batch (default: 256)")
-    parser.add_argument("--workers", **limits.WORKERS.flag, default=2, help="loader processes (default: 2)")
-    parser.add_argument(
-        "--rounds", **limits.ROUNDS.flag, default=3, help="epochs of each storage, in turn (default: 3)"
-    )
-    parser.add_argument("--folder", metavar="DIR", help="where the temporary folder is made (default: the system's)")
-    parser.add_argument("--out", default="runs/cache", metavar="STEM", help="writes STEM.json and .md")
-    add_force(parser)
 
 
 def synthetic(rows: np.ndarray) -> np.ndarray:
@@ -264,30 +249,32 @@ def to_markdown(result: dict) -> str:
         "interleaved epochs, from the page cache. Anonymous memory is of all processes together, what they import "
         "included: with pages that they share counted once, and as the sum of VmRSS - RssFile.",
         "",
-        "| storage | latents/s | of LatentCache | anonymous MB | VmRSS - RssFile, MB |",
-        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    best = result["rows"][0]["latents_per_s"]
-    lines += [
-        f"| {row['storage']} | {row['latents_per_s']:,.0f} | {row['latents_per_s'] / best:.2f} | "
-        f"{row['anonymous_bytes']['pss'] / 1e6:,.0f} | {row['anonymous_bytes']['rss'] / 1e6:,.0f} |"
-        for row in result["rows"]
-    ]
-    return "\n".join([*lines, ""])
+    head = ["storage", "latents/s", "of LatentCache", "anonymous MB", "VmRSS - RssFile, MB"]
+    rows = []
+    for row in result["rows"]:
+        rate, megabytes = row["latents_per_s"], (f"{row['anonymous_bytes'][key] / 1e6:,.0f}" for key in ("pss", "rss"))
+        rows.append([row["storage"], f"{rate:,.0f}", f"{rate / result['rows'][0]['latents_per_s']:.2f}", *megabytes])
+    return "\n".join([*lines, markdown_table(head, rows, text=("storage",)), ""])
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.cache", description=__doc__)
-    add_arguments(parser)
+    latents = limits.Range(2, 10**9, "each takes 16 kB of the disk")
+    add_number(parser, "--latents", latents, 100_000, "two per image, of 16 kB each")
+    add_number(parser, "--batch", limits.BATCH, 256, "latents per batch")
+    add_number(parser, "--workers", limits.WORKERS, 2, "loader processes")
+    add_number(parser, "--rounds", limits.ROUNDS, 3, "epochs of each storage, in turn")
+    parser.add_argument("--folder", metavar="DIR", help="where the temporary folder is made (default: the system's)")
+    parser.add_argument("--out", default="runs/cache", metavar="STEM", help="writes STEM.json and .md")
+    add_force(parser)
     args = parser.parse_args(argv)
-    least = 2 * args.batch
-    if min(args.batch, args.rounds) < 1 or args.workers < 0 or args.latents < least or args.latents % 2:
-        parser.error(f"--latents {args.latents}: an even number, at least two batches; --batch and --rounds at least 1")
+    if args.latents < 2 * args.batch or args.latents % 2:
+        parser.error(f"--latents {args.latents}: an even number, at least two batches")
     if args.folder is not None and not Path(args.folder).is_dir():
         raise InputError(f"--folder {args.folder!r}: no such folder; make it, or leave the option out")
-    ours = made_here("machine", "latents", "goal", "rows")
-    files = [check_out(file, force=args.force, ours=ours) for file in named(args.out, ".json", ".md")]
+    files = Results(named(args.out, ".json", ".md"), args.force, "machine", "latents", "goal", "rows")
     rates, peaks = {name: [] for name in STORAGES}, {name: {"pss": 0, "rss": 0} for name in STORAGES}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
@@ -308,8 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         ],
         "versions": library_versions("datasets"),
     }  # fmt: skip
-    for file, content in zip(files, (json.dumps(result, indent=1, allow_nan=False), to_markdown(result)), strict=True):
-        write_out(file, content, force=args.force, ours=ours)
+    files.write(result, to_markdown(result))
     print(to_markdown(result))
     print(json.dumps(result))
 

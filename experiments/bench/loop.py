@@ -6,7 +6,6 @@ Real steps of SiT-S/2 on a cache of latents and steps whose forward and backward
 runs of the trainer. Then 2,000 steps of a tiny model, whose memory is compared over time.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -17,11 +16,13 @@ import torch
 from tqdm import tqdm
 
 from experiments.bench.cache import make_cache
+from sampling.options import add_number
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.config import make_recipe
 from sit_atconv.errors import ArgumentParser, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.files import library_versions
 from sit_atconv.training import train
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.trainer import Trainer
@@ -123,21 +124,20 @@ def report(result: dict) -> Iterator[str]:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.loop", description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", **limits.BATCH.flag, default=32)
-    parser.add_argument("--steps", **limits.ROUNDS.flag, default=5, help="real steps of a round (default: 5)")
-    parser.add_argument("--rounds", **limits.ROUNDS.flag, default=3)
-    parser.add_argument("--tiny-steps", **limits.ROUNDS.flag, default=2000, help="steps over which memory is watched")
+    add_number(parser, "--batch", limits.BATCH, 32, "latents per batch")
+    add_number(parser, "--steps", limits.ROUNDS, 5, "real steps of a round")
+    add_number(parser, "--rounds", limits.ROUNDS, 3, "runs of each kind, in turn")
+    add_number(parser, "--tiny-steps", limits.ROUNDS, 2000, "steps over which memory is watched")
     parser.add_argument("--out", default="runs/loop.json", metavar="JSON")
     add_force(parser)
     args = parser.parse_args(argv)
-    ours = made_here("loop", "memory", "versions")
-    check_out(args.out, force=args.force, ours=ours)
+    file = Results([args.out], args.force, "loop", "memory", "versions")
     with tempfile.TemporaryDirectory() as folder:
         memory = growth(Path(folder), args.tiny_steps)
         loop_part = overhead(Path(folder), args.batch, args.steps, args.rounds)
     device = device_name(torch.device("cpu"))
     result = {"device": device, "loop": loop_part, "memory": memory, "versions": library_versions()}
-    write_out(args.out, json.dumps(result, indent=1, allow_nan=False), force=args.force, ours=ours)
+    file.write(result)
     print("\n".join(report(result)))
 
 

@@ -12,6 +12,7 @@ from experiments.principles import plots
 from experiments.principles.layers import find_layers
 from experiments.principles.report import measure, table
 from experiments.principles.targets import load, show
+from sampling.options import add_number
 from sit_atconv import limits
 from sit_atconv.bench.timing import commit, device_name
 from sit_atconv.devices import numerics, resolve_device
@@ -27,22 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="digits, a folder of images, or a recipe (default: that of the checkpoint)")
     parser.add_argument("--weights", help="safetensors for a name of timm (default: drawn at random)")
     parser.add_argument("--vae", help="a SiT's autoencoder, if not where it was (default: as the checkpoint says)")
-    parser.add_argument(
-        "--num",
-        **limits.Range(2, 100_000, "a spread needs two, and all of them are held in memory").flag,
-        default=64,
-        help="images (default: 64)",
-    )
-    parser.add_argument(
-        "--times",
-        **limits.Range(1, 1_000, "every image passes the network at each").flag,
-        default=5,
-        help="values of t, for a SiT (default: 5)",
-    )
-    parser.add_argument(
-        "--seed", **limits.SEED.flag, default=0, help="of which images, noise and random weights (default: 0)"
-    )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=8, help="images at once (default: 8)")
+    images = limits.Range(2, 100_000, "a spread needs two, and all of them are held in memory")
+    times = limits.Range(1, 1_000, "every image passes the network at each")
+    add_number(parser, "--num", images, 64, "images")
+    add_number(parser, "--times", times, 5, "values of t, for a SiT")
+    add_number(parser, "--seed", limits.SEED, 0, "of which images, noise and random weights")
+    add_number(parser, "--batch", limits.BATCH, 8, "images at once")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs/principles"), help="folder (default: runs/principles)")
     add_force(parser)
