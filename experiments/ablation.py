@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.ablation_plot import draw
+from sampling.options import add_out
 from sit_atconv import checkpoint, config, draws, limits
 from sit_atconv.bench.results import Results
 from sit_atconv.classification.evaluation import last_evaluation
@@ -33,7 +34,7 @@ from sit_atconv.classification.resolved import resolved as resolved_classifier
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.files import library_versions, made_here, named, write_out
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
@@ -241,8 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--systems", nargs="+", choices=[system.name for system in SYSTEMS], default=["sit", "attnet"])
     parser.add_argument("--seeds", nargs="+", **limits.SEED.flag, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/ablation"))
-    add_force(parser)
+    add_out(parser, "folder of the tables", type=Path, default=Path("experiments/results/ablation"))
     parser.add_argument(
         "--processes", **limits.PROCESSES.flag, default=os.cpu_count(), help="runs at once (default: one per core)"
     )

@@ -18,10 +18,10 @@ from eval.moments import Moments
 from eval.refs import Reference
 from eval.score import Held, Metric, frechet_metric, other_metrics, stream_sums
 from eval.sources import class_histogram
-from sampling.options import add_number
+from sampling.options import add_number, add_out
 from sit_atconv import limits
 from sit_atconv.bench.results import Results
-from sit_atconv.errors import ArgumentParser, add_force, command
+from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import named
 from sit_atconv.markdown import markdown_table
 
@@ -34,13 +34,12 @@ WIDE = 64  # features of it
 
 @dataclass(frozen=True)
 class Draw:
-    """How images get their classes: in turns, or at random; known: whether scoring sees them; rule: of the manifest."""
+    """How images get their classes: in turns, or at random; known: whether scoring sees them."""
 
     name: str
     classes: int
     balanced: bool = True
     known: bool = True
-    rule: str | None = None
 
     def labels(self, rng: np.random.Generator, n: int) -> np.ndarray:
         return np.arange(n) % self.classes if self.balanced else rng.integers(self.classes, size=n)
@@ -89,7 +88,7 @@ def scored(
     labels = draw.labels(rng, n)
     x = mixture.draw(rng, labels)
     held = Held({"pool": x, "logits": mixture.logits(x)}, labels if draw.known else None)
-    design = design_of(n, class_histogram(held.labels), draw.rule)
+    design = design_of(n, class_histogram(held.labels))
     groups = design.group_ids(held.labels, n)
     wanted = ["is", "pr", "kid", *["recognised"] * draw.known]
     found = {"frechet_distance": frechet_metric(stream_sums(held, "pool", groups), reference.moments["pool"])}
@@ -179,8 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.error_bars", description=__doc__.split("\n")[0])
     repeats = limits.Range(2, 100_000, "a spread needs two draws, and each takes seconds")
     add_number(parser, "--repeats", repeats, 100, "draws of each kind")
-    parser.add_argument("--out", default="experiments/results/error_bars", metavar="DIR", help="of its table and JSON")
-    add_force(parser)
+    add_out(parser, "of its table and JSON", default="experiments/results/error_bars", metavar="DIR")
     args = parser.parse_args(argv)
     places = named(Path(args.out) / "error_bars", ".json", ".md")
     files = Results(places, args.force, "command", "repeats", "error_bars", "corrected")

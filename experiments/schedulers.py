@@ -21,9 +21,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from sampling.options import add_out
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
 from sit_atconv.bench.results import Results
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.files import named
 from sit_atconv.markdown import markdown_table
 from sit_atconv.pipelines.schedulers import check_scheduler
@@ -196,8 +197,7 @@ def settings(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.schedulers", description=__doc__.splitlines()[0])
     default = Path(__file__).parent / "results" / "schedulers"
-    parser.add_argument("--out", type=Path, default=default, help="folder (default: experiments/results/schedulers)")
-    add_force(parser)
+    add_out(parser, "folder (default: experiments/results/schedulers)", type=Path, default=default)
     args = parser.parse_args(argv)
     files = Results(named(args.out / "schedulers", ".json", ".md"), args.force, "scheduler", "options")
     measured = list(rows())

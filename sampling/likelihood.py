@@ -7,7 +7,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from sampling.options import add_device, add_number, check_one_process
+from sampling.options import add_device, add_number, add_out, check_one_process
 from sit_atconv import draws, limits
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.config import make_recipe
@@ -16,7 +16,7 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError, add_force
+from sit_atconv.errors import InputError
 from sit_atconv.files import check_out, library_versions, new_path, shown
 from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
@@ -42,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--seed", limits.SEED, 0, "probes of image i are drawn from (seed, i)")
     add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
     add_device(parser)
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file: the mean and every image's")
-    add_force(parser)
+    add_out(parser, "JSON file: the mean and every image's", required=True, metavar="FILE")
     parser.set_defaults(run=run)
 
 

@@ -13,7 +13,7 @@ import torch
 from sit_atconv import limits, processes
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.devices import resolve_device
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, add_force
 from sit_atconv.fields import CHOICES, DEFAULT, HELP, WHEN
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.latents.codecs import reopen_codec
@@ -30,6 +30,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def add_number(parser: argparse.ArgumentParser, name: str, within: Range, default: Any, about: str, **more) -> None:
     """The option of a number within a range; its help ends in the default. more: as `add_argument` takes it."""
     parser.add_argument(name, **within.flag, default=default, help=f"{about} (default: {default})", **more)
+
+
+def add_out(parser: argparse.ArgumentParser, about: str, **more) -> None:
+    """The option of what is written, and --force beside it. more: as `add_argument` takes it."""
+    parser.add_argument("--out", help=about, **more)
+    add_force(parser)
 
 
 def add_device_options(parser: argparse.ArgumentParser, dtypes: Iterable[str] = DTYPES) -> None:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from sampling.options import DTYPES, add_device_options, add_number
-from sampling.speed import TOLERANCE, assert_close
+from sampling import baselines
+from sampling.options import DTYPES, add_device_options, add_number, add_out
+from sampling.speed import TOLERANCE, assert_close, with_random_weights
 from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, add_force, check_choice, command
+from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
 from sit_atconv.files import library_versions
 from sit_atconv.markdown import markdown_table
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
@@ -38,24 +39,12 @@ TOP1_SOURCES = (
 )
 
 
-class PaperATConv2d(nn.Module):
-    """An ATConv2d computed as published: 1x1 convolutions of maps, pooled after `kernel_proj`, one grouped convolution.
-
-    x (B, C, H, W) -> (B, C, H, W), the same function of the same weights as `layer`, up to rounding.
-    Raises ValueError for a layer with options that the paper does not have.
-    """
-
-    def __init__(self, layer: ATConv2d):
-        super().__init__()
-        if (layer.routing, layer.inhibition, layer.pool) != ("adaptive", "learned", "raster"):
-            raise ValueError(f"{layer}: the paper's form has adaptive routing, learned inhibition, raster pooling")
-        self.layer = layer
+class PaperATConv2d(baselines.PaperForm):
+    """The same of an ATConv2d on maps: 1x1 convolutions, x (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer, k = self.layer, self.layer.kernel_size
-        pooled = F.adaptive_avg_pool1d(pointwise(layer.kernel_proj, x).flatten(2), k * k)
-        kernels = layer.kernel_gen(layer.activation(pooled))
-        kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
+        layer = self.layer
+        kernels = self.kernels(pointwise(layer.kernel_proj, x).flatten(2))
         return pointwise(layer.proj, grouped_convolution(pointwise(layer.x_proj, x), kernels))
 
 
@@ -89,17 +78,6 @@ class PaperMLP(nn.Module):
         return pointwise(self.fc2, mixed)
 
 
-class Contiguous(nn.Module):
-    """A norm whose output is NCHW in memory: timm's hands on the channels-last view that it works on."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x).contiguous()
-
-
 class PaperForm(nn.Module):
     """An AttNet of the same weights with ATConv and MLP in the paper's form, and no memory format asked for.
 
@@ -115,8 +93,8 @@ class PaperForm(nn.Module):
                     setattr(module, name, PaperATConv2d(child))
                 elif isinstance(child, GatedMLP):
                     setattr(module, name, PaperMLP(child, nchw))
-                elif nchw and isinstance(child, LayerNorm2d):
-                    setattr(module, name, Contiguous(child))
+                elif nchw and isinstance(child, LayerNorm2d):  # which hands on the channels-last view that it works on
+                    child.register_forward_hook(lambda norm, args, y: y.contiguous())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.model.pos_embed(self.model.stem(x))
@@ -125,17 +103,9 @@ class PaperForm(nn.Module):
         return self.model.forward_head(x)
 
 
-@torch.no_grad()
 def random_attnet(name: str) -> AttNet:
     """The model with weights drawn so that every branch counts: a new one's layer scales hide what a block does."""
-    model = timm.create_model(name).eval()
-    generator = torch.Generator().manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.normal_(float(key.endswith(("weight", "gamma"))), 0.1, generator=generator)
-    return model
+    return with_random_weights(timm.create_model(name), lambda key: (float(key.endswith(("weight", "gamma"))), 0.1))
 
 
 def baseline(name: str, size: int) -> nn.Module:
@@ -245,10 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--size", limits.PIXELS, 224, f"a multiple of {STRIDE}", metavar="PX")
     add_number(parser, "--batch", limits.BATCH, 8, "images per call")
     add_number(parser, "--rounds", limits.ROUNDS, 15, "measurements of each, in turn")
-    parser.add_argument(
-        "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
-    )
-    add_force(parser)
+    add_out(parser, "for latency.* and cost.*, .json and .md", default="runs/attnet", metavar="FOLDER")
     add_device_options(parser, ("fp32", "bf16"))
     args = parser.parse_args(argv)
     device = resolve_device(args.device)

@@ -12,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,12 +24,12 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sampling.options import add_number
+from sampling.options import add_number, add_out
 from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.files import library_versions, named
 from sit_atconv.latents.encode import finish, write_shard
 from sit_atconv.markdown import markdown_table
@@ -180,11 +181,11 @@ class Rows(Dataset):
     def __init__(self, read: Read):
         self.read = read
 
-    def __getitems__(self, rows: list[int]) -> torch.Tensor:
+    def __getitem__(self, rows: list[int]) -> torch.Tensor:
         return self.read(rows)
 
 
-def anonymous_bytes() -> dict[str, int]:
+def anonymous_bytes() -> Counter:
     """Resident memory of this process and its children that no file stands behind, in two counts.
 
     "pss": pages that processes share, as a forked worker those of its parent, are counted once. "rss": VmRSS - RssFile,
@@ -195,7 +196,7 @@ def anonymous_bytes() -> dict[str, int]:
         rollup, status = (_kibibytes(f"/proc/{pid}/{name}") for name in ("smaps_rollup", "status"))
         pss += 1024 * (rollup["Pss_Anon"] + rollup["Pss_Shmem"])
         rss += 1024 * (status["VmRSS"] - status["RssFile"])
-    return {"pss": pss, "rss": rss}
+    return Counter(pss=pss, rss=rss)
 
 
 def _kibibytes(path: str) -> dict[str, int]:
@@ -203,7 +204,7 @@ def _kibibytes(path: str) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}
 
 
-def epoch(storage: str, folder: Path, total: int, batch: int, workers: int, seed: int) -> tuple[float, dict[str, int]]:
+def epoch(storage: str, folder: Path, total: int, batch: int, workers: int, seed: int) -> tuple[float, Counter]:
     """Latents per second over an epoch in random order, and the most anonymous memory meanwhile.
 
     Every batch is compared with what was asked for; the clock runs from the first batch on, past the start of workers.
@@ -212,28 +213,18 @@ def epoch(storage: str, folder: Path, total: int, batch: int, workers: int, seed
     place, opens = STORAGES[storage]
     order = np.random.default_rng(seed).permutation(total)
     batches = [order[start : start + batch].tolist() for start in range(0, total - batch + 1, batch)]
-    rows = Rows(opens(folder / place))
     context = "fork" if workers else None  # as loaders do by themselves, but not in a process that was spawned
-    loader = DataLoader(
-        rows,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=lambda moments: moments,
-        multiprocessing_context=context,
-    )
-    peak, begin = {"pss": 0, "rss": 0}, 0.0
+    rows = Rows(opens(folder / place))
+    loader = DataLoader(rows, None, sampler=batches, num_workers=workers, multiprocessing_context=context)
+    peak, begin = Counter(), 0.0
     for number, moments in enumerate(loader):
         if not number:
             begin = time.perf_counter()
         if not np.array_equal(numbers(moments.numpy()), batches[number]):
             raise RuntimeError(f"{storage}: batch {number} holds other latents than those asked for; not timed")
         if number % 64 == 1:
-            peak = _larger(peak, anonymous_bytes())
+            peak |= anonymous_bytes()  # of each count the larger one
     return batch * (len(batches) - 1) / (time.perf_counter() - begin), peak
-
-
-def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    return {key: max(one[key], other[key]) for key in one}
 
 
 def in_new_process(function: Callable, *arguments):
@@ -267,15 +258,14 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--workers", limits.WORKERS, 2, "loader processes")
     add_number(parser, "--rounds", limits.ROUNDS, 3, "epochs of each storage, in turn")
     parser.add_argument("--folder", metavar="DIR", help="where the temporary folder is made (default: the system's)")
-    parser.add_argument("--out", default="runs/cache", metavar="STEM", help="writes STEM.json and .md")
-    add_force(parser)
+    add_out(parser, "writes STEM.json and .md", default="runs/cache", metavar="STEM")
     args = parser.parse_args(argv)
     if args.latents < 2 * args.batch or args.latents % 2:
         parser.error(f"--latents {args.latents}: an even number, at least two batches")
     if args.folder is not None and not Path(args.folder).is_dir():
         raise InputError(f"--folder {args.folder!r}: no such folder; make it, or leave the option out")
     files = Results(named(args.out, ".json", ".md"), args.force, "machine", "latents", "goal", "rows")
-    rates, peaks = {name: [] for name in STORAGES}, {name: {"pss": 0, "rss": 0} for name in STORAGES}
+    rates, peaks = {name: [] for name in STORAGES}, {name: Counter() for name in STORAGES}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
         for name, make in tqdm(FOLDERS.items(), desc="make", unit="storage", leave=False, disable=None):
@@ -285,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         for number, name in tqdm(turns, desc="read", unit="epoch", leave=False, disable=None):
             rate, peak = in_new_process(epoch, name, folder, args.latents, args.batch, args.workers, number)
             rates[name].append(rate)
-            peaks[name] = _larger(peaks[name], peak)
+            peaks[name] |= peak
     result = {
         "machine": device_name(torch.device("cpu")), "cores": os.cpu_count(), "latents": args.latents, "shape": SHAPE,
         "batch": args.batch, "workers": args.workers, "rounds": args.rounds, "goal": GOAL,

@@ -16,12 +16,12 @@ import torch
 from tqdm import tqdm
 
 from experiments.bench.cache import make_cache
-from sampling.options import add_number
+from sampling.options import add_number, add_out
 from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.config import make_recipe
-from sit_atconv.errors import ArgumentParser, add_force, command
+from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import library_versions
 from sit_atconv.training import train
 from sit_atconv.training.objectives.flow import FlowObjective
@@ -68,27 +68,21 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def recipe(out: Path, cache: Path, steps: int, batch: int):
-    return make_recipe(
-        {
-            "run": {"out": str(out)},
-            "data": {"kind": "latents", "root": str(cache), "flip": True, "verify": False},
-            "latents": {"codec": "vae"},
-            "model": {"name": "SiT-S/2"},
-            "train": {"max_steps": steps, "batch_size": batch},
-            "preview": {"every": 0},
-        }
-    )
+def run(out: Path, steps: int, batch: int, **sections: dict) -> None:
+    """Train by a recipe of these sections."""
+    train(make_recipe({"run": {"out": str(out)}, "train": {"max_steps": steps, "batch_size": batch}, **sections}))
 
 
 def overhead(folder: Path, batch: int, steps: int, rounds: int) -> dict:
     """Medians of a whole step and of one without the model, seconds, from short runs in turn."""
     make_cache(folder, LATENTS)
+    data = {"kind": "latents", "root": str(folder), "flip": True, "verify": False}
+    sections = {"data": data, "latents": {"codec": "vae"}, "model": {"name": "SiT-S/2"}, "preview": {"every": 0}}
     whole, rest = [], []
     for number in tqdm(range(rounds), desc="loop", unit="round"):
         for without_model, times, count in ((False, whole, steps), (True, rest, 10 * steps)):
             with Steps(without_model) as timed:
-                train(recipe(folder / f"run-{number}-{without_model}", folder, count, batch))
+                run(folder / f"run-{number}-{without_model}", count, batch, **sections)
             times += timed.each()
     whole_s, rest_s = statistics.median(whole), statistics.median(rest)
     return {"step_s": whole_s, "without_model_s": rest_s, "overhead": rest_s / (whole_s - rest_s), "batch": batch}
@@ -98,14 +92,8 @@ def growth(folder: Path, steps: int) -> dict:
     """Resident memory after a tenth of the steps of a tiny run, at its end, and how much it grew."""
     tiny = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 1, "token_mixer": "atconv"}
     with Steps() as timed:
-        sections = {
-            "run": {"out": str(folder / "tiny")},
-            "model": tiny,
-            "train": {"max_steps": steps, "batch_size": 4},
-            "preview": {"every": steps // 20, "num": 4, "steps": 2},
-            "checkpoint": {"every": steps // 20},
-        }
-        train(make_recipe(sections))
+        often = {"every": steps // 20}
+        run(folder / "tiny", steps, 4, model=tiny, preview={**often, "num": 4, "steps": 2}, checkpoint=often)
     early, late = max(timed.memory[: steps // 10]), max(timed.memory)
     return {"steps": steps, "early_bytes": early, "most_bytes": late, "growth": late / early - 1}
 
@@ -128,8 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--steps", limits.ROUNDS, 5, "real steps of a round")
     add_number(parser, "--rounds", limits.ROUNDS, 3, "runs of each kind, in turn")
     add_number(parser, "--tiny-steps", limits.ROUNDS, 2000, "steps over which memory is watched")
-    parser.add_argument("--out", default="runs/loop.json", metavar="JSON")
-    add_force(parser)
+    add_out(parser, "file of all figures", default="runs/loop.json", metavar="JSON")
     args = parser.parse_args(argv)
     file = Results([args.out], args.force, "loop", "memory", "versions")
     with tempfile.TemporaryDirectory() as folder:

@@ -9,13 +9,14 @@ import argparse
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
-from sampling.options import DTYPES, add_device_options, add_number
+from sampling.options import DTYPES, add_device_options, add_number, add_out
 from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, add_force, command
+from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import library_versions, named
+from sit_atconv.markdown import markdown_table
 from sit_atconv.swap import swap_attention
 
 TEXT = 512  # tokens of Flux's text
@@ -74,16 +75,14 @@ def markdown(result: dict) -> str:
         f"{result['device']}, {result['dtype']}, batch {result['batch']}; attention is SDPA, "
         f" Flux has {TEXT} tokens of text. Medians of rounds that take turns.",
         "",
-        "| model | layer | image tokens | attention (ms) | swapped (ms) | ratio | GMACs |",
-        "|---|---|---:|---:|---:|---:|---:|",
     ]
+    head = ["model", "layer", "image tokens", "attention (ms)", "swapped (ms)", "ratio", "GMACs"]
+    rows = []
     for row in result["rows"]:
+        times = f"{row['attention_ms']:.1f}", f"{row['atconv_ms']:.1f}", f"{row['ratio']:.2f}x"
         macs = f"{row['attention_gmacs']:.2f} -> {row['atconv_gmacs']:.2f}"
-        lines.append(
-            f"| {row['model']} | `{row['layer']}` | {row['tokens']:,} | {row['attention_ms']:.1f} | "
-            f"{row['atconv_ms']:.1f} | {row['ratio']:.2f}x | {macs} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([row["model"], f"`{row['layer']}`", f"{row['tokens']:,}", *times, macs])
+    return "\n".join([*lines, markdown_table(head, rows, text=head[:2])]) + "\n"
 
 
 @command
@@ -92,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.swap", description=__doc__.partition(": ")[2])
     add_number(parser, "--batch", limits.BATCH, 1, "samples per call")
     add_device_options(parser, ("fp32", "bf16"))
-    parser.add_argument("--out", default="runs/swap", metavar="STEM", help="writes STEM.json and .md")
-    add_force(parser)
+    add_out(parser, "writes STEM.json and .md", default="runs/swap", metavar="STEM")
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     files = Results(named(args.out, ".json", ".md"), args.force, "device", "dtype", "rows", "versions")
