@@ -7,6 +7,7 @@ A bomb is right when it ends in an InputError; the table says what it took until
 
 import io
 import json
+import multiprocessing
 import os
 import resource
 import struct
@@ -33,6 +34,7 @@ from eval.report.runs import read_runs
 from eval.sources import open_source
 from eval.table import tabulate
 from sampling.labels import sample_labels
+from sampling.schedulers import FLOW
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import Data, load_recipe
 from sit_atconv.data import open_dataset
@@ -46,10 +48,11 @@ from sit_atconv.markdown import markdown_table
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines import export
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
-from sit_atconv.reading import parse_json, read_json
+from sit_atconv.reading import read_json
 from sit_atconv.vit import load_vit
 
 Read = Callable[[Path], object]
+forks = multiprocessing.get_context("fork")
 NESTED = "[" * 100_000
 SMALL = {"sample_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 1, "num_classes": 2, "in_channels": 1}
 
@@ -137,7 +140,7 @@ def autoencoder(path: Path, **options) -> Path:
 
 def pipeline(path: Path, **options) -> Path:
     """A small pipeline whose scheduler_config.json says something else."""
-    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    scheduler = DPMSolverMultistepScheduler(**FLOW)
     SiTPipeline(SiTTransformer2DModel(**SMALL), scheduler=scheduler).save_pretrained(path)
     return changed(path / "scheduler" / "scheduler_config.json", **options).parents[1]
 
@@ -244,25 +247,24 @@ def bombs(here: Path) -> dict[str, tuple[Path, Read]]:
 
 def measure(name: str, path: Path, read: Read) -> Taken:
     """Read a bomb in a child process. Linux alone: a child's peak begins with the memory that it was born with."""
-    out, into = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def reading() -> None:
         said, before, began = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         try:
             read(path)
         except InputError as error:
             said = str(error)
         except BaseException as error:
-            said = None
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         took = time.perf_counter() - began
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        os.write(into, json.dumps([(most - before) * 1024, took, said]).encode())
-        os._exit(0)
-    os.close(into)
-    with os.fdopen(out, "rb") as file:
-        memory, seconds, said = parse_json(file.read(), name, [object])
-    os.waitpid(child, 0)
+        its.send(((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, took, said))
+
+    ours, its = forks.Pipe()
+    child = forks.Process(target=reading)
+    child.start()
+    its.close()
+    memory, seconds, said = ours.recv()
+    child.join()
     files = [path] if path.is_file() else [each for each in path.iterdir() if each.is_file() and not each.is_symlink()]
     return Taken(name, sum(each.stat().st_size for each in files), memory, seconds, said)
 

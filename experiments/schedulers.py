@@ -22,6 +22,7 @@ from diffusers import (
 )
 
 from sampling.options import add_out
+from sampling.schedulers import FLOW
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
 from sit_atconv.bench.results import Results
 from sit_atconv.errors import ArgumentParser, InputError, command
@@ -33,7 +34,6 @@ MEANS, STDS = (0.5, -0.3), (1.28, 0.4)  # of the data, one channel each
 STEPS = (20, 80, 320)
 DRAWN = (32, 2, 32, 32)  # noise for schedulers that draw: 32,768 numbers a channel, so deviations are known to 0.4%
 
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 # Options that change nothing, all at once.
 IDLE_EULER = {"base_shift": 1.0, "max_shift": 2.0, "base_image_seq_len": 64, "max_image_seq_len": 64}
 IDLE_EULER |= {"time_shift_type": "linear"}
