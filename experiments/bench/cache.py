@@ -1,8 +1,9 @@
 """Time shuffled reads of a cache of latents, as training makes them, against other storages of the same numbers.
 
-A synthetic cache of ImageNet's shape is made in a temporary folder, and in the other forms beside it. Every storage is
-read through a DataLoader, in the same random order, up to the batch of moments that posterior draws would follow. All
-of it fits the page cache: what is compared is the way from there to a batch, not the disk.
+A synthetic cache of ImageNet's shape is made in a temporary folder, of TMPDIR where that is set, and in the other forms
+beside it. Every storage is read through a DataLoader, in the same random order, up to the batch of moments that
+posterior draws would follow. All of it fits the page cache: what is compared is the way from there to a batch, not the
+disk.
 """
 
 import json
@@ -29,7 +30,7 @@ from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
-from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import library_versions, named
 from sit_atconv.latents.encode import finish, write_shard
 from sit_atconv.markdown import markdown_table
@@ -257,16 +258,13 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--batch", limits.BATCH, 256, "latents per batch")
     add_number(parser, "--workers", limits.WORKERS, 2, "loader processes")
     add_number(parser, "--rounds", limits.ROUNDS, 3, "epochs of each storage, in turn")
-    parser.add_argument("--folder", metavar="DIR", help="where the temporary folder is made (default: the system's)")
     add_out(parser, "writes STEM.json and .md", default="runs/cache", metavar="STEM")
     args = parser.parse_args(argv)
     if args.latents < 2 * args.batch or args.latents % 2:
         parser.error(f"--latents {args.latents}: an even number, at least two batches")
-    if args.folder is not None and not Path(args.folder).is_dir():
-        raise InputError(f"--folder {args.folder!r}: no such folder; make it, or leave the option out")
     files = Results(named(args.out, ".json", ".md"), args.force, "machine", "latents", "goal", "rows")
     rates, peaks = {name: [] for name in STORAGES}, {name: Counter() for name in STORAGES}
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, make in tqdm(FOLDERS.items(), desc="make", unit="storage", leave=False, disable=None):
             (folder / name).mkdir()
