@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sampling.options import add_sampling_options, setup
+from sampling.options import add_number, add_out, add_sampling_options, setup
 from sampling.schedulers import SCHEDULERS, make_scheduler
 from sampling.schedulers import generate as generate_scheduled
 from sit_atconv import limits
 from sit_atconv.devices import numerics
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
+from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.files import REPORT, check_out, write_out
 from sit_atconv.sampling.sampling import check_labels, generate, grid_png, random_label
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     which.add_argument(
         "--classes", **limits.CLASS_ID.flag, nargs="+", metavar="ID", help="one image of each, in this order"
     )
-    which.add_argument("--num", **limits.PICTURE.flag, default=16, help="images of random classes (default: 16)")
+    add_number(which, "--num", limits.PICTURE, 16, "images of random classes")
     parser.add_argument(
         "--rows", **limits.PICTURE.flag, default=1, help="with --classes: rows of the grid, one image per class each"
     )
@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         "--scheduler", choices=SCHEDULERS, help="a diffusers scheduler in the place of --sampler; --steps are its steps"
     )
     parser.set_defaults(sampler=None)  # told from one that was asked for
-    parser.add_argument("--out", default="grid.png", help="PNG file (default: grid.png)")
-    add_force(parser)
+    add_out(parser, "PNG file (default: grid.png)", default="grid.png")
     args = parser.parse_args(argv)
     if args.rows != 1 and not args.classes:
         raise InputError(f"--rows {args.rows} goes with --classes")

@@ -24,7 +24,9 @@ import torch
 from tqdm import tqdm
 
 from experiments.ablation_plot import draw
+from sampling.options import add_out
 from sit_atconv import checkpoint, config, draws, limits
+from sit_atconv.bench.results import Results
 from sit_atconv.classification.evaluation import last_evaluation
 from sit_atconv.classification.plan import steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
@@ -32,8 +34,8 @@ from sit_atconv.classification.resolved import resolved as resolved_classifier
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.draws import Stream
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import library_versions, made_here, named, write_out
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
@@ -45,7 +47,7 @@ from sit_atconv.training.resolved import resolved
 TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]
 RESULT = "result.json"
 RESULT_FORM = {"system": str, "arm": str, "seed": COUNT, "loss": float, "top1?": float, "command": [str]}
-OURS = made_here("system", "seeds", "versions", "results")
+KEYS = ("system", "seeds", "versions", "results")  # of a system's JSON
 
 
 @dataclass(frozen=True)
@@ -240,22 +242,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--systems", nargs="+", choices=[system.name for system in SYSTEMS], default=["sit", "attnet"])
     parser.add_argument("--seeds", nargs="+", **limits.SEED.flag, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/ablation"))
-    add_force(parser)
+    add_out(parser, "folder of the tables", type=Path, default=Path("experiments/results/ablation"))
     parser.add_argument(
         "--processes", **limits.PROCESSES.flag, default=os.cpu_count(), help="runs at once (default: one per core)"
     )
     parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
     args = parser.parse_args(argv)
-    for name, end in itertools.product(args.systems, (".md", ".json", ".png")):
-        check_out(args.out / f"{name}{end}", force=args.force, ours=OURS)
-    if args.processes < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise InputError(
-            f"--processes {args.processes} --seeds {args.seeds}: at least one, and different ones from 0 on"
-        )
-    for system in SYSTEMS:
-        if system.name not in args.systems:
-            continue
+    systems = [system for system in SYSTEMS if system.name in args.systems]
+    files = [Results(named(args.out / system.name, ".md", ".json", ".png"), args.force, *KEYS) for system in systems]
+    if len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds {args.seeds}: give different ones")
+    for system, written in zip(systems, files, strict=True):
         cells = list(itertools.product(arms(), args.seeds))
         with ThreadPoolExecutor(args.processes) as pool:
             tasks = [pool.submit(make, system, args.runs, arm, seed, args.dry_run) for arm, seed in cells]
@@ -270,9 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         report = table(system, results)
         facts = {"system": system.name, "seeds": args.seeds, "versions": library_versions(), "results": results}
         picture = draw(system.name, system.figures["loss"], [arm.name for arm in arms()], results)
-        stated = json.dumps(facts, indent=1, allow_nan=False)
-        for end, content in ((".md", report), (".json", stated), (".png", picture)):
-            write_out(args.out / f"{system.name}{end}", content, force=args.force, ours=OURS)
+        written.write(report, facts, picture)
         print(f"{system.name}\n\n{report}\n")
 
 

@@ -7,6 +7,7 @@ A bomb is right when it ends in an InputError; the table says what it took until
 
 import io
 import json
+import multiprocessing
 import os
 import resource
 import struct
@@ -14,16 +15,17 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from PIL import Image
 from timm.models import save_for_hf
 
 from eval.extractor import Extractor
@@ -32,6 +34,7 @@ from eval.report.runs import read_runs
 from eval.sources import open_source
 from eval.table import tabulate
 from sampling.labels import sample_labels
+from sampling.schedulers import FLOW
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import Data, load_recipe
 from sit_atconv.data import open_dataset
@@ -45,9 +48,11 @@ from sit_atconv.markdown import markdown_table
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines import export
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
-from sit_atconv.reading import parse_json, read_json
+from sit_atconv.reading import read_json
 from sit_atconv.vit import load_vit
 
+Read = Callable[[Path], object]
+forks = multiprocessing.get_context("fork")
 NESTED = "[" * 100_000
 SMALL = {"sample_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 1, "num_classes": 2, "in_channels": 1}
 
@@ -64,15 +69,10 @@ class Taken:
 
 
 def png(width: int, height: int) -> bytes:
-    """A black image, a megabyte of pixels to a kilobyte of file."""
-    rows, deflate = b"\0" * (width * 3 + 1), zlib.compressobj(9)
-    data = b"".join([*(deflate.compress(rows) for _ in range(height)), deflate.flush()])
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    """A black image, of two colours so that this process takes no more than a byte a pixel."""
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def npy(dtype: str, shape: tuple[int, ...], zeros: int = 0) -> bytes:
@@ -84,6 +84,7 @@ def npy(dtype: str, shape: tuple[int, ...], zeros: int = 0) -> bytes:
 
 def archive(path: Path, **members: bytes) -> Path:
     """A compressed zip of these members, each a .npy."""
+    path = path.with_suffix(".npz")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content in members.items():
             file.writestr(f"{name}.npy", content)
@@ -139,7 +140,7 @@ def autoencoder(path: Path, **options) -> Path:
 
 def pipeline(path: Path, **options) -> Path:
     """A small pipeline whose scheduler_config.json says something else."""
-    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    scheduler = DPMSolverMultistepScheduler(**FLOW)
     SiTPipeline(SiTTransformer2DModel(**SMALL), scheduler=scheduler).save_pretrained(path)
     return changed(path / "scheduler" / "scheduler_config.json", **options).parents[1]
 
@@ -152,7 +153,6 @@ def classifier(path: Path, **options) -> Path:
 
 def card(path: Path, content: str) -> Path:
     """A folder of a dataset that tells this of itself."""
-    path.mkdir()
     return text(path / "README.md", f"---\n{content}\n---\n").parent
 
 
@@ -164,39 +164,46 @@ def changed(path: Path, **options) -> Path:
 
 
 def text(path: Path, content: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(content)
     return path
 
 
-def bombs(here: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
-    """What each is called, its file, and what reads it."""
-    linked = here / "linked" / "a"
-    linked.mkdir(parents=True)
-    (linked / "0.png").symlink_to("/dev/zero")
-    os.mkfifo(linked / "1.png")
-    told = here / "told"
-    told.mkdir()
-    square = here / "square.png"
-    square.write_bytes(png(13_000, 13_000))
-    aliases = "\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))])
-    zeros = 1 << 26
-    small, tb = npy("|u1", (2, 8, 8, 1), 128), 1 << 40
-    npz = {
-        "npz, arr_0 of 2^65 bytes": {"arr_0": npy("|u1", (2, 2**32, 2**32, 1))},
-        "npz, images of 2^27 pixels": {"arr_0": npy("|u1", (2, 1 << 14, 1 << 13, 1), 4 * zeros)},
-        "npz, labels of 8 TB": {"arr_0": small, "arr_1": npy("<i8", (tb,))},
-        "npz, labels of 64 MB for 2 images": {"arr_0": small, "arr_1": npy("<i8", (zeros // 8,), zeros)},
-    }
-    statistics = {
-        "npz, mu of 8 TB": {"mu": npy("<f8", (tb,)), "sigma": npy("<f8", (2, 2), 32)},
-        "npz, sigma of 64 MB for 2 features": {"mu": npy("<f8", (2,), 16), "sigma": npy("<f8", (zeros // 8, 1), zeros)},
-        "npz, meta of 64 MB": {"mu": npy("<f8", (2,), 16), "meta": npy("<U1", (zeros // 4 + 1,), zeros + 4)},
-    }
+def families(here: Path) -> Iterator[tuple[str, Callable[..., Path], dict[str, dict[str, Any]], Read]]:
+    """Bombs of one kind: what they are called, what makes a file or folder, with which options each, what reads it."""
+
+    def open_hub(path: Path) -> object:
+        return open_dataset(Data("hf", str(path), 8))
+
     with suppress(InputError):
-        _hub(here)  # the library itself is no part of what its files take
-    cards = {"100,000 brackets": NESTED, "10^11 aliases": aliases}
-    logged = here / "logged"
-    logged.mkdir()
+        open_hub(here)  # the library itself is no part of what its files take
+
+    brackets, zeros, small, tb = {"content": NESTED}, 1 << 26, npy("|u1", (2, 8, 8, 1), 128), 1 << 40
+    aliases = "\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))])
+    yamls = {"100,000 brackets": brackets, "10^11 aliases": {"content": aliases}}
+    sizes = {f"{size:.3g}": {"size": size} for size in (2**50, 2**64 - 1)}
+    yield "zip entry that states {} bytes", lying_zip, sizes, lambda path: Zip(str(path), 8)[0, False]
+    npz = {
+        "arr_0 of 2^65 bytes": {"arr_0": npy("|u1", (2, 2**32, 2**32, 1))},
+        "images of 2^27 pixels": {"arr_0": npy("|u1", (2, 1 << 14, 1 << 13, 1), 4 * zeros)},
+        "labels of 8 TB": {"arr_0": small, "arr_1": npy("<i8", (tb,))},
+        "labels of 64 MB for 2 images": {"arr_0": small, "arr_1": npy("<i8", (zeros // 8,), zeros)},
+    }
+    yield "npz, {}", archive, npz, open_source
+    moments = {
+        "mu of 8 TB": {"mu": npy("<f8", (tb,)), "sigma": npy("<f8", (2, 2), 32)},
+        "sigma of 64 MB for 2 features": {"mu": npy("<f8", (2,), 16), "sigma": npy("<f8", (zeros // 8, 1), zeros)},
+        "meta of 64 MB": {"mu": npy("<f8", (2,), 16), "meta": npy("<U1", (zeros // 4 + 1,), zeros + 4)},
+    }
+    extractor = Extractor("none", "none", torch.nn.Identity(), {}, torch.device("cpu"))
+    yield "npz, {}", archive, moments, lambda path: read_moments(path, extractor)
+    results = {"100,000 brackets": brackets, "3 million lists": {"content": f"[{'[],' * 3_000_000}0]"}}
+    yield "result of {}", text, results, lambda path: tabulate([path])
+    yield "recipe of {}", text, yamls, load_recipe
+    yield "README.md of a dataset, {}", card, yamls, open_hub
+    yield "--labels of {}", text, {"100,000 brackets": brackets}, lambda path: sample_labels(str(path), 2, 2, 0, 2)
+    configs = {"depth": 10**5, "sample_size": 10**6, "num_classes": 10**12, "mlp_ratio": 1e30}
+    yield "config.json, {}", model, each_alone(configs), load_trained
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 5000, "up_block_types": ["UpDecoderBlock2D"] * 5000}
     autoencoders = {
         "100,000 brackets": {}, "sample_size 10^6": {"sample_size": 10**6},
@@ -204,104 +211,60 @@ def bombs(here: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         "5,000 blocks": {"block_out_channels": [4] * 5000, **blocks},
         "layers_per_block 10^6": {"layers_per_block": 10**6},
     }  # fmt: skip
-    schedulers = {
-        "100,000 brackets": {}, "num_train_timesteps 10^9": {"num_train_timesteps": 10**9},
-        "solver_order 10^9": {"solver_order": 10**9},
-    }  # fmt: skip
-    configs = {"depth": 10**5, "sample_size": 10**6, "num_classes": 10**12, "mlp_ratio": 1e30}
-    return {
+    yield "config.json of a VAE, {}", autoencoder, autoencoders, lambda path: VaeCodec(str(path), 1)
+    schedulers = {"100,000 brackets": {}, **each_alone({"num_train_timesteps": 10**9, "solver_order": 10**9})}
+    yield "scheduler_config.json, {}", pipeline, schedulers, export.open_source
+    vits = each_alone({"depth": 10**5, "embed_dim": 1 << 16, "img_size": 10**5})
+    yield "config.json of timm, {}", classifier, vits, lambda path: load_vit(f"local-dir:{path}", "encoder", "")
+
+
+def each_alone(options: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {f"{name} {value:.3g}": {name: value} for name, value in options.items()}
+
+
+def bombs(here: Path) -> dict[str, tuple[Path, Read]]:
+    """What each is called, its file, and what reads it."""
+    linked, square = here / "linked", here / "square.png"
+    (linked / "a").mkdir(parents=True)
+    (linked / "a" / "0.png").symlink_to("/dev/zero")
+    os.mkfifo(linked / "a" / "1.png")
+    square.write_bytes(png(13_000, 13_000))
+    told = text(here / "told" / "manifest.json", NESTED).parent
+    logged = text(here / "logged" / "log.jsonl", '"' + "x" * (1 << 26)).parent
+    found = {
         "PNG of 13,000 x 13,000 pixels": (square, lambda path: decode(path.read_bytes(), 64, False, path.name)),
-        "image that is /dev/zero": (linked.parent, lambda path: Folder(str(path), 8)[0, False]),
-        "image that is a FIFO": (linked.parent, lambda path: Folder(str(path), 8)[1, False]),
-        **{
-            f"zip entry that states {size:.3g} bytes": (
-                lying_zip(here / f"{size}.zip", size),
-                lambda path: Zip(str(path), 8)[0, False],
-            )
-            for size in (2**50, 2**64 - 1)
-        },
+        "image that is /dev/zero": (linked, lambda path: Folder(str(path), 8)[0, False]),
+        "image that is a FIFO": (linked, lambda path: Folder(str(path), 8)[1, False]),
         "LMDB with the label 2^31 - 1": (lmdb_of(here / "lmdb", 2**31 - 1), lambda path: Lmdb(str(path), 8)[0, False]),
-        **{name: (archive(here / f"{name}.npz", **members), open_source) for name, members in npz.items()},
-        **{name: (archive(here / f"{name}.npz", **members), _moments) for name, members in statistics.items()},
-        "manifest.json of 100,000 brackets": (text(told / "manifest.json", NESTED).parent, open_source),
-        "result of 100,000 brackets": (text(here / "brackets.json", NESTED), _table),
-        "result of 3 million lists": (text(here / "lists.json", f"[{'[],' * 3_000_000}0]"), _table),
-        "recipe of 100,000 brackets": (text(here / "brackets.yaml", NESTED), load_recipe),
-        "recipe of 10^11 aliases": (text(here / "aliases.yaml", aliases), load_recipe),
-        **{
-            f"config.json, {name} {value:.3g}": (model(here / name, **{name: value}), load_trained)
-            for name, value in configs.items()
-        },
-        **{
-            f"config.json of a VAE, {name}": (autoencoder(here / f"vae-{number}", **options), _vae)
-            for number, (name, options) in enumerate(autoencoders.items())
-        },
-        **{
-            f"scheduler_config.json, {name}": (pipeline(here / f"scheduler-{number}", **options), export.open_source)
-            for number, (name, options) in enumerate(schedulers.items())
-        },
-        **{
-            f"config.json of timm, {name} {value:.3g}": (classifier(here / f"vit-{name}", **{name: value}), _vit)
-            for name, value in {"depth": 10**5, "embed_dim": 1 << 16, "img_size": 10**5}.items()
-        },
-        **{
-            f"README.md of a dataset, {name}": (card(here / f"card-{number}", content), _hub)
-            for number, (name, content) in enumerate(cards.items())
-        },
-        "--labels of 100,000 brackets": (text(here / "labels", NESTED), _labels),
-        "log.jsonl of a line of 64 MB": (text(logged / "log.jsonl", '"' + "x" * zeros).parent, _report),
+        "manifest.json of 100,000 brackets": (told, open_source),
+        "log.jsonl of a line of 64 MB": (logged, lambda path: read_runs([str(path)])),
     }
+    for family, (called, make, each, read) in enumerate(families(here)):
+        for number, (name, options) in enumerate(each.items()):
+            found[called.format(name)] = make(here / f"{family}-{number}", **options), read
+    return found
 
 
-def _labels(path: Path) -> object:
-    return sample_labels(str(path), 2, 2, 0, 2)
-
-
-def _report(path: Path) -> object:
-    return read_runs([str(path)])
-
-
-def _vae(path: Path) -> object:
-    return VaeCodec(str(path), 1)
-
-
-def _vit(path: Path) -> object:
-    return load_vit(f"local-dir:{path}", "encoder", "")
-
-
-def _hub(path: Path) -> object:
-    return open_dataset(Data("hf", str(path), 8))
-
-
-def _table(path: Path) -> object:
-    return tabulate([path])
-
-
-def _moments(path: Path) -> object:
-    return read_moments(path, Extractor("none", "none", torch.nn.Identity(), {}, torch.device("cpu")))
-
-
-def measure(name: str, path: Path, read: Callable[[Path], object]) -> Taken:
+def measure(name: str, path: Path, read: Read) -> Taken:
     """Read a bomb in a child process. Linux alone: a child's peak begins with the memory that it was born with."""
-    out, into = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def reading() -> None:
         said, before, began = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         try:
             read(path)
         except InputError as error:
             said = str(error)
         except BaseException as error:
-            said = None
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         took = time.perf_counter() - began
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        os.write(into, json.dumps([(most - before) * 1024, took, said]).encode())
-        os._exit(0)
-    os.close(into)
-    with os.fdopen(out, "rb") as file:
-        memory, seconds, said = parse_json(file.read(), name, [object])
-    os.waitpid(child, 0)
+        its.send(((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, took, said))
+
+    ours, its = forks.Pipe()
+    child = forks.Process(target=reading)
+    child.start()
+    its.close()
+    memory, seconds, said = ours.recv()
+    child.join()
     files = [path] if path.is_file() else [each for each in path.iterdir() if each.is_file() and not each.is_symlink()]
     return Taken(name, sum(each.stat().st_size for each in files), memory, seconds, said)
 

@@ -4,7 +4,6 @@ Features are drawn from a mixture of Gaussians whose moments are known, and scor
 calls. Stated: root mean square of the stated errors of all repeats. Spread: standard deviation of their values.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from eval.moments import Moments
 from eval.refs import Reference
 from eval.score import Held, Metric, frechet_metric, other_metrics, stream_sums
 from eval.sources import class_histogram
+from sampling.options import add_number, add_out
 from sit_atconv import limits
-from sit_atconv.errors import ArgumentParser, add_force, command
-from sit_atconv.files import check_out, made_here, write_out
+from sit_atconv.bench.results import Results
+from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.files import named
 from sit_atconv.markdown import markdown_table
 
 FEATURES, IMAGES, REAL = 16, 400, 1000
@@ -33,13 +34,12 @@ WIDE = 64  # features of it
 
 @dataclass(frozen=True)
 class Draw:
-    """How images get their classes: in turns, or at random; known: whether scoring sees them; rule: of the manifest."""
+    """How images get their classes: in turns, or at random; known: whether scoring sees them."""
 
     name: str
     classes: int
     balanced: bool = True
     known: bool = True
-    rule: str | None = None
 
     def labels(self, rng: np.random.Generator, n: int) -> np.ndarray:
         return np.arange(n) % self.classes if self.balanced else rng.integers(self.classes, size=n)
@@ -88,7 +88,7 @@ def scored(
     labels = draw.labels(rng, n)
     x = mixture.draw(rng, labels)
     held = Held({"pool": x, "logits": mixture.logits(x)}, labels if draw.known else None)
-    design = design_of(n, class_histogram(held.labels), draw.rule)
+    design = design_of(n, class_histogram(held.labels))
     groups = design.group_ids(held.labels, n)
     wanted = ["is", "pr", "kid", *["recognised"] * draw.known]
     found = {"frechet_distance": frechet_metric(stream_sums(held, "pool", groups), reference.moments["pool"])}
@@ -176,17 +176,12 @@ def markdown(result: dict[str, Any]) -> str:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.error_bars", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--repeats",
-        **limits.Range(2, 100_000, "a spread needs two draws, and each takes seconds").flag,
-        default=100,
-        help="draws of each kind (default: 100)",
-    )
-    parser.add_argument("--out", default="experiments/results/error_bars", metavar="DIR", help="of its table and JSON")
-    add_force(parser)
+    repeats = limits.Range(2, 100_000, "a spread needs two draws, and each takes seconds")
+    add_number(parser, "--repeats", repeats, 100, "draws of each kind")
+    add_out(parser, "of its table and JSON", default="experiments/results/error_bars", metavar="DIR")
     args = parser.parse_args(argv)
-    ours = made_here("command", "repeats", "error_bars", "corrected")
-    files = [check_out(Path(args.out) / f"error_bars{end}", force=args.force, ours=ours) for end in (".json", ".md")]
+    places = named(Path(args.out) / "error_bars", ".json", ".md")
+    files = Results(places, args.force, "command", "repeats", "error_bars", "corrected")
     result = {
         "command": "python -m experiments.error_bars",
         "repeats": args.repeats,
@@ -194,8 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         "corrected": [correction(ratio, args.repeats) for ratio in RATIOS],
     }
     text = markdown(result)
-    for file, content in zip(files, (json.dumps(result, indent=1) + "\n", text), strict=True):
-        write_out(file, content, force=args.force, ours=ours)
+    files.write(result, text)
     print(text, end="")
 
 

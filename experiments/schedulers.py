@@ -21,9 +21,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from sampling.options import add_out
+from sampling.schedulers import FLOW
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, made_here, write_out
+from sit_atconv.bench.results import Results
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import named
 from sit_atconv.markdown import markdown_table
 from sit_atconv.pipelines.schedulers import check_scheduler
 
@@ -31,7 +34,6 @@ MEANS, STDS = (0.5, -0.3), (1.28, 0.4)  # of the data, one channel each
 STEPS = (20, 80, 320)
 DRAWN = (32, 2, 32, 32)  # noise for schedulers that draw: 32,768 numbers a channel, so deviations are known to 0.4%
 
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 # Options that change nothing, all at once.
 IDLE_EULER = {"base_shift": 1.0, "max_shift": 2.0, "base_image_seq_len": 64, "max_image_seq_len": 64}
 IDLE_EULER |= {"time_shift_type": "linear"}
@@ -195,16 +197,12 @@ def settings(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.schedulers", description=__doc__.splitlines()[0])
     default = Path(__file__).parent / "results" / "schedulers"
-    parser.add_argument("--out", type=Path, default=default, help="folder (default: experiments/results/schedulers)")
-    add_force(parser)
+    add_out(parser, "folder (default: experiments/results/schedulers)", type=Path, default=default)
     args = parser.parse_args(argv)
-    ours = made_here("scheduler", "options")
-    files = [check_out(args.out / f"schedulers{end}", force=args.force, ours=ours) for end in (".json", ".md")]
+    files = Results(named(args.out / "schedulers", ".json", ".md"), args.force, "scheduler", "options")
     measured = list(rows())
     stated = "[\n" + ",\n".join(map(json.dumps, measured)) + "\n]\n"
-    told = f"# diffusers' schedulers against a closed form\n\n{table(measured)}\n"
-    for file, content in zip(files, (stated, told), strict=True):
-        write_out(file, content, force=args.force, ours=ours)
+    files.write(stated, f"# diffusers' schedulers against a closed form\n\n{table(measured)}\n")
     refused = sum("refused" in row for row in measured)
     print(f"{len(measured) - refused} settings measured, {refused} refused: {args.out}")
 

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,7 +34,7 @@ from eval.score import OFFERED, RESULT
 from eval.sources import from_arrays, open_source
 from sampling import generate
 from sampling.labels import RULES, sample_labels
-from sampling.options import DTYPES, SHORT, flag
+from sampling.options import DTYPES, SHORT, add_number, flag
 from sampling.samples import FORMATS, MANIFEST
 from sit_atconv import checkpoint, config, limits
 from sit_atconv.claims import SETTINGS
@@ -191,6 +192,7 @@ class Model:
     label: str  # of its files
     method: str | None  # of its row, None for what its training says
     ckpt: Path
+    samples: Path  # a folder for each sampler: in its run, or for one that was trained elsewhere beside the runs
     train: list[str] | None  # the words that train it, or None where it was trained elsewhere
     recipe: config.Recipe | None
 
@@ -203,9 +205,12 @@ def models(table: Table) -> list[Model]:
             run = Path(table.runs) / f"{entry.name}-seed{seed}"
             overrides = [override.replace("{seed}", str(seed)) for override in entry.overrides]
             words = [entry.recipe, *overrides, f"run.seed={seed}", f"run.out={run}"]
-            found.append(Model(run.name, entry.method, run, words, config.load_recipe(words[0], words[1:])))
+            recipe = config.load_recipe(words[0], words[1:])
+            found.append(Model(run.name, entry.method, run, run / "samples", words, recipe))
         for number, ckpt in enumerate(entry.ckpts):
-            found.append(Model(f"{entry.name}-{number}", entry.method, Path(ckpt), None, None))
+            label = f"{entry.name}-{number}"
+            samples = Path(table.runs) / label / "samples"
+            found.append(Model(label, entry.method, Path(ckpt), samples, None, None))
     return found
 
 
@@ -375,9 +380,7 @@ def call(words: list[str]) -> tuple[int, signal.Signals | None]:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.table", description=__doc__.split("\n")[0])
     parser.add_argument("file", help="YAML file of a table, see experiments/tables")
-    parser.add_argument(
-        "--processes", **limits.PROCESSES.flag, default=1, metavar="N", help="processes per command (default: 1)"
-    )
+    add_number(parser, "--processes", limits.PROCESSES, 1, "processes per command", metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
     args = parser.parse_args(argv)
     table = load_table(Path(args.file))
@@ -395,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def make(table: Table, wanted: list[Model], run: Runner) -> None:
     """Make what is missing of a table. Raises InputError where a command fails; what was made stays."""
-    if run.processes > 1 and "ACCELERATE_USE_CPU" not in os.environ and not _has_accelerator():
+    if run.processes > 1 and "ACCELERATE_USE_CPU" not in os.environ and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
     for model in wanted:
         if not is_trained(model):
@@ -406,8 +409,8 @@ def make(table: Table, wanted: list[Model], run: Runner) -> None:
     results: dict[str, list[str]] = {}
     for sampler in table.samplers:
         for model in wanted:
-            samples = _samples(table, model, sampler)
-            if not is_sampled(table, model, sampler):
+            samples = model.samples / sampler.name
+            if not is_sampled(model, sampler):
                 run(["-m", "sampling", "generate", *generate_words(table, model, sampler)], shared=True)
             if not is_scored(samples, table):
                 score = ["-m", "eval", "score", str(samples), "--ref", table.ref, "--metrics", ",".join(table.metrics)]
@@ -449,7 +452,7 @@ def copy_result(source: Path, target: Path) -> None:
 def generate_words(table: Table, model: Model, sampler: Sampler) -> list[str]:
     """Options of `python -m sampling generate`."""
     words = ["--ckpt", str(model.ckpt), "--num", str(table.num), "--format", table.format]
-    return [*words, *sampler.options(), "--out", str(_samples(table, model, sampler))]
+    return [*words, *sampler.options(), "--out", str(model.samples / sampler.name)]
 
 
 def stored_settings(samples: Path) -> tuple[dict[str, Any], bool] | None:
@@ -468,7 +471,7 @@ def stored_settings(samples: Path) -> tuple[dict[str, Any], bool] | None:
 
 def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
     """Raise InputError where samples are there that were begun with settings other than the table's."""
-    samples = _samples(table, model, sampler)
+    samples = model.samples / sampler.name
     if (stored := stored_settings(samples)) is None:
         return
     parser = ArgumentParser()
@@ -488,9 +491,9 @@ def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
         )
 
 
-def is_sampled(table: Table, model: Model, sampler: Sampler) -> bool:
+def is_sampled(model: Model, sampler: Sampler) -> bool:
     """Whether the samples, which have passed `check_samples`, are complete and of the checkpoint that is there now."""
-    stored = stored_settings(_samples(table, model, sampler))
+    stored = stored_settings(model.samples / sampler.name)
     if stored is None or not stored[1]:
         return False
     manifest = stored[0]
@@ -500,19 +503,6 @@ def is_sampled(table: Table, model: Model, sampler: Sampler) -> bool:
         return manifest.get("checkpoint_sha256") == checkpoint.load_trained(model.ckpt).files
     except InputError:  # which sampling tells
         return False
-
-
-def _samples(table: Table, model: Model, sampler: Sampler) -> Path:
-    """Where the samples of a model lie: in its run, or for one that was trained elsewhere beside the runs."""
-    if model.recipe is not None:
-        return model.ckpt / "samples" / sampler.name
-    return Path(table.runs) / model.label / "samples" / sampler.name
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
 
 
 if __name__ == "__main__":

@@ -30,11 +30,16 @@ class PaperForm(nn.Module):
             raise ValueError(f"{layer}: the paper's form has adaptive routing, learned inhibition, raster pooling")
         self.layer = layer
 
+    def kernels(self, keys: torch.Tensor) -> torch.Tensor:
+        """From `kernel_proj` of all tokens, (B, C, N), to the kernels (B, C, K)."""
+        layer = self.layer
+        pooled = layer.activation(F.adaptive_avg_pool1d(keys, layer.kernel_size**2))
+        kernels = F.linear(pooled, layer.kernel_gen.weight, layer.kernel_gen.bias)  # never as sums
+        return kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer, k = self.layer, self.layer.kernel_size
-        keys = F.adaptive_avg_pool1d(linear(layer.kernel_proj, x).flatten(1, 2).transpose(1, 2), k * k)
-        kernels = F.linear(layer.activation(keys), layer.kernel_gen.weight, layer.kernel_gen.bias)  # never as sums
-        kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
+        layer = self.layer
+        kernels = self.kernels(linear(layer.kernel_proj, x).flatten(1, 2).transpose(1, 2))
         mixed = grouped_convolution(linear(layer.x_proj, x).permute(0, 3, 1, 2), kernels)
         return linear(layer.proj, mixed.permute(0, 2, 3, 1))
 

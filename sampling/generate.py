@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 from sampling.labels import labels_rule, sample_labels
-from sampling.options import Setup, add_sampling_options, sampling_asked, setup
+from sampling.options import Setup, add_out, add_sampling_options, sampling_asked, setup
 from sampling.samples import FORMATS, PLACES, Samples, check_place
 from sit_atconv import limits, processes
 from sit_atconv.comparison import differences
 from sit_atconv.devices import numerics
-from sit_atconv.errors import InputError, add_force
+from sit_atconv.errors import InputError
 from sit_atconv.files import library_versions, shown
 from sit_atconv.images import UINT8_RULE
 from sit_atconv.models.cost import count_parameters
@@ -32,10 +32,7 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser)
     parser.add_argument("--num", **limits.IMAGES.flag, required=True, help="number of images")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="new folder for the images, or one that the same command began"
-    )
-    add_force(parser)
+    add_out(parser, "new folder for the images, or one that the same command began", required=True, metavar="DIR")
     parser.add_argument(
         "--labels", default="balanced", metavar="balanced|random|FILE",
         help="image i has class i mod classes, one drawn from (seed, i), or that of line i + 1 of a file "

@@ -7,7 +7,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from sampling.options import check_one_process
+from sampling.options import add_device, add_number, add_out, check_one_process
 from sit_atconv import draws, limits
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.config import make_recipe
@@ -16,7 +16,7 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError, add_force
+from sit_atconv.errors import InputError
 from sit_atconv.files import check_out, library_versions, new_path, shown
 from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
@@ -35,23 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", choices=("test", "train"), default="test",
         help="held-out images, which the digits have, or those that the model was trained on (default: test)",
     )  # fmt: skip
-    parser.add_argument(
-        "--probes",
-        **limits.Range(1, 10_000, "each is a backward pass in every network call").flag,
-        default=1,
-        help="random probes per image (default: 1)",
-    )
+    probes = limits.Range(1, 10_000, "each is a backward pass in every network call")
+    add_number(parser, "--probes", probes, 1, "random probes per image")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dopri5", help="ODE solver (default: dopri5)")
-    parser.add_argument("--steps", **limits.EVALUATIONS.flag, default=50, help="dopri5 sets its own (default: 50)")
-    parser.add_argument(
-        "--seed", **limits.SEED.flag, default=0, help="probes of image i are drawn from (seed, i) (default: 0)"
-    )
-    parser.add_argument(
-        "--batch", **limits.BATCH.flag, default=64, metavar="N", help="images per network call (default: 64)"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file: the mean and every image's")
-    add_force(parser)
+    add_number(parser, "--steps", limits.EVALUATIONS, 50, "dopri5 sets its own")
+    add_number(parser, "--seed", limits.SEED, 0, "probes of image i are drawn from (seed, i)")
+    add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
+    add_device(parser)
+    add_out(parser, "JSON file: the mean and every image's", required=True, metavar="FILE")
     parser.set_defaults(run=run)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 from sit_atconv import limits, processes
 from sit_atconv.checkpoint import Trained, load_trained
 from sit_atconv.devices import resolve_device
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, add_force
 from sit_atconv.fields import CHOICES, DEFAULT, HELP, WHEN
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.latents.codecs import reopen_codec
 from sit_atconv.layers.atconv import check_backend
-from sit_atconv.limits import RANGE
+from sit_atconv.limits import RANGE, Range
 from sit_atconv.sampling.settings import Sampling
 
 # What a setting is called on a command line and in a table, where that is not its name.
@@ -27,8 +27,23 @@ VAE_BATCH = 16  # images per pass through the decoder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the network (default: fp32)")
+def add_number(parser: argparse.ArgumentParser, name: str, within: Range, default: Any, about: str, **more) -> None:
+    """The option of a number within a range; its help ends in the default. more: as `add_argument` takes it."""
+    parser.add_argument(name, **within.flag, default=default, help=f"{about} (default: {default})", **more)
+
+
+def add_out(parser: argparse.ArgumentParser, about: str, **more) -> None:
+    """The option of what is written, and --force beside it. more: as `add_argument` takes it."""
+    parser.add_argument("--out", help=about, **more)
+    add_force(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser, dtypes: Iterable[str] = DTYPES) -> None:
+    parser.add_argument("--dtype", choices=dtypes, default="fp32", help="dtype of the network (default: fp32)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
 
 
@@ -65,12 +80,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, its ema/ folder, or a model"
     )
     add_settings(parser)
-    parser.add_argument(
-        "--seed", **limits.SEED.flag, default=0, help="noise of image i is drawn from (seed, i) (default: 0)"
-    )
-    parser.add_argument(
-        "--batch", **limits.BATCH.flag, default=64, metavar="N", help="images per network call (default: 64)"
-    )
+    add_number(parser, "--seed", limits.SEED, 0, "noise of image i is drawn from (seed, i)")
+    add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
     parser.add_argument(
         "--vae", metavar="PATH", help="the autoencoder of a model alone, or of a checkpoint's that moved"
     )

@@ -1,17 +1,21 @@
 """The plot that the timing commands draw."""
 
+from collections.abc import Iterable
+
 from sit_atconv.files import figure_png
 
 LIMIT = ", GEMM limit"  # a line of this name is dashed, in the colour of the line that it limits
 
 
-def plot_latency(
-    panels: dict[str, dict[str, list[tuple[float, float]]]], title: str, x_label: str, y_label: str
-) -> bytes:
-    """A PNG: a panel per entry, in it a line through the points (x, y) of each name; both axes logarithmic."""
+def plot_latency(points: Iterable[tuple[str, str, float, float]], title: str, x_label: str, y_label: str) -> bytes:
+    """A PNG of points (pass, name, x, y): a panel per pass, in it a line for each name; both axes logarithmic."""
     from matplotlib.figure import Figure  # here: slow to import, and commands that draw nothing do without
     from matplotlib.ticker import LogLocator, NullLocator
 
+    panels: dict[str, dict[str, list]] = {}
+    for step, name, x, y in points:
+        lines = panels.setdefault("forward and backward" if step == "backward" else step, {})
+        lines.setdefault(name, []).append((x, y))
     figure = Figure(figsize=(5 * len(panels) + 1, 5.5), layout="constrained")
     shown, colors = {}, {}
     for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

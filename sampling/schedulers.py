@@ -20,13 +20,13 @@ from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.sampling.sampling import render
 from sit_atconv.sampling.settings import Sampling
 
-_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SCHEDULERS = {
     "flow-match-euler": (FlowMatchEulerDiscreteScheduler, {}),
     "flow-match-heun": (FlowMatchHeunDiscreteScheduler, {}),
     "flow-match-lcm": (FlowMatchLCMScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, _FLOW),
-    "dpm++": (DPMSolverMultistepScheduler, _FLOW),
+    "unipc": (UniPCMultistepScheduler, FLOW),
+    "dpm++": (DPMSolverMultistepScheduler, FLOW),
 }
 
 

@@ -1,22 +1,23 @@
 """Time models against attention, the paper's form of ATConv, and their own matrix products, interleaved."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
+from accelerate.utils import patch_environment
 
 from sampling.baselines import MatrixProducts, attention_twin, in_paper_form
-from sampling.options import DTYPES, add_device_options, add_settings, sampling_asked
+from sampling.options import DTYPES, add_device_options, add_number, add_out, add_settings, sampling_asked
 from sampling.plots import LIMIT, plot_latency
 from sit_atconv import limits
-from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept, peak_bytes
+from sit_atconv.bench.results import Results
+from sit_atconv.bench.timing import Timing, caption, commit, device_name, interleaved, memory_kept, peak_bytes
 from sit_atconv.devices import import_compiler, numerics, resolve_device
-from sit_atconv.errors import InputError, add_force, check_choice
-from sit_atconv.files import check_out, library_versions, made_here, named, write_out
+from sit_atconv.errors import InputError, check_choice
+from sit_atconv.files import library_versions, named
 from sit_atconv.markdown import markdown_table
 from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
@@ -24,10 +25,12 @@ from sit_atconv.ops.atconv import BACKEND_VARIABLE
 from sit_atconv.sampling.sampling import sample_latents
 from sit_atconv.sampling.settings import Sampling
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
 PIXELS_PER_LATENT = 8  # of the Stable-Diffusion autoencoders
 PASSES = ("forward", "backward", "sampling")
 BASELINES = ("attention", "paper", "gemm")
-OURS = made_here("rounds", "compiled", "backend", "sampling", "rows")
+KEYS = ("rounds", "compiled", "backend", "sampling", "rows")  # by which its JSON is known
 PAPER = " (paper's form)"
 # Largest distance of an output from another form of the same function, over its norm.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -35,15 +38,11 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="presets, such as SiT-ATConv-XL/2")
+    sizes = limits.Range(1, 8_192, "attention over the tokens of more pixels fits no memory")
     parser.add_argument(
-        "--sizes",
-        nargs="+",
-        **limits.Range(1, 8_192, "attention over the tokens of more pixels fits no memory").flag,
-        default=[256],
-        metavar="PX",
-        help="image sizes (default: 256)",
+        "--sizes", nargs="+", **sizes.flag, default=[256], metavar="PX", help="image sizes (default: 256)"
     )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=1, help="images per network evaluation (default: 1)")
+    add_number(parser, "--batch", limits.BATCH, 1, "images per network evaluation")
     parser.add_argument(
         "--passes", nargs="+", choices=PASSES, default=["forward"],
         help="forward; backward (forward and backward); sampling (a whole guided run); default: forward",
@@ -54,14 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its matrix products alone (default: all)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, of the baselines too")
-    parser.add_argument(
-        "--rounds", **limits.ROUNDS.flag, default=10, help="measurements of each, in turn (default: 10)"
-    )
-    parser.add_argument("--out", default="runs/speed", metavar="STEM", help="writes STEM.json, STEM.md and STEM.png")
-    add_force(parser)
+    add_number(parser, "--rounds", limits.ROUNDS, 10, "measurements of each, in turn")
+    add_out(parser, "writes STEM.json, STEM.md and STEM.png", default="runs/speed", metavar="STEM")
     add_settings(parser, leave_out=("guidance_channels", "guidance_interval", "epsilon"))
     add_device_options(parser)
     parser.set_defaults(run=run)
+
+
+def timed(calls: dict[str, Callable], rounds: int, device: torch.device, label: str) -> dict[str, Timing]:
+    """`interleaved`, by name."""
+    return dict(zip(calls, interleaved([*calls.values()], rounds, device, label), strict=True))
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,18 @@ class Setting:
 
 
 @torch.no_grad()
+def with_random_weights(model: Model, vectors: Callable[[str], tuple[float, float]]) -> Model:
+    """The model, in eval mode, with weights drawn at random; vectors: mean and deviation of a vector, by its name."""
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        mean, std = (0.0, parameter[0].numel() ** -0.5) if parameter.ndim > 1 else vectors(key)
+        parameter.normal_(mean, std, generator=generator)
+    return model.eval()
+
+
 def random_model(name: str, sample_size: int) -> SiTTransformer2DModel:
     """The preset with every weight drawn at random: a new model's gates are zero, and zeros can be quicker."""
-    model = create_model(name, sample_size).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.normal_(std=0.02, generator=generator)
-    return model
+    return with_random_weights(create_model(name, sample_size), lambda key: (0.0, 0.02))
 
 
 def contenders(names: list[str], latent: int, setting: Setting) -> dict[str, SiTTransformer2DModel]:
@@ -127,19 +130,6 @@ def assert_close(what: str, actual: torch.Tensor, expected: torch.Tensor, tolera
     distance = ((actual - expected).float().norm() / expected.float().norm()).item()
     if not (actual.isfinite().all() and actual.any() and distance <= tolerance):
         raise RuntimeError(f"{what} is {distance:.1e} away from what it must be; not timed")
-
-
-@contextmanager
-def oracle():
-    """Within it, every ATConv layer computes by the readable reference."""
-    before = os.environ.get(BACKEND_VARIABLE)
-    os.environ[BACKEND_VARIABLE] = "reference"
-    try:
-        yield
-    finally:
-        del os.environ[BACKEND_VARIABLE]
-        if before is not None:
-            os.environ[BACKEND_VARIABLE] = before
 
 
 def results(model: SiTTransformer2DModel, inputs: tuple, passes: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -209,7 +199,7 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
     torch.compiler.reset()
     with torch.compiler.config.patch(automatic_dynamic_shapes=False, recompile_limit=256):
         for name, model in models.items():
-            with oracle():
+            with patch_environment(**{BACKEND_VARIABLE: "reference"}):
                 expected = results(models[name.removesuffix(PAPER)], inputs, setting.passes)
             check(f"{name} at {size} px", results(model, inputs, setting.passes), expected, setting.dtype)
             shapes = without_weights(model)
@@ -234,11 +224,11 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
 def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size: int, setting: Setting) -> list[dict]:
     """Time one pass of every model, and its matrix products, in turn."""
     calls = {name: make_call(model, p, inputs, setting) for name, model in models.items()}
-    limits = {name: product for (name, of), product in products.items() if of == p}
-    timings = interleaved([*calls.values(), *limits.values()], setting.rounds, setting.device, f"{p} at {size} px")
-    taken, limit_taken = dict(zip(calls, timings, strict=False)), dict(zip(limits, timings[len(calls) :], strict=True))
+    bounds = {name + LIMIT: product for (name, of), product in products.items() if of == p}
+    taken = timed(calls | bounds, setting.rounds, setting.device, f"{p} at {size} px")
     rows = []
-    for name, timing in taken.items():
+    for name in calls:
+        timing, limit = taken[name], taken.get(name + LIMIT)
         model = name.removesuffix(PAPER)
         twin, paper = taken.get(attention_twin(model)), taken.get(model + PAPER)
         nfe = evaluations(setting.sampling)
@@ -246,7 +236,6 @@ def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size
             nfe = calls[name]()
         per_evaluation = timing.median / (nfe if p == "sampling" else 1)
         images = setting.batch / (nfe * per_evaluation) if nfe and p != "backward" else None
-        limit = limit_taken.get(name)
         rows.append(
             {
                 "model": name,
@@ -305,15 +294,14 @@ def to_markdown(result: dict) -> str:
 
 def plot(result: dict) -> bytes:
     """A PNG: ms/NFE against resolution, a panel per pass; dashed: the model's matrix products alone."""
-    panels: dict[str, dict[str, list]] = {}
+    points = []
     for row in result["rows"]:
-        lines = panels.setdefault("forward and backward" if row["pass"] == "backward" else row["pass"], {})
-        lines.setdefault(row["model"], []).append((row["size"], row["ms_per_nfe"]))
+        points.append((row["pass"], row["model"], row["size"], row["ms_per_nfe"]))
         if row["gemm_ms"]:
-            lines.setdefault(row["model"] + LIMIT, []).append((row["size"], row["gemm_ms"]))
+            points.append((row["pass"], row["model"] + LIMIT, row["size"], row["gemm_ms"]))
     mode = "compiled" if result["compiled"] else "eager"
     title = f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}"
-    return plot_latency(panels, title, "image size (px)", "ms per network evaluation")
+    return plot_latency(points, title, "image size (px)", "ms per network evaluation")
 
 
 @numerics()
@@ -325,10 +313,8 @@ def run(args: argparse.Namespace) -> None:
         args.batch, args.rounds, args.dtype, device, args.compile, tuple(args.passes), tuple(args.baselines), sampling
     )
     result = setting.describe() | {"rows": []}
-    files = [check_out(file, force=args.force, ours=OURS) for file in named(args.out, ".json", ".md", ".png")]
+    files = Results(named(args.out, ".json", ".md", ".png"), args.force, *KEYS)
     for size in args.sizes:
         result["rows"] += measure(args.models, size, setting)
-        contents = [json.dumps(result, indent=1, allow_nan=False), to_markdown(result), plot(result)]
-        for file, content in zip(files, contents, strict=True):
-            write_out(file, content, force=args.force, ours=OURS)
+        files.write(result, to_markdown(result), plot(result))
     print(to_markdown(result), end="")

@@ -7,7 +7,7 @@ import torch
 from experiments.bench import op
 from sampling import speed
 from sampling.options import DTYPES
-from sit_atconv.bench.timing import append_csv, caption, check_csv, device_name, interleaved, memory_kept
+from sit_atconv.bench.timing import append_csv, caption, check_csv, device_name, memory_kept
 from sit_atconv.devices import numerics, resolve_device
 from sit_atconv.errors import command
 from sit_atconv.files import write_atomic
@@ -22,24 +22,20 @@ MODEL_ROUNDS = {"fp32": 5, "bf16": 15}
 def dtypes(device: torch.device) -> list[str]:
     """fp32, and bf16 where its matrix products are the faster ones: elsewhere they hide all that is beside them."""
     squares = {name: torch.ones(1024, 1024, dtype=DTYPES[name], device=device) for name in ("fp32", "bf16")}
-    fp32, bf16 = interleaved([lambda x=x: x @ x for x in squares.values()], 7, device, "matrix products")
-    return ["fp32", "bf16"] if bf16.median < fp32.median else ["fp32"]
+    taken = speed.timed({name: lambda x=x: x @ x for name, x in squares.items()}, 7, device, "matrix products")
+    return ["fp32", "bf16"] if taken["bf16"].median < taken["fp32"].median else ["fp32"]
 
 
 def model_csv_rows(result: dict, device: torch.device) -> list[dict[str, str]]:
     """The rows of a table of models as rows of bench.csv, each model's matrix products among them."""
-    base = (result["rows"][0]["model"], result["rows"][0]["ms"])
-    mode = "compiled" if result["compiled"] else "eager"
-    rows = []
+    first, mode, rows = result["rows"][0], "compiled" if result["compiled"] else "eager", []
     for row in result["rows"]:
-        parts = {f"{row['model']} {mode}": (row["ms"], row["iqr_ms"])}
+        row = row | {"dtype": result["dtype"], "shape": f"{result['batch']}x{row['size']}px"}
+        parts = [row | {"what": f"{row['model']} {mode}"}]
         if row["gemm_ms"]:
-            parts[f"{row['model']} matrix products"] = (row["gemm_ms"], row["gemm_iqr_ms"])
-        shape = f"{result['batch']}x{row['size']}px"
-        rows += [
-            op.csv_row(device, result["dtype"], what, shape, row["pass"], ms, iqr_ms, base)
-            for what, (ms, iqr_ms) in parts.items()
-        ]
+            times = {"ms": row["gemm_ms"], "iqr_ms": row["gemm_iqr_ms"]}
+            parts.append(row | times | {"what": f"{row['model']} matrix products"})
+        rows += [op.csv_row(device, part, first["model"], first["ms"]) for part in parts]
     return rows
 
 

@@ -4,10 +4,7 @@ Inference with random weights, all in turn; the published form is the same funct
 with ours before the clock. Then the multiply-accumulates of the whole family, counted without weights.
 """
 
-import argparse
 import copy
-import itertools
-import json
 from pathlib import Path
 
 import timm
@@ -16,13 +13,15 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from sampling.options import DTYPES
-from sampling.speed import TOLERANCE, assert_close
+from sampling import baselines
+from sampling.options import DTYPES, add_device_options, add_number, add_out
+from sampling.speed import TOLERANCE, assert_close, with_random_weights
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, add_force, check_choice, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
+from sit_atconv.files import library_versions
 from sit_atconv.markdown import markdown_table
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
 from sit_atconv.models.cost import count_forward_macs
@@ -40,41 +39,12 @@ TOP1_SOURCES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", default=["attnet_t2"], metavar="NAME", help="default: attnet_t2")
-    parser.add_argument(
-        "--size", **limits.PIXELS.flag, default=224, metavar="PX", help=f"a multiple of {STRIDE} (default: 224)"
-    )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=8, help="images per call (default: 8)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--rounds", **limits.ROUNDS.flag, default=15, help="measurements of each, in turn (default: 15)"
-    )
-    parser.add_argument(
-        "--out", default="runs/attnet", metavar="FOLDER", help="for latency.* and cost.*, .json and .md"
-    )
-    add_force(parser)
-
-
-class PaperATConv2d(nn.Module):
-    """An ATConv2d computed as published: 1x1 convolutions of maps, pooled after `kernel_proj`, one grouped convolution.
-
-    x (B, C, H, W) -> (B, C, H, W), the same function of the same weights as `layer`, up to rounding.
-    Raises ValueError for a layer with options that the paper does not have.
-    """
-
-    def __init__(self, layer: ATConv2d):
-        super().__init__()
-        if (layer.routing, layer.inhibition, layer.pool) != ("adaptive", "learned", "raster"):
-            raise ValueError(f"{layer}: the paper's form has adaptive routing, learned inhibition, raster pooling")
-        self.layer = layer
+class PaperATConv2d(baselines.PaperForm):
+    """The same of an ATConv2d on maps: 1x1 convolutions, x (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer, k = self.layer, self.layer.kernel_size
-        pooled = F.adaptive_avg_pool1d(pointwise(layer.kernel_proj, x).flatten(2), k * k)
-        kernels = layer.kernel_gen(layer.activation(pooled))
-        kernels = kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
+        layer = self.layer
+        kernels = self.kernels(pointwise(layer.kernel_proj, x).flatten(2))
         return pointwise(layer.proj, grouped_convolution(pointwise(layer.x_proj, x), kernels))
 
 
@@ -108,17 +78,6 @@ class PaperMLP(nn.Module):
         return pointwise(self.fc2, mixed)
 
 
-class Contiguous(nn.Module):
-    """A norm whose output is NCHW in memory: timm's hands on the channels-last view that it works on."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x).contiguous()
-
-
 class PaperForm(nn.Module):
     """An AttNet of the same weights with ATConv and MLP in the paper's form, and no memory format asked for.
 
@@ -134,8 +93,8 @@ class PaperForm(nn.Module):
                     setattr(module, name, PaperATConv2d(child))
                 elif isinstance(child, GatedMLP):
                     setattr(module, name, PaperMLP(child, nchw))
-                elif nchw and isinstance(child, LayerNorm2d):
-                    setattr(module, name, Contiguous(child))
+                elif nchw and isinstance(child, LayerNorm2d):  # which hands on the channels-last view that it works on
+                    child.register_forward_hook(lambda norm, args, y: y.contiguous())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.model.pos_embed(self.model.stem(x))
@@ -144,23 +103,15 @@ class PaperForm(nn.Module):
         return self.model.forward_head(x)
 
 
-@torch.no_grad()
 def random_attnet(name: str) -> AttNet:
     """The model with weights drawn so that every branch counts: a new one's layer scales hide what a block does."""
-    model = timm.create_model(name).eval()
-    generator = torch.Generator().manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.normal_(float(key.endswith(("weight", "gamma"))), 0.1, generator=generator)
-    return model
+    return with_random_weights(timm.create_model(name), lambda key: (float(key.endswith(("weight", "gamma"))), 0.1))
 
 
-def baseline(name: str, size: int, device: str | None = None) -> nn.Module:
+def baseline(name: str, size: int) -> nn.Module:
     """One of BASELINES for images of `size` px."""
     sized = {"img_size": size} if name.startswith("vit") else {}
-    return timm.create_model(name, device=device, **sized).eval()
+    return timm.create_model(name, **sized).eval()
 
 
 def contenders(names: list[str], images: torch.Tensor, dtype: str, device: torch.device) -> dict[str, nn.Module]:
@@ -183,19 +134,16 @@ def contenders(names: list[str], images: torch.Tensor, dtype: str, device: torch
     return models | {name: baseline(name, images.shape[-1]).to(device, DTYPES[dtype]) for name in BASELINES}
 
 
-def macs(model: nn.Module, size: int) -> float:
-    """Giga multiply-accumulates for one image; the model is on the meta device."""
-    return count_forward_macs(model, torch.zeros(1, 3, size, size, device="meta")) / 1e9
+def cost(model: nn.Module, size: int) -> dict[str, float]:
+    """Parameters of a model on the meta device and its giga multiply-accumulates for one image."""
+    macs = count_forward_macs(model, torch.zeros(1, 3, size, size, device="meta"))
+    return {"params": sum(parameter.numel() for parameter in model.parameters()), "gmacs": macs / 1e9}
 
 
 def costs(name: str, size: int) -> dict[str, float]:
-    """Parameters of a model of the family and its giga multiply-accumulates per image, ours and in the paper's form."""
+    """The `cost` of a model of the family, and its multiply-accumulates in the paper's form."""
     model = timm.create_model(name, device="meta").eval()
-    return {
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-        "gmacs": macs(model, size),
-        "paper_gmacs": macs(PaperForm(model, False), size),
-    }
+    return {**cost(model, size), "paper_gmacs": cost(PaperForm(model, False), size)["gmacs"]}
 
 
 def measure(names: list[str], size: int, batch: int, dtype: str, device: torch.device, rounds: int) -> list[dict]:
@@ -207,23 +155,15 @@ def measure(names: list[str], size: int, batch: int, dtype: str, device: torch.d
     timings = dict(zip(models, interleaved(calls, rounds, device, f"{size} px"), strict=True))
     rows = []
     for what, timing in timings.items():
-        name = what.partition(" ")[0]
-        if name in BASELINES:
-            meta = baseline(name, size, "meta")
-            params, gmacs = sum(parameter.numel() for parameter in meta.parameters()), macs(meta, size)
-        else:
-            cost = costs(name, size)
-            params, gmacs = cost["params"], cost["gmacs" if what == name else "paper_gmacs"]
-        papers = [timings[name + form].median for form in (PAPER, PAPER_NCHW) if name + form in timings]
+        papers = [timings[what + form].median for form in (PAPER, PAPER_NCHW) if what + form in timings]
         rows.append(
             {
                 "model": what,
-                "params": params,
-                "gmacs": gmacs,
+                **cost(models[what].to("meta", torch.float32), size),
                 "ms_per_image": 1e3 * timing.median / batch,
                 "iqr_ms": 1e3 * timing.iqr / batch,
                 "over_first": timing.median / timings[names[0]].median,
-                "vs_paper": min(papers) / timing.median if what == name and papers else None,
+                "vs_paper": min(papers) / timing.median if papers else None,
                 "top1": TOP1.get(what),
             }
         )
@@ -271,17 +211,20 @@ def cost_markdown(result: dict) -> str:
 @numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.attnet", description=__doc__.partition(": ")[2])
-    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", default=["attnet_t2"], metavar="NAME", help="default: attnet_t2")
+    add_number(parser, "--size", limits.PIXELS, 224, f"a multiple of {STRIDE}", metavar="PX")
+    add_number(parser, "--batch", limits.BATCH, 8, "images per call")
+    add_number(parser, "--rounds", limits.ROUNDS, 15, "measurements of each, in turn")
+    add_out(parser, "for latency.* and cost.*, .json and .md", default="runs/attnet", metavar="FOLDER")
+    add_device_options(parser, ("fp32", "bf16"))
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     for name in args.models:
         check_choice("--models", name, FAMILY)
     if args.size < STRIDE or args.size % STRIDE:
         raise InputError(f"--size {args.size}: give a multiple of {STRIDE} pixels")
-    folder = Path(args.out)
-    ours, stems = made_here("size", "commit", "rows"), ("latency", "cost")
-    for stem, end in itertools.product(stems, (".json", ".md")):
-        check_out(folder / f"{stem}{end}", force=args.force, ours=ours)
+    names = ("latency.json", "latency.md", "cost.json", "cost.md")
+    files = Results([Path(args.out) / name for name in names], args.force, "size", "commit", "rows")
     made = {"commit": commit(), "versions": library_versions()}
     latency = {
         "device": device_name(device), "dtype": args.dtype, "size": args.size, "batch": args.batch,
@@ -289,11 +232,10 @@ def main(argv: list[str] | None = None) -> None:
         "rows": measure(args.models, args.size, args.batch, args.dtype, device, args.rounds),
     }  # fmt: skip
     cost = {"size": COST_SIZE, **made, "rows": [{"model": name, **costs(name, COST_SIZE)} for name in FAMILY]}
-    for stem, result, markdown in (("latency", latency, latency_markdown), ("cost", cost, cost_markdown)):
-        stated = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        write_out(folder / f"{stem}.json", stated, force=args.force, ours=ours)
-        write_out(folder / f"{stem}.md", markdown(result), force=args.force)
-        print(markdown(result))
+    tables = latency_markdown(latency), cost_markdown(cost)
+    files.write(latency, tables[0], cost, tables[1])
+    for table in tables:
+        print(table)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Time shuffled reads of a cache of latents, as training makes them, against other storages of the same numbers.
 
-A synthetic cache of ImageNet's shape is made in a temporary folder, and in the other forms beside it. Every storage is
-read through a DataLoader, in the same random order, up to the batch of moments that posterior draws would follow. All
-of it fits the page cache: what is compared is the way from there to a batch, not the disk.
+A synthetic cache of ImageNet's shape is made in a temporary folder, of TMPDIR where that is set, and in the other forms
+beside it. Every storage is read through a DataLoader, in the same random order, up to the batch of moments that
+posterior draws would follow. All of it fits the page cache: what is compared is the way from there to a batch, not the
+disk.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,12 +25,15 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from sampling.options import add_number, add_out
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, named, write_out
+from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.files import library_versions, named
 from sit_atconv.latents.encode import finish, write_shard
+from sit_atconv.markdown import markdown_table
 
 SHAPE = (8, 32, 32)  # moments of a latent of ImageNet at 256 pixels
 SHARD_IMAGES = 4096
@@ -38,23 +42,6 @@ GOAL = 20_000  # latents/s
 
 
 Read = Callable[[list[int]], torch.Tensor]  # numbers of latents -> moments (B, *SHAPE)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--latents",
-        **limits.Range(2, 10**9, "each takes 16 kB of the disk").flag,
-        default=100_000,
-        help="two per image (default: 100000, 1.6 GB)",
-    )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=256, help="latents per batch (default: 256)")
-    parser.add_argument("--workers", **limits.WORKERS.flag, default=2, help="loader processes (default: 2)")
-    parser.add_argument(
-        "--rounds", **limits.ROUNDS.flag, default=3, help="epochs of each storage, in turn (default: 3)"
-    )
-    parser.add_argument("--folder", metavar="DIR", help="where the temporary folder is made (default: the system's)")
-    parser.add_argument("--out", default="runs/cache", metavar="STEM", help="writes STEM.json and .md")
-    add_force(parser)
 
 
 def synthetic(rows: np.ndarray) -> np.ndarray:
@@ -195,11 +182,11 @@ class Rows(Dataset):
     def __init__(self, read: Read):
         self.read = read
 
-    def __getitems__(self, rows: list[int]) -> torch.Tensor:
+    def __getitem__(self, rows: list[int]) -> torch.Tensor:
         return self.read(rows)
 
 
-def anonymous_bytes() -> dict[str, int]:
+def anonymous_bytes() -> Counter:
     """Resident memory of this process and its children that no file stands behind, in two counts.
 
     "pss": pages that processes share, as a forked worker those of its parent, are counted once. "rss": VmRSS - RssFile,
@@ -210,7 +197,7 @@ def anonymous_bytes() -> dict[str, int]:
         rollup, status = (_kibibytes(f"/proc/{pid}/{name}") for name in ("smaps_rollup", "status"))
         pss += 1024 * (rollup["Pss_Anon"] + rollup["Pss_Shmem"])
         rss += 1024 * (status["VmRSS"] - status["RssFile"])
-    return {"pss": pss, "rss": rss}
+    return Counter(pss=pss, rss=rss)
 
 
 def _kibibytes(path: str) -> dict[str, int]:
@@ -218,7 +205,7 @@ def _kibibytes(path: str) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}
 
 
-def epoch(storage: str, folder: Path, total: int, batch: int, workers: int, seed: int) -> tuple[float, dict[str, int]]:
+def epoch(storage: str, folder: Path, total: int, batch: int, workers: int, seed: int) -> tuple[float, Counter]:
     """Latents per second over an epoch in random order, and the most anonymous memory meanwhile.
 
     Every batch is compared with what was asked for; the clock runs from the first batch on, past the start of workers.
@@ -227,28 +214,18 @@ def epoch(storage: str, folder: Path, total: int, batch: int, workers: int, seed
     place, opens = STORAGES[storage]
     order = np.random.default_rng(seed).permutation(total)
     batches = [order[start : start + batch].tolist() for start in range(0, total - batch + 1, batch)]
-    rows = Rows(opens(folder / place))
     context = "fork" if workers else None  # as loaders do by themselves, but not in a process that was spawned
-    loader = DataLoader(
-        rows,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=lambda moments: moments,
-        multiprocessing_context=context,
-    )
-    peak, begin = {"pss": 0, "rss": 0}, 0.0
+    rows = Rows(opens(folder / place))
+    loader = DataLoader(rows, None, sampler=batches, num_workers=workers, multiprocessing_context=context)
+    peak, begin = Counter(), 0.0
     for number, moments in enumerate(loader):
         if not number:
             begin = time.perf_counter()
         if not np.array_equal(numbers(moments.numpy()), batches[number]):
             raise RuntimeError(f"{storage}: batch {number} holds other latents than those asked for; not timed")
         if number % 64 == 1:
-            peak = _larger(peak, anonymous_bytes())
+            peak |= anonymous_bytes()  # of each count the larger one
     return batch * (len(batches) - 1) / (time.perf_counter() - begin), peak
-
-
-def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    return {key: max(one[key], other[key]) for key in one}
 
 
 def in_new_process(function: Callable, *arguments):
@@ -264,32 +241,30 @@ def to_markdown(result: dict) -> str:
         "interleaved epochs, from the page cache. Anonymous memory is of all processes together, what they import "
         "included: with pages that they share counted once, and as the sum of VmRSS - RssFile.",
         "",
-        "| storage | latents/s | of LatentCache | anonymous MB | VmRSS - RssFile, MB |",
-        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    best = result["rows"][0]["latents_per_s"]
-    lines += [
-        f"| {row['storage']} | {row['latents_per_s']:,.0f} | {row['latents_per_s'] / best:.2f} | "
-        f"{row['anonymous_bytes']['pss'] / 1e6:,.0f} | {row['anonymous_bytes']['rss'] / 1e6:,.0f} |"
-        for row in result["rows"]
-    ]
-    return "\n".join([*lines, ""])
+    head = ["storage", "latents/s", "of LatentCache", "anonymous MB", "VmRSS - RssFile, MB"]
+    rows = []
+    for row in result["rows"]:
+        rate, megabytes = row["latents_per_s"], (f"{row['anonymous_bytes'][key] / 1e6:,.0f}" for key in ("pss", "rss"))
+        rows.append([row["storage"], f"{rate:,.0f}", f"{rate / result['rows'][0]['latents_per_s']:.2f}", *megabytes])
+    return "\n".join([*lines, markdown_table(head, rows, text=("storage",)), ""])
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.cache", description=__doc__)
-    add_arguments(parser)
+    latents = limits.Range(2, 10**9, "each takes 16 kB of the disk")
+    add_number(parser, "--latents", latents, 100_000, "two per image, of 16 kB each")
+    add_number(parser, "--batch", limits.BATCH, 256, "latents per batch")
+    add_number(parser, "--workers", limits.WORKERS, 2, "loader processes")
+    add_number(parser, "--rounds", limits.ROUNDS, 3, "epochs of each storage, in turn")
+    add_out(parser, "writes STEM.json and .md", default="runs/cache", metavar="STEM")
     args = parser.parse_args(argv)
-    least = 2 * args.batch
-    if min(args.batch, args.rounds) < 1 or args.workers < 0 or args.latents < least or args.latents % 2:
-        parser.error(f"--latents {args.latents}: an even number, at least two batches; --batch and --rounds at least 1")
-    if args.folder is not None and not Path(args.folder).is_dir():
-        raise InputError(f"--folder {args.folder!r}: no such folder; make it, or leave the option out")
-    ours = made_here("machine", "latents", "goal", "rows")
-    files = [check_out(file, force=args.force, ours=ours) for file in named(args.out, ".json", ".md")]
-    rates, peaks = {name: [] for name in STORAGES}, {name: {"pss": 0, "rss": 0} for name in STORAGES}
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+    if args.latents < 2 * args.batch or args.latents % 2:
+        parser.error(f"--latents {args.latents}: an even number, at least two batches")
+    files = Results(named(args.out, ".json", ".md"), args.force, "machine", "latents", "goal", "rows")
+    rates, peaks = {name: [] for name in STORAGES}, {name: Counter() for name in STORAGES}
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, make in tqdm(FOLDERS.items(), desc="make", unit="storage", leave=False, disable=None):
             (folder / name).mkdir()
@@ -298,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         for number, name in tqdm(turns, desc="read", unit="epoch", leave=False, disable=None):
             rate, peak = in_new_process(epoch, name, folder, args.latents, args.batch, args.workers, number)
             rates[name].append(rate)
-            peaks[name] = _larger(peaks[name], peak)
+            peaks[name] |= peak
     result = {
         "machine": device_name(torch.device("cpu")), "cores": os.cpu_count(), "latents": args.latents, "shape": SHAPE,
         "batch": args.batch, "workers": args.workers, "rounds": args.rounds, "goal": GOAL,
@@ -308,8 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         ],
         "versions": library_versions("datasets"),
     }  # fmt: skip
-    for file, content in zip(files, (json.dumps(result, indent=1, allow_nan=False), to_markdown(result)), strict=True):
-        write_out(file, content, force=args.force, ours=ours)
+    files.write(result, to_markdown(result))
     print(to_markdown(result))
     print(json.dumps(result))
 

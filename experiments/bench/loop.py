@@ -6,7 +6,6 @@ Real steps of SiT-S/2 on a cache of latents and steps whose forward and backward
 runs of the trainer. Then 2,000 steps of a tiny model, whose memory is compared over time.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -17,11 +16,13 @@ import torch
 from tqdm import tqdm
 
 from experiments.bench.cache import make_cache
+from sampling.options import add_number, add_out
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.config import make_recipe
-from sit_atconv.errors import ArgumentParser, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, write_out
+from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.files import library_versions
 from sit_atconv.training import train
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.trainer import Trainer
@@ -67,27 +68,21 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def recipe(out: Path, cache: Path, steps: int, batch: int):
-    return make_recipe(
-        {
-            "run": {"out": str(out)},
-            "data": {"kind": "latents", "root": str(cache), "flip": True, "verify": False},
-            "latents": {"codec": "vae"},
-            "model": {"name": "SiT-S/2"},
-            "train": {"max_steps": steps, "batch_size": batch},
-            "preview": {"every": 0},
-        }
-    )
+def run(out: Path, steps: int, batch: int, **sections: dict) -> None:
+    """Train by a recipe of these sections."""
+    train(make_recipe({"run": {"out": str(out)}, "train": {"max_steps": steps, "batch_size": batch}, **sections}))
 
 
 def overhead(folder: Path, batch: int, steps: int, rounds: int) -> dict:
     """Medians of a whole step and of one without the model, seconds, from short runs in turn."""
     make_cache(folder, LATENTS)
+    data = {"kind": "latents", "root": str(folder), "flip": True, "verify": False}
+    sections = {"data": data, "latents": {"codec": "vae"}, "model": {"name": "SiT-S/2"}, "preview": {"every": 0}}
     whole, rest = [], []
     for number in tqdm(range(rounds), desc="loop", unit="round"):
         for without_model, times, count in ((False, whole, steps), (True, rest, 10 * steps)):
             with Steps(without_model) as timed:
-                train(recipe(folder / f"run-{number}-{without_model}", folder, count, batch))
+                run(folder / f"run-{number}-{without_model}", count, batch, **sections)
             times += timed.each()
     whole_s, rest_s = statistics.median(whole), statistics.median(rest)
     return {"step_s": whole_s, "without_model_s": rest_s, "overhead": rest_s / (whole_s - rest_s), "batch": batch}
@@ -97,14 +92,8 @@ def growth(folder: Path, steps: int) -> dict:
     """Resident memory after a tenth of the steps of a tiny run, at its end, and how much it grew."""
     tiny = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 1, "token_mixer": "atconv"}
     with Steps() as timed:
-        sections = {
-            "run": {"out": str(folder / "tiny")},
-            "model": tiny,
-            "train": {"max_steps": steps, "batch_size": 4},
-            "preview": {"every": steps // 20, "num": 4, "steps": 2},
-            "checkpoint": {"every": steps // 20},
-        }
-        train(make_recipe(sections))
+        often = {"every": steps // 20}
+        run(folder / "tiny", steps, 4, model=tiny, preview={**often, "num": 4, "steps": 2}, checkpoint=often)
     early, late = max(timed.memory[: steps // 10]), max(timed.memory)
     return {"steps": steps, "early_bytes": early, "most_bytes": late, "growth": late / early - 1}
 
@@ -123,21 +112,19 @@ def report(result: dict) -> Iterator[str]:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.loop", description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", **limits.BATCH.flag, default=32)
-    parser.add_argument("--steps", **limits.ROUNDS.flag, default=5, help="real steps of a round (default: 5)")
-    parser.add_argument("--rounds", **limits.ROUNDS.flag, default=3)
-    parser.add_argument("--tiny-steps", **limits.ROUNDS.flag, default=2000, help="steps over which memory is watched")
-    parser.add_argument("--out", default="runs/loop.json", metavar="JSON")
-    add_force(parser)
+    add_number(parser, "--batch", limits.BATCH, 32, "latents per batch")
+    add_number(parser, "--steps", limits.ROUNDS, 5, "real steps of a round")
+    add_number(parser, "--rounds", limits.ROUNDS, 3, "runs of each kind, in turn")
+    add_number(parser, "--tiny-steps", limits.ROUNDS, 2000, "steps over which memory is watched")
+    add_out(parser, "file of all figures", default="runs/loop.json", metavar="JSON")
     args = parser.parse_args(argv)
-    ours = made_here("loop", "memory", "versions")
-    check_out(args.out, force=args.force, ours=ours)
+    file = Results([args.out], args.force, "loop", "memory", "versions")
     with tempfile.TemporaryDirectory() as folder:
         memory = growth(Path(folder), args.tiny_steps)
         loop_part = overhead(Path(folder), args.batch, args.steps, args.rounds)
     device = device_name(torch.device("cpu"))
     result = {"device": device, "loop": loop_part, "memory": memory, "versions": library_versions()}
-    write_out(args.out, json.dumps(result, indent=1, allow_nan=False), force=args.force, ours=ours)
+    file.write(result)
     print("\n".join(report(result)))
 
 

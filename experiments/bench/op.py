@@ -1,7 +1,5 @@
 """Time one ATConv layer and its operator against the layer's two linears, attention and the paper's form."""
 
-import argparse
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,15 +8,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sampling.baselines import PaperForm
-from sampling.options import DTYPES, add_device_options
+from sampling.options import DTYPES, add_device_options, add_number, add_out
 from sampling.plots import plot_latency
-from sampling.speed import TOLERANCE, assert_close
+from sampling.speed import TOLERANCE, assert_close, timed
 from sit_atconv import ATConv, limits
-from sit_atconv.bench.timing import append_csv, check_csv, commit, device_name, interleaved, peak_bytes
+from sit_atconv.bench.results import Results
+from sit_atconv.bench.timing import append_csv, check_csv, commit, device_name, peak_bytes
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, named, write_out
+from sit_atconv.errors import ArgumentParser, InputError, command
+from sit_atconv.files import library_versions, named
 from sit_atconv.layers.attention import Attention
+from sit_atconv.markdown import markdown_table
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
 
 PASSES = ("forward", "backward")
@@ -26,20 +26,6 @@ SHAPES = ("4x16x16", "1x32x32", "1x64x64")
 HEAD = 72  # channels of a head in SiT-XL
 CSV = ("commit", "device", "dtype", "what", "shape", "pass", "median_ms", "iqr_ms", "ratio", "ratio_to")
 LINEARS, ATTENTION, PAPER = "two linears", "attention", "paper's form"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxHxW", help=f"default: {' '.join(SHAPES)}")
-    parser.add_argument(
-        "--dim", **limits.CHANNELS.flag, default=1152, help=f"channels, a multiple of {HEAD} (default: 1152)"
-    )
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="backward: forward and backward")
-    parser.add_argument(
-        "--rounds", **limits.ROUNDS.flag, default=10, help="measurements of each, in turn (default: 10)"
-    )
-    parser.add_argument("--out", default="runs/op", metavar="STEM", help="writes STEM.json, .md, .csv and .png")
-    add_force(parser)
-    add_device_options(parser)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -145,21 +131,20 @@ def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list
             check(form, shape, x, dtype)
     rows = []
     for step in passes:
-        calls = [make_call(form, step, x) for form in candidates]
-        timings = interleaved(calls, rounds, device, f"{step} {shape} {dtype}")
-        medians = {form.name: timing.median for form, timing in zip(candidates, timings, strict=True)}
-        for form, timing in zip(candidates, timings, strict=True):
+        calls = {form.name: make_call(form, step, x) for form in candidates}
+        timings = timed(calls, rounds, device, f"{step} {shape} {dtype}")
+        for name, timing in timings.items():
             rows.append(
                 {
                     "dtype": dtype,
-                    "what": form.name,
+                    "what": name,
                     "shape": f"{shape}x{dim}",
                     "pass": step,
                     "ms": 1e3 * timing.median,
                     "iqr_ms": 1e3 * timing.iqr,
-                    "over_linears": timing.median / medians[LINEARS],
-                    "vs_attention": medians[ATTENTION] / timing.median,
-                    "vs_paper": medians[PAPER] / timing.median,
+                    "over_linears": timing.median / timings[LINEARS].median,
+                    "vs_attention": timings[ATTENTION].median / timing.median,
+                    "vs_paper": timings[PAPER].median / timing.median,
                 }
             )
     # After the clock: the memory tracker leaves hooks behind.
@@ -167,18 +152,16 @@ def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list
     return [row | paid for row, paid in zip(rows, costs, strict=True)]
 
 
-def csv_row(device, dtype: str, what: str, shape: str, step: str, ms: float, iqr_ms: float, base: tuple) -> dict:
-    """A row of bench.csv; `base` is the name and the median in ms of what the ratio is to."""
-    figures = (f"{figure:.3f}" for figure in (ms, iqr_ms, ms / base[1]))
-    return dict(zip(CSV, (commit(), device_name(device), dtype, what, shape, step, *figures, base[0]), strict=True))
+def csv_row(device: torch.device, row: dict, base: str, base_ms: float) -> dict[str, str]:
+    """A row of bench.csv; its ratio is to `base`, whose median is `base_ms`."""
+    stated = (row[key] for key in ("dtype", "what", "shape", "pass"))
+    figures = (f"{figure:.3f}" for figure in (row["ms"], row["iqr_ms"], row["ms"] / base_ms))
+    return dict(zip(CSV, (commit(), device_name(device), *stated, *figures, base), strict=True))
 
 
 def csv_rows(rows: list[dict], device: torch.device) -> list[dict[str, str]]:
     """Rows of bench.csv: the median, and its ratio to that of the two linears in the same run."""
-    keys = ("dtype", "what", "shape", "pass", "ms", "iqr_ms")
-    return [
-        csv_row(device, *(row[key] for key in keys), base=(LINEARS, row["ms"] / row["over_linears"])) for row in rows
-    ]
+    return [csv_row(device, row, LINEARS, row["ms"] / row["over_linears"]) for row in rows]
 
 
 def to_markdown(rows: list[dict]) -> str:
@@ -188,51 +171,50 @@ def to_markdown(rows: list[dict]) -> str:
         own = [row for row in rows if row["dtype"] == dtype]
         columns = list(dict.fromkeys((row["shape"], row["pass"]) for row in own))
         cells = {(row["what"], row["shape"], row["pass"]): row for row in own}
-        lines += ["| " + " | ".join([dtype, *(f"{shape} {step}" for shape, step in columns)]) + " |"]
-        lines += ["|---|" + "---:|" * len(columns)]
+        head, table = [dtype, *(f"{shape} {step}" for shape, step in columns)], []
         for what in dict.fromkeys(row["what"] for row in own):
             taken = [cells[what, *column] for column in columns]
-            shown = [f"{row['ms']:.1f} ms" if what == LINEARS else f"{row['over_linears']:.3f}" for row in taken]
-            lines.append("| " + " | ".join([what, *shown]) + " |")
-        lines.append("")
+            shown = (f"{row['ms']:.1f} ms" if what == LINEARS else f"{row['over_linears']:.3f}" for row in taken)
+            table.append([what, *shown])
+        lines += [markdown_table(head, table, text=(dtype,)), ""]
     return "\n".join(lines)
 
 
 def plot(rows: list[dict], title: str) -> bytes:
     """A PNG: ms per image against tokens per image, a panel per pass."""
-    panels: dict[str, dict[str, list]] = {}
+    points = []
     for row in rows:
         batch, height, width, _ = map(int, row["shape"].split("x"))
-        lines = panels.setdefault("forward and backward" if row["pass"] == "backward" else row["pass"], {})
-        lines.setdefault(row["what"], []).append((height * width, row["ms"] / batch))
-    return plot_latency(panels, title, "tokens per image", "ms per image")
+        points.append((row["pass"], row["what"], height * width, row["ms"] / batch))
+    return plot_latency(points, title, "tokens per image", "ms per image")
 
 
 @command
 @numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.op", description=__doc__)
-    add_arguments(parser)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxHxW", help=f"default: {' '.join(SHAPES)}")
+    add_number(parser, "--dim", limits.CHANNELS, 1152, f"channels, a multiple of {HEAD}")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="backward: forward and backward")
+    add_number(parser, "--rounds", limits.ROUNDS, 10, "measurements of each, in turn")
+    add_out(parser, "writes STEM.json, .md, .csv and .png", default="runs/op", metavar="STEM")
+    add_device_options(parser)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     if args.dim < HEAD or args.dim % HEAD:
         raise InputError(f"--dim {args.dim}: give a multiple of {HEAD}, the channels of a head")
     for shape in args.shapes:
         parse_shape(shape)
-    ours = made_here("device", "commit", "rounds", "rows")
-    *files, table = named(args.out, ".json", ".md", ".png", ".csv")
-    for file in files:
-        check_out(file, force=args.force, ours=ours)
+    *beside, table = named(args.out, ".json", ".md", ".png", ".csv")
+    files = Results(beside, args.force, "device", "commit", "rounds", "rows")
     check_csv(table, CSV)
     result = {"device": device_name(device), "commit": commit(), "rounds": args.rounds, "versions": library_versions()}
     rows = []
     for shape in args.shapes:
         new = measure(shape, args.dim, args.dtype, device, args.passes, args.rounds)
         rows += new
-        stated = json.dumps({**result, "rows": rows}, indent=1, allow_nan=False)
         picture = plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}")
-        for file, content in zip(files, (stated, to_markdown(rows), picture), strict=True):
-            write_out(file, content, force=args.force, ours=ours)
+        files.write({**result, "rows": rows}, to_markdown(rows), picture)
         append_csv(table, csv_rows(new, device))
     print(to_markdown(rows), end="")
 

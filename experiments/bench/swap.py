@@ -5,27 +5,21 @@ turns, and the median of rounds counts. The layer's whole work is timed: maps, n
 """
 
 import argparse
-import json
 
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
+from sampling.options import DTYPES, add_device_options, add_number, add_out
 from sit_atconv import limits
+from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, add_force, command
-from sit_atconv.files import check_out, library_versions, made_here, named, write_out
+from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.files import library_versions, named
+from sit_atconv.markdown import markdown_table
 from sit_atconv.swap import swap_attention
 
 TEXT = 512  # tokens of Flux's text
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", **limits.BATCH.flag, default=1, help="default: 1")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", default="runs/swap", metavar="STEM", help="writes STEM.json and .md")
-    add_force(parser)
 
 
 def dit(side: int, batch: int) -> tuple[torch.nn.Module, dict]:
@@ -57,7 +51,7 @@ def flux(side: int, batch: int) -> tuple[torch.nn.Module, dict]:
 def rows_of(name: str, make, side: int, args: argparse.Namespace, device: torch.device) -> list[dict]:
     torch.manual_seed(0)
     model, call = make(side, args.batch)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    dtype = DTYPES[args.dtype]
     torch.nn.Module.to(model, device, dtype).eval()  # diffusers' own warns, with nothing to keep in fp32 too
     call = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in call.items()}
     swap = swap_attention(model, "all", init="copy_vo", calib=[call], joint="split")
@@ -81,27 +75,26 @@ def markdown(result: dict) -> str:
         f"{result['device']}, {result['dtype']}, batch {result['batch']}; attention is SDPA, "
         f" Flux has {TEXT} tokens of text. Medians of rounds that take turns.",
         "",
-        "| model | layer | image tokens | attention (ms) | swapped (ms) | ratio | GMACs |",
-        "|---|---|---:|---:|---:|---:|---:|",
     ]
+    head = ["model", "layer", "image tokens", "attention (ms)", "swapped (ms)", "ratio", "GMACs"]
+    rows = []
     for row in result["rows"]:
+        times = f"{row['attention_ms']:.1f}", f"{row['atconv_ms']:.1f}", f"{row['ratio']:.2f}x"
         macs = f"{row['attention_gmacs']:.2f} -> {row['atconv_gmacs']:.2f}"
-        lines.append(
-            f"| {row['model']} | `{row['layer']}` | {row['tokens']:,} | {row['attention_ms']:.1f} | "
-            f"{row['atconv_ms']:.1f} | {row['ratio']:.2f}x | {macs} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([row["model"], f"`{row['layer']}`", f"{row['tokens']:,}", *times, macs])
+    return "\n".join([*lines, markdown_table(head, rows, text=head[:2])]) + "\n"
 
 
 @command
 @numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.swap", description=__doc__.partition(": ")[2])
-    add_arguments(parser)
+    add_number(parser, "--batch", limits.BATCH, 1, "samples per call")
+    add_device_options(parser, ("fp32", "bf16"))
+    add_out(parser, "writes STEM.json and .md", default="runs/swap", metavar="STEM")
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
-    ours = made_here("device", "dtype", "rows", "versions")
-    files = [check_out(file, force=args.force, ours=ours) for file in named(args.out, ".json", ".md")]
+    files = Results(named(args.out, ".json", ".md"), args.force, "device", "dtype", "rows", "versions")
     rows = []
     for name, make, sides in (("DiT-XL/2", dit, (16, 32, 64)), ("Flux", flux, (16, 32, 64))):
         for side in sides:
@@ -112,10 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         "device": device_name(device), "dtype": args.dtype, "batch": args.batch, "rows": rows,
         "versions": library_versions(),
     }  # fmt: skip
-    for file, content in zip(
-        files, (json.dumps(result, indent=1, allow_nan=False) + "\n", markdown(result)), strict=True
-    ):
-        write_out(file, content, force=args.force, ours=ours)
+    files.write(result, markdown(result))
     print(markdown(result), end="")
 
 

@@ -33,6 +33,7 @@ from experiments.drill.child import DONE, forked
 from experiments.drill.forked import Forked, preload
 from experiments.drill.rows import ENVIRONMENT, Failed, Row, expect, row_of, save_images, table
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
+from sampling.options import add_number
 from sit_atconv import checkpoint, limits
 from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import scratch
@@ -510,9 +511,7 @@ PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
 def main() -> None:
     parser = ArgumentParser(prog="python -m experiments.drill", description=__doc__.splitlines()[0])
     parser.add_argument("subject", nargs="?", choices=PARTS, help="one part alone; left out, all")
-    parser.add_argument(
-        "--runs", **limits.ROUNDS.flag, default=30, help="runs of each command that are killed with SIGKILL"
-    )
+    add_number(parser, "--runs", limits.ROUNDS, 30, "runs of each command that are killed with SIGKILL")
     parser.add_argument("--out", type=Path, default=Path("runs/drill"))
     args = parser.parse_args()
     scratch(args.out)

@@ -12,10 +12,11 @@ from experiments.principles import plots
 from experiments.principles.layers import find_layers
 from experiments.principles.report import measure, table
 from experiments.principles.targets import load, show
+from sampling.options import add_number, add_out
 from sit_atconv import limits
 from sit_atconv.bench.timing import commit, device_name
 from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, add_force, command
+from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import check_out, library_versions, made_here, write_out
 
 
@@ -27,25 +28,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="digits, a folder of images, or a recipe (default: that of the checkpoint)")
     parser.add_argument("--weights", help="safetensors for a name of timm (default: drawn at random)")
     parser.add_argument("--vae", help="a SiT's autoencoder, if not where it was (default: as the checkpoint says)")
-    parser.add_argument(
-        "--num",
-        **limits.Range(2, 100_000, "a spread needs two, and all of them are held in memory").flag,
-        default=64,
-        help="images (default: 64)",
-    )
-    parser.add_argument(
-        "--times",
-        **limits.Range(1, 1_000, "every image passes the network at each").flag,
-        default=5,
-        help="values of t, for a SiT (default: 5)",
-    )
-    parser.add_argument(
-        "--seed", **limits.SEED.flag, default=0, help="of which images, noise and random weights (default: 0)"
-    )
-    parser.add_argument("--batch", **limits.BATCH.flag, default=8, help="images at once (default: 8)")
+    images = limits.Range(2, 100_000, "a spread needs two, and all of them are held in memory")
+    times = limits.Range(1, 1_000, "every image passes the network at each")
+    add_number(parser, "--num", images, 64, "images")
+    add_number(parser, "--times", times, 5, "values of t, for a SiT")
+    add_number(parser, "--seed", limits.SEED, 0, "of which images, noise and random weights")
+    add_number(parser, "--batch", limits.BATCH, 8, "images at once")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
-    parser.add_argument("--out", type=Path, default=Path("runs/principles"), help="folder (default: runs/principles)")
-    add_force(parser)
+    add_out(parser, "folder (default: runs/principles)", type=Path, default=Path("runs/principles"))
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     ours = made_here("command", "commit", "targets")
@@ -66,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     write_out(args.out / "principles.json", json.dumps(facts, allow_nan=False), force=args.force, ours=ours)
     text = "\n\n".join(f"## {report['target']}\n\n{table(report)}" for report in reports)
     write_out(args.out / "principles.md", f"# Routing and inhibition, layer by layer\n\n{text}\n", force=args.force)
-    plots.draw(reports, args.out, args.force)
-    print(f"{text}\n\nwritten to {args.out}: principles.json, principles.md, {', '.join(plots.written(args.out))}")
+    figures = plots.draw(reports, args.out, args.force)
+    print(f"{text}\n\nwritten to {args.out}: principles.json, principles.md, {', '.join(figures)}")
 
 
 if __name__ == "__main__":

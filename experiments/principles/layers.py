@@ -33,6 +33,11 @@ class Seen:
     squares: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
 
+    def without_mixed(self) -> "Seen":
+        """The rest of it, on the CPU."""
+        rest = ((name, getattr(self, name)) for name in ("kernels", "before", "squares"))
+        return Seen(grid=self.grid, **{name: value.cpu() for name, value in rest if value is not None})
+
 
 def kind_of(layer: nn.Module) -> str | None:
     """Which of KINDS a layer is, None for another one.

@@ -1,18 +1,18 @@
 """The figures of reports: curves over depth, inhibition factors, receptive fields."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
 from sit_atconv.files import REPORT, figure_png, write_out
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666", "#e69f00", "#56b4e9")  # of the targets
-MARKS = {"ATConv": "o", "static ATConv": "D", "depthwise": "s", "attention": "^"}
-DASHES = {"ATConv": "-", "static ATConv": "-.", "depthwise": ":", "attention": "--"}
+LINES = {"ATConv": "o-", "static ATConv": "D-.", "depthwise": "s:", "attention": "^--"}
 MAPS = 6  # of a target at most, evenly spaced over its layers
 DECADES = 4  # of a receptive field's squared gradient that are told apart
 FIGURES = ("routing.png", "inhibition.png", "redundancy.png", "field_radius.png", "fields.png")
@@ -27,22 +27,14 @@ def distinct(names: list[str]) -> list[str]:
     ]
 
 
-def draw(reports: list[dict], out: Path, force: bool = False) -> None:
-    """Write FIGURES of the reports of one or several targets to the folder `out`; one that shows nothing is removed."""
-
-    def save(figure: Figure | None, name: str) -> None:
-        path = out / name
-        if figure is not None:
-            write_out(path, figure_png(figure), force=force)
-        elif REPORT(path):
-            path.unlink()
-
+def draw(reports: list[dict], out: Path, force: bool = False) -> list[str]:
+    """Write FIGURES of the reports of one or several targets to the folder `out`, but for one that shows nothing, which
+    is removed there; the names of those that are written."""
     routing = {"differ between samples": lambda layer: layer["routing"]["over_samples"]}
     if any(layer["routing"]["over_times"] is not None for report in reports for layer in report["layers"]):
         routing["differ between times t"] = lambda layer: layer["routing"]["over_times"]
     if any(layer["kind"] == "attention" for report in reports for layer in report["layers"]):
         routing["differ between positions"] = lambda layer: layer["routing"]["over_positions"]
-    save(_curves(reports, routing, "share of the kernels' mean square", "Adaptive routing"), "routing.png")
     redundancy = {
         "kernels: mean cosine of pairs": lambda layer: layer["kernel_redundancy"]["cosine"],
         "kernels: rms cosine of pairs": lambda layer: layer["kernel_redundancy"]["cosine_rms"],
@@ -51,20 +43,24 @@ def draw(reports: list[dict], out: Path, force: bool = False) -> None:
         "channels: rms cosine of pairs": lambda layer: layer["channel_redundancy"]["cosine_rms"],
         "channels: effective rank / its limit": _rank("channel_redundancy"),
     }
-    save(_curves(reports, redundancy, "", "Redundancy of kernels and of what they give"), "redundancy.png")
     radii = {
         f"{share} % of the squared gradient": lambda layer, share=share: layer["receptive_field"][f"share_{share}"]
         for share in (50, 90)
     }
     title = "Effective receptive field, from the model's input to the layer"
-    save(_curves(reports, radii, "radius / half of the image's side", title), "field_radius.png")
-    save(_inhibition(reports), "inhibition.png")
-    save(_fields(reports), "fields.png")
-
-
-def written(out: Path) -> list[str]:
-    """Which of FIGURES are there."""
-    return [name for name in FIGURES if (out / name).is_file()]
+    figures = (
+        _curves(reports, routing, "share of the kernels' mean square", "Adaptive routing"),
+        _inhibition(reports),
+        _curves(reports, redundancy, "", "Redundancy of kernels and of what they give"),
+        _curves(reports, radii, "radius / half of the image's side", title),
+        _fields(reports),
+    )
+    for name, figure in zip(FIGURES, figures, strict=True):
+        if figure is not None:
+            write_out(out / name, figure_png(figure), force=force)
+        elif REPORT(out / name):
+            (out / name).unlink()
+    return [name for name, figure in zip(FIGURES, figures, strict=True) if figure is not None]
 
 
 def _rank(key: str) -> Value:
@@ -76,18 +72,18 @@ def _curves(reports: list[dict], panels: dict[str, Value], label: str, title: st
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(4 * columns + 1, 7), 3.1 * rows + 1.1), layout="constrained")
-    shown = {}
+    shown, depths = {}, [np.linspace(0, 1, len(report["layers"])) for report in reports]
     for axes, (name, value) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=True):
-        for number, report in enumerate(reports):
+        for number, (report, places) in enumerate(zip(reports, depths, strict=True)):
             for kind in dict.fromkeys(layer["kind"] for layer in report["layers"]):
                 points = [
                     (place, value(layer))
-                    for place, layer in _places(report["layers"])
+                    for place, layer in zip(places, report["layers"], strict=True)
                     if layer["kind"] == kind and value(layer) is not None
                 ]
                 if points:
                     (shown[f"{report['target']}, {kind}"],) = axes.plot(
-                        *zip(*points, strict=True), DASHES[kind], marker=MARKS[kind], markersize=4.5, linewidth=1.4,
+                        *zip(*points, strict=True), LINES[kind], markersize=4.5, linewidth=1.4,
                         color=COLOURS[number % len(COLOURS)],
                     )  # fmt: skip
         axes.set_title(name, fontsize=10)
@@ -101,10 +97,6 @@ def _curves(reports: list[dict], panels: dict[str, Value], label: str, title: st
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
-
-
-def _places(layers: list[dict]) -> Iterable[tuple[float, dict]]:
-    return ((number / max(len(layers) - 1, 1), layer) for number, layer in enumerate(layers))
 
 
 def _inhibition(reports: list[dict]) -> Figure | None:
@@ -135,10 +127,9 @@ def _inhibition(reports: list[dict]) -> Figure | None:
             left.scatter(numbers, extremes, marker=mark, s=12, color="#666666", zorder=3)
         left.set_title(f"{name}: factors", fontsize=10)
         left.set_ylabel("share of the mean subtracted")
-        before = [layer["inhibition"]["mean_before"] for _, layer in having]
-        after = [layer["inhibition"]["mean_after"] for _, layer in having]
-        right.plot(numbers, _numbers(before), "-o", color="#666666", markersize=4.5, label="before inhibition")
-        right.plot(numbers, _numbers(after), "-s", color="#0072b2", markersize=4.5, label="after")
+        for when, line, colour in (("before", "-o", "#666666"), ("after", "-s", "#0072b2")):
+            means = np.array([layer["inhibition"][f"mean_{when}"] for _, layer in having], float)  # None is NaN
+            right.plot(numbers, means, line, color=colour, markersize=4.5, label=f"{when} inhibition")
         right.set_title(f"{name}: mean of the kernels", fontsize=10)
         right.set_ylabel("root mean square / kernels'")
         right.set_ylim(bottom=-0.04 * right.get_ylim()[1])  # 0, of full inhibition, is to be seen
@@ -153,10 +144,6 @@ def _inhibition(reports: list[dict]) -> Figure | None:
         "Lateral inhibition. Boxes: quartiles, whiskers 5 and 95 %, triangles least and greatest", fontsize=11
     )
     return figure
-
-
-def _numbers(values: list[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
 
 
 def _fields(reports: list[dict]) -> Figure:
@@ -183,11 +170,12 @@ def _fields(reports: list[dict]) -> Figure:
                 np.clip(shares, -DECADES, 0), vmin=-DECADES, vmax=0, cmap="viridis",
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
             )  # fmt: skip
-            row_at, column_at = field["centre"]
             for share, style in ((50, "-"), (90, "--")):
-                if field[f"radius_{share}"]:
-                    _circle(axes, (column_at, row_at), field[f"radius_{share}"], style)
-            said = "no gradient" if field["radius_50"] is None else _said(field)
+                if radius := field[f"radius_{share}"]:
+                    line = {"edgecolor": "white", "linestyle": style, "linewidth": 1.2}
+                    axes.add_patch(Circle(field["centre"][::-1], radius, fill=False, **line))
+            half, most = field["radius_50"], field["radius_90"]
+            said = "no gradient" if half is None else f"r50 {half:.1f}, r90 {most:.1f}"
             axes.set_title(f"{number} · {layer['kind']}\n{said}", fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -197,16 +185,3 @@ def _fields(reports: list[dict]) -> Figure:
     bar.set_label("squared gradient / its maximum", fontsize=8)
     figure.suptitle("Effective receptive fields: 50 % within the line, 90 % within the dashes", fontsize=10)
     return figure
-
-
-def _said(field: dict) -> str:
-    return f"r50 {field['radius_50']:.1f}, r90 {field['radius_90']:.1f}"
-
-
-def _circle(axes, centre: tuple[float, float], radius: float, style: str) -> None:
-    angles = np.linspace(0, 2 * np.pi, 200)
-    limits = axes.get_xlim(), axes.get_ylim()
-    axes.plot(
-        centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles), style, color="white", linewidth=1.2
-    )
-    axes.set(xlim=limits[0], ylim=limits[1])

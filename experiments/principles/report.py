@@ -64,14 +64,10 @@ def _observe(
     target: Target, names: dict[str, str], grid: Iterable[float | None], batch: int, device: torch.device, bar: tqdm
 ) -> dict[str, dict]:
     """Kernels and feature maps of every layer over all samples and times, measured."""
-    kernels: dict[str, list] = {}  # of a layer, by time and batch: (B, K, C)
-    before: dict[str, list] = {}
-    squares: dict[str, list] = {}
+    kept: dict[str, list[list[Seen]]] = {}  # of a layer, by time and batch; what it mixed goes into its products
     products: dict[str, torch.Tensor] = {}
     places: dict[str, int] = {}
-    last: dict[str, Seen] = {}
-    for t in grid:
-        rows: dict[str, list] = {}
+    for at, t in enumerate(grid):
         for part in _parts(len(target.images), batch):
             with recording(target.model, names, target.grid()) as seen:
                 target.run(target.inputs(part, t, device), part, t)
@@ -81,45 +77,41 @@ def _observe(
                         f"{target.name}: what {name} gives is not finite, and nothing can be measured of it; check the "
                         "model's weights"
                     )
-                rows.setdefault(name, []).append(
-                    (each.kernels.cpu(), None if each.before is None else each.before.cpu())
-                )
-                if each.squares is not None:
-                    squares.setdefault(name, []).append(each.squares.cpu())
                 flat = each.mixed.double().transpose(0, 1).flatten(1)
                 products[name] = products.get(name, 0) + flat @ flat.T
                 places[name] = places.get(name, 0) + flat.shape[1]
-            last = seen
-        for name, found in rows.items():
-            kernels.setdefault(name, []).append(torch.cat([made for made, _ in found]))
-            if found[0][1] is not None:
-                before.setdefault(name, []).append(torch.cat([made for _, made in found]))
+                kept.setdefault(name, [[] for _ in grid])[at].append(each.without_mixed())
         bar.update()
     result = {}
-    for name in list(kernels):
-        layer, own = target.model.get_submodule(name), torch.stack(kernels.pop(name), 1)
-        uninhibited = torch.stack(before.pop(name), 1) if name in before else None
+    for name, times in kept.items():
+        layer, own = target.model.get_submodule(name), _joined(times, "kernels")
         varies = measures.routing(own)
         distinct = own if any(varies.values()) else own[:1, :1]
         attends = names[name] == "attention"
-        varies["over_positions"] = measures.over_positions(own, torch.cat(squares.pop(name))) if attends else 0.0
+        varies["over_positions"] = measures.over_positions(own, _joined(times, "squares")) if attends else 0.0
         result[name] = {
             "kernel_taps": own.shape[2],
             "kernels": own.shape[3],
             "channels": len(products[name]),
             "routing": varies,
             "kernel_mean": measures.mean_share(own),
-            "inhibition": _inhibition(layer, uninhibited),
+            "inhibition": _inhibition(layer, times),
             "kernel_redundancy": measures.kernel_redundancy(distinct),
             "channel_redundancy": measures.channel_redundancy(products[name].cpu(), places[name]),
-            "within_window": measures.share_within(own, last[name].grid) if attends else None,
+            "within_window": measures.share_within(own, times[0][0].grid) if attends else None,
         }
     return result
 
 
-def _inhibition(layer: torch.nn.Module, before: torch.Tensor | None) -> dict | None:
+def _joined(times: list[list[Seen]], key: str) -> torch.Tensor:
+    """What layers did in the passes of each time: (S, T, ...)."""
+    return torch.stack([torch.cat([getattr(each, key) for each in parts]) for parts in times], 1)
+
+
+def _inhibition(layer: torch.nn.Module, times: list[list[Seen]]) -> dict | None:
     if not isinstance(layer, KernelGenerator):
         return None
+    before = _joined(times, "before")
     return {"setting": layer.inhibition, **measures.inhibition(before, factors(layer, before.shape[3]))}
 
 

@@ -379,8 +379,8 @@ def test_the_command_writes_record_table_and_figures(run, tmp_path, capsys):
             assert image.width > 800
     assert "inhibition.png" in capsys.readouterr().out
     # Attention alone has no inhibition to be drawn, and an old figure would speak for it.
-    plots.draw([vit], out)
-    assert plots.written(out) == [name for name in plots.FIGURES if name != "inhibition.png"]
+    assert plots.draw([vit], out) == [name for name in plots.FIGURES if name != "inhibition.png"]
+    assert not (out / "inhibition.png").exists()
 
 
 def test_a_recipe_or_the_checkpoints_own_is_taken_for_data(run):

@@ -133,18 +133,18 @@ def test_a_table_is_made_and_only_what_is_missing_is_made_again(small, tmp_path,
     plan.entries[0].overrides = ["train.lr=0.5"]
     assert not is_trained(models(plan)[0])
     model, sampler = models(load_table(path))[0], plan.samplers[0]
-    assert is_sampled(plan, model, sampler)
+    assert is_sampled(model, sampler)
     manifest = run / "samples/quick/manifest.json"
     for change in ({"checkpoint_sha256": {}}, {"checkpoint_sha256": None}):
         content = manifest.read_text()
         manifest.write_text(json.dumps(json.loads(content) | change))
-        assert not is_sampled(plan, model, sampler)
+        assert not is_sampled(model, sampler)
         manifest.write_text(content)
-    assert not is_sampled(plan, dataclasses.replace(model, ckpt=tmp_path / "runs/nowhere", recipe=None), sampler)
+    assert not is_sampled(dataclasses.replace(model, ckpt=tmp_path / "runs/nowhere", recipe=None), sampler)
     sampler.vae = "elsewhere"
-    assert not is_sampled(plan, model, sampler)
+    assert not is_sampled(model, sampler)
     manifest.rename(run / "samples/quick/settings.json")  # begun, and not complete
-    assert not is_sampled(load_table(path), model, load_table(path).samplers[0])
+    assert not is_sampled(model, load_table(path).samplers[0])
     (run / "step-0000002/ema/config.json").write_text("{}")
     assert not is_trained(models(load_table(path))[0])
 
@@ -421,7 +421,7 @@ def test_models_trained_elsewhere_are_not_trained(tmp_path, capsys, fails):
     found = models(plan)
     assert [(str(model.ckpt), model.train) for model in found] == [("x", None), ("y", None)]
     assert all(map(is_trained, found))
-    assert table._samples(plan, found[1], plan.samplers[0]).as_posix() == "r/a-1/samples/s"
+    assert (found[1].samples / plan.samplers[0].name).as_posix() == "r/a-1/samples/s"
     assert [model.method for model in found] == ["A/2", "A/2"]
     main([str(tmp_path / "t.yaml"), "--dry-run"])
     out = capsys.readouterr().out

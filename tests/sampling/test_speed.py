@@ -1,7 +1,6 @@
 """The speed command: what it compares, its columns against their definitions, and what it checks before the clock."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from sampling import speed
 from sampling.__main__ import main as sampling
 from sit_atconv import create_model
 from sit_atconv.models.cost import count_parameters
-from sit_atconv.ops.atconv import BACKEND_VARIABLE, choose_backend, native
+from sit_atconv.ops.atconv import native
 from sit_atconv.sampling.sampling import sample_latents
 from sit_atconv.sampling.settings import Sampling
 
@@ -107,17 +106,6 @@ def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch, broken):
     with pytest.raises(RuntimeError, match=r"SiT-ATConv-S/8 at 64 px: the .* not timed"):
         run_speed(tmp_path, "--models", "SiT-ATConv-S/8", "--sizes", 64, "--baselines", "--passes", "backward")
     assert not (tmp_path / "speed.json").exists()
-
-
-def test_oracle_puts_the_environment_back(monkeypatch):
-    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
-    with speed.oracle():
-        assert choose_backend(torch.zeros(1, 1, 1, 1)) == "reference"
-    assert BACKEND_VARIABLE not in os.environ
-    monkeypatch.setenv(BACKEND_VARIABLE, "conv")
-    with speed.oracle():
-        pass
-    assert os.environ[BACKEND_VARIABLE] == "conv"
 
 
 def test_what_was_measured_stays_when_a_later_size_fails(tmp_path, monkeypatch):
