@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="folder of images (with its manifest.json), npz with arr_0, or a recipe (.yaml)"
     )
-    add_overrides(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
     add_force(parser)
     parser.add_argument(
@@ -54,15 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """What may follow a recipe, before options or after them."""
+def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands that extract take: what may follow a recipe, before options or after them; and the options."""
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="laid over a recipe, e.g. data.root=DIR data.image_size=64"
     )
-
-
-def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of all commands that extract."""
     parser.add_argument(
         "--extractor", default="inception", metavar="SPEC",
         help='inception (default), digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", or '
