@@ -28,7 +28,7 @@ from eval.sources import Source, begun_as, class_histogram, open_source
 from sit_atconv import limits, processes
 from sit_atconv.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.errors import InputError, add_force
-from sit_atconv.files import check_writable, library_versions, lock, resolved, sha256, sync, write_atomic
+from sit_atconv.files import check_writable, library_versions, lock, resolved, sha256, write_atomic
 from sit_atconv.reading import Malformed, read_json
 
 T = TypeVar("T")
@@ -284,4 +284,3 @@ def finish(out: Path, settings: dict[str, Any]) -> None:
             **{key: settings[key] for key in ("source", "extractor", "image_shape", "batch", "device", "versions")},
         }
         write_atomic(out / INDEX, json.dumps(info, indent=1))
-        sync(out)
