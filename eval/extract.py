@@ -28,7 +28,7 @@ from eval.sources import Source, begun_as, class_histogram, open_source
 from sit_atconv import limits, processes
 from sit_atconv.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.errors import InputError, add_force
-from sit_atconv.files import check_writable, library_versions, lock, resolved, sha256, sync, write_atomic
+from sit_atconv.files import check_writable, library_versions, lock, resolved, sha256, write_atomic
 from sit_atconv.reading import Malformed, read_json
 
 T = TypeVar("T")
@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="folder of images (with its manifest.json), npz with arr_0, or a recipe (.yaml)"
     )
-    add_overrides(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
     add_force(parser)
     parser.add_argument(
@@ -54,15 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """What may follow a recipe, before options or after them."""
+def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands that extract take: what may follow a recipe, before options or after them; and the options."""
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="laid over a recipe, e.g. data.root=DIR data.image_size=64"
     )
-
-
-def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of all commands that extract."""
     parser.add_argument(
         "--extractor", default="inception", metavar="SPEC",
         help='inception (default), digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", or '
@@ -289,4 +284,3 @@ def finish(out: Path, settings: dict[str, Any]) -> None:
             **{key: settings[key] for key in ("source", "extractor", "image_shape", "batch", "device", "versions")},
         }
         write_atomic(out / INDEX, json.dumps(info, indent=1))
-        sync(out)

@@ -42,22 +42,10 @@ def kernel_distance(
     real, fake = checked_pair(real, fake)
     if min(len(real), len(fake)) < 2:
         raise ValueError(f"{len(real)} real images and {len(fake)} samples have no kernel distance; give at least two")
-    full, deleted = _full(real, fake, group_ids, device, progress)
-    subsets = kid_features_to_metric(
-        fake.double(), real.double(),
-        kid_subsets=SUBSETS, kid_subset_size=min(SUBSET_SIZE, len(real), len(fake)), rng_seed=SEED, verbose=False,
-    )  # fmt: skip
-    return KernelDistance(
-        subsets[KEY_METRIC_KID_MEAN], subsets[KEY_METRIC_KID_STD] / np.sqrt(SUBSETS).item(), full, deleted
-    )
-
-
-def _full(real, fake, group_ids, device, progress) -> tuple[float, list[float]]:
     groups = int(group_ids.max()) + 1
     order = torch.from_numpy(np.argsort(group_ids, kind="stable"))
     sizes = torch.bincount(torch.as_tensor(group_ids), minlength=groups).double()
-    fake = fake[order]
-    runs = fake.split(sizes.long().tolist())
+    runs = fake[order].split(sizes.long().tolist())
     within, across = torch.zeros(groups, groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
     with tqdm(total=2 * groups + 1, desc="kernel", unit="group", disable=not progress) as bar:
         for g, run in enumerate(runs):
@@ -77,7 +65,12 @@ def _full(real, fake, group_ids, device, progress) -> tuple[float, list[float]]:
 
     everyone = list(range(groups))
     deleted = [distance([group for group in everyone if group != gone]) for gone in everyone] if groups > 1 else []
-    return distance(everyone), deleted
+    subsets = kid_features_to_metric(
+        fake.double(), real.double(),
+        kid_subsets=SUBSETS, kid_subset_size=min(SUBSET_SIZE, len(real), len(fake)), rng_seed=SEED, verbose=False,
+    )  # fmt: skip
+    subset_se = subsets[KEY_METRIC_KID_STD] / np.sqrt(SUBSETS).item()
+    return KernelDistance(subsets[KEY_METRIC_KID_MEAN], subset_se, distance(everyone), deleted)
 
 
 def _kernel_sum(a: torch.Tensor, b: torch.Tensor, device) -> float:

@@ -10,15 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.extract import (
-    BATCH,
-    add_extractor_arguments,
-    add_features_argument,
-    add_overrides,
-    check_root,
-    features_of,
-    read_as,
-)
+from eval.extract import BATCH, add_extractor_arguments, add_features_argument, check_root, features_of, read_as
 from eval.extractor import KINDS, OWN, Extractor, kind_of, load_extractor, recorded_spec
 from eval.features import INDEX, Features, Held, held, is_features
 from eval.moments import Moments, stream_sums
@@ -333,7 +325,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images", metavar="IMAGES",
         help="folder or npz of images, a recipe (.yaml) for what it trains on, or a folder of features",
     )  # fmt: skip
-    add_overrides(parser)
     parser.add_argument("--out", required=True, metavar="REF", help="new npz file")
     add_force(parser)
     add_extractor_arguments(parser)

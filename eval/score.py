@@ -13,15 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from eval.extract import (
-    BATCH,
-    add_extractor_arguments,
-    add_features_argument,
-    add_overrides,
-    check_root,
-    features_of,
-    read_as,
-)
+from eval.extract import BATCH, add_extractor_arguments, add_features_argument, check_root, features_of, read_as
 from eval.extractor import Extractor, default_device, kind_of, load_extractor
 from eval.features import Features, Held, held, is_features
 from eval.frechet import correction_needs, frechet_distances
@@ -65,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trains on, folder of features, or digits for the real ones in their own classifier's features; --extractor is "
         "by default the one that it records",
     )  # fmt: skip
-    add_overrides(parser)
     parser.add_argument(
         "--metrics", metavar="LIST",
         help=f"of {', '.join(STREAMS)}, parted by commas; default: all that extractor and reference allow, but fdd",

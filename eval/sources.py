@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ class Source:
     lossy = False
     background: str | None = None
     data: dict[str, Any] | None = None
+    _digest: str | None = None
 
     def __init__(
         self, name: str, n: int, image_shape: Sequence[int], labels=None, manifest: Path | None = None,
@@ -71,7 +71,6 @@ class Source:
         self.labels = None if labels is None else _check_labels(name, labels, n)
 
     def _note(self, reader: Reader) -> None:
-        """Keep what a reader has met."""
         self.lossy |= reader.lossy is not None
         if reader.transparent:
             self.background = reader.background
@@ -103,14 +102,12 @@ class Source:
 
         Reads all images once. Raises InputError for one that cannot be read, or is not like the others.
         """
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for part in self._content():
+                digest.update(part)
+            self._digest = digest.hexdigest()
         return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for part in self._content():
-            digest.update(part)
-        return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What a result records: name, digest of the pixels, labels' digest, and the manifest but for its labels.

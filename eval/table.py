@@ -197,7 +197,6 @@ def _refuse_twice(results: list[dict], key: str, what: str) -> None:
 
 
 def _row(group: list[dict], differs: list[str]) -> dict[str, Any]:
-    """One row: means over the results of a method."""
     method, seeds = group[0]["method"], [result["seed"] for result in group]
     for seed in seeds:
         if seeds.count(seed) > 1:

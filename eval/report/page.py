@@ -167,12 +167,9 @@ def _quantity(value: Any, digits: int = 4, unit: str = "") -> Markup | str:
 
 
 def _fact(value: Any) -> Markup | str:
-    """A setting as it was stated."""
     if value is None:
         return UNRECORDED
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _hash(value: Any) -> Markup:
@@ -222,17 +219,15 @@ def _key_facts(run: Run) -> dict[str, Content]:
     if number(step) is not None and number(goal) is not None and goal != step:
         trained = f"{trained} of {_quantity(goal)}"
     losses = [row["loss"] for row in run.log if number(row.get("loss")) is not None]
+    model = _first(run.recipe.get("model.name"), training("name"), "SiT of own sizes" if run.recipe else None)
+    seen = _first(last.get("images_seen"), run.checkpoint.get("images_seen"), training("images_seen"))
     return {
-        "Model": _fact(
-            _first(run.recipe.get("model.name"), training("name"), "SiT of own sizes" if run.recipe else None)
-        ),
+        "Model": _fact(model),
         "Token mixer": _fact(_first(run.recipe.get("model.token_mixer"), training("token_mixer"))),
         "Parameters": _quantity(training("params")),
         "Data": _fact(f"{data}, {images:,} images" if number(images) is not None and data else data),
         "Steps": trained,
-        "Images seen": _quantity(
-            _first(last.get("images_seen"), run.checkpoint.get("images_seen"), training("images_seen"))
-        ),
+        "Images seen": _quantity(seen),
         "Batch size": _quantity(run.recipe.get("train.batch_size")),
         "Precision": _fact(_first(run.recipe.get("train.precision"), training("precision"))),
         "Seed": _fact(_first(run.recipe.get("run.seed"), training("seed"))),

@@ -12,15 +12,12 @@ what was done and lost, and exits with status 1 where something was.
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +27,15 @@ from tqdm import tqdm
 
 from experiments.drill import commands
 from experiments.drill.child import DONE, forked
-from experiments.drill.forked import Forked, preload
-from experiments.drill.rows import ENVIRONMENT, Failed, Row, expect, row_of, save_images, table
+from experiments.drill.forked import Ended, Forked, preload, python
+from experiments.drill.places import files_in, save_images, save_latent_data, small_disk
+from experiments.drill.rows import Row, expect, expect_same, many, row_of, table
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
 from sampling.options import add_number
 from sit_atconv import checkpoint, limits
 from sit_atconv.errors import ArgumentParser, command
 from sit_atconv.files import scratch
+from sit_atconv.reading import read_rows
 
 EVERY_STEP = "run.log_every=1"
 
@@ -50,39 +49,32 @@ class Drill:
     recipe: Path
 
     @property
-    def name(self) -> str:
-        return next(name for name, subject in SUBJECTS.items() if subject is self.subject)
-
-    @property
     def whole(self) -> Path:
         return self.out / "whole"
 
-    def child(self, *options: str) -> list[str]:
-        """The arguments to Python of a run with a fault put in, or with word of what it is doing."""
-        return ["-m", "experiments.drill.child", "--subject", self.name, *options, "--", str(self.recipe)]
+    def poisoned(self, run: Path, fault: str, rank: int, *overrides: str) -> list[str]:
+        """The arguments to Python of a run with a fault put in, in step 7 of one process."""
+        words = [self.subject.name, fault, str(rank), "7", str(self.recipe), f"run.out={run}"]
+        return ["-m", "experiments.drill.child", *words, *overrides, EVERY_STEP]
 
-    def with_data(self, recipe: dict, folder: Path) -> "Drill":
-        """The same on a recipe of its own, all in a folder."""
-        file = folder / "recipe.yaml"
-        file.write_text(yaml.safe_dump({**recipe, "run": {"out": str(folder / "run")}}))
-        return Drill(self.subject, folder, file)
+    @classmethod
+    def on(cls, subject: Subject, recipe: dict, out: Path) -> "Drill":
+        """A drill on a recipe, all in a folder."""
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / "recipe.yaml"
+        file.write_text(yaml.safe_dump({**recipe, "run": {"out": str(out / "run")}}))
+        return cls(subject, out, file)
 
-    def train(self, run: Path, *overrides: str) -> subprocess.CompletedProcess:
+    def train(self, run: Path, *overrides: str) -> Ended:
         """The command of a user, to its end."""
-        command = [sys.executable, self.subject.script, str(self.recipe), f"run.out={run}", *overrides]
-        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-
-    def trained(self, run: Path, *overrides: str) -> None:
-        done = self.train(run, *overrides)
-        expect(done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-300:]}")
+        return python(self.subject.script, str(self.recipe), f"run.out={run}", *overrides)
 
     def stopped(self, run: Path, times: int) -> int:
         """Begin a run that SIGTERM ends in its given step; the step it was saved at."""
         child = Child(self, run, EVERY_STEP)
         child.wait_for("step", times)
-        child.process.send_signal(signal.SIGTERM)
-        status, said, err = child.end()
-        expect(status == 0 and "goes on from there" in said, f"exit status {status}: {err[-300:]}")
+        os.kill(child.pid, signal.SIGTERM)
+        child.end().expect(0, "goes on from there")
         step, rows = newest(run), progress(run)
         expect(step == rows, f"{rows} steps were taken, {step} saved")
         return step
@@ -90,7 +82,7 @@ class Drill:
     def goes_on(self, run: Path) -> int:
         """Run it again after a stop, to the bits of the run left alone; the step that it went on from."""
         step = newest(run)
-        self.trained(run, EVERY_STEP)
+        self.train(run, EVERY_STEP).expect(0)
         trim(run, self.whole, step)
         self.expect_same(run)
         return step
@@ -100,22 +92,18 @@ class Drill:
         whole = whole or self.whole
         left = [path.name for path in run.rglob("*") if path.suffix in (".tmp", ".unfinished")]
         expect(not left, f"left behind: {left}")
-        own, other = contents(run), contents(whole)
-        expect(own.keys() == other.keys(), f"other files: {sorted(own.keys() ^ other.keys())[:4]}")
-        changed = [name for name in own if own[name] != other[name]]
-        expect(not changed, f"other bits in {changed[:4]}")
+        expect_same(contents(run), contents(whole))
         expect(self.timeless(run) == self.timeless(whole), "another log")
 
     def timeless(self, run: Path) -> list[dict]:
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        return [{key: row[key] for key in self.subject.timeless} for row in rows]
+        return [{key: row[key] for key in self.subject.timeless} for row in read_rows(run / "log.jsonl")]
 
 
-class Told:
-    """What a run tells of what it is doing, byte by byte."""
+class Child(Forked):
+    """A run in the background, which tells what it is doing."""
 
-    def read(self) -> bytes:
-        raise NotImplementedError
+    def __init__(self, drill: Drill, run: Path, *overrides: str, announced: bool = True):
+        super().__init__(forked, drill.subject.name, [str(drill.recipe), f"run.out={run}", *overrides], announced)
 
     def wait_for(self, phase: str, times: int) -> bool:
         """Wait until a phase begins for the given time; False where the run ends before."""
@@ -137,40 +125,8 @@ class Told:
         return taken
 
 
-class Child(Told):
-    """A run in the background, of a command as a user gives it."""
-
-    def __init__(self, drill: Drill, run: Path, *overrides: str, **options):
-        read, write = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, *drill.child("--announce", str(write)), f"run.out={run}", *overrides],
-            env=ENVIRONMENT, pass_fds=[write], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-        )  # fmt: skip
-        os.close(write)
-        self.pipe = os.fdopen(read, "rb", buffering=0)
-
-    def read(self) -> bytes:
-        return self.pipe.read(1)
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit status, stdout, stderr."""
-        out, err = self.process.communicate()
-        self.pipe.close()
-        return self.process.returncode, out, err
-
-
-class ForkedRun(Forked, Told):
-    """The same in a process that was forked off, which begins sooner."""
-
-    def __init__(self, drill: Drill, run: Path, *overrides: str, announced: bool = True):
-        super().__init__(forked, drill.name, [str(drill.recipe), f"run.out={run}", *overrides], announced)
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of a run but those that the clock or the folder's name is in."""
-    apart = ("log.jsonl", "recipe.yaml", "manifest.json")
-    files = [path for path in run.rglob("*") if path.is_file() and path.name not in apart]
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
+# Of a run, but for the files that the clock or the folder's name is in.
+contents = partial(files_in, apart=("log.jsonl", "recipe.yaml", "manifest.json"))
 
 
 def newest(run: Path) -> int:
@@ -182,10 +138,8 @@ def newest(run: Path) -> int:
 def progress(run: Path) -> int:
     """The last step in the log."""
     file = run / "log.jsonl"
-    lines = (
-        [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
-    )
-    return json.loads(lines[-1])["step"] if lines else 0
+    rows = read_rows(file) if file.exists() else []
+    return rows[-1]["step"] if rows else 0
 
 
 def trim(run: Path, whole: Path, step: int) -> None:
@@ -202,33 +156,24 @@ def kill_and_run_again(drill: Drill, index: int, durations: dict[str, list[float
     occurrence = draw.randint(1, len(durations[phase]))
     delay = draw.random() * sorted(durations[phase])[len(durations[phase]) // 2]
     overrides = (f"data.workers={index % 2}", EVERY_STEP)
-    child = ForkedRun(drill, run, *overrides)
+    child = Child(drill, run, *overrides)
     begun = child.wait_for(phase, occurrence)
     time.sleep(delay)
     child.kill()
     ended = child.end()
     expect(begun and ended.status == -signal.SIGKILL, f"was not killed in {phase} {occurrence}: {ended.said[-300:]}")
     reached, saved = progress(run), newest(run)
-    again = ForkedRun(drill, run, *overrides, announced=False).end()
-    expect(again.status == 0, f"run again: exit status {again.status}: {again.said[-300:]}")
+    Child(drill, run, *overrides, announced=False).end().expect(0)
     drill.expect_same(run)
     shutil.rmtree(run)
     return {"phase": phase, "occurrence": occurrence, "delay_s": delay, "reached": reached, "resumed_from": saved}
 
 
 def sigkill(drill: Drill, runs: int) -> Row:
-    child = ForkedRun(drill, drill.whole, EVERY_STEP)
+    child = Child(drill, drill.whole, EVERY_STEP)
     durations = child.durations()
-    alone = child.end()
-    expect(alone.status == 0, f"the run left alone failed: {alone.said[-300:]}")
-    done, failures = [], []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        tasks = [pool.submit(kill_and_run_again, drill, index, durations) for index in range(runs)]
-        for index, task in enumerate(tqdm(tasks, desc=f"{drill.subject.script}: SIGKILL", unit="run")):
-            try:
-                done.append(task.result())
-            except Failed as failure:
-                failures.append(f"run {index}: {failure}")
+    child.end().expect(0)
+    done, failures = many(drill.subject.script, runs, partial(kill_and_run_again, drill, durations=durations))
     (drill.out / "sigkill.json").write_text(json.dumps(done, indent=1))
     killed_in = [entry["phase"] for entry in done]
     phases = ", ".join(f"{killed_in.count(phase)} {phase}" for phase in dict.fromkeys(drill.subject.killed_in))
@@ -248,14 +193,14 @@ def sigterm(drill: Drill) -> str:
 def sigterm_to_all(drill: Drill) -> str:
     """As a scheduler ends a job, once an evaluation has started its loader process beside that of training."""
     run = drill.out / "sigterm-all"
-    child = Child(drill, run, EVERY_STEP, "data.workers=1", start_new_session=True)
+    child = Child(drill, run, EVERY_STEP, "data.workers=1")
     child.wait_for("evaluation", 3)
-    pid = child.process.pid
-    while len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) < 2:
-        expect(child.process.poll() is None, "ended without a second loader process")
-    os.killpg(pid, signal.SIGTERM)
-    status, said, err = child.end()
-    expect(status == 0 and "goes on from there" in said, f"exit status {status}: {err[-300:]}")
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    while len(loaders := children.read_text().split()) < 2:
+        expect(child.is_alive(), "ended without a second loader process")
+    for pid in (child.pid, *map(int, loaders)):
+        os.kill(pid, signal.SIGTERM)
+    child.end().expect(0, "goes on from there")
     step = drill.goes_on(run)
     return f"exit status 0, saved at step {step}, then the same bits"
 
@@ -264,11 +209,11 @@ def sigint_twice(drill: Drill) -> str:
     run = drill.out / "sigint"
     child = Child(drill, run, EVERY_STEP)
     child.wait_for("checkpoint", 3)
-    child.process.send_signal(signal.SIGINT)
-    while "finishing the step" not in (line := child.process.stderr.readline()):
-        expect(bool(line), "ended without a word")
-    child.process.send_signal(signal.SIGINT)
-    status, _, _ = child.end()
+    os.kill(child.pid, signal.SIGINT)
+    while "finishing the step" not in child.said():
+        expect(child.is_alive(), "ended without a word")
+    os.kill(child.pid, signal.SIGINT)
+    status = child.end().status
     expect(status in (-signal.SIGINT, 0), f"exit status {status}")
     step = drill.goes_on(run)
     return f"stopped at once, whole up to step {step}, then the same bits"
@@ -278,51 +223,40 @@ def full_disk(drill: Drill) -> str:
     """On a tmpfs with room for one checkpoint and a half; where none can be mounted, by a limit on files."""
     run, overrides = drill.out / "full" / "run", (EVERY_STEP, *drill.subject.bare)
     size = sum(path.stat().st_size for path in checkpoint.step_folders(drill.whole)[-1].rglob("*"))
-    run.parent.mkdir()
-    small = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(run.parent)])
-    mounted = small.returncode == 0
-    try:
+    with small_disk(run.parent, int(1.5 * size)) as filler:
+        mounted = filler.exists()
         child = Child(drill, run, *overrides)
         if not mounted:
             child.wait_for("checkpoint", 2)
-            resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        status, _, err = child.end()
-        line = err.splitlines()[-1]
-        expect(status == 2 and line.startswith("error: ") and "it needs" in line, f"exit status {status}: {err[-300:]}")
+            resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        line = child.end().expect(2, "it needs")
         expect(newest(run) == 4, f"the checkpoint of step 4 is gone, {newest(run)} is left")
-        if mounted:
-            subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(run.parent)], check=True)
-        drill.trained(run, *overrides)
-        drill.trained(drill.out / "full-whole", *overrides)
+        filler.unlink(missing_ok=True)
+        drill.train(run, *overrides).expect(0)
+        drill.train(drill.out / "full-whole", *overrides).expect(0)
         drill.expect_same(run, drill.out / "full-whole")
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(run.parent)], check=True)
     how = "a tmpfs" if mounted else "a limit on files"
-    return f"on {how}: '{re.sub(r'^error: ', '', line)[:90]}...', step 4 kept, then the same bits"
+    return f"on {how}: '{line.partition('error: ')[2][:90]}...', step 4 kept, then the same bits"
 
 
 def with_nan(drill: Drill, run: Path, fault: str, rank: int, processes: int) -> list[dict]:
     """A run with NaN in step 7 of one process, which skips that step alone and goes on to its end; its log."""
-    command = [*drill.child(fault, f"{rank}:7"), f"run.out={run}", "train.lr=1e-4", EVERY_STEP]
+    words = drill.poisoned(run, fault, rank, "train.lr=1e-4")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), *command]
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    expect(done.returncode == 0, f"{processes} processes: {done.stderr[-300:]}")
-    rows = drill.timeless(run)
-    skipped = [row["skipped"] for row in rows]
+    python(*(launch if processes > 1 else []), *words, ACCELERATE_USE_CPU="true").expect(0)
+    log = drill.timeless(run)
+    skipped = [row["skipped"] for row in log]
     expect(skipped == [0] * 6 + [1] * (STEPS - 6), f"{processes} processes: not that step alone was skipped")
-    return rows
+    return log
 
 
 def nan_on_one_rank(drill: Drill) -> str:
     # Of two processes, the second one alone is hit: the first one writes the log.
-    two = with_nan(drill, drill.out / "nan-2", "--nan", 1, 2)
+    two = with_nan(drill, drill.out / "nan-2", "nan", 1, 2)
     said = "both skip step 7, counted once, and have equal weights at every checkpoint"
     if not drill.subject.splits:
         return said
-    one = with_nan(drill, drill.out / "nan-1", "--nan", 0, 1)  # which has all the samples of the step
+    one = with_nan(drill, drill.out / "nan-1", "nan", 0, 1)  # which has all the samples of the step
     pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if a["step"] != 7]  # which has none
     worst = max(abs(a - b) / a for a, b in pairs)
     expect(worst < 1e-5, f"two processes went another way than one with the same fault: {worst:.1e}")
@@ -331,11 +265,9 @@ def nan_on_one_rank(drill: Drill) -> str:
 
 def nan_in_the_images(drill: Drill) -> str:
     """NaN in the loss alone leaves the model as it was; NaN that went through the whole of it must do so too."""
-    runs = {fault: drill.out / fault.strip("-") for fault in ("--nan", "--nan-images")}
+    runs = {fault: drill.out / fault for fault in ("nan", "nan-images")}
     loss, images = (with_nan(drill, run, fault, 0, 1) for fault, run in runs.items())
-    own, other = map(contents, runs.values())
-    changed = [name for name in own.keys() | other.keys() if own.get(name) != other.get(name)]
-    expect(not changed, f"the skipped step left something behind in {changed[:4]}")
+    expect_same(*map(contents, runs.values()))
     expect(loss[:6] + loss[7:] == images[:6] + images[7:], "another log after it")
     return "step 7 skipped; the same bits as with NaN in its loss alone"
 
@@ -343,10 +275,7 @@ def nan_in_the_images(drill: Drill) -> str:
 def skip_streak(drill: Drill) -> str:
     """NaN from step 7 on: the run ends with an error, and no checkpoint is of a step that was skipped."""
     run = drill.out / "streak"
-    command = [sys.executable, *drill.child("--nan-from", "0:7"), f"run.out={run}", EVERY_STEP]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
-    expect(done.returncode == 2 and "no finite loss" in last, f"exit status {done.returncode}: {done.stderr[-300:]}")
+    python(*drill.poisoned(run, "nan-from", 0)).expect(2, "no finite loss")
     saved = [checkpoint.step_of(folder) for folder in checkpoint.step_folders(run)]
     expect(saved == [4], f"checkpoints are of the steps {saved}")
     drill.goes_on(run)
@@ -362,12 +291,12 @@ def damaged_kept(drill: Drill) -> str:
     before = contents(damaged)
     child = Child(drill, run, EVERY_STEP)
     begun = child.wait_for("checkpoint", 1)
-    child.process.kill()
+    child.kill()
     child.end()
     expect(begun, "ended before its first checkpoint")
     aside = damaged.with_name(f"{damaged.name}.damaged")
     expect(aside.is_dir() and contents(aside) == before, "what was left of the newest checkpoint is gone")
-    drill.trained(run, EVERY_STEP)
+    drill.train(run, EVERY_STEP).expect(0)
     drill.expect_same(run)
     return f"step {step} set aside until a whole one had followed, then the same bits"
 
@@ -378,8 +307,7 @@ def foreign_files(drill: Drill) -> str:
     theirs.mkdir()
     (theirs / "model.pt").write_bytes(b"mine")
     for where in (theirs, drill.out / "new" / ".." / "theirs"):
-        refused = drill.train(where, EVERY_STEP)
-        expect(refused.returncode == 2, f"not refused: {refused.stderr[-300:]}")
+        drill.train(where, EVERY_STEP).expect(2)
         expect(contents(theirs) == {"model.pt": b"mine"}, f"other files: {list(contents(theirs))}")
     run = drill.out / "foreign"
     drill.stopped(run, 10)
@@ -388,7 +316,7 @@ def foreign_files(drill: Drill) -> str:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"mine")
     step = newest(run)
-    drill.trained(run, EVERY_STEP)
+    drill.train(run, EVERY_STEP).expect(0)
     expect(all(path.is_file() and path.read_bytes() == b"mine" for path in mine), "other people's files are gone")
     for path in mine:
         path.unlink()
@@ -403,37 +331,28 @@ def truncated_checkpoint(drill: Drill) -> str:
     step = drill.stopped(run, 30)
     file = checkpoint.folder_of(run, step) / "ema" / drill.subject.weights
     os.truncate(file, file.stat().st_size // 2)
-    done = drill.train(run, EVERY_STEP)
-    expect(done.returncode == 0 and "trying the one before" in done.stderr, f"not passed over: {done.stderr[-300:]}")
+    drill.train(run, EVERY_STEP).expect(0, "trying the one before")
     drill.expect_same(run)
     return "named and passed over, the one before taken, then the same bits"
 
 
 def deleted_shard(drill: Drill) -> str:
-    from diffusers import AutoencoderKL
-
     folder = drill.out / "latents"
-    images = save_images(folder / "images", 48, 0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    data = {"kind": "imagefolder", "root": str(images), "image_size": 16, "flip": True}
-    latents = {"codec": "vae", "vae": str(folder / "vae")}
-    own = drill.with_data({**drill.subject.recipe, "data": data, "latents": latents}, folder)
-    encode = [sys.executable, "-m", "sit_atconv.latents", "encode", str(own.recipe), "--out", str(folder / "cache")]
-    cached = ("data.kind=latents", f"data.root={folder / 'cache'}", EVERY_STEP, "train.max_steps=12")
-    subprocess.run([*encode, "--shard-images", "16"], env=ENVIRONMENT, check=True, capture_output=True)
-    before = contents(folder / "cache")
-    own.trained(own.whole, *cached)
-    own.trained(folder / "run", *cached[:-1], "train.max_steps=6")
-    victim = sorted((folder / "cache").glob("*.safetensors"))[1]
+    recipe = {**drill.subject.recipe, **save_latent_data(folder)}
+    recipe["data"]["flip"] = True
+    own, cache = Drill.on(drill.subject, recipe, folder), folder / "cache"
+    encode = ("-m", "sit_atconv.latents", "encode", str(own.recipe), "--out", str(cache), "--shard-images", "16")
+    cached = ("data.kind=latents", f"data.root={cache}", EVERY_STEP, "train.max_steps=12")
+    python(*encode).expect(0)
+    before = contents(cache)
+    own.train(own.whole, *cached).expect(0)
+    own.train(folder / "run", *cached[:-1], "train.max_steps=6").expect(0)
+    victim = sorted(cache.glob("*.safetensors"))[1]
     victim.unlink()
-    refused = own.train(folder / "run", *cached)
-    expect(refused.returncode == 2 and victim.name in refused.stderr, f"not refused: {refused.stderr[-300:]}")
-    subprocess.run([*encode, "--shard-images", "16"], env=ENVIRONMENT, check=True, capture_output=True)
-    expect(contents(folder / "cache") == before, "the cache made whole again is another one")
-    own.trained(folder / "run", *cached)
+    own.train(folder / "run", *cached).expect(2, victim.name)
+    python(*encode).expect(0)
+    expect(contents(cache) == before, "the cache made whole again is another one")
+    own.train(folder / "run", *cached).expect(0)
     trim(folder / "run", own.whole, 6)
     own.expect_same(folder / "run")
     return "refused by name, that shard alone made again to the bit, then the same bits"
@@ -447,20 +366,16 @@ def deleted_images(drill: Drill, part: str) -> str:
     recipe = {**drill.subject.recipe, "eval": {"every_epochs": 7 * 16 / 48}}
     recipe["data"] = {**recipe["data"], **roots}
     recipe["train"] = {**recipe["train"], "epochs": 24 * 16 / 48, "warmup_epochs": 1}
-    own = drill.with_data(recipe, folder)
-    own.trained(own.whole, EVERY_STEP)
+    own = Drill.on(drill.subject, recipe, folder)
+    own.train(own.whole, EVERY_STEP).expect(0)
     run = folder / "run"
     child = Child(own, run, EVERY_STEP)
     child.wait_for("step", 10)
     away = folders[part].rename(folder / "away")
-    status, _, err = child.end()
-    last, at = err.splitlines()[-1], progress(run)
-    expect(status == 2 and last.startswith("error: ") and "Traceback" not in err, f"exit status {status}: {err[-300:]}")
-    expect(str(folders[part]) in last, f"not said which images: {last}")
-    step = newest(run)
+    child.end().expect(2, str(folders[part]))
+    step, at = newest(run), progress(run)
     expect(10 <= step == at < 24, f"{at} steps were taken, {step} saved")
-    refused = own.train(run, EVERY_STEP)
-    expect(refused.returncode == 2, f"begun without images: exit status {refused.returncode}")
+    own.train(run, EVERY_STEP).expect(2)
     expect(newest(run) == step, "the checkpoint went with the images")
     away.rename(folders[part])
     own.goes_on(run)
@@ -491,10 +406,7 @@ OWN_FAULTS: dict[str, dict[str, Callable[[Drill], str]]] = {
 def drilled(name: str, out: Path, runs: int) -> list[Row]:
     """All faults made on a subject, in a folder of its own."""
     subject = SUBJECTS[name]
-    out.mkdir(parents=True)
-    recipe = out / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**subject.recipe, "run": {"out": str(out / "run")}}))
-    drill = Drill(subject, out, recipe)
+    drill = Drill.on(subject, subject.recipe, out)
     rows = [sigkill(drill, runs)]
     others = {} if name == "scores" else FAULTS | OWN_FAULTS[name]  # scores: of the same command
     for fault, make in tqdm(others.items(), desc=f"{subject.script}: other faults", unit="fault"):

@@ -1,14 +1,14 @@
 """A trainer's command with a fault put in, or with word of what it is doing: run by the drill, not by hand.
 
-python -m experiments.drill.child [--subject NAME] [--announce FD] [--nan|--nan-images|--nan-from RANK:STEP] -- WORDS
+python -m experiments.drill.child SUBJECT FAULT RANK STEP WORDS
 """
 
-import argparse
 import hashlib
 import importlib
 import os
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from accelerate import PartialState
@@ -19,12 +19,8 @@ from sit_atconv import checkpoint
 from sit_atconv.training.trainer import Trainer
 
 DONE = b"."
-
-
-def named(place: str) -> type:
-    """The class at module:class."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
+# Whether NaN goes in with the images, and whether it does so in later steps, too.
+FAULTS = {"nan": (False, False), "nan-images": (True, False), "nan-from": (False, True)}
 
 
 def announce(subject: Subject, descriptor: int) -> None:
@@ -41,7 +37,7 @@ def announce(subject: Subject, descriptor: int) -> None:
 
     for phase, place in subject.phases.items():
         owner, method = place.rsplit(".", 1)
-        setattr(named(owner), method, telling(getattr(named(owner), method), phase))
+        setattr(resolve_name(owner), method, telling(resolve_name(place), phase))
     checkpoint.save = telling(checkpoint.save, "checkpoint")
 
 
@@ -51,7 +47,7 @@ def poison(subject: Subject, rank: int, step: int, images: bool, on: bool) -> No
     NaN gradients would reach the other processes by themselves: what is tried is that they agree.
     images: NaN goes in with the images instead, and through the whole model. on: in the steps that follow, too.
     """
-    objective = named(subject.objective)
+    objective = resolve_name(subject.objective)
     losses = objective.losses
     nan = torch.tensor(float("nan"))
 
@@ -89,22 +85,11 @@ def forked(descriptor: int, facts: dict, name: str, words: list[str], announced:
 
 
 def main() -> None:
-    own, arguments = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--subject", choices=SUBJECTS, default="sit")
-    parser.add_argument("--announce", type=int)
-    faults = {"nan": (False, False), "nan_images": (True, False), "nan_from": (False, True)}
-    for name in faults:
-        parser.add_argument(f"--{name.replace('_', '-')}")
-    args = parser.parse_args(own)
-    subject = SUBJECTS[args.subject]
-    if args.announce is not None:
-        announce(subject, args.announce)
-    for name, how in faults.items():
-        if place := getattr(args, name):
-            poison(subject, *map(int, place.split(":")), *how)
-            watch_weights()
-    importlib.import_module(Path(subject.script).stem).main(arguments)
+    name, fault, rank, step, *words = sys.argv[1:]
+    subject = SUBJECTS[name]
+    poison(subject, int(rank), int(step), *FAULTS[fault])
+    watch_weights()
+    importlib.import_module(Path(subject.script).stem).main(words)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,22 @@ a file, or is killed after a share of its time.
 
 import importlib
 import math
+import mmap
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from experiments.drill.forked import Ended, Forked
-from experiments.drill.rows import Failed, Row, expect, row_of, save_images
+from experiments.drill.places import files_in, save_latent_data, small_disk
+from experiments.drill.rows import Row, expect, expect_same, many, row_of
 from sit_atconv.reading import parse_json
 
 STEP = "run/step-0000004"
@@ -149,11 +146,10 @@ class Place:
 
     def expect_theirs(self) -> None:
         """Raise Failed unless other people's files are as they were, and nothing of the command's is left beside."""
-        there = {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in files(self.folder)}
-        own = {name for name in there if name.split("/")[0] in self.names}
+        there = files_in(self.folder)
         lost = [name for name in THEIRS if there.get(name) != THEIRS[name]]
         expect(not lost, f"other people's files are gone: {lost}")
-        left = sorted(there.keys() - own - THEIRS.keys())
+        left = sorted(there.keys() - self.written().keys() - THEIRS.keys())
         expect(not left, f"left behind: {left[:3]}")
 
     @property
@@ -165,16 +161,18 @@ class Place:
     def whole(self) -> bool:
         return all((self.folder / name).exists() for name in self.names)
 
-    def contents(self) -> dict[str, object]:
-        """All that it wrote, but for the clock and the folder's name."""
-        found = [path for name in self.names for path in files(self.folder / name)]
-        return {path.relative_to(self.folder).as_posix(): self._content(path) for path in found}
+    def written(self) -> dict[str, bytes]:
+        """All that it wrote."""
+        return {name: data for name, data in files_in(self.folder).items() if name.split("/")[0] in self.names}
 
-    def _content(self, path: Path) -> object:
-        data = path.read_bytes().replace(str(self.folder).encode(), b"FOLDER")
-        if path.suffix == ".json":
-            return _timeless(parse_json(data, path.name, object))
-        return data if self.command.same else None
+    def contents(self) -> dict[str, object]:
+        """The same but for the clock and the folder's name; the names alone where two runs do not write the same."""
+        found = {}
+        for name, data in self.written().items():
+            data = data.replace(str(self.folder).encode(), b"FOLDER")
+            content = _timeless(parse_json(data, name, object)) if name.endswith(".json") else data
+            found[name] = content if self.command.same else None
+        return found
 
 
 def _timeless(record: object) -> object:
@@ -183,19 +181,13 @@ def _timeless(record: object) -> object:
     return [_timeless(each) for each in record] if isinstance(record, list) else record
 
 
-def files(path: Path) -> Iterator[Path]:
-    """A file, or all files of a folder, but those of a lock."""
-    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return (each for each in inside if each.is_file() and each.name != ".lock")
-
-
-def _kill_and_run_again(place: Place, whole: Place, changes: int, seconds: float, index: int) -> str:
-    """One command killed at a moment that its index draws, and run again; "file" or "time"."""
+def _kill_and_run_again(place: Place, whole: Place, changes: int, seconds: float, index: int) -> None:
+    """One command killed at a moment that its index draws, and run again."""
     draw, killed = random.Random(index), None
-    by = "file" if index % 2 else "time"
+    by_file = index % 2 == 1
     die_at, after = draw.randint(1, changes), draw.random() * seconds
     for _ in range(10):  # it may be over before: then earlier
-        killed = place.fill().run(die_at) if by == "file" else place.fill().run(after=after)
+        killed = place.fill().run(die_at) if by_file else place.fill().run(after=after)
         if killed.status == -signal.SIGKILL:
             break
         shutil.rmtree(place.folder)
@@ -204,82 +196,51 @@ def _kill_and_run_again(place: Place, whole: Place, changes: int, seconds: float
     complete = place.whole
     again = place.run()
     if complete and not (place.command.goes_on or place.command.anew):
-        expect(again.refused is not None, f"not refused: exit status {again.status}: {again.said[-300:]}")
-        expect("exists already" in again.refused, f"refused: {again.refused}")
+        again.expect(2, "exists already")
     else:
-        expect(again.status == 0, f"run again: exit status {again.status}: {again.said[-300:]}")
+        again.expect(0)
     place.expect_theirs()
-    own, other = place.contents(), whole.contents()
-    expect(own.keys() == other.keys(), f"other files: {sorted(own.keys() ^ other.keys())[:4]}")
-    changed = [name for name in own if place.command.same and own[name] != other[name]]
-    expect(not changed, f"other content in {changed[:4]}")
+    expect_same(place.contents(), whole.contents())
     shutil.rmtree(place.folder)
-    return by
 
 
-def killed(command: Subcommand, inputs: Path, out: Path, runs: int) -> Row:
+def killed(command: Subcommand, inputs: Path, out: Path, runs: int) -> str:
     """A command killed many times, each time run again to the same end."""
     Place(command, inputs, out / "first").fill().run()  # which may wait for what is loaded
     whole = Place(command, inputs, out / "whole").fill()
     start = time.perf_counter()
     alone = whole.run()
     seconds = time.perf_counter() - start
-    if alone.status != 0:
-        seen = f"left alone: exit status {alone.status}: {alone.said[-300:]}"
-        return Row(command.name, "SIGKILL", runs, seen, "?", False)
-    done, failures = [], []
+    alone.expect(0)
 
-    def one(index: int) -> str:
+    def one(index: int) -> None:
         place = Place(command, inputs, out / f"killed-{index:02}")
-        return _kill_and_run_again(place, whole, alone.facts["changes"], seconds, index)
+        _kill_and_run_again(place, whole, alone.facts["changes"], seconds, index)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        tasks = [pool.submit(one, index) for index in range(runs)]
-        for index, task in enumerate(tqdm(tasks, desc=f"{command.name}: SIGKILL", unit="run")):
-            try:
-                done.append(task.result())
-            except Failed as failure:
-                failures.append(f"run {index}: {failure}")
+    done, failures = many(command.name, runs, one)
     seen = f"{len(done)} of {runs} end with the same content (of {alone.facts['changes']} changes of files)"
-    return Row(command.name, "SIGKILL", runs, "; ".join([seen, *failures[:3]]), "nothing", not failures)
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """A disk of 64 MiB at a folder; False where none can be mounted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={64 << 20}", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+    expect(not failures, "; ".join([seen, *failures[:3]]))
+    return seen
 
 
 def full_disk(command: Subcommand, inputs: Path, out: Path) -> str:
     """A disk with room for half of what a command writes; where none can be mounted, a limit on the size of files."""
     whole = Place(command, inputs, out / "whole")
-    sizes = [path.stat().st_size for name in whole.names for path in files(whole.folder / name)]
-    with small_disk(out / "disk") as mounted:
+    sizes = [len(data) for data in whole.written().values()]
+    pages = sum(math.ceil(size / mmap.PAGESIZE) for size in sizes) // 2
+    with small_disk(out / "disk", pages * mmap.PAGESIZE) as filler:
+        mounted = filler.exists()
         place = Place(command, inputs, out / "disk" / "here").fill()
-        filler = out / "disk" / "filler"
-        if mounted:
-            disk = os.statvfs(out / "disk")
-            pages = sum(math.ceil(size / disk.f_bsize) for size in sizes) // 2
-            filler.write_bytes(bytes((disk.f_bavail - pages) * disk.f_bsize))
-        ended = place.run(limit=None if mounted else max(sizes) // 2)
-        expect(ended.refused is not None, f"exit status {ended.status}: {ended.said[-300:]}")
+        line = place.run(limit=None if mounted else max(sizes) // 2).expect(2)
         if not command.goes_on:
             expect(not place.whole, "half of it is there under its name")
             place.expect_theirs()
         filler.unlink(missing_ok=True)
-        again = place.run()
-        expect(again.status == 0, f"run again: exit status {again.status}: {again.said[-300:]}")
+        place.run().expect(0)
         place.expect_theirs()
-        expect(not command.same or place.contents() == whole.contents(), "run again, it has another content")
+        expect_same(place.contents(), whole.contents())
     how = "a tmpfs" if mounted else "a limit on files"
-    return f"on {how}: '{ended.refused.partition('error: ')[2][-70:]}', then the same content"
+    return f"on {how}: '{line.partition('error: ')[2][-70:]}', then the same content"
 
 
 def foreign(command: Subcommand, inputs: Path, out: Path) -> str:
@@ -290,9 +251,8 @@ def foreign(command: Subcommand, inputs: Path, out: Path) -> str:
             mine = place.folder / name if kind == "file" else place.folder / name / "mine.txt"
             mine.parent.mkdir(exist_ok=True)
             mine.write_bytes(b"mine")
-        ended = place.run()
-        expect(ended.refused is not None, f"a {kind}: exit status {ended.status}: {ended.said[-300:]}")
-        there = {path.relative_to(place.folder).as_posix(): path.read_bytes() for path in files(place.folder)}
+        place.run().expect(2)
+        there = files_in(place.folder)
         expect(len(there) == len(THEIRS) + len(place.names), f"a {kind}: other files: {sorted(there)[:5]}")
         expect(set(there.values()) == {b"mine"}, f"a {kind} was changed")
     if command.goes_on:
@@ -300,29 +260,20 @@ def foreign(command: Subcommand, inputs: Path, out: Path) -> str:
         place.run(die_at=2 * (Place(command, inputs, out / "counted").run().facts["changes"]) // 3)
         (place.out / "mine.tmp").write_bytes(b"mine")
         ended = place.run()
-        expect(ended.status == 0 or ended.refused, f"beside its own: exit status {ended.status}: {ended.said[-300:]}")
+        ended.expect(2 if ended.status else 0)
         expect((place.out / "mine.tmp").read_bytes() == b"mine", "a file beside its own is gone")
         (place.out / "mine.tmp").unlink()
-        ended = place.run()
-        expect(ended.status == 0, f"goes on: exit status {ended.status}: {ended.said[-300:]}")
-        expect(place.contents() == whole.contents(), "goes on to another content")
+        place.run().expect(0)
+        expect_same(place.contents(), whole.contents())
     return "refused in one line" + ("; a file beside its own stays" if command.goes_on else "")
 
 
 def make_inputs(folder: Path) -> None:
     """What the commands read: a run, samples, features, scores, a converted file, images and an autoencoder."""
-    from diffusers import AutoencoderKL
-
     folder.mkdir(parents=True)
     recipe = {**RECIPE, "run": {"out": str(folder / "run")}}
     (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    data = {"kind": "imagefolder", "root": str(save_images(folder / "images", 48, 0)), "image_size": 16}
-    latents = {"codec": "vae", "vae": str(folder / "vae")}
-    (folder / "vae.yaml").write_text(yaml.safe_dump({**recipe, "data": data, "latents": latents}))
+    (folder / "vae.yaml").write_text(yaml.safe_dump({**recipe, **save_latent_data(folder)}))
     for module, words, out in (
         ("train_sit", "{0}/run.yaml", "run"),
         ("sampling.__main__", "generate --ckpt {0}/run --num 96 --steps 2 --out {1}", "samples"),
@@ -339,13 +290,12 @@ def drilled(out: Path, runs: int) -> list[Row]:
     """All faults made on all commands, in a folder of their own; their inputs stay as they were."""
     inputs = out / "inputs"
     make_inputs(inputs)
-    before = {path: path.read_bytes() for path in files(inputs)}
+    before = files_in(inputs)
     rows = []
     for command in SUBCOMMANDS:
         folder = out / command.name.replace(" ", "-")
-        rows.append(killed(command, inputs, folder, runs))
+        rows.append(row_of(command.name, "SIGKILL", partial(killed, command, inputs, folder, runs), runs))
         for fault, make in (("full disk", full_disk), ("other people's files", foreign)):
             rows.append(row_of(command.name, fault, partial(make, command, inputs, folder)))
-    after = {path: path.read_bytes() for path in files(inputs)}
-    rows.append(Row("all of these", "their inputs", 1, "as they were", "nothing", before == after))
+    rows.append(Row("all of these", "their inputs", 1, "as they were", "nothing", before == files_in(inputs)))
     return rows

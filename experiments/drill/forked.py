@@ -1,14 +1,14 @@
-"""Processes forked off one that has loaded the libraries: what is killed hundreds of times begins at once."""
+"""Processes of the drill: how one ended, and those forked off one that has loaded the libraries and begin at once."""
 
 import json
 import os
 import shutil
-import signal
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from select import select
@@ -16,10 +16,38 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.drill.rows import ENVIRONMENT
+from experiments.drill.rows import expect
 from sit_atconv.reading import read_json
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 forks = get_context("forkserver")
+
+
+@dataclass
+class Ended:
+    """How a process ended: its status, what it said, and facts that it left, if it was not killed."""
+
+    status: int
+    said: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def expect(self, status: int, words: str = "") -> str:
+        """What it said, of status 2 its one line. Raises Failed unless it ended with this status and said these words
+        there."""
+        lines = [line for line in self.said.splitlines() if "error: " in line and "Traceback" not in self.said]
+        told = lines[-1:] if status == 2 else [self.said]
+        ended = self.status == status and any(words in each for each in told)
+        expect(ended, f"exit status {self.status}: {self.said[-300:]}")
+        return told[0]
+
+
+def python(*words: str, **environment: str) -> Ended:
+    """A Python command, to its end."""
+    done = subprocess.run(
+        [sys.executable, *words], env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout)
 
 
 def preload() -> None:
@@ -45,21 +73,6 @@ def _call(function: Callable, arguments: tuple, place: str, pipe) -> None:
         Path(place, "ended").write_text(json.dumps(facts))
 
 
-@dataclass
-class Ended:
-    """How a process ended: its status, what it said, and facts that it left, if it was not killed."""
-
-    status: int
-    said: str
-    facts: dict[str, Any]
-
-    @property
-    def refused(self) -> str | None:
-        """Its one line, where it refused something."""
-        lines = [line for line in self.said.splitlines() if "error: " in line]
-        return lines[-1] if self.status == 2 and lines and "Traceback" not in self.said else None
-
-
 class Forked:
     """A call of function(descriptor, facts, *arguments): it may write bytes to the descriptor, and fill in facts."""
 
@@ -79,14 +92,25 @@ class Forked:
         except ConnectionError:
             return b""
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
     def kill(self) -> None:
         self._process.kill()
+
+    def said(self) -> str:
+        """All that it has said."""
+        file = self._place / "said"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def end(self) -> Ended:
         self._process.join()
         self._pipe.close()
-        said, ended = self._place / "said", self._place / "ended"
-        facts = read_json(ended) if ended.exists() else {"status": -signal.SIGKILL}
-        text = said.read_text(errors="replace") if said.exists() else ""
+        ended, text = self._place / "ended", self.said()
+        facts = read_json(ended) if ended.exists() else {"status": self._process.exitcode}
         shutil.rmtree(self._place)
         return Ended(facts.pop("status"), text, facts)

@@ -1,16 +1,14 @@
-"""What the parts of the drill share: rows of its table, what fails one, images, the environment."""
+"""The rows of the drill's table, and what fails one."""
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image
+from tqdm import tqdm
 
 from sit_atconv.markdown import markdown_table
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -34,12 +32,32 @@ def expect(condition: bool, what: str) -> None:
         raise Failed(what)
 
 
-def row_of(script: str, fault: str, make: Callable[[], str]) -> Row:
-    """The row of a fault that is made once: `make` says what was seen, or raises Failed."""
+def expect_same(own: dict[str, object], other: dict[str, object]) -> None:
+    """Raise Failed unless two folders, by `files_in`, have the same files."""
+    expect(own.keys() == other.keys(), f"other files: {sorted(own.keys() ^ other.keys())[:4]}")
+    changed = [name for name in own if own[name] != other[name]]
+    expect(not changed, f"other content in {changed[:4]}")
+
+
+def many(title: str, runs: int, make: Callable[[int], Any]) -> tuple[list[Any], list[str]]:
+    """What `make` returned of so many indices, as many at once as there are cores, and how others failed."""
+    done, failures = [], []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        tasks = [pool.submit(make, index) for index in range(runs)]
+        for index, task in enumerate(tqdm(tasks, desc=f"{title}: SIGKILL", unit="run")):
+            try:
+                done.append(task.result())
+            except Failed as failure:
+                failures.append(f"run {index}: {failure}")
+    return done, failures
+
+
+def row_of(script: str, fault: str, make: Callable[[], str], runs: int = 1) -> Row:
+    """The row of a fault that is made in so many runs: `make` says what was seen, or raises Failed."""
     try:
-        return Row(script, fault, 1, make(), "nothing", True)
+        return Row(script, fault, runs, make(), "nothing", True)
     except Failed as failure:
-        return Row(script, fault, 1, str(failure), "?", False)
+        return Row(script, fault, runs, str(failure), "?", False)
 
 
 def table(rows: list[Row]) -> str:
@@ -49,12 +67,3 @@ def table(rows: list[Row]) -> str:
         seen = " ".join(row.seen.replace("|", "/").split())  # of a run that failed, the end of what it said
         cells.append([row.script, row.fault, str(row.runs), seen, row.lost, "ok" if row.passed else "FAILED"])
     return markdown_table([*text[:2], "runs", *text[2:]], cells, text)
-
-
-def save_images(folder: Path, number: int, seed: int) -> Path:
-    """Noise of two classes, 16 x 16."""
-    for index, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (number, 16, 16, 3), np.uint8)):
-        image = folder / "ab"[index % 2] / f"{index:02}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(image)
-    return folder

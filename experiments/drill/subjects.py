@@ -14,6 +14,7 @@ STEP, ACTIVITIES = "sit_atconv.training.trainer:Trainer._optimize", "sit_atconv.
 class Subject:
     """A trainer, and what differs from the other one in a drill."""
 
+    name: str
     script: str  # of the command
     objective: str  # module:class of what it minimises
     recipe: dict[str, Any]  # but for run
@@ -26,6 +27,7 @@ class Subject:
 
 
 SIT = Subject(
+    name="sit",
     script="train_sit.py",
     objective="sit_atconv.training.objectives.flow:FlowObjective",
     recipe={
@@ -53,37 +55,36 @@ SIT = Subject(
 )  # fmt: skip
 SCORES = replace(
     SIT,
+    name="scores",
     recipe={**SIT.recipe, "preview": {"every": 0, "steps": 2}, "score": {"every": 6, "num": 40}},
     phases={"step": STEP, "score": f"{ACTIVITIES}:Scores.take"},
     killed_in=("score", "checkpoint", "step"),
 )
-SUBJECTS = {
-    "sit": SIT,
-    "scores": SCORES,
-    "attnet": Subject(
-        script="train_attnet.py",
-        objective="sit_atconv.classification.objective:ClassificationObjective",
-        recipe={
-            "data": {"repeats": 3},
-            "augment": {"scale": [0.5, 1.0], "hflip": 0.5, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
-            "model": {
-                "name": "attnet_xxs", "input_size": 16, "drop_path_rate": 0.3, "drop_rate": 0.1,
-                "options": {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [2, 2], "stem_strides": [2, 1]},
-            },
-            # Of 1,437 digits, seen in part; the deleted images are fewer, and seen in many epochs.
-            "train": {
-                "epochs": STEPS * 16 / 1437, "warmup_epochs": 0.1, "batch_size": 16, "lr": 1e-3, "max_grad_norm": 1.0,
-                "gradient_accumulation_steps": 2,
-            },
-            "ema": {"decay": 0.9, "warmup": True},
-            "eval": {"every_epochs": 7 * 16 / 1437},
-            "checkpoint": CHECKPOINT,
+ATTNET = Subject(
+    name="attnet",
+    script="train_attnet.py",
+    objective="sit_atconv.classification.objective:ClassificationObjective",
+    recipe={
+        "data": {"repeats": 3},
+        "augment": {"scale": [0.5, 1.0], "hflip": 0.5, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
+        "model": {
+            "name": "attnet_xxs", "input_size": 16, "drop_path_rate": 0.3, "drop_rate": 0.1,
+            "options": {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [2, 2], "stem_strides": [2, 1]},
         },
-        phases={"step": STEP, "evaluation": "sit_atconv.classification.evaluation:Evaluation.evaluate"},
-        killed_in=("step", "checkpoint", "evaluation", "checkpoint", "step", "evaluation"),
-        weights="model.safetensors",
-        timeless=("step", "images_seen", "loss", "grad_norm", "lr", "update_ratio", "skipped", "bad_images"),
-        bare=("checkpoint.keep_last=1", "checkpoint.keep_every=null"),
-        splits=False,  # each process has batch statistics of its own
-    ),
-}  # fmt: skip
+        # Of 1,437 digits, seen in part; the deleted images are fewer, and seen in many epochs.
+        "train": {
+            "epochs": STEPS * 16 / 1437, "warmup_epochs": 0.1, "batch_size": 16, "lr": 1e-3, "max_grad_norm": 1.0,
+            "gradient_accumulation_steps": 2,
+        },
+        "ema": {"decay": 0.9, "warmup": True},
+        "eval": {"every_epochs": 7 * 16 / 1437},
+        "checkpoint": CHECKPOINT,
+    },
+    phases={"step": STEP, "evaluation": "sit_atconv.classification.evaluation:Evaluation.evaluate"},
+    killed_in=("step", "checkpoint", "evaluation", "checkpoint", "step", "evaluation"),
+    weights="model.safetensors",
+    timeless=("step", "images_seen", "loss", "grad_norm", "lr", "update_ratio", "skipped", "bad_images"),
+    bare=("checkpoint.keep_last=1", "checkpoint.keep_every=null"),
+    splits=False,  # each process has batch statistics of its own
+)  # fmt: skip
+SUBJECTS = {each.name: each for each in (SIT, SCORES, ATTNET)}
