@@ -239,6 +239,7 @@ def _make_shards(
             if pending is not None:
                 pending.result()
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            assert all(len(each) == span[2] - span[1] for each in tensors.values()), "batches of other sizes"
             pending = writer.submit(_write_shard, out, span, tensors, source.labels)
         if pending is not None:
             pending.result()

@@ -148,7 +148,8 @@ def score(
         others = [each for each in asked if each != "fdd"]
         wanted = [*([(wanted[0][0], others)] if others else []), (load_extractor(vit, None, device), ["fdd"])]
     elif dinov2 and extractor != vit:
-        raise InputError(f"{option('dinov2', dinov2)}: nothing asks for it; add fdd to the metrics, or leave it out")
+        remedy = f"add fdd to {option('metrics')}, or leave it out"
+        raise InputError(f"{option('dinov2', dinov2)}: nothing asks for it; {remedy}")
     passes = [_prepare(samples, source, ref, *each, batch, allow_lossy, root, overrides) for each in wanted]
     notes = [f"left out: {reason.partition(';')[0]}" for one in passes for reason in one.left_out]
     main = passes[0]

@@ -51,7 +51,7 @@ def check_place(path: str | Path, force: bool = False) -> None:
         empty = path.is_dir() and all(each.name == LOCK or LEFTOVER.fullmatch(each.name) for each in path.iterdir())
     except OSError as error:
         raise InputError(
-            f"{option('out')} {str(path)!r} cannot be read: {error.strerror}; choose another one"
+            f"{option('out')} {str(path)!r} cannot be read: {error.strerror}; choose another folder"
         ) from None
     if not (begun or empty):
         check_out(path, force=force)

@@ -284,26 +284,32 @@ def read_manifest(folder: Path, under: str = "") -> dict[str, Any]:
 
     Raises Damaged naming the first thing that is missing or changed, InputError for another format.
     """
-    named = MANIFEST
     try:
         version = read_json(folder / MANIFEST, {"format_version": object})["format_version"]
         manifest = read_json(folder / MANIFEST, MANIFEST_FORM if version == FORMAT_VERSION else dict)
-        if version != FORMAT_VERSION:
-            raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
+    except Malformed as error:
+        raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST} ({error})") from None
+    except OSError as error:
+        raise _unreadable(folder, MANIFEST, error) from None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{str(folder)!r} has checkpoint format {version!r}; this library reads {FORMAT_VERSION}")
+    named = MANIFEST
+    try:
         for named in filter(lambda name: name.startswith(under), manifest["files"]):
             if not (folder / named).is_file():
                 raise _damaged(folder, f"{named} is missing")
             if sha256(folder / named) != manifest["files"][named]:
                 raise _damaged(folder, f"{named} was changed or cut")
-    except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST}") from None
-    except Malformed as error:
-        raise Damaged(f"{str(folder)!r} is not a checkpoint: no valid {MANIFEST} ({error})") from None
-    except OSError as error:  # it may be whole, so nothing takes its place
-        raise InputError(
-            f"checkpoint {str(folder)!r}: {named} cannot be read: {reason(error)}; mend the disk"
-        ) from None
+    except OSError as error:
+        raise _unreadable(folder, named, error) from None
     return manifest
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> InputError:
+    """Of a checkpoint that may be whole, so that nothing takes its place."""
+    return InputError(f"checkpoint {str(folder)!r}: {name} cannot be read: {reason(error)}; mend the disk")
 
 
 def _damaged(folder: Path, what: str) -> Damaged:

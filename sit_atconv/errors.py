@@ -31,8 +31,8 @@ class InputError(ValueError):
 def told(what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool = False) -> Iterator[None]:
     """Within it, an error of these kinds becomes an InputError: `what`, what the error says, the remedy.
 
-    An InputError goes by, unless the kinds name it, or one that it derives from. Of kinds as wide as Exception the
-    first line of what they say is told, as they may say anything.
+    An InputError goes by, unless the kinds name it, or one that it derives from. Of other libraries' errors the first
+    line is told; of an error of files what the system says, and the file, where `what` does not name it.
     """
     try:
         yield
@@ -40,7 +40,9 @@ def told(what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool 
         named = tuple(kind for kind in kinds if issubclass(kind, InputError))
         if isinstance(error, InputError) and not isinstance(error, named):
             raise
-        words = said(error) if Exception in kinds else reason(error)
+        words = reason(error) if isinstance(error, InputError | OSError) else said(error)
+        if (file := getattr(error, "filename", None)) is not None and str(file) not in what:
+            words += f": {str(file)!r}"
         text = ": ".join(filter(None, (what, words.removesuffix("."))))
         raise InputError("; ".join(filter(None, (text, remedy))), every_rank) from None
 

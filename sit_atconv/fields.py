@@ -50,7 +50,7 @@ def setting(when: When, default: Any = None, within: Range | None = None, idle: 
 def settle(name: str, section: Any) -> None:
     """Put what null stands for in its place, in every setting of a section that acts; the others stay as they are.
 
-    So is ~ in paths. name: of the section; "" for settings that are of none.
+    The home folder takes the place of ~ in paths. name: of the section; "" for settings that are of none.
     Raises InputError for a setting that is stated and does nothing, or is none of its choices.
     """
     for entry in dataclasses.fields(section):

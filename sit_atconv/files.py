@@ -154,6 +154,9 @@ def check_out(
     ours: says of a file that it may be replaced. force: whatever is there may be set aside; see `put`.
     Raises InputError where something else is there, and where nothing can be written.
     """
+    # `force` is the caller's to say, but where a command writes what no argument of its own names.
+    aside = option("force", True) + ", which sets it aside"
+    remedy = "move it away" if what and aside.startswith("--") else aside
     what = what or option("out")
     out = resolved(out, what)
     name = f"{what} {str(out)!r}"
@@ -165,8 +168,7 @@ def check_out(
             if not (force or (out.is_file() and ours(out))):
                 _clear_claimed(out)
                 is_there = "exists already, and is a folder" if out.is_dir() else "exists already"
-                flag = option("force", True)
-                raise InputError(f"{name}: {is_there}; choose a new name, or {flag}, which sets it aside")
+                raise InputError(f"{name}: {is_there}; choose a new name, or {remedy}")
         above = _nearest(out.absolute().parent)
         if not above.is_dir():
             raise InputError(f"{name} cannot be written: {str(above)!r} is no folder; choose another place")
@@ -403,7 +405,7 @@ def new_path(
 
 
 def being_written(out: Path) -> Path:
-    """Where the folder `out`, or what becomes `out`, is written by one process alone, or was when it is removed."""
+    """The folder in which one process writes what becomes `out`, and in which a folder `out` is removed."""
     return out.with_name(f".{_short(out.name)}.unfinished")
 
 
@@ -489,7 +491,7 @@ def sync(path: Path) -> None:
     """Force a file or folder to the disk; Windows opens no folder, and needs no more than its files."""
     if os.name != "posix" and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     os.fsync(descriptor)
     os.close(descriptor)
 

@@ -54,7 +54,9 @@ class StopSignals(_Handling):
     Under torchrun a signal within two seconds of the first is the first one, passed on. A context manager.
     """
 
-    numbers, received, _time = STOPPING, None, 0.0
+    numbers = STOPPING
+    received: str | None = None
+    _time = 0.0
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()
@@ -83,7 +85,9 @@ class Interruptions(_Handling):
     So no process is ended where the others wait for its answer. A context manager.
     """
 
-    numbers, _received, _working = ENDING, None, False
+    numbers = ENDING
+    _received: int | None = None
+    _working = False
 
     def _handle(self, number: int, frame) -> None:
         if self._received is None:  # a launcher may pass on what its terminal has sent to all: one signal, twice

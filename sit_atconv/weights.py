@@ -100,7 +100,7 @@ def load_pretrained(kind: type, source: str | Path, variant: str | None, **optio
     except Exception as error:  # options and files of any kind: diffusers and torch refuse them in every way there is
         # diffusers goes on to advise drawing tensors of other shapes at random.
         raise InputError(said(error).partition(". If you want")[0]) from None
-    strays = {kind: sorted(found[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if found[kind]}
+    strays = {what: sorted(found[what])[:3] for what in ("missing_keys", "unexpected_keys") if found[what]}
     if strays:  # which diffusers only warns of, drawing what is missing at random
         raise InputError(f"its tensors are not those of its config.json: {strays}")
     return model

@@ -52,7 +52,7 @@ def digest(*files: Path) -> str:
     return found.hexdigest()
 
 
-def recorded(inputs: Path, out: Path) -> dict[str, str]:
+def recorded(inputs: Path, out: Path) -> dict[str, str | list[str]]:
     """SHA-256 of all that is made."""
     found, recipes = {}, Path("experiments/recipes")
 
@@ -61,7 +61,9 @@ def recorded(inputs: Path, out: Path) -> dict[str, str]:
         call(script, recipe, f"run.out={run}", "checkpoint.every=40", *overrides, processes=processes)
         last = sorted(run.glob("step-*"))[-1]
         # JSON beside them may come to say more than it did.
-        found[f"{name}, {processes} process(es)"] = digest(*sorted(last.rglob("*.safetensors")))
+        stored = sorted(last.rglob("*.safetensors"))
+        found[f"files of {name}, {processes} process(es)"] = [path.relative_to(last).as_posix() for path in stored]
+        found[f"{name}, {processes} process(es)"] = digest(*stored)
         return last
 
     steps = f"train.max_steps={STEPS}"

@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import diffusers
@@ -28,7 +29,7 @@ if "--bare" not in sys.argv:
 del sys.argv[1:]
 torch.set_num_threads(1)
 assert diffusers.DiffusionPipeline, diffusers.AutoModel  # loaded, lazy as they are
-RECORDS = {"settings.json", "manifest.json", "index.json"}
+RECORDS = {"settings.json", "manifest.json", "index.json", "features.json"}
 
 
 def signal_at(call: str, number: int, name: str) -> None:
@@ -53,9 +54,11 @@ def run(process: dict) -> None:
     os.environ.update(process["environment"])
     sys.path[:0] = filter(None, [process["environment"].get("OWN")])
     os.chdir(process.get("cwd", "."))
-    for module in list(sys.modules.values()):  # which has read it when it was imported
-        if cache := hasattr(module, "HF_MODULES_CACHE") and process["environment"].get("HF_MODULES_CACHE"):
-            module.HF_MODULES_CACHE = cache
+    signal.alarm(300)  # one that hangs is a fault
+    if cache := process["environment"].get("HF_MODULES_CACHE"):
+        for module in list(sys.modules.values()):  # which have read it as they were imported
+            if hasattr(module, "HF_MODULES_CACHE"):
+                module.HF_MODULES_CACHE = cache
     for stream, name in ((sys.stdout, process["stdout"]), (sys.stderr, process["stderr"])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     if process.get("at"):
@@ -77,7 +80,7 @@ def start(process: dict) -> int:
         run(process)
         status = 0
     except SystemExit as error:
-        status = error.code
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -89,7 +92,8 @@ def start(process: dict) -> int:
 for line in sys.stdin:
     jobs = json.loads(line)
     for program in {job["program"] for job in jobs} - {None}:
-        importlib.import_module(program)
+        with suppress(Exception):  # the process that needs it says so
+            importlib.import_module(program)
     pids = [start(process) for process in jobs]
     codes, running = {}, set(pids)
     spared = {pid for pid, process in zip(pids, jobs, strict=True) if process.get("spared")}

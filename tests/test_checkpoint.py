@@ -266,8 +266,10 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_checkpoints(tmp_path, m
     assert checkpoint.newest_valid(tmp_path)[1]["step"] == 20
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "ema/config.json"])
-def test_what_the_disk_does_not_give_counts_as_damaged_by_nobody(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "code"), [("manifest.json", errno.EIO), ("ema/config.json", errno.EIO), ("ema/config.json", errno.ENOENT)]
+)
+def test_what_the_disk_does_not_give_counts_as_damaged_by_nobody(tmp_path, monkeypatch, name, code):
     for step in (10, 20):
         save(tmp_path, step)
     lost = str(tmp_path / "step-0000020" / name)
@@ -275,14 +277,14 @@ def test_what_the_disk_does_not_give_counts_as_damaged_by_nobody(tmp_path, monke
     def failing(function):
         def call(path, *arguments, **options):
             if str(path) == lost:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+                raise OSError(code, os.strerror(code))
             return function(path, *arguments, **options)
 
         return call
 
     monkeypatch.setattr(checkpoint, "read_json", failing(checkpoint.read_json))
     monkeypatch.setattr(checkpoint, "sha256", failing(checkpoint.sha256))
-    with pytest.raises(InputError, match=rf"step-0000020': {name} cannot be read: Input/output error; mend the disk"):
+    with pytest.raises(InputError, match=rf"step-0000020': {name} cannot be read: {os.strerror(code)}; mend the disk"):
         checkpoint.newest_valid(tmp_path)
 
 

@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -384,12 +386,16 @@ def test_what_the_main_process_finds_ends_all_processes_with_one_line(process_se
     assert not any("Connection closed" in text for text in said)
 
 
-def test_batch_must_divide_by_processes(process_server, recipe_file, tmp_path):
-    codes, said = process_server("train_sit", tmp_path, [recipe_file(), "train.batch_size=7"], {}, {})
-    assert codes == [2, 2]
-    assert error_lines(said) == [
+def test_batch_must_divide_by_processes(recipe_file, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "train_sit.py", str(recipe_file()), "train.batch_size=7"],
+        cwd=ROOT, capture_output=True, text=True, env={"ACCELERATE_USE_CPU": "true", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert error_lines([done.stderr]) == [
         "error: train.batch_size=7 is not divisible by 2 processes x 1 accumulation steps; choose a multiple of 2"
     ]
+    assert done.returncode != 0
     assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,7 @@ import train_sit
 from sit_atconv import create_model
 from sit_atconv.checkpoint import load_trained
 from sit_atconv.convert.reading import read_source
-from sit_atconv.errors import InputError, command, option
+from sit_atconv.errors import InputError, command, option, told
 
 OF_TWO = {"RANK": "1", "WORLD_SIZE": "2"}
 
@@ -180,3 +180,20 @@ def test_an_argument_is_named_as_its_caller_wrote_it(capsys):
     assert within == [("--sample-size", "--force", "--vae a b")]
     assert capsys.readouterr().err == "error: --out\n"
     assert option("out") == "out"
+
+
+def test_what_others_say_is_told_by_its_first_line_and_files_are_named(tmp_path):
+    with pytest.raises(InputError) as raised, told("device", RuntimeError):
+        raise RuntimeError("no such device\nSet CUDA_LAUNCH_BLOCKING=1")
+    assert str(raised.value) == "device: no such device"
+    file = tmp_path / "config.json"
+    with pytest.raises(InputError) as raised, told("model 'm' cannot be read", OSError, remedy="mend it"):
+        file.read_text()
+    assert str(raised.value) == f"model 'm' cannot be read: No such file or directory: {str(file)!r}; mend it"
+    with pytest.raises(InputError) as raised, told(f"{str(file)!r} cannot be read", OSError):
+        file.read_text()
+    assert str(raised.value) == f"{str(file)!r} cannot be read: No such file or directory"
+    with pytest.raises(InputError, match=r"^mine$"), told("what", ValueError):
+        raise InputError("mine")
+    with pytest.raises(InputError, match=r"^what: mine$"), told("what", InputError):
+        raise InputError("mine")

@@ -166,4 +166,4 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InputError(f"{str(path)!r} is damaged ({error}); mend it, or take it away") from None
+        raise InputError(f"{str(path)!r} is damaged ({error}); mend it, or set it aside") from None

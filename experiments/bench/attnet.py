@@ -40,7 +40,7 @@ TOP1_SOURCES = (
 
 
 class PaperATConv2d(baselines.PaperForm):
-    """The same of an ATConv2d on maps: 1x1 convolutions, x (B, C, H, W) -> (B, C, H, W)."""
+    """The paper's form of an ATConv2d, on maps: 1x1 convolutions, x (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer

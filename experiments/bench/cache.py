@@ -1,7 +1,7 @@
 """Time shuffled reads of a cache of latents, as training makes them, against other storages of the same numbers.
 
-A synthetic cache of ImageNet's shape is made in a temporary folder, of TMPDIR where that is set, and in the other forms
-beside it. Every storage is read through a DataLoader, in the same random order, up to the batch of moments that
+A synthetic cache of ImageNet's shape is made in a temporary folder, under TMPDIR where that is set, and in the other
+forms beside it. Every storage is read through a DataLoader, in the same random order, up to the batch of moments that
 posterior draws would follow. All of it fits the page cache: what is compared is the way from there to a batch, not the
 disk.
 """

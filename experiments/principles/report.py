@@ -1,7 +1,7 @@
 """All measures of a target's layers, and the table of them."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def _parts(number: int, batch: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def _observe(
-    target: Target, names: dict[str, str], grid: Iterable[float | None], batch: int, device: torch.device, bar: tqdm
+    target: Target, names: dict[str, str], grid: Sequence[float | None], batch: int, device: torch.device, bar: tqdm
 ) -> dict[str, dict]:
     """Kernels and feature maps of every layer over all samples and times, measured."""
     kept: dict[str, list[list[Seen]]] = {}  # of a layer, by time and batch; what it mixed goes into its products
@@ -116,7 +116,7 @@ def _inhibition(layer: torch.nn.Module, times: list[list[Seen]]) -> dict | None:
 
 
 def _fields(
-    target: Target, names: dict[str, str], grid: Iterable[float | None], batch: int, device: torch.device, bar: tqdm
+    target: Target, names: dict[str, str], grid: Sequence[float | None], batch: int, device: torch.device, bar: tqdm
 ) -> dict[str, dict]:
     """The receptive field of every layer, from the model's input to it, a mean over samples and times."""
     number = min(FIELD_SAMPLES, len(target.images))

@@ -139,7 +139,7 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def commit() -> str:
-    """The commit of the code, with a `+` when files differ from it; "unknown" outside a git checkout."""
+    """The commit of the code, with a `+` when files differ from it; "unknown" outside a git checkout of it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -147,6 +147,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # installed, it may lie within somebody else's repository
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

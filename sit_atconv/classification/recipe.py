@@ -35,7 +35,7 @@ class Data(Loading):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_needed("root", "val_root", of_its_own="hf")
+        self._check_needed("root", "val_root", but=("hf", "val_root"))
         if self.label_key == "":
             raise InputError("data.label_key='': a classifier needs classes; name their column")
 

@@ -167,9 +167,8 @@ def _check_keys(stated: Any, schema: type, prefix: str = "") -> None:
         if dataclasses.is_dataclass(fields[key]):
             _check_keys(value, fields[key], f"{prefix}{key}.")
         elif rule := _broken_rule(value, fields[key]):
-            raise InputError(
-                f"recipe: {prefix}{key}={value if isinstance(value, str) else reprlib.repr(value)}: {rule}"
-            )
+            shown = value if _lacks_value(value) else reprlib.repr(value)
+            raise InputError(f"recipe: {prefix}{key}={shown}: {rule}")
 
 
 def _broken_rule(value: Any, wanted: Any) -> str | None:

@@ -93,14 +93,14 @@ class Loading(Section):
                 f"{idle('data.background', Loading.background)}"
             )
 
-    def _check_needed(self, *names: str, of_its_own: str) -> None:
-        """Raise InputError for a setting that digits have no use for, and where one is missing that other kinds need,
-        but the last at the kind of_its_own."""
+    def _check_needed(self, *names: str, but: tuple[str, str]) -> None:
+        """Raise InputError for a setting that digits have no use for, and where one is missing that other kinds need;
+        but: the kind, and the setting that it does without."""
         for name in names:
             value = getattr(self, name)
             if self.kind == "digits" and value is not None:
                 raise InputError(f"data.{name}={value}: data.kind=digits has its own; {idle(f'data.{name}')}")
-            if value is None and self.kind != "digits" and (self.kind, name) != (of_its_own, names[-1]):
+            if value is None and self.kind != "digits" and (self.kind, name) != but:
                 raise InputError(f"data.{name} is missing; data.kind={self.kind} needs it")
 
 
@@ -114,9 +114,8 @@ class Data(Loading):
     streaming: bool = setting(HUB, idle=False)
     # images in the buffer
     shuffle_buffer: int | None = setting(STREAMED, 10_000, Range(1, 1_000_000, "all of them are held in memory"))
-    sampling: str = chosen(
-        "natural", ("natural", "balanced")
-    )  # every image once an epoch, or every class equally often
+    # every image once an epoch, or every class equally often
+    sampling: str = chosen("natural", ("natural", "balanced"))
     flip: bool = False  # mirror half of the images
     # checked against the data; lets --dry-run work without them
     num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"), **MUTABLE)
@@ -127,7 +126,7 @@ class Data(Loading):
     def __post_init__(self):
         super().__post_init__()
         # A cache of latents knows the size of its images, which is checked against this.
-        self._check_needed("root", "image_size", of_its_own="latents")
+        self._check_needed("root", "image_size", but=("latents", "image_size"))
         if self.streaming and self.sampling == "balanced":
             raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
 
@@ -330,7 +329,7 @@ class Checkpoint(Section):
     every: int = ranged(10_000, limits.STEPS)  # steps; the last step is always kept
     keep_last: int = ranged(3, limits.STEPS)
     keep_every: int | None = ranged(None, limits.STEPS)  # steps: checkpoints of its multiples are never removed
-    on_full_disk: str = chosen("stop", ("stop", "continue"))  # go on training, and try again at the next checkpoint
+    on_full_disk: str = chosen("stop", ("stop", "continue"))  # continue: try at the next one
 
     def __post_init__(self):
         super().__post_init__()

@@ -209,7 +209,10 @@ def _sample_size(
             if sides[0] * sides[1] != tokens * patch**2:
                 raise InputError(f"sample size {told}: pos_embed has {tokens} positions of {patch} x {patch} pixels")
         elif math.isqrt(tokens) ** 2 != tokens or not tokens:
-            raise InputError(f"pos_embed has {tokens} positions, which is no square grid; give {option('sample_size')}")
+            raise InputError(
+                f"pos_embed has {tokens} positions, which is no square grid; give height and width by "
+                f"{option('sample_size')}"
+            )
         else:
             return math.isqrt(tokens) * patch
     if sides is not None:
@@ -219,7 +222,7 @@ def _sample_size(
         if _positive(stored) and stored % (factor * patch) == 0:
             return stored // factor
     notes.append(
-        f"nothing in the checkpoint gives its latent size: {DEFAULT_SAMPLE_SIZE} assumed ({option('sample_size')})"
+        f"nothing in the checkpoint gives its latent size: {DEFAULT_SAMPLE_SIZE} assumed, where sample_size says none"
     )
     return DEFAULT_SAMPLE_SIZE
 

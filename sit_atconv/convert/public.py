@@ -179,7 +179,7 @@ def _public_layout(
     if found.config is not None:
         if found.config.get("_class_name") == SiTTransformer2DModel.__name__:
             raise InputError(
-                f"{name!r} is a model of this library already; {option('to', 'public')} writes it in the public layout"
+                f"{name!r} is a model of this library already; its public layout is the other direction's to write"
             )
         if form not in (None, "dit"):
             raise InputError(f"form={form!r}: {name!r} is a diffusers folder, of which DiT is read; leave it out")

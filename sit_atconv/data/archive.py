@@ -113,7 +113,7 @@ class Zip(EncodedImages):
             whole = signature == b"PK\3\4" and len(content) == size and zlib.crc32(content) == crc
             fault = None if whole else "damaged"
         except (OSError, struct.error, zlib.error, OverflowError) as error:
-            fault = getattr(error, "strerror", "damaged")
+            fault = getattr(error, "strerror", None) or "damaged"
         if fault:
             raise Unreadable(f"image {self.name(index)!r} cannot be read ({fault}); make the archive anew")
         return content, int(self.labels[index])

@@ -237,7 +237,8 @@ def of_extra(package: str, kind: str) -> ModuleType:
 class Images(Dataset):
     """Images by index, each of a class. Items (index, flip) -> (image (C, size, size) in [-1, 1], label).
 
-    labels: the class of every image, int64 (N,). A subclass gives the images.
+    labels: the class of every image, int64 (N,), but of a stream, which has neither these nor an index. A subclass
+    gives the images.
     """
 
     channels: int

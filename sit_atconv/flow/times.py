@@ -101,6 +101,3 @@ class TimeSampling:
         t = t / (t + self.shift * (1 - t))
         start, end = self.interval
         return (start + (end - start) * t).float()
-
-
-UNIFORM = TimeSampling()

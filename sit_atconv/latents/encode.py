@@ -29,7 +29,7 @@ from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, sh
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.devices import numerics
 from sit_atconv.errors import InputError, check_choice, option, told
-from sit_atconv.files import library_versions, resolved, sha256, sync, write_atomic
+from sit_atconv.files import library_versions, resolved, sha256, whole, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
 from sit_atconv.reading import read_tensors
 
@@ -197,8 +197,8 @@ def write_shard(path: Path, settings: dict[str, Any], moments: torch.Tensor, lab
     tensors = {"moments": moments, "labels": labels}
     # One key: of more the order is random.
     content = save(tensors, metadata={"seal": seal(path.name, settings, tensors)})
-    with writing(path.parent):
-        write_atomic(path, content)
+    with writing(path.parent), whole(path) as unfinished:  # whose folder is not made anew where it has gone
+        unfinished.write_bytes(content)
 
 
 def finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -213,5 +213,4 @@ def finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         ranges = shard_ranges(settings["num_images"], settings["shard_images"])
         index = {**settings, "shards": list(pool.map(entry, ranges))}
         write_atomic(out / INDEX, json.dumps(index, indent=1))
-        sync(out)
     return index

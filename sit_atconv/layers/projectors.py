@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sit_atconv.errors import InputError, told
+from sit_atconv.errors import InputError, named, told
 from sit_atconv.hooks import recorded
 from sit_atconv.reading import read_tensors
 
@@ -83,10 +83,11 @@ class Projectors(nn.Module):
         path = Path(folder) / FILE
         if not path.is_file():
             raise InputError(f"{str(folder)!r} holds no {FILE}; convert a REPA checkpoint and keep its projectors")
-        state, metadata = read_tensors(path, "projectors")
-        with told(f"projectors {str(path)!r} is cut or damaged", KeyError, ValueError):
+        state, metadata = read_tensors(path, "file of projectors")
+        with told(f"file of projectors {str(path)!r} is cut or damaged", KeyError, ValueError):
             depth = int(metadata["encoder_depth"])
-        return cls.from_state_dict(state, depth)
+        with named(f"file of projectors {str(path)!r}"):
+            return cls.from_state_dict(state, depth)
 
 
 def write_projectors(projectors: Projectors, tensors: dict[str, torch.Tensor], folder: Path) -> None:

@@ -5,7 +5,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -403,17 +403,15 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module | None = None) -> di
     return renamed
 
 
-# Of each size: its parameters in millions, and its options. T2 is published with 84.4% ImageNet-1k top-1.
-_SIZES = {
-    "xxs": (2.85, {"depths": (2, 2, 4, 2), "dims": (32, 64, 128, 240), "glu_norm": False, "layer_scale": None}),
-    "xs": (5.55, {"depths": (2, 2, 7, 2), "dims": (40, 80, 160, 320), "glu_norm": False}),
-    "s": (7.68, {"depths": (2, 3, 10, 3), "dims": (40, 80, 160, 320), "glu_norm": False, "layer_scale": None}),
-    "t1": (13.71, {"depths": (2, 3, 12, 3), "dims": (48, 96, 224, 384)}),
-    "t2": (27.01, {"depths": (3, 3, 16, 3), "dims": (64, 128, 288, 512)}),
-    "t3": (49.18, {"depths": (4, 4, 26, 4), "dims": (72, 144, 320, 576)}),
-    "t4": (87.32, {"depths": (5, 5, 28, 5), "dims": (96, 192, 384, 768)}),
+_PRESETS = {
+    "attnet_xxs": {"depths": (2, 2, 4, 2), "dims": (32, 64, 128, 240), "glu_norm": False, "layer_scale": None},
+    "attnet_xs": {"depths": (2, 2, 7, 2), "dims": (40, 80, 160, 320), "glu_norm": False},
+    "attnet_s": {"depths": (2, 3, 10, 3), "dims": (40, 80, 160, 320), "glu_norm": False, "layer_scale": None},
+    "attnet_t1": {"depths": (2, 3, 12, 3), "dims": (48, 96, 224, 384)},
+    "attnet_t2": {"depths": (3, 3, 16, 3), "dims": (64, 128, 288, 512)},
+    "attnet_t3": {"depths": (4, 4, 26, 4), "dims": (72, 144, 320, 576)},
+    "attnet_t4": {"depths": (5, 5, 28, 5), "dims": (96, 192, 384, 768)},
 }
-_PRESETS = {f"attnet_{size}": options for size, (_, options) in _SIZES.items()}
 _CFG = {
     "url": "",
     "num_classes": 1000,
@@ -438,24 +436,54 @@ def options_of(name: str) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if each.name not in others} | _PRESETS[name]
 
 
-def _entry_point(size: str, millions: float) -> Callable[..., AttNet]:
-    """What timm calls by the name of a model."""
-    name = f"attnet_{size}"
-
-    def create(pretrained=False, **kwargs) -> AttNet:
-        return build_model_with_cfg(
-            AttNet,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-            **{**_PRESETS[name], **kwargs},
-        )
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"AttNet-{size.upper()}: {millions} M parameters."
-    return create
+def _create(name: str, pretrained: bool, **kwargs) -> AttNet:
+    return build_model_with_cfg(
+        AttNet,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **{**_PRESETS[name], **kwargs},
+    )
 
 
-for _size, (_millions, _) in _SIZES.items():
-    globals()[f"attnet_{_size}"] = register_model(_entry_point(_size, _millions))
+@register_model
+def attnet_xxs(pretrained=False, **kwargs) -> AttNet:
+    """AttNet-XXS: 2.85 M parameters."""
+    return _create("attnet_xxs", pretrained, **kwargs)
+
+
+@register_model
+def attnet_xs(pretrained=False, **kwargs) -> AttNet:
+    """AttNet-XS: 5.55 M parameters."""
+    return _create("attnet_xs", pretrained, **kwargs)
+
+
+@register_model
+def attnet_s(pretrained=False, **kwargs) -> AttNet:
+    """AttNet-S: 7.68 M parameters."""
+    return _create("attnet_s", pretrained, **kwargs)
+
+
+@register_model
+def attnet_t1(pretrained=False, **kwargs) -> AttNet:
+    """AttNet-T1: 13.71 M parameters."""
+    return _create("attnet_t1", pretrained, **kwargs)
+
+
+@register_model
+def attnet_t2(pretrained=False, **kwargs) -> AttNet:
+    """AttNet-T2: 27.01 M parameters, 84.4% ImageNet-1k top-1 as published."""
+    return _create("attnet_t2", pretrained, **kwargs)
+
+
+@register_model
+def attnet_t3(pretrained=False, **kwargs) -> AttNet:
+    """AttNet-T3: 49.18 M parameters."""
+    return _create("attnet_t3", pretrained, **kwargs)
+
+
+@register_model
+def attnet_t4(pretrained=False, **kwargs) -> AttNet:
+    """AttNet-T4: 87.32 M parameters."""
+    return _create("attnet_t4", pretrained, **kwargs)

@@ -345,8 +345,9 @@ def timing_of(site: Site) -> Timing:
 def settled(rounds: Iterable[tuple[float, float]]) -> Timing:
     """The timing of rounds of (attention, layer) in seconds, of which no more are taken than make it steady, or than
     TIMING_SECONDS allow beyond the least number."""
-    seen, steady, start = [], False, time.monotonic()
+    seen, steady, start = [], False, None
     for each in itertools.islice(rounds, ROUNDS[1]):
+        start = start or time.monotonic()  # after the calls that only warm up
         seen.append(each)
         ordered = [sorted(times) for times in zip(*seen, strict=True)]
         steady = all(times[len(times) // 4] <= STEADY * times[0] for times in ordered)

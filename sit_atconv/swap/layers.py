@@ -43,7 +43,7 @@ class SwappedLayer(KernelGenerator):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for name, parameter in self.named_parameters():
-            if "norm" in name:
+            if name.startswith("norm_"):
                 parameter.fill_(0 if name.endswith("bias") else 1)
 
     def __prepare_scriptable__(self):

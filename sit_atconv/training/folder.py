@@ -13,7 +13,7 @@ from sit_atconv import checkpoint, config, files, processes
 from sit_atconv.config import Recipe
 from sit_atconv.console import say
 from sit_atconv.data import IMAGE_KEYS
-from sit_atconv.errors import InputError, option, told
+from sit_atconv.errors import InputError, told
 from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
 from sit_atconv.reading import read_json, read_yaml
@@ -104,7 +104,7 @@ def claim(
 
     found = processes.first(take)
     if must_resume and not found:
-        raise InputError(f"{option('resume')}: there is no checkpoint in {str(run)!r} to go on from")
+        raise InputError(f"there is no checkpoint in {str(run)!r} to go on from")
     return Claimed(described, found, held.pop() if held else None)
 
 

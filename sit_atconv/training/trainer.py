@@ -111,9 +111,9 @@ class Trainer:
         self.means = Means([*objective.weights], accelerator.device, objective.time_bins)
         if self.last is not None:
             self._load_state(self.last, samples)
-        train, share = recipe.train, (accelerator.process_index, accelerator.num_processes)
-        steps = self.step, objective.steps
-        positions = RankPositions(*steps, train.batch_size, *share, train.gradient_accumulation_steps)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        batch_size, accumulation = recipe.train.batch_size, recipe.train.gradient_accumulation_steps
+        positions = RankPositions(self.step, objective.steps, batch_size, rank, world_size, accumulation)
         self.batches = TrainingBatches(samples, positions, recipe.data, accelerator.device.type == "cuda")
 
     def run_to_the_end(self, signals: StopSignals) -> Path:
@@ -183,8 +183,10 @@ class Trainer:
                     new = self.made.folder(self.run)
                     self.lock = self.lock or lock(self.run)
                     if self.last is None and checkpoint.step_folders(self.run):
-                        new, begun = False, "was begun by another process meanwhile"
-                        raise InputError(f"run.out={str(self.run)!r} {begun}; start again")
+                        new = False
+                        raise InputError(
+                            f"run.out={str(self.run)!r} was begun by another process meanwhile; start again"
+                        )
                     clear_leftovers(self.run)
                     for activity in self.activities:
                         activity.clear(self)

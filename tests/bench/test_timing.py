@@ -154,3 +154,17 @@ def test_commit_tells_changed_code_apart(monkeypatch):
 
     monkeypatch.setattr(timing.subprocess, "run", fail)
     assert uncached() == "unknown"
+
+
+def test_a_commit_of_somebody_elses_repository_is_not_ours(monkeypatch, tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "theirs"], check=True)
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
+    timing.commit.cache_clear()
+    assert timing.commit() == "unknown"
+    subprocess.run(["touch", timing.__file__], check=True)
+    subprocess.run([*git, "add", "timing.py"], check=True)
+    timing.commit.cache_clear()
+    assert len(timing.commit().rstrip("+")) >= 7
+    timing.commit.cache_clear()

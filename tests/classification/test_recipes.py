@@ -63,6 +63,10 @@ def test_every_key_that_is_not_said_to_may_not_change():
             changed = {**stated, section: {**keys, key: "changed"}}
             free = f"{section}.{key}" in may or section in ("checkpoint", "eval")
             assert (f"{section}.{key}" in mutable_keys(changed, ClassifierRecipe)) == free
+        found = config.differences(stated, changed, ClassifierRecipe, resolved)
+        assert {".".join(text.partition(":")[0].split(".")[:2]) for text in found} == (
+            set() if free else {f"{section}.{key}"}
+        )
 
 
 def nulls(recipe) -> set[str]:

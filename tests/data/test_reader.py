@@ -173,7 +173,6 @@ def places(tmp_path_factory):
     stream = {"streaming": True, "shuffle_buffer": 1, "num_images": len(records)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
-        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         datasets.disable_progress_bars()
         yield {
             "imagefolder": {"kind": "imagefolder", "root": str(folder)},

@@ -451,7 +451,7 @@ def test_specs_that_name_nothing(own):
             load_extractor(spec)
     with pytest.raises(InputError, match="weights belongs to Inception, and the extractor is 'digits'"):
         load_extractor("digits", weights="x.pth")
-    with pytest.raises(InputError, match="--device tpu9"):
+    with pytest.raises(InputError, match="device='tpu9'"):
         load_extractor(f"{own}:Means", device="tpu9")
 
 

@@ -271,7 +271,7 @@ def test_lossy_images_are_let_in_by_request_alone(suffix, kind, tmp_path, pixels
     (tmp_path / "a/000001.png").unlink()
     Image.fromarray(pixels[1]).save(tmp_path / f"a/000001{suffix}", kind)
     message = refusal(tmp_path / "a")
-    assert f"000001{suffix}' is {kind}, which moves the scores; give PNGs, or --allow-lossy" in message
+    assert f"000001{suffix}' is {kind}, which moves the scores; give PNGs, or allow_lossy=True" in message
     allowed = open_source(tmp_path / "a", allow_lossy=True)
     assert allowed.describe()["lossy"] is True
     with Image.open(tmp_path / f"a/000001{suffix}") as image:

@@ -7,7 +7,6 @@ import pytest
 from experiments.bombs import bombs, measure
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a child's peak memory is Linux's")
 @pytest.mark.filterwarnings("ignore")
 def test_every_bomb_is_refused_before_it_takes_memory(tmp_path):

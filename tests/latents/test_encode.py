@@ -17,7 +17,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.latent_cache import LatentCache
 from sit_atconv.errors import InputError
 from sit_atconv.latents.__main__ import main
-from sit_atconv.latents.encode import encode
+from sit_atconv.latents.encode import encode, write_shard
 
 SIZE, IMAGES, SHARD = 16, 11, 4
 
@@ -330,3 +330,9 @@ def test_verify_names_every_problem(recipe, tmp_path, capsys):
     for line, name, says in zip(lines, names[::2], ["No such file", "SHA-256", "100 bytes"], strict=True):
         assert name in line
         assert says in line
+
+
+def test_a_shard_makes_no_folder_anew(tmp_path):
+    with pytest.raises(InputError, match="cannot be written: No such file or directory"):
+        write_shard(tmp_path / "gone" / "moments.safetensors", {}, torch.zeros(1, 2, 2, 1, 1), torch.zeros(1))
+    assert not (tmp_path / "gone").exists()

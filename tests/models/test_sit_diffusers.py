@@ -89,7 +89,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path, mixer, routing):
     assert torch.equal(output(loaded), output(model))
 
 
-def test_it_loads_in_a_fresh_process(process_server, tmp_path):
+def test_it_loads_in_a_fresh_process(bare_server, tmp_path):
     model = make("hybrid")
     model.save_pretrained(tmp_path)
     torch.save({"inputs": inputs(), "output": output(model)}, tmp_path / "case.pt")
@@ -101,7 +101,7 @@ def test_it_loads_in_a_fresh_process(process_server, tmp_path):
         "    actual = SiTTransformer2DModel.from_pretrained(sys.argv[1])(**case['inputs']).sample\n"
         "assert torch.equal(actual, case['output'])\n"
     )
-    codes, said = process_server(code, tmp_path, [tmp_path])
+    codes, said = bare_server(code, tmp_path, [tmp_path])
     assert codes == [0], said
 
 

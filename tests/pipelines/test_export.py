@@ -77,7 +77,7 @@ def child(process_server, bare_server, tmp_path):
     def run(code: str, *arguments, absent: bool = True, cwd=tmp_path, **environment) -> str:
         prelude = PRELUDE.format(threads=torch.get_num_threads()) if absent else ""
         end = '\nassert not [name for name in sys.modules if name.startswith("sit_atconv")]\n' if absent else ""
-        environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+        environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
         place = {"environment": environment, "cwd": str(cwd)}
         server = bare_server if absent else process_server
         codes, (said,) = server(prelude + textwrap.dedent(code) + end, tmp_path, arguments, place)

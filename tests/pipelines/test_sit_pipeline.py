@@ -482,7 +482,7 @@ def test_saved_and_loaded_it_draws_the_same_bits(make_pipe, tmp_path, mixer, saf
     assert isinstance(model, SiTTransformer2DModel)
 
 
-def test_it_loads_in_a_fresh_process(make_pipe, process_server, tmp_path):
+def test_it_loads_in_a_fresh_process(make_pipe, bare_server, tmp_path):
     pipe = make_pipe()
     pipe.save_pretrained(tmp_path / "pipe")
     torch.save(draw(pipe, output_type="pt"), tmp_path / "images.pt")
@@ -494,7 +494,7 @@ def test_it_loads_in_a_fresh_process(make_pipe, process_server, tmp_path):
         "images = pipe([1, 'umbrella'], num_inference_steps=3, generator=generators, output_type='pt').images\n"
         "assert torch.equal(images, torch.load(sys.argv[1] + '/images.pt', weights_only=True))\n"
     )
-    codes, said = process_server(code, tmp_path, [tmp_path])
+    codes, said = bare_server(code, tmp_path, [tmp_path])
     assert codes == [0], said
 
 

@@ -419,15 +419,15 @@ def stopped(generates, monkeypatch, capsys):
     """Runs `generate` until the disk refuses the second block."""
 
     def run(*more, name="out"):
-        refused, original = re.compile(r"00000[3-5]\.png|000001\.npy"), samples._write
+        refused, original = re.compile(r"00000[3-5]\.png|000001\.npy"), samples.whole
 
-        def full(path, content):
+        def full(path, synced=True):
             if refused.fullmatch(path.name):
                 raise OSError(28, "No space left on device")
-            original(path, content)
+            return original(path, synced)
 
         with monkeypatch.context() as patch:
-            patch.setattr(samples, "_write", full)
+            patch.setattr(samples, "whole", full)
             with pytest.raises(SystemExit) as stop:
                 generates(*more, name=name)
         assert stop.value.code == 2

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.errors import InputError
 from sit_atconv.swap import SelfAttentionGraft, SwapAdapter, adapters, calibration, register_adapter, swap_attention
-from sit_atconv.swap.calibration import ROUNDS, Timing, settled
+from sit_atconv.swap.calibration import ROUNDS, TIMING_SECONDS, Timing, settled
 from sit_atconv.swap.choosing import Candidate, choose, choose_best
 
 NAMES = {f"blocks.{index}.attn": torch.nn.Identity() for index in range(8)}
@@ -217,6 +217,14 @@ def test_a_timing_ends_when_it_is_steady_and_tells_by_its_floor():
         assert busy.spread_before > 0
     unsteady = settled((1e-3 * 1.2**-index, 5e-3 * 1.2**-index) for index in range(100))
     assert unsteady.slowdown is None
+
+
+def test_a_timing_that_does_not_settle_ends_after_its_time(monkeypatch):
+    clock = itertools.count(0.0, 0.4)
+    monkeypatch.setattr(calibration.time, "monotonic", lambda: next(clock))
+    taken = []
+    settled(taken.append(1) or (1e-3 * 1.2**-index, 1e-3) for index in range(100))
+    assert len(taken) == math.ceil(TIMING_SECONDS / 0.4) + 2
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_falling_back_keeps_what_is_trained_from_there(recipe_file):
     assert [path.name for path in checkpoint.step_folders(again.parent)] == ["step-0000007"]
 
 
-def test_killed_at_an_arbitrary_moment_and_run_again(process_server, recipe_file, tmp_path):
+def test_killed_in_a_step_and_run_again(process_server, recipe_file, tmp_path):
     path = recipe_file(train={"max_steps": 40}, checkpoint={"every": 3})
     whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
     for moment in (8, 14):  # in a step, of the second start from step 6 on

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,15 @@ class Forward:
             return self.network(*args, **kwargs)
 
 
+class Averaged(Protocol):
+    """Moving averages of a model. models: the averaged modules, by their folders in a checkpoint."""
+
+    models: Mapping[str, nn.Module]
+
+    def update(self, model: nn.Module, updates: int) -> None:
+        """One step towards the model's weights. updates: how many there were, this one included."""
+
+
 class Objective:
     """What training minimises, with its modules, losses, averages and learning rate.
 
@@ -44,7 +53,7 @@ class Objective:
 
     model: what is averaged and stored. trained: the module with all that is trained: the model, or one around it.
     weights: of the losses in their sum, by the names of the losses. steps: of the whole training.
-    averages: of the model, as `ema.Averages` has them; there from `begin` on. frozen: other modules, for the device.
+    averages: of the model; there from `begin` on. frozen: other modules, for the device.
     flops_per_image: None where steps differ in cost. time_bins: of t, in which the first loss is reported; 0 without t.
     no_fsdp: why it cannot be sharded, where it cannot.
     """
@@ -53,7 +62,7 @@ class Objective:
     trained: nn.Module
     weights: Mapping[str, float]
     steps: int
-    averages: Any
+    averages: Averaged
     frozen: Sequence[nn.Module] = ()
     flops_per_image: float | None = None
     time_bins: int = TIME_BINS
