@@ -36,16 +36,12 @@ def handled(numbers: Iterable[int], handler: Callable) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
-class _Handling:
+class _Handling(ExitStack):
     """A context manager within which `_handle` gets the signals `numbers`; a subclass has both."""
 
     def __enter__(self) -> Self:
-        self._open = ExitStack()
-        self._open.enter_context(handled(self.numbers, self._handle))
+        self.enter_context(handled(self.numbers, self._handle))
         return self
-
-    def __exit__(self, *error) -> None:
-        self._open.close()
 
 
 class StopSignals(_Handling):
