@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -419,15 +420,17 @@ def stopped(generates, monkeypatch, capsys):
     """Runs `generate` until the disk refuses the second block."""
 
     def run(*more, name="out"):
-        refused, original = re.compile(r"00000[3-5]\.png|000001\.npy"), samples._write
+        refused, original = re.compile(r"00000[3-5]\.png|000001\.npy"), samples.whole
 
-        def full(path, content):
-            if refused.fullmatch(path.name):
-                raise OSError(28, "No space left on device")
-            original(path, content)
+        @contextmanager
+        def full(path, synced=True):
+            with original(path, synced) as unfinished:
+                if refused.fullmatch(path.name):
+                    raise OSError(28, "No space left on device")
+                yield unfinished
 
         with monkeypatch.context() as patch:
-            patch.setattr(samples, "_write", full)
+            patch.setattr(samples, "whole", full)
             with pytest.raises(SystemExit) as stop:
                 generates(*more, name=name)
         assert stop.value.code == 2
