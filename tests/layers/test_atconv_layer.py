@@ -107,6 +107,16 @@ def test_starts_with_half_of_the_mean_subtracted_and_zero_biases():
     assert not any("bias" in name for name, _ in ATConv(8, bias=False).named_parameters())
 
 
+@pytest.mark.parametrize("k", [3, 5])
+def test_static_kernels_start_as_torchs_depthwise_convolution_does(k):
+    torch.manual_seed(0)
+    ours = ATConv(256, kernel_size=k, routing="static").static_kernel
+    theirs = torch.nn.Conv2d(256, 256, k, groups=256).weight
+    for start in (ours, theirs):  # uniform in [-1 / k, 1 / k]
+        assert 0.98 / k < start.abs().max() <= 1 / k
+        assert start.std().item() == pytest.approx(1 / k / 3**0.5, rel=0.05)
+
+
 def test_lora_style_wrappers_around_the_linears_take_effect():
     layer, x = ATConv(4), torch.randn(1, 3, 3, 4)
     plain = layer(x)

@@ -12,6 +12,7 @@ from sit_atconv.ops.atconv import (
     BACKEND_VARIABLE,
     choose_backend,
     dynamic_depthwise_conv,
+    inlined,
     native,
     on_grid,
     operator,
@@ -290,6 +291,13 @@ def test_sums_are_in_fp32(backend, dtype, block, monkeypatch):
     exact = with_gradients(reference.dynamic_depthwise_conv, v.double(), kernels.double(), upstream.double())
     actual = with_gradients(lambda *x: dynamic_depthwise_conv(*x, backend=backend), v, kernels, upstream)
     assert_one_rounding(actual, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_inlined_sums_in_fp32_too(dtype):
+    v, kernels, upstream = problem((2, 6, 12, 9), 3, dtype)
+    exact = with_gradients(reference.dynamic_depthwise_conv, v.double(), kernels.double(), upstream.double())
+    assert_one_rounding(with_gradients(inlined.dynamic_depthwise_conv, v, kernels, upstream), exact, dtype)
 
 
 @pytest.mark.parametrize("backend", [*FAST, "reference"])

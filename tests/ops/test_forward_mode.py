@@ -238,6 +238,15 @@ def test_plain_attention_is_torchs(options):
     torch.testing.assert_close(plain, F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options))
 
 
+def test_plain_attention_rounds_once():
+    q, k, v = (each.bfloat16() for each in draw((2, 2, 4, 6), (2, 2, 5, 6), (2, 2, 5, 6)))
+    exact = F.scaled_dot_product_attention(*(each.double() for each in (q, k, v)))
+    with _PlainForms():
+        plain = F.scaled_dot_product_attention(q, k, v)
+    assert plain.dtype == torch.bfloat16
+    assert ((plain.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-6).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_plain_norms_are_torchs(dtype):
     x, weight, bias, mean = (each.to(dtype) for each in draw((3, 4, 5), (4, 5), (4,), (4,)))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -421,10 +422,12 @@ def stopped(generates, monkeypatch, capsys):
     def run(*more, name="out"):
         refused, original = re.compile(r"00000[3-5]\.png|000001\.npy"), samples.whole
 
+        @contextmanager
         def full(path, synced=True):
-            if refused.fullmatch(path.name):
-                raise OSError(28, "No space left on device")
-            return original(path, synced)
+            with original(path, synced) as unfinished:
+                if refused.fullmatch(path.name):
+                    raise OSError(28, "No space left on device")
+                yield unfinished
 
         with monkeypatch.context() as patch:
             patch.setattr(samples, "whole", full)
