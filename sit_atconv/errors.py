@@ -28,11 +28,14 @@ class InputError(ValueError):
 
 
 @contextmanager
-def told(what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool = False) -> Iterator[None]:
+def told(
+    what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool = False, in_full: bool = False
+) -> Iterator[None]:
     """Within it, an error of these kinds becomes an InputError: `what`, what the error says, the remedy.
 
     An InputError goes by, unless the kinds name it, or one that it derives from. Of other libraries' errors the first
-    line is told; of an error of files what the system says, and the file, where `what` does not name it.
+    line is told, or all of it in_full; of an error of files what the system says, and the file, where `what` does not
+    name it.
     """
     try:
         yield
@@ -40,7 +43,7 @@ def told(what: str, *kinds: type[Exception], remedy: str = "", every_rank: bool 
         named = tuple(kind for kind in kinds if issubclass(kind, InputError))
         if isinstance(error, InputError) and not isinstance(error, named):
             raise
-        words = reason(error) if isinstance(error, InputError | OSError) else said(error)
+        words = reason(error) if in_full or isinstance(error, InputError | OSError) else said(error)
         if (file := getattr(error, "filename", None)) is not None and str(file) not in what:
             words += f": {str(file)!r}"
         text = ": ".join(filter(None, (what, words.removesuffix("."))))

@@ -58,7 +58,7 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     if root.is_dir():
         _check_described(root, where, files)
     asked = f"{where}, data.subset={data.subset}, data.split={data.split}"
-    with told(f"{asked}: cannot be opened", OSError, datasets.exceptions.DatasetsError, *ANY):
+    with told(f"{asked}: cannot be opened", OSError, datasets.exceptions.DatasetsError, *ANY, in_full=True):
         if saved:
             found = datasets.load_from_disk(data.root)
             splits = found if isinstance(found, dict) else {str(found.split or "train"): found}

@@ -138,7 +138,7 @@ def test_a_csv_that_takes_no_more_rows_is_told_before_the_work(tmp_path):
 
 
 def test_commit_tells_changed_code_apart(monkeypatch):
-    answers = {"rev-parse": "abc1234\n", "status": ""}
+    answers = {"rev-parse": "abc1234\n", "status": "", "ls-files": "timing.py\n"}
     uncached = timing.commit.__wrapped__
 
     def run(command, **_):
