@@ -42,10 +42,11 @@ from sit_atconv.comparison import differences
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, arrays_of
 from sit_atconv.errors import ArgumentParser, InputError, check_choice, command, named
+from sit_atconv.fields import chosen
 from sit_atconv.files import sha256, write_out
 from sit_atconv.images import to_uint8
 from sit_atconv.reading import as_stored, read_json, read_yaml
-from sit_atconv.sampling.settings import Sampling
+from sit_atconv.sampling.settings import SAMPLERS, Sampling
 from sit_atconv.signals import ENDING, handled
 from sit_atconv.training.resolved import resolved
 
@@ -87,7 +88,7 @@ class Entry:
 class Sampler(Sampling):
     """Options of `python -m sampling generate`: how images are drawn, and which; as SHORT calls them."""
 
-    sampler: str = MISSING
+    sampler: str = chosen(MISSING, SAMPLERS)
     guidance_scale: float = MISSING
     name: str = MISSING
     labels: str = "balanced"

@@ -274,7 +274,7 @@ def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch)
         )
         result = {
             "samples_manifest_sha256": sha256(samples / "manifest.json"), "extractors": listed,
-            "protocol": listed[0]["protocol"], "metrics": dict.fromkeys(metrics.split(", ")),
+            "protocol": listed[0]["protocol"], "metrics": {name: {"value": 1.0} for name in metrics.split(", ")},
             "reference": {"sha256": sha256(tmp_path / "ref.npz")},
             "error_bars": {"design": None, "groups": None, "upper_bound": False, "why": "few images"},
         }  # fmt: skip
