@@ -174,7 +174,7 @@ def faults(out: Path) -> dict[str, str]:
     # The shards of one process alone, and the last file, which the main process alone writes.
     for name, place, function, where in (
         ("full", sharding.HuggingFaceStorageWriter, "write_data", 1),
-        ("main", checkpoint, "library_versions", 0),
+        ("main", checkpoint.files, "library_versions", 0),
     ):
         whole = getattr(place, function)
         setattr(place, function, fails if rank == where else whole)
