@@ -347,7 +347,7 @@ def settled(rounds: Iterable[tuple[float, float]]) -> Timing:
     TIMING_SECONDS allow beyond the least number."""
     seen, steady, start = [], False, None
     for each in itertools.islice(rounds, ROUNDS[1]):
-        start = start or time.monotonic()  # after the calls that only warm up
+        start = time.monotonic() if start is None else start  # after the calls that only warm up
         seen.append(each)
         ordered = [sorted(times) for times in zip(*seen, strict=True)]
         steady = all(times[len(times) // 4] <= STEADY * times[0] for times in ordered)

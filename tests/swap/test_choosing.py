@@ -224,7 +224,7 @@ def test_a_timing_that_does_not_settle_ends_after_its_time(monkeypatch):
     monkeypatch.setattr(calibration.time, "monotonic", lambda: next(clock))
     taken = []
     settled(taken.append(1) or (1e-3 * 1.2**-index, 1e-3) for index in range(100))
-    assert len(taken) == math.ceil(TIMING_SECONDS / 0.4) + 2
+    assert len(taken) == ROUNDS[0] + int(TIMING_SECONDS / 0.4)
 
 
 @pytest.fixture
