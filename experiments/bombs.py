@@ -38,7 +38,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.archive import Zip
 from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
-from sit_atconv.data.images import decode
+from sit_atconv.data.images import Reader
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.latents.codecs import VaeCodec
 from sit_atconv.markdown import markdown_table
@@ -210,7 +210,7 @@ def bombs(here: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     }  # fmt: skip
     configs = {"depth": 10**5, "sample_size": 10**6, "num_classes": 10**12, "mlp_ratio": 1e30}
     return {
-        "PNG of 13,000 x 13,000 pixels": (square, lambda path: decode(path.read_bytes(), 64, False, path.name)),
+        "PNG of 13,000 x 13,000 pixels": (square, lambda path: Reader()(path.read_bytes(), path.name, 64)),
         "image that is /dev/zero": (linked.parent, lambda path: Folder(str(path), 8)[0, False]),
         "image that is a FIFO": (linked.parent, lambda path: Folder(str(path), 8)[1, False]),
         **{
