@@ -142,7 +142,7 @@ def write_model(run: Path, std: float, step: int | None, out: Path, force: bool 
     checkpoint.read_manifest(folder, under=f"{SAMPLED}/config.json")
     with torch.device("meta"), named(f"checkpoint {str(folder)!r} cannot be read"):
         model = SiTTransformer2DModel.from_config(checkpoint.read_options(folder / SAMPLED))
-    with told(f"the snapshots of {str(run)!r} do not fit its model", RuntimeError):
+    with told(f"the snapshots of {str(run)!r} do not fit its model", RuntimeError, in_full=True):
         model.load_state_dict(combine(found), strict=True, assign=True)
     record = {
         "made_by": "sit_atconv.posthoc",

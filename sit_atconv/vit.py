@@ -89,7 +89,7 @@ def _fetch(name: str, where: str, option: str) -> Path:
     """The safetensors file of a model that timm knows by name, from the Hugging Face cache or the hub."""
     architecture, _ = split_model_name_tag(name)
     check_choice(f"{option}NAME (or {option}{LOCAL}FOLDER)", architecture, timm.list_models())
-    with told(where, RuntimeError):
+    with told(where, RuntimeError, in_full=True):
         source = get_pretrained_cfg(name).hf_hub_id
     if not source:
         raise InputError(f"{where}: timm has no weights of it on the Hugging Face hub; choose another")

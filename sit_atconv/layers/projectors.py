@@ -39,7 +39,8 @@ class Projectors(nn.Module):
 
         Raises InputError when one is missing, unexpected or of another shape.
         """
-        with told("the projectors are not three linears for each encoder", LookupError, ValueError, RuntimeError):
+        kinds = (LookupError, ValueError, RuntimeError)
+        with told("the projectors are not three linears for each encoder", *kinds, in_full=True):
             count = len({name.split(".")[1] for name in state})
             hidden_dim, dim = state["projectors.0.0.weight"].shape
             z_dims = [state[f"projectors.{index}.4.weight"].shape[0] for index in range(count)]
