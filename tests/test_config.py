@@ -238,6 +238,12 @@ def test_every_key_that_is_not_said_to_may_not_change():
         assert [text.partition(":")[0] for text in differences(stated, changed)] == ([] if free else [name])
 
 
+def test_a_default_that_is_a_list_is_each_recipes_own():
+    first = make_recipe({**MINIMAL, "ema": {"kind": "power"}}).ema
+    first.stds.append(0.2)
+    assert make_recipe({**MINIMAL, "ema": {"kind": "power"}}).ema.stds == [0.05, 0.1]
+
+
 def test_the_home_folder_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     recipe = make_recipe({"run": {"out": "~/x"}, "data": {"kind": "zip", "root": "~/y", "image_size": 8}})

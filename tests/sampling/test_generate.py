@@ -23,6 +23,8 @@ import sample
 from sampling import generate as generate_command
 from sampling import options, samples
 from sampling.__main__ import main as sampling
+from sampling.schedulers import generate as generate_scheduled
+from sampling.schedulers import make_scheduler
 from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.errors import ArgumentParser, InputError
 from sit_atconv.files import library_versions
@@ -300,6 +302,21 @@ def test_the_manifest_says_what_a_model_of_another_path_is_sampled_by(tmp_path, 
         "guidance_channels": "first3",
     }  # fmt: skip
     assert expected.items() <= manifest.items()
+
+
+def test_the_steps_of_a_stochastic_scheduler_draw_for_each_image(monkeypatch):
+    monkeypatch.setattr("sampling.schedulers.draws.normal", lambda shape, *_: torch.zeros(shape))  # the first noise
+    model, sampling = lively_model(), Sampling(steps=3, guidance_scale=1.0)
+
+    def scheduled(indices, seed=0):
+        scheduler = make_scheduler("flow-match-lcm", model)
+        with pytest.warns(UserWarning, match="distilled"):
+            return generate_scheduled(scheduler, model, IdentityCodec(), indices, [0] * len(indices), sampling, seed)[0]
+
+    first, second = scheduled([4, 5])
+    assert not torch.equal(first, second)
+    assert torch.equal(scheduled([5, 4])[0], second)
+    assert not torch.equal(scheduled([5, 4], seed=1)[0], second)
 
 
 def test_random_labels_cover_the_classes_evenly():
