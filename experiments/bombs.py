@@ -41,7 +41,7 @@ from sit_atconv.data import open_dataset
 from sit_atconv.data.archive import Zip
 from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
-from sit_atconv.data.images import Reader
+from sit_atconv.data.images import decode
 from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.latents.codecs import VaeCodec
 from sit_atconv.markdown import markdown_table
@@ -232,7 +232,7 @@ def bombs(here: Path) -> dict[str, tuple[Path, Read]]:
     told = text(here / "told" / "manifest.json", NESTED).parent
     logged = text(here / "logged" / "log.jsonl", '"' + "x" * (1 << 26)).parent
     found = {
-        "PNG of 13,000 x 13,000 pixels": (square, lambda path: Reader()(path.read_bytes(), path.name)),
+        "PNG of 13,000 x 13,000 pixels": (square, lambda path: decode(path.read_bytes(), 64, False, path.name)),
         "image that is /dev/zero": (linked, lambda path: Folder(str(path), 8)[0, False]),
         "image that is a FIFO": (linked, lambda path: Folder(str(path), 8)[1, False]),
         "LMDB with the label 2^31 - 1": (lmdb_of(here / "lmdb", 2**31 - 1), lambda path: Lmdb(str(path), 8)[0, False]),

@@ -201,7 +201,7 @@ def _held(value: Any) -> tuple[bytes | None, str | None]:
     return (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
 
 
-def _file(value: Any, name: str, files: _Files) -> bytes:
+def _file(value: Any, name: str, files: _Files = _Files()) -> bytes:
     """An image file's bytes, from what a column holds: the bytes, or their path in the dataset. Raises Unreadable."""
     import fsspec
 

@@ -234,6 +234,18 @@ def of_extra(package: str, kind: str) -> ModuleType:
         raise InputError(f"data.kind={kind} needs a package: pip install 'sit_atconv[data]'") from None
 
 
+def to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
+    """A grey or RGB image -> (C, H, W) in [-1, 1], mirrored where `flip`."""
+    pixels = np.array(image)
+    tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
+    return tensor.flip(2) if flip else tensor
+
+
+def decode(encoded: bytes, size: int, flip: bool, name: str, reader: Reader | None = None) -> torch.Tensor:
+    """An image file's bytes -> (C, size, size) in [-1, 1], by default in RGB. Raises Unreadable, which says `name`."""
+    return to_tensor((reader or Reader())(encoded, name, size), flip)
+
+
 class Images(Dataset):
     """Images by index, each of a class. Items (index, flip) -> (image (C, size, size) in [-1, 1], label).
 
@@ -262,9 +274,7 @@ class Images(Dataset):
     def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, int]:
         index, flip = key
         image, label = self.picture(index, self.image_size)
-        pixels = np.array(image)
-        tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
-        return tensor.flip(2) if flip else tensor, label
+        return to_tensor(image, flip), label
 
 
 class EncodedImages(Images):
