@@ -289,6 +289,8 @@ def test_repeats_are_the_same_image_augmented_anew():
         assert [epoch[place] for place in range(0, 99, 3)] == [epoch[place] for place in range(2, 99, 3)]
         assert len(set(epoch)) == 34
     assert first != second
+    other_seed = RepeatAugmented(100, 3, 8)
+    assert first != [other_seed.index(place) for place in range(100)]
     samples = ClassifierSamples(Digits("train"), lambda picture: torch.rand(1), 8, 0, repeats=3)
     batch, _ = samples.fetch(range(3))
     assert len(set(batch["label"].tolist())) == 1

@@ -15,7 +15,7 @@ from sampled import sampled
 from experiments import distill_swap
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.checkpoint import load_trained
-from sit_atconv.config import Distill, load_recipe
+from sit_atconv.config import Distill, load_recipe, make_recipe
 from sit_atconv.data.digits import Digits
 from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
@@ -296,6 +296,15 @@ def test_a_teacher_of_other_data_or_without_attention_is_refused(recipe, recipe_
         shape, classes = ((1, 8, 8), 7) if key == "class_names" else ((1, 16, 8), 10)
         with pytest.raises(InputError, match=said):
             load_teacher(settings, shape, classes)
+
+
+@pytest.mark.parametrize(("option", "value"), [("path", "gvp"), ("prediction", "noise")])
+def test_a_teacher_of_another_flow_is_refused(tmp_path, option, value):
+    sizes = {"sample_size": 8, "in_channels": 1, "num_classes": 10, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    SiTTransformer2DModel(**sizes, **{option: value}).save_pretrained(tmp_path)
+    recipe = make_recipe({"run": {"out": "unused"}, "distill": {"teacher": str(tmp_path)}})
+    with pytest.raises(InputError, match=f"has {option} {value!r}, data, codec and flow say"):
+        load_teacher(recipe, (1, 8, 8), 10)
 
 
 def test_another_teacher_is_refused(recipe, recipe_file, tmp_path, fails):
