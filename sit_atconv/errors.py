@@ -44,7 +44,8 @@ def told(
         if isinstance(error, InputError) and not isinstance(error, named):
             raise
         words = reason(error) if in_full or isinstance(error, InputError | OSError) else said(error)
-        if (file := getattr(error, "filename", None)) is not None and str(file) not in what:
+        file = getattr(error, "filename", None)
+        if file is not None and os.path.basename(str(file)) not in what:  # which may name it as it lies from here
             words += f": {str(file)!r}"
         text = ": ".join(filter(None, (what, words.removesuffix("."))))
         raise InputError("; ".join(filter(None, (text, remedy))), every_rank) from None
