@@ -132,6 +132,7 @@ def test_snippets_and_commands_run_in_their_order(name, folder, monkeypatch, tmp
     assert text.count("python -m") + text.count("python sample.py") + text.count("accelerate launch") == ran
 
 
+@pytest.mark.slow
 def test_the_commands_of_principles_run(image_folder, tmp_path, monkeypatch):
     for main, name, length in (
         (train_sit, "digits_sit_atconv", ("train.max_steps=1", "train.warmup_steps=0", "train.lr_schedule=constant")),
