@@ -181,7 +181,7 @@ def test_features_are_kept_evenly_over_all():
     assert set(np.diff(rows)) == {128, 129}
 
 
-def test_adms_statistics_are_of_all_and_its_images_are_for_the_rest(extractor, wanted, pixels, tmp_path):
+def test_adms_statistics_are_of_all_and_its_images_are_for_the_rest(extractor, wanted, pixels, tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     rows = {"pool": rng.normal(size=(90, 7)), "spatial": rng.normal(size=(90, 5))}
     arrays = {}
@@ -195,6 +195,9 @@ def test_adms_statistics_are_of_all_and_its_images_are_for_the_rest(extractor, w
     assert (reference.n, reference.image_shape, reference.source) == (None, (3, 4, 4), None)
     assert (reference.describe()["kept"], reference.describe()["lossy"]) == (N, None)
     assert reference.sha256 == sha256(tmp_path / "adm.npz")
+    monkeypatch.setattr("eval.refs.spread", lambda n: np.arange(0, n, 4))  # of a file with more images than are kept
+    some = read_reference(str(tmp_path / "adm.npz"), extractor).need_features("pool", "kid")
+    np.testing.assert_array_equal(some, reference.features["pool"][::4])
     # mu and sigma alone are a reference too, of what they are.
     np.savez(tmp_path / "bare.npz", mu=arrays["mu"], sigma=arrays["sigma"])
     bare = read_reference(str(tmp_path / "bare.npz"), extractor)
@@ -299,6 +302,12 @@ def test_statistics_that_are_none(tmp_path):
         kept = {key: array for key, array in {**whole, **changed}.items() if array is not None}
         np.savez(tmp_path / "ref.npz", **kept)
         assert says in refusal(tmp_path / "ref.npz", extractor)
+    # Of features of any scale.
+    np.savez(tmp_path / "ref.npz", **{**whole, "sigma": 1e-4 * indefinite})
+    assert "sigma has the eigenvalues -0.0001 to 0.0002" in refusal(tmp_path / "ref.npz", extractor)
+    beside = np.array([[1e4, 0, 0], [0, 1, -0.1], [0, -0.1, 0]])  # with an eigenvalue of -0.01
+    np.savez(tmp_path / "ref.npz", **{**whole, "sigma": beside})
+    read_reference(str(tmp_path / "ref.npz"), extractor)
     # What rounds in fp32 is a covariance.
     rough = np.cov(np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32), rowvar=False).astype(np.float32)
     rough[0, 1] *= 1 + 1e-7

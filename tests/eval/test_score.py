@@ -562,6 +562,17 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(inception, own,
     assert sorted(tmp_path.rglob("*")) == there
 
 
+def test_neighbours_take_an_image_more_than_they_are(own, samples, tmp_path):
+    def scored(number):
+        file = tmp_path / f"{number}.npz"
+        np.savez(file, arr_0=made(number, 1))
+        return scoring.score(str(samples), str(file), "pr", f"{own}:Own")
+
+    with pytest.raises(InputError, match="pr: 5 images, and it takes 6; leave pr out"):
+        scored(5)  # density and coverage ask for the fifth neighbour
+    assert scored(6)[0]["metrics"].keys() == set(NEAREST)
+
+
 @pytest.fixture(scope="module")
 def classifier():
     """Trained once, and handed to all that train it."""

@@ -67,6 +67,7 @@ def test_equal_blocks_are_equal_to_the_bit():
 def test_guidance_one_half_of_the_evaluations():
     assert draw([0], [1], guidance_scale=1.0)[1] == 4
     assert draw([0], [1], guidance_scale=2.0, guidance_interval=(0.5, 1.0))[1] == 4 + 2
+    assert draw([0], [1], guidance_scale=2.0, guidance_interval=(0.5, 0.5))[1] == 4 + 1
     assert draw([0], [1], sampler="heun")[1] == 16
 
 
@@ -916,6 +917,13 @@ def test_only_images_that_are_wanted_must_be_finite():
     images, _ = generate(*drawn, kept=2)
     assert torch.equal(images, generate(lively_model(), *drawn[1:], kept=2)[0])
     assert len(images) == 2
+
+
+def test_a_decoder_gets_all_of_a_batch_whatever_is_wanted(monkeypatch):
+    decoded = []  # of another batch a convolution rounds otherwise
+    monkeypatch.setattr(IdentityCodec, "decode", lambda self, latents: decoded.append(len(latents)) or latents)
+    images, _ = generate(lively_model(), IdentityCodec(), [7, 8, 9], [0, 2, 1], Sampling(steps=1), kept=2)
+    assert (len(images), decoded) == (2, [3])
 
 
 @pytest.mark.parametrize(
