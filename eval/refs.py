@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from eval.moments import Moments, stream_sums
 from eval.sources import check_overrides, from_arrays, is_recipe, open_source, recipe_data
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, Array, arrays_of
-from sit_atconv.errors import InputError, add_force, option, said
+from sit_atconv.errors import InputError, add_force, option, told
 from sit_atconv.files import check_out, library_versions, new_path, sha256, shown
 from sit_atconv.images import to_uint8
 from sit_atconv.processes import is_main, leave
@@ -211,13 +211,10 @@ def _read_statistics(path: Path) -> dict[str, Array] | None:
     return found
 
 
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _readable(name: str) -> AbstractContextManager[None]:
     """Tell what a broken npz raises as an InputError."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise InputError(f"reference {name!r} cannot be read: {said(error)}; give an npz that is whole") from None
+    what = f"reference {name!r} cannot be read"
+    return told(what, *UNREADABLE, InputError, remedy="give an npz that is whole")
 
 
 def _of_statistics(

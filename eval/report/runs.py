@@ -1,7 +1,7 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from eval.table import comparable
 from sit_atconv.claims import SETTINGS
 from sit_atconv.comparison import flat
 from sit_atconv.data.images import is_image
-from sit_atconv.errors import InputError
+from sit_atconv.errors import InputError, told
 from sit_atconv.files import by_step, sha256, step_in
 from sit_atconv.reading import read_json, read_rows, read_yaml
 
@@ -160,10 +160,6 @@ def _read_rows(path: Path) -> list[Row]:
     return sorted(rows, key=lambda row: row["step"])
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def _whole(path: Path) -> AbstractContextManager[None]:
     """Tell what a damaged file raises when it is read as an InputError."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is damaged ({error}); mend it, or set it aside") from None
+    return told(f"{str(path)!r} is damaged", ValueError, InputError, remedy="mend it, or set it aside")
