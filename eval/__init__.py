@@ -1,1 +1,13 @@
-"""Scores of image folders. Nothing here knows how the images were made."""
+"""The FID pipeline of a clone: `python -m eval`. Its modules are those of `sit_atconv.scoring`."""
+
+import sys
+
+from sit_atconv.runtime.lazy import Renamed
+from sit_atconv.scoring import MODULES
+
+sys.meta_path.append(
+    Renamed(
+        {f"eval.{name}": f"sit_atconv.scoring.{name}" for name in MODULES} | {"eval.report": "sit_atconv.report"},
+        told=False,
+    )
+)

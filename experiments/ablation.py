@@ -24,24 +24,26 @@ import torch
 from tqdm import tqdm
 
 from experiments.ablation_plot import draw
-from sampling.options import add_out
-from sit_atconv import checkpoint, config, draws, limits
+from sit_atconv import config
 from sit_atconv.bench.results import Results
 from sit_atconv.classification.evaluation import last_evaluation
 from sit_atconv.classification.plan import steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.resolved import resolved as resolved_classifier
+from sit_atconv.commands.options import add_out
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
-from sit_atconv.draws import Stream
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import library_versions, made_here, named, write_out
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
-from sit_atconv.markdown import markdown_table
 from sit_atconv.ops.atconv import POOLS
-from sit_atconv.reading import COUNT, Malformed, read_json
+from sit_atconv.runtime import draws, limits
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import ArgumentParser, InputError, command
+from sit_atconv.runtime.files import library_versions, made_here, named, write_out
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.runtime.reading import COUNT, Malformed, read_json
+from sit_atconv.training import checkpoint
 from sit_atconv.training.resolved import resolved
 
 TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]

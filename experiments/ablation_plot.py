@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sit_atconv.files import figure_png
+from sit_atconv.runtime.files import figure_png
 
 COLOURS = {"learned": "#0072b2", "full": "#d55e00", "none": "#666666"}  # of the inhibition
 

@@ -28,28 +28,28 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
 from timm.models import save_for_hf
 
-from eval.extractor import Extractor
-from eval.refs import read_moments
-from eval.report.runs import read_runs
-from eval.sources import open_source
-from eval.table import tabulate
-from sampling.labels import sample_labels
-from sampling.schedulers import FLOW
-from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import Data, load_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.archive import Zip
 from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import decode
-from sit_atconv.errors import ArgumentParser, InputError, command
 from sit_atconv.latents.codecs import VaeCodec
-from sit_atconv.markdown import markdown_table
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines import export
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
-from sit_atconv.reading import read_json
-from sit_atconv.vit import load_vit
+from sit_atconv.report.runs import read_runs
+from sit_atconv.runtime.errors import ArgumentParser, InputError, command
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.runtime.reading import read_json
+from sit_atconv.runtime.vit import load_vit
+from sit_atconv.sampling import FLOW
+from sit_atconv.sampling.labels import sample_labels
+from sit_atconv.scoring.extractor import Extractor
+from sit_atconv.scoring.refs import read_moments
+from sit_atconv.scoring.sources import open_source
+from sit_atconv.scoring.table import tabulate
+from sit_atconv.training.checkpoint import load_trained
 
 Read = Callable[[Path], object]
 forks = multiprocessing.get_context("fork")

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sit_atconv.files import scratch
-from sit_atconv.reading import read_json
+from sit_atconv.runtime.files import scratch
+from sit_atconv.runtime.reading import read_json
 
 OUT = Path("runs/demo")
 

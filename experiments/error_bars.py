@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.frechet import correction_needs, frechet_distance, frechet_distances
-from eval.jackknife import Design, design_of, jackknife
-from eval.moments import Moments
-from eval.refs import Reference
-from eval.score import Held, Metric, frechet_metric, other_metrics, stream_sums
-from eval.sources import class_histogram
-from sampling.options import add_number, add_out
-from sit_atconv import limits
 from sit_atconv.bench.results import Results
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import named
-from sit_atconv.markdown import markdown_table
+from sit_atconv.commands.options import add_number, add_out
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import ArgumentParser, command
+from sit_atconv.runtime.files import named
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.scoring.frechet import correction_needs, frechet_distance, frechet_distances
+from sit_atconv.scoring.jackknife import Design, design_of, jackknife
+from sit_atconv.scoring.moments import Moments
+from sit_atconv.scoring.refs import Reference
+from sit_atconv.scoring.score import Held, Metric, frechet_metric, other_metrics, stream_sums
+from sit_atconv.scoring.sources import class_histogram
 
 FEATURES, IMAGES, REAL = 16, 400, 1000
 METRICS = ("frechet_distance", "is", "precision", "recall", "density", "coverage", "kid", "recognised")

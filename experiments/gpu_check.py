@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from experiments.demo import call
-from sit_atconv.files import scratch
+from sit_atconv.runtime.files import scratch
 
 RUN = Path("runs/gpu_check/run")
 

@@ -21,14 +21,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from sampling.options import add_out
-from sampling.schedulers import FLOW
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
 from sit_atconv.bench.results import Results
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import named
-from sit_atconv.markdown import markdown_table
+from sit_atconv.commands.options import add_out
 from sit_atconv.pipelines.schedulers import check_scheduler
+from sit_atconv.runtime.errors import ArgumentParser, InputError, command
+from sit_atconv.runtime.files import named
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.sampling import FLOW
 
 MEANS, STDS = (0.5, -0.3), (1.28, 0.4)  # of the data, one channel each
 STEPS = (20, 80, 320)

@@ -24,30 +24,34 @@ import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.digits import PROTOCOL as DIGITS_PROTOCOL
-from eval.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
-from eval.features import INDEX, is_features
-from eval.manifold import NEAREST
-from eval.refs import recorded_extractor, reference_spec
-from eval.result import sound
-from eval.score import OFFERED, RESULT
-from eval.sources import from_arrays, open_source
-from sampling import generate
-from sampling.labels import RULES, sample_labels
-from sampling.options import DTYPES, SHORT, add_number, flag
-from sampling.samples import FORMATS, MANIFEST
-from sit_atconv import checkpoint, config, limits
-from sit_atconv.claims import SETTINGS
-from sit_atconv.comparison import differences
+from sit_atconv import config
+from sit_atconv.commands import parser_of
+from sit_atconv.commands.options import add_number, sampling_asked
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, arrays_of
-from sit_atconv.errors import ArgumentParser, InputError, check_choice, command, named
-from sit_atconv.fields import chosen
-from sit_atconv.files import sha256, write_out
-from sit_atconv.images import to_uint8
-from sit_atconv.reading import as_stored, read_json, read_yaml
-from sit_atconv.sampling.settings import SAMPLERS, Sampling
-from sit_atconv.signals import ENDING, handled
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.claims import SETTINGS
+from sit_atconv.runtime.comparison import differences
+from sit_atconv.runtime.errors import ArgumentParser, InputError, check_choice, command, named
+from sit_atconv.runtime.fields import chosen
+from sit_atconv.runtime.files import sha256, write_out
+from sit_atconv.runtime.pictures import to_uint8
+from sit_atconv.runtime.precision import DTYPES
+from sit_atconv.runtime.reading import as_stored, read_json, read_yaml
+from sit_atconv.runtime.signals import ENDING, handled
+from sit_atconv.sampling import FORMATS, generate
+from sit_atconv.sampling.labels import RULES, sample_labels
+from sit_atconv.sampling.samples import MANIFEST
+from sit_atconv.sampling.settings import SAMPLERS, SHORT, Sampling, flag
+from sit_atconv.scoring import DIGITS
+from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
+from sit_atconv.scoring.features import INDEX, is_features
+from sit_atconv.scoring.manifold import NEAREST
+from sit_atconv.scoring.refs import recorded_extractor, reference_spec
+from sit_atconv.scoring.result import sound
+from sit_atconv.scoring.score import OFFERED, RESULT
+from sit_atconv.scoring.sources import from_arrays, open_source
+from sit_atconv.training import checkpoint
 from sit_atconv.training.resolved import resolved
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
@@ -244,7 +248,7 @@ def is_scored(samples: Path, table: Table) -> bool:
 
 
 def kind_of_reference(ref: str) -> str:
-    """The kind of extractor that scores against a reference, see `eval.refs.reference_spec`."""
+    """The kind of extractor that scores against a reference, see `sit_atconv.scoring.refs.reference_spec`."""
     found = recorded_extractor(ref)
     return kind_of(found[0]["protocol"]) if found else reference_spec(ref)
 
@@ -254,7 +258,7 @@ def wanted_extractors(table: Table) -> list[tuple[str, str | None]]:
     digits' classifier is trained on the spot."""
     kind = kind_of_reference(table.ref)
     if kind == "digits":
-        return [(DIGITS_PROTOCOL, None)]
+        return [(DIGITS, None)]
     if kind != "inception":
         about, _ = recorded_extractor(table.ref)
         return [(about["protocol"], about.get("weights_sha256"))]
@@ -280,7 +284,7 @@ def _dinov2() -> tuple[str, str]:
 
 @cache
 def reference_digest(ref: str) -> str:
-    """The SHA-256 that a result states of a reference, see eval.refs.Reference; of one file, it is read once."""
+    """The SHA-256 that a result states of a reference, see `scoring.refs.Reference`; one file is read once."""
     path = Path(ref)
     if ref == "digits":
         digits = Digits("train")
@@ -475,9 +479,8 @@ def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
     samples = model.samples / sampler.name
     if (stored := stored_settings(samples)) is None:
         return
-    parser = ArgumentParser()
-    generate.add_arguments(parser)
-    args = parser.parse_args(generate_words(table, model, sampler))
+    args = parser_of("generate", "generate").parse_args(generate_words(table, model, sampler))
+    args.sampling = sampling_asked(args)
     known = generate.stated(args)
     if known["labels_rule"] == "file":
         known["labels"] = sample_labels(args.labels, args.num, args.num, args.seed, sys.maxsize)

@@ -1,18 +1,8 @@
-"""python -m sampling generate | likelihood | speed."""
+"""python -m sampling COMMAND ...: samples by index, likelihoods, and the speed of models."""
 
-from sampling import generate, likelihood, speed
-from sit_atconv.errors import ArgumentParser, command
+from sit_atconv.commands import several
 
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m sampling", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | likelihood | speed")
-    for name, module in (("generate", generate), ("likelihood", likelihood), ("speed", speed)):
-        module.add_arguments(commands.add_parser(name, description=module.__doc__, help=module.__doc__))
-    args = parser.parse_args(argv)
-    args.run(args)
-
+main = several("python -m sampling", ("generate", "likelihood", "speed"), __doc__)
 
 if __name__ == "__main__":
     main()

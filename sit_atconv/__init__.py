@@ -1,15 +1,17 @@
-"""Diffusion transformers with 3x3 Attentive Convolution (ATConv) in place of self-attention."""
+"""Diffusion transformers with 3x3 Attentive Convolution (ATConv) in place of self-attention.
 
-import importlib
+Nothing is loaded before it is used: `import sit_atconv` does not import torch.
+"""
+
+import sys
 from typing import TYPE_CHECKING
 
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers looks for it beside what it loads)
-
-from sit_atconv.layers.atconv import ATConv
-from sit_atconv.models.sit import SiTTransformer2DModel, create_model, list_models
+from sit_atconv.runtime.lazy import Renamed, lazily
 from sit_atconv.version import __version__
 
 if TYPE_CHECKING:
+    from sit_atconv.layers.atconv import ATConv
+    from sit_atconv.models.sit import SiTTransformer2DModel, create_model, list_models
     from sit_atconv.pipelines.pipeline_sit import SiTPipeline
     from sit_atconv.swap import swap_attention
 
@@ -23,20 +25,37 @@ __all__ = [
     "swap_attention",
 ]
 
-# Slow to import, and most uses do without. The classes of swapped models have this module for their own, so diffusers
-# finds them here when it loads a pipeline.
-_LAZY = {
-    "SiTPipeline": "sit_atconv.pipelines.pipeline_sit",
-    "swap_attention": "sit_atconv.swap",
-    "ATConvDiTTransformer2DModel": "sit_atconv.swap.models",
-    "ATConvFluxTransformer2DModel": "sit_atconv.swap.models",
-    "ATConvPixArtTransformer2DModel": "sit_atconv.swap.models",
-    "ATConvSD3Transformer2DModel": "sit_atconv.swap.models",
-    "ATConvUNet2DConditionModel": "sit_atconv.swap.models",
-}
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "ATConv": "sit_atconv.layers.atconv",
+        "SiTPipeline": "sit_atconv.pipelines.pipeline_sit",
+        "SiTTransformer2DModel": "sit_atconv.models.sit",
+        "create_model": "sit_atconv.models.sit",
+        "list_models": "sit_atconv.models.sit",
+        "swap_attention": "sit_atconv.swap",
+        # The classes of swapped models have this module for their own, so diffusers finds them here when it loads a
+        # pipeline. It looks for ModelMixin beside them.
+        "ATConvDiTTransformer2DModel": "sit_atconv.swap.models",
+        "ATConvFluxTransformer2DModel": "sit_atconv.swap.models",
+        "ATConvPixArtTransformer2DModel": "sit_atconv.swap.models",
+        "ATConvSD3Transformer2DModel": "sit_atconv.swap.models",
+        "ATConvUNet2DConditionModel": "sit_atconv.swap.models",
+        "ModelMixin": "diffusers.models.modeling_utils",
+    },
+)
 
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Where modules lay up to version 0.1.
+_ROOMS = {
+    "runtime": (
+        "claims", "comparison", "compat", "console", "devices", "draws", "errors", "fields", "files", "hooks",
+        "limits", "markdown", "processes", "reading", "sharding", "signals", "vit", "weights",
+    ),
+    "training": ("checkpoint", "ema"),
+}  # fmt: skip
+sys.meta_path.append(
+    Renamed(
+        {f"sit_atconv.{name}": f"sit_atconv.{room}.{name}" for room, names in _ROOMS.items() for name in names}
+        | {"sit_atconv.images": "sit_atconv.runtime.pictures"}
+    )
+)

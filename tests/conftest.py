@@ -51,7 +51,7 @@ def assert_same_bits(a: Path, b: Path) -> None:
 
 def unmarked(file: Path) -> str:
     """A Markdown file of a command, without the mark that says whose it is."""
-    from sit_atconv.files import MARKDOWN
+    from sit_atconv.runtime.files import MARKDOWN
 
     text = file.read_text()
     assert text.endswith(f"\n\n{MARKDOWN}\n")

@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 SECONDS = 30  # a call that takes longer hangs
 MEMORY = 6 << 30  # bytes of address space that a call may take on top of what the process has

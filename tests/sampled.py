@@ -3,7 +3,7 @@
 from sit_atconv.config import Data, Flow, Recipe, Run, Train
 from sit_atconv.data.images import EncodedImages, Reader
 from sit_atconv.data.samples import TrainingSamples
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 
 def sampled(

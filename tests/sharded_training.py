@@ -1,4 +1,4 @@
-"""What tests/test_sharding.py looks at: a small model trained on several processes under FSDP2, saved, loaded, faulted.
+"""What tests/runtime/test_sharding.py looks at: a small model on several processes under FSDP2, saved, loaded, faulted.
 
     python tests/sharded_training.py FOLDER
 
@@ -23,10 +23,12 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 
-from sit_atconv import SiTTransformer2DModel, checkpoint, create_model, sharding
-from sit_atconv.errors import InputError
+from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.layers.projectors import Projectors, write_projectors
-from sit_atconv.processes import is_main
+from sit_atconv.runtime import sharding
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.processes import is_main
+from sit_atconv.training import checkpoint
 
 STEP, MORE, BATCH, DECAY = 3, 2, 8, 0.9
 

@@ -16,11 +16,11 @@ import sample
 import train_sit
 from eval.__main__ import main as evaluate
 from sampling.__main__ import main as sampling
-from sampling.schedulers import SCHEDULERS, make_scheduler
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import load_recipe
-from sit_atconv.errors import InputError
 from sit_atconv.pipelines.schedulers import check_scheduler
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.sampling.schedulers import SCHEDULERS, make_scheduler
 from sit_atconv.training import train
 
 RECIPES = "experiments/recipes"
@@ -112,7 +112,7 @@ def test_a_printed_command_can_be_pasted(recipe_file, tmp_path, capsys):
     out = tmp_path / "it's a run; $HOME"
     train_sit.main([str(recipe_file()), f"run.out='{str(out).replace(chr(39), chr(39) * 2)}'", "train.max_steps=1"])
     words = shlex.split(capsys.readouterr().out.partition("sample with: ")[2])
-    assert words == ["python", "sample.py", "--ckpt", str(out / "step-0000001")]
+    assert words == ["sit-atconv", "sample", "--ckpt", str(out / "step-0000001")]
 
 
 def test_train_refuses_a_missing_recipe(fails):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import train_attnet
 import train_sit
 from experiments import distill_swap
-from experiments.principles.__main__ import main as principles
+from experiments.principles import main as principles
 from sample import main as sample
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.convert import forms
@@ -147,7 +147,7 @@ def test_the_commands_of_principles_run(image_folder, tmp_path, monkeypatch):
     lines = [step["line"] for step in STEP.finditer((ROOT / "docs/principles.md").read_text()) if step["line"]]
     assert len(lines) == 3
     for line in lines:
-        words = shlex.split(line.removeprefix("python -m experiments.principles "))
+        words = shlex.split(line.removeprefix("python -m sit_atconv.principles "))
         principles([*words, "--num", "2", "--times", "1"])
     assert {path.name for path in Path("runs/principles").glob("*.*")} >= {"principles.json", "fields.png"}
     assert Path("runs/principles/attnet/routing.png").is_file()

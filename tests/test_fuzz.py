@@ -22,27 +22,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import experiments.principles.__main__ as principles
 import sample
 import train_attnet
 import train_sit
-from eval import digits
 from eval.__main__ import main as evaluate
-from experiments import ablation, bombs, distill_swap, error_bars, schedulers, table
+from experiments import ablation, bombs, distill_swap, error_bars, principles, schedulers, table
 from experiments.bench import attnet, cache, loop, op, swap
-from sampling import speed
 from sampling.__main__ import main as sampling
-from sampling.samples import Samples
 from sit_atconv import ATConvDiTTransformer2DModel
+from sit_atconv.bench import speed
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe
 from sit_atconv.convert.__main__ import main as convert
-from sit_atconv.files import sha256
 from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines import export as exporting
 from sit_atconv.pipelines.export import main as export
 from sit_atconv.posthoc import main as posthoc
+from sit_atconv.runtime.files import sha256
+from sit_atconv.sampling.samples import Samples
+from sit_atconv.scoring import digits
 from sit_atconv.swap import load_delta, save_delta, swap_attention
 
 MODEL = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "token_mixer": "atconv"}

@@ -1,6 +1,6 @@
 """FSDP2 as it runs on GPUs: `accelerate` shards a model on one GPU, which trains, saves, and goes on.
 
-A CPU shows all of the state handling (tests/test_sharding.py). A GPU alone shows that Accelerate itself enables FSDP2
+A CPU shows all of the state handling (runtime/test_sharding.py). A GPU alone shows that Accelerate itself enables FSDP2
 from the launch file, that NCCL carries DTensors, collectives of objects and the checkpoint's plans, that shards are
 copied from the device while they are written, and that autocast, compiled blocks and FSDP's hooks get along. Several
 GPUs, and with them real communication, are shown by neither.

@@ -16,15 +16,16 @@ import sampling.__main__ as sampling
 import train_attnet
 import train_sit
 from eval.__main__ import main as evaluate
-from experiments import ablation, error_bars, schedulers
+from experiments import ablation, error_bars, principles, schedulers
 from experiments.bench import attnet, cache, loop, op, swap
-from experiments.principles import __main__ as principles
-from sampling.samples import Samples
-from sit_atconv import create_model, files, posthoc
-from sit_atconv.claims import claim, clear_leftovers
+from sit_atconv import create_model, posthoc
 from sit_atconv.convert import __main__ as convert
-from sit_atconv.errors import InputError
-from sit_atconv.files import (
+from sit_atconv.latents import __main__ as latents
+from sit_atconv.pipelines import export
+from sit_atconv.runtime import files
+from sit_atconv.runtime.claims import claim, clear_leftovers
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import (
     REPORT,
     Made,
     check_out,
@@ -37,8 +38,7 @@ from sit_atconv.files import (
     set_aside,
     write_out,
 )
-from sit_atconv.latents import __main__ as latents
-from sit_atconv.pipelines import export
+from sit_atconv.sampling.samples import Samples
 from sit_atconv.training.trainer import Trainer
 
 DIGITS, ATTNET = "experiments/recipes/digits_sit.yaml", "experiments/recipes/digits_attnet.yaml"
@@ -286,7 +286,7 @@ def test_a_fault_takes_back_the_folders_that_were_made_and_no_other(tmp_path):
 
 WRITER = """
 import sys
-from sit_atconv.files import new_path
+from sit_atconv.runtime.files import new_path
 with new_path(sys.argv[1]) as new:
     new.write_text("first")
     print("at work", flush=True)

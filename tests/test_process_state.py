@@ -17,15 +17,15 @@ import yaml
 from conftest import reset_accelerate
 from PIL import Image, ImageFile
 
-from eval.score import score
 from sit_atconv import create_model
 from sit_atconv.classification import train as train_classifier
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import load_recipe
-from sit_atconv.devices import FP32_SWITCHES
-from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
-from sit_atconv.signals import StopSignals
+from sit_atconv.runtime.devices import FP32_SWITCHES
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.signals import StopSignals
+from sit_atconv.scoring.score import score
 from sit_atconv.training import train
 from sit_atconv.training.objectives.flow import FlowObjective
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from experiments.bench import op
-from sampling import speed
-from sampling.options import DTYPES
+from sit_atconv.bench import speed
 from sit_atconv.bench.timing import append_csv, caption, check_csv, device_name, memory_kept
-from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import command
-from sit_atconv.files import write_atomic
+from sit_atconv.runtime.devices import numerics, resolve_device
+from sit_atconv.runtime.errors import command
+from sit_atconv.runtime.files import write_atomic
+from sit_atconv.runtime.precision import dtype_of
 from sit_atconv.sampling.settings import Sampling
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ MODEL_ROUNDS = {"fp32": 5, "bf16": 15}
 
 def dtypes(device: torch.device) -> list[str]:
     """fp32, and bf16 where its matrix products are the faster ones: elsewhere they hide all that is beside them."""
-    squares = {name: torch.ones(1024, 1024, dtype=DTYPES[name], device=device) for name in ("fp32", "bf16")}
+    squares = {name: torch.ones(1024, 1024, dtype=dtype_of(name), device=device) for name in ("fp32", "bf16")}
     taken = speed.timed({name: lambda x=x: x @ x for name, x in squares.items()}, 7, device, "matrix products")
     return ["fp32", "bf16"] if taken["bf16"].median < taken["fp32"].median else ["fp32"]
 

@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from sampling import baselines
-from sampling.options import DTYPES, add_device_options, add_number, add_out
-from sampling.speed import TOLERANCE, assert_close, with_random_weights
-from sit_atconv import limits
+from sit_atconv.bench import baselines
 from sit_atconv.bench.results import Results
+from sit_atconv.bench.speed import TOLERANCE, assert_close, with_random_weights
 from sit_atconv.bench.timing import caption, commit, device_name, interleaved, memory_kept
-from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, check_choice, command
-from sit_atconv.files import library_versions
-from sit_atconv.markdown import markdown_table
+from sit_atconv.commands.options import add_device_options, add_number, add_out
 from sit_atconv.models.attnet import ATConv2d, AttNet, GatedMLP
 from sit_atconv.models.cost import count_forward_macs
 from sit_atconv.ops.atconv.grouped import grouped_convolution
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.devices import numerics, resolve_device
+from sit_atconv.runtime.errors import ArgumentParser, InputError, check_choice, command
+from sit_atconv.runtime.files import library_versions
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.runtime.precision import dtype_of
 
 FAMILY = [f"attnet_{size}" for size in ("xxs", "xs", "s", "t1", "t2", "t3", "t4")]
 BASELINES = ("convnext_tiny", "vit_small_patch16_224")
@@ -125,13 +126,13 @@ def contenders(names: list[str], images: torch.Tensor, dtype: str, device: torch
             expected = forms[name + PAPER](images)
             for what, form in forms.items():
                 assert_close(f"{what} at {images.shape[-1]} px in fp32", form(images), expected, TOLERANCE["fp32"])
-            model.to(DTYPES[dtype])  # the forms share its weights
+            model.to(dtype_of(dtype))  # the forms share its weights
             for what, form in forms.items():
-                form.to(DTYPES[dtype])
-                actual = form(images.to(DTYPES[dtype])).float()
+                form.to(dtype_of(dtype))
+                actual = form(images.to(dtype_of(dtype))).float()
                 assert_close(f"{what} at {images.shape[-1]} px in {dtype}", actual, expected, TOLERANCE[dtype])
         models |= forms
-    return models | {name: baseline(name, images.shape[-1]).to(device, DTYPES[dtype]) for name in BASELINES}
+    return models | {name: baseline(name, images.shape[-1]).to(device, dtype_of(dtype)) for name in BASELINES}
 
 
 def cost(model: nn.Module, size: int) -> dict[str, float]:
@@ -150,7 +151,7 @@ def measure(names: list[str], size: int, batch: int, dtype: str, device: torch.d
     """A row per contender, each against the published form of its own model and against the first model."""
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     models = contenders(names, images, dtype, device)
-    inputs = images.to(DTYPES[dtype])
+    inputs = images.to(dtype_of(dtype))
     calls = [torch.inference_mode()(lambda model=model: model(inputs)) for model in models.values()]
     timings = dict(zip(models, interleaved(calls, rounds, device, f"{size} px"), strict=True))
     rows = []

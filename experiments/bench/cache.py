@@ -25,15 +25,15 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sampling.options import add_number, add_out
-from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
+from sit_atconv.commands.options import add_number, add_out
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import library_versions, named
 from sit_atconv.latents.encode import finish, write_shard
-from sit_atconv.markdown import markdown_table
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import ArgumentParser, command
+from sit_atconv.runtime.files import library_versions, named
+from sit_atconv.runtime.markdown import markdown_table
 
 SHAPE = (8, 32, 32)  # moments of a latent of ImageNet at 256 pixels
 SHARD_IMAGES = 4096

@@ -16,13 +16,13 @@ import torch
 from tqdm import tqdm
 
 from experiments.bench.cache import make_cache
-from sampling.options import add_number, add_out
-from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
+from sit_atconv.commands.options import add_number, add_out
 from sit_atconv.config import make_recipe
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import library_versions
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import ArgumentParser, command
+from sit_atconv.runtime.files import library_versions
 from sit_atconv.training import train
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.trainer import Trainer

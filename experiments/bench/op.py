@@ -7,19 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sampling.baselines import PaperForm
-from sampling.options import DTYPES, add_device_options, add_number, add_out
-from sampling.plots import plot_latency
-from sampling.speed import TOLERANCE, assert_close, timed
-from sit_atconv import ATConv, limits
+from sit_atconv import ATConv
+from sit_atconv.bench.baselines import PaperForm
+from sit_atconv.bench.plots import plot_latency
 from sit_atconv.bench.results import Results
+from sit_atconv.bench.speed import TOLERANCE, assert_close, timed
 from sit_atconv.bench.timing import append_csv, check_csv, commit, device_name, peak_bytes
-from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, InputError, command
-from sit_atconv.files import library_versions, named
+from sit_atconv.commands.options import add_device_options, add_number, add_out
 from sit_atconv.layers.attention import Attention
-from sit_atconv.markdown import markdown_table
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.devices import numerics, resolve_device
+from sit_atconv.runtime.errors import ArgumentParser, InputError, command
+from sit_atconv.runtime.files import library_versions, named
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.runtime.precision import dtype_of
 
 PASSES = ("forward", "backward")
 SHAPES = ("4x16x16", "1x32x32", "1x64x64")
@@ -123,7 +125,7 @@ def cost(form: Form, call: Callable[[], object]) -> dict[str, float | None]:
 def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list[str], rounds: int) -> list[dict]:
     """Rows for one shape and dtype, after checking every form."""
     batch, height, width = parse_shape(shape)
-    x = torch.randn(batch, height, width, dim, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
+    x = torch.randn(batch, height, width, dim, generator=torch.Generator().manual_seed(0)).to(device, dtype_of(dtype))
     torch.compiler.reset()
     candidates = forms(x)
     for form in candidates:

@@ -9,14 +9,15 @@ import argparse
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 
-from sampling.options import DTYPES, add_device_options, add_number, add_out
-from sit_atconv import limits
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
-from sit_atconv.devices import numerics, resolve_device
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import library_versions, named
-from sit_atconv.markdown import markdown_table
+from sit_atconv.commands.options import add_device_options, add_number, add_out
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.devices import numerics, resolve_device
+from sit_atconv.runtime.errors import ArgumentParser, command
+from sit_atconv.runtime.files import library_versions, named
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.runtime.precision import dtype_of
 from sit_atconv.swap import swap_attention
 
 TEXT = 512  # tokens of Flux's text
@@ -51,7 +52,7 @@ def flux(side: int, batch: int) -> tuple[torch.nn.Module, dict]:
 def rows_of(name: str, make, side: int, args: argparse.Namespace, device: torch.device) -> list[dict]:
     torch.manual_seed(0)
     model, call = make(side, args.batch)
-    dtype = DTYPES[args.dtype]
+    dtype = dtype_of(args.dtype)
     torch.nn.Module.to(model, device, dtype).eval()  # diffusers' own warns, with nothing to keep in fp32 too
     call = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in call.items()}
     swap = swap_attention(model, "all", init="copy_vo", calib=[call], joint="split")

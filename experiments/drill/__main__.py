@@ -31,11 +31,12 @@ from experiments.drill.forked import Ended, Forked, preload, python
 from experiments.drill.places import files_in, save_images, save_latent_data, small_disk
 from experiments.drill.rows import Row, expect, expect_same, many, row_of, table
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
-from sampling.options import add_number
-from sit_atconv import checkpoint, limits
-from sit_atconv.errors import ArgumentParser, command
-from sit_atconv.files import scratch
-from sit_atconv.reading import read_rows
+from sit_atconv.commands.options import add_number
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import ArgumentParser, command
+from sit_atconv.runtime.files import scratch
+from sit_atconv.runtime.reading import read_rows
+from sit_atconv.training import checkpoint
 
 EVERY_STEP = "run.log_every=1"
 

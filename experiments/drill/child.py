@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from experiments.drill.subjects import LETTERS, SUBJECTS, Subject
-from sit_atconv import checkpoint
+from sit_atconv.training import checkpoint
 from sit_atconv.training.trainer import Trainer
 
 DONE = b"."

@@ -22,7 +22,7 @@ import yaml
 from experiments.drill.forked import Ended, Forked
 from experiments.drill.places import files_in, save_latent_data, small_disk
 from experiments.drill.rows import Row, expect, expect_same, many, row_of
-from sit_atconv.reading import parse_json
+from sit_atconv.runtime.reading import parse_json
 
 STEP = "run/step-0000004"
 RECIPE = {
@@ -83,7 +83,7 @@ SUBCOMMANDS = [
         "convert to ours", "sit_atconv.convert.__main__", "{0}/public.safetensors --sample-size 8 --out {1}", "model",
     ),
     Subcommand("export", "sit_atconv.pipelines.export", "{0}/run --out {1}", "pipeline"),
-    Subcommand("posthoc", "sit_atconv.posthoc", "{0}/run --std 0.1 --out {1}", "posthoc"),
+    Subcommand("posthoc", "sit_atconv.training.posthoc", "{0}/run --std 0.1 --out {1}", "posthoc"),
 ]  # fmt: skip
 
 

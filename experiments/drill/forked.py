@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.drill.rows import expect
-from sit_atconv.reading import read_json
+from sit_atconv.runtime.reading import read_json
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 forks = get_context("forkserver")

@@ -3,8 +3,8 @@
 import functools
 import importlib
 
-from eval import digits
 from experiments.drill.commands import SUBCOMMANDS
+from sit_atconv.scoring import digits
 
 for module in {each.module for each in SUBCOMMANDS} | {"train_sit", "train_attnet"}:
     importlib.import_module(module)

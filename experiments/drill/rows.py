@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sit_atconv.markdown import markdown_table
+from sit_atconv.runtime.markdown import markdown_table
 
 
 @dataclass

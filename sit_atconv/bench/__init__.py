@@ -1,1 +1,4 @@
-"""How long things take, and what they were measured on."""
+"""Timing, and the speed of models against attention."""
+
+PASSES = ("forward", "backward", "sampling")
+BASELINES = ("attention", "paper", "gemm")

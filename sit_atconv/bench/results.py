@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sit_atconv.files import check_out, made_here, write_out
+from sit_atconv.runtime.files import check_out, made_here, write_out
 
 
 class Results:

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sit_atconv.compat.torch import memory_tracker
-from sit_atconv.errors import InputError, told
-from sit_atconv.files import check_out
-from sit_atconv.reading import opened
+from sit_atconv.runtime.compat.torch import memory_tracker
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.files import check_out
+from sit_atconv.runtime.reading import opened
 
 MOST_HEADER = 1 << 16  # bytes
 SHORTEST = 0.02  # seconds that one measurement lasts at least

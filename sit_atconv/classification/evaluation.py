@@ -12,12 +12,12 @@ from torch import nn
 from sit_atconv.classification.plan import Facts
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import HeldOut
-from sit_atconv.console import say
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.errors import InputError, told
-from sit_atconv.processes import agree, is_main, raise_together
-from sit_atconv.reading import COUNT, POSITIVE, Malformed, read_rows
+from sit_atconv.runtime.console import say
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.processes import agree, is_main, raise_together
+from sit_atconv.runtime.reading import COUNT, POSITIVE, Malformed, read_rows
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
 

@@ -14,9 +14,9 @@ from sit_atconv.classification.plan import facts_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.resolved import resolved
 from sit_atconv.classification.samples import ClassifierSamples, HeldOut, open_datasets, preprocessing, transforms
-from sit_atconv.devices import numerics
-from sit_atconv.processes import lost_ones_told
-from sit_atconv.signals import StopSignals
+from sit_atconv.runtime.devices import numerics
+from sit_atconv.runtime.processes import lost_ones_told
+from sit_atconv.runtime.signals import StopSignals
 from sit_atconv.training.folder import check_place, claim, stored_run
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.trainer import Trainer

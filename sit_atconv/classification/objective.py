@@ -15,13 +15,13 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from sit_atconv import processes
 from sit_atconv.classification.plan import Facts, build_classifier, cost_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import generators_kept, preprocessing, seed_generators
 from sit_atconv.data.samples import Batch, Samples
-from sit_atconv.devices import import_compiler
-from sit_atconv.draws import Stream
+from sit_atconv.runtime import processes
+from sit_atconv.runtime.devices import import_compiler
+from sit_atconv.runtime.draws import Stream
 from sit_atconv.training.objectives.objective import Forward, Objective
 
 WEIGHTS = "model.safetensors"  # as timm names them

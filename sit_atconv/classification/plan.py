@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sit_atconv import limits
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import generators_kept, open_datasets, preprocessing, transforms
-from sit_atconv.errors import InputError, check_choice, told
-from sit_atconv.limits import check_kernel
 from sit_atconv.models.attnet import AttNet  # which registers the family
 from sit_atconv.models.cost import count_forward_macs
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import InputError, check_choice, told
+from sit_atconv.runtime.limits import check_kernel
 
 # What models of timm raise over options and images that they do not take.
 REFUSALS = AssertionError, RuntimeError, ValueError, LookupError, TypeError

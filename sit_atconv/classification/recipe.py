@@ -4,11 +4,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from sit_atconv import config, limits
+from sit_atconv import config
 from sit_atconv.config import HUB, PARTS, Checkpoint, Loading, Optimisation, Run
-from sit_atconv.errors import InputError
-from sit_atconv.fields import MUTABLE, PATH, Section, When, chosen, setting
-from sit_atconv.limits import Range, number, ranged
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.fields import MUTABLE, PATH, Section, When, chosen, setting
+from sit_atconv.runtime.limits import Range, number, ranged
 
 DATA_KINDS = tuple(kind for kind in config.DATA_KINDS if kind != "latents")
 PROBABILITY = number(0, 1, "it is a probability")

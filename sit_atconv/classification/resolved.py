@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.models.attnet import options_of
-from sit_atconv.reading import as_stored
+from sit_atconv.runtime.reading import as_stored
 
 
 def resolved(recipe: ClassifierRecipe) -> ClassifierRecipe:

@@ -13,14 +13,14 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
-from sit_atconv import draws
 from sit_atconv.classification.recipe import ClassifierRecipe, Data, Model
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.order import Shuffled
 from sit_atconv.data.samples import Batch, Samples
-from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError, named, told
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError, named, told
 
 
 def open_datasets(data: Data) -> tuple[Dataset, Dataset]:

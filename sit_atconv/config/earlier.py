@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from sit_atconv.fields import WHEN
+from sit_atconv.runtime.fields import WHEN
 
 # What null stood for then, by the name of a setting that acts. It never changes, whatever the defaults become.
 MEANT = {

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sit_atconv import comparison
 from sit_atconv.config.reading import Schema, make_recipe, to_dict
 from sit_atconv.config.schema import Recipe
+from sit_atconv.runtime import comparison
 
 
 def differences(

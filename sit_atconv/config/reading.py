@@ -12,11 +12,12 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sit_atconv import limits
 from sit_atconv.config.earlier import by_section, left_out, meant
 from sit_atconv.config.schema import Recipe
-from sit_atconv.errors import MOST, InputError, check_choice, said, told
-from sit_atconv.reading import check_literal, entries, read_yaml
+from sit_atconv.config.shipped import default_out, recipe_names, recipe_path
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import MOST, InputError, check_choice, said, told
+from sit_atconv.runtime.reading import check_literal, entries, read_yaml
 
 Schema = TypeVar("Schema")
 
@@ -33,23 +34,29 @@ UNREADABLE = (
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:
-    """Read a recipe file, lay `key=value` overrides over it, and validate. Raises InputError in one line.
+    """Read a recipe, lay `key=value` overrides over it, and validate. Raises InputError in one line.
 
-    A file may name another with `base:`, relative to itself, whose keys it takes over and its own win against: a
-    recipe's file, of which no message tells the content. Nothing is worked out: "${...}" is refused.
+    path: of a file, or the name of a recipe that comes with the package. A run that no recipe places lies at
+    `shipped.default_out`. A file may name another with `base:`, by its path relative to itself or by its name, whose
+    keys it takes over and its own win against: a recipe's file, of which no message tells the content. Nothing is
+    worked out: "${...}" is refused.
     """
     for override in overrides:
         if "=" not in override:
             raise InputError(f"override {override!r} is not of the form key=value")
         if "???" in override.partition("=")[2]:  # which would give way to whatever the file says
             raise InputError(f"override {override!r}: ??? stands for a value that is missing; state it")
-    stated = _read_with_base(Path(path), (), schema)
+    place = recipe_path(path)
+    stated = _read_with_base(place, (), schema)
     with told(f"recipe {str(path)!r} cannot be read", *UNREADABLE):
         laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
         check_literal(OmegaConf.to_container(laid_over))
         _check_renamed(OmegaConf.to_container(OmegaConf.create(stated)), OmegaConf.to_container(laid_over))
         stated = OmegaConf.merge(stated, laid_over)
-    return make_recipe(stated, schema)
+        keys = OmegaConf.to_container(stated)
+        if isinstance(run := keys.setdefault("run", {}), dict):
+            run.setdefault("out", default_out(place, keys.get("model")))
+    return make_recipe(keys, schema)
 
 
 SIZES = ("depth", "hidden_size", "num_heads", "patch_size")
@@ -97,19 +104,21 @@ def _is_text(wanted: Any) -> bool:
 def _read_with_base(path: Path, above: tuple[Path, ...], schema: type) -> Any:
     """The keys of a recipe file over those of its base; above: the files that led here."""
     where = f"recipe {str(path)!r}"
-    with told(where, OSError, remedy="see experiments/recipes"), told(f"{where} cannot be read", ValueError):
+    with told(where, OSError, remedy="see `sit-atconv recipes`"), told(f"{where} cannot be read", ValueError):
         stated, place = read_yaml(path, regular=bool(above)), path.resolve()
     if place in above:
         raise InputError(f"{where}: its base leads back to it; leave one `base` out")
     if above:
         _check_base(where, stated, schema)
     if not isinstance(stated, dict):
-        raise InputError(f"{where} holds no sections; see experiments/recipes")
+        raise InputError(f"{where} holds no sections; see `sit-atconv recipes`")
     base = stated.pop("base", None)
     if base is None:
         return stated
+    if base in recipe_names():
+        return OmegaConf.merge(_read_with_base(recipe_path(base), (*above, place), schema), stated)
     if not isinstance(base, str) or not base.endswith((".yaml", ".yml")):
-        raise InputError(f"{where}: base={base!r}: give the path of one recipe file, which ends in .yaml")
+        raise InputError(f"{where}: base={base!r}: give a recipe's name, or the path of its file, which ends in .yaml")
     return OmegaConf.merge(_read_with_base(path.parent / base, (*above, place), schema), stated)
 
 

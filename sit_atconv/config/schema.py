@@ -12,14 +12,14 @@ from typing import Any
 from omegaconf import MISSING
 from PIL import ImageColor
 
-from sit_atconv import limits
-from sit_atconv.errors import InputError, named
-from sit_atconv.fields import MUTABLE, PATH, Section, When, chosen, idle, setting
 from sit_atconv.flow.loss import WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS, TimeSampling, training_interval
-from sit_atconv.limits import Range, number, ranged
-from sit_atconv.reading import fault_of
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import InputError, named
+from sit_atconv.runtime.fields import MUTABLE, PATH, Section, When, chosen, idle, setting
+from sit_atconv.runtime.limits import Range, number, ranged
+from sit_atconv.runtime.reading import fault_of
 from sit_atconv.sampling.settings import Sampling
 
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
@@ -255,7 +255,7 @@ class Train(Optimisation):
 class Ema(Section):
     """The moving average of the weights, which is what gets sampled."""
 
-    # warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.ema
+    # warmup: the decay grows to its value; power: by a power of the step, see sit_atconv.training.ema
     kind: str = chosen("constant", ("constant", "warmup", "power"))
     decay: float | None = setting(ONE_DECAY, 0.9999, limits.SHARE_UNDER_1)
     # widths relative to the step; the first is sampled

@@ -1,5 +1,15 @@
-"""Other people's checkpoints <-> ours, by Python or `python -m sit_atconv.convert`."""
+"""Other people's checkpoints <-> ours, by Python or `sit-atconv convert`."""
 
-from sit_atconv.convert.public import Converted, convert, export_public, load_public, read_public
+from typing import TYPE_CHECKING
+
+from sit_atconv.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from sit_atconv.convert.public import Converted, convert, export_public, load_public, read_public
 
 __all__ = ["Converted", "convert", "export_public", "load_public", "read_public"]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    dict.fromkeys(("Converted", "convert", "export_public", "load_public", "read_public"), "sit_atconv.convert.public"),
+)

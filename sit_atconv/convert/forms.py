@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from sit_atconv import limits
 from sit_atconv.convert.layout import check_values
-from sit_atconv.errors import InputError
 from sit_atconv.layers.embedders import sincos_position_embedding
-from sit_atconv.reading import fault_of
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.reading import fault_of
 
 POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")
 TIME_WEIGHT = "t_embedder.mlp.0.weight"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sit_atconv.errors import InputError, check_choice, option
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.layers.embedders import sincos_position_embedding
 from sit_atconv.models.sit import PATCH_SIZES, TOKEN_MIXERS, SiTTransformer2DModel, mixer_names
+from sit_atconv.runtime.errors import InputError, check_choice, option
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths S, B, L, XL
 ATCONV_PARTS = ("kernel_proj", "kernel_gen", "x_proj", "difference_control")

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sit_atconv.checkpoint import CONVERSION, load_trained, read_conversion, write_conversion
 from sit_atconv.convert import forms, layout
+from sit_atconv.convert.kinds import FORMS
 from sit_atconv.convert.reading import PICKLES, Source, read_source
-from sit_atconv.errors import InputError, check_choice, option
-from sit_atconv.files import check_out, library_versions, new_path, sha256
 from sit_atconv.layers.projectors import FILE as PROJECTORS_FILE
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime.errors import InputError, check_choice, option
+from sit_atconv.runtime.files import check_out, library_versions, new_path, sha256
+from sit_atconv.training.checkpoint import CONVERSION, load_trained, read_conversion, write_conversion
 
-FORMS = ("sit", "repa", "dit")
 EXPORT_FORMS = ("sit", "repa")
 DEFAULT_ENCODER_DEPTH = 8
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in layout.DTYPES}

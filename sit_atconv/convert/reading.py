@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from sit_atconv.errors import InputError, check_choice, told
-from sit_atconv.reading import Malformed, parse_json, read_json, read_tensors
-from sit_atconv.weights import INDEX, read_index, weight_files
+from sit_atconv.convert.kinds import WEIGHTS
+from sit_atconv.runtime.errors import InputError, check_choice, told
+from sit_atconv.runtime.reading import Malformed, parse_json, read_json, read_tensors
+from sit_atconv.runtime.weights import INDEX, read_index, weight_files
 
-WEIGHTS = ("ema", "model")
 PICKLES = (".pt", ".pth", ".bin")
 WRAPPERS = ("module", "_orig_mod")  # what DistributedDataParallel and torch.compile put into a name
 USUAL_NAMES = ("diffusion_pytorch_model", "model")

@@ -21,7 +21,7 @@ from sit_atconv.data.images import (
     with_channels,
 )
 from sit_atconv.data.npz import UNREADABLE, Array, arrays_of, fill, read_header
-from sit_atconv.errors import InputError, told
+from sit_atconv.runtime.errors import InputError, told
 
 CHUNK = 1 << 22  # bytes that are read at once
 WANTED = "give an npz with arr_0, uint8 (N, H, W, C) with 1 or 3 channels"

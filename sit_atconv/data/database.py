@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from sit_atconv.console import progress
 from sit_atconv.data.images import MOST_BYTES, MOST_CLASSES, EncodedImages, Packed, Reader, Unreadable, of_extra
 from sit_atconv.data.plain_pickle import load_plain
-from sit_atconv.errors import InputError, told
-from sit_atconv.processes import is_main
+from sit_atconv.runtime.console import progress
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.processes import is_main
 
 CLASSES = "classes.txt"
 _OPEN: dict[str, tuple[int, Any]] = {}  # by root: the process that opened it, and the LMDB

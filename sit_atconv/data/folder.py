@@ -15,7 +15,7 @@ from sit_atconv.data.images import (
     is_hidden,
     read_image,
 )
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 
 class Folder(EncodedImages):

@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sit_atconv.config import Loading
-from sit_atconv.errors import InputError, reason, said
-from sit_atconv.reading import read_bytes, spelt
+from sit_atconv.runtime.errors import InputError, reason, said
+from sit_atconv.runtime.reading import read_bytes, spelt
 
 # What Pillow raises over bytes of any kind.
 DAMAGED = (

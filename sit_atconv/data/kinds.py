@@ -14,8 +14,8 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.hub import open_hub
 from sit_atconv.data.images import Reader
-from sit_atconv.errors import check_choice
-from sit_atconv.reading import spelt
+from sit_atconv.runtime.errors import check_choice
+from sit_atconv.runtime.reading import spelt
 
 # Of a recipe's section `data`: which images there are, and how they are read.
 IMAGE_KEYS = (

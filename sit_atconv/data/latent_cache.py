@@ -21,18 +21,19 @@ import torch
 from torch.utils.data import Dataset
 
 from sit_atconv.config import Data, Loading, make_recipe
-from sit_atconv.console import progress
 from sit_atconv.data.images import Unreadable, check_labels
 from sit_atconv.data.kinds import IMAGE_KEYS, open_images
-from sit_atconv.errors import InputError, told
-from sit_atconv.files import sha256
-from sit_atconv.processes import is_main
-from sit_atconv.reading import COUNT, POSITIVE, SHA256, SHAPE, Malformed, read_json, read_tensors
+from sit_atconv.runtime import precision
+from sit_atconv.runtime.console import progress
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.files import sha256
+from sit_atconv.runtime.processes import is_main
+from sit_atconv.runtime.reading import COUNT, POSITIVE, SHA256, SHAPE, Malformed, read_json, read_tensors
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
 CROP = "ADM centre crop"
-DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+DTYPES = {name: np.dtype(precision.DTYPES[name]) for name in precision.OF_CACHES}
 REMEDY = "run `python -m sit_atconv.latents encode` on it again, which makes only what is not whole"
 
 SHARD = {"file": str, "first": COUNT, "count": POSITIVE, "bytes": COUNT, "sha256": SHA256}

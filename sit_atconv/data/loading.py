@@ -12,10 +12,10 @@ from collections.abc import Iterable
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sit_atconv.compat.torch import consider_ended, ignore_deaths, loader_processes
 from sit_atconv.config import Loading
 from sit_atconv.data.samples import Batch
-from sit_atconv.errors import InputError, told
+from sit_atconv.runtime.compat.torch import consider_ended, ignore_deaths, loader_processes
+from sit_atconv.runtime.errors import InputError, told
 
 POLL_SECONDS = 1.0  # between two looks at whether the loader processes are alive, while none gives a batch
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sit_atconv import draws
-from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError
 
 MAX_ATTEMPTS = 100  # substitutes that are tried for an image that cannot be read
 

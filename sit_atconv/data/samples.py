@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sit_atconv import draws
 from sit_atconv.config import Recipe
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.order import MAX_ATTEMPTS, Balanced, InOrder, Shuffled
-from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError
 
 # Times are computed in multiples of this many: torch rounds what is left over from its vectors another way, and t must
 # not depend on the size of a batch.

@@ -1,15 +1,20 @@
 """Classifier-free guidance around a class-conditional network."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sit_atconv.flow.path import check_name
 from sit_atconv.flow.times import within
 
-CHANNELS = {"all": slice(None), "first3": slice(0, 3)}
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    import torch
+
+    Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+CHANNELS = {"all": slice(None), "first3": slice(0, 3)}
 
 
 class GuidedVelocity:
@@ -40,7 +45,9 @@ class GuidedVelocity:
             raise ValueError(f"guidance scale {scale} needs a null class; this network has none, use scale 1")
         self.network, self.scale, self.channels, self.interval = network, scale, CHANNELS[channels], interval
         self.labels = labels
-        self.both_labels = None if scale == 1 else torch.cat([labels, torch.full_like(labels, null_label)])
+        self.both_labels = None if scale == 1 else labels.repeat(2)
+        if scale != 1:
+            self.both_labels[len(labels) :] = null_label
         self.nfe = 0
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

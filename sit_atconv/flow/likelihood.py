@@ -5,12 +5,16 @@
 Hutchinson's estimate of the divergence is the mean of p . (dv/dx)^T p over probes p with covariance I.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from sit_atconv.flow.path import Velocity
-from sit_atconv.flow.samplers import Sampler
+if TYPE_CHECKING:
+    from sit_atconv.flow.path import Velocity
+    from sit_atconv.flow.samplers import Sampler
 
 LEVEL_8_BIT = 1 / 127.5  # between two neighbours of 256 levels that cover [-1, 1]
 

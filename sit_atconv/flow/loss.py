@@ -1,10 +1,15 @@
 """Flow-matching losses."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sit_atconv.flow.path import PREDICTIONS, Path, check_name, expand_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
 
 WEIGHTS = ("none", "velocity", "likelihood")
 

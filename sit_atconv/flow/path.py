@@ -1,12 +1,18 @@
 """The paths from noise to data, and the only owner of the time convention: t = 0 is noise, t = 1 is data."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-# A velocity takes x (B, ...) and t, (B,) in training and 0-d in sampling, and gives (B, ...).
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    import torch
+
+    # A velocity takes x (B, ...) and t, (B,) in training and 0-d in sampling, and gives (B, ...).
+    Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 PREDICTIONS = ("velocity", "score", "noise")
 
@@ -111,10 +117,10 @@ class LinearPath(Path):
         return 1 - t
 
     def d_alpha(self, t: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(t)
+        return t.new_ones(t.shape)
 
     def d_sigma(self, t: torch.Tensor) -> torch.Tensor:
-        return -torch.ones_like(t)
+        return t.new_full(t.shape, -1)
 
 
 class GVPPath(Path):
@@ -149,7 +155,7 @@ class VPPath(Path):
         return self._log_alpha(t).exp()
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+        return (-(2 * self._log_alpha(t)).expm1()).sqrt()
 
     def d_alpha(self, t: torch.Tensor) -> torch.Tensor:
         return self._rate(t) * self.alpha(t)

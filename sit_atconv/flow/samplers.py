@@ -4,18 +4,23 @@ A sampler is called with a velocity, x (B, ...) at times[0] and times (N,), on t
 The velocity is called with x (B, ...) and t, a 0-d tensor, and gives (B, ...).
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
-from sit_atconv.flow.path import Velocity
+    import torch
+
+    from sit_atconv.flow.path import Velocity
+
+    Sampler = Callable[[Velocity, torch.Tensor, torch.Tensor], torch.Tensor]
 
 RTOL, ATOL = 1e-3, 1e-6  # of the adaptive sampler
-
-Sampler = Callable[[Velocity, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ def runge_kutta(tableau: Tableau, velocity: Velocity, x: torch.Tensor, times: to
         h, slopes = t_next - t, []
         for c, a in zip(tableau.c, tableau.a, strict=True):
             # lerp meets t_next exactly where c = 1
-            slopes.append(velocity(_move(x, h, a, slopes), torch.lerp(t, t_next, c)))
+            slopes.append(velocity(_move(x, h, a, slopes), t.lerp(t_next, c)))
         x = _move(x, h, tableau.b, slopes)
     return x
 
@@ -83,7 +88,7 @@ def dopri5(
     except AssertionError:  # torchdiffeq's, of a step size of 0 or NaN; before it begins, of its arguments
         if not stepping:  # or the velocity's own
             raise
-        return torch.full_like(x, torch.nan)
+        return x.new_full(x.shape, float("nan"))
 
 
 SAMPLERS: dict[str, Sampler] = {

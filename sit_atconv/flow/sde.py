@@ -4,18 +4,26 @@ A sampler is called like those of `samplers`, with the SDE and `draw` besides: d
 of step i, shaped like x. It stops at times[-1] < 1; `last_step` goes on to t = 1.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
+from sit_atconv.flow.path import Path, check_name
 
-from sit_atconv.flow.path import Path, Velocity, check_name
+if TYPE_CHECKING:
+    import torch
+
+    from sit_atconv.flow.path import Velocity
+
+    Draw = Callable[[int], torch.Tensor]
 
 # w(t) with its norm: a factor, but in the decreasing form, as in the public SiT code, that of the cosine.
 DIFFUSIONS: dict[str, Callable[[Path, torch.Tensor, float], torch.Tensor]] = {
-    "constant": lambda path, t, norm: norm * torch.ones_like(t),
+    "constant": lambda path, t, norm: norm * t.new_ones(t.shape),
     "sbdm": lambda path, t, norm: norm * path.drift_variance(t),
     "sigma": lambda path, t, norm: norm * path.sigma(t),
     "linear": lambda path, t, norm: norm * (1 - t),
@@ -23,8 +31,6 @@ DIFFUSIONS: dict[str, Callable[[Path, torch.Tensor, float], torch.Tensor]] = {
     "increasing-decreasing": lambda path, t, norm: norm * (math.pi * t).sin().square(),
 }
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
-
-Draw = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """Which times a network is trained and asked at: intervals with their epsilons, grids, and the distribution of t."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sit_atconv.flow.path import PREDICTIONS, Path, check_name
 from sit_atconv.flow.sde import DIFFUSIONS
+
+if TYPE_CHECKING:
+    import torch
 
 SAMPLE_EPSILON = 1e-3  # how far sampling keeps from an end where it must
 # With the SBDM form where alpha vanishes: w(t) is about 1 / t there, and a first step from 1e-3 throws x far away.
@@ -59,12 +63,14 @@ def _interval(path: Path, singular_start: bool, singular_end: bool, epsilon: flo
     return epsilon if singular_start else 0.0, 1 - epsilon if singular_end else 1.0
 
 
-def time_grid(start: float, end: float, steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def time_grid(start: float, end: float, steps: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`steps` equal intervals from start to end, in either direction: steps + 1 times (public SiT code counts these).
 
-    On the CPU: a loop over it costs a device no synchronisation.
+    dtype: fp32 where it is None. On the CPU: a loop over it costs a device no synchronisation.
     """
-    return torch.linspace(start, end, steps + 1, dtype=dtype)
+    import torch
+
+    return torch.linspace(start, end, steps + 1, dtype=dtype or torch.float32)
 
 
 def within(t: torch.Tensor | float, interval: tuple[float, float]) -> bool:
@@ -97,7 +103,9 @@ class TimeSampling:
         """u in [0, 1), fp32 of any shape -> t, fp32 (computed in fp64) of that shape."""
         t = u.double()
         if self.kind == "logit-normal":
-            t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(t))
+            from torch.special import ndtri
+
+            t = (self.mean + self.std * ndtri(t)).sigmoid()
         t = t / (t + self.shift * (1 - t))
         start, end = self.interval
         return (start + (end - start) * t).float()

@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 
-from sit_atconv import limits
 from sit_atconv.config import Latents
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.errors import InputError, option, told
-from sit_atconv.reading import read_config
-from sit_atconv.weights import fits, load_pretrained, weight_files
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import InputError, option, told
+from sit_atconv.runtime.reading import read_config
+from sit_atconv.runtime.weights import fits, load_pretrained, weight_files
 
 CONFIG = "config.json"
 WIDTH, LAYERS = range(1, (1 << 16) + 1), range(1, 1001)

@@ -18,20 +18,20 @@ from safetensors.torch import save
 from torch.utils.data import BatchSampler, Dataset, default_collate
 from tqdm import tqdm
 
-from sit_atconv import limits, processes
-from sit_atconv.claims import check_place, claim, clear_leftovers, writing
-from sit_atconv.comparison import compared
 from sit_atconv.config import Recipe
 from sit_atconv.config.earlier import MEANT
 from sit_atconv.data import IMAGE_KEYS, describe_images, open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import CROP, DTYPES, FORMAT_VERSION, INDEX, shard_name, shard_ranges
 from sit_atconv.data.loading import TrainingBatches
-from sit_atconv.devices import numerics
-from sit_atconv.errors import InputError, check_choice, option, told
-from sit_atconv.files import library_versions, resolved, sha256, whole, write_atomic
 from sit_atconv.latents.codecs import VaeCodec, open_codec
-from sit_atconv.reading import read_tensors
+from sit_atconv.runtime import limits, processes
+from sit_atconv.runtime.claims import check_place, claim, clear_leftovers, writing
+from sit_atconv.runtime.comparison import compared
+from sit_atconv.runtime.devices import numerics
+from sit_atconv.runtime.errors import InputError, check_choice, option, told
+from sit_atconv.runtime.files import library_versions, resolved, sha256, whole, write_atomic
+from sit_atconv.runtime.reading import read_tensors
 
 EARLIER = {f"data.{key}": MEANT[key] for key in IMAGE_KEYS if key in MEANT}
 # Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.

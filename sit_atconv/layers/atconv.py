@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.linear import linear
 from sit_atconv.ops.atconv import POOLS, choose_backend, dynamic_depthwise_conv, inhibit, on_grid, pool_tokens
+from sit_atconv.runtime.errors import InputError, check_choice
 
 ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 MOST_KERNEL = 127  # beyond any grid that a kernel was tried on; the parameters grow with its fourth power

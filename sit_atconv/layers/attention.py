@@ -7,10 +7,10 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
 
-from sit_atconv.errors import InputError
 from sit_atconv.layers.linear import linear
 from sit_atconv.layers.norm import norm
 from sit_atconv.ops.forward_mode import exact_derivatives, forward_mode
+from sit_atconv.runtime.errors import InputError
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend=None, parallel_config=None) -> torch.Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 
 def sincos_position_embedding(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.compat.torch import is_hooked
+from sit_atconv.runtime.compat.torch import is_hooked
 
 FORWARD = nn.Linear.forward
 

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sit_atconv.errors import InputError, named, told
-from sit_atconv.hooks import recorded
-from sit_atconv.reading import read_tensors
+from sit_atconv.runtime.errors import InputError, named, told
+from sit_atconv.runtime.hooks import recorded
+from sit_atconv.runtime.reading import read_tensors
 
 FILE = "projectors.safetensors"
 

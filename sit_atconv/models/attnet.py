@@ -31,12 +31,12 @@ from timm.models import (
 )
 from torch import nn
 
-from sit_atconv.compat.timm import feature_take_indices
-from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv, flatten_pointwise_weights
 from sit_atconv.layers.embedders import sincos_position_embedding
 from sit_atconv.ops.atconv.grouped import grouped_convolution
 from sit_atconv.ops.forward_mode import exact_derivatives
+from sit_atconv.runtime.compat.timm import feature_take_indices
+from sit_atconv.runtime.errors import InputError
 
 __all__ = ["AttNet"]
 

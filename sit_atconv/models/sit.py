@@ -14,15 +14,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import nn
 
-from sit_atconv.compat.diffusers import checkpoint_function, register_block
-from sit_atconv.compat.torch import maybe_mark_dynamic, statically_known_true
-from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
 from sit_atconv.layers.blocks import FinalLayer, SiTATConvBlock, SiTBlock
 from sit_atconv.layers.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from sit_atconv.ops.forward_mode import checkpointed
+from sit_atconv.runtime.compat.diffusers import checkpoint_function, register_block
+from sit_atconv.runtime.compat.torch import maybe_mark_dynamic, statically_known_true
+from sit_atconv.runtime.errors import InputError, check_choice
 
 TOKEN_MIXERS = ("attention", "atconv", "hybrid")
 PATCH_SIZES = (1, 2, 4, 8)

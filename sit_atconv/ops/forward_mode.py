@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from sit_atconv.compat.torch import in_dual_level, in_transform
+from sit_atconv.runtime.compat.torch import in_dual_level, in_transform
 
 
 @torch.compiler.assume_constant_result  # torch.compile guards the level itself

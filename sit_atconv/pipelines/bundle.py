@@ -4,10 +4,10 @@ diffusers downloads one file for each component with code of its own, so all mod
 their texts in strings, from which `Importer` imports them as a package below the file's own module. The name of that
 package ends with a digest of the texts, so two versions, or a version and the installed package, share nothing.
 
-Only imports within the package are changed: `from sit_atconv.errors import InputError` becomes, in a module two levels
-deep, `from .. errors import InputError`. The space is for diffusers, which searches the text of a file, strings too,
-before it runs the file: it would copy a further file for `from ..errors import`, and ask for an installation for
-`from sit_atconv.errors import`.
+Only imports within the package are changed: `from sit_atconv.runtime.errors import InputError` becomes, in a module two
+levels deep, `from .. runtime.errors import InputError`. The space is for diffusers, which searches the text of a file,
+strings too, before it runs the file: it would copy a further file for `from ..runtime.errors import`, and ask for an
+installation for `from sit_atconv.runtime.errors import`.
 """
 
 import ast

@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 
-from sit_atconv import config, ema
-from sit_atconv.errors import InputError
-from sit_atconv.files import library_versions
-from sit_atconv.markdown import markdown_table, plain
+from sit_atconv import config
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, mixer_names
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
-from sit_atconv.reading import COUNT, POSITIVE, fault_of
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import library_versions
+from sit_atconv.runtime.markdown import markdown_table, plain
+from sit_atconv.runtime.reading import COUNT, POSITIVE, fault_of
+from sit_atconv.training import ema
 
 HEADER = """---
 license: {license}

@@ -13,14 +13,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from sit_atconv.compat.diffusers import execution_device
-from sit_atconv.errors import InputError, check_choice
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import LinearPath
-from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
-from sit_atconv.limits import EVALUATIONS
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
+from sit_atconv.runtime.compat.diffusers import execution_device
+from sit_atconv.runtime.errors import InputError, check_choice
+from sit_atconv.runtime.limits import EVALUATIONS
+from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.sampling.settings import Sampling
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from sit_atconv.errors import InputError, told
+from sit_atconv.runtime.errors import InputError, told
 
 LEAST_START = 0.998  # what is drawn is noise, of sigma 1: begun at 1 - e, the spread of the images is up to e off
 FINE_STEPS, LARGEST_FALL = 1000, 0.02  # of so many steps none may take more than that of sigma

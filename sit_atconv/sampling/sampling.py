@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch
 from torchvision.utils import make_grid
 
-from sit_atconv import draws
-from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
-from sit_atconv.files import png
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import time_grid
-from sit_atconv.images import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import png
+from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.sampling.settings import Sampling
 
 

@@ -1,24 +1,47 @@
 """How images are drawn: the one set of settings, of previews, scores, commands, tables and the pipeline."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from sit_atconv.errors import InputError, told
-from sit_atconv.fields import When, chosen, setting, settle
 from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL
 from sit_atconv.flow.samplers import SAMPLERS as ODE_SAMPLERS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
 from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval
-from sit_atconv.limits import DIFFUSION_NORM, EPSILON, EVALUATIONS, GUIDANCE, LAST_STEP_SIZE, TIME, ranged
-from sit_atconv.limits import check as check_ranges
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.fields import When, chosen, setting, settle
+from sit_atconv.runtime.limits import DIFFUSION_NORM, EPSILON, EVALUATIONS, GUIDANCE, LAST_STEP_SIZE, TIME, ranged
+from sit_atconv.runtime.limits import check as check_ranges
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SAMPLERS = (*ODE_SAMPLERS, *SDE_SAMPLERS)
 SDE = When(f"sampler={' or '.join(SDE_SAMPLERS)}", lambda sampling: sampling.sampler in SDE_SAMPLERS)
 LAST_STEP = When(f"{SDE.text} and a last_step", lambda sampling: SDE.holds(sampling) and sampling.last_step != "none")
+
+# What a setting is called on a command line and in a table, where that is not its name.
+SHORT = {"guidance_scale": "cfg", "guidance_channels": "cfg_channels", "guidance_interval": "cfg_interval"}
+
+
+def flag(name: str) -> str:
+    """The flag of an option; SHORT where its name is another one there."""
+    return f"--{SHORT.get(name, name).replace('_', '-')}"
+
+
+@contextmanager
+def in_short() -> Iterator[None]:
+    """Within it, an InputError calls the settings as the command line does."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        for name in SHORT:
+            text = text.replace(f"{name}=", f"{flag(name)}=")
+        raise InputError(text) from None
 
 
 @dataclass
@@ -82,7 +105,7 @@ class Sampling:
         """How few steps there can be: one, and the last step of an SDE."""
         return 1 if self.last_step_size is None else 2
 
-    def interval(self, model: nn.Module) -> tuple[float, float]:
+    def interval(self, model: "nn.Module") -> tuple[float, float]:
         """The times [t0, t1] between which a SiT is integrated; an SDE's last step goes on from t1.
 
         Raises ValueError where nothing is left of [0, 1].
@@ -90,13 +113,13 @@ class Sampling:
         path, last = PATHS[model.config.path](), self.last_step_size or 0.0
         return sampling_interval(path, model.config.prediction, self.diffusion, last, self._epsilon(model))
 
-    def _epsilon(self, model: nn.Module) -> float:
+    def _epsilon(self, model: "nn.Module") -> float:
         if self.epsilon is not None:
             return self.epsilon
         steep = self.diffusion == "sbdm" and PATHS[model.config.path].alpha_vanishes
         return SBDM_EPSILON if steep else SAMPLE_EPSILON
 
-    def for_model(self, model: nn.Module) -> "Sampling":
+    def for_model(self, model: "nn.Module") -> "Sampling":
         """The settings with the epsilon that acts on this SiT, None where no end of its flow is singular.
 
         Raises InputError when the model cannot be sampled as asked, or something asked would do nothing to it.
@@ -127,7 +150,7 @@ class Sampling:
         return settings
 
 
-def check_path(model: nn.Module) -> None:
+def check_path(model: "nn.Module") -> None:
     """Raise InputError for a model that predicts something else than a flow from noise, t = 0, to data, t = 1."""
     if model.config.path not in PATHS:
         raise InputError(

@@ -14,8 +14,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sit_atconv.errors import InputError
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft, SiTAttentionGraft
 from sit_atconv.swap.grid import Reader, above, latent_grid, raster_of_ids
 from sit_atconv.swap.joint import FluxDoubleGraft, FluxSingleGraft, SD3JointGraft

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from sit_atconv.compat.torch import forward_pre_hooks
+from sit_atconv.runtime.compat.torch import forward_pre_hooks
 from sit_atconv.swap.adapters import SwapAdapter
 from sit_atconv.swap.calibration import Site
 from sit_atconv.swap.grafts import Graft

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from sit_atconv.bench.timing import in_turn
-from sit_atconv.compat.torch import formulas_of_attention, tree_leaves, tree_map
-from sit_atconv.errors import InputError
-from sit_atconv.hooks import of_this_thread
 from sit_atconv.layers.atconv import KernelGenerator
-from sit_atconv.markdown import markdown_table
-from sit_atconv.processes import is_main
+from sit_atconv.runtime.compat.torch import formulas_of_attention, tree_leaves, tree_map
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.hooks import of_this_thread
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.runtime.processes import is_main
 from sit_atconv.swap.grafts import Graft, foreign_maps
 from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.start import TapFit

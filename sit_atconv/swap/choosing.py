@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sit_atconv.errors import InputError, check_choice, told
+from sit_atconv.runtime.errors import InputError, check_choice, told
 
 Select = str | float | Sequence[str] | Callable[[str, nn.Module], bool]
 MARGIN = 1.25  # how many times as long as its attention a layer may take before select="auto" leaves it out

@@ -6,10 +6,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from sit_atconv.compat.torch import uncompiled
-from sit_atconv.errors import InputError, told
-from sit_atconv.files import new_path, tensors_made_here
-from sit_atconv.reading import Malformed, parse_json, read_tensors
+from sit_atconv.runtime.compat.torch import uncompiled
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.files import new_path, tensors_made_here
+from sit_atconv.runtime.reading import Malformed, parse_json, read_tensors
 from sit_atconv.swap.identity import fingerprint
 from sit_atconv.swap.stored import swap_as_stored
 from sit_atconv.swap.swapping import AttentionSwap

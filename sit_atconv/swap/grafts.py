@@ -14,9 +14,9 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 import sit_atconv.layers.attention as sit_attention
-from sit_atconv.compat.diffusers import diffusers_hooks
-from sit_atconv.hooks import recorded
 from sit_atconv.layers.atconv import ATConv, KernelGenerator, TapLinear
+from sit_atconv.runtime.compat.diffusers import diffusers_hooks
+from sit_atconv.runtime.hooks import recorded
 from sit_atconv.swap.grid import GridReference, argument
 from sit_atconv.swap.layers import LayerOptions, SelfATConv
 

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from sit_atconv.compat import torch as compat
-from sit_atconv.compat.diffusers import checkpoint_function, set_checkpoint_function
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.compat import torch as compat
+from sit_atconv.runtime.compat.diffusers import checkpoint_function, set_checkpoint_function
+from sit_atconv.runtime.errors import InputError
 
 HALVES = (torch.bfloat16, torch.float16)  # FluxPipeline rounds ids to its own: 257 to 256 in bf16
 Reader = Callable[[nn.Module, tuple, dict], tuple[int, int]]  # module, its arguments -> (H, W) in tokens

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sit_atconv.compat.torch import keystr, tree_leaves, tree_leaves_with_path, tree_map
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.compat.torch import keystr, tree_leaves, tree_leaves_with_path, tree_map
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.adapters import SwapAdapter
 
 EXAMPLES = 4  # synthetic calibration inputs

@@ -9,11 +9,11 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
-from sit_atconv.compat.diffusers import attention_backend
-from sit_atconv.errors import InputError
 from sit_atconv.layers.attention import attend
 from sit_atconv.layers.norm import norm
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
+from sit_atconv.runtime.compat.diffusers import attention_backend
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, class_refusal, is_fused, linear_refusal
 from sit_atconv.swap.grid import GridReference, argument
 from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse

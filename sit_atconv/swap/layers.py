@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sit_atconv.compat.torch import metadata_of
-from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
+from sit_atconv.runtime.compat.torch import metadata_of
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grid import GridReference
 
 

@@ -5,10 +5,10 @@ import copy
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from sit_atconv.compat.diffusers import config_of, set_config
-from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
+from sit_atconv.runtime.compat.diffusers import config_of, set_config
+from sit_atconv.runtime.errors import InputError
 
 THIN: dict[type[nn.Module], type[nn.Module]] = {}  # model class -> its ATConv subclass
 

@@ -20,10 +20,10 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from einops import rearrange
 from torch import nn
 
-from sit_atconv import limits
-from sit_atconv.compat.diffusers import checkpoint_function, fetch_lora
-from sit_atconv.errors import InputError, said
-from sit_atconv.reading import read_json
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.compat.diffusers import checkpoint_function, fetch_lora
+from sit_atconv.runtime.errors import InputError, said
+from sit_atconv.runtime.reading import read_json
 from sit_atconv.swap.marking import THIN
 from sit_atconv.swap.stored import install
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from timm.layers import Attention, PatchDropout
 from torch import nn
 
-from sit_atconv.errors import InputError
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.ops.forward_mode import exact_derivatives
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, class_refusal, linear_refusal, qkv_observed, take_over, value_of
 from sit_atconv.swap.grid import GridReference, argument
 from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse

@@ -10,9 +10,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 from tqdm import tqdm
 
-from sit_atconv.compat.torch import tree_map
-from sit_atconv.errors import InputError
-from sit_atconv.processes import is_main
+from sit_atconv.runtime.compat.torch import tree_map
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.processes import is_main
 from sit_atconv.swap.calibration import Site, run_over
 from sit_atconv.swap.grafts import foreign_maps, kind_of
 from sit_atconv.swap.inputs import calibration_inputs, checked_inputs, told_of

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from sit_atconv.errors import InputError, check_choice
-from sit_atconv.reading import POSITIVE, fault_of
+from sit_atconv.runtime.errors import InputError, check_choice
+from sit_atconv.runtime.reading import POSITIVE, fault_of
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
 from sit_atconv.swap.building import build, sweep
 from sit_atconv.swap.calibration import Site

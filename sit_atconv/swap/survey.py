@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sit_atconv.compat.torch import tree_leaves
-from sit_atconv.errors import InputError
-from sit_atconv.hooks import of_this_thread
-from sit_atconv.processes import is_main
+from sit_atconv.runtime.compat.torch import tree_leaves
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.hooks import of_this_thread
+from sit_atconv.runtime.processes import is_main
 from sit_atconv.swap.calibration import (
     Cost,
     LayerReport,

@@ -6,10 +6,10 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import nn
 
-from sit_atconv.compat.torch import uncompiled
-from sit_atconv.errors import InputError, check_choice
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv import POOLS
+from sit_atconv.runtime.compat.torch import uncompiled
+from sit_atconv.runtime.errors import InputError, check_choice
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
 from sit_atconv.swap.building import build, sweep
 from sit_atconv.swap.calibration import (

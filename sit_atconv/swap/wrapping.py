@@ -4,10 +4,10 @@ from collections.abc import Collection
 
 from torch import nn
 
-from sit_atconv.compat.accelerate import is_dispatched
-from sit_atconv.compat.diffusers import diffusers_hooks, is_parallel
-from sit_atconv.compat.torch import OptimizedModule, has_compiled_call
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.compat.accelerate import is_dispatched
+from sit_atconv.runtime.compat.diffusers import diffusers_hooks, is_parallel
+from sit_atconv.runtime.compat.torch import OptimizedModule, has_compiled_call
+from sit_atconv.runtime.errors import InputError
 
 CASTING = {"layerwise_casting", "peft_autocast_disable"}  # hooks of diffusers that leave what a module does
 

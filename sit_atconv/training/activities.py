@@ -6,14 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from sit_atconv import checkpoint, sharding
-from sit_atconv.console import say
-from sit_atconv.ema import SAMPLED, SNAPSHOTS
-from sit_atconv.errors import reason
-from sit_atconv.files import clear_leftovers, step_name, write_atomic
-from sit_atconv.images import NotFinite
-from sit_atconv.processes import first, gathered, is_main
+from sit_atconv.runtime import sharding
+from sit_atconv.runtime.console import say
+from sit_atconv.runtime.errors import reason
+from sit_atconv.runtime.files import clear_leftovers, step_name, write_atomic
+from sit_atconv.runtime.pictures import NotFinite
+from sit_atconv.runtime.processes import first, gathered, is_main
 from sit_atconv.sampling.sampling import generate, grid_png
+from sit_atconv.training import checkpoint
+from sit_atconv.training.ema import SAMPLED, SNAPSHOTS
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
-from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import open_codec
+from sit_atconv.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

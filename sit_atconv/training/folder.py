@@ -9,14 +9,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
-from sit_atconv import checkpoint, config, files, processes
+from sit_atconv import config
 from sit_atconv.config import Recipe
-from sit_atconv.console import say
 from sit_atconv.data import IMAGE_KEYS
-from sit_atconv.errors import InputError, told
-from sit_atconv.files import LEFTOVER, LOCK
 from sit_atconv.latents.codecs import check_same_codec
-from sit_atconv.reading import read_json, read_yaml
+from sit_atconv.runtime import files, processes
+from sit_atconv.runtime.console import say
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.files import LEFTOVER, LOCK
+from sit_atconv.runtime.reading import read_json, read_yaml
+from sit_atconv.training import checkpoint
 from sit_atconv.training.objectives import FROZEN
 from sit_atconv.training.resolved import resolved
 

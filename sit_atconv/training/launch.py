@@ -1,6 +1,5 @@
 """What a run is started on: Accelerate's processes, devices and precision."""
 
-import argparse
 from datetime import timedelta
 
 from accelerate import Accelerator
@@ -13,31 +12,13 @@ from accelerate.utils import (
 )
 
 from sit_atconv.config import Recipe
-from sit_atconv.errors import ArgumentParser, InputError, told
-from sit_atconv.files import resolved
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.files import resolved
 
 # How long processes wait for one that works alone: at a score, a checkpoint's hashes, a slow disk. torch's own ten
 # minutes would end a run.
 PATIENCE = timedelta(hours=1)
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-
-
-def training_arguments(prog: str, about: str, argv: list[str] | None) -> argparse.Namespace:
-    """The command line of a trainer: recipe, overrides, and what to do. Raises InputError for a wrong one."""
-    parser = ArgumentParser(prog=prog, description=about)
-    parser.add_argument("recipe", help="YAML file, see experiments/recipes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--dry-run", action="store_true",
-        help="print size, compute, memory and schedule, then stop; data and vae are opened where the recipe does not "
-        "state what they decide",
-    )  # fmt: skip
-    mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
-    mode.add_argument(
-        "--force", action="store_true", help="set aside (NAME.aside) what is at run.out and is not this run, and begin"
-    )
-    return parser.parse_intermixed_args(argv)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from sit_atconv import config
-from sit_atconv.comparison import flat
 from sit_atconv.config import Recipe
-from sit_atconv.console import say
-from sit_atconv.errors import InputError
-from sit_atconv.files import resolved, write_atomic
-from sit_atconv.processes import is_main
-from sit_atconv.reading import COUNT, Malformed, parse_json, read_json
+from sit_atconv.runtime.comparison import flat
+from sit_atconv.runtime.console import say
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import resolved, write_atomic
+from sit_atconv.runtime.processes import is_main
+from sit_atconv.runtime.reading import COUNT, Malformed, parse_json, read_json
 
 TIME_BINS = 10  # of equal width over t in [0, 1]; t = 0 is noise
 

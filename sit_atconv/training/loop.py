@@ -6,11 +6,11 @@ from pathlib import Path
 from sit_atconv import config
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
-from sit_atconv.devices import numerics
-from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import open_codec
-from sit_atconv.processes import is_main, lost_ones_told
-from sit_atconv.signals import StopSignals
+from sit_atconv.runtime.devices import numerics
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.processes import is_main, lost_ones_told
+from sit_atconv.runtime.signals import StopSignals
 from sit_atconv.training.activities import Previews, Scorer, Scores, Snapshots
 from sit_atconv.training.facts import check_stated, measured_facts
 from sit_atconv.training.folder import check_place, check_run_folder, claim

@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 
 from sit_atconv.config import Train
-from sit_atconv.sharding import local
+from sit_atconv.runtime.sharding import local
 
 
 def learning_rate(step: int, train: Train) -> float:

@@ -3,10 +3,10 @@
 import torch
 
 from sit_atconv.config import Recipe
-from sit_atconv.ema import SAMPLED, describe
-from sit_atconv.errors import named
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime.errors import named
+from sit_atconv.training.ema import SAMPLED, describe
 from sit_atconv.training.facts import check_stated, opened_facts, stated_facts
 from sit_atconv.training.objectives import objective_of
 

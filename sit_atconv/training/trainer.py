@@ -12,15 +12,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from sit_atconv import checkpoint, processes, sharding
-from sit_atconv.console import progress, say
 from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, Samples
-from sit_atconv.errors import InputError, reason
-from sit_atconv.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
 from sit_atconv.layers.atconv import check_backend
-from sit_atconv.reading import COUNT, read_json
-from sit_atconv.signals import StopSignals
+from sit_atconv.runtime import processes, sharding
+from sit_atconv.runtime.console import progress, say
+from sit_atconv.runtime.errors import InputError, reason
+from sit_atconv.runtime.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
+from sit_atconv.runtime.reading import COUNT, read_json
+from sit_atconv.runtime.signals import StopSignals
+from sit_atconv.training import checkpoint
 from sit_atconv.training.folder import Claimed, lock, usable
 from sit_atconv.training.log import Log, Means, Trackers, peak_flops, peak_memory
 from sit_atconv.training.objectives.objective import Forward, Objective

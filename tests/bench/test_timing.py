@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from sit_atconv.bench import timing
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 CPU = torch.device("cpu")
 

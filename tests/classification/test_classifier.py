@@ -22,7 +22,6 @@ from sampled import item
 from timm.data import Mixup
 
 import train_attnet
-from sit_atconv import draws
 from sit_atconv.classification import objective
 from sit_atconv.classification.loop import train
 from sit_atconv.classification.objective import ClassificationObjective
@@ -37,8 +36,9 @@ from sit_atconv.classification.samples import (
 )
 from sit_atconv.config import load_recipe
 from sit_atconv.data.digits import Digits
-from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.training.trainer import Trainer
 
 TINY = {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [2, 2], "stem_strides": [2, 1]}

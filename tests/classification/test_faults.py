@@ -8,15 +8,15 @@ import yaml
 from conftest import reset_accelerate
 from PIL import Image
 
-from sit_atconv import checkpoint
 from sit_atconv.classification.evaluation import Evaluation
 from sit_atconv.classification.loop import train
 from sit_atconv.classification.objective import ClassificationObjective
 from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.commands.classify import report
 from sit_atconv.config import load_recipe
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.training import checkpoint
 from sit_atconv.training.trainer import Trainer
-from train_attnet import report
 
 TINY = {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [1, 1], "stem_strides": [2, 2]}
 

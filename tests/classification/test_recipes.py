@@ -9,9 +9,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from sit_atconv import config
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.resolved import resolved
-from sit_atconv.comparison import flat
 from sit_atconv.config import load_recipe
 from sit_atconv.config.identity import mutable_keys
+from sit_atconv.runtime.comparison import flat
 
 FOLDER = ROOT / "experiments/recipes"
 # weight decay, mixup, erasing, drop path, RandAugment

@@ -15,7 +15,7 @@ from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Reader
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
 CLASSES = [0, 2, 1, 2, 0]

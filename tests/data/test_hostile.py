@@ -21,16 +21,16 @@ from PIL import Image
 from sampled import decode
 from torchvision.datasets import ImageFolder
 
-from eval.sources import open_source
-from sit_atconv import checkpoint, limits
 from sit_atconv.config import Data, make_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.database import MOST_CLASSES, Lmdb
 from sit_atconv.data.folder import Folder
 from sit_atconv.data.hub import _file, _Files
 from sit_atconv.data.images import FORMATS, Reader, Unreadable, check_labels, image_files
-from sit_atconv.errors import InputError
-from sit_atconv.training import train
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.scoring.sources import open_source
+from sit_atconv.training import checkpoint, train
 
 _spec = importlib.util.spec_from_file_location("kinds", Path(__file__).with_name("kinds.py"))
 kinds = importlib.util.module_from_spec(_spec)

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.images import Packed, Reader, Unreadable, center_crop, is_image
-from sit_atconv.images import NotFinite, to_uint8
+from sit_atconv.runtime.pictures import NotFinite, to_uint8
 
 
 def encoded(array: np.ndarray, format: str = "PNG", **options) -> bytes:

@@ -23,7 +23,7 @@ from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 _spec = importlib.util.spec_from_file_location("kinds", Path(__file__).with_name("kinds.py"))
 kinds = importlib.util.module_from_spec(_spec)

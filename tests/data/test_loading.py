@@ -23,7 +23,7 @@ from sit_atconv.data.folder import Folder
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 
 def batches(dataset, workers: int, steps: int = 6, timeout: float = 60.0, start: int = 0, **options) -> TrainingBatches:

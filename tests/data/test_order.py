@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sit_atconv import draws
 from sit_atconv.data.order import MAX_ATTEMPTS, Balanced, InOrder, Shuffled
-from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError
 
 
 @given(st.integers(1, 20), st.integers(0, 3), st.integers(0, 100))

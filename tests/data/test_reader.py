@@ -17,13 +17,13 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from eval.sources import open_source
 from sit_atconv.classification.recipe import Data as ClassifierData
 from sit_atconv.classification.samples import open_datasets
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
-from sit_atconv.errors import InputError
-from sit_atconv.images import to_uint8
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.pictures import to_uint8
+from sit_atconv.scoring.sources import open_source
 
 _spec = importlib.util.spec_from_file_location("kinds", Path(__file__).with_name("kinds.py"))
 kinds = importlib.util.module_from_spec(_spec)

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from sampled import item, sampled
 from torch.utils.data import Dataset
 
-from sit_atconv import draws
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.order import MAX_ATTEMPTS
 from sit_atconv.data.samples import RankPositions, TrainingSamples
-from sit_atconv.draws import Stream
-from sit_atconv.errors import InputError
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError
 
 
 def samples(dataset=None, **options) -> TrainingSamples:

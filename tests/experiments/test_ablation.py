@@ -11,11 +11,13 @@ from conftest import run_recipe
 
 from experiments import ablation
 from experiments.ablation import SYSTEMS, Arm, arms, flow_figures, table
-from sit_atconv import checkpoint, config, draws
+from sit_atconv import config
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.data.digits import Digits
-from sit_atconv.draws import Stream
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.training import checkpoint
 
 
 def test_the_grid_has_every_cell_once_and_static_kernels_no_pool():

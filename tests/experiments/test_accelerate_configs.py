@@ -14,7 +14,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 from torch.distributed.fsdp import StateDictType
 
-from sit_atconv import create_model, sharding
+from sit_atconv import create_model
+from sit_atconv.runtime import sharding
 
 FOLDER = ROOT / "experiments" / "accelerate"
 CONFIGS = {

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, unmarked
 
-from eval.frechet import frechet_distance
 from experiments.error_bars import DRAWS, Draw, Mixture, correction, error_bars, main, markdown
+from sit_atconv.scoring.frechet import frechet_distance
 
 STORED = ROOT / "experiments/results/error_bars"
 
 
 def test_stated_errors_are_those_of_repeated_draws(monkeypatch):
     """Every metric of images of classes in turn, to what 40 draws can tell; without labels the same have a bound."""
-    monkeypatch.setattr("eval.kernel.SUBSETS", 3)
+    monkeypatch.setattr("sit_atconv.scoring.kernel.SUBSETS", 3)
     monkeypatch.setattr("experiments.error_bars.REAL", 300)
     known, unknown = (error_bars(Draw("5 a class", 32, known=known), 40, 160) for known in (True, False))
     assert (known["error_bars"]["design"], known["error_bars"]["groups"]) == ("stratified", 5)

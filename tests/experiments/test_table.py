@@ -14,18 +14,20 @@ import torch
 from conftest import ROOT, reset_accelerate
 
 import train_sit
-from eval import digits
 from eval.__main__ import main as evaluate
-from eval.sources import from_arrays
 from experiments import table
 from experiments.table import is_sampled, is_scored, is_trained, load_table, main, models, reference_digest
-from sampling import generate
 from sampling.__main__ import main as sampling
 from sit_atconv import config
+from sit_atconv.commands import parser_of
+from sit_atconv.commands.options import sampling_asked
 from sit_atconv.data.digits import Digits
-from sit_atconv.errors import ArgumentParser, InputError
-from sit_atconv.files import sha256
-from sit_atconv.images import to_uint8
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import sha256
+from sit_atconv.runtime.pictures import to_uint8
+from sit_atconv.sampling import generate
+from sit_atconv.scoring import DIGITS, digits
+from sit_atconv.scoring.sources import from_arrays
 
 TABLES = sorted((ROOT / "experiments/tables").glob("*.yaml"))
 COMMANDS = {"train_sit.py": train_sit.main, "sampling": sampling, "eval": evaluate}
@@ -42,6 +44,13 @@ def test_shipped_tables_start_with_their_command_and_can_be_planned(path, capsys
     plan, found = load_table(path), models(load_table(path))
     assert sum("eval table" in line for line in lines) == len(plan.samplers)
     assert sum("generate" in line for line in lines) == len(plan.samplers) * len(found)
+
+
+def stated(words: list[str]) -> dict:
+    """What a command line of `generate` says of the settings of its samples."""
+    args = parser_of("generate", "generate").parse_args(words)
+    args.sampling = sampling_asked(args)
+    return generate.stated(args)
 
 
 def test_the_imagenet_table_names_what_it_lacks_and_where_to_get_it(capsys):
@@ -170,10 +179,7 @@ def test_samples_of_other_settings_are_told_before_anything_runs(small, tmp_path
     samples = tmp_path / "runs/b-seed5/samples/quick"
     samples.mkdir(parents=True)
     plan = load_table(path)
-    parser = ArgumentParser()
-    generate.add_arguments(parser)
-    args = parser.parse_args(table.generate_words(plan, models(plan)[2], plan.samplers[0]))
-    settings = {**generate.stated(args), "labels": [0] * 20, "step": 2}
+    settings = {**stated(table.generate_words(plan, models(plan)[2], plan.samplers[0])), "labels": [0] * 20, "step": 2}
     (samples / ("manifest.json" if complete else "settings.json")).write_text(json.dumps(settings))
     table.check_samples(plan, models(plan)[2], plan.samplers[0])
     path.write_text(path.read_text().replace(old, new))
@@ -191,10 +197,8 @@ def test_a_file_of_labels_is_compared_with_those_of_the_samples(small, tmp_path,
     samples = tmp_path / "runs/a-seed0/samples/quick"
     samples.mkdir(parents=True)
     plan = load_table(path)
-    parser = ArgumentParser()
-    generate.add_arguments(parser)
-    args = parser.parse_args(table.generate_words(plan, models(plan)[0], plan.samplers[0]))
-    (samples / "manifest.json").write_text(json.dumps({**generate.stated(args), "labels": [1] * 20, "step": 2}))
+    settings = stated(table.generate_words(plan, models(plan)[0], plan.samplers[0]))
+    (samples / "manifest.json").write_text(json.dumps({**settings, "labels": [1] * 20, "step": 2}))
     table.check_samples(plan, models(plan)[0], plan.samplers[0])
     file.write_text("1\n" * 19 + "2\n")
     assert "labels.19: 1 -> 2; give sampler 'quick'" in fails(main, path)
@@ -296,7 +300,7 @@ def test_a_reference_that_says_whose_features_it_is_of_decides_the_metrics(tmp_p
 
     for metrics, protocol, wanted, other in (
         ("frechet_distance, is", "module-a:b", [("module-a:b", "own")], "fid"),
-        ("frechet_distance, recognised", digits.PROTOCOL, [(digits.PROTOCOL, None)], "fdd"),
+        ("frechet_distance, recognised", DIGITS, [(DIGITS, None)], "fdd"),
         ("fdd, kid", "dinov2-a_vit-1", [("dinov2-a_vit-1", "own")], "is"),
     ):
         assert table.wanted_extractors(write(metrics, protocol)) == wanted

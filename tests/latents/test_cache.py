@@ -14,19 +14,19 @@ from PIL import Image
 from sampled import sampled
 
 import train_sit
-from eval.sources import open_source
 from sit_atconv import config
 from sit_atconv.config import Data, Latents
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.errors import InputError
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
-from sit_atconv.images import to_uint8
 from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.latents.codecs import VaeCodec, draw_latents, open_codec
 from sit_atconv.latents.encode import encode
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.pictures import to_uint8
+from sit_atconv.scoring.sources import open_source
 from sit_atconv.training import train
 from sit_atconv.training.facts import measured_facts
 from sit_atconv.training.objectives.flow import build_model

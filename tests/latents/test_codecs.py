@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from sit_atconv.config import Latents
-from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec, open_codec, reopen_codec
+from sit_atconv.runtime.errors import InputError
 
 
 def test_identity_leaves_pixels_alone():

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
 from sit_atconv.data.latent_cache import LatentCache
-from sit_atconv.errors import InputError
 from sit_atconv.latents.__main__ import main
 from sit_atconv.latents.encode import encode, write_shard
+from sit_atconv.runtime.errors import InputError
 
 SIZE, IMAGES, SHARD = 16, 11, 4
 

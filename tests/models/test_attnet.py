@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from timm.layers import DropPath
 from torch import nn
 
-from sit_atconv.errors import InputError
 from sit_atconv.layers import atconv as layers
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
 from sit_atconv.models.attnet import ATConv2d, AttNet, AttNetBlock, checkpoint_filter_fn
 from sit_atconv.ops.atconv import POOLS
+from sit_atconv.runtime.errors import InputError
 
 TINY = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 MILLIONS = {"xxs": 2.85, "xs": 5.55, "s": 7.68, "t1": 13.71, "t2": 27.01, "t3": 49.18, "t4": 87.32}

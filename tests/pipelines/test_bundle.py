@@ -14,7 +14,7 @@ import pytest
 from diffusers.utils import dynamic_modules_utils
 
 from sit_atconv.pipelines.bundle import PACKAGE, Bundle
-from sit_atconv.pipelines.export import MODEL, PIPELINE
+from sit_atconv.pipelines.exporting import MODEL, PIPELINE
 
 TOY = {
     "__init__.py": "import toy_for_users_alone\n",

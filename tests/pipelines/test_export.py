@@ -1,6 +1,5 @@
 """An exported pipeline where the package is not installed, against the installed one: the same image to the bit."""
 
-import contextlib
 import json
 import os
 import re
@@ -18,10 +17,11 @@ from safetensors.torch import load_file
 import train_sit
 from sit_atconv import SiTPipeline, create_model
 from sit_atconv.models.cost import count_macs, count_parameters
-from sit_atconv.pipelines import export as exporting
+from sit_atconv.pipelines import exporting
 from sit_atconv.pipelines.bundle import PACKAGE
 from sit_atconv.pipelines.card import _training
-from sit_atconv.pipelines.export import MODEL, PIPELINE, export, main, open_source
+from sit_atconv.pipelines.export import main
+from sit_atconv.pipelines.exporting import MODEL, PIPELINE, export, open_source
 
 MIXERS = ("attention", "atconv", "hybrid")
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "hen"}
@@ -429,15 +429,17 @@ def test_sources_that_are_no_pipeline_are_refused(exported, tmp_path, fails, dam
     assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_is_there_whole_or_not_at_all(exported, tmp_path, fails, monkeypatch):
+def test_the_folder_is_there_whole_or_not_at_all(exported, tmp_path, fails, monkeypatch, capsys):
     source, out = exported / "saved" / "atconv", tmp_path / "below" / "out"
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr("sit_atconv.pipelines.export.model_card", interrupted)
-        main([str(source), "--out", str(out)])
+    with monkeypatch.context() as patch:
+        patch.setattr("sit_atconv.pipelines.exporting.model_card", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            main([str(source), "--out", str(out)])
+    assert "stopped" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []  # the folder above was made for it
     out.mkdir(parents=True)
     assert "exists already" in fails(main, source, "--out", out)

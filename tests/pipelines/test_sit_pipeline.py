@@ -27,8 +27,8 @@ from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
-from sit_atconv.images import NotFinite, to_uint8
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
+from sit_atconv.runtime.pictures import NotFinite, to_uint8
 from sit_atconv.sampling.sampling import generate
 from sit_atconv.sampling.settings import Sampling
 
@@ -202,7 +202,7 @@ def test_it_draws_what_sample_py_draws(make_pipe, with_vae, vae_folder):
     sampling = Sampling("euler", steps=4)
     codec = VaeCodec(str(vae_folder), 2) if with_vae else IdentityCodec()
     expected, nfe = generate(pipe.transformer, codec, [0, 1], [3, 0], sampling, 7)
-    from sit_atconv.draws import Stream, normal
+    from sit_atconv.runtime.draws import Stream, normal
 
     shape = (pipe.transformer.config.in_channels, 8, 8)
     noise = torch.stack([normal(shape, 7, Stream.SAMPLE_NOISE, index) for index in range(2)])

@@ -20,18 +20,19 @@ from conftest import run_recipe
 from PIL import Image
 
 import sample
-from sampling import generate as generate_command
-from sampling import options, samples
 from sampling.__main__ import main as sampling
-from sampling.schedulers import generate as generate_scheduled
-from sampling.schedulers import make_scheduler
 from sit_atconv import SiTTransformer2DModel, create_model
-from sit_atconv.errors import ArgumentParser, InputError
-from sit_atconv.files import library_versions
 from sit_atconv.flow.path import PATHS
-from sit_atconv.images import NotFinite
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import library_versions
+from sit_atconv.runtime.pictures import NotFinite
+from sit_atconv.sampling import generate as generate_command
+from sit_atconv.sampling import samples
+from sit_atconv.sampling import setup as setting_up
 from sit_atconv.sampling.sampling import generate, grid_png, random_label, sample_latents
+from sit_atconv.sampling.schedulers import generate as generate_scheduled
+from sit_atconv.sampling.schedulers import make_scheduler
 from sit_atconv.sampling.settings import Sampling
 
 
@@ -306,7 +307,9 @@ def test_the_manifest_says_what_a_model_of_another_path_is_sampled_by(tmp_path, 
 
 
 def test_the_steps_of_a_stochastic_scheduler_draw_for_each_image(monkeypatch):
-    monkeypatch.setattr("sampling.schedulers.draws.normal", lambda shape, *_: torch.zeros(shape))  # the first noise
+    monkeypatch.setattr(
+        "sit_atconv.sampling.schedulers.draws.normal", lambda shape, *_: torch.zeros(shape)
+    )  # the first noise
     model, sampling = lively_model(), Sampling(steps=3, guidance_scale=1.0)
 
     def scheduled(indices, seed=0):
@@ -996,29 +999,19 @@ def test_memory_that_is_not_there_is_one_line(generates, monkeypatch, capsys):
 
 def test_a_process_of_several_has_its_own_device(run_folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(options, "resolve_device", lambda name: (asked.append(name), torch.device("cpu"))[1])
-    parser = ArgumentParser()
-    options.add_sampling_options(parser)
-    args = parser.parse_args(["--ckpt", str(run_folder), "--device", "cuda"])
-    options.setup(args)
-    monkeypatch.setattr("sit_atconv.processes.count", lambda: 2)
+    monkeypatch.setattr(setting_up, "resolve_device", lambda name: (asked.append(name), torch.device("cpu"))[1])
+    setting_up.setup(run_folder, Sampling(), device="cuda")
+    monkeypatch.setattr("sit_atconv.runtime.processes.count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    options.setup(args, launched=True)
+    setting_up.setup(run_folder, Sampling(), device="cuda", launched=True)
     assert asked == ["cuda", "cuda:1"]
 
 
 def test_dtype_and_autoencoder_options_reach_the_model(run_folder):
-    from sampling.options import add_sampling_options, setup
-    from sit_atconv.errors import ArgumentParser
-
-    parser = ArgumentParser()
-    add_sampling_options(parser)
-    assert (
-        setup(parser.parse_args(["--ckpt", str(run_folder), "--dtype", "bf16"])).trained.model.dtype == torch.bfloat16
-    )
-    assert setup(parser.parse_args(["--ckpt", str(run_folder)])).trained.model.dtype == torch.float32
+    assert setting_up.setup(run_folder, Sampling(), "bf16").trained.model.dtype == torch.bfloat16
+    assert setting_up.setup(run_folder, Sampling()).trained.model.dtype == torch.float32
     with pytest.raises(InputError, match="has no autoencoder"):
-        setup(parser.parse_args(["--ckpt", str(run_folder), "--vae", "x"]))
+        setting_up.setup(run_folder, Sampling(), vae="x")
 
 
 def test_random_labels_follow_their_index(run_folder, tmp_path):

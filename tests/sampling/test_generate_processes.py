@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sampling import options
 from sampling.__main__ import main as sampling
 from sit_atconv import SiTTransformer2DModel, create_model
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.sampling.setup import own_device
 
 NUM, BLOCK = 23, 4  # six blocks, the last of them padded
 
@@ -236,12 +236,12 @@ def test_block_sizes_agree_within_a_level(model_folder, tmp_path, sampler):
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
-    assert [options.own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
-    monkeypatch.setattr("sit_atconv.processes.count", lambda: 4)
+    assert [own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+    monkeypatch.setattr("sit_atconv.runtime.processes.count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [options.own_device(name) for name in ("cuda", "cpu")] == ["cuda:3", "cpu"]
-    with pytest.raises(InputError, match="--device cuda:1: 4 processes take a GPU each; say --device cuda"):
-        options.own_device("cuda:1")
+    assert [own_device(name) for name in ("cuda", "cpu")] == ["cuda:3", "cpu"]
+    with pytest.raises(InputError, match="device='cuda:1': 4 processes take a GPU each; say cuda"):
+        own_device("cuda:1")
 
 
 def test_a_number_in_the_environment_makes_no_process_of_a_launch(model_folder, whole, tmp_path, monkeypatch):

@@ -11,15 +11,16 @@ from PIL import Image
 
 import train_sit
 from sampling.__main__ import main as sampling
-from sit_atconv import SiTTransformer2DModel, draws
-from sit_atconv.checkpoint import load_trained
+from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import load_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
-from sit_atconv.draws import Stream
 from sit_atconv.flow.likelihood import log_likelihood
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import time_grid
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.training.checkpoint import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_an_adaptive_run_records_its_tolerances_and_the_evaluations_of_each_batc
         batches.append((len(data), len(calls)))
         return result
 
-    monkeypatch.setattr("sampling.likelihood.log_likelihood", counting)
+    monkeypatch.setattr("sit_atconv.sampling.likelihood.log_likelihood", counting)
     result = likelihood(run_folder, tmp_path, "--num", 4, "--batch", 3, "--sampler", "dopri5")
     assert [images for images, _ in batches] == [3, 1]
     assert batches[0][1] != batches[1][1]
@@ -120,7 +121,7 @@ def test_a_likelihood_that_is_not_finite_is_refused(run_folder, tmp_path, monkey
     def broken(velocity, data, *others):
         return log_likelihood(lambda x, t: velocity(x, t) / (t < 0.9), data, *others)  # infinite where it begins
 
-    monkeypatch.setattr("sampling.likelihood.log_likelihood", broken)
+    monkeypatch.setattr("sit_atconv.sampling.likelihood.log_likelihood", broken)
     out = tmp_path / "out.json"
     base = ["likelihood", "--ckpt", run_folder, "--num", 2, "--steps", 2, "--sampler", sampler, "--out", out]
     with pytest.raises(SystemExit):
@@ -186,7 +187,7 @@ def test_it_refuses_where_there_are_no_such_images(fails, tmp_path, recipe_file,
     train_sit.main([str(recipe_file(data=data, latents=latents)), "train.max_steps=1", f"run.out={tmp_path / 'vae'}"])
     capsys.readouterr()
     base = ["likelihood", "--num", 1, "--out", tmp_path / "x.json", "--ckpt"]
-    assert "holds no images back; use --split train" in fails(sampling, *base, tmp_path / "run")
+    assert "holds no images back; use train" in fails(sampling, *base, tmp_path / "run")
     assert "not that of images; give the checkpoint of a pixel model" in fails(sampling, *base, tmp_path / "vae")
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "1.png")
     assert "not those that the model was trained on" in fails(sampling, *base, tmp_path / "run", "--split", "train")

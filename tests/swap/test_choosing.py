@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import SelfAttentionGraft, SwapAdapter, adapters, calibration, register_adapter, swap_attention
 from sit_atconv.swap.calibration import ROUNDS, TIMING_SECONDS, Timing, settled
 from sit_atconv.swap.choosing import Candidate, choose, choose_best

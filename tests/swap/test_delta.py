@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sit_atconv
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import load_delta, save_delta, swap_attention
 from sit_atconv.swap.delta import KEY
 

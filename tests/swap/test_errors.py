@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sit_atconv
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import calibration, register_adapter, regress, swap_attention
 from sit_atconv.swap.adapters import _ADAPTERS
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import sit_atconv
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import (
     SelfAttentionGraft,
     SwapAdapter,

@@ -11,8 +11,8 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from joint_models import HEAD_DIM, HEADS, TEXT, flux, flux_inputs, raster, sd3, sd3_inputs
 
 from sit_atconv import swap_attention
-from sit_atconv.errors import InputError
 from sit_atconv.ops.atconv import on_grid
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import calibration, regress
 from sit_atconv.swap.joint import JointATConv
 from sit_atconv.swap.models import ATConvFluxTransformer2DModel, ATConvSD3Transformer2DModel

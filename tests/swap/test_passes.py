@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sit_atconv import swap_attention
-from sit_atconv.errors import InputError
-from sit_atconv.hooks import recorded
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.hooks import recorded
 from sit_atconv.swap.grid import raster_of_ids
 
 KINDS = ("dit", "pixart", "unet", "sd3", "flux", "vit")

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import regress, swap_attention
 
 

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.ops.atconv.reference import dynamic_depthwise_conv, shifts
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import SwapAdapter, register_adapter, swap_attention
 from sit_atconv.swap.adapters import _ADAPTERS
 from sit_atconv.swap.grafts import SelfAttentionGraft

@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import nn
 
 import sit_atconv
-from sit_atconv.errors import InputError
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import AttentionSwap, SwapAdapter, adapters, register_adapter, regress, save_delta, swap_attention
 from sit_atconv.swap.calibration import LayerReport, SwapReport
 from sit_atconv.swap.grid import GridHook

@@ -12,8 +12,8 @@ from timm.layers import PatchDropout
 from torch import nn
 
 from sit_atconv import swap_attention
-from sit_atconv.errors import InputError
 from sit_atconv.ops.atconv import on_grid
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.prefix import PrefixATConv
 
 PATCH, WIDTH, HEADS = 4, 12, 2

@@ -14,12 +14,12 @@ from sampled import sampled
 
 from experiments import distill_swap
 from sit_atconv import SiTTransformer2DModel
-from sit_atconv.checkpoint import load_trained
 from sit_atconv.config import Distill, load_recipe, make_recipe
 from sit_atconv.data.digits import Digits
-from sit_atconv.errors import InputError
 from sit_atconv.latents.encode import encode
 from sit_atconv.layers.attention import Attention
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.training.checkpoint import load_trained
 from sit_atconv.training.objectives.distill import (
     Distillation,
     load_teacher,

@@ -14,19 +14,18 @@ import torch
 from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe
 
 import train_sit
-from sit_atconv import checkpoint, ema
 from sit_atconv.config import load_recipe
-from sit_atconv.errors import InputError
 from sit_atconv.latents.codecs import IdentityCodec
-from sit_atconv.processes import agree
-from sit_atconv.signals import StopSignals
-from sit_atconv.training import loop
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.processes import agree
+from sit_atconv.runtime.signals import StopSignals
+from sit_atconv.training import checkpoint, ema, loop
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.trainer import Trainer
 
 DIES_OF_THE_SECOND = """
 import os, signal
-from sit_atconv.signals import StopSignals
+from sit_atconv.runtime.signals import StopSignals
 with StopSignals() as signals:
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == "SIGTERM"

@@ -13,16 +13,17 @@ from conftest import assert_same_bits, log_rows, run_recipe, weights
 from PIL import Image
 from sampled import item, sampled
 
-from sit_atconv import SiTTransformer2DModel, checkpoint, draws
+from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import Preview, Train, load_recipe
-from sit_atconv.draws import Stream
-from sit_atconv.ema import read_snapshots
-from sit_atconv.errors import InputError
-from sit_atconv.files import sha256
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.models.cost import count_macs
-from sit_atconv.signals import StopSignals
-from sit_atconv.training import activities
+from sit_atconv.runtime import draws
+from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import sha256
+from sit_atconv.runtime.signals import StopSignals
+from sit_atconv.training import activities, checkpoint
+from sit_atconv.training.ema import read_snapshots
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.loop import train
 from sit_atconv.training.objectives.flow import FlowObjective, build_model

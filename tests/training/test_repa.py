@@ -16,9 +16,9 @@ from tiny_vit import ARGS, HEADS, MEAN, PATCH, STD, WIDTH, save_vit
 from torch import nn
 
 from sit_atconv.config import Repa
-from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.models.sit import create_model
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.training.objectives.repa import AlignedModel, ImageEncoder, align, repa_loss
 
 

@@ -10,8 +10,8 @@ from tiny_vit import save_vit
 
 from sit_atconv.config import load_recipe
 from sit_atconv.data.folder import Folder
-from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import build_model
 from sit_atconv.training.objectives.repa import ImageEncoder, align, repa_loss

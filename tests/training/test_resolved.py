@@ -8,10 +8,10 @@ import yaml
 from conftest import ROOT, assert_same_bits, run_recipe, weights
 
 from sit_atconv import config
-from sit_atconv.comparison import flat
 from sit_atconv.config import load_recipe, make_recipe, to_dict
-from sit_atconv.errors import InputError
 from sit_atconv.models import sit
+from sit_atconv.runtime.comparison import flat
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.training import resolved as resolving
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.resolved import resolved

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from conftest import assert_same_bits, log_rows, run_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
 
 
 def scalars(run, tag: str) -> dict[int, float]:

@@ -9,10 +9,10 @@ import math
 
 import torch
 
-from sit_atconv.errors import check_choice
 from sit_atconv.ops.atconv import operator, pooling
 from sit_atconv.ops.atconv.operator import BACKEND_VARIABLE, BACKENDS, choose_backend
 from sit_atconv.ops.atconv.reference import inhibit
+from sit_atconv.runtime.errors import check_choice
 
 POOLS = ("raster", "grid")
 

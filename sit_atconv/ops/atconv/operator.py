@@ -14,7 +14,9 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
-from sit_atconv.compat.torch import (
+from sit_atconv.ops.atconv import conv, inlined, native, reference
+from sit_atconv.ops.forward_mode import forward_mode, levels
+from sit_atconv.runtime.compat.torch import (
     SingleLevelFunction,
     any_requires_grad,
     enable_single_level_autograd_function,
@@ -23,9 +25,7 @@ from sit_atconv.compat.torch import (
     redispatch_below_autograd,
     set_forward_grad_enabled,
 )
-from sit_atconv.errors import InputError, check_choice
-from sit_atconv.ops.atconv import conv, inlined, native, reference
-from sit_atconv.ops.forward_mode import forward_mode, levels
+from sit_atconv.runtime.errors import InputError, check_choice
 
 # Of the operators in torch.ops: the package's name. An exported pipeline has this module in a package of another name
 # (`pipelines.bundle`), since it may be loaded beside this one or beside an export of another version.

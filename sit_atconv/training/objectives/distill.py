@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from sit_atconv import config
-from sit_atconv.checkpoint import load_trained
-from sit_atconv.console import say
 from sit_atconv.data.samples import Batch, TrainingSamples
-from sit_atconv.errors import InputError
-from sit_atconv.hooks import recorded
 from sit_atconv.layers.attention import Attention
-from sit_atconv.limits import check_kernel
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.processes import is_main
+from sit_atconv.runtime.console import say
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.hooks import recorded
+from sit_atconv.runtime.limits import check_kernel
+from sit_atconv.runtime.processes import is_main
 from sit_atconv.swap.choosing import choose
 from sit_atconv.swap.identity import teacher_of
 from sit_atconv.swap.swapping import swap_attention
+from sit_atconv.training.checkpoint import load_trained
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.objectives.objective import Forward

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sit_atconv.checkpoint import load_weights, write_pretrained
 from sit_atconv.config import Recipe
 from sit_atconv.data.samples import Batch, TrainingSamples
-from sit_atconv.devices import import_compiler
-from sit_atconv.ema import Averages
-from sit_atconv.errors import InputError
-from sit_atconv.fields import idle
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
-from sit_atconv.limits import check_kernel
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
+from sit_atconv.runtime.devices import import_compiler
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.fields import idle
+from sit_atconv.runtime.limits import check_kernel
+from sit_atconv.training.checkpoint import load_weights, write_pretrained
+from sit_atconv.training.ema import Averages
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.objective import Forward, Objective
 from sit_atconv.training.optimizer import learning_rate, make_optimizer

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sit_atconv.checkpoint import Part
 from sit_atconv.data.samples import Batch, Samples
-from sit_atconv.errors import InputError
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.training.checkpoint import Part
 from sit_atconv.training.log import TIME_BINS
 
 

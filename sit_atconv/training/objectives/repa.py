@@ -14,15 +14,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sit_atconv import config
-from sit_atconv.checkpoint import Part
 from sit_atconv.data.samples import Batch
-from sit_atconv.errors import InputError
 from sit_atconv.layers.projectors import Projectors, write_projectors
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.vit import is_rgb, load_vit
+from sit_atconv.runtime.weights import digest_of
+from sit_atconv.training.checkpoint import Part
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.objectives.objective import Forward
-from sit_atconv.vit import is_rgb, load_vit
-from sit_atconv.weights import digest_of
 
 
 class ImageEncoder(nn.Module):

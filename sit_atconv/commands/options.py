@@ -1,0 +1,124 @@
+"""Options that several commands have; read without torch."""
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from sit_atconv.flow.sde import SDE_SAMPLERS
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import add_force
+from sit_atconv.runtime.fields import CHOICES, DEFAULT, HELP, WHEN
+from sit_atconv.runtime.limits import RANGE, Range
+from sit_atconv.runtime.precision import DTYPES
+from sit_atconv.sampling.settings import Sampling, flag, in_short
+from sit_atconv.scoring import BATCH
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe of a command, and what is laid over it."""
+    parser.add_argument("recipe", help="name of a recipe, see `sit-atconv recipes`, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
+
+
+def add_training_mode(parser: argparse.ArgumentParser) -> None:
+    """What a trainer does with its recipe."""
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--dry-run", action="store_true",
+        help="print size, compute, memory and schedule, then stop; data and vae are opened where the recipe does not "
+        "state what they decide",
+    )  # fmt: skip
+    mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
+    mode.add_argument(
+        "--force", action="store_true", help="set aside (NAME.aside) what is at run.out and is not this run, and begin"
+    )
+
+
+def add_number(parser: argparse.ArgumentParser, name: str, within: Range, default: Any, about: str, **more) -> None:
+    """The option of a number within a range; its help ends in the default. more: as `add_argument` takes it."""
+    parser.add_argument(name, **within.flag, default=default, help=f"{about} (default: {default})", **more)
+
+
+def add_out(parser: argparse.ArgumentParser, about: str, **more) -> None:
+    """The option of what is written, and --force beside it. more: as `add_argument` takes it."""
+    parser.add_argument("--out", help=about, **more)
+    add_force(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser, dtypes: Iterable[str] = DTYPES) -> None:
+    parser.add_argument("--dtype", choices=dtypes, default="fp32", help="dtype of the network (default: fp32)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="default: cuda where there is one")
+
+
+def add_settings(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """The options of Sampling, each stored under its name there, less those left out."""
+    of_sde, plain = parser.add_argument_group(f"SDE samplers ({', '.join(SDE_SAMPLERS)})"), Sampling()
+    for entry in dataclasses.fields(Sampling):
+        if entry.name in leave_out:
+            continue
+        said, default = entry.metadata, getattr(plain, entry.name)
+        options = said[RANGE].flag if RANGE in said else {"choices": said[CHOICES]}
+        if isinstance(default, list):
+            options |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
+        acting = said.get(DEFAULT, default)
+        shown = "" if acting is None else f" (default: {_text(acting)})"
+        (of_sde if WHEN in said else parser).add_argument(
+            flag(entry.name), dest=entry.name, **options, default=default, help=f"{said[HELP]}{shown}"
+        )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, its ema/ folder, or a model"
+    )
+    add_settings(parser)
+    add_number(parser, "--seed", limits.SEED, 0, "noise of image i is drawn from (seed, i)")
+    add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
+    parser.add_argument(
+        "--vae", metavar="PATH", help="the autoencoder of a model alone, or of a checkpoint's that moved"
+    )
+    add_device_options(parser)
+
+
+def sampling_asked(args: argparse.Namespace) -> Sampling:
+    """The settings that `add_settings` read. Raises InputError for a value that cannot be, or does nothing."""
+    with in_short():
+        return Sampling(
+            **{entry.name: vars(args)[entry.name] for entry in dataclasses.fields(Sampling) if entry.name in args}
+        )
+
+
+def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands that extract take: what may follow a recipe, before options or after them; and the options."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="laid over a recipe, e.g. data.root=DIR data.image_size=64"
+    )
+    parser.add_argument(
+        "--extractor", default="inception", metavar="SPEC",
+        help='inception (default), digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", or '
+        '"package.module:callable" for a module of your own',
+    )  # fmt: skip
+    parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
+    parser.add_argument(
+        "--batch", **limits.BATCH.flag, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})"
+    )
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--allow-lossy", action="store_true", help="let JPEG and WebP in")
+
+
+def add_features_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that leave features behind."""
+    parser.add_argument(
+        "--features", metavar="DIR", help="folder to put features into, and to find them in (default: by the images)"
+    )

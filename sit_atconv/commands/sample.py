@@ -1,0 +1,88 @@
+"""Draw images from a trained model into one picture: of random classes, or of the classes asked for."""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+from sit_atconv.commands.options import add_number, add_out, add_sampling_options, sampling_asked
+from sit_atconv.runtime import limits
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import REPORT, check_checkpoint, check_out, write_out
+from sit_atconv.sampling import SCHEDULERS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sampling_options(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--classes", **limits.CLASS_ID.flag, nargs="+", metavar="ID", help="one image of each, in this order"
+    )
+    add_number(which, "--num", limits.PICTURE, 16, "images of random classes")
+    parser.add_argument(
+        "--rows", **limits.PICTURE.flag, default=1, help="with --classes: rows of the grid, one image per class each"
+    )
+    parser.add_argument(
+        "--scheduler", choices=SCHEDULERS, help="a diffusers scheduler in the place of --sampler; --steps are its steps"
+    )
+    parser.set_defaults(sampler=None)  # told from one that was asked for
+    add_out(parser, "PNG file (default: grid.png)", default="grid.png")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, write the picture, and say what it took."""
+    if args.rows != 1 and not args.classes:
+        raise InputError(f"--rows {args.rows} goes with --classes")
+    if Path(args.out).suffix.lower() != ".png":
+        raise InputError(f"--out {args.out}: must end in .png")
+    check_out(args.out, force=args.force, ours=REPORT)
+    if args.scheduler and args.sampler:
+        raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
+    if args.scheduler and args.epsilon is not None:
+        raise InputError(f"--epsilon {args.epsilon:g} does nothing with --scheduler {args.scheduler}; leave one out")
+    args.sampler = args.sampler or "euler"
+    args.sampling = sampling_asked(args)
+    check_checkpoint(args.ckpt)
+
+    from sit_atconv.runtime.devices import numerics
+
+    with numerics():
+        _draw(args)
+
+
+def _draw(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from sit_atconv.sampling.sampling import check_labels, generate, grid_png, random_label
+    from sit_atconv.sampling.setup import setup
+
+    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae)
+    draw = generate
+    if args.scheduler:
+        from sit_atconv.sampling.schedulers import generate as generate_scheduled
+        from sit_atconv.sampling.schedulers import make_scheduler
+
+        draw = partial(generate_scheduled, make_scheduler(args.scheduler, ready.trained.model))
+    classes = ready.trained.model.config.num_classes
+    labels = args.rows * args.classes if args.classes else []
+    if len(labels) > limits.PICTURE.most:
+        raise InputError(
+            f"--rows {args.rows}: {len(labels):,} images; one picture holds at most {limits.PICTURE.most:,}"
+        )
+    check_labels(labels, classes)
+    labels = labels or [random_label(args.seed, index, classes) for index in range(args.num)]
+
+    images, nfe, start = [], 0, time.perf_counter()
+    with tqdm(total=len(labels), desc="sample", unit="image") as bar:
+        for first in range(0, len(labels), args.batch):
+            part = labels[first : first + args.batch]
+            indices = range(first, first + len(part))
+            batch, evaluations = draw(ready.trained.model, ready.codec, indices, part, ready.sampling, args.seed)
+            images.append(batch)
+            nfe += evaluations * len(part)
+            bar.update(len(part))
+    seconds = (time.perf_counter() - start) / len(labels)
+    columns = len(args.classes) if args.classes else max(1, round(len(labels) ** 0.5))
+    write_out(args.out, grid_png(torch.cat(images), columns), force=args.force)
+    print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}, {seconds:.3f} s per image")

@@ -1,0 +1,54 @@
+"""Score samples against a reference: numbers with error bars, and all that is needed to repeat them, as JSON."""
+
+import argparse
+import json
+from pathlib import Path
+
+from sit_atconv.commands.options import add_extractor_arguments, add_features_argument
+from sit_atconv.runtime.errors import add_force
+from sit_atconv.runtime.files import check_out, write_out
+from sit_atconv.scoring import STREAMS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("samples", metavar="SRC", help="folder of samples, npz with arr_0, or folder of their features")
+    parser.add_argument(
+        "--ref", required=True,
+        help="npz with mu and sigma (ADM's, or of build-ref), npz or folder of images, a recipe (.yaml) for what it "
+        "trains on, folder of features, or digits for the real ones in their own classifier's features; --extractor is "
+        "by default the one that it records",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics", metavar="LIST",
+        help=f"of {', '.join(STREAMS)}, parted by commas; default: all that extractor and reference allow, but fdd",
+    )  # fmt: skip
+    add_extractor_arguments(parser)
+    add_features_argument(parser)
+    parser.add_argument("--dinov2", metavar="NAME", help="the ViT for fdd beside fid, as --extractor dinov2:NAME")
+    parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the folder, or STEM.metrics.json")
+    add_force(parser)
+    parser.set_defaults(extractor=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score, write the JSON, print the scores. Raises InputError for what cannot be scored; then nothing is written."""
+    from sit_atconv.scoring.result import bars_told
+    from sit_atconv.scoring.score import RESULT, score, table
+
+    path = Path(args.samples)
+    default = path / "metrics.json" if path.is_dir() else path.with_suffix(".metrics.json")
+    out = Path(args.out) if args.out else default
+    check_out(out, force=args.force, ours=RESULT)
+    scored = score(
+        args.samples, args.ref, args.metrics, args.extractor, args.weights, args.dinov2, args.device, args.batch,
+        args.allow_lossy, args.features, args.overrides,
+    )  # fmt: skip
+    if scored is None:
+        return
+    result, notes = scored
+    write_out(out, json.dumps(result, indent=1, allow_nan=False), force=args.force, ours=RESULT)
+    print(table(result["metrics"], result["error_bars"]["upper_bound"]))
+    for note in notes:
+        print(note)
+    print(bars_told(result["error_bars"]))
+    print(f"written to {out}")

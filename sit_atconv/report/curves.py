@@ -1,0 +1,188 @@
+"""Curves and intervals as inline SVG; colours come from the page's style, by the number of the series."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from sit_atconv.report.markup import Markup, tag
+
+POINTS = 300  # of a curve at most; beyond it, neighbours are drawn as their mean, in a band from least to greatest
+LOG_RATIO = 50  # greatest to least value from which on an axis is logarithmic
+WIDTH, HEIGHT = 400, 240  # of a chart, as wide on the page as a phone: the type keeps its size
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 38
+COLOURS, DASHES = 6, ("", "7 3", "2 3", "9 3 2 3")
+Points = Sequence[tuple[float, float | None]]
+Axis = Callable[[float], float]  # from a value to its place
+
+
+@dataclass
+class Series:
+    """One curve: its legend, its number (colour and dash), and points (x, y); y None where nothing was measured."""
+
+    name: str
+    number: int
+    points: Points
+
+    @property
+    def values(self) -> list[float]:
+        return [y for _, y in self.points if y is not None]
+
+
+def style_of(number: int) -> dict[str, str]:
+    """Class and dash of a series; the first ones are told apart by either."""
+    return {"class_": f"s{number % COLOURS}", "stroke_dasharray": DASHES[number % len(DASHES)] or None}
+
+
+def thinned(points: Points) -> list[tuple[float, float | None, float | None, float | None]]:
+    """Points (x, mean, least, greatest), POINTS at most, each of equally many neighbours."""
+    size = math.ceil(len(points) / POINTS) or 1
+    result = []
+    for first in range(0, len(points), size):
+        part = points[first : first + size]
+        x, values = math.fsum(x for x, _ in part) / len(part), [y for _, y in part if y is not None]
+        mean = math.fsum(values) / len(values) if values else None
+        result.append((x, mean, min(values, default=None), max(values, default=None)))
+    return result
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from low to high: `about` of them, and two at least."""
+    most = 1.5 * (high - low) / about  # of a step; two fit in for `about` from 3 on
+    power = 10.0 ** math.floor(math.log10(most))
+    step = max(factor * power for factor in (1, 2, 2.5, 5) if factor * power <= most * (1 + 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from low to high; with 2 and 5 between, where they are few; every other one, where many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
+    found = [factor * 10.0**power for power in powers for factor in factors]
+    found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+    return found[:: math.ceil(len(found) / 7)]
+
+
+def short(value: float) -> str:
+    """A number of few signs: 25k, 0.002, 1e-5."""
+    for power, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= power:
+            return f"{value / power:.4g}{unit}"
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def _axis(
+    values: Sequence[float], room: float, start: float, stop: float, log: bool = False
+) -> tuple[float, float, Axis]:
+    """What an axis goes from and to, which is the values and a share of their range beyond; and the axis."""
+    low, high = min(values), max(values)
+    if log:
+        beyond = (high / low) ** room
+        low, high = low / beyond, high * beyond
+    else:
+        span = (high - low) or abs(high) or 1.0
+        span = max(span, 1e-9 * max(abs(low), abs(high)))  # fewer digits than that no label shows
+        low, high = low - room * span, high + room * span
+
+    def at(value: float) -> float:
+        least, most, value = (math.log(each) if log else each for each in (low, high, value))
+        return start + (stop - start) * (value - least) / (most - least)
+
+    return low, high, at
+
+
+def chart(series: Sequence[Series], x_label: str, alt: str) -> tuple[Markup, bool]:
+    """The curves over one another, at least one of which has a value; also whether the axis is logarithmic."""
+    values = [value for each in series for value in each.values]
+    log = min(values) > 0 and max(values) / min(values) >= LOG_RATIO
+    left, right, x = _axis([x for each in series for x, _ in each.points], 0.02, LEFT, WIDTH - RIGHT)
+    low, high, y = _axis(values, 0.06, HEIGHT - BOTTOM, TOP, log)
+    marks = log_ticks(low, high) if log else []
+    if len(marks) < 2:
+        marks = ticks(low, high)
+    lines: list[Markup] = []
+    for value in marks:
+        lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value), class_="rule"))
+        lines.append(tag("text", short(value), x=LEFT - 6, y=y(value) + 4, text_anchor="end"))
+    for value in ticks(left, right):
+        lines.append(tag("text", short(value), x=x(value), y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
+    lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="axis"))
+    lines.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, text_anchor="middle"))
+    for each in series:
+        lines += _curve(each, x, y)
+    return tag("svg", lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=alt, class_="chart"), log
+
+
+def _curve(series: Series, x: Axis, y: Axis) -> list[Markup]:
+    """A line per stretch without gaps, over the band where points stand for several; a lone point as a dot."""
+    drawn, style = [], style_of(series.number)
+    for measured, points in groupby(thinned(series.points), lambda point: point[1] is not None):
+        stretch = list(points) if measured else []
+        line = [f"{x(at):.1f},{y(mean):.1f}" for at, mean, _, _ in stretch]
+        if any(least != greatest for _, _, least, greatest in stretch):
+            upper = [f"{x(at):.1f},{y(greatest):.1f}" for at, _, _, greatest in stretch]
+            lower = [f"{x(at):.1f},{y(least):.1f}" for at, _, least, _ in reversed(stretch)]
+            drawn.append(tag("polygon", points=" ".join(upper + lower), class_=f"band {style['class_']}"))
+        if len(stretch) > 1:
+            drawn.append(tag("polyline", points=" ".join(line), **style | {"class_": f"line {style['class_']}"}))
+        if len(stretch) == 1 or len(series.points) <= 12:
+            for at, mean, _, _ in stretch:
+                drawn.append(tag("circle", cx=x(at), cy=y(mean), r=3.5, class_=f"dot {style['class_']}"))
+    return drawn
+
+
+def swatch(number: int) -> Markup:
+    """A piece of a series' line, as a legend has it."""
+    style = style_of(number)
+    line = tag("line", x1=1, x2=27, y1=6, y2=6, **style | {"class_": f"line {style['class_']}"})
+    return tag("svg", line, viewBox="0 0 28 12", class_="swatch", aria_hidden="true")
+
+
+@dataclass
+class Interval:
+    """A value, its standard error and its corrected value, each None where not measured; number: of the series.
+
+    upper_bound: the error is at most this, and the corrected value at least. needs: images without which there is no
+    corrected value, None where that is not why.
+    """
+
+    number: int
+    value: float | None
+    se: float | None
+    corrected: float | None
+    upper_bound: bool = False
+    needs: int | None = None
+
+
+STRIP, ROW = 220, 18  # width of a strip of intervals, height of one of them
+
+
+def intervals(rows: Sequence[Interval], alt: str) -> Markup:
+    """Dots at the values with a bar to one standard error and a line to two on either side, corrected as a diamond.
+
+    At least one row has a value.
+    """
+    shown = [row for row in rows if row.value is not None]
+    ends = [row.value + sign * 2 * (row.se or 0) for row in shown for sign in (-1, 1)]
+    ends += [row.corrected for row in shown if row.corrected is not None]
+    low, high, x = _axis(ends, 0.08, 8, STRIP - 8)
+    height = ROW * len(rows) + 22
+    lines = [tag("line", x1=8, x2=STRIP - 8, y1=height - 18, y2=height - 18, class_="axis")]
+    for value in ticks(low, high, 3):
+        lines.append(tag("line", x1=x(value), x2=x(value), y1=2, y2=height - 15, class_="rule"))
+        near = "start" if x(value) < 24 else "end" if x(value) > STRIP - 24 else "middle"
+        lines.append(tag("text", short(value), x=x(value), y=height - 4, text_anchor=near))
+    for index, row in enumerate(rows):
+        if row.value is None:
+            continue
+        y, colour = ROW * index + ROW / 2 + 2, style_of(row.number)["class_"]
+        for count, width in ((2, 1.5), (1, 5)) if row.se else ():
+            ends = {"x1": x(row.value - count * row.se), "x2": x(row.value + count * row.se)}
+            lines.append(tag("line", **ends, y1=y, y2=y, stroke_width=width, class_=f"error {colour}"))
+        if row.corrected is not None:
+            at = x(row.corrected)
+            points = f"{at - 5:.1f},{y} {at:.1f},{y - 5} {at + 5:.1f},{y} {at:.1f},{y + 5}"
+            lines.append(tag("polygon", points=points, class_=f"corrected {colour}"))
+        lines.append(tag("circle", cx=x(row.value), cy=y, r=4.5, class_=f"dot {colour}"))
+    return tag("svg", lines, viewBox=f"0 0 {STRIP} {height}", role="img", aria_label=alt, class_="strip")

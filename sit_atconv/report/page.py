@@ -1,0 +1,601 @@
+"""The page of a report: what was read, in the order that a reader asks for it."""
+
+import base64
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sit_atconv.report.curves import Interval, Series, chart, intervals, swatch
+from sit_atconv.report.markup import Content, Markup, markup, tag
+from sit_atconv.report.pictures import CLASSES, PER_CLASS, grid, preview
+from sit_atconv.report.runs import Run, SampleSet, at
+from sit_atconv.runtime.comparison import flat
+from sit_atconv.runtime.files import MARK
+from sit_atconv.scoring.result import bars_told, needs, number
+from sit_atconv.scoring.score import FRECHET
+
+STYLE = Path(__file__).with_name("style.css")
+UNMEASURED = tag("span", "not measured", class_="none")
+UNRECORDED = tag("span", "not recorded", class_="none")
+# What a metric is called, and which way it gets better.
+METRICS = {
+    "fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "fdd": ("FD-DINOv2", "lower"),
+    "frechet_distance": ("Fréchet distance", "lower"), "is": ("Inception score", "higher"),
+    "precision": ("Precision", "higher"), "recall": ("Recall", "higher"), "density": ("Density", "higher"),
+    "coverage": ("Coverage", "higher"), "kid": ("KID", "lower"), "recognised": ("Recognised", "higher"),
+    "classifier_heldout_accuracy": ("Classifier on held-out images", None),
+}  # fmt: skip
+CURVES = {
+    "loss": "Training loss", "repa_loss": "REPA loss", "grad_norm": "Gradient norm", "lr": "Learning rate",
+    "update_ratio": "Update ratio |Δw| / |w|", "images_per_second": "Training images per second",
+}  # fmt: skip
+TOLD = 12  # differences at most that a warning tells
+
+
+@dataclass
+class Column:
+    """A place for samples beside others: the run and its number, and the samples, None where the run has none there.
+
+    name: in the whole page; title: in its own section.
+    """
+
+    number: int
+    run: Run
+    samples: SampleSet | None
+    name: str
+    title: str
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.samples.manifest if self.samples else {}
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.samples.metrics if self.samples else {}
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page, as ASCII. Raises InputError for pictures that cannot be read."""
+    groups = _sample_sections(runs)
+    columns = [column for _, group in groups for column in group]
+    sections = [
+        *(
+            (f"samples-{index}", title, _samples(group, 1 / len(columns)))
+            for index, (title, group) in enumerate(groups)
+        ),
+        ("training", "Training", _training(runs)),
+        ("speed", "Speed", _speed(runs, columns)),
+        ("settings", "Settings", _settings(runs, columns)),
+        ("hashes", "Hashes", _hashes(runs, columns)),
+        ("versions", "Versions", _versions(runs, columns)),
+    ]
+    names = [run.name for run in runs]
+    title = f"{names[0]}: report" if len(runs) == 1 else f"{' | '.join(names)}: side by side"
+    style = STYLE.read_text(encoding="ascii")
+    allowed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="generator", content=MARK),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Markup(style)),
+    )
+    contents = tag("nav", tag("ul", [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]))
+    body = [tag("section", tag("h2", title), content, id=name) for name, title, content in sections]
+    page = tag("html", head, tag("body", tag("header", _header(runs), contents), tag("main", body)), lang="en")
+    return ("<!doctype html>\n" + page + "\n").encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _sample_sections(runs: Sequence[Run]) -> list[tuple[str, list[Column]]]:
+    """Title and columns of each section of samples: one for the only ones of every run, else one per name."""
+    names = dict.fromkeys(samples.name for run in runs for samples in run.sets)
+    if all(len(run.sets) <= 1 for run in runs):
+        columns = []
+        for index, run in enumerate(runs):
+            samples = run.sets[0] if run.sets else None
+            name = f"{run.name}: {samples.name}" if samples and run.trained else run.name
+            columns.append(Column(index, run, samples, name, name))
+        return [(f"Samples: {next(iter(names))}" if len(runs) == 1 and names else "Samples", columns)]
+    sections = []
+    for name in names:
+        columns = []
+        for index, run in enumerate(runs):
+            samples = next((each for each in run.sets if each.name == name), None)
+            columns.append(Column(index, run, samples, f"{run.name}: {name}" if len(runs) > 1 else name, run.name))
+        sections.append((f"Samples: {name}", columns))
+    return sections
+
+
+def _table(
+    caption: str, head: Sequence[Content], rows: Sequence[tuple[Content, Sequence[Content]]], class_=""
+) -> Markup:
+    """A table with a heading per column and row, which scrolls within its box."""
+    lines = [tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells]) for name, cells in rows]
+    table = tag(
+        "table",
+        tag("caption", tag("span", caption)),
+        tag("thead", tag("tr", [tag("th", each, scope="col") for each in head])),
+        tag("tbody", lines),
+        class_=class_ or None,
+    )
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
+
+
+def _compared(
+    caption: str, corner: str, heads: Sequence[Content], facts: Sequence[Mapping[str, Content]], folded: bool = False
+) -> Markup:
+    """A table with a column of each of the facts, and a row for every name in any of them."""
+    names = dict.fromkeys(name for each in facts for name in each)
+    table = _table(
+        caption, [corner, *heads], [(name, [each.get(name, UNRECORDED) for each in facts]) for name in names]
+    )
+    return tag("details", tag("summary", caption), table) if folded else table
+
+
+def _chip(index: int, name: str, runs: int) -> Markup:
+    """A run's name, behind a piece of its curve where there are several."""
+    return markup([swatch(index) if runs > 1 else None, name])
+
+
+def _run_heads(runs: Sequence[Run]) -> list[Markup]:
+    return [_chip(index, run.name, len(runs)) for index, run in enumerate(runs)]
+
+
+def _heads(columns: Sequence[Column]) -> list[Markup]:
+    several = len({column.number for column in columns})
+    return [_chip(column.number, column.name, several) for column in columns]
+
+
+def _quantity(value: Any, digits: int = 4, unit: str = "") -> Markup | str:
+    found = number(value)
+    if found is None:
+        return UNMEASURED
+    text = f"{found:,}" if isinstance(found, int) else f"{found:,.{digits}g}"
+    if "e+" in text:
+        text = f"{found:,.0f}"
+    return f"{text}{unit}"
+
+
+def _fact(value: Any) -> Markup | str:
+    if value is None:
+        return UNRECORDED
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _hash(value: Any) -> Markup:
+    return UNRECORDED if value is None else tag("code", _fact(value))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _with_error(value: float, se: float | None) -> tuple[str, str | None]:
+    """The value with as many digits as its error has a use for, and the error."""
+    if not se:
+        return f"{value:.4g}", None if se is None else "0"
+    digits = min(8, max(0, 1 - math.floor(math.log10(se))))
+    return f"{value:,.{digits}f}", f"{se:,.{digits}f}"
+
+
+def _header(runs: Sequence[Run]) -> list[Content]:
+    title = tag("h1", " vs ".join(run.name for run in runs))
+    facts = [_key_facts(run) for run in runs]
+    if len(runs) > 1:
+        about = tag("p", f"{len(runs)} runs side by side", class_="soft")
+        return [title, about, _compared("Key facts", "", _run_heads(runs), facts)]
+    cards = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts[0].items()]
+    about = tag("p", "Report of ", "a training run" if runs[0].trained else "samples", class_="soft")
+    return [title, about, tag("dl", cards, class_="facts")]
+
+
+def _key_facts(run: Run) -> dict[str, Content]:
+    manifests = [samples.manifest for samples in run.sets]
+    stated = [at(manifest, "training") for manifest in manifests]
+
+    def training(key: str) -> Any:
+        return _first(*(at(each, key) for each in stated))
+
+    last = run.log[-1] if run.log else {}
+    step = _first(last.get("step"), run.checkpoint.get("step"), *(manifest.get("step") for manifest in manifests))
+    goal = run.recipe.get("train.max_steps")
+    images = at(run.checkpoint, "data", "num_images")
+    data = run.recipe.get("data.kind")
+    trained = _quantity(step)
+    if number(step) is not None and number(goal) is not None and goal != step:
+        trained = f"{trained} of {_quantity(goal)}"
+    losses = [row["loss"] for row in run.log if number(row.get("loss")) is not None]
+    model = _first(run.recipe.get("model.name"), training("name"), "SiT of own sizes" if run.recipe else None)
+    seen = _first(last.get("images_seen"), run.checkpoint.get("images_seen"), training("images_seen"))
+    return {
+        "Model": _fact(model),
+        "Token mixer": _fact(_first(run.recipe.get("model.token_mixer"), training("token_mixer"))),
+        "Parameters": _quantity(training("params")),
+        "Data": _fact(f"{data}, {images:,} images" if number(images) is not None and data else data),
+        "Steps": trained,
+        "Images seen": _quantity(seen),
+        "Batch size": _quantity(run.recipe.get("train.batch_size")),
+        "Precision": _fact(_first(run.recipe.get("train.precision"), training("precision"))),
+        "Seed": _fact(_first(run.recipe.get("run.seed"), training("seed"))),
+        "Latest loss": _quantity(losses[-1] if losses else None),
+        "Sample sets": _quantity(len(run.sets)),
+    }
+
+
+def _samples(columns: Sequence[Column], share: float) -> list[Content]:
+    """share: of the page's budget of pictures, that each column has."""
+    grids = []
+    for column in columns:
+        head = tag("h3", _chip(column.number, column.title, len(columns))) if len(columns) > 1 else None
+        grids.append(tag("div", head, _grid(column, share)))
+    metrics = _metrics(columns)
+    warnings = [tag("p", text, class_="warn") for text in _warnings(columns)]
+    if len(columns) == 1:
+        return [warnings, tag("div", grids, tag("div", metrics), class_="beside with-metrics")]
+    return [tag("div", grids, class_="beside"), warnings, metrics]
+
+
+def _grid(column: Column, share: float) -> Markup:
+    samples = column.samples
+    if samples is None and column.run.preview:
+        file, step = column.run.preview
+        picture = preview(file, share)
+        text = (
+            f"Not measured: no samples of this run. Instead its newest preview, drawn while it was trained, at step "
+            f"{step:,}: samples of the EMA, of the classes in turn, row by row."
+        )
+        image = tag(
+            "img", src=picture.uri, width=picture.width, height=picture.height, class_="preview",
+            alt=f"Preview of {column.run.name} at step {step}: a grid of samples of the classes in turn",
+        )  # fmt: skip
+        return tag("figure", image, tag("figcaption", text))
+    shown = grid(samples, share) if samples else []
+    if not shown:
+        if samples is None:
+            reason = ["no samples in the run, and no preview."]
+        elif not samples.finished:
+            reason = ["these samples are not finished."]
+        else:
+            reason = ["the folder holds no images. ", _drawn(column.manifest)]
+        return tag("p", "Sample grid: ", UNMEASURED, "; ", reason)
+    cells, names = [], column.run.class_names
+    for label, row in shown:
+        name = "" if label is None else names[label] if label < len(names) else str(label)
+        what = f"{len(row)} sample{'s' * (len(row) != 1)}" + ("" if label is None else f" of class {name}")
+        images = [
+            tag("img", src=picture.uri, width=picture.width, height=picture.height, alt="", title=f"sample {index}",
+                class_="sharp" if picture.sharp else None)
+            for index, picture in row
+        ]  # fmt: skip
+        cells += [tag("span", name), tag("div", images, class_="row", role="img", aria_label=what)]
+    text = "The first samples by index, none chosen; they have no labels."
+    if shown[0][0] is not None:
+        classes = len(np.unique(samples.source.labels))
+        which = f"each of {CLASSES} of the {classes:,} classes" if classes > CLASSES else "each class"
+        text = f"The first samples of {which}, {PER_CLASS} at most, by index: none chosen."
+    return tag("figure", tag("div", cells, class_="samples"), tag("figcaption", text, " ", _drawn(column.manifest)))
+
+
+def _drawn(manifest: dict[str, Any]) -> str:
+    """How samples were made, in a line."""
+    if not manifest:
+        return "How they were made is not recorded."
+    guidance, weights = manifest.get("guidance_scale"), manifest.get("weights")
+    num, steps, step = (number(manifest.get(key)) for key in ("num", "steps", "step"))
+    parts = [
+        "Samples" if num is None else f"{_quantity(num)} samples",
+        manifest.get("sampler"),
+        None if steps is None else f"{steps} steps",
+        None if guidance is None else "no guidance" if guidance == 1 else f"guidance {guidance}",
+        f"{'EMA' if weights == 'ema' else weights} weights" if weights else None,
+        None if step is None else f"training step {_quantity(step)}",
+    ]
+    return ", ".join(str(part) for part in parts if part) + "."
+
+
+def _warnings(columns: Sequence[Column]) -> list[str]:
+    """What keeps metrics from being believed, or compared."""
+    found, scored = [], [column for column in columns if column.metrics]
+    for column in scored:
+        digests = column.samples.manifest_sha256, column.metrics.get("samples_manifest_sha256")
+        if None not in digests and digests[0] != digests[1]:
+            found.append(
+                f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); "
+                "score them again."
+            )
+    facts = [flat(column.samples.facts) for column in scored]
+    names = dict.fromkeys(name for each in facts for name in each)
+    differing = [name for name in names if any(each.get(name) != facts[0].get(name) for each in facts)]
+    if differing:
+        told = "; ".join(
+            f"{name.replace('_', ' ')} {' | '.join(_short(each.get(name)) for each in facts)}"
+            for name in differing[:TOLD]
+        )
+        if len(differing) > TOLD:
+            told += f"; and {len(differing) - TOLD} more"
+        found.append(f"These metrics were not measured in the same way and cannot be compared: {told}.")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "not recorded" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:12]}..." if len(text) >= 40 else text
+
+
+def _metrics(columns: Sequence[Column]) -> list[Content]:
+    found = dict.fromkeys(name for column in columns for name in column.metrics.get("metrics", {}))
+    names = [*(name for name in METRICS if name in found), *(name for name in found if name not in METRICS)]
+    if not names:
+        return [tag("p", "Metrics: ", UNMEASURED, "; `eval score` writes metrics.json beside the samples.")]
+    rows = []
+    for name in names:
+        each = [_estimate(column, name) for column in columns]
+        label, better = METRICS.get(name, (name, None))
+        shown = [label, tag("small", f"{'↓' if better == 'lower' else '↑'} {better} is better") if better else None]
+        told = "; ".join(f"{column.name} {_spoken(one)}" for column, one in zip(columns, each, strict=True))
+        drawn = [one for one in each if one.value is not None]
+        picture = intervals(each, f"{label}: {told}") if drawn else UNMEASURED
+        rows.append((shown, [*(_cell(name, one) for one in each), picture]))
+    one = len(columns) == 1
+    named = [_chip(column.number, column.title, len(columns)) for column in columns]
+    head = ["Metric", *(["Value ± standard error"] if one else named), "Interval"]
+    scored = next(column for column in columns if column.metrics)
+    bars = {column.title: bars_told(column.metrics["error_bars"]) for column in columns if column.metrics}
+    alike = set(bars.values())
+    errors = alike.pop() if len(alike) == 1 else " | ".join(f"{title}: {each}" for title, each in bars.items())
+    reference = at(scored.metrics, "reference", "name")
+    text = (
+        f"Value ± jackknife standard error ({errors}). Drawn: dot at the value, bar to one and line to two standard "
+        "errors. Corrected (diamond), where the bias is known: without its part that falls as 1/N. The reference's own "
+        "sampling error is in neither."
+    )
+    caption = f"Metrics against {reference or 'a reference that is not recorded'}" + (
+        f", {_short(scored.metrics.get('n'))} samples, protocol {scored.metrics.get('protocol') or 'not recorded'}"
+        if one
+        else ""
+    )
+    return [_table(caption, head, rows, "measured"), tag("p", text, class_="soft")]
+
+
+def _estimate(column: Column, name: str) -> Interval:
+    each = at(column.metrics, "metrics", name)
+    numbers = (number(at(each, key)) for key in ("value", "se", "corrected"))
+    bound = at(column.metrics, "error_bars", "upper_bound") or False
+    return Interval(column.number, *numbers, bound, number(at(each, "corrected_needs")))
+
+
+def _spoken(one: Interval) -> str:
+    if one.value is None:
+        return "not measured"
+    value, error = _with_error(one.value, one.se)
+    return f"{value}, error {'not measured' if error is None else 'at most ' * one.upper_bound + error}"
+
+
+def _cell(name: str, one: Interval) -> Content:
+    if one.value is None:
+        return UNMEASURED
+    value, error = _with_error(one.value, one.se)
+    least, most = ("≥ ", "≤ ") if one.upper_bound else ("", "")
+    cells: list[Content] = [value, " ± ", UNMEASURED if error is None else most + error]
+    if one.corrected is not None:
+        cells.append(tag("small", "corrected ", least + _with_error(one.corrected, one.se)[0]))
+    elif name in FRECHET:
+        cells.append(tag("small", "corrected ", UNMEASURED if one.needs is None else needs(one.needs)))
+    return cells
+
+
+def _training(runs: Sequence[Run]) -> list[Content]:
+    trained = [(index, run) for index, run in enumerate(runs) if run.trained]
+    if not trained:
+        return [tag("p", "Curves: ", UNMEASURED, "; these are samples alone, without their training run.")]
+    charts = []
+    for key, title in CURVES.items():
+        if key != "repa_loss" or any(key in row for _, run in trained for row in run.log):
+            charts.append(_curve(title, [_series(index, run, run.log, key) for index, run in trained]))
+    by_time = []
+    for index, run in trained:
+        stated = run.log[-1].get("loss_by_time") if run.log else None
+        bins = stated if isinstance(stated, list) else []
+        middles = [((place + 0.5) / len(bins), number(value)) for place, value in enumerate(bins)]
+        by_time.append(Series(run.name, index, middles))
+    charts.insert(1, _curve("Loss by time, at the latest report", by_time, "t (0 noise, 1 data)"))
+    names = dict.fromkeys(
+        key for _, run in trained for row in run.scores for key, value in row.items()
+        if key not in ("step", "num") and (value is None or type(value) in (int, float))
+    )  # fmt: skip
+    scores = []
+    for key in names:
+        title = METRICS.get(key, (key, None))[0]
+        scores.append(_curve(title, [_series(index, run, run.scores, key) for index, run in trained]))
+    return [
+        tag("h3", "Curves from log.jsonl"),
+        tag("div", charts, class_="charts"),
+        tag("h3", "Scores while training"),
+        tag("p", _scoring(trained), class_="soft") if names else tag("p", "Scores while training: ", UNMEASURED, "."),
+        tag("div", scores, class_="charts") if scores else None,
+    ]
+
+
+def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
+    ways = [
+        (run.name, _drawn({"num": run.scores[-1].get("num"), **_mapping(run.scores[-1].get("sampling"))}))
+        for _, run in trained
+        if run.scores
+    ]
+    same = len({way for _, way in ways}) == 1
+    told = ways[0][1] if same else " ".join(f"{name}: {way}" for name, way in ways)
+    return f"Of the EMA, as it was then. {told}"
+
+
+def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str) -> Series:
+    return Series(run.name, index, [(row["step"], number(row.get(key))) for row in rows])
+
+
+def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
+    """A figure of the series that have values; a legend says the last value of each."""
+    measured = [each for each in series if each.values]
+    legend = []
+    for each in series:
+        told: Content = UNMEASURED
+        if each.values:
+            x, value = next((x, y) for x, y in reversed(each.points) if y is not None)
+            lost = len(each.points) - len(each.values)
+            told = [
+                f"{value:.4g} at {x_label.split()[0]} {x:,.4g}" if x_label != "step" else f"{value:.4g} at step {x:,}",
+                f"; {lost} of {len(each.points)} points not measured" if lost else None,
+            ]
+        legend.append(
+            tag("li", _chip(each.number, each.name, len(series)) if len(series) > 1 else "Latest", ": ", told)
+        )
+    if not measured:
+        return tag("figure", tag("h4", title), tag("p", UNMEASURED))
+    alt = f"{title} over {x_label}: " + "; ".join(
+        f"{each.name} from {each.values[0]:.4g} to {each.values[-1]:.4g}, least {min(each.values):.4g}, greatest "
+        f"{max(each.values):.4g}"
+        for each in measured
+    )
+    drawing, log = chart(measured, x_label, alt)
+    scale = tag("small", " (log scale)", class_="soft") if log else None
+    return tag("figure", tag("h4", title, scale), drawing, tag("figcaption", tag("ul", legend, class_="legend")))
+
+
+# Of a manifest of samples: what its key is called, and how it is said.
+SAMPLING = (
+    ("Seconds per image", "seconds_per_image", _quantity), ("NFE", "nfe", _quantity),
+    ("Processes", "processes", _quantity), ("Block of images", "block", _quantity),
+    ("Dtype", "dtype", _fact), ("Device", "device", _fact),
+)  # fmt: skip
+
+
+def _speed(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    sampled = [column for column in columns if column.samples]
+    title, facts = "Training: medians over the reports in log.jsonl", [_training_speed(run) for run in runs]
+    training = _compared(title, "Training", _run_heads(runs), facts)
+    if not sampled:
+        return [training, tag("p", "Speed of sampling: ", UNMEASURED, "; there are no samples.")]
+    facts = [{name: said(column.manifest.get(key)) for name, key, said in SAMPLING} for column in sampled]
+    sampling = _compared("Sampling: as the samples' manifest states it", "Sampling", _heads(sampled), facts)
+    nfe = tag("p", "NFE: evaluations of the network per image, guidance's included.", class_="soft")
+    return [training, sampling, nfe]
+
+
+def _training_speed(run: Run) -> dict[str, Content]:
+    def values(key: str) -> list[float]:
+        return [value for row in run.log if (value := number(row.get(key))) is not None]
+
+    def median(key: str, scale: float = 1.0) -> float | None:
+        return scale * statistics.median(found) if (found := values(key)) else None
+
+    return {
+        "Images per second": _quantity(median("images_per_second")),
+        "TFLOP per second": _quantity(median("flops_per_second", 1e-12)),
+        "Share of the device's peak": _quantity(median("peak_share", 100), 3, " %"),
+        "Share spent waiting for data": _quantity(median("data_wait", 100), 3, " %"),
+        "Most memory": _quantity((max(values("memory_bytes"), default=0) or math.nan) / 2**30, 3, " GiB"),
+        "Processes": _quantity(run.checkpoint.get("processes")),
+    }
+
+
+def _settings(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    keys = dict.fromkeys(key for run in runs for key in run.recipe)
+    # As text, in which 1 and True differ; one that is missing is none of them.
+    stated = [{key: repr(value) for key, value in run.recipe.items()} for run in runs]
+    differ = [key for key in keys if len({each.get(key) for each in stated}) > 1]
+    found: list[Content] = []
+    if not keys:
+        found.append(tag("p", "Recipe: ", UNRECORDED, "; there is no recipe.yaml."))
+    elif differ:
+        facts = [_coded({key: run.recipe[key] for key in differ if key in run.recipe}) for run in runs]
+        found.append(_compared("Where the recipes differ", "Key", _run_heads(runs), facts))
+    elif len(runs) > 1:
+        found.append(tag("p", "The recipes are the same."))
+    if keys:
+        shared = {key: runs[0].recipe[key] for key in keys if key not in differ}
+        title = "The whole recipe" if len(runs) == 1 else f"What the recipes share, {len(shared)} keys"
+        found.append(_compared(title, "Key", ["Value"], [_coded(shared)], folded=True))
+    for column in columns:
+        if column.samples:
+            # What has a place of its own: hashes, versions, and what the training was.
+            own = ("versions", "training", "checkpoint_sha256", "labels")
+            settings = flat({key: value for key, value in column.manifest.items() if key not in own})
+            title = f"Settings of the samples {column.name}"
+            if settings:
+                found.append(_compared(title, "Key", ["Value"], [_coded(settings)], folded=True))
+            else:
+                found.append(tag("p", f"{title}: ", UNRECORDED, "."))
+    return found
+
+
+def _coded(settings: Mapping[str, Any]) -> dict[str, Content]:
+    """Settings as rows, of which a null was stated, and is not missing."""
+    return {tag("code", key): tag("code", "null") if value is None else _fact(value) for key, value in settings.items()}
+
+
+def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    found: list[Content] = []
+    sampled = [column for column in columns if column.samples]
+    if sampled:
+        # SHA-256 by name; that of a single file has none.
+        weights = [column.manifest.get("checkpoint_sha256") or {} for column in sampled]
+        weights = [each if isinstance(each, dict) else {"": each} for each in weights]
+        extractors = [
+            {str(each["name"]): each.get("weights_sha256") for each in column.metrics.get("extractors") or ()}
+            for column in sampled
+        ]
+        rows: list[tuple[Content, list[Content]]] = [
+            ("Manifest of the samples", [_hash(column.samples.manifest_sha256) for column in sampled]),
+            ("Manifest that was scored", [_hash(column.metrics.get("samples_manifest_sha256")) for column in sampled]),
+            ("Pixels", [_hash(column.metrics.get("pixels_sha256")) for column in sampled]),
+            ("Reference", [_hash(at(column.metrics, "reference", "sha256")) for column in sampled]),
+        ]
+        for what, each in (("Extractor", extractors), ("Checkpoint", weights)):
+            for name in dict.fromkeys(name for one in each for name in one) or [""]:
+                heading = [what, tag("small", name) if name else None]
+                rows.append((heading, [_hash(one.get(name)) for one in each]))
+        found.append(_table("SHA-256 of what the scores stand on", ["Samples", *_heads(sampled)], rows))
+    files = [flat(_mapping(run.checkpoint.get("files"))) for run in runs]
+    if any(files):
+        facts = [
+            {
+                "Checkpoint": run.checkpoint_folder.name if run.checkpoint_folder else UNRECORDED,
+                **{tag("code", name): _hash(digest) for name, digest in each.items()},
+            }
+            for run, each in zip(runs, files, strict=True)
+        ]
+        title = "SHA-256 of the newest checkpoint's files"
+        found.append(_compared(title, "File", _run_heads(runs), facts, folded=True))
+    else:
+        found.append(tag("p", "Checkpoint: ", UNRECORDED, "."))
+    return found
+
+
+def _versions(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
+    stages: list[tuple[Content, dict[str, Any]]] = []
+    for index, run in enumerate(runs):
+        if run.trained:
+            name = _chip(index, run.name, len(runs)) if len(runs) > 1 else None
+            stages.append(([name, tag("small", "training")], run.checkpoint))
+    for column in columns:
+        if column.samples:
+            name = _chip(column.number, column.name, len(runs))
+            stages.append(([name, tag("small", "sampling")], column.manifest))
+            stages.append(([name, tag("small", "scoring")], column.metrics))
+    facts = [{name: _fact(value) for name, value in _mapping(stated.get("versions")).items()} for _, stated in stages]
+    if not any(facts):
+        return [tag("p", "Versions: ", UNRECORDED, ".")]
+    title = "Versions of the libraries, as each stage wrote them down"
+    return [_compared(title, "Library", [head for head, _ in stages], facts)]

@@ -1,0 +1,190 @@
+"""Write samples by index, with a manifest that says how they were made; goes on where it was stopped."""
+
+import argparse
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from sit_atconv.models.cost import count_parameters
+from sit_atconv.runtime import processes
+from sit_atconv.runtime.comparison import differences
+from sit_atconv.runtime.devices import numerics
+from sit_atconv.runtime.errors import InputError, option
+from sit_atconv.runtime.files import library_versions, shown
+from sit_atconv.runtime.pictures import UINT8_RULE
+from sit_atconv.runtime.signals import Interrupted, Interruptions
+from sit_atconv.sampling.labels import labels_rule, sample_labels
+from sit_atconv.sampling.samples import PLACES, Samples, check_place
+from sit_atconv.sampling.sampling import generate
+from sit_atconv.sampling.setup import Setup, setup
+
+T = TypeVar("T")
+
+
+@numerics(deterministic=True)
+def run(args: argparse.Namespace) -> None:
+    """Make the samples of `--out`, or what is missing of them; every process of a launch runs this.
+
+    Raises InputError for a folder of something else or with other settings, samples that are not finite, a disk that
+    does not take them, and whatever `setup` finds; the blocks made so far stay.
+    """
+    with Interruptions() as signals, processes.lost_ones_told():
+        # What they tell each other is short, and goes over gloo whatever their networks are on.
+        processes.join(cpu=True)
+        work = _Work(args, signals)
+        try:
+            work.run()
+        except Interrupted as stop:
+            if processes.is_main():
+                name, there = signal.Signals(stop.number).name, f"{work.done:,} of {args.num:,} images are there"
+                print(f"{name}: stopped; {there}, and the same command goes on from them", file=sys.stderr)
+            sys.exit(128 + stop.number)
+        finally:
+            processes.leave()
+
+
+class _Work:
+    """What one process does, in step with the others: a round is a block of each."""
+
+    def __init__(self, args: argparse.Namespace, signals: Interruptions):
+        self.args, self.signals, self.done = args, signals, 0
+
+    def run(self) -> None:
+        self._check_equal(self._each(self._prepare))
+        with closing(self.samples):
+            self._make_missing()
+
+    def _each(self, task: Callable[[], T]) -> list[T]:
+        """`processes.each`, of a task that a signal ends at once."""
+
+        def endable() -> T:
+            with self.signals.working():
+                return task()
+
+        return processes.each(endable)
+
+    def _first(self, task: Callable[[], T]) -> T:
+        return self._each(task if processes.is_main() else lambda: None)[0]
+
+    def _make_missing(self) -> None:
+        args = self.args
+        missing = self._first(self.samples.claim)
+        if missing is None:
+            self._say(f"{args.num} images in {args.out}: complete already, with these settings")
+            return
+        self.done = args.num - sum(len(self.samples.indices(number)) for number in missing)
+        with tqdm(
+            total=args.num, initial=self.done, desc="generate", unit="image", disable=not processes.is_main()
+        ) as bar:
+            for start in range(0, len(missing), processes.count()):
+                mine = missing[start + processes.rank() :][:1]
+                made = sum(self._each(lambda mine=mine: sum(map(self._make, mine))))
+                self.done += made
+                bar.update(made)
+        facts = {"processes": processes.count()}
+        manifest = self._first(lambda: self.samples.finish(facts))
+        self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}")
+
+    def _say(self, text: str) -> None:
+        if processes.is_main():
+            print(text)
+
+    def _prepare(self) -> dict[str, Any]:
+        """Load what the options name; the settings of the samples."""
+        args = self.args
+        check_place(args.out, args.force)
+        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True)
+        config, block = self.ready.trained.model.config, stated(args)["block"]
+        total = math.ceil(args.num / block) * block
+        self.labels = sample_labels(args.labels, args.num, total, args.seed, config.num_classes)
+        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]), args.force)
+        return self.samples.settings
+
+    def _check_equal(self, settings: list[dict[str, Any]]) -> None:
+        """Raise InputError where the processes have loaded different things, such as a run that is being trained."""
+        for other in settings[1:]:
+            if found := differences(settings[0], other, PLACES):
+                raise InputError(f"the processes do not sample the same: {found[0]}; name a checkpoint that stays")
+
+    def _make(self, number: int) -> int:
+        """Make a block, as many images as all others: for one block size an image has the same bits however many
+        follow it. Returns how many of them are kept."""
+        first, block, kept = number * self.samples.block, self.samples.block, self.samples.indices(number)
+        labels = self.labels[first : first + block]
+        ready, start = self.ready, time.perf_counter()
+        indices = range(first, first + block)
+        try:
+            model, seed = ready.trained.model, self.args.seed
+            images, nfe = generate(model, ready.codec, indices, labels, ready.sampling, seed, len(kept))
+        except torch.OutOfMemoryError:
+            asked, device = option("batch", self.args.batch), model.device
+            raise InputError(f"{asked}: {device} has not the memory; give a smaller one, and a new folder") from None
+        self.samples.write(number, images, nfe=nfe, seconds=time.perf_counter() - start)
+        return len(kept)
+
+
+def stated(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line alone says of the settings, under their names there; the model may move the epsilon."""
+    return {
+        "num": args.num,
+        "format": args.format,
+        "labels_rule": labels_rule(args.labels),
+        "block": min(args.batch, args.num),
+        "dtype": args.dtype,
+        "seed": args.seed,
+        **args.sampling.describe(),
+    }
+
+
+def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[str, Any]:
+    """All that decides the images, and what they came from."""
+    trained = ready.trained
+    return {
+        **stated(args),
+        "labels": labels,
+        **ready.sampling.describe(),
+        "path": trained.model.config.path,
+        "prediction": trained.model.config.prediction,
+        "time_interval": ready.sampling.interval(trained.model),
+        "device": trained.model.device.type,
+        "codec": ready.codec.describe(),
+        "uint8_rule": UINT8_RULE,
+        "checkpoint": shown(trained.folder),
+        "weights": trained.which,
+        "step": trained.manifest["step"],
+        "checkpoint_sha256": trained.files,
+        "training": describe_training(ready),
+        "versions": library_versions(),
+    }
+
+
+def describe_training(ready: Setup) -> dict[str, Any]:
+    """What the checkpoint says of how its model was trained; None where nobody says, as of a converted model.
+
+    name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
+    """
+    trained = ready.trained
+    recipe = trained.manifest.get("recipe")
+    repa = recipe and recipe.get("repa")
+
+    def said(section: str, key: str) -> Any:
+        return recipe and recipe.get(section, {}).get(key)
+
+    return {
+        "name": said("model", "name"),
+        "token_mixer": trained.model.config.token_mixer,
+        "seed": said("run", "seed"),
+        "run": recipe and shown(trained.folder.parent),
+        "images_seen": trained.manifest.get("images_seen"),
+        "precision": said("train", "precision"),
+        "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa and repa["encoder"] else None,
+        "params": count_parameters(trained.model),
+    }

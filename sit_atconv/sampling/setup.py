@@ -1,0 +1,68 @@
+"""What a sampling command works with: a trained model and its codec, loaded as its options say."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sit_atconv.latents.codecs import reopen_codec
+from sit_atconv.layers.atconv import check_backend
+from sit_atconv.runtime import processes
+from sit_atconv.runtime.devices import resolve_device
+from sit_atconv.runtime.errors import InputError, check_one_process, option
+from sit_atconv.runtime.precision import dtype_of
+from sit_atconv.sampling.settings import Sampling, in_short
+from sit_atconv.training.checkpoint import Trained, load_trained
+
+VAE_BATCH = 16  # images per pass through the decoder
+
+
+@dataclass
+class Setup:
+    """A trained model and its codec, on the device, and the settings asked for, as they are for the model."""
+
+    trained: Trained
+    codec: torch.nn.Module
+    sampling: Sampling
+
+
+def own_device(name: str | None) -> str | None:
+    """The device of this process where the command line says `name`: of several on CUDA, each has its own.
+
+    Raises InputError for one that several would share.
+    """
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    kind, _, index = (name or "").partition(":")
+    if processes.count() == 1 or kind != "cuda":
+        return name
+    if index:
+        raise InputError(f"{option('device', name)}: {processes.count()} processes take a GPU each; say cuda")
+    return f"cuda:{processes.local_rank()}"
+
+
+def setup(
+    ckpt: str | Path,
+    sampling: Sampling,
+    dtype: str = "fp32",
+    device: str | None = None,
+    vae: str | None = None,
+    launched: bool = False,
+) -> Setup:
+    """A model and its codec, on the device of this process, and the settings as they are for this model.
+
+    ckpt: as `load_trained` takes it. dtype: one of `precision.DTYPES`. device: by default CUDA where there is one.
+    vae: folder or hub id of the autoencoder, where it is not the one that the checkpoint names.
+    launched: as one of the processes of a launch, which it has joined; else there may be one only.
+    Raises InputError for a bad checkpoint, setting, device or missing autoencoder.
+    """
+    if not launched:
+        check_one_process()
+    where = resolve_device(own_device(device) if launched else device)
+    trained = load_trained(ckpt, dtype_of(dtype))
+    with in_short():
+        sampling = sampling.for_model(trained.model)
+    codec = reopen_codec(trained.stated("codec"), vae, VAE_BATCH).to(where)
+    trained.model.to(where)
+    check_backend(trained.model, where)
+    return Setup(trained, codec, sampling)
