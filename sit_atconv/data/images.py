@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sit_atconv.config import Loading
 from sit_atconv.runtime.errors import InputError, reason, said
@@ -27,6 +26,8 @@ DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
+# The ends of names by which torchvision's ImageFolder, and so most datasets, know images.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # of the others Pillow hands some to other programs
 MOST_BYTES = 1 << 28  # of an image file
 LOSSLESS, LOSSY_TIFF = ("PNG", "BMP", "PPM", "TIFF", "GIF"), ("jpeg", "tiff_jpeg", "webp")

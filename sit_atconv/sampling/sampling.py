@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torchvision.utils import make_grid
 
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import PATHS
@@ -36,6 +35,8 @@ GRID_PIXELS = 64
 
 def grid_png(images: torch.Tensor, columns: int) -> bytes:
     """uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels."""
+    from torchvision.utils import make_grid
+
     factor = max(1, GRID_PIXELS // images.shape[-1])
     enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     return png(to_pil(make_grid(enlarged, nrow=columns, padding=4, pad_value=255)))

@@ -12,12 +12,15 @@ from sit_atconv.runtime.lazy import once_loaded
 
 # diffusers 0.42: first-block caches and layer skips read this register of blocks; nothing public writes to it.
 def register_block(block_class: type[nn.Module]) -> None:
-    """Tell diffusers that blocks of the class return their hidden states alone, once its hooks are loaded: they load
-    all of its transformers, and peft where that is installed."""
+    """Tell diffusers that blocks of the class return their hidden states alone, as soon as its hooks are loaded.
+
+    They load peft where it is installed; and the register's own method loads all transformers of diffusers.
+    """
 
     def register(helpers: Any) -> None:
         metadata = helpers.TransformerBlockMetadata(return_hidden_states_index=0)
-        helpers.TransformerBlockRegistry.register(block_class, metadata)
+        metadata._cls = block_class
+        helpers.TransformerBlockRegistry._registry[block_class] = metadata
 
     once_loaded("diffusers.hooks._helpers", register)
 
