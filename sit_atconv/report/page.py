@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from sit_atconv.report.curves import Interval, Series, chart, intervals, swatch
-from sit_atconv.report.markup import Content, Markup, markup, tag
-from sit_atconv.report.pictures import CLASSES, PER_CLASS, grid, preview
-from sit_atconv.report.runs import Run, SampleSet, at
+from sit_atconv.report.markup import Content, Markup, breakable, markup, tag
+from sit_atconv.report.pictures import CLASSES, PER_CLASS, Picture, Shown, grid, preview
+from sit_atconv.report.runs import Match, Run, SampleSet, at
 from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.files import MARK
+from sit_atconv.scoring.frechet import FRECHET
 from sit_atconv.scoring.result import bars_told, needs, number
-from sit_atconv.scoring.score import FRECHET
 
 STYLE = Path(__file__).with_name("style.css")
 UNMEASURED = tag("span", "not measured", class_="none")
@@ -166,10 +166,15 @@ def _quantity(value: Any, digits: int = 4, unit: str = "") -> Markup | str:
     return f"{text}{unit}"
 
 
-def _fact(value: Any) -> Markup | str:
+def _number_of(value: Any) -> Markup | str:
+    """A count that somebody wrote down, or did not."""
+    return UNRECORDED if number(value) is None else _quantity(value)
+
+
+def _fact(value: Any) -> Markup:
     if value is None:
         return UNRECORDED
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return breakable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _hash(value: Any) -> Markup:
@@ -224,7 +229,7 @@ def _key_facts(run: Run) -> dict[str, Content]:
     return {
         "Model": _fact(model),
         "Token mixer": _fact(_first(run.recipe.get("model.token_mixer"), training("token_mixer"))),
-        "Parameters": _quantity(training("params")),
+        "Parameters": _number_of(_first(run.params, training("params"))),
         "Data": _fact(f"{data}, {images:,} images" if number(images) is not None and data else data),
         "Steps": trained,
         "Images seen": _quantity(seen),
@@ -272,22 +277,55 @@ def _grid(column: Column, share: float) -> Markup:
         else:
             reason = ["the folder holds no images. ", _drawn(column.manifest)]
         return tag("p", "Sample grid: ", UNMEASURED, "; ", reason)
-    cells, names = [], column.run.class_names
+    cells, names, found = [], column.run.class_names, samples.nearest
     for label, row in shown:
         name = "" if label is None else names[label] if label < len(names) else str(label)
         what = f"{len(row)} sample{'s' * (len(row) != 1)}" + ("" if label is None else f" of class {name}")
-        images = [
-            tag("img", src=picture.uri, width=picture.width, height=picture.height, alt="", title=f"sample {index}",
-                class_="sharp" if picture.sharp else None)
-            for index, picture in row
-        ]  # fmt: skip
-        cells += [tag("span", name), tag("div", images, class_="row", role="img", aria_label=what)]
+        if found:
+            pairs = [_pair(each, found.found[each.index]) for each in row]
+            what += ", each above the training image nearest to it"
+            cells += [tag("span", name), tag("div", pairs, class_="row pairs", role="group", aria_label=what)]
+        else:
+            images = [_image(each.picture, f"sample {each.index}") for each in row]
+            cells += [tag("span", name), tag("div", images, class_="row", role="img", aria_label=what)]
     text = "The first samples by index, none chosen; they have no labels."
     if shown[0][0] is not None:
         classes = len(np.unique(samples.source.labels))
         which = f"each of {CLASSES} of the {classes:,} classes" if classes > CLASSES else "each class"
         text = f"The first samples of {which}, {PER_CLASS} at most, by index: none chosen."
-    return tag("figure", tag("div", cells, class_="samples"), tag("figcaption", text, " ", _drawn(column.manifest)))
+    told = [tag("p", text, " ", _drawn(column.manifest)), tag("p", _nearest(samples)) if found else None]
+    return tag("figure", tag("div", cells, class_="samples"), tag("figcaption", told))
+
+
+def _image(picture: Picture, title: str, alt: str = "") -> Markup:
+    return tag(
+        "img", src=picture.uri, width=picture.width, height=picture.height, alt=alt, title=title,
+        class_="sharp" if picture.sharp else None,
+    )  # fmt: skip
+
+
+def _pair(shown: Shown, match: Match) -> Markup:
+    """A sample above the training image that is nearest to it, and how far that is."""
+    distance, sample = f"{match.distance:.4g}", f"sample {shown.index}"
+    training = f"training image {match.index}{', mirrored' * match.mirrored}, distance {distance}"
+    images = [_image(shown.picture, sample, sample), _image(shown.nearest, training, training)]
+    return tag("div", images, tag("small", distance, class_="copy" if match.distance == 0 else None), class_="pair")
+
+
+def _nearest(samples: SampleSet) -> list[Content]:
+    """What the training images below the samples are, and what the numbers below them."""
+    found = samples.nearest
+    distances = sorted(match.distance for match in found.found.values())
+    values = math.prod(samples.source.image_shape)
+    text = (
+        f"Below each sample: the nearest of {found.n:,} training ",
+        breakable(found.data),
+        ", or of their mirror images," * found.mirrored,
+        f" and its distance: the square root of the sum of squared differences of all {values:,} values, 0 to 255 each "
+        f"(L2). Least {distances[0]:.4g}, median {statistics.median(distances):.4g}, greatest {distances[-1]:.4g}. ",
+    )
+    copies = distances.count(0)
+    return [*text, f"Copies of a training image: {copies} of {len(distances)} (distance 0)."]
 
 
 def _drawn(manifest: dict[str, Any]) -> str:
@@ -340,7 +378,7 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
     found = dict.fromkeys(name for column in columns for name in column.metrics.get("metrics", {}))
     names = [*(name for name in METRICS if name in found), *(name for name in found if name not in METRICS)]
     if not names:
-        return [tag("p", "Metrics: ", UNMEASURED, "; `eval score` writes metrics.json beside the samples.")]
+        return [tag("p", "Metrics: ", UNMEASURED, "; `sit-atconv score` writes metrics.json beside the samples.")]
     rows = []
     for name in names:
         each = [_estimate(column, name) for column in columns]
@@ -542,7 +580,10 @@ def _settings(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
 
 def _coded(settings: Mapping[str, Any]) -> dict[str, Content]:
     """Settings as rows, of which a null was stated, and is not missing."""
-    return {tag("code", key): tag("code", "null") if value is None else _fact(value) for key, value in settings.items()}
+    return {
+        tag("code", breakable(key)): tag("code", "null") if value is None else _fact(value)
+        for key, value in settings.items()
+    }
 
 
 def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
@@ -564,7 +605,7 @@ def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
         ]
         for what, each in (("Extractor", extractors), ("Checkpoint", weights)):
             for name in dict.fromkeys(name for one in each for name in one) or [""]:
-                heading = [what, tag("small", name) if name else None]
+                heading = [what, tag("small", breakable(name)) if name else None]
                 rows.append((heading, [_hash(one.get(name)) for one in each]))
         found.append(_table("SHA-256 of what the scores stand on", ["Samples", *_heads(sampled)], rows))
     files = [flat(_mapping(run.checkpoint.get("files"))) for run in runs]
@@ -572,7 +613,7 @@ def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
         facts = [
             {
                 "Checkpoint": run.checkpoint_folder.name if run.checkpoint_folder else UNRECORDED,
-                **{tag("code", name): _hash(digest) for name, digest in each.items()},
+                **{tag("code", breakable(name)): _hash(digest) for name, digest in each.items()},
             }
             for run, each in zip(runs, files, strict=True)
         ]

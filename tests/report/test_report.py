@@ -21,7 +21,7 @@ from sit_atconv.report.markup import Markup, tag
 from sit_atconv.report.pictures import chosen
 from sit_atconv.runtime.errors import InputError
 
-VOID = {"img", "meta"}
+VOID = {"img", "meta", "wbr"}
 
 
 class Page(HTMLParser):
@@ -30,13 +30,14 @@ class Page(HTMLParser):
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
         self.source, self.elements, self.texts, self.open = text, [], [], []
-        self.cells, self.rows = [], []  # of all tables: rows of their cells' texts
+        self.rows, self.broken = [], False  # rows of all tables, of their cells' texts; whether a <wbr> came last
         self.feed(text)
         self.close()
         assert not self.open
 
     def handle_starttag(self, name, attributes):
         self.elements.append((name, dict(attributes)))
+        self.broken = name == "wbr"
         if name == "tr":
             self.rows.append([])
         if name in ("td", "th"):
@@ -46,10 +47,14 @@ class Page(HTMLParser):
 
     def handle_endtag(self, name):
         assert self.open.pop() == name
+        self.broken = False
 
     def handle_data(self, data):
         if "style" not in self.open:
-            self.texts.append(data)
+            if self.broken:
+                self.texts[-1] += data
+            else:
+                self.texts.append(data)
         if "td" in self.open or "th" in self.open:
             self.rows[-1][-1] += data
 
