@@ -293,8 +293,10 @@ def _grid(column: Column, share: float) -> Markup:
         classes = len(np.unique(samples.source.labels))
         which = f"each of {CLASSES} of the {classes:,} classes" if classes > CLASSES else "each class"
         text = f"The first samples of {which}, {PER_CLASS} at most, by index: none chosen."
-    told = [tag("p", text, " ", _drawn(column.manifest)), tag("p", _nearest(samples)) if found else None]
-    return tag("figure", tag("div", cells, class_="samples"), tag("figcaption", told))
+    near = tag("p", _nearest(samples), class_="soft") if found else None
+    return tag(
+        "figure", near, tag("div", cells, class_="samples"), tag("figcaption", text, " ", _drawn(column.manifest))
+    )
 
 
 def _image(picture: Picture, title: str, alt: str = "") -> Markup:
@@ -306,10 +308,14 @@ def _image(picture: Picture, title: str, alt: str = "") -> Markup:
 
 def _pair(shown: Shown, match: Match) -> Markup:
     """A sample above the training image that is nearest to it, and how far that is."""
-    distance, sample = f"{match.distance:.4g}", f"sample {shown.index}"
+    distance, sample = _distance(match.distance), f"sample {shown.index}"
     training = f"training image {match.index}{', mirrored' * match.mirrored}, distance {distance}"
     images = [_image(shown.picture, sample, sample), _image(shown.nearest, training, training)]
     return tag("div", images, tag("small", distance, class_="copy" if match.distance == 0 else None), class_="pair")
+
+
+def _distance(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _nearest(samples: SampleSet) -> list[Content]:
@@ -322,7 +328,8 @@ def _nearest(samples: SampleSet) -> list[Content]:
         breakable(found.data),
         ", or of their mirror images," * found.mirrored,
         f" and its distance: the square root of the sum of squared differences of all {values:,} values, 0 to 255 each "
-        f"(L2). Least {distances[0]:.4g}, median {statistics.median(distances):.4g}, greatest {distances[-1]:.4g}. ",
+        f"(L2). Least {_distance(distances[0])}, median {_distance(statistics.median(distances))}, greatest "
+        f"{_distance(distances[-1])}. ",
     )
     copies = distances.count(0)
     return [*text, f"Copies of a training image: {copies} of {len(distances)} (distance 0)."]
