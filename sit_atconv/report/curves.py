@@ -12,7 +12,7 @@ CROWDED = 0.4  # of the height that they would have if all values were spread ev
 GAIN = 1.5  # how much higher they must be on a logarithmic axis for it to be worth its harder reading
 WIDTH, HEIGHT = 400, 240  # of a chart, as wide on the page as a phone: the type keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 38
-COLOURS, DASHES = 6, ("", "7 3", "2 3", "9 3 2 3")
+COLOURS, DASHES = 6, ("", "8 6", "2 5", "10 5 2 5")  # with gaps through which a line below is seen
 Points = Sequence[tuple[float, float | None]]
 Axis = Callable[[float], float]  # from a value to its place
 
@@ -87,12 +87,17 @@ def logarithmic(values: Sequence[float]) -> bool:
     return False
 
 
+def four_digits(value: float) -> str:
+    """A number with four digits: 0.5748, 1e-5."""
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
+
+
 def short(value: float) -> str:
     """A number of few signs: 25k, 0.002, 1e-5."""
     for power, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power:
             return f"{value / power:.4g}{unit}"
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
+    return four_digits(value)
 
 
 def _axis(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sit_atconv.report.curves import Interval, Series, chart, intervals, swatch
+from sit_atconv.report.curves import Interval, Series, chart, four_digits, intervals, swatch
 from sit_atconv.report.markup import Content, Markup, breakable, markup, tag
 from sit_atconv.report.pictures import CLASSES, PER_CLASS, Picture, Shown, grid, preview
 from sit_atconv.report.runs import Match, Run, SampleSet, at
@@ -90,8 +90,8 @@ def render(runs: Sequence[Run]) -> str:
         tag("title", title),
         tag("style", Markup(style)),
     )
-    contents = tag("nav", tag("ul", [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]))
-    body = [tag("section", tag("h2", title), content, id=name) for name, title, content in sections]
+    contents = tag("nav", tag("ul", [tag("li", tag("a", breakable(title), href=f"#{name}")) for name, title, _ in sections]))
+    body = [tag("section", tag("h2", breakable(title)), content, id=name) for name, title, content in sections]
     page = tag("html", head, tag("body", tag("header", _header(runs), contents), tag("main", body)), lang="en")
     return ("<!doctype html>\n" + page + "\n").encode("ascii", "xmlcharrefreplace").decode()
 
@@ -123,7 +123,7 @@ def _table(
     lines = [tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells]) for name, cells in rows]
     table = tag(
         "table",
-        tag("caption", tag("span", caption)),
+        tag("caption", tag("span", breakable(caption))),
         tag("thead", tag("tr", [tag("th", each, scope="col") for each in head])),
         tag("tbody", lines),
         class_=class_ or None,
@@ -139,12 +139,12 @@ def _compared(
     table = _table(
         caption, [corner, *heads], [(name, [each.get(name, UNRECORDED) for each in facts]) for name in names]
     )
-    return tag("details", tag("summary", caption), table) if folded else table
+    return tag("details", tag("summary", breakable(caption)), table) if folded else table
 
 
 def _chip(index: int, name: str, runs: int) -> Markup:
     """A run's name, behind a piece of its curve where there are several."""
-    return markup([swatch(index) if runs > 1 else None, name])
+    return markup([swatch(index) if runs > 1 else None, breakable(name)])
 
 
 def _run_heads(runs: Sequence[Run]) -> list[Markup]:
@@ -198,7 +198,7 @@ def _with_error(value: float, se: float | None) -> tuple[str, str | None]:
 
 
 def _header(runs: Sequence[Run]) -> list[Content]:
-    title = tag("h1", " vs ".join(run.name for run in runs))
+    title = tag("h1", breakable(" vs ".join(run.name for run in runs)))
     facts = [_key_facts(run) for run in runs]
     if len(runs) > 1:
         about = tag("p", f"{len(runs)} runs side by side", class_="soft")
@@ -248,7 +248,7 @@ def _samples(columns: Sequence[Column], share: float) -> list[Content]:
         head = tag("h3", _chip(column.number, column.title, len(columns))) if len(columns) > 1 else None
         grids.append(tag("div", head, _grid(column, share)))
     metrics = _metrics(columns)
-    warnings = [tag("p", text, class_="warn") for text in _warnings(columns)]
+    warnings = [tag("p", breakable(text), class_="warn") for text in _warnings(columns)]
     if len(columns) == 1:
         return [warnings, tag("div", grids, tag("div", metrics), class_="beside with-metrics")]
     return [tag("div", grids, class_="beside"), warnings, metrics]
@@ -284,10 +284,10 @@ def _grid(column: Column, share: float) -> Markup:
         if found:
             pairs = [_pair(each, found.found[each.index]) for each in row]
             what += ", each above the training image nearest to it"
-            cells += [tag("span", name), tag("div", pairs, class_="row pairs", role="group", aria_label=what)]
+            cells += [tag("span", breakable(name)), tag("div", pairs, class_="row pairs", role="group", aria_label=what)]
         else:
             images = [_image(each.picture, f"sample {each.index}") for each in row]
-            cells += [tag("span", name), tag("div", images, class_="row", role="img", aria_label=what)]
+            cells += [tag("span", breakable(name)), tag("div", images, class_="row", role="img", aria_label=what)]
     text = "The first samples by index, none chosen; they have no labels."
     if shown[0][0] is not None:
         classes = len(np.unique(samples.source.labels))
@@ -500,7 +500,7 @@ def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Marku
             x, value = next((x, y) for x, y in reversed(each.points) if y is not None)
             lost = len(each.points) - len(each.values)
             told = [
-                f"{value:.4g} at {x_label.split()[0]} {x:,.4g}" if x_label != "step" else f"{value:.4g} at step {x:,}",
+                f"{four_digits(value)} at {x_label.split()[0]} {f'{x:,}' if x_label == 'step' else four_digits(x)}",
                 f"; {lost} of {len(each.points)} points not measured" if lost else None,
             ]
         legend.append(
