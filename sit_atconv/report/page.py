@@ -90,7 +90,9 @@ def render(runs: Sequence[Run]) -> str:
         tag("title", title),
         tag("style", Markup(style)),
     )
-    contents = tag("nav", tag("ul", [tag("li", tag("a", breakable(title), href=f"#{name}")) for name, title, _ in sections]))
+    contents = tag(
+        "nav", tag("ul", [tag("li", tag("a", breakable(title), href=f"#{name}")) for name, title, _ in sections])
+    )
     body = [tag("section", tag("h2", breakable(title)), content, id=name) for name, title, content in sections]
     page = tag("html", head, tag("body", tag("header", _header(runs), contents), tag("main", body)), lang="en")
     return ("<!doctype html>\n" + page + "\n").encode("ascii", "xmlcharrefreplace").decode()
@@ -284,7 +286,10 @@ def _grid(column: Column, share: float) -> Markup:
         if found:
             pairs = [_pair(each, found.found[each.index]) for each in row]
             what += ", each above the training image nearest to it"
-            cells += [tag("span", breakable(name)), tag("div", pairs, class_="row pairs", role="group", aria_label=what)]
+            cells += [
+                tag("span", breakable(name)),
+                tag("div", pairs, class_="row pairs", role="group", aria_label=what),
+            ]
         else:
             images = [_image(each.picture, f"sample {each.index}") for each in row]
             cells += [tag("span", breakable(name)), tag("div", images, class_="row", role="img", aria_label=what)]
