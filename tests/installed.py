@@ -26,7 +26,7 @@ COMMANDS = (
     "generate --ckpt runs/digits-attention --num 20 --steps 2 --out runs/digits-attention/samples/euler2",
     "score runs/digits-attention/samples/euler2 --ref digits",
     "extract runs/digits-attention/samples/euler2 --extractor digits --out features",
-    "build-ref runs/digits-attention/samples/euler2 --extractor digits --out reference.npz",
+    "build-ref features --out reference.npz",
     "score features --ref reference.npz --out score.json",
     "table runs/digits-attention/samples/euler2/metrics.json --out table.md",
     "report runs/digits-attention --out report.html",
@@ -52,7 +52,7 @@ LINE = "import sit_atconv; print(sit_atconv.__version__, sit_atconv.__file__)"
 def main() -> int:
     program = Path(sys.executable).with_name("sit-atconv")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         told = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
