@@ -56,7 +56,8 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         told = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
-        print(subprocess.run([sys.executable, "-c", LINE], check=True, **told).stdout, end="")
+        where = subprocess.run([sys.executable, "-c", LINE], **told)
+        print(where.stdout + where.stderr, end="", flush=True)
         place(Path(folder))
         print("| exit | seconds | sit-atconv ... | last line |\n| --- | ---: | --- | --- |", flush=True)
         for command in COMMANDS:

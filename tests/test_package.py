@@ -1,5 +1,6 @@
 """What is built and published: versions, what its papers name, its files, and that the wheel works alone."""
 
+import os
 import re
 import subprocess
 import sys
@@ -120,10 +121,17 @@ def test_every_command_is_among_those_that_the_installed_package_runs():
 def test_the_wheel_does_everything_from_an_empty_folder(tmp_path):
     """Wheel and source distribution are built; every command runs by the wheel in an environment of its own."""
     built = tmp_path / "dist"
-    run = {"check": True, "cwd": tmp_path}
-    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", built, ROOT], **run)
+    # By PYTHONPATH, pip would find the checkout, and hold it for what it is to install.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(python: Path | str, *words: Path | str) -> str:
+        done = subprocess.run([python, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", built, ROOT)
     (wheel,), (sources,) = built.glob("*.whl"), built.glob("*.tar.gz")
-    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel, sources], **run)
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sources)
 
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -133,19 +141,15 @@ def test_the_wheel_does_everything_from_an_empty_folder(tmp_path):
     assert set.union(*(files(ROOT / each) for each in ("sit_atconv", *BESIDE))) <= held
     assert {*PAPERS, "CITATION.cff", "CHANGELOG.md", "Makefile", "constraints.txt", "train_sit.py"} <= held
 
-    environment = tmp_path / "environment"
-    venv.create(environment)
-    python = environment / "bin" / "python"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel], **run
-    )
+    venv.create(tmp_path / "new")
+    python = tmp_path / "new" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     # The dependencies are those of the environment that tests; the .pth of an editable install there is not read.
     places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    (site,) = (environment / "lib").glob("python*/site-packages")
+    (site,) = (tmp_path / "new" / "lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text("\n".join(sorted(places)))
 
-    done = subprocess.run([python, ROOT / "tests" / "installed.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    print(f"\n{done.stdout}")
-    assert done.returncode == 0
-    version, place = done.stdout.splitlines()[0].split(maxsplit=1)
+    said = run(python, ROOT / "tests" / "installed.py")
+    print(f"\n{said}")
+    version, place = said.splitlines()[0].split(maxsplit=1)
     assert (version, Path(place).parent.parent) == (__version__, site)

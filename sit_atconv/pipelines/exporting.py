@@ -6,7 +6,7 @@ transformer/modeling_sit_*.py     operator, layers and model in one file, its ha
 transformer/, scheduler/, vae/    as save_pretrained writes them
 README.md                         a model card
 
-python -m sit_atconv.pipelines.export SRC --out DIR
+sit-atconv export SRC --out DIR
 """
 
 import json

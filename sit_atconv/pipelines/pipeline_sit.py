@@ -96,7 +96,7 @@ class SiTPipeline(DiffusionPipeline):
         if transformer.config.path != "linear":
             raise InputError(
                 f"path={transformer.config.path!r}: flow-matching schedulers follow the linear path; sample this "
-                "transformer with sample.py"
+                "transformer with `sit-atconv sample`"
             )
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
