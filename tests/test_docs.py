@@ -84,7 +84,7 @@ def blocks(page: str) -> Iterator[Block]:
 
 def lines_of(block: Block) -> list[str]:
     """The command lines of a block of bash."""
-    whole = block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else ()
+    whole = re.sub(r" *\\\n *", " ", block.text).splitlines() if block.language == "bash" else ()
     return [line.partition(" #")[0].strip() for line in whole if line.partition("#")[0].strip()]
 
 
