@@ -40,7 +40,9 @@ from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.reading import read_yaml
 from sit_atconv.scoring.table import PUBLISHED, PUBLISHED_METRICS
 
-FILES = [*(ROOT / name for name in ("README.md", "eval/README.md", "sampling/README.md")), *ROOT.glob("docs/*.md")]
+FILES = [*ROOT.glob("docs/*.md"), *(ROOT / folder / "README.md" for folder in (
+    "", "eval", "sampling", "experiments/accelerate", "experiments/results",
+))]  # fmt: skip
 PAGES = {path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/"): path for path in sorted(FILES)}
 DOORS = {
     "train_sit.py": "train", "train_attnet.py": "classify", "sample.py": "sample",
@@ -200,7 +202,7 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[str]:
 
 KEYS = {*keys_of(Recipe), *keys_of(ClassifierRecipe)}
 SECTIONS = "|".join(sorted({key.partition(".")[0] for key in KEYS}))
-OTHERS_FLAGS = {"--num_processes"}  # accelerate's
+OTHERS_FLAGS = {"--num_processes", "--signal"}  # accelerate's, slurm's
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -212,7 +214,7 @@ def test_every_key_and_option_that_is_named_exists(page):
         key = re.match(rf"((?:{SECTIONS})\.[a-z_]+)(?:=|$)", code)
         assert key is None or key[1] in KEYS or page == "files", code  # where it is a module's function
         if code.startswith("--") and code != "--":
-            assert code.split()[0] in flags, code
+            assert re.split("[ =]", code)[0] in flags, code
 
 
 def slugs(page: Path) -> set[str]:
