@@ -490,7 +490,7 @@ def test_a_page_runs_in_its_order(page, tmp_path, vae_folder, monkeypatch):
 def given(page: str, block: Block) -> dict[str, Any]:
     """What a snippet takes for there: of the README, a model to swap."""
     if page == "README" and "swap_attention(model)" in block.text:
-        return {"model": timm.create_model("vit_tiny_patch16_224", depth=2, weight_init="")}
+        return {"model": timm.create_model("vit_tiny_patch16_224", depth=2, img_size=512)}  # where attention is slow
     return {}
 
 
