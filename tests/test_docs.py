@@ -444,7 +444,7 @@ def before(page: str, vae_folder: Path) -> None:
         scored()
         scored("digits-attention")
         ema = Path("runs/digits_attnet/step-0000584/ema")  # of a classifier, as timm stores it
-        timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=3), ema, model_config={"num_classes": 3})
+        timm.models.save_for_hf(timm.create_model("attnet_xxs", num_classes=3), ema, model_config={"num_classes": 3})
     elif page in ("sampling", "eval/README"):
         scored()
     elif page == "principles":
