@@ -28,7 +28,7 @@ Row = dict[str, Any]
 @dataclass
 class SampleSet:
     """Samples of a run. manifest: without its labels, {} where none says how they were made. metrics: the result of
-    `score`, as `sound` gives it, {} where there is none. facts: what others must share for their metrics to be
+    `eval score`, as `sound` gives it, {} where there is none. facts: what others must share for their metrics to be
     compared, see `sit_atconv.scoring.table`, {} without metrics. finished: whether all samples are there."""
 
     name: str
