@@ -24,7 +24,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{str(path)!r} is no result of `sit-atconv score` ({type(error).__name__}: {error}); score the samples again"
+            f"{str(path)!r} is no result of `sit-atconv score` ({type(error).__name__}: {error}); "
+            "score the samples again"
         ) from None
 
 
