@@ -458,12 +458,15 @@ def damaged_line(run):
         (lambda run: (run / "log.jsonl").write_text('{"loss": 1}\n'), "line 1: step is missing"),
         (lambda run: (run / "scores.jsonl").write_text("[1]\n"), "line 1: it is \\[1\\], and must be an object"),
         (lambda run: (run / "samples/x/metrics.json").write_text("{"), "metrics.json is no JSON"),
-        (lambda run: (run / "samples/x/metrics.json").write_text('{"metrics": [1]}'), "no result of `score`"),
+        (
+            lambda run: (run / "samples/x/metrics.json").write_text('{"metrics": [1]}'),
+            "no result of `sit-atconv score`",
+        ),
         (lambda run: (run / "samples/x/manifest.json").write_text("[]"), "must be an object"),
         *(
             (
                 lambda run, text=text: (run / "samples/x/metrics.json").write_text(text),
-                r"metrics.json' is no result of `score` \(.*\); score the samples again",
+                r"metrics.json' is no result of `sit-atconv score` \(.*\); score the samples again",
             )
             for text in (
                 '{"samples_manifest": "text"}',
