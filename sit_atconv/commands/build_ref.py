@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from sit_atconv.commands.options import add_extractor_arguments, add_features_argument
+from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone
 from sit_atconv.runtime.errors import add_force
 from sit_atconv.runtime.files import check_out
+from sit_atconv.scoring.sources import check_there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
+    if is_alone():
+        check_there(args.images)
+
     from sit_atconv.runtime.processes import is_main, leave
     from sit_atconv.scoring.extract import check_root, read_as
     from sit_atconv.scoring.extractor import load_extractor

@@ -2,10 +2,11 @@
 
 import argparse
 
-from sit_atconv.commands.options import add_extractor_arguments
+from sit_atconv.commands.options import add_extractor_arguments, is_alone
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import add_force
 from sit_atconv.scoring import SHARD
+from sit_atconv.scoring.sources import check_there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Extract, and say what is there. Raises InputError for what cannot be extracted."""
+    if is_alone():
+        check_there(args.source)
+
     from sit_atconv.runtime import processes
     from sit_atconv.runtime.claims import check_place
     from sit_atconv.scoring.extract import FOLDER, REMEDY, features_of, read_as

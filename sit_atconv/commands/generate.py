@@ -1,9 +1,8 @@
 """Write samples by index, one file each or one npz, with a manifest; go on where the same command was stopped."""
 
 import argparse
-import os
 
-from sit_atconv.commands.options import add_out, add_sampling_options, sampling_asked
+from sit_atconv.commands.options import add_out, add_sampling_options, is_alone, sampling_asked
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import check_checkpoint
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.out:
         raise InputError("--out '': give the name of a new folder, or of one that the same command began")
     args.sampling = sampling_asked(args)
-    if os.environ.get("WORLD_SIZE", "1") == "1":  # of several processes, all are told by the one that fails
+    if is_alone():
         check_place(args.out, args.force)
         check_checkpoint(args.ckpt)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -13,6 +14,11 @@ from sit_atconv.runtime.limits import RANGE, Range
 from sit_atconv.runtime.precision import DTYPES
 from sit_atconv.sampling.settings import Sampling, flag, in_short
 from sit_atconv.scoring import BATCH
+
+
+def is_alone() -> bool:
+    """Whether this is the only process: of several, all are told together of what one of them lacks."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -4,10 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from sit_atconv.commands.options import add_extractor_arguments, add_features_argument
+from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone
 from sit_atconv.runtime.errors import add_force
 from sit_atconv.runtime.files import check_out, write_out
 from sit_atconv.scoring import STREAMS
+from sit_atconv.scoring.sources import check_there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score, write the JSON, print the scores. Raises InputError for what cannot be scored; then nothing is written."""
+    if is_alone():
+        check_there(args.samples)
+
     from sit_atconv.scoring.result import bars_told
     from sit_atconv.scoring.score import RESULT, score, table
 

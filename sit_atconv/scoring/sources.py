@@ -146,6 +146,14 @@ def class_histogram(labels: np.ndarray | None) -> dict[str, int] | None:
     return {str(label): int(count) for label, count in zip(*np.unique(labels, return_counts=True), strict=True)}
 
 
+def check_there(path: str | Path) -> None:
+    """Raise InputError unless there is a file or folder, in which images may be."""
+    path = Path(path)
+    if not (path.is_file() or path.is_dir()):
+        embedded = "; the embedded digits are a reference to score against, and no folder" * (str(path) == "digits")
+        raise InputError(f"images {str(path)!r}: no such file or folder{embedded}")
+
+
 def open_source(path: str | Path, allow_lossy: bool = False, overrides: Sequence[str] = ()) -> Source:
     """The images at `path`: an npz, a folder, or what a recipe trains on.
 
@@ -163,9 +171,7 @@ def open_source(path: str | Path, allow_lossy: bool = False, overrides: Sequence
     if path.is_file():
         beside = path.with_name(MANIFEST)
         return _Npz(path, beside if path.name == SAMPLES and beside.is_file() else None)
-    if not path.is_dir():
-        embedded = "; the embedded digits are a reference to score against, and no folder" * (str(path) == "digits")
-        raise InputError(f"images {str(path)!r}: no such file or folder{embedded}")
+    check_there(path)
     manifest = path / MANIFEST if (path / MANIFEST).is_file() else None
     if manifest is None and (path / SETTINGS).is_file():
         if "extractor" in begun_as(path):
