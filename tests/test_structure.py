@@ -232,6 +232,13 @@ def test_the_library_is_imported_on_every_system(path):
             assert node.attr not in NOT_ON_WINDOWS.get(node.value.id, ()), node.lineno
 
 
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+def test_progress_has_one_owner(path):
+    """tqdm writes one endless line off a terminal; `console.Progress` does not. forked.py sets tqdm's lock."""
+    owners = {"sit_atconv/runtime/console.py", "experiments/drill/forked.py"}
+    assert str(path.relative_to(ROOT)) in owners or "tqdm" not in imports(path)
+
+
 READERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "OmegaConf.load"}
 # Who may parse a text himself: the drill reads what its own children have just written, and wants to fail loudly.
 PARSERS = {"sit_atconv/runtime/reading.py", "experiments/drill/__main__.py", "experiments/drill/child.py"}

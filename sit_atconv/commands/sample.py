@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _draw(args: argparse.Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
+    from sit_atconv.runtime.console import Progress
     from sit_atconv.sampling.sampling import check_labels, generate, grid_png, random_label
     from sit_atconv.sampling.setup import setup
 
@@ -74,7 +74,7 @@ def _draw(args: argparse.Namespace) -> None:
     labels = labels or [random_label(args.seed, index, classes) for index in range(args.num)]
 
     images, nfe, start = [], 0, time.perf_counter()
-    with tqdm(total=len(labels), desc="sample", unit="image") as bar:
+    with Progress(total=len(labels), desc="sample", unit="image") as bar:
         for first in range(0, len(labels), args.batch):
             part = labels[first : first + args.batch]
             indices = range(first, first + len(part))

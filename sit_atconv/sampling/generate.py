@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from sit_atconv.models.cost import count_parameters
 from sit_atconv.runtime import processes
 from sit_atconv.runtime.comparison import differences
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import library_versions, shown
@@ -81,7 +81,7 @@ class _Work:
             self._say(f"{args.num} images in {args.out}: complete already, with these settings")
             return
         self.done = args.num - sum(len(self.samples.indices(number)) for number in missing)
-        with tqdm(
+        with Progress(
             total=args.num, initial=self.done, desc="generate", unit="image", disable=not processes.is_main()
         ) as bar:
             for start in range(0, len(missing), processes.count()):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from tqdm import tqdm
 
+from sit_atconv.runtime.console import Progress
 from sit_atconv.scoring.moments import checked_pair
 
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020  # torch-fidelity's own
@@ -47,7 +47,7 @@ def kernel_distance(
     sizes = torch.bincount(torch.as_tensor(group_ids), minlength=groups).double()
     runs = fake[order].split(sizes.long().tolist())
     within, across = torch.zeros(groups, groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
-    with tqdm(total=2 * groups + 1, desc="kernel", unit="group", disable=not progress) as bar:
+    with Progress(total=2 * groups + 1, desc="kernel", unit="group", disable=not progress) as bar:
         for g, run in enumerate(runs):
             for h in range(g, groups):
                 within[g, h] = within[h, g] = _kernel_sum(run, runs[h], device)

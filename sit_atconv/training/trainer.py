@@ -16,7 +16,7 @@ from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, Samples
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.runtime import processes, sharding
-from sit_atconv.runtime.console import progress, say
+from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.errors import InputError, reason
 from sit_atconv.runtime.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
 from sit_atconv.runtime.reading import COUNT, read_json
@@ -124,7 +124,7 @@ class Trainer:
         self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
         # Nothing is shown before the first step, so that an error at the first image is the only line.
-        with progress(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
+        with Progress(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
             while self.step < total:
                 start = time.perf_counter()
                 batches = self._fetch(signals)
@@ -138,7 +138,7 @@ class Trainer:
                 if reports:
                     row = self._report(figures, steps, seconds, waited)
                     losses = [name for name in self.objective.weights if row[name] is not None]
-                    bar.set_postfix({name: f"{row[name]:.4f}" for name in losses[:1]})
+                    bar.note("".join(f"{name} {row[name]:.4f}" for name in losses[:1]))
                     steps, seconds, waited = 0, 0.0, 0.0
                 for activity in self.activities:
                     activity.after_step(self)
