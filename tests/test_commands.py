@@ -1,6 +1,7 @@
 """Bad input at the command line: one line on stderr, exit status 2, nothing left behind."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -49,6 +50,60 @@ def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_p
     train_sit.main([str(recipe_file()), "--dry-run"])
     assert "1,437 images" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def plan_of(main, capsys, *words) -> dict[str, str]:
+    """The rows that a command prints before the last, by their names."""
+    main([str(word) for word in words])
+    lines = capsys.readouterr().out.splitlines()
+    return dict(re.split("  +", line, maxsplit=1) for line in lines if "  " in line)
+
+
+def files_of(folder) -> dict[str, tuple]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_dry_run_says_what_a_start_would_do(recipe_file, tmp_path, capsys, fails):
+    run, recipe = tmp_path / "run", recipe_file()
+    start = lambda *words: plan_of(train_sit.main, capsys, recipe, *words)  # noqa: E731
+    assert start("--dry-run")["run"] == f"a new run begins in {str(run)!r}"
+    assert not run.exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/me.jpg").touch()
+    start()
+    before = files_of(tmp_path)
+    for words, said in (
+        ([], f"the run in {str(run)!r} is at its last step, 8"),
+        (["train.max_steps=12"], f"the run in {str(run)!r} goes on from step 8 of 12"),
+        (["model.depth=1"], f"run.out={str(run)!r} holds a run of another recipe (model.depth: 2 -> 1)"),
+        (["train.max_steps=4"], f"train.max_steps=4: {str(run)!r} is already at step 8"),
+        ([f"run.out={tmp_path / 'photos'}"], "exists and is not a run"),
+    ):
+        told = start(*words, "--dry-run")["run"]
+        assert said in told
+        if said != told:  # the same words as the refusal
+            assert fails(train_sit.main, recipe, *words) == f"error: {told.removeprefix('a start would be refused: ')}"
+    assert files_of(tmp_path) == before
+
+
+def test_dry_run_compares_the_images_where_it_has_opened_them(recipe_file, image_folder, tmp_path, capsys):
+    recipe = recipe_file(
+        data={"kind": "imagefolder", "root": str(image_folder), "image_size": 8}, model={"patch_size": 4}
+    )
+    plan_of(train_sit.main, capsys, recipe)
+    assert "is at its last step" in plan_of(train_sit.main, capsys, recipe, "--dry-run")["run"]
+    (image_folder / "a/00.png").unlink()
+    told = plan_of(train_sit.main, capsys, recipe, "--dry-run")["run"]
+    assert "refused: the images are not those of run.out=" in told
+
+
+def test_training_begins_with_the_plan(recipe_file, tmp_path, capsys):
+    recipe = recipe_file()
+    planned = plan_of(train_sit.main, capsys, recipe, "--dry-run")
+    assert plan_of(train_sit.main, capsys, recipe) == planned
+    assert len(planned) == 11
+    again = plan_of(train_sit.main, capsys, recipe, "train.max_steps=12")
+    assert again["run"] == f"the run in {str(tmp_path / 'run')!r} goes on from step 8 of 12"
 
 
 def test_dry_run_counts_every_average_and_names_them(capsys):

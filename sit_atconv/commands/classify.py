@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sit_atconv.commands.options import add_recipe, add_training_mode
+from sit_atconv.commands.options import add_recipe, add_training_mode, tell_plan
 from sit_atconv.config import load_recipe
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         plan, last = dry_run(recipe), None
     else:
-        plan, last = None, train(recipe, must_resume=args.resume, force=args.force)
+        plan, last = None, train(recipe, must_resume=args.resume, force=args.force, announce=tell_plan)
     if is_main():
         print(plan or report(last, recipe))
 

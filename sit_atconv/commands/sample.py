@@ -54,7 +54,7 @@ def _draw(args: argparse.Namespace) -> None:
     import torch
 
     from sit_atconv.runtime.console import Progress
-    from sit_atconv.sampling.sampling import check_labels, generate, grid_png, random_label
+    from sit_atconv.sampling.sampling import check_labels, generate, grid_png, noted, random_label
     from sit_atconv.sampling.setup import setup
 
     ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae)
@@ -78,7 +78,8 @@ def _draw(args: argparse.Namespace) -> None:
         for first in range(0, len(labels), args.batch):
             part = labels[first : first + args.batch]
             indices = range(first, first + len(part))
-            batch, evaluations = draw(ready.trained.model, ready.codec, indices, part, ready.sampling, args.seed)
+            model, watch = ready.trained.model, noted(bar, len(part))
+            batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
             images.append(batch)
             nfe += evaluations * len(part)
             bar.update(len(part))

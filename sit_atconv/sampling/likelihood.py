@@ -21,6 +21,7 @@ from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import check_out, library_versions, new_path, shown
+from sit_atconv.sampling.sampling import noted
 from sit_atconv.sampling.settings import check_path
 from sit_atconv.training.checkpoint import Trained, load_trained
 
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
             def velocity(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor = labels) -> torch.Tensor:
                 nonlocal calls
                 calls += 1
+                noted(bar, len(labels))(calls, (end - float(t)) / (end - start))
                 return path.velocity_from(prediction, model(x, t, labels, return_dict=False)[0], x, t)
 
             nats = log_likelihood(

@@ -1,6 +1,6 @@
 """From seeds, indices and labels to images: the one sampling routine of previews, scores and commands."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torchvision.utils import make_grid
@@ -12,6 +12,7 @@ from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import time_grid
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import draws
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import png
@@ -31,6 +32,16 @@ def random_label(seed: int, index: int, num_classes: int) -> int:
     return int(draws.generator(seed, Stream.SAMPLE_LABEL, index).integers(num_classes))
 
 
+# Told after each evaluation of a block of images: network evaluations per image so far, and the share of the way from
+# noise to data that they have come.
+Watch = Callable[[int, float], None]
+
+
+def noted(bar: Progress, count: int) -> Watch:
+    """A watch that says on a bar of images how far the next `count` of them are."""
+    return lambda nfe, share: bar.note(f"evaluation {nfe}", share * count)
+
+
 GRID_PIXELS = 64
 
 
@@ -43,7 +54,12 @@ def grid_png(images: torch.Tensor, columns: int) -> bytes:
 
 @torch.no_grad()
 def sample_latents(
-    model: SiTTransformer2DModel, indices: Sequence[int], labels: torch.Tensor, sampling: Sampling, seed: int = 0
+    model: SiTTransformer2DModel,
+    indices: Sequence[int],
+    labels: torch.Tensor,
+    sampling: Sampling,
+    seed: int = 0,
+    watch: Watch | None = None,
 ) -> tuple[torch.Tensor, int]:
     """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
 
@@ -61,10 +77,15 @@ def sample_latents(
 
     guided = GuidedVelocity(network, labels, model.null_label, *sampling.guidance)
 
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return path.velocity_from(model.config.prediction, guided(x, t), x, t)
+    start, end = sampling.interval(model)
 
-    times = time_grid(*sampling.interval(model), sampling.steps - (sampling.last_step_size is not None))
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        v = path.velocity_from(model.config.prediction, guided(x, t), x, t)
+        if watch is not None:
+            watch(guided.nfe, (float(t) - start) / (end - start))
+        return v
+
+    times = time_grid(start, end, sampling.steps - (sampling.last_step_size is not None))
     x = noise(Stream.SAMPLE_NOISE)
     if sampling.sampler in SAMPLERS:
         return SAMPLERS[sampling.sampler](velocity, x, times), guided.nfe
@@ -81,11 +102,12 @@ def generate(
     sampling: Sampling,
     seed: int = 0,
     kept: int | None = None,
+    watch: Watch | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Images of the given indices, and the number of network evaluations that each took.
 
     codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
-    fill the batch up.
+    fill the batch up. watch: told of each evaluation.
     See `sample_latents`; dopri5 shares its step size over the batch. Decoding is fp32.
     Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
     Raises InputError for a label out of range, or settings that do not fit the model, see `Sampling.for_model`;
@@ -93,7 +115,8 @@ def generate(
     """
     sampling = sampling.for_model(model)
     check_labels(labels, model.config.num_classes)
-    latents, nfe = sample_latents(model, indices, torch.tensor(labels, device=model.device), sampling, seed)
+    wanted = torch.tensor(labels, device=model.device)
+    latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch)
     return render(codec, latents, model.dtype, indices, kept), nfe
 
 

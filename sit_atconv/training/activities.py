@@ -25,6 +25,19 @@ SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
 
 
+class Announcement(Activity):
+    """A text that is told once, when the first samples are there: an error in these is the only line.
+
+    tell: what it is told by.
+    """
+
+    def __init__(self, text: str, tell: Callable[[str], None]):
+        self.text, self.tell = text, tell
+
+    def at_first_samples(self, trainer: Trainer) -> None:
+        self.tell(self.text)
+
+
 class Draws(Activity):
     """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says.
 

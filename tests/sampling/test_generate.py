@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -27,8 +28,8 @@ from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions
 from sit_atconv.runtime.pictures import NotFinite
+from sit_atconv.sampling import SCHEDULERS, samples
 from sit_atconv.sampling import generate as generate_command
-from sit_atconv.sampling import samples
 from sit_atconv.sampling import setup as setting_up
 from sit_atconv.sampling.sampling import generate, grid_png, random_label, sample_latents
 from sit_atconv.sampling.schedulers import generate as generate_scheduled
@@ -112,6 +113,37 @@ def test_evaluations_of_every_sampler():
     # of t = 0, 0.32, 0.64, 0.96 the last two are guided
     options = {"sampler": "euler-maruyama", "guidance_scale": 2.0, "guidance_interval": (0.5, 1.0)}
     assert draw([0], [1], **options)[1] == 4 + 2
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5", "euler-maruyama", "flow-match-euler"])
+def test_a_watch_is_told_of_every_evaluation_and_changes_no_bit(sampler):
+    model, told = lively_model(), []
+    given = model, IdentityCodec(), [0, 1], [0, 1]
+    if sampler in SCHEDULERS:
+        draw = partial(generate_scheduled, make_scheduler(sampler, model))
+        sampling = Sampling(steps=4, guidance_scale=2.0)
+    else:
+        draw, sampling = generate, Sampling(sampler, steps=4, guidance_scale=2.0)
+    images, nfe = draw(*given, sampling, watch=lambda *each: told.append(each))
+    assert torch.equal(images, draw(*given, sampling)[0])
+    assert [each for each, _ in told] == list(range(2, nfe + 1, 2))
+    shares = [share for _, share in told]
+    assert shares == sorted(shares) or sampler == "dopri5"  # which goes back where its error was too large
+    assert 0 <= min(shares) < max(shares) <= 1
+
+
+def test_progress_within_a_block_is_shown(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sit_atconv.runtime.console.EVERY", 0)
+    base = ["--ckpt", str(run_folder), "--steps", "4", "--batch", "3"]
+    sample.main([*base, "--num", "3", "--out", str(tmp_path / "grid.png")])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[1] for line in lines[:4]] == [f"evaluation {nfe}" for nfe in (2, 4, 6, 8)]
+    assert re.fullmatch(r"sample: image 0 of 3, evaluation 6, .* left", lines[2])
+    sampling(["generate", *base, "--num", "5", "--out", str(tmp_path / "samples")])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", ")[0] for line in lines if "evaluation 8" in line][:4] == [
+        "generate: image 0 of 5", "generate: image 3 of 5", "generate: image 3 of 5", "generate: image 5 of 5",
+    ]  # fmt: skip
 
 
 def test_it_follows_the_sde_with_noise_of_the_step():

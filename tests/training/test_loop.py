@@ -28,6 +28,7 @@ from sit_atconv.training.facts import Facts
 from sit_atconv.training.loop import train
 from sit_atconv.training.objectives.flow import FlowObjective, build_model
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
+from sit_atconv.training.plan import dry_run
 from sit_atconv.training.trainer import Trainer
 
 
@@ -343,6 +344,7 @@ def test_a_folder_that_another_process_has_is_left_alone(recipe_file, tmp_path, 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(InputError, match="is in use by another process; end that one"):
         run_recipe(recipe_file())
+    assert "refused: run.out=" in dry_run(load_recipe(recipe_file())).splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     holder.kill()
     holder.communicate()
