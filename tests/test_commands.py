@@ -6,11 +6,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_recipe
 from PIL import Image
 
 import sample
@@ -318,6 +319,52 @@ def shaken(trained):
 
 def pixels(path) -> np.ndarray:
     return np.array(Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def of_animals(tmp_path_factory) -> Path:
+    """The checkpoint of a run on images of cats, dogs and fish."""
+    folder, noise = tmp_path_factory.mktemp("animals"), np.random.default_rng(0)
+    for name in ("cat", "dog", "goldfish"):
+        (folder / "images" / name).mkdir(parents=True)
+        pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / name / "0.png")
+    (folder / "recipe.yaml").write_text(
+        f"run: {{out: {folder}/run}}\ndata: {{kind: imagefolder, root: {folder}/images, image_size: 8}}\n"
+        "model: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}\npreview: {every: 0}\n"
+        "train: {max_steps: 4, batch_size: 4, lr: 0.1}\nema: {decay: 0}\n"
+    )
+    return run_recipe(folder / "recipe.yaml")
+
+
+def test_classes_go_by_name_in_every_command(of_animals, tmp_path, fails, capsys):
+    def drawn(*classes: str) -> np.ndarray:
+        out = tmp_path / "grid.png"
+        sample.main(["--ckpt", str(of_animals), "--steps", "2", "--out", str(out), "--classes", *classes])
+        capsys.readouterr()
+        return np.array(Image.open(out))
+
+    assert np.array_equal(drawn("goldfish", "0", "Dog"), drawn("2", "0", "1"))
+    assert not np.array_equal(drawn("goldfish"), drawn("cat"))
+    base = ["--ckpt", of_animals, "--steps", "2", "--out"]
+    error = fails(sample.main, *base, tmp_path / "none.png", "--classes", "cat", "goldfsh")
+    assert "error: --classes: class='goldfsh': did you mean 'goldfish'?" in error
+    for number, text in enumerate(("goldfish\n0\n Cat \n", '["goldfish", 0, "cat"]')):
+        (tmp_path / "labels").write_text(text)
+        out = tmp_path / f"samples-{number}"
+        sampling(["generate", *map(str, base), str(out), "--num", "3", "--labels", str(tmp_path / "labels")])
+        capsys.readouterr()
+        assert json.loads((out / "manifest.json").read_text())["labels"] == [2, 0, 0]
+    (tmp_path / "labels").write_text("cat\ndogs\n0\n")
+    error = fails(sampling, "generate", *base, tmp_path / "none", "--num", 3, "--labels", tmp_path / "labels")
+    assert "labels, line 2: class='dogs': did you mean 'dog'?" in error
+    assert "names no classes; give ids, 0 to 2" in fails(  # of a model alone
+        sample.main, "--ckpt", model_alone(of_animals, tmp_path), "--classes", "cat", "--out", tmp_path / "none.png"
+    )
+
+
+def model_alone(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint / "ema", tmp_path / "alone")
 
 
 def test_schedulers_take_the_place_of_the_sampler(shaken, tmp_path, capsys):

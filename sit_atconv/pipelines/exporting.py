@@ -29,7 +29,7 @@ from sit_atconv.runtime.errors import InputError, option, told
 from sit_atconv.runtime.files import check_out, new_path
 from sit_atconv.runtime.reading import Malformed, read_config, read_json, read_tensors
 from sit_atconv.runtime.weights import STEM, own_variant
-from sit_atconv.training.checkpoint import PIPELINE_INDEX, load_trained
+from sit_atconv.training.checkpoint import ID2LABEL_FORM, PIPELINE_INDEX, load_trained
 from sit_atconv.version import __version__
 
 MODEL = Bundle(SiTTransformer2DModel.__module__, SiTTransformer2DModel.__name__)
@@ -41,7 +41,7 @@ of each module, and `Importer` imports it; only imports from the package are wri
 
 INDEX_FORM = {
     "_class_name": (str, [str]), "scheduler": [str, str], "vae?": ([(str, None), (str, None)], None),
-    "id2label?": ({re.compile("[0-9]{1,18}"): str}, None),
+    **ID2LABEL_FORM,
 }  # fmt: skip
 # There are schedulers that take memory and time by the square of their levels.
 SCHEDULER_FORM, MOST_SCHEDULER = {"num_train_timesteps?": range(1, 10_001)}, 1 << 18  # bytes
@@ -75,12 +75,11 @@ def open_source(source: str | Path, vae: str | None = None, variant: str | None 
         pipeline = _open_pipeline(folder, trained.model, vae, variant)
     else:
         codec = reopen_codec(trained.stated("codec"), vae, batch_size=1)
-        names = trained.manifest.get("data", {}).get("classes")
         pipeline = SiTPipeline(
             trained.model,
             codec.vae if isinstance(codec, VaeCodec) else None,
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-            id2label=dict(enumerate(names)) if names else None,
+            id2label=trained.id2label,
         )
     return Source(pipeline, trained.manifest, dtype)
 

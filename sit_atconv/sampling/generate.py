@@ -14,6 +14,7 @@ import torch
 
 from sit_atconv.models.cost import count_parameters
 from sit_atconv.runtime import processes
+from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.comparison import differences
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics
@@ -103,7 +104,8 @@ class _Work:
         self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
-        self.labels = sample_labels(args.labels, args.num, total, args.seed, config.num_classes)
+        classes = Classes(config.num_classes, self.ready.trained.id2label)
+        self.labels = sample_labels(args.labels, args.num, total, args.seed, classes)
         self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]), args.force)
         return self.samples.settings
 

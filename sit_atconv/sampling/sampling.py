@@ -12,9 +12,9 @@ from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import time_grid
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import draws
+from sit_atconv.runtime.classes import check_id
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.draws import Stream
-from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import png
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.sampling.settings import Sampling
@@ -23,8 +23,7 @@ from sit_atconv.sampling.settings import Sampling
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
     """Raise InputError for a class id out of range."""
     for label in labels:
-        if not 0 <= label < num_classes:
-            raise InputError(f"class id {label} is out of range; this model has classes 0 to {num_classes - 1}")
+        check_id(label, num_classes)
 
 
 def random_label(seed: int, index: int, num_classes: int) -> int:

@@ -66,6 +66,7 @@ MANIFEST_FORM = {
     "data?": {"num_images": POSITIVE, "classes": [str]},
     "images_seen?": COUNT,
 }
+ID2LABEL_FORM = {"id2label?": ({re.compile("[0-9]{1,18}"): str}, None)}
 CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}
 
 
@@ -357,6 +358,12 @@ class Trained:
     files: dict[str, str]
     lease: Lease | None = field(default=None, repr=False, compare=False)  # of the checkpoint, while this is there
 
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of the classes by id, of what was trained with names, or of a pipeline that has some; else None."""
+        names = self.manifest.get("data", {}).get("classes")
+        return dict(enumerate(names)) if names else self.manifest.get("id2label")
+
     def stated(self, name: str) -> Any:
         """What the manifest says under a name. Raises Damaged where it says nothing."""
         if not self.manifest.get(name):
@@ -386,6 +393,8 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
         elsewhere = any(variant in variants(part) for part in path.iterdir() if part.is_dir())
         own = own_variant(path / "transformer", variant) if elsewhere else variant
         trained = _load_trained(path / "transformer", dtype, own)
+        with told(f"pipeline {str(path)!r} cannot be read", Malformed):
+            trained.manifest["id2label"] = read_json(path / PIPELINE_INDEX, ID2LABEL_FORM).get("id2label")
         if (path / "vae").is_dir():
             trained.manifest["codec"]["vae"] = str(path / "vae")
         return trained
