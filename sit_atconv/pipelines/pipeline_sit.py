@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
+from sit_atconv.pipelines.from_run import FromRun
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.compat.diffusers import execution_device
@@ -54,7 +55,7 @@ def _take_back(name: str, given, handed: torch.Tensor) -> torch.Tensor:
     return given.to(handed)
 
 
-class SiTPipeline(DiffusionPipeline):
+class SiTPipeline(FromRun, DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
     transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in
@@ -81,7 +82,7 @@ class SiTPipeline(DiffusionPipeline):
         if transformer.config.path != "linear":
             raise InputError(
                 f"path={transformer.config.path!r}: flow-matching schedulers follow the linear path; sample this "
-                "transformer with sample.py"
+                "transformer with `sit-atconv sample`"
             )
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
