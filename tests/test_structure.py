@@ -290,6 +290,17 @@ def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
             yield node
 
 
+OLD_NAMES = re.compile(r"python -m (eval|sampling|sit_atconv)|(train_sit|train_attnet|sample)\.py")
+# The doors' own names.
+DOORS = {"latents/__main__.py", "posthoc.py", "convert/__main__.py", "pipelines/export.py"}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_calls_commands_by_their_installed_name(path):
+    if path.relative_to(ROOT / "sit_atconv").as_posix() not in DOORS:
+        assert not [each.value for each in spoken(ast.parse(path.read_text())) if OLD_NAMES.search(each.value)]
+
+
 def flags_in(text: str) -> list[str]:
     return [node.value for node in spoken(ast.parse(text)) if re.search(r"(^|[\s(`'])--[a-z]", node.value)]
 

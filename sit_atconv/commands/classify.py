@@ -47,8 +47,6 @@ def report(last: Path, recipe: "ClassifierRecipe") -> str:
     ema, raw = (
         "not finite" if (top1 := found[f"{which}_top1"]) is None else f"{top1:.2f}%" for which in ("ema", "model")
     )
-    name = f"local-dir:{last / 'ema'}"
-    return (
-        f"top-1 on {found['num']:,} held-out images: EMA {ema}, raw {raw}; "
-        f"load with timm.create_model({name!r}, pretrained=True)"
-    )
+    place = f"local-dir:{last / 'ema'}"
+    code = f"import timm, sit_atconv.models.attnet; model = timm.create_model({place!r}, pretrained=True)"
+    return f"top-1 on {found['num']:,} held-out images: EMA {ema}, raw {raw}; load it in Python by: {code}"

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+import shlex
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -33,6 +35,17 @@ def add_training_mode(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--force", action="store_true", help="set aside (NAME.aside) what is at run.out and is not this run, and begin"
     )
+
+
+def pasted(*words: str) -> str:
+    """A command of `sit-atconv` as a shell takes it."""
+    return shlex.join(["sit-atconv", *words])
+
+
+def override(key: str, value: str) -> str:
+    """A text laid over a recipe, as `config.load_recipe` takes it."""
+    special = value in ("", "null", "~") or value[0] in "\"'"
+    return f"{key}={json.dumps(value, ensure_ascii=False) if special else value}"
 
 
 def tell_plan(text: str) -> None:

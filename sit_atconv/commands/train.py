@@ -4,9 +4,8 @@ The recipe is one of `sit-atconv recipes`, by its name, or a YAML file.
 """
 
 import argparse
-from shlex import quote
 
-from sit_atconv.commands.options import add_recipe, add_training_mode, tell_plan
+from sit_atconv.commands.options import add_recipe, add_training_mode, pasted, tell_plan
 from sit_atconv.config import load_recipe
 
 
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         # Scores are the first process's business alone, and so are its reference and weights.
         scorer = training_scorer(recipe.score.ref, recipe.score.weights) if recipe.score.every and is_main() else None
         last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force, announce=tell_plan)
-        report = f"trained to step {recipe.train.max_steps:,}; sample with: sit-atconv sample --ckpt {quote(str(last))}"
+        report = f"trained to step {recipe.train.max_steps:,}; sample with: {pasted('sample', '--ckpt', str(last))}"
         if step_of(last) < recipe.train.max_steps:
             report = f"stopped at step {step_of(last):,}, saved as {last}; the same command goes on from there"
     if is_main():

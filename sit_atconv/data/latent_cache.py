@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 CROP = "ADM centre crop"
 DTYPES = {name: np.dtype(precision.DTYPES[name]) for name in precision.OF_CACHES}
-REMEDY = "run `python -m sit_atconv.latents encode` on it again, which makes only what is not whole"
+REMEDY = "give the same `sit-atconv encode` again, which makes only what is not whole"
 
 SHARD = {"file": str, "first": COUNT, "count": POSITIVE, "bytes": COUNT, "sha256": SHA256}
 FORM = {

@@ -161,7 +161,7 @@ def _limits(pipeline: SiTPipeline, license: str) -> str:
     limits = [
         f"Classes are {named}numbers from 0 to {last}; there is no text prompt.",
         "The model knows what it was trained on; its samples carry that data's biases.",
-        "`pipe.save_pretrained` leaves this code out; `python -m sit_atconv.pipelines.export` puts it in again.",
+        "`pipe.save_pretrained` leaves this code out; `sit-atconv export` puts it in again.",
     ]
     if model.null_label is None:
         limits.insert(1, "Trained without class dropout: no guidance (`guidance_scale=1`).")

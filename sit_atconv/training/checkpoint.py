@@ -458,7 +458,7 @@ def read_options(folder: Path) -> dict[str, Any]:
     """config.json of a SiT. Raises InputError for that of another class, or with options that a SiT does not have."""
     config = read_json(folder / "config.json")
     if config.get("_class_name") != SiTTransformer2DModel.__name__:
-        raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
+        raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see `sit-atconv convert`")
     options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]
     for name in config:
         # diffusers' own begin with "_", but for the one with which an export names its code. It ignores any other.

@@ -49,7 +49,7 @@ def train(
         check_stated(recipe, facts)
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
-            raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
+            raise InputError("score.every needs a scorer, which `sit-atconv train` brings; leave it out")
         kind = objective_of(recipe)
         kind.check_launch(accelerator)
         objective = kind(recipe, facts)

@@ -2,7 +2,7 @@
 
 A weighted sum of a run's snapshots (`ema.snapshot_every`), with the weights whose sum of stored profiles comes nearest
 to the profile wanted: "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv 2312.02696,
-section 3.2 and appendix C). FOLDER is a model that sample.py takes.
+section 3.2 and appendix C). FOLDER is a model that `sit-atconv sample` takes.
 """
 
 from contextlib import ExitStack

@@ -496,6 +496,15 @@ def test_dry_run_says_what_it_would_cost(classifier_file, capsys):
     assert "9 steps of 32 = 0.2 epochs" in said
 
 
+def test_the_printed_code_loads_the_average(classifier_file, tmp_path, capsys):
+    out = tmp_path / "it's a run"
+    train_attnet.main([str(classifier_file()), f"run.out={out}"])
+    code, names = capsys.readouterr().out.partition("load it in Python by: ")[2], {}
+    exec(code, names)
+    stored = load_file(max(out.glob("step-*/ema/model.safetensors")))
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in names["model"].state_dict().items())
+
+
 def test_training_begins_with_the_plan_and_a_dry_run_looks_at_the_run(classifier_file, capsys):
     def plan(*words: str) -> list[str]:
         reset_accelerate()
