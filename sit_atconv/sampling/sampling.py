@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
 from sit_atconv.flow.guidance import GuidedVelocity
@@ -42,13 +44,42 @@ def noted(bar: Progress, count: int) -> Watch:
 
 
 GRID_PIXELS = 64
+CAPTION = 13  # pixels of the strip below an image that says its class
+
+
+def grid(images: torch.Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+    """uint8 images (N, C, H, W) as one picture to look at; small ones are enlarged to about 64 pixels.
+
+    captions: a text for each, in a strip below it that is CAPTION pixels high; what is too long is cut.
+    """
+    factor = max(1, GRID_PIXELS // images.shape[-1])
+    cells = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    if captions is not None:
+        strips = torch.stack([_strip(text, cells.shape[-1]) for text in captions])
+        cells = torch.cat([cells, strips.expand(-1, cells.shape[1], -1, -1)], -2)
+    return to_pil(make_grid(cells, nrow=columns, padding=4, pad_value=255))
 
 
 def grid_png(images: torch.Tensor, columns: int) -> bytes:
-    """uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels."""
-    factor = max(1, GRID_PIXELS // images.shape[-1])
-    enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-    return png(to_pil(make_grid(enlarged, nrow=columns, padding=4, pad_value=255)))
+    """`grid` as a PNG."""
+    return png(grid(images, columns))
+
+
+def caption_of(label: int, names: Sequence[str]) -> str:
+    """What is written below an image of a class: the first of its names, the id where the font has not its letters."""
+    name = names[label].partition(",")[0].strip() if label < len(names) else ""
+    return name if name.isascii() and name.isprintable() and name else str(label)
+
+
+def _strip(text: str, width: int) -> torch.Tensor:
+    """uint8 (1, CAPTION, width): black text on white."""
+    font, shown = ImageFont.load_default(), text
+    while len(shown) > 1 and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = f"{text}.."
+    strip = Image.new("L", (width, CAPTION), 255)
+    ImageDraw.Draw(strip).text((0, 0), shown, fill=0, font=font)
+    return torch.from_numpy(np.array(strip))[None]
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.sampling import SCHEDULERS, samples
 from sit_atconv.sampling import generate as generate_command
 from sit_atconv.sampling import setup as setting_up
-from sit_atconv.sampling.sampling import generate, grid_png, random_label, sample_latents
+from sit_atconv.sampling.sampling import CAPTION, caption_of, generate, grid, grid_png, random_label, sample_latents
 from sit_atconv.sampling.schedulers import generate as generate_scheduled
 from sit_atconv.sampling.schedulers import make_scheduler
 from sit_atconv.sampling.settings import Sampling
@@ -1067,6 +1067,29 @@ def test_a_grid_shows_the_pixels_enlarged_and_large_images_as_they_are(tmp_path)
     assert np.array_equal(second[7::8, 7::8], second[::8, ::8])
     (tmp_path / "large.png").write_bytes(grid_png(torch.zeros(2, 3, 100, 100, dtype=torch.uint8), 1))
     assert Image.open(tmp_path / "large.png").size == (108, 212)
+
+
+def test_a_grid_says_the_classes_below_the_images():
+    images = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    plain = np.array(grid(images, 3))
+    for texts in (["1", "goldfish", "1"], ["a name that is far too long for the strip"] * 3):
+        told = np.array(grid(images, 3, texts))
+        assert np.array_equal(told[: 4 + 64], plain[: 4 + 64])  # the images are as they were
+        strips = [told[68 : 68 + CAPTION, 4 + 68 * index : 68 + 68 * index] for index in range(3)]
+        assert all(strip.min() < 64 for strip in strips)
+        assert np.array_equal(strips[0], strips[2])
+        assert np.array_equal(strips[0], strips[1]) == (texts[0] == texts[1])
+        assert (told[:, 68:72] == 255).all()  # between them
+    assert grid(images[:1], 1, ["1"]).size == (64, 64 + CAPTION)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("goldfish", "goldfish"), ("goldfish, Carassius", "goldfish"), ("金魚", "1"), ("\t", "1")],
+)
+def test_a_caption_is_the_first_name_or_the_id(name, says):
+    assert caption_of(1, ["tench", name]) == says
+    assert caption_of(2, ["tench", name]) == "2"
 
 
 def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys):
