@@ -80,7 +80,7 @@ class Progress:
         self.iterable, self.desc, self.total, self.unit, self.unit_scale = iterable, desc, total, unit, unit_scale
         self.initial = self.done = self.told = initial
         self.leave, self.delay, self.disable, self.clock = leave, delay, disable, clock
-        self.stream, self.text, self.part, self.bar = Unheard(stream or sys.stderr), "", 0.0, None
+        self.stream, self.text, self.part, self.within, self.bar = Unheard(stream or sys.stderr), "", 0.0, False, None
         self.start = self.last = clock()
         if not disable and self.stream.isatty():
             self.bar = tqdm(
@@ -102,28 +102,34 @@ class Progress:
 
     def update(self, count: int = 1) -> None:
         """So many units more are done."""
-        self.done, self.part = self.done + count, 0.0
+        self.done += count
+        if self.within:
+            self._note("", 0.0, within=False)
         if self.bar is not None:
             self.bar.update(count)
         else:
             self._tell_if_due()
 
-    def note(self, text: str, part: float = 0.0) -> None:
-        """What is to be said beside the numbers from now on. part: units' worth of work that is done of the next."""
-        self.text, self.part = text, part
+    def note(self, text: str, part: float | None = None) -> None:
+        """What is to be said beside the numbers from now on. part: how much of the next units is done, in units; then
+        until they are."""
+        self._note(text, part or 0.0, within=part is not None)
         if self.bar is None:
             self._tell_if_due()
         elif (now := self.clock()) - self.last >= REDRAWN:
             self.last = now
-            self.bar.set_postfix_str(text)
-        else:
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.refresh()
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         elif self.leave and not self.disable and self.done > self.told and self.clock() - self.start >= self.delay:
             self._tell(ended=True)
+
+    def _note(self, text: str, part: float, within: bool) -> None:
+        self.text, self.part, self.within = text, part, within
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
 
     def _tell_if_due(self) -> None:
         if not self.disable and self.clock() - self.last >= EVERY:

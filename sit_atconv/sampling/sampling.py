@@ -40,7 +40,7 @@ Watch = Callable[[int, float], None]
 
 def noted(bar: Progress, count: int) -> Watch:
     """A watch that says on a bar of images how far the next `count` of them are."""
-    return lambda nfe, share: bar.note(f"evaluation {nfe}", share * count)
+    return lambda nfe, share: bar.note(f"evaluation {nfe}, {share:.0%} of the block", share * count)
 
 
 GRID_PIXELS = 64

@@ -53,7 +53,7 @@ def test_work_within_a_unit_is_told_with_the_time_that_is_left(at):
     assert stream.getvalue() == "train: step 0 of 8, evaluation 25, 5 s/step, 00:30 left\n"
     bar.update(4)
     bar.close()
-    assert stream.getvalue().splitlines()[1:] == ["train: step 4 of 8, evaluation 25, 2.5 s/step, 00:10 in all"]
+    assert stream.getvalue().splitlines()[1:] == ["train: step 4 of 8, 2.5 s/step, 00:10 in all"]
 
 
 @pytest.mark.parametrize(
