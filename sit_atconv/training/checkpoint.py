@@ -362,7 +362,10 @@ class Trained:
     def id2label(self) -> dict[int, str] | None:
         """Names of the classes by id, of what was trained with names, or of a pipeline that has some; else None."""
         names = self.manifest.get("data", {}).get("classes")
-        return dict(enumerate(names)) if names else self.manifest.get("id2label")
+        if names:
+            return dict(enumerate(names))
+        stated = self.manifest.get("id2label")
+        return stated and {int(label): name for label, name in stated.items()}
 
     def stated(self, name: str) -> Any:
         """What the manifest says under a name. Raises Damaged where it says nothing."""

@@ -519,7 +519,7 @@ def test_a_pipeline_from_a_pipelines_folder_keeps_its_scheduler_and_names(tmp_pa
     pipe = SiTPipeline.from_run(tmp_path / "saved")
     assert type(pipe.scheduler) is FlowMatchHeunDiscreteScheduler
     assert pipe.labels == pipeline().labels
-    assert load_trained(tmp_path / "saved").id2label == {str(key): name for key, name in NAMES.items()}
+    assert load_trained(tmp_path / "saved").id2label == NAMES
 
 
 def test_an_exported_pipeline_reads_no_runs(exported, child):
