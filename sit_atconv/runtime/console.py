@@ -3,7 +3,8 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -47,6 +48,19 @@ class Unheard:
 def say(text: str) -> None:
     """Write a line to stderr, between the bars that are there."""
     tqdm.write(text, file=Unheard(sys.stderr))
+
+
+@contextmanager
+def bars_of(library: ModuleType) -> Iterator[None]:
+    """Within it, bars of a library of Hugging Face's are left out off a terminal, where each is one endless line."""
+    if Unheard(sys.stderr).isatty() or library.are_progress_bars_disabled():
+        yield
+        return
+    library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        library.enable_progress_bars()
 
 
 class Progress:

@@ -131,7 +131,7 @@ def foreseen(out: str, look: Callable[[Path], Found], steps: int) -> str:
 def told_of(run: Path, found: Found, steps: int) -> str:
     """What a start does with a run's folder, in words."""
     if found is None:
-        left = ", which holds what a killed start left" if run.exists() else ""
+        left = ", which holds what a killed start left" if run.is_dir() and any(run.iterdir()) else ""
         return f"a new run begins in {str(run)!r}{left}"
     step = found[1]["step"]
     if step >= steps:

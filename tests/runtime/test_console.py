@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sit_atconv.runtime.console import EVERY, REDRAWN, Progress
+from sit_atconv.runtime.console import EVERY, REDRAWN, Progress, bars_of
 
 
 class Terminal(io.StringIO):
@@ -120,6 +120,19 @@ def test_notes_on_a_terminal_do_not_draw_at_every_call(at):
     at.now += REDRAWN
     bar.note("evaluation 1000")
     assert "evaluation 1000" in stream.getvalue()
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_bars_of_a_library_are_left_out_off_a_terminal_and_come_back(monkeypatch, on_terminal, wanted):
+    library = SimpleNamespace(off=not wanted)
+    library.are_progress_bars_disabled = lambda: library.off
+    library.disable_progress_bars = lambda: setattr(library, "off", True)
+    library.enable_progress_bars = lambda: setattr(library, "off", False)
+    monkeypatch.setattr("sys.stderr", Terminal() if on_terminal else io.StringIO())
+    with bars_of(library):
+        assert library.off == (not wanted or not on_terminal)
+    assert library.off != wanted
 
 
 def test_a_stream_that_is_gone_stops_nothing(at):
