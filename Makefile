@@ -1,11 +1,13 @@
 # make demo: the main job on digits. make bench: the timings. make drill: faults. make ablation: the paper's findings,
 # switched off one by one. make test: the tests. All install what they need into .venv. make test-floor: the tests with the
-# lowest versions that pyproject.toml allows, in .venv-floor.
+# lowest versions that pyproject.toml allows, in .venv-floor. make dist: wheel and sdist, built anew and checked. make
+# test-wheel: the commands, by that wheel and its own dependencies alone, in .venv-wheel and from an empty folder.
 PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor
+WHEEL := .venv-wheel
 
-.PHONY: demo bench drill ablation test test-slow test-gpu test-floor lint
+.PHONY: demo bench drill ablation test test-slow test-gpu test-floor test-wheel dist lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -50,3 +52,13 @@ test-gpu: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+dist: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+test-wheel: dist
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	$(WHEEL)/bin/python tests/installed.py

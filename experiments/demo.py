@@ -12,9 +12,9 @@ OUT = Path("runs/demo")
 
 
 def call(line: str) -> None:
-    """Run a Python command line, showing it; stop the demo with its exit status when it fails."""
-    print(f"\n$ python {line}", flush=True)
-    status = subprocess.run([sys.executable, *shlex.split(line)]).returncode
+    """Run a command line of `sit-atconv`, showing it; stop the demo with its exit status when it fails."""
+    print(f"\n$ sit-atconv {line}", flush=True)
+    status = subprocess.run([sys.executable, "-m", "sit_atconv", *shlex.split(line)]).returncode
     if status:
         sys.exit(status)
 
@@ -22,11 +22,11 @@ def call(line: str) -> None:
 def main() -> None:
     scratch(OUT)
     run, grid, samples, speed = OUT / "run", OUT / "grid.png", OUT / "samples", OUT / "speed"
-    call(f"train_sit.py experiments/recipes/digits_sit_atconv.yaml run.out={run}")
-    call(f"sample.py --ckpt {run} --classes 0 1 2 3 4 5 6 7 8 9 --rows 8 --steps 20 --out {grid}")
-    call(f"-m sampling generate --ckpt {run} --num 1000 --steps 20 --out {samples}")
-    call(f"-m eval score {samples} --ref digits")
-    call(f"-m sampling speed --models SiT-ATConv-S/2 --sizes 256 --baselines attention --dtype fp32 --out {speed}")
+    call(f"train digits model.token_mixer=atconv run.out={run}")
+    call(f"sample --ckpt {run} --classes 0 1 2 3 4 5 6 7 8 9 --rows 8 --steps 20 --out {grid}")
+    call(f"generate --ckpt {run} --num 1000 --steps 20 --out {samples}")
+    call(f"score {samples} --ref digits")
+    call(f"speed --models SiT-ATConv-S/2 --sizes 256 --baselines attention --dtype fp32 --out {speed}")
     metrics = read_json(samples / "metrics.json")["metrics"]
     scores = {name: metric["value"] for name, metric in metrics.items()}
     rows = read_json(speed.with_suffix(".json"))["rows"]

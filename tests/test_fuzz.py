@@ -36,9 +36,10 @@ from sit_atconv.config import Recipe
 from sit_atconv.convert.__main__ import main as convert
 from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.pipelines import export as exporting
+from sit_atconv.pipelines import exporting
 from sit_atconv.pipelines.export import main as export
 from sit_atconv.posthoc import main as posthoc
+from sit_atconv.principles import report as measuring
 from sit_atconv.runtime.files import sha256
 from sit_atconv.sampling.samples import Samples
 from sit_atconv.scoring import digits
@@ -165,7 +166,7 @@ COMMANDS = {
 }
 # Where the long work of a command begins, which no word decides any more.
 WORK = (
-    (speed, "random_model"), (principles, "measure"), (bombs, "bombs"), (schedulers, "rows"),
+    (speed, "random_model"), (measuring, "measure"), (bombs, "bombs"), (schedulers, "rows"),
     (error_bars, "error_bars"), (op, "measure"), (attnet, "measure"), (swap, "rows_of"), (cache, "in_new_process"),
     (loop, "growth"),
 )  # fmt: skip

@@ -269,14 +269,6 @@ def test_nothing_is_unpickled():
         assert not imports(path) & {"pickle", "cloudpickle", "joblib", "torch.load", "numpy.load"}, path
 
 
-def test_the_readmes_example_runs():
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names = {}
-    exec(code, names)
-    assert names["velocity"].shape == (1, 4, 32, 32)
-    assert names["y"].shape == (1, 12, 20, 384)
-
-
 def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
     """The texts in a file but for docstrings and what is told to a parser of options."""
     silent = set()

@@ -1,4 +1,4 @@
-"""make bench: a short standard set. Appends to bench.csv and writes bench.md, the table that the README quotes."""
+"""make bench: a short standard set. Adds rows to bench.csv, writes bench.md; docs/benchmarks.md quotes both."""
 
 from pathlib import Path
 

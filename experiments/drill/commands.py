@@ -83,7 +83,7 @@ SUBCOMMANDS = [
         "convert to ours", "sit_atconv.convert.__main__", "{0}/public.safetensors --sample-size 8 --out {1}", "model",
     ),
     Subcommand("export", "sit_atconv.pipelines.export", "{0}/run --out {1}", "pipeline"),
-    Subcommand("posthoc", "sit_atconv.training.posthoc", "{0}/run --std 0.1 --out {1}", "posthoc"),
+    Subcommand("posthoc", "sit_atconv.posthoc", "{0}/run --std 0.1 --out {1}", "posthoc"),
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from sit_atconv.convert.kinds import FORMS, WEIGHTS
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError, add_force
-from sit_atconv.runtime.files import check_out
+from sit_atconv.runtime.files import check_checkpoint, check_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     if args.to == "public" and idle:
         raise InputError(f"--{idle[0].replace('_', '-')} is for reading a public checkpoint; leave it out")
     check_out(args.out, force=args.force)
-    if not Path(args.source).exists():
+    if args.to == "public":
+        check_checkpoint(args.source)
+    elif not Path(args.source).exists():
         raise InputError(f"checkpoint {args.source!r}: no such file or folder")
 
     from sit_atconv.convert.public import convert, export_public

@@ -20,7 +20,9 @@ from sit_atconv.scoring import BATCH
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The recipe of a command, and what is laid over it."""
     parser.add_argument("recipe", help="name of a recipe, see `sit-atconv recipes`, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4"
+    )
 
 
 def add_training_mode(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +123,11 @@ def sampling_asked(args: argparse.Namespace) -> Sampling:
 def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
     """What all commands that extract take: what may follow a recipe, before options or after them; and the options."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="laid over a recipe, e.g. data.root=DIR data.image_size=64"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="laid over a recipe, e.g. data.root=DIR data.image_size=64",
     )
     parser.add_argument(
         "--extractor", default="inception", metavar="SPEC",

@@ -13,6 +13,17 @@ from sit_atconv.runtime.files import REPORT, check_out, write_out
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run, or of samples")
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument(
+        "--nearest", action="store_true",
+        help="show below each sample the training image that is nearest to it in pixels, of those that the run's "
+        "recipe.yaml names",
+    )  # fmt: skip
+    beside.add_argument(
+        "--nearest-in", metavar="DATA",
+        help="the same, of these training images: a recipe (.yaml), an npz with arr_0, or a folder of images, of the "
+        "samples' size",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="HTML", help="the page to write")
     add_force(parser)
 
@@ -26,6 +37,11 @@ def run(args: argparse.Namespace) -> None:
     if out.suffix not in (".html", ".htm"):
         raise InputError(f"--out {args.out!r}: must end in .html")
     check_out(out, force=args.force, ours=REPORT)
-    page = render(read_runs(args.runs))
+    runs = read_runs(args.runs)
+    if args.nearest or args.nearest_in is not None:
+        from sit_atconv.report.nearest import find
+
+        find(runs, args.nearest_in)
+    page = render(runs)
     write_out(out, page.encode("ascii"), force=args.force)
     print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")

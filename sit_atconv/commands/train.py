@@ -27,14 +27,16 @@ def run(args: argparse.Namespace) -> None:
 
         report = dry_run(recipe)
     else:
-        from sit_atconv.scoring.score import training_scorer
         from sit_atconv.training.checkpoint import step_of
         from sit_atconv.training.folder import check_place
         from sit_atconv.training.loop import train
 
         check_place(recipe.run.out, args.force)
-        # Scores are the first process's business alone, and so are its reference and weights.
-        scorer = training_scorer(recipe.score.ref, recipe.score.weights) if recipe.score.every and is_main() else None
+        scorer = None
+        if recipe.score.every and is_main():  # alone: the others need neither reference nor weights
+            from sit_atconv.scoring.score import training_scorer
+
+            scorer = training_scorer(recipe.score.ref, recipe.score.weights)
         last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force, announce=tell_plan)
         report = f"trained to step {recipe.train.max_steps:,}; sample with: {pasted('sample', '--ckpt', str(last))}"
         if step_of(last) < recipe.train.max_steps:

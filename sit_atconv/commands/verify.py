@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> None:
     if (args.cache is None) == (args.weights is None):
         raise InputError("give either CACHE, or --weights FILE")
     if args.cache is None:
-        _verify_protocol(args)
+        from sit_atconv.scoring.verify import run as verify
+
+        verify(args)
         return
     for name in ("adm", "device", "features"):
         if (value := getattr(args, name)) is not None:
@@ -46,42 +48,3 @@ def _verify_cache(root: Path) -> None:
     if problems:
         sys.exit(2)
     print(f"{root}: {index['num_images']:,} images, all {len(index['shards'])} shards as its index has them")
-
-
-def _verify_protocol(args: argparse.Namespace) -> None:
-    from sit_atconv.runtime.processes import is_main
-    from sit_atconv.scoring.extractor import load_extractor
-    from sit_atconv.scoring.score import score, table
-    from sit_atconv.scoring.verify import (
-        PUBLISHED,
-        REFERENCE,
-        SAMPLES,
-        URL_ADM,
-        check_published,
-        check_weights,
-        checksum,
-        synthetic_images,
-    )
-
-    folder = Path(args.adm) if args.adm is not None else None
-    for name in (SAMPLES, REFERENCE) if folder else ():
-        if not (folder / name).is_file():
-            raise InputError(f"--adm {args.adm!r}: {name} is not there; {URL_ADM} says where it is to be had")
-    digest = check_weights(args.weights)
-    extractor = load_extractor("inception", args.weights, args.device)
-    streams = extractor(synthetic_images())
-    if is_main():
-        print(f"{'weights':<28} SHA-256 {digest}")
-        for name, rows in streams.items():
-            print(f"{name:<28} {checksum(rows)}")
-    if folder is None:
-        return
-    scored = score(
-        str(folder / SAMPLES), str(folder / REFERENCE), "fid,sfid,is,pr", weights=args.weights, device=args.device,
-        batch=args.batch, root=args.features,
-    )  # fmt: skip
-    if scored is not None:
-        metrics = scored[0]["metrics"]
-        print(table(metrics))
-        check_published(metrics)
-        print("all as published: " + ", ".join(f"{name} {value}" for name, (value, _) in PUBLISHED.items()))

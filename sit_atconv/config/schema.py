@@ -247,7 +247,7 @@ class Train(Optimisation):
 
     # not to be changed where another schedule would end: its rate would jump
     max_steps: int = ranged(400_000, limits.STEPS, mutable=lambda train: train["lr_schedule"] == "constant")
-    warmup_steps: int = ranged(0, Range(0, "max_steps", "a longer warm-up never gets to train.lr"))
+    warmup_steps: int = ranged(0, limits.STEPS_OR_NONE)  # a run that ends before is one of the warm-up alone
     lr_schedule: str = chosen("constant", ("constant", "linear", "cosine"))  # the others go down to 0 at max_steps
 
 

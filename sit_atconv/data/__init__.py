@@ -1,32 +1,24 @@
-"""Images and labels. A dataset gives item `(index, flip)` as an image (C, H, W) in [-1, 1] and a label."""
+"""Images and labels. A dataset gives item `(index, flip)` as an image (C, H, W) in [-1, 1] and a label.
 
-from collections.abc import Callable
+What needs torch loads when it is used: files of images are read without it.
+"""
 
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING
 
-from sit_atconv.config import Data
-from sit_atconv.data.kinds import IMAGE_KEYS, IMAGES, describe_images
-from sit_atconv.data.latent_cache import LatentCache
+from sit_atconv.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from sit_atconv.data.datasets import DATASETS, open_dataset
+    from sit_atconv.data.kinds import IMAGE_KEYS, describe_images
 
 __all__ = ["DATASETS", "IMAGE_KEYS", "describe_images", "open_dataset"]
 
-
-def _latents(data: Data) -> LatentCache:
-    cache = LatentCache(data.root, data.verify, data.source, data.max_pixels)
-    cache.check_stated(data)
-    return cache
-
-
-DATASETS: dict[str, Callable[[Data], Dataset]] = {**IMAGES, "latents": _latents}
-
-
-def open_dataset(data: Data) -> Dataset:
-    """The training images that a recipe names.
-
-    A dataset has `channels`, `image_size`, `class_names`, `labels` (int64, of every image), `len`, and `moments`:
-    whether it gives an autoencoder's moments in place of images. An item raises Unreadable where its image cannot be
-    read, InputError where the dataset is gone. One with `in_order` takes positions for indices, has no labels, and
-    gives itself in another order by `shuffled(seed)`.
-    Raises InputError when the images are not there.
-    """
-    return DATASETS[data.kind](data)
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "DATASETS": "sit_atconv.data.datasets",
+        "open_dataset": "sit_atconv.data.datasets",
+        "IMAGE_KEYS": "sit_atconv.data.kinds",
+        "describe_images": "sit_atconv.data.kinds",
+    },
+)

@@ -1,5 +1,7 @@
 """From an image file to pixels, and to the tensor that a codec takes: ADM's centre crop, [-1, 1]. What all kinds of
-datasets share."""
+datasets share. Torch loads with the first tensor, not before."""
+
+from __future__ import annotations
 
 import importlib
 import os
@@ -10,18 +12,19 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sit_atconv.config import Loading
 from sit_atconv.runtime.errors import InputError, reason, said
 from sit_atconv.runtime.reading import read_bytes, spelt
 
+if TYPE_CHECKING:
+    import torch
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision has them
 # What Pillow raises over bytes of any kind.
 DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error,
@@ -99,7 +102,7 @@ class Reader:
     transparent: bool = field(default=False, init=False)
 
     @classmethod
-    def of(cls, data: Loading) -> "Reader":
+    def of(cls, data: Loading) -> Reader:
         """As a recipe's section `data` says."""
         return cls(data.channels or 3, data.background, data.max_pixels)
 
@@ -236,6 +239,8 @@ def of_extra(package: str, kind: str) -> ModuleType:
 
 def to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
     """A grey or RGB image -> (C, H, W) in [-1, 1], mirrored where `flip`."""
+    import torch
+
     pixels = np.array(image)
     tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
     return tensor.flip(2) if flip else tensor
@@ -246,8 +251,9 @@ def decode(encoded: bytes, size: int, flip: bool, name: str, reader: Reader | No
     return to_tensor((reader or Reader())(encoded, name, size), flip)
 
 
-class Images(Dataset):
-    """Images by index, each of a class. Items (index, flip) -> (image (C, size, size) in [-1, 1], label).
+class Images:
+    """Images by index, each of a class: a dataset of torch's, which asks for `len` and items alone. Items
+    (index, flip) -> (image (C, size, size) in [-1, 1], label).
 
     labels: the class of every image, int64 (N,), but of a stream, which has neither these nor an index. A subclass
     gives the images.

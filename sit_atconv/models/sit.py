@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -20,7 +19,7 @@ from sit_atconv.layers.attention import Attention
 from sit_atconv.layers.blocks import FinalLayer, SiTATConvBlock, SiTBlock
 from sit_atconv.layers.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from sit_atconv.ops.forward_mode import checkpointed
-from sit_atconv.runtime.compat.diffusers import checkpoint_function, register_block
+from sit_atconv.runtime.compat.diffusers import Adapters, checkpoint_function, register_block
 from sit_atconv.runtime.compat.torch import maybe_mark_dynamic, statically_known_true
 from sit_atconv.runtime.errors import InputError, check_choice
 
@@ -52,7 +51,7 @@ def mixer_names(token_mixer: str | list[str], depth: int) -> list[str]:
     return list(token_mixer)
 
 
-class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, AttentionMixin):
     """Velocity of a flow over latents: t = 0 is noise, t = 1 is data, v = d x_t / dt.
 
     A new model has torch's default weights, as diffusers' models have; `reset_parameters`, which `create_model` calls,

@@ -76,7 +76,7 @@ class Target:
 def load(target: str, weights: str | None = None, seed: int = 0) -> Target:
     """The model that a word on the command line means: a folder, or a name of timm.
 
-    A folder is what `checkpoint.load_trained` takes, or a run of train_attnet.py, a checkpoint of it, or its ema/.
+    A folder is what `checkpoint.load_trained` takes, or a run of `classify`, a checkpoint of it, or its ema/.
     weights: a safetensors file, for a name of timm; without it the model is as drawn anew from `seed`.
     Raises InputError where it is neither, or the weights do not fit.
     """

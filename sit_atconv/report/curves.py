@@ -8,10 +8,11 @@ from itertools import groupby
 from sit_atconv.report.markup import Markup, tag
 
 POINTS = 300  # of a curve at most; beyond it, neighbours are drawn as their mean, in a band from least to greatest
-LOG_RATIO = 50  # greatest to least value from which on an axis is logarithmic
+CROWDED = 0.4  # of the height that they would have if all values were spread evenly: with less, the least ones crowd
+GAIN = 1.5  # how much higher they must be on a logarithmic axis for it to be worth its harder reading
 WIDTH, HEIGHT = 400, 240  # of a chart, as wide on the page as a phone: the type keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 38
-COLOURS, DASHES = 6, ("", "7 3", "2 3", "9 3 2 3")
+COLOURS, DASHES = 6, ("", "8 6", "2 5", "10 5 2 5")  # with gaps through which a line below is seen
 Points = Sequence[tuple[float, float | None]]
 Axis = Callable[[float], float]  # from a value to its place
 
@@ -56,12 +57,39 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from low to high; with 2 and 5 between, where they are few; every other one, where many."""
+    """Powers of ten from low to high, every other one where they are many; where they are few, round numbers between
+    them, too; where all lies within a factor of two or so, the numbers of a linear axis."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
-    found = [factor * 10.0**power for power in powers for factor in factors]
-    found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-    return found[:: math.ceil(len(found) / 7)]
+    for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [factor * 10.0**power for power in powers for factor in factors]
+        found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        if len(found) >= 4:
+            return found[:: math.ceil(len(found) / 7)]
+    return ticks(low, high)
+
+
+def logarithmic(values: Sequence[float]) -> bool:
+    """Whether an axis is to be logarithmic: all values are above 0, and their lower half, or quarter, which crowds at
+    the bottom of a linear axis, is higher on a logarithmic one.
+
+    So it is for curves that fall over decades, and for those that fall fast and then lie on one another; not for a line
+    that falls evenly, nor for what jitters about a mean.
+    """
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    if low <= 0 or low == high:
+        return False
+    for share in (1 / 2, 1 / 4):
+        upper = ordered[math.ceil(share * len(ordered)) - 1]
+        linear = (upper - low) / (high - low)
+        if linear < CROWDED * share and math.log(upper / low) / math.log(high / low) >= GAIN * linear > 0:
+            return True
+    return False
+
+
+def four_digits(value: float) -> str:
+    """A number with four digits: 0.5748, 1e-5."""
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def short(value: float) -> str:
@@ -69,7 +97,7 @@ def short(value: float) -> str:
     for power, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power:
             return f"{value / power:.4g}{unit}"
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
+    return four_digits(value)
 
 
 def _axis(
@@ -95,12 +123,10 @@ def _axis(
 def chart(series: Sequence[Series], x_label: str, alt: str) -> tuple[Markup, bool]:
     """The curves over one another, at least one of which has a value; also whether the axis is logarithmic."""
     values = [value for each in series for value in each.values]
-    log = min(values) > 0 and max(values) / min(values) >= LOG_RATIO
+    log = logarithmic(values)
     left, right, x = _axis([x for each in series for x, _ in each.points], 0.02, LEFT, WIDTH - RIGHT)
     low, high, y = _axis(values, 0.06, HEIGHT - BOTTOM, TOP, log)
-    marks = log_ticks(low, high) if log else []
-    if len(marks) < 2:
-        marks = ticks(low, high)
+    marks = log_ticks(low, high) if log else ticks(low, high)
     lines: list[Markup] = []
     for value in marks:
         lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value), class_="rule"))

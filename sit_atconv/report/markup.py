@@ -1,6 +1,7 @@
 """HTML and SVG as text, where every string that is not markup already is escaped."""
 
 import html
+import re
 from collections.abc import Iterable
 
 
@@ -31,4 +32,18 @@ def tag(name: str, /, *content: Content, **attributes: str | int | float | bool 
             text = "" if value is True else f"{value:.1f}" if isinstance(value, float) else html.escape(str(value))
             given += f' {key.rstrip("_").replace("_", "-")}="{text}"'
     inner = markup(content)
-    return Markup(f"<{name}{given}>" if name in ("img", "meta") else f"<{name}{given}>{inner}</{name}>")
+    return Markup(f"<{name}{given}>" if name in ("img", "meta", "wbr") else f"<{name}{given}>{inner}</{name}>")
+
+
+# Where a name may go on in the next line: after a sign that parts it, but not within a number.
+SAFE = re.compile(r"(?<=[/_=:])(?=[^\s/_=:])|(?<=\.)(?=[^\W\d])")
+HASH = re.compile("(?:[0-9a-f]{8}){3,}")
+
+
+def breakable(text: str) -> Markup:
+    """A text of which paths, dotted keys and hashes may go on in the next line, at signs that part them and after every
+    eighth digit; no word and no number may."""
+    pieces = []
+    for part in SAFE.split(text):
+        pieces += re.findall(".{8}", part) if HASH.fullmatch(part) else [part]
+    return Markup(tag("wbr").join(map(markup, pieces)))

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from sit_atconv.report.curves import Interval, Series, chart, intervals, swatch
-from sit_atconv.report.markup import Content, Markup, markup, tag
-from sit_atconv.report.pictures import CLASSES, PER_CLASS, grid, preview
-from sit_atconv.report.runs import Run, SampleSet, at
+from sit_atconv.report.curves import Interval, Series, chart, four_digits, intervals, swatch
+from sit_atconv.report.markup import Content, Markup, breakable, markup, tag
+from sit_atconv.report.pictures import CLASSES, PER_CLASS, Picture, Shown, grid, preview
+from sit_atconv.report.runs import Match, Run, SampleSet, at
 from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.files import MARK
+from sit_atconv.scoring.frechet import FRECHET
 from sit_atconv.scoring.result import bars_told, needs, number
-from sit_atconv.scoring.score import FRECHET
 
 STYLE = Path(__file__).with_name("style.css")
 UNMEASURED = tag("span", "not measured", class_="none")
@@ -90,8 +90,10 @@ def render(runs: Sequence[Run]) -> str:
         tag("title", title),
         tag("style", Markup(style)),
     )
-    contents = tag("nav", tag("ul", [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]))
-    body = [tag("section", tag("h2", title), content, id=name) for name, title, content in sections]
+    contents = tag(
+        "nav", tag("ul", [tag("li", tag("a", breakable(title), href=f"#{name}")) for name, title, _ in sections])
+    )
+    body = [tag("section", tag("h2", breakable(title)), content, id=name) for name, title, content in sections]
     page = tag("html", head, tag("body", tag("header", _header(runs), contents), tag("main", body)), lang="en")
     return ("<!doctype html>\n" + page + "\n").encode("ascii", "xmlcharrefreplace").decode()
 
@@ -123,7 +125,7 @@ def _table(
     lines = [tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells]) for name, cells in rows]
     table = tag(
         "table",
-        tag("caption", tag("span", caption)),
+        tag("caption", tag("span", breakable(caption))),
         tag("thead", tag("tr", [tag("th", each, scope="col") for each in head])),
         tag("tbody", lines),
         class_=class_ or None,
@@ -139,12 +141,12 @@ def _compared(
     table = _table(
         caption, [corner, *heads], [(name, [each.get(name, UNRECORDED) for each in facts]) for name in names]
     )
-    return tag("details", tag("summary", caption), table) if folded else table
+    return tag("details", tag("summary", breakable(caption)), table) if folded else table
 
 
 def _chip(index: int, name: str, runs: int) -> Markup:
     """A run's name, behind a piece of its curve where there are several."""
-    return markup([swatch(index) if runs > 1 else None, name])
+    return markup([swatch(index) if runs > 1 else None, breakable(name)])
 
 
 def _run_heads(runs: Sequence[Run]) -> list[Markup]:
@@ -166,10 +168,15 @@ def _quantity(value: Any, digits: int = 4, unit: str = "") -> Markup | str:
     return f"{text}{unit}"
 
 
-def _fact(value: Any) -> Markup | str:
+def _number_of(value: Any) -> Markup | str:
+    """A count that somebody wrote down, or did not."""
+    return UNRECORDED if number(value) is None else _quantity(value)
+
+
+def _fact(value: Any) -> Markup:
     if value is None:
         return UNRECORDED
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return breakable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _hash(value: Any) -> Markup:
@@ -193,7 +200,7 @@ def _with_error(value: float, se: float | None) -> tuple[str, str | None]:
 
 
 def _header(runs: Sequence[Run]) -> list[Content]:
-    title = tag("h1", " vs ".join(run.name for run in runs))
+    title = tag("h1", breakable(" vs ".join(run.name for run in runs)))
     facts = [_key_facts(run) for run in runs]
     if len(runs) > 1:
         about = tag("p", f"{len(runs)} runs side by side", class_="soft")
@@ -224,7 +231,7 @@ def _key_facts(run: Run) -> dict[str, Content]:
     return {
         "Model": _fact(model),
         "Token mixer": _fact(_first(run.recipe.get("model.token_mixer"), training("token_mixer"))),
-        "Parameters": _quantity(training("params")),
+        "Parameters": _number_of(_first(run.params, training("params"))),
         "Data": _fact(f"{data}, {images:,} images" if number(images) is not None and data else data),
         "Steps": trained,
         "Images seen": _quantity(seen),
@@ -243,7 +250,7 @@ def _samples(columns: Sequence[Column], share: float) -> list[Content]:
         head = tag("h3", _chip(column.number, column.title, len(columns))) if len(columns) > 1 else None
         grids.append(tag("div", head, _grid(column, share)))
     metrics = _metrics(columns)
-    warnings = [tag("p", text, class_="warn") for text in _warnings(columns)]
+    warnings = [tag("p", breakable(text), class_="warn") for text in _warnings(columns)]
     if len(columns) == 1:
         return [warnings, tag("div", grids, tag("div", metrics), class_="beside with-metrics")]
     return [tag("div", grids, class_="beside"), warnings, metrics]
@@ -272,22 +279,65 @@ def _grid(column: Column, share: float) -> Markup:
         else:
             reason = ["the folder holds no images. ", _drawn(column.manifest)]
         return tag("p", "Sample grid: ", UNMEASURED, "; ", reason)
-    cells, names = [], column.run.class_names
+    cells, names, found = [], column.run.class_names, samples.nearest
     for label, row in shown:
         name = "" if label is None else names[label] if label < len(names) else str(label)
         what = f"{len(row)} sample{'s' * (len(row) != 1)}" + ("" if label is None else f" of class {name}")
-        images = [
-            tag("img", src=picture.uri, width=picture.width, height=picture.height, alt="", title=f"sample {index}",
-                class_="sharp" if picture.sharp else None)
-            for index, picture in row
-        ]  # fmt: skip
-        cells += [tag("span", name), tag("div", images, class_="row", role="img", aria_label=what)]
+        if found:
+            pairs = [_pair(each, found.found[each.index]) for each in row]
+            what += ", each above the training image nearest to it"
+            cells += [
+                tag("span", breakable(name)),
+                tag("div", pairs, class_="row pairs", role="group", aria_label=what),
+            ]
+        else:
+            images = [_image(each.picture, f"sample {each.index}") for each in row]
+            cells += [tag("span", breakable(name)), tag("div", images, class_="row", role="img", aria_label=what)]
     text = "The first samples by index, none chosen; they have no labels."
     if shown[0][0] is not None:
         classes = len(np.unique(samples.source.labels))
         which = f"each of {CLASSES} of the {classes:,} classes" if classes > CLASSES else "each class"
         text = f"The first samples of {which}, {PER_CLASS} at most, by index: none chosen."
-    return tag("figure", tag("div", cells, class_="samples"), tag("figcaption", text, " ", _drawn(column.manifest)))
+    near = tag("p", _nearest(samples), class_="soft") if found else None
+    return tag(
+        "figure", near, tag("div", cells, class_="samples"), tag("figcaption", text, " ", _drawn(column.manifest))
+    )
+
+
+def _image(picture: Picture, title: str, alt: str = "") -> Markup:
+    return tag(
+        "img", src=picture.uri, width=picture.width, height=picture.height, alt=alt, title=title,
+        class_="sharp" if picture.sharp else None,
+    )  # fmt: skip
+
+
+def _pair(shown: Shown, match: Match) -> Markup:
+    """A sample above the training image that is nearest to it, and how far that is."""
+    distance, sample = _distance(match.distance), f"sample {shown.index}"
+    training = f"training image {match.index}{', mirrored' * match.mirrored}, distance {distance}"
+    images = [_image(shown.picture, sample, sample), _image(shown.nearest, training, training)]
+    return tag("div", images, tag("small", distance, class_="copy" if match.distance == 0 else None), class_="pair")
+
+
+def _distance(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _nearest(samples: SampleSet) -> list[Content]:
+    """What the training images below the samples are, and what the numbers below them."""
+    found = samples.nearest
+    distances = sorted(match.distance for match in found.found.values())
+    values = math.prod(samples.source.image_shape)
+    text = (
+        f"Below each sample: the nearest of {found.n:,} training ",
+        breakable(found.data),
+        ", or of their mirror images," * found.mirrored,
+        f" and its distance: the square root of the sum of squared differences of all {values:,} values, 0 to 255 each "
+        f"(L2). Least {_distance(distances[0])}, median {_distance(statistics.median(distances))}, greatest "
+        f"{_distance(distances[-1])}. ",
+    )
+    copies = distances.count(0)
+    return [*text, f"Copies of a training image: {copies} of {len(distances)} (distance 0)."]
 
 
 def _drawn(manifest: dict[str, Any]) -> str:
@@ -455,7 +505,7 @@ def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Marku
             x, value = next((x, y) for x, y in reversed(each.points) if y is not None)
             lost = len(each.points) - len(each.values)
             told = [
-                f"{value:.4g} at {x_label.split()[0]} {x:,.4g}" if x_label != "step" else f"{value:.4g} at step {x:,}",
+                f"{four_digits(value)} at {x_label.split()[0]} {f'{x:,}' if x_label == 'step' else four_digits(x)}",
                 f"; {lost} of {len(each.points)} points not measured" if lost else None,
             ]
         legend.append(
@@ -542,7 +592,10 @@ def _settings(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
 
 def _coded(settings: Mapping[str, Any]) -> dict[str, Content]:
     """Settings as rows, of which a null was stated, and is not missing."""
-    return {tag("code", key): tag("code", "null") if value is None else _fact(value) for key, value in settings.items()}
+    return {
+        tag("code", breakable(key)): tag("code", "null") if value is None else _fact(value)
+        for key, value in settings.items()
+    }
 
 
 def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
@@ -564,7 +617,7 @@ def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
         ]
         for what, each in (("Extractor", extractors), ("Checkpoint", weights)):
             for name in dict.fromkeys(name for one in each for name in one) or [""]:
-                heading = [what, tag("small", name) if name else None]
+                heading = [what, tag("small", breakable(name)) if name else None]
                 rows.append((heading, [_hash(one.get(name)) for one in each]))
         found.append(_table("SHA-256 of what the scores stand on", ["Samples", *_heads(sampled)], rows))
     files = [flat(_mapping(run.checkpoint.get("files"))) for run in runs]
@@ -572,7 +625,7 @@ def _hashes(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
         facts = [
             {
                 "Checkpoint": run.checkpoint_folder.name if run.checkpoint_folder else UNRECORDED,
-                **{tag("code", name): _hash(digest) for name, digest in each.items()},
+                **{tag("code", breakable(name)): _hash(digest) for name, digest in each.items()},
             }
             for run, each in zip(runs, files, strict=True)
         ]

@@ -3,7 +3,9 @@
 import base64
 import io
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,8 +13,8 @@ from PIL import Image
 from sit_atconv.data.images import DAMAGED, MOST_BYTES, open_image
 from sit_atconv.report.runs import SampleSet
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.pictures import to_pil
 from sit_atconv.runtime.reading import read_bytes
+from sit_atconv.scoring.sources import Source
 
 CLASSES, PER_CLASS = 10, 8
 BUDGET = 1_300_000  # bytes of a page's pictures as PNG; base64 makes a third more of them
@@ -52,20 +54,42 @@ def chosen(labels: np.ndarray | None, n: int) -> list[tuple[int | None, list[int
     return [(int(each), np.flatnonzero(labels == each)[:PER_CLASS].tolist()) for each in classes]
 
 
-def grid(samples: SampleSet, share: float) -> list[tuple[int | None, list[tuple[int, Picture]]]]:
-    """Rows of a grid: the class, None without labels, and its samples' indices and pictures; [] without images.
+def shown_of(source: Source) -> list[int]:
+    """The indices of the images that are shown, in order: a compressed npz is a stream."""
+    return sorted(index for _, row in chosen(source.labels, source.n) for index in row)
+
+
+class Shown(NamedTuple):
+    """A sample of a grid; nearest: the training image nearest to it, None where nobody asked for it."""
+
+    index: int
+    picture: Picture
+    nearest: Picture | None
+
+
+def grid(samples: SampleSet, share: float) -> list[tuple[int | None, list[Shown]]]:
+    """Rows of a grid: the class, None without labels, and its samples; [] without images.
 
     share: of the page's budget. Raises InputError for images that cannot be read.
     """
     source = samples.source
     if source is None:
         return []
-    rows = chosen(source.labels, source.n)
-    indices = sorted(index for _, row in rows for index in row)  # in order: a compressed npz is a stream
-    images = {index: to_pil(next(source.batches(index, index + 1))[0]) for index in indices}
-    fitted = _fit(list(images.values()), SIDES, share * BUDGET)
-    pictures = dict(zip(images, fitted, strict=True))
-    return [(label, [(index, pictures[index]) for index in row]) for label, row in rows]
+    indices = shown_of(source)
+    pixels = [source.pixels(index, index + 1)[0] for index in indices]
+    if samples.nearest:
+        pixels += [samples.nearest.found[index].pixels for index in indices]
+    pictures = _fit([_image(each) for each in pixels], SIDES, share * BUDGET)
+    shown = {
+        index: Shown(index, picture, near)
+        for index, picture, near in zip_longest(indices, pictures[: len(indices)], pictures[len(indices) :])
+    }
+    return [(label, [shown[index] for index in row]) for label, row in chosen(source.labels, source.n)]
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W, 1 or 3) -> a grey or RGB image."""
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 
 
 def preview(path: Path, share: float) -> Picture:

@@ -1,5 +1,7 @@
 """What a run's folder holds that a report tells of: every file that is there, read and checked, nothing computed."""
 
+import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -7,12 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sit_atconv.data.images import is_image
 from sit_atconv.runtime.claims import SETTINGS
 from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import by_step, sha256, step_in
-from sit_atconv.runtime.reading import read_json, read_rows, read_yaml
+from sit_atconv.runtime.reading import read_json, read_rows, read_shapes, read_yaml
 from sit_atconv.scoring.result import reading, sound
 from sit_atconv.scoring.sources import MANIFEST, SAMPLES, Source, open_source
 from sit_atconv.scoring.table import comparable
@@ -26,10 +30,35 @@ Row = dict[str, Any]
 
 
 @dataclass
+class Match:
+    """The training image nearest to a sample. index: among the training images. distance: the square root of the sum
+    of squared differences of all values, 0 to 255 each. mirrored: whether its mirror image is what is so near. pixels:
+    what is so near, uint8 (H, W, C)."""
+
+    index: int
+    distance: float
+    mirrored: bool
+    pixels: np.ndarray
+
+
+@dataclass
+class Neighbours:
+    """The nearest training images of samples. data: what the training images are called. n: how many there are.
+    mirrored: whether mirror images count. found: by the sample's index."""
+
+    data: str
+    n: int
+    mirrored: bool
+    found: dict[int, Match]
+
+
+@dataclass
 class SampleSet:
     """Samples of a run. manifest: without its labels, {} where none says how they were made. metrics: the result of
-    `eval score`, as `sound` gives it, {} where there is none. facts: what others must share for their metrics to be
-    compared, see `sit_atconv.scoring.table`, {} without metrics. finished: whether all samples are there."""
+    `sit-atconv score`, as `sound` gives it, {} where there is none. facts: what others must share for their metrics to
+    be compared, see `sit_atconv.scoring.table`, {} without metrics. finished: whether all samples are there. nearest:
+    of the samples that the page shows, None where nobody asked for them.
+    """
 
     name: str
     path: Path
@@ -38,6 +67,7 @@ class SampleSet:
     metrics: dict[str, Any]
     facts: dict[str, Any]
     finished: bool = True
+    nearest: Neighbours | None = None
 
     @cached_property
     def source(self) -> Source | None:
@@ -48,18 +78,25 @@ class SampleSet:
 
 @dataclass
 class Run:
-    """A run. recipe: by dotted key. checkpoint: the manifest of its newest checkpoint, {} without one. preview: the
-    newest one's file, and step. trained: False for a folder of samples alone."""
+    """A run. folder: None for a folder of samples alone. recipe: by dotted key. checkpoint: the manifest of its newest
+    checkpoint, {} without one. preview: the newest one's file, and step. params: numbers in the weights of the newest
+    checkpoint's EMA, None where they are not there."""
 
     name: str
     sets: list[SampleSet]
+    folder: Path | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     log: list[Row] = field(default_factory=list)
     scores: list[Row] = field(default_factory=list)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     checkpoint_folder: Path | None = None
     preview: tuple[Path, int] | None = None
-    trained: bool = True
+    params: int | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether this is a training run."""
+        return self.folder is not None
 
     @property
     def class_names(self) -> list[str]:
@@ -108,7 +145,7 @@ def _read(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise InputError(f"RUN {str(folder)!r} is no folder; give that of a training run, or of samples")
     if (folder / MANIFEST).is_file() or (folder / METRICS).is_file():
-        return Run(name, [_read_set(folder)], trained=False)
+        return Run(name, [_read_set(folder)])
     with _whole(folder / RECIPE):
         recipe = read_yaml(folder / RECIPE, regular=True) if (folder / RECIPE).is_file() else {}
         if not isinstance(recipe, dict):
@@ -124,10 +161,11 @@ def _read(folder: Path, name: str) -> Run:
     if not (recipe or checkpoints or previews or sets or log or scores):
         if not _holds_images(folder):
             raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
-        return Run(name, [_read_set(folder)], trained=False)
-    run = Run(name, sets, flat(recipe), log, scores)
+        return Run(name, [_read_set(folder)])
+    run = Run(name, sets, folder, flat(recipe), log, scores)
     if checkpoints:
         run.checkpoint, run.checkpoint_folder = _read_manifest(checkpoints[-1] / MANIFEST), checkpoints[-1]
+        run.params = _parameters(checkpoints[-1], run.checkpoint)
     if previews:
         run.preview = previews[-1], step_in(previews[-1].stem)
     return run
@@ -151,6 +189,18 @@ def _read_set(folder: Path) -> SampleSet:
 def _read_manifest(path: Path) -> dict[str, Any]:
     with _whole(path):
         return read_json(path)
+
+
+def _parameters(checkpoint: Path, manifest: dict[str, Any]) -> int | None:
+    """How many numbers the EMA's weights are, by the shapes in their files' headers; None where a file is not there,
+    as in a copy of a run without its weights."""
+    names = manifest.get("files")
+    names = sorted(str(name) for name in names) if isinstance(names, dict) else []
+    files = [checkpoint / name for name in names if re.fullmatch(r"ema/[^/\\]+\.safetensors", name)]
+    if not files or not all(file.is_file() for file in files):
+        return None
+    shapes = (read_shapes(file, "checkpoint file", "take the checkpoint away") for file in files)
+    return sum(math.prod(shape) for each in shapes for shape in each.values())
 
 
 def _read_rows(path: Path) -> list[Row]:

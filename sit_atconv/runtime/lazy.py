@@ -48,3 +48,32 @@ class Renamed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         """Give the module back its own names, which the import system has just replaced."""
         module.__spec__, module.__loader__, module.__package__ = module.__spec__.loader_state
+
+
+def once_loaded(name: str, act: Callable[[object], None]) -> None:
+    """Call `act` with the module of that name: now where it is loaded, else as soon as somebody loads it."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Awaited(name, act))
+
+
+class _Awaited(importlib.abc.MetaPathFinder):
+    """Has the other finders load a module, and acts on it."""
+
+    def __init__(self, name: str, act: Callable[[object], None]):
+        self.name, self.act = name, act
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_act(module) -> None:
+            load(module)
+            self.act(module)
+
+        spec.loader.exec_module = load_and_act
+        return spec

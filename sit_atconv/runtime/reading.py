@@ -88,6 +88,18 @@ def read_tensors(path: Path, what: str, remedy: str = "") -> tuple[dict[str, Any
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
 
 
+def read_shapes(path: Path, what: str, remedy: str = "") -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors by name, from its header; no tensor is read.
+
+    Raises InputError as `read_tensors` does.
+    """
+    with (
+        told(f"{what} {str(path)!r} is cut or damaged", OSError, SafetensorError, remedy=remedy),
+        safe_open(path, framework="np") as file,
+    ):
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
 class Malformed(InputError):
     """A text that is no JSON, or a document that lacks what it must hold; the message names the place and the rule."""
 

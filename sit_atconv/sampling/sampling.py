@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import PATHS
@@ -52,6 +51,8 @@ def grid(images: torch.Tensor, columns: int, captions: Sequence[str] | None = No
 
     captions: a text for each, in a strip below it that is CAPTION pixels high; what is too long is cut.
     """
+    from torchvision.utils import make_grid
+
     factor = max(1, GRID_PIXELS // images.shape[-1])
     cells = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     if captions is not None:

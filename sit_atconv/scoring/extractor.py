@@ -13,16 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from sit_atconv.runtime.devices import FP32_SWITCHES, resolve_device, switches_kept
 from sit_atconv.runtime.errors import InputError, check_choice, option, said
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.hooks import recorded
 from sit_atconv.runtime.processes import local_rank
-from sit_atconv.runtime.vit import is_rgb, load_vit
 from sit_atconv.runtime.weights import digest_of
 from sit_atconv.scoring import DIGITS, digits
 
@@ -220,7 +217,7 @@ class _Inception(nn.Module):
     6 at 17 x 17, flattened as TensorFlow keeps it, NHWC.
     """
 
-    def __init__(self, model: FeatureExtractorInceptionV3):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
@@ -233,6 +230,8 @@ class _Inception(nn.Module):
 
 def inception_weights(path: str | None) -> Path:
     """The weights file: the one given, else the one in torch's hub cache. Raises InputError when it is not there."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     name = URL_INCEPTION_V3.rpartition("/")[2]
     weights = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     if not weights.is_file():
@@ -244,6 +243,8 @@ def inception_weights(path: str | None) -> Path:
 
 
 def _inception(weights: Path, device: torch.device) -> Extractor:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     try:
         # torch-fidelity would unpickle the file without restraint; it gets tensors that were read safely instead.
         safe = io.BytesIO()
@@ -274,7 +275,7 @@ def _digits(device: torch.device) -> Extractor:
 class _ClassToken(nn.Module):
     """A ViT's class token after the final norm. Pixels are resized (bicubic, antialiased), clamped, standardised."""
 
-    def __init__(self, vit: VisionTransformer):
+    def __init__(self, vit: nn.Module):
         super().__init__()
         self.vit = vit
         self.register_buffer("mean", 255 * torch.tensor(vit.pretrained_cfg["mean"]).view(3, 1, 1))
@@ -287,6 +288,10 @@ class _ClassToken(nn.Module):
 
 
 def _dinov2(name: str, device: torch.device) -> Extractor:
+    from timm.models.vision_transformer import VisionTransformer
+
+    from sit_atconv.runtime.vit import is_rgb, load_vit
+
     where = f"extractor 'dinov2:{name}'"
     vit, file = load_vit(name, where, "dinov2:")
     whole = isinstance(vit, VisionTransformer) and is_rgb(vit)

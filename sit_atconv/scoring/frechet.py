@@ -13,6 +13,7 @@ class Moments(NamedTuple):
     sigma: np.ndarray
 
 
+FRECHET = ("fid", "sfid", "fdd", "frechet_distance")  # the metrics that are such a distance
 # Images; with fewer the bias is more than its part proportional to 1/N, which the jackknife takes away.
 PER_FEATURE = 10
 

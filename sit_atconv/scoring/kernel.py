@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from sit_atconv.runtime.console import Progress
 from sit_atconv.scoring.moments import checked_pair
@@ -39,6 +38,8 @@ def kernel_distance(
 
     Raises ValueError for fewer than two images on a side, shapes that differ or numbers that are not finite.
     """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
     real, fake = checked_pair(real, fake)
     if min(len(real), len(fake)) < 2:
         raise ValueError(f"{len(real)} real images and {len(fake)} samples have no kernel distance; give at least two")

@@ -1,4 +1,4 @@
-"""What is certain in a result of `eval score`, whatever version of this package wrote it."""
+"""What is certain in a result of `sit-atconv score`, whatever version of this package wrote it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{str(path)!r} is no result of `eval score` ({type(error).__name__}: {error}); score the samples again"
+            f"{str(path)!r} is no result of `sit-atconv score` ({type(error).__name__}: {error}); "
+            "score the samples again"
         ) from None
 
 

@@ -23,7 +23,7 @@ from sit_atconv.scoring.extract import (
 )
 from sit_atconv.scoring.extractor import Extractor, default_device, kind_of, load_extractor
 from sit_atconv.scoring.features import Features, Held, held, is_features
-from sit_atconv.scoring.frechet import correction_needs, frechet_distances
+from sit_atconv.scoring.frechet import FRECHET, correction_needs, frechet_distances
 from sit_atconv.scoring.inception_score import inception_scores
 from sit_atconv.scoring.jackknife import Estimate, design_of, jackknife
 from sit_atconv.scoring.kernel import kernel_distance
@@ -33,7 +33,6 @@ from sit_atconv.scoring.refs import Reference, check_recorded, read_moments, rea
 from sit_atconv.scoring.result import needs
 from sit_atconv.scoring.sources import Source, from_arrays, open_source
 
-FRECHET = ("fid", "sfid", "fdd", "frechet_distance")
 OFFERED = {
     "inception": ["fid", "sfid", "is", "pr", "kid"],
     "dinov2": ["fdd", "pr", "kid"],

@@ -1,4 +1,9 @@
-"""Images to be scored, from wherever they lie, never all in memory: npz files, folders, recipes, arrays."""
+"""Images to be scored, from wherever they lie, never all in memory: npz files, folders, recipes, arrays.
+
+Torch loads for tensors and recipes, not for what lies in files.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -9,14 +14,12 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from sit_atconv.config import Data, Loading, load_recipe
-from sit_atconv.data import describe_images, open_dataset
 from sit_atconv.data.arrays import CHUNK, PixelArray, check_kind
 from sit_atconv.data.images import IMG_EXTENSIONS, Reader, image_files, is_image, read_image
 from sit_atconv.runtime.claims import SETTINGS
@@ -24,6 +27,9 @@ from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.runtime.reading import POSITIVE, SHAPE, Malformed, read_json
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST, SAMPLES = "manifest.json", "samples.npz"
 MOST_BATCH = 1 << 32  # bytes of a batch
@@ -79,6 +85,14 @@ class Source:
         """Images start to stop - 1, (stop - start, H, W, C), in memory that is the caller's."""
         raise NotImplementedError
 
+    def pixels(self, start: int, stop: int) -> np.ndarray:
+        """Images start to stop - 1, uint8 (stop - start, H, W, C). Raises InputError as `batches` does."""
+        if (stop - start) * math.prod(self.image_shape) > MOST_BATCH:
+            raise InputError(
+                f"{self.name}: {stop - start} images of {self.image_shape} at once are over 4 GiB; lower the batch"
+            )
+        return self._read(start, stop)
+
     def _content(self) -> Iterator[bytes | np.ndarray]:
         """All pixels in index order, NHWC."""
         step = max(1, CHUNK // int(np.prod(self.image_shape)))
@@ -89,13 +103,11 @@ class Source:
 
         Raises InputError for an image that cannot be read, or is not like the others.
         """
+        import torch
+
         stop = self.n if stop is None else stop
-        if min(size, stop - start) * math.prod(self.image_shape) > MOST_BATCH:
-            raise InputError(
-                f"{self.name}: {size} images of {self.image_shape} at once are over 4 GiB; lower the batch"
-            )
         for first in range(start, stop, size):
-            yield torch.from_numpy(self._read(first, min(first + size, stop))).permute(0, 3, 1, 2)
+            yield torch.from_numpy(self.pixels(first, min(first + size, stop))).permute(0, 3, 1, 2)
 
     def digest(self) -> str:
         """SHA-256 of all pixels in index order, each image (H, W, C): that of arr_0's bytes, wherever the images lie.
@@ -200,6 +212,8 @@ def from_arrays(pixels: torch.Tensor, labels=None, name: str = "images") -> Sour
 
 class _Arrays(Source):
     def __init__(self, name: str, pixels: torch.Tensor, labels):
+        import torch
+
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             found = f"{pixels.dtype} {tuple(pixels.shape)}".removeprefix("torch.")
             raise InputError(f"{name}: {found}; give uint8 (N, C, H, W) with 1 or 3 channels")
@@ -207,6 +221,8 @@ class _Arrays(Source):
         super().__init__(name, len(pixels), pixels.shape[1:], labels)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
+        import torch
+
         pixels = self._pixels[start:stop].clone(memory_format=torch.contiguous_format)
         return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
@@ -229,6 +245,8 @@ class _Recipe(Source):
     """The training images of a recipe, read by threads a batch at a time."""
 
     def __init__(self, path: Path, overrides: Sequence[str]):
+        from sit_atconv.data import describe_images, open_dataset
+
         data = recipe_data(path, overrides)
         if data.streaming:
             raise InputError("data.streaming=true: scores need to reach every image; leave it out")
@@ -251,6 +269,8 @@ class _Recipe(Source):
         self._threads = _threads()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
+        import torch
+
         # uint8 at once: a batch of floats has four times the bytes.
         images = self._threads.map(lambda index: to_uint8(self._dataset[index, False][0]), range(start, stop))
         images = torch.stack([*images])

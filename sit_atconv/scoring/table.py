@@ -117,7 +117,9 @@ def _read(file: str) -> dict[str, Any]:
             _text(found)  # raises where a number in it is not finite
             return {"path": path, **found}
     except OSError as error:
-        raise InputError(f"{str(path)!r}: {error.strerror or error}; give files that `eval score` wrote") from None
+        raise InputError(
+            f"{str(path)!r}: {error.strerror or error}; give files that `sit-atconv score` wrote"
+        ) from None
 
 
 def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:

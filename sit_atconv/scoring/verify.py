@@ -1,5 +1,6 @@
 """Check Inception's weights and this machine; with ADM's files also the whole protocol, against ADM's own numbers."""
 
+import argparse
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import numpy as np
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import sha256
-from sit_atconv.scoring.extractor import inception_weights
+from sit_atconv.runtime.processes import is_main
+from sit_atconv.scoring.extractor import inception_weights, load_extractor
+from sit_atconv.scoring.score import score, table
 
 DIGEST = Path(URL_INCEPTION_V3).stem.rpartition("-")[2]  # the published file's name ends in how its SHA-256 begins
 IMAGES, SIZE = 8, 64
@@ -21,6 +24,32 @@ URL_ADM = "https://github.com/openai/guided-diffusion/tree/main/evaluations"
 PUBLISHED = {
     "is": (215.84, 0.5), "fid": (3.94, 0.02), "sfid": (6.14, 0.03), "precision": (0.827, 0.01), "recall": (0.531, 0.01),
 }  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what was found. Raises InputError for what is not as published."""
+    folder = Path(args.adm) if args.adm is not None else None
+    for name in (SAMPLES, REFERENCE) if folder else ():
+        if not (folder / name).is_file():
+            raise InputError(f"{option('adm', args.adm)}: {name} is not there; {URL_ADM} says where it is to be had")
+    digest = check_weights(args.weights)
+    extractor = load_extractor("inception", args.weights, args.device)
+    streams = extractor(synthetic_images())
+    if is_main():
+        print(f"{'weights':<28} SHA-256 {digest}")
+        for name, rows in streams.items():
+            print(f"{name:<28} {checksum(rows)}")
+    if folder is None:
+        return
+    scored = score(
+        str(folder / SAMPLES), str(folder / REFERENCE), "fid,sfid,is,pr", weights=args.weights, device=args.device,
+        batch=args.batch, root=args.features,
+    )  # fmt: skip
+    if scored is not None:
+        metrics = scored[0]["metrics"]
+        print(table(metrics))
+        check_published(metrics)
+        print("all as published: " + ", ".join(f"{name} {value}" for name, (value, _) in PUBLISHED.items()))
 
 
 def check_weights(weights: str) -> str:

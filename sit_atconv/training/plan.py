@@ -69,6 +69,7 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", stated: bool,
     ema = recipe.ema
     copies = len(ema.stds or [SAMPLED])
     decay = "" if train.lr_schedule == "constant" else f" to 0 at step {train.max_steps:,}"
+    longer = ", longer than the run" if train.warmup_steps > train.max_steps else ""
     rows = {
         "model": recipe.model.name or f"{model.config.token_mixer}, depth {model.config.depth}",
         "parameters": f"{parameters / 1e6:.1f} M",
@@ -84,7 +85,7 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", stated: bool,
         f"{objective.besides})",
         "steps per epoch": f"{epoch:.1f} ({facts.num_images:,} images, global batch {train.batch_size})",
         "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
-        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps; {train.precision}",
+        f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps{longer}; {train.precision}",
         "EMA": averages.describe(recipe.ema),
         "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
         f"{((1 + copies) * parameters + 2 * trainable) * gib:.2f} GiB each, in {recipe.run.out}",

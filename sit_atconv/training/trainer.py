@@ -107,9 +107,11 @@ class Trainer:
         self.flops_per_image = objective.flops_per_image  # of the model before it is compiled
         objective.prepare()
         averages = objective.averages.models.values()
-        for module in (*objective.frozen, *averages):
-            module.to(accelerator.device)
-        self.network, self.optimizer = accelerator.prepare(objective.trained, optimizer)
+        whole = () if accelerator.is_fsdp2 else (objective.trained,)
+        for module in (*objective.frozen, *averages, *whole):
+            torch.nn.Module.to(module, accelerator.device)  # diffusers' own loads all of its hooks, and peft
+        placed = None if accelerator.is_fsdp2 else [False, False]
+        self.network, self.optimizer = accelerator.prepare(objective.trained, optimizer, device_placement=placed)
         for average in averages:
             sharding.shard_like(average, objective.model)
         self.means = Means([*objective.weights], accelerator.device, objective.time_bins)

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from sampled import decode
 from sklearn.datasets import load_digits
+from torchvision.datasets.folder import IMG_EXTENSIONS as OF_TORCHVISION
 
 from sit_atconv.data.digits import Digits
-from sit_atconv.data.images import Packed, Reader, Unreadable, center_crop, is_image
+from sit_atconv.data.images import IMG_EXTENSIONS, Packed, Reader, Unreadable, center_crop, is_image
 from sit_atconv.runtime.pictures import NotFinite, to_uint8
 
 
@@ -177,3 +178,7 @@ def test_every_mode_becomes_three_channels_whose_transparency_is_left_out(mode):
     pixels = (decode(file.getvalue(), 8, False, "x", Reader(background=None))[:, 4, 4] + 1) * 127.5
     expected = (255, 255, 255) if mode == "1" else color
     assert (pixels - torch.tensor(expected)).abs().max() <= 2
+
+
+def test_files_that_count_as_images_are_those_of_torchvision():
+    assert set(IMG_EXTENSIONS) == set(OF_TORCHVISION)

@@ -3,76 +3,36 @@
 import base64
 import hashlib
 import html
-import io
 import json
+import math
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import yaml
+from html_page import Page, picture
 from PIL import Image
+from safetensors.numpy import save_file
 
 from sit_atconv.commands import parser_of
-from sit_atconv.report.curves import Interval, chart, intervals, log_ticks, style_of, thinned, ticks
+from sit_atconv.report.curves import Interval, chart, intervals, log_ticks, logarithmic, style_of, thinned, ticks
 from sit_atconv.report.curves import Series as Curve
-from sit_atconv.report.markup import Markup, tag
+from sit_atconv.report.markup import Markup, breakable, tag
 from sit_atconv.report.pictures import chosen
 from sit_atconv.runtime.errors import InputError
-
-VOID = {"img", "meta"}
-
-
-class Page(HTMLParser):
-    """A page as elements (tag, attributes) and the text of each; fails for tags that do not close."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.source, self.elements, self.texts, self.open = text, [], [], []
-        self.cells, self.rows = [], []  # of all tables: rows of their cells' texts
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name == "tr":
-            self.rows.append([])
-        if name in ("td", "th"):
-            self.rows[-1].append("")
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.texts.append(data)
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).split())
-
-    def all(self, name):
-        return [attributes for each, attributes in self.elements if each == name]
-
-    def row(self, first):
-        """The cells beside the only row heading that begins with `first`."""
-        (found,) = [row[1:] for row in self.rows if row and row[0].startswith(first)]
-        return found
 
 
 @pytest.fixture
 def make(tmp_path):
-    """Writes reports: paths of runs -> the page."""
+    """Writes reports: paths of runs, and options -> the page."""
 
-    def write(*runs) -> Page:
+    def write(*words) -> Page:
         out = tmp_path / "out" / "report.html"
-        args = parser_of("report", "report").parse_args([*map(str, runs), "--out", str(out)])
+        args = parser_of("report", "report").parse_args([*map(str, words), "--out", str(out)])
         args.run(args)
         return Page(out.read_bytes().decode("ascii"))
 
@@ -138,12 +98,6 @@ def training(
     }  # fmt: skip
     (step / "manifest.json").write_text(json.dumps(manifest))
     return folder
-
-
-def picture(element):
-    kind, data = element["src"].split(",")
-    assert kind == "data:image/png;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
 def test_a_page_shows_what_the_files_say(make, tmp_path):
@@ -504,12 +458,15 @@ def damaged_line(run):
         (lambda run: (run / "log.jsonl").write_text('{"loss": 1}\n'), "line 1: step is missing"),
         (lambda run: (run / "scores.jsonl").write_text("[1]\n"), "line 1: it is \\[1\\], and must be an object"),
         (lambda run: (run / "samples/x/metrics.json").write_text("{"), "metrics.json is no JSON"),
-        (lambda run: (run / "samples/x/metrics.json").write_text('{"metrics": [1]}'), "no result of `eval score`"),
+        (
+            lambda run: (run / "samples/x/metrics.json").write_text('{"metrics": [1]}'),
+            "no result of `sit-atconv score`",
+        ),
         (lambda run: (run / "samples/x/manifest.json").write_text("[]"), "must be an object"),
         *(
             (
                 lambda run, text=text: (run / "samples/x/metrics.json").write_text(text),
-                r"metrics.json' is no result of `eval score` \(.*\); score the samples again",
+                r"metrics.json' is no result of `sit-atconv score` \(.*\); score the samples again",
             )
             for text in (
                 '{"samples_manifest": "text"}',
@@ -599,6 +556,36 @@ def test_an_axis_is_logarithmic_where_values_are_far_apart():
     assert not chart([Curve("a", 0, [(0, 0.0), (1, 100.0)])], "step", "alt")[1]
 
 
+def fall(floor, steps=200, scale=20):
+    """A curve that falls to a floor."""
+    return [floor + math.exp(-step / scale) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        (fall(0.5), True),  # most values in a small part of a linear axis
+        ([*fall(0.5), *fall(0.52)], True),  # and two curves that lie on one another there
+        ([10.0 ** (-step / 20) for step in range(100)], True),  # five decades
+        ([300.0, 100.0, 30.0, 10.0, 5.0], True),
+        ([*(100 + step for step in range(50)), *(1 + step / 50 for step in range(50))], True),  # runs far apart
+        ([2e-5 * step for step in range(1, 101)], False),  # a warm-up: over two decades, and even
+        ([*(2e-5 * step for step in range(1, 101)), *[2e-3] * 1000], False),
+        ([1 + 0.1 * math.sin(step) for step in range(200)], False),
+        ([10 - fall(0.0)[step] for step in range(200)], False),  # what crowds at the top
+        ([100 + value for value in fall(0.5)], False),  # no curvature to gain from
+        ([*(value - 0.5 for value in fall(0.5)), 0.0], False),
+        ([-value for value in fall(0.5)], False),
+        ([3.0] * 10, False),
+        ([3.0], False),
+        ([1.0] * 150 + [2.0] * 50, False),  # equal values are as crowded on any axis
+    ],
+)
+def test_an_axis_is_logarithmic_where_low_values_crowd(values, log):
+    assert logarithmic(values) is log
+    assert logarithmic([1000 * value for value in values[::-1]]) is log  # in whatever unit and order
+
+
 def test_long_curves_are_means_in_a_band_that_keeps_the_extremes():
     values = np.random.default_rng(0).normal(size=1000).tolist()
     values[500] = 50.0
@@ -628,6 +615,15 @@ def test_ticks_of_a_logarithmic_axis():
     assert log_ticks(0.015, 3) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
     assert log_ticks(2, 30) == pytest.approx([2, 5, 10, 20])
     assert log_ticks(1e-6, 1e2) == pytest.approx([1e-6, 1e-4, 1e-2, 1, 100])
+    assert log_ticks(0.6, 8) == pytest.approx([0.7, 1, 1.5, 2, 3, 5, 7])
+    assert log_ticks(0.5, 1.7) == pytest.approx([0.5, 0.7, 1, 1.5])
+    assert log_ticks(0.45, 1.3) == ticks(0.45, 1.3)
+    for ratio in (1.5, 2, 3, 5, 10, 30, 100, 1e4, 1e9):
+        for low in (1e-7, 0.0123, 0.5, 0.99, 7, 4e5):
+            marks = [math.log(mark / low) / math.log(ratio) for mark in log_ticks(low, ratio * low)]
+            assert 2 <= len(marks) <= 7
+            assert min(high - low for low, high in pairwise(marks)) > 0.07  # 13 of 190 pixels
+            assert all(-1e-9 <= mark <= 1 + 1e-9 for mark in marks)
 
 
 def test_an_interval_reaches_one_and_two_standard_errors():
@@ -655,7 +651,85 @@ def test_series_are_told_apart_without_colour():
     assert len({tuple(style_of(number).values()) for number in range(12)}) == 12
 
 
+def test_names_break_at_signs_and_words_do_not():
+    def pieces(text):
+        return breakable(text).split("<wbr>")
+
+    assert pieces("ema/diffusion_pytorch_model.safetensors") == [
+        "ema/",
+        "diffusion_",
+        "pytorch_",
+        "model.",
+        "safetensors",
+    ]
+    assert pieces("model.token_mixer=atconv") == ["model.", "token_", "mixer=", "atconv"]
+    assert pieces("ab" * 32) == ["abababab"] * 8
+    for whole in ("attention", "0.0025", "1,437 images", "2.14.1", "deadbeef", "internationalisation" * 9, "..."):
+        assert pieces(whole) == [whole]
+    assert breakable("<b>/<i>") == "&lt;b&gt;/<wbr>&lt;i&gt;"
+
+
+def test_no_word_of_a_table_breaks_and_the_page_keeps_to_the_width(make, tmp_path):
+    run = training(tmp_path / "a")
+    samples(run / "samples" / "x")
+    page = make(run)
+    style = re.search("<style>(.*?)</style>", page.source, re.DOTALL)[1]
+    breaking = [rule.split("{")[0] for rule in style.split("}") if re.search("overflow-wrap|word-break", rule)]
+    assert not re.search(r"\b(td|th|code|table|body)\b", " ".join(breaking))
+    assert page.source.count("<table") == page.source.count('class="scroll" tabindex="0" role="region"')
+    assert "<wbr>".join(["cd" * 4] * 8) in page.source
+
+
 def test_markup_is_escaped_once():
     inner = tag("b", "1 < 2 & 3")
     assert tag("p", inner, [None, 4], class_="a\"b'") == '<p class="a&quot;b&#x27;"><b>1 &lt; 2 &amp; 3</b>4</p>'
     assert tag("i", Markup("<u>")) == "<i><u></i>"
+
+
+def weigh(run, **files):
+    """Give a run's checkpoint the files of weights, {part: shapes}, and their names in its manifest."""
+    step = run / "step-0000030"
+    manifest = json.loads((step / "manifest.json").read_text())
+    for name, shapes in files.items():
+        file = step / name.replace("__", "/") / "weights.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({f"w{index}": np.zeros(shape, np.float16) for index, shape in enumerate(shapes)}, file)
+        manifest["files"][file.relative_to(step).as_posix()] = digest(file)
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+def test_parameters_are_those_of_the_checkpoints_average(make, tmp_path):
+    run = weigh(training(tmp_path / "a"), ema=[(3, 4), (5,), ()], model=[(100,)], other__ema=[(7,)])
+    samples(run / "samples" / "x")  # whose manifest says 1,234,567
+    second = run / "step-0000030/ema/weights-2.safetensors"
+    save_file({"w": np.zeros((2, 50))}, second)
+    assert "Parameters 18 " in make(run).text  # a file that the manifest does not name is none of the checkpoint
+    path = run / "step-0000030/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["ema/weights-2.safetensors"] = digest(second)
+    path.write_text(json.dumps(manifest))
+    assert "Parameters 118 " in make(run).text
+    second.unlink()
+    assert "Parameters 1,234,567 " in make(run).text
+    second.write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match=r"checkpoint file '.*weights-2\.safetensors' is cut or damaged"):
+        make(run)
+
+
+def test_parameters_that_nobody_wrote_down_are_not_recorded(make, tmp_path):
+    assert "Parameters not recorded " in make(training(tmp_path / "a")).text
+
+
+def test_a_report_loads_no_torch(tmp_path):
+    run = weigh(training(tmp_path / "a"), ema=[(3, 4)])
+    samples(run / "samples" / "x")
+    (run / "previews").mkdir()
+    Image.new("RGB", (40, 40)).save(run / "previews" / "step-9.png")
+    program = (
+        "import sys; from sit_atconv.commands import parser_of\n"
+        "args = parser_of('report', 'report').parse_args(sys.argv[1:]); args.run(args)\n"
+        "assert not {'torch', 'diffusers', 'torchvision', 'sklearn'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program, run, "--out", tmp_path / "x.html"], check=True)
+    assert len(Page((tmp_path / "x.html").read_text()).all("img")) == 12

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from conftest import ROOT
+from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.data import DataLoader
@@ -360,6 +361,21 @@ def test_registered_blocks_are_known_to_diffusers():
     diffusers.register_block(Block)
     assert TransformerBlockRegistry.get(Block).return_hidden_states_index == 0
     assert TransformerBlockRegistry.get(Block).return_encoder_hidden_states_index is None
+
+
+def test_adapters_are_those_of_the_mixin(monkeypatch):
+    ours, theirs = vars(diffusers.Adapters), vars(PeftAdapterMixin)
+    own = {"__dict__", "__doc__", "__module__", "__weakref__", "__annotations__"}
+    assert set(ours) - own == set(theirs) - own
+    plain = {"_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs"}
+    assert {name: ours[name] for name in plain} == {name: theirs[name] for name in plain}
+    seen = []
+    monkeypatch.setattr(PeftAdapterMixin, "fuse_lora", lambda self, *args: seen.append((self, *args)))
+    monkeypatch.setattr(PeftAdapterMixin, "_optionally_disable_offloading", classmethod(lambda *args: args))
+    adapters = diffusers.Adapters()
+    adapters.fuse_lora(0.5)
+    assert seen == [(adapters, 0.5)]
+    assert adapters._optionally_disable_offloading(1) == (diffusers.Adapters, 1)
 
 
 def test_a_lora_is_fetched_from_a_dictionary_and_a_file(tmp_path):

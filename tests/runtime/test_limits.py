@@ -127,7 +127,6 @@ def test_wrong_flags_are_refused_by_value_and_reason(fails, main, arguments, say
         (Recipe, {"data__max_bad_share": 1.5}, "data.max_bad_share=1.5: must be at least 0 and at most 1"),
         (Recipe, {"train__lr": 0}, "train.lr=0.0: must be at least 1e-12"),
         (Recipe, {"train__max_grad_norm": 1e-300}, "train.max_grad_norm=1e-300: must be at least 1e-06"),
-        (Recipe, {"train__warmup_steps": 9, "train__max_steps": 8}, "at most max_steps=8, since a longer warm-up"),
         (Recipe, {"flow__time_shift": 1e30}, "flow.time_shift=1e+30"),
         (Recipe, {"flow__time_sampling": "logit-normal", "flow__time_mean": 1e30}, "flow.time_mean=1e+30"),
         (Recipe, {"flow__time_sampling": "logit-normal", "flow__time_std": 1e30}, "flow.time_std=1e+30"),

@@ -132,7 +132,7 @@ ODD_BARS = (
 
 @pytest.mark.parametrize("error_bars", ODD_BARS, ids=str)
 def test_odd_error_bars_are_refused(result, error_bars):
-    with pytest.raises(InputError, match="is no result of `eval score`"):
+    with pytest.raises(InputError, match="is no result of `sit-atconv score`"):
         tabulate([result(error_bars=error_bars)])
 
 
@@ -364,15 +364,17 @@ def test_results_with_odd_values_are_refused_in_one_line(result, key, value, tmp
     file = result(**{key: value})
     for given in (file, f"A={file}"):
         message = fails(evaluate, "table", given, "--out", tmp_path / "t.md")
-        assert message.startswith(f"error: {str(file)!r} is no result of `eval score` (")
+        assert message.startswith(f"error: {str(file)!r} is no result of `sit-atconv score` (")
     assert not (tmp_path / "t.md").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"samples_manifest": {}}', "null"])
 def test_files_that_are_no_results_are_refused(tmp_path, fails, text):
     (tmp_path / "m.json").write_text(text)
-    assert "is no result of `eval score`" in fails(evaluate, "table", tmp_path / "m.json", "--out", tmp_path / "t.md")
-    assert "give files that `eval score` wrote" in fails(
+    assert "is no result of `sit-atconv score`" in fails(
+        evaluate, "table", tmp_path / "m.json", "--out", tmp_path / "t.md"
+    )
+    assert "give files that `sit-atconv score` wrote" in fails(
         evaluate, "table", tmp_path / "nowhere.json", "--out", tmp_path / "t.md"
     )
     assert "must end in .md" in fails(evaluate, "table", tmp_path / "m.json", "--out", tmp_path / "t.txt")

@@ -1,18 +1,79 @@
 """Private parts of diffusers."""
 
 from collections.abc import Callable, Mapping
+from inspect import getattr_static
 from typing import Any
 
 import torch
 from torch import nn
 
+from sit_atconv.runtime.lazy import once_loaded
+
 
 # diffusers 0.42: first-block caches and layer skips read this register of blocks; nothing public writes to it.
 def register_block(block_class: type[nn.Module]) -> None:
-    """Tell diffusers that blocks of the class return their hidden states alone."""
-    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    """Tell diffusers that blocks of the class return their hidden states alone, as soon as its hooks are loaded.
 
-    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))
+    They load peft where it is installed; and the register's own method loads all transformers of diffusers.
+    """
+
+    def register(helpers: Any) -> None:
+        metadata = helpers.TransformerBlockMetadata(return_hidden_states_index=0)
+        metadata._cls = block_class
+        helpers.TransformerBlockRegistry._registry[block_class] = metadata
+
+    once_loaded("diffusers.hooks._helpers", register)
+
+
+class _OfPeft:
+    """An attribute of diffusers' PeftAdapterMixin, which is loaded when it is asked for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, model: nn.Module | None, owner: type) -> Any:
+        from diffusers.loaders import PeftAdapterMixin
+
+        return getattr_static(PeftAdapterMixin, self.name).__get__(model, owner)
+
+
+# diffusers 0.42: all that PeftAdapterMixin has beside `_hf_peft_config_loaded` and `_prepare_lora_hotswap_kwargs`. Its
+# methods call one another by private names.
+Adapters = type(
+    "Adapters",
+    (),
+    {
+        "__doc__": """diffusers' PeftAdapterMixin, LoRA and other adapters: loaded when one of its methods is asked for.
+
+        With peft and transformers, which it loads, it takes longer than all else that a model needs.
+        """,
+        "_hf_peft_config_loaded": False,
+        "_prepare_lora_hotswap_kwargs": None,
+        **{
+            name: _OfPeft(name)
+            for name in [
+                "_fuse_lora_apply",
+                "_optionally_disable_offloading",
+                "_unfuse_lora_apply",
+                "active_adapters",
+                "add_adapter",
+                "delete_adapters",
+                "disable_adapters",
+                "disable_lora",
+                "enable_adapters",
+                "enable_lora",
+                "enable_lora_hotswap",
+                "fuse_lora",
+                "load_lora_adapter",
+                "save_lora_adapter",
+                "set_adapter",
+                "set_adapters",
+                "unfuse_lora",
+                "unload_lora",
+            ]
+        },
+    },
+)
 
 
 # diffusers 0.42: reads a LoRA from a file, the Hub or a dictionary, as `load_lora_adapter` does.
