@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from experiments.ablation_plot import draw
 from sit_atconv import config
@@ -38,6 +37,7 @@ from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
 from sit_atconv.ops.atconv import POOLS
 from sit_atconv.runtime import draws, limits
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import ArgumentParser, InputError, command
 from sit_atconv.runtime.files import library_versions, made_here, named, write_out
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         with ThreadPoolExecutor(args.processes) as pool:
             tasks = [pool.submit(make, system, args.runs, arm, seed, args.dry_run) for arm, seed in cells]
             try:
-                bar = tqdm(tasks, desc=system.name, unit="run", disable=args.dry_run, delay=1)
+                bar = Progress(tasks, desc=system.name, unit="run", disable=args.dry_run, delay=1)
                 results = [task.result() for task in bar]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -39,6 +39,7 @@ from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines import export
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.report.runs import read_runs
+from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.errors import ArgumentParser, InputError, command
 from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.reading import read_json
@@ -175,6 +176,9 @@ def families(here: Path) -> Iterator[tuple[str, Callable[..., Path], dict[str, d
     def open_hub(path: Path) -> object:
         return open_dataset(Data("hf", str(path), 8))
 
+    def read_labels(path: Path) -> object:
+        return sample_labels(str(path), 2, 2, 0, Classes(2))
+
     with suppress(InputError):
         open_hub(here)  # the library itself is no part of what its files take
 
@@ -201,7 +205,7 @@ def families(here: Path) -> Iterator[tuple[str, Callable[..., Path], dict[str, d
     yield "result of {}", text, results, lambda path: tabulate([path])
     yield "recipe of {}", text, yamls, load_recipe
     yield "README.md of a dataset, {}", card, yamls, open_hub
-    yield "--labels of {}", text, {"100,000 brackets": brackets}, lambda path: sample_labels(str(path), 2, 2, 0, 2)
+    yield "--labels of {}", text, {"100,000 brackets": brackets}, read_labels
     configs = {"depth": 10**5, "sample_size": 10**6, "num_classes": 10**12, "mlp_ratio": 1e30}
     yield "config.json, {}", model, each_alone(configs), load_trained
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 5000, "up_block_types": ["UpDecoderBlock2D"] * 5000}

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sit_atconv.bench.results import Results
 from sit_atconv.commands.options import add_number, add_out
 from sit_atconv.runtime import limits
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import ArgumentParser, command
 from sit_atconv.runtime.files import named
 from sit_atconv.runtime.markdown import markdown_table
@@ -100,7 +100,7 @@ def error_bars(draw: Draw, repeats: int, n: int = IMAGES) -> dict[str, Any]:
     mixture = Mixture(draw.classes)
     reference = mixture.reference()
     drawn = []
-    for repeat in tqdm(range(repeats), draw.name, leave=False):
+    for repeat in Progress(range(repeats), draw.name, leave=False):
         rng = np.random.default_rng([2, draw.classes, draw.balanced, repeat])
         drawn.append(scored(draw, mixture, reference, rng, n))
     metrics = {}
@@ -119,7 +119,7 @@ def correction(ratio: float, repeats: int) -> dict[str, Any]:
     not."""
     mixture, n = Mixture(20, WIDE), round(ratio * WIDE)
     rows = []
-    for repeat in tqdm(range(repeats), f"{ratio:g} images a feature", leave=False):
+    for repeat in Progress(range(repeats), f"{ratio:g} images a feature", leave=False):
         rng = np.random.default_rng([3, n, repeat])
         labels = rng.integers(20, size=n)
         held = Held({"pool": mixture.draw(rng, labels)}, labels)

@@ -31,6 +31,7 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, arrays_of
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.claims import SETTINGS
+from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.comparison import differences
 from sit_atconv.runtime.errors import ArgumentParser, InputError, check_choice, command, named
 from sit_atconv.runtime.fields import chosen
@@ -483,7 +484,7 @@ def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
     args.sampling = sampling_asked(args)
     known = generate.stated(args)
     if known["labels_rule"] == "file":
-        known["labels"] = sample_labels(args.labels, args.num, args.num, args.seed, sys.maxsize)
+        known["labels"] = sample_labels(args.labels, args.num, args.num, args.seed, Classes(sys.maxsize))
     if known["epsilon"] is None:  # the model decides it
         del known["epsilon"]
     if model.recipe is not None:

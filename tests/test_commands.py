@@ -1,15 +1,17 @@
 """Bad input at the command line: one line on stderr, exit status 2, nothing left behind."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_recipe
 from PIL import Image
 
 import sample
@@ -49,6 +51,60 @@ def test_dry_run_measures_what_the_recipe_leaves_open(capsys, recipe_file, tmp_p
     train_sit.main([str(recipe_file()), "--dry-run"])
     assert "1,437 images" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def plan_of(main, capsys, *words) -> dict[str, str]:
+    """The rows that a command prints before the last, by their names."""
+    main([str(word) for word in words])
+    lines = capsys.readouterr().out.splitlines()
+    return dict(re.split("  +", line, maxsplit=1) for line in lines if "  " in line)
+
+
+def files_of(folder) -> dict[str, tuple]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_dry_run_says_what_a_start_would_do(recipe_file, tmp_path, capsys, fails):
+    run, recipe = tmp_path / "run", recipe_file()
+    start = lambda *words: plan_of(train_sit.main, capsys, recipe, *words)  # noqa: E731
+    assert start("--dry-run")["run"] == f"a new run begins in {str(run)!r}"
+    assert not run.exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/me.jpg").touch()
+    start()
+    before = files_of(tmp_path)
+    for words, said in (
+        ([], f"the run in {str(run)!r} is at its last step, 8"),
+        (["train.max_steps=12"], f"the run in {str(run)!r} goes on from step 8 of 12"),
+        (["model.depth=1"], f"run.out={str(run)!r} holds a run of another recipe (model.depth: 2 -> 1)"),
+        (["train.max_steps=4"], f"train.max_steps=4: {str(run)!r} is already at step 8"),
+        ([f"run.out={tmp_path / 'photos'}"], "exists and is not a run"),
+    ):
+        told = start(*words, "--dry-run")["run"]
+        assert said in told
+        if said != told:  # the same words as the refusal
+            assert fails(train_sit.main, recipe, *words) == f"error: {told.removeprefix('a start would be refused: ')}"
+    assert files_of(tmp_path) == before
+
+
+def test_dry_run_compares_the_images_where_it_has_opened_them(recipe_file, image_folder, tmp_path, capsys):
+    recipe = recipe_file(
+        data={"kind": "imagefolder", "root": str(image_folder), "image_size": 8}, model={"patch_size": 4}
+    )
+    plan_of(train_sit.main, capsys, recipe)
+    assert "is at its last step" in plan_of(train_sit.main, capsys, recipe, "--dry-run")["run"]
+    (image_folder / "a/00.png").unlink()
+    told = plan_of(train_sit.main, capsys, recipe, "--dry-run")["run"]
+    assert "refused: the images are not those of run.out=" in told
+
+
+def test_training_begins_with_the_plan(recipe_file, tmp_path, capsys):
+    recipe = recipe_file()
+    planned = plan_of(train_sit.main, capsys, recipe, "--dry-run")
+    assert plan_of(train_sit.main, capsys, recipe) == planned
+    assert len(planned) == 11
+    again = plan_of(train_sit.main, capsys, recipe, "train.max_steps=12")
+    assert again["run"] == f"the run in {str(tmp_path / 'run')!r} goes on from step 8 of 12"
 
 
 def test_dry_run_counts_every_average_and_names_them(capsys):
@@ -263,6 +319,52 @@ def shaken(trained):
 
 def pixels(path) -> np.ndarray:
     return np.array(Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def of_animals(tmp_path_factory) -> Path:
+    """The checkpoint of a run on images of cats, dogs and fish."""
+    folder, noise = tmp_path_factory.mktemp("animals"), np.random.default_rng(0)
+    for name in ("cat", "dog", "goldfish"):
+        (folder / "images" / name).mkdir(parents=True)
+        pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / name / "0.png")
+    (folder / "recipe.yaml").write_text(
+        f"run: {{out: {folder}/run}}\ndata: {{kind: imagefolder, root: {folder}/images, image_size: 8}}\n"
+        "model: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}\npreview: {every: 0}\n"
+        "train: {max_steps: 4, batch_size: 4, lr: 0.1}\nema: {decay: 0}\n"
+    )
+    return run_recipe(folder / "recipe.yaml")
+
+
+def test_classes_go_by_name_in_every_command(of_animals, tmp_path, fails, capsys):
+    def drawn(*classes: str) -> np.ndarray:
+        out = tmp_path / "grid.png"
+        sample.main(["--ckpt", str(of_animals), "--steps", "2", "--out", str(out), "--classes", *classes])
+        capsys.readouterr()
+        return np.array(Image.open(out))
+
+    assert np.array_equal(drawn("goldfish", "0", "Dog"), drawn("2", "0", "1"))
+    assert not np.array_equal(drawn("goldfish"), drawn("cat"))
+    base = ["--ckpt", of_animals, "--steps", "2", "--out"]
+    error = fails(sample.main, *base, tmp_path / "none.png", "--classes", "cat", "goldfsh")
+    assert "error: --classes: class='goldfsh': did you mean 'goldfish'?" in error
+    for number, text in enumerate(("goldfish\n0\n Cat \n", '["goldfish", 0, "cat"]')):
+        (tmp_path / "labels").write_text(text)
+        out = tmp_path / f"samples-{number}"
+        sampling(["generate", *map(str, base), str(out), "--num", "3", "--labels", str(tmp_path / "labels")])
+        capsys.readouterr()
+        assert json.loads((out / "manifest.json").read_text())["labels"] == [2, 0, 0]
+    (tmp_path / "labels").write_text("cat\ndogs\n0\n")
+    error = fails(sampling, "generate", *base, tmp_path / "none", "--num", 3, "--labels", tmp_path / "labels")
+    assert "labels, line 2: class='dogs': did you mean 'dog'?" in error
+    assert "names no classes; give ids, 0 to 2" in fails(  # of a model alone
+        sample.main, "--ckpt", model_alone(of_animals, tmp_path), "--classes", "cat", "--out", tmp_path / "none.png"
+    )
+
+
+def model_alone(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint / "ema", tmp_path / "alone")
 
 
 def test_schedulers_take_the_place_of_the_sampler(shaken, tmp_path, capsys):

@@ -232,6 +232,13 @@ def test_the_library_is_imported_on_every_system(path):
             assert node.attr not in NOT_ON_WINDOWS.get(node.value.id, ()), node.lineno
 
 
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+def test_progress_has_one_owner(path):
+    """tqdm writes one endless line off a terminal; `console.Progress` does not. forked.py sets tqdm's lock."""
+    owners = {"sit_atconv/runtime/console.py", "experiments/drill/forked.py"}
+    assert str(path.relative_to(ROOT)) in owners or "tqdm" not in imports(path)
+
+
 READERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "OmegaConf.load"}
 # Who may parse a text himself: the drill reads what its own children have just written, and wants to fail loudly.
 PARSERS = {"sit_atconv/runtime/reading.py", "experiments/drill/__main__.py", "experiments/drill/child.py"}
@@ -273,6 +280,17 @@ def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent:
             yield node
+
+
+OLD_NAMES = re.compile(r"python -m (eval|sampling|sit_atconv)|(train_sit|train_attnet|sample)\.py")
+# The doors' own names.
+DOORS = {"latents/__main__.py", "posthoc.py", "convert/__main__.py", "pipelines/export.py"}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_calls_commands_by_their_installed_name(path):
+    if path.relative_to(ROOT / "sit_atconv").as_posix() not in DOORS:
+        assert not [each.value for each in spoken(ast.parse(path.read_text())) if OLD_NAMES.search(each.value)]
 
 
 def flags_in(text: str) -> list[str]:

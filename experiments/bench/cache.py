@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import device_name
@@ -31,6 +30,7 @@ from sit_atconv.commands.options import add_number, add_out
 from sit_atconv.data.latent_cache import CROP, FORMAT_VERSION, LatentCache, shard_name, shard_ranges
 from sit_atconv.latents.encode import finish, write_shard
 from sit_atconv.runtime import limits
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import ArgumentParser, command
 from sit_atconv.runtime.files import library_versions, named
 from sit_atconv.runtime.markdown import markdown_table
@@ -266,11 +266,11 @@ def main(argv: list[str] | None = None) -> None:
     rates, peaks = {name: [] for name in STORAGES}, {name: Counter() for name in STORAGES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, make in tqdm(FOLDERS.items(), desc="make", unit="storage", leave=False, disable=None):
+        for name, make in Progress(FOLDERS.items(), desc="make", unit="storage", leave=False):
             (folder / name).mkdir()
             in_new_process(make, folder / name, args.latents)
         turns = [(number, name) for number in range(args.rounds) for name in STORAGES]
-        for number, name in tqdm(turns, desc="read", unit="epoch", leave=False, disable=None):
+        for number, name in Progress(turns, desc="read", unit="epoch", leave=False):
             rate, peak = in_new_process(epoch, name, folder, args.latents, args.batch, args.workers, number)
             rates[name].append(rate)
             peaks[name] |= peak

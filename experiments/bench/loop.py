@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from experiments.bench.cache import make_cache
 from sit_atconv.bench.results import Results
@@ -21,6 +20,7 @@ from sit_atconv.bench.timing import device_name
 from sit_atconv.commands.options import add_number, add_out
 from sit_atconv.config import make_recipe
 from sit_atconv.runtime import limits
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import ArgumentParser, command
 from sit_atconv.runtime.files import library_versions
 from sit_atconv.training import train
@@ -79,7 +79,7 @@ def overhead(folder: Path, batch: int, steps: int, rounds: int) -> dict:
     data = {"kind": "latents", "root": str(folder), "flip": True, "verify": False}
     sections = {"data": data, "latents": {"codec": "vae"}, "model": {"name": "SiT-S/2"}, "preview": {"every": 0}}
     whole, rest = [], []
-    for number in tqdm(range(rounds), desc="loop", unit="round"):
+    for number in Progress(range(rounds), desc="loop", unit="round"):
         for without_model, times, count in ((False, whole, steps), (True, rest, 10 * steps)):
             with Steps(without_model) as timed:
                 run(folder / f"run-{number}-{without_model}", count, batch, **sections)

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from experiments.drill import commands
 from experiments.drill.child import DONE, forked
@@ -33,6 +32,7 @@ from experiments.drill.rows import Row, expect, expect_same, many, row_of, table
 from experiments.drill.subjects import LETTERS, STEPS, SUBJECTS, Subject
 from sit_atconv.commands.options import add_number
 from sit_atconv.runtime import limits
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import ArgumentParser, command
 from sit_atconv.runtime.files import scratch
 from sit_atconv.runtime.reading import read_rows
@@ -410,7 +410,7 @@ def drilled(name: str, out: Path, runs: int) -> list[Row]:
     drill = Drill.on(subject, subject.recipe, out)
     rows = [sigkill(drill, runs)]
     others = {} if name == "scores" else FAULTS | OWN_FAULTS[name]  # scores: of the same command
-    for fault, make in tqdm(others.items(), desc=f"{subject.script}: other faults", unit="fault"):
+    for fault, make in Progress(others.items(), desc=f"{subject.script}: other faults", unit="fault"):
         rows.append(row_of(subject.script, fault, partial(make, drill)))
     return rows
 

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.markdown import markdown_table
 
 
@@ -44,7 +43,7 @@ def many(title: str, runs: int, make: Callable[[int], Any]) -> tuple[list[Any], 
     done, failures = [], []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         tasks = [pool.submit(make, index) for index in range(runs)]
-        for index, task in enumerate(tqdm(tasks, desc=f"{title}: SIGKILL", unit="run")):
+        for index, task in enumerate(Progress(tasks, desc=f"{title}: SIGKILL", unit="run")):
             try:
                 done.append(task.result())
             except Failed as failure:

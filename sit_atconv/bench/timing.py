@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from sit_atconv.runtime.compat.torch import memory_tracker
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import check_out
 from sit_atconv.runtime.reading import opened
@@ -98,7 +98,7 @@ def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torc
     if device.type == "cpu":
         keep_memory()
     taken = itertools.islice(in_turn(calls, device), rounds)
-    records = list(zip(*tqdm(taken, desc=label, total=rounds, unit="round", leave=False, disable=None), strict=True))
+    records = list(zip(*Progress(taken, desc=label, total=rounds, unit="round", leave=False), strict=True))
     quartiles = [statistics.quantiles(record, n=4) if len(record) > 1 else [record[0]] * 3 for record in records]
     return [Timing(statistics.median(record), q[2] - q[0]) for record, q in zip(records, quartiles, strict=True)]
 

@@ -1,33 +1,39 @@
 """Training of a classifier: from a recipe to its images, its objective and the loop that runs it."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sit_atconv import config
 from sit_atconv.classification.evaluation import Evaluation
 from sit_atconv.classification.objective import ClassificationObjective
-from sit_atconv.classification.plan import facts_of
+from sit_atconv.classification.plan import describe, facts_of, look_at, plan
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.resolved import resolved
 from sit_atconv.classification.samples import ClassifierSamples, HeldOut, open_datasets, preprocessing, transforms
 from sit_atconv.runtime.devices import numerics
-from sit_atconv.runtime.processes import lost_ones_told
+from sit_atconv.runtime.processes import is_main, lost_ones_told
 from sit_atconv.runtime.signals import StopSignals
-from sit_atconv.training.folder import check_place, claim, stored_run
+from sit_atconv.training.activities import Announcement
+from sit_atconv.training.folder import check_place, claim, told_of
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.trainer import Trainer
 
 
-def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = False) -> Path:
+def train(
+    recipe: ClassifierRecipe,
+    must_resume: bool = False,
+    force: bool = False,
+    announce: Callable[[str], None] | None = None,
+) -> Path:
     """Train to the end of `train.epochs`, going on from the newest valid checkpoint in `run.out`; the last one.
 
     A checkpoint's ema/ and model/ are what `timm.create_model("local-dir:...", pretrained=True)` loads.
     SIGTERM and SIGINT end it early, after the step and a checkpoint. must_resume: refuse to begin anew. force: what is
-    at `run.out` and is no run to go on from is set aside.
+    at `run.out` and is no run to go on from is set aside. announce: called on the main process with the plan, see
+    `plan.plan`, when the first samples are there.
     Raises InputError for whatever the user can mend; what is wrong from the start leaves nothing behind.
     """
     precise = numerics(tf32=recipe.train.precision == "tf32")
@@ -43,18 +49,14 @@ def train(recipe: ClassifierRecipe, must_resume: bool = False, force: bool = Fal
         facts = facts_of(recipe, dataset, held_out)
         training, evaluation = transforms(recipe, preprocessing(recipe.model, facts.channels))
         objective = ClassificationObjective(recipe, facts)
-        described = {
-            "recipe": config.to_dict(recipe),
-            "data": {"num_images": facts.num_images, "classes": list(facts.class_names)},
-            "processes": accelerator.num_processes,
-        }
-
-        def changed(stored: dict[str, Any], last: Path | None) -> list[str]:
-            return config.differences(stored, described["recipe"], ClassifierRecipe, resolved)
-
-        look = partial(stored_run, described=described, changed=changed)
+        described = {**describe(recipe, facts), "processes": accelerator.num_processes}
+        look = partial(look_at, described=described)
         claimed = claim(recipe.run.out, described, look, must_resume, force)
         samples = ClassifierSamples(dataset, training, recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
         held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes)
         activities = [Evaluation(recipe, facts, held_out)]
+        if announce is not None and is_main():
+            begins = told_of(claimed.run, claimed.found, facts.steps)
+            text = plan(recipe, facts, objective.parameters, objective.macs, begins)
+            activities.append(Announcement(text, announce))
         return Trainer(accelerator, recipe, claimed, objective, samples, activities).run_to_the_end(signals)

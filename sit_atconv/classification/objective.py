@@ -54,7 +54,8 @@ class ClassificationObjective(Objective):
     def __init__(self, recipe: ClassifierRecipe, facts: Facts):
         self.recipe, self.facts, augment = recipe, facts, recipe.augment
         self.steps, self.weights = facts.steps, {"loss": 1.0}
-        self.flops_per_image = 3 * 2 * cost_of(recipe, facts)[1]  # forward, and twice that backward
+        self.parameters, self.macs = cost_of(recipe, facts)
+        self.flops_per_image = 3 * 2 * self.macs  # forward, and twice that backward
         self.model = self.trained = build_classifier(recipe, facts)
         self.mix = None
         if augment.mixes:

@@ -1,19 +1,25 @@
 """From a classifier's recipe and its images to model, schedule and cost."""
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from sit_atconv import config
 from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.resolved import resolved
 from sit_atconv.classification.samples import generators_kept, open_datasets, preprocessing, transforms
 from sit_atconv.models.attnet import AttNet  # which registers the family
 from sit_atconv.models.cost import count_forward_macs
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError, check_choice, told
 from sit_atconv.runtime.limits import check_kernel
+from sit_atconv.training.folder import Found, foreseen, stored_run
 
 # What models of timm raise over options and images that they do not take.
 REFUSALS = AssertionError, RuntimeError, ValueError, LookupError, TypeError
@@ -85,12 +91,35 @@ def cost_of(recipe: ClassifierRecipe, facts: Facts) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), macs
 
 
+def look_at(run: Path, described: dict[str, Any]) -> Found:
+    """`folder.stored_run` for a classifier."""
+
+    def changed(stored: dict[str, Any], last: Path | None) -> list[str]:
+        return config.differences(stored, described["recipe"], ClassifierRecipe, resolved)
+
+    return stored_run(run, described, changed)
+
+
+def describe(recipe: ClassifierRecipe, facts: Facts) -> dict[str, Any]:
+    """What a manifest says of a recipe with all that it runs with, and of its images."""
+    data = {"num_images": facts.num_images, "classes": list(facts.class_names)}
+    return {"recipe": config.to_dict(recipe), "data": data}
+
+
 def dry_run(recipe: ClassifierRecipe) -> str:
-    """What a recipe comes to, in lines: model, data, schedule, averages. Reads the list of images, and no image."""
+    """The recipe's plan, see `plan`. Reads the list of images, and no image."""
     dataset, held_out = open_datasets(recipe.data)
-    facts, settings = facts_of(recipe, dataset, held_out), recipe.train
+    facts = facts_of(recipe, dataset, held_out)
     transforms(recipe, preprocessing(recipe.model, facts.channels))
-    (parameters, macs), size = cost_of(recipe, facts), recipe.model.input_size
+    parameters, macs = cost_of(recipe, facts)
+    look = partial(look_at, described=describe(resolved(recipe), facts))
+    return plan(recipe, facts, parameters, macs, foreseen(recipe.run.out, look, facts.steps))
+
+
+def plan(recipe: ClassifierRecipe, facts: Facts, parameters: int, macs: int, run: str) -> str:
+    """What a recipe comes to, in lines: model, data, schedule, averages; parameters and macs: as `cost_of`; run: what
+    happens at `run.out`."""
+    settings, size = recipe.train, recipe.model.input_size
     flops = 6 * macs * facts.steps * settings.batch_size
     rows = {
         "model": f"{recipe.model.name}, {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3g} GMACs at {size} px",
@@ -100,5 +129,6 @@ def dry_run(recipe: ClassifierRecipe) -> str:
         "averages": f"EMA, decay {recipe.ema.decay}{' with warm-up' if recipe.ema.warmup else ''}",
         "compute": f"{flops:.3g} FLOP, and the evaluation every {facts.eval_every:,} steps",
         "memory": f"weights, gradients, AdamW and EMA {5 * 4 * parameters / 1e9:.2f} GB, and the activations",
+        "run": run,
     }
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items())

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sit_atconv.commands.options import add_recipe, add_training_mode
+from sit_atconv.commands.options import add_recipe, add_training_mode, tell_plan
 from sit_atconv.config import load_recipe
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         plan, last = dry_run(recipe), None
     else:
-        plan, last = None, train(recipe, must_resume=args.resume, force=args.force)
+        plan, last = None, train(recipe, must_resume=args.resume, force=args.force, announce=tell_plan)
     if is_main():
         print(plan or report(last, recipe))
 
@@ -47,8 +47,6 @@ def report(last: Path, recipe: "ClassifierRecipe") -> str:
     ema, raw = (
         "not finite" if (top1 := found[f"{which}_top1"]) is None else f"{top1:.2f}%" for which in ("ema", "model")
     )
-    name = f"local-dir:{last / 'ema'}"
-    return (
-        f"top-1 on {found['num']:,} held-out images: EMA {ema}, raw {raw}; "
-        f"load with timm.create_model({name!r}, pretrained=True)"
-    )
+    place = f"local-dir:{last / 'ema'}"
+    code = f"import timm, sit_atconv.models.attnet; model = timm.create_model({place!r}, pretrained=True)"
+    return f"top-1 on {found['num']:,} held-out images: EMA {ema}, raw {raw}; load it in Python by: {code}"

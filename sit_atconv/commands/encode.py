@@ -1,12 +1,15 @@
 """Write a cache of latents: every image of a recipe through its autoencoder, both flips; go on where it was stopped."""
 
 import argparse
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
-from sit_atconv.commands.options import add_recipe
-from sit_atconv.config import load_recipe
+from sit_atconv.commands.options import add_recipe, override, pasted
+from sit_atconv.config import Recipe, load_recipe
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import add_force
+from sit_atconv.runtime.fields import WHEN
 from sit_atconv.runtime.precision import OF_CACHES
 
 
@@ -31,4 +34,17 @@ def run(args: argparse.Namespace) -> None:
     if is_main():
         size = sum(shard["bytes"] for shard in index["shards"])
         print(f"{args.out}: {index['num_images']:,} images, {len(index['shards'])} shards, {size / 1e9:.2f} GB")
-        print(f"train from it with: data.kind=latents data.root={args.out}")
+        print(f"train from it with: {pasted('train', args.recipe, *args.overrides, *from_cache(recipe, args.out))}")
+
+
+def from_cache(recipe: Recipe, cache: str) -> list[str]:
+    """What is laid over the recipe of a cache's images to train from the cache; what a cache has no use for is null."""
+    cached = SimpleNamespace(**vars(recipe.data) | {"kind": "latents"})
+    idle = [
+        f"data.{entry.name}=null"
+        for entry in dataclasses.fields(recipe.data)
+        if WHEN in entry.metadata
+        and not entry.metadata[WHEN].holds(cached)
+        and getattr(recipe.data, entry.name) not in (None, entry.default)
+    ]
+    return ["data.kind=latents", override("data.root", cache), *idle]

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "new folder for the images, or one that the same command began", required=True, metavar="DIR")
     parser.add_argument(
         "--labels", default="balanced", metavar="balanced|random|FILE",
-        help="image i has class i mod classes, one drawn from (seed, i), or that of line i + 1 of a file "
-        "(default: balanced)",
+        help="image i has class i mod classes, one drawn from (seed, i), or that of line i + 1 of a file, which may be "
+        "an id or a name (default: balanced)",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=FORMATS, default="png",

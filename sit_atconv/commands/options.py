@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import json
 import os
+import shlex
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -34,13 +36,30 @@ def add_training_mode(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--dry-run", action="store_true",
-        help="print size, compute, memory and schedule, then stop; data and vae are opened where the recipe does not "
-        "state what they decide",
+        help="print size, compute, memory, schedule, and what a start would do at run.out, then stop; data and vae "
+        "are opened where the recipe does not state what they decide",
     )  # fmt: skip
     mode.add_argument("--resume", action="store_true", help="refuse to begin anew; a run goes on anyway")
     mode.add_argument(
         "--force", action="store_true", help="set aside (NAME.aside) what is at run.out and is not this run, and begin"
     )
+
+
+def pasted(*words: str) -> str:
+    """A command of `sit-atconv` as a shell takes it."""
+    return shlex.join(["sit-atconv", *words])
+
+
+def override(key: str, value: str) -> str:
+    """A text laid over a recipe, as `config.load_recipe` takes it."""
+    special = value in ("", "null", "~") or value[0] in "\"'"
+    return f"{key}={json.dumps(value, ensure_ascii=False) if special else value}"
+
+
+def tell_plan(text: str) -> None:
+    """Print a plan as a training begins: where `--dry-run` prints it, on stdout, so that an error is alone on stderr.
+    At once: stdout may be a file, in which it would stand at the end alone."""
+    print(text, flush=True)
 
 
 def add_number(parser: argparse.ArgumentParser, name: str, within: Range, default: Any, about: str, **more) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sit_atconv.commands.options import add_number, add_out, add_sampling_options, sampling_asked
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.classes import ID, Classes
+from sit_atconv.runtime.errors import InputError, named
 from sit_atconv.runtime.files import REPORT, check_checkpoint, check_out, write_out
 from sit_atconv.sampling import SCHEDULERS
 
@@ -16,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--classes", **limits.CLASS_ID.flag, nargs="+", metavar="ID", help="one image of each, in this order"
-    )
+        "--classes", nargs="+", metavar="CLASS",
+        help="one image of each, in this order: ids, or names where the checkpoint has them",
+    )  # fmt: skip
     add_number(which, "--num", limits.PICTURE, 16, "images of random classes")
     parser.add_argument(
         "--rows", **limits.PICTURE.flag, default=1, help="with --classes: rows of the grid, one image per class each"
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--rows {args.rows} goes with --classes")
     if Path(args.out).suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: must end in .png")
+    ids = [int(word) for word in args.classes or () if ID.fullmatch(word)]
+    limits.CLASS_ID.check("--classes ", ids)
     check_out(args.out, force=args.force, ours=REPORT)
     if args.scheduler and args.sampler:
         raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
@@ -52,9 +56,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _draw(args: argparse.Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
-    from sit_atconv.sampling.sampling import check_labels, generate, grid_png, random_label
+    from sit_atconv.runtime.console import Progress
+    from sit_atconv.sampling.sampling import generate, grid_png, noted, random_label
     from sit_atconv.sampling.setup import setup
 
     ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae)
@@ -64,21 +68,22 @@ def _draw(args: argparse.Namespace) -> None:
         from sit_atconv.sampling.schedulers import make_scheduler
 
         draw = partial(generate_scheduled, make_scheduler(args.scheduler, ready.trained.model))
-    classes = ready.trained.model.config.num_classes
-    labels = args.rows * args.classes if args.classes else []
+    classes = Classes(ready.trained.model.config.num_classes, ready.trained.id2label)
+    with named("--classes"):
+        labels = args.rows * [classes.read(word) for word in args.classes or ()]
     if len(labels) > limits.PICTURE.most:
         raise InputError(
             f"--rows {args.rows}: {len(labels):,} images; one picture holds at most {limits.PICTURE.most:,}"
         )
-    check_labels(labels, classes)
-    labels = labels or [random_label(args.seed, index, classes) for index in range(args.num)]
+    labels = labels or [random_label(args.seed, index, classes.number) for index in range(args.num)]
 
     images, nfe, start = [], 0, time.perf_counter()
-    with tqdm(total=len(labels), desc="sample", unit="image") as bar:
+    with Progress(total=len(labels), desc="sample", unit="image") as bar:
         for first in range(0, len(labels), args.batch):
             part = labels[first : first + args.batch]
             indices = range(first, first + len(part))
-            batch, evaluations = draw(ready.trained.model, ready.codec, indices, part, ready.sampling, args.seed)
+            model, watch = ready.trained.model, noted(bar, len(part))
+            batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
             images.append(batch)
             nfe += evaluations * len(part)
             bar.update(len(part))

@@ -4,9 +4,8 @@ The recipe is one of `sit-atconv recipes`, by its name, or a YAML file.
 """
 
 import argparse
-from shlex import quote
 
-from sit_atconv.commands.options import add_recipe, add_training_mode
+from sit_atconv.commands.options import add_recipe, add_training_mode, pasted, tell_plan
 from sit_atconv.config import load_recipe
 
 
@@ -38,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
             from sit_atconv.scoring.score import training_scorer
 
             scorer = training_scorer(recipe.score.ref, recipe.score.weights)
-        last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force)
-        report = f"trained to step {recipe.train.max_steps:,}; sample with: sit-atconv sample --ckpt {quote(str(last))}"
+        last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force, announce=tell_plan)
+        report = f"trained to step {recipe.train.max_steps:,}; sample with: {pasted('sample', '--ckpt', str(last))}"
         if step_of(last) < recipe.train.max_steps:
             report = f"stopped at step {step_of(last):,}, saved as {last}; the same command goes on from there"
     if is_main():

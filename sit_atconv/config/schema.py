@@ -284,7 +284,7 @@ class Repa:
 class Distill(Section):
     """A teacher whose attention is distilled into ATConv; see training.objectives.distill. The model is then a copy."""
 
-    # a checkpoint, as sample.py --ckpt takes it; left out, no distillation
+    # a checkpoint, as `sit-atconv sample --ckpt` takes it; left out, no distillation
     teacher: str | None = field(default=None, metadata=MUTABLE | PATH)
     select: Any = "all"  # of the teacher's attentions: all, even, odd, a share, a regular expression or names
     exclude: list[str] = field(default_factory=list)
@@ -357,7 +357,7 @@ class Score(Section):
 
     every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two scores; 0 computes none
     num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))
-    ref: str = field(default="digits", metadata=PATH)  # as `python -m eval score --ref` takes it
+    ref: str = field(default="digits", metadata=PATH)  # as `sit-atconv score --ref` takes it
     weights: str | None = field(default=None, metadata=PATH)  # Inception weights; left out, torch's hub cache
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from sit_atconv.data.images import MOST_BYTES, MOST_CLASSES, EncodedImages, Packed, Reader, Unreadable, of_extra
 from sit_atconv.data.plain_pickle import load_plain
-from sit_atconv.runtime.console import progress
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.processes import is_main
 
@@ -71,7 +71,7 @@ class Lmdb(EncodedImages):
     def labels(self) -> np.ndarray:
         """The label of every record, -1 of one that cannot be read."""
         labels = np.full(len(self), -1)
-        bar = progress(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not is_main())
+        bar = Progress(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not is_main())
         for index in bar:
             try:
                 labels[index] = self._record(index, lambda image, label: label)

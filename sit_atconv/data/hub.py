@@ -29,6 +29,7 @@ from sit_atconv.data.images import (
     of_extra,
 )
 from sit_atconv.data.order import MAX_ATTEMPTS
+from sit_atconv.runtime.console import bars_of
 from sit_atconv.runtime.errors import InputError, check_choice, reason, told
 from sit_atconv.runtime.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json
 
@@ -58,7 +59,8 @@ def open_hub(data: Data) -> "HubImages | HubStream":
     if root.is_dir():
         _check_described(root, where, files)
     asked = f"{where}, data.subset={data.subset}, data.split={data.split}"
-    with told(f"{asked}: cannot be opened", OSError, datasets.exceptions.DatasetsError, *ANY, in_full=True):
+    kinds = OSError, datasets.exceptions.DatasetsError, *ANY
+    with bars_of(datasets), told(f"{asked}: cannot be opened", *kinds, in_full=True):
         if saved:
             found = datasets.load_from_disk(data.root)
             splits = found if isinstance(found, dict) else {str(found.split or "train"): found}

@@ -24,7 +24,7 @@ from sit_atconv.config import Data, Loading, make_recipe
 from sit_atconv.data.images import Unreadable, check_labels
 from sit_atconv.data.kinds import IMAGE_KEYS, open_images
 from sit_atconv.runtime import precision
-from sit_atconv.runtime.console import progress
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.processes import is_main
@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 CROP = "ADM centre crop"
 DTYPES = {name: np.dtype(precision.DTYPES[name]) for name in precision.OF_CACHES}
-REMEDY = "run `python -m sit_atconv.latents encode` on it again, which makes only what is not whole"
+REMEDY = "give the same `sit-atconv encode` again, which makes only what is not whole"
 
 SHARD = {"file": str, "first": COUNT, "count": POSITIVE, "bytes": COUNT, "sha256": SHA256}
 FORM = {
@@ -78,7 +78,7 @@ def shard_problems(root: Path, index: dict[str, Any], hashes: bool) -> Iterator[
     """
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     total = sum(shard["bytes"] for shard in index["shards"])
-    bar = progress(total=total, desc="verify", unit="B", unit_scale=True, delay=2, leave=False, disable=not is_main())
+    bar = Progress(total=total, desc="verify", unit="B", unit_scale=True, delay=2, leave=False, disable=not is_main())
     with bar, ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda shard: _problem(root / shard["file"], shard, hashes), index["shards"])
         for shard, problem in zip(index["shards"], found, strict=True):

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch.utils.data import BatchSampler, Dataset, default_collate
-from tqdm import tqdm
 
 from sit_atconv.config import Recipe
 from sit_atconv.config.earlier import MEANT
@@ -28,6 +27,7 @@ from sit_atconv.latents.codecs import VaeCodec, open_codec
 from sit_atconv.runtime import limits, processes
 from sit_atconv.runtime.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.runtime.comparison import compared
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError, check_choice, option, told
 from sit_atconv.runtime.files import library_versions, resolved, sha256, whole, write_atomic
@@ -167,7 +167,7 @@ def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, setting
     batches = TrainingBatches(_Images(dataset), lists, recipe.data, device.type == "cuda")
     total = sum(count for _, count in spans)
     label = "encode" if processes.count() == 1 else f"encode (1 of {processes.count()} processes)"
-    with tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not processes.is_main()) as bar:
+    with Progress(total=total, desc=label, unit="image", delay=1e-9, disable=not processes.is_main()) as bar:
         for (first, count), parts in cut.items():
             shape = (count, 2, 2 * settings["latent_shape"][0], *settings["latent_shape"][1:])
             moments = torch.from_numpy(np.empty(shape, DTYPES[settings["dtype"]]))

@@ -16,7 +16,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
+from sit_atconv.pipelines.from_run import FromRun
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
+from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.compat.diffusers import execution_device
 from sit_atconv.runtime.errors import InputError, check_choice
 from sit_atconv.runtime.limits import EVALUATIONS
@@ -38,22 +40,6 @@ def _flatten(labels) -> list[int | str]:
     raise InputError(f"class_labels holds {labels!r}; give ids (integers) or names")
 
 
-def _read_labels(id2label: dict, classes: int) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """{lower-case name: id}, and the names that several classes share with their ids. JSON makes strings of the ids."""
-    names: dict[str, set[int]] = {}
-    try:
-        stated = {int(label): str.split(text, ",") for label, text in dict(id2label).items()}
-    except (TypeError, ValueError):
-        raise InputError(f"id2label={id2label!r}: give a name for each class id, such as {{0: 'tench'}}") from None
-    for label, parts in stated.items():
-        if not 0 <= label < classes:
-            raise InputError(f"id2label names class {label}; this model has classes 0 to {classes - 1}")
-        for name in filter(None, (part.strip().lower() for part in (",".join(parts), *parts))):
-            names.setdefault(name, set()).add(label)
-    unique = {name: min(ids) for name, ids in names.items() if len(ids) == 1}
-    return unique, {name: sorted(ids) for name, ids in names.items() if len(ids) > 1}
-
-
 def _form(given) -> str:
     if not isinstance(given, torch.Tensor):
         return f"a {type(given).__name__}"
@@ -69,7 +55,7 @@ def _take_back(name: str, given, handed: torch.Tensor) -> torch.Tensor:
     return given.to(handed)
 
 
-class SiTPipeline(DiffusionPipeline):
+class SiTPipeline(FromRun, DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
     transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in
@@ -102,7 +88,12 @@ class SiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self._check_vae()
-        self.labels, self._shared_names = _read_labels(id2label or {}, transformer.config.num_classes)
+        self._classes = Classes(transformer.config.num_classes, id2label, "the pipeline has no id2label")
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """{lower-case name: id} of the names that are of one class alone."""
+        return self._classes.names
 
     @property
     def guidance_scale(self) -> float:
@@ -139,20 +130,7 @@ class SiTPipeline(DiffusionPipeline):
 
         Raises ValueError for what is no class, suggesting the nearest.
         """
-        classes = self.transformer.config.num_classes
-        ids = []
-        for label in _flatten(labels):
-            if isinstance(label, str):
-                if not self.labels:
-                    raise InputError(f"class {label!r}: the pipeline has no id2label; give ids, 0 to {classes - 1}")
-                name = label.strip().lower()
-                if name in self._shared_names:
-                    raise InputError(f"class {label!r} is the name of {self._shared_names[name]}; give an id")
-                check_choice("class", name, self.labels)
-                label = self.labels[name]
-            if not 0 <= label < classes:
-                raise InputError(f"class id {label} is out of range; this model has classes 0 to {classes - 1}")
-            ids.append(int(label))
+        ids = self._classes.ids(_flatten(labels))
         if not ids:
             raise InputError("class_labels is empty; give at least one class")
         return ids

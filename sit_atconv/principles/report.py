@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.principles import measures
 from sit_atconv.principles.layers import Seen, factors, find_layers, recording, unmeasured
 from sit_atconv.principles.targets import Target
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.markdown import markdown_table
 
@@ -39,7 +39,7 @@ def measure(target: Target, times: int, batch: int, device: torch.device) -> dic
             stacklevel=2,
         )
     grid = time_grid(times) if target.has_times else [None]
-    bar = tqdm(total=len(grid) * 2, desc=target.name, unit="pass", delay=1)
+    bar = Progress(total=len(grid) * 2, desc=target.name, unit="pass", delay=1)
     observed = _observe(target, names, grid, batch, device, bar)
     fields = _fields(target, names, grid, batch, device, bar)
     bar.close()
@@ -61,7 +61,7 @@ def _parts(number: int, batch: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def _observe(
-    target: Target, names: dict[str, str], grid: Sequence[float | None], batch: int, device: torch.device, bar: tqdm
+    target: Target, names: dict[str, str], grid: Sequence[float | None], batch: int, device: torch.device, bar: Progress
 ) -> dict[str, dict]:
     """Kernels and feature maps of every layer over all samples and times, measured."""
     kept: dict[str, list[list[Seen]]] = {}  # of a layer, by time and batch; what it mixed goes into its products
@@ -116,7 +116,7 @@ def _inhibition(layer: torch.nn.Module, times: list[list[Seen]]) -> dict | None:
 
 
 def _fields(
-    target: Target, names: dict[str, str], grid: Sequence[float | None], batch: int, device: torch.device, bar: tqdm
+    target: Target, names: dict[str, str], grid: Sequence[float | None], batch: int, device: torch.device, bar: Progress
 ) -> dict[str, dict]:
     """The receptive field of every layer, from the model's input to it, a mean over samples and times."""
     number = min(FIELD_SAMPLES, len(target.images))

@@ -7,7 +7,7 @@ import numpy as np
 
 from sit_atconv.report.pictures import shown_of
 from sit_atconv.report.runs import RECIPE, Match, Neighbours, Run, SampleSet
-from sit_atconv.runtime.console import progress
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.scoring.sources import Source, open_source
 
@@ -68,7 +68,7 @@ def nearest(samples: np.ndarray, source: Source, mirrored: bool = False) -> list
     rows = max(1, BLOCK // (8 * size))
     least = np.full(len(samples), np.inf)
     found = [(0, False)] * len(samples)
-    bar = progress(total=source.n, desc="nearest", unit="image", delay=2, leave=False)
+    bar = Progress(total=source.n, desc="nearest", unit="image", delay=2, leave=False)
     with bar:
         for first in range(0, source.n, rows):
             block = source.pixels(first, min(first + rows, source.n))

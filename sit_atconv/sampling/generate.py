@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from sit_atconv.models.cost import count_parameters
 from sit_atconv.runtime import processes
+from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.comparison import differences
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import library_versions, shown
@@ -23,7 +24,7 @@ from sit_atconv.runtime.pictures import UINT8_RULE
 from sit_atconv.runtime.signals import Interrupted, Interruptions
 from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
-from sit_atconv.sampling.sampling import generate
+from sit_atconv.sampling.sampling import generate, noted
 from sit_atconv.sampling.setup import Setup, setup
 
 T = TypeVar("T")
@@ -81,12 +82,11 @@ class _Work:
             self._say(f"{args.num} images in {args.out}: complete already, with these settings")
             return
         self.done = args.num - sum(len(self.samples.indices(number)) for number in missing)
-        with tqdm(
-            total=args.num, initial=self.done, desc="generate", unit="image", disable=not processes.is_main()
-        ) as bar:
+        main = processes.is_main()
+        with Progress(total=args.num, initial=self.done, desc="generate", unit="image", disable=not main) as bar:
             for start in range(0, len(missing), processes.count()):
                 mine = missing[start + processes.rank() :][:1]
-                made = sum(self._each(lambda mine=mine: sum(map(self._make, mine))))
+                made = sum(self._each(lambda mine=mine: sum(self._make(number, bar) for number in mine)))
                 self.done += made
                 bar.update(made)
         facts = {"processes": processes.count()}
@@ -104,7 +104,8 @@ class _Work:
         self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
-        self.labels = sample_labels(args.labels, args.num, total, args.seed, config.num_classes)
+        classes = Classes(config.num_classes, self.ready.trained.id2label)
+        self.labels = sample_labels(args.labels, args.num, total, args.seed, classes)
         self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]), args.force)
         return self.samples.settings
 
@@ -114,7 +115,7 @@ class _Work:
             if found := differences(settings[0], other, PLACES):
                 raise InputError(f"the processes do not sample the same: {found[0]}; name a checkpoint that stays")
 
-    def _make(self, number: int) -> int:
+    def _make(self, number: int, bar: Progress) -> int:
         """Make a block, as many images as all others: for one block size an image has the same bits however many
         follow it. Returns how many of them are kept."""
         first, block, kept = number * self.samples.block, self.samples.block, self.samples.indices(number)
@@ -123,7 +124,8 @@ class _Work:
         indices = range(first, first + block)
         try:
             model, seed = ready.trained.model, self.args.seed
-            images, nfe = generate(model, ready.codec, indices, labels, ready.sampling, seed, len(kept))
+            watch = noted(bar, len(kept) * processes.count())  # the others are about as far
+            images, nfe = generate(model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch)
         except torch.OutOfMemoryError:
             asked, device = option("batch", self.args.batch), model.device
             raise InputError(f"{asked}: {device} has not the memory; give a smaller one, and a new folder") from None

@@ -5,7 +5,6 @@ import json
 import math
 
 import torch
-from tqdm import tqdm
 
 from sit_atconv.config import make_recipe
 from sit_atconv.data import open_dataset
@@ -17,10 +16,12 @@ from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
 from sit_atconv.flow.times import sampling_interval, time_grid
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.runtime import draws
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import check_out, library_versions, new_path, shown
+from sit_atconv.sampling.sampling import noted
 from sit_atconv.sampling.settings import check_path
 from sit_atconv.training.checkpoint import Trained, load_trained
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     times = time_grid(end, start, args.steps)
 
     bits, evaluations = [], 0
-    with tqdm(total=args.num, desc="likelihood", unit="image") as bar:
+    with Progress(total=args.num, desc="likelihood", unit="image") as bar:
         for first in range(0, args.num, args.batch):
             indices = range(first, min(first + args.batch, args.num))
             items = [dataset[index, False] for index in indices]
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
             def velocity(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor = labels) -> torch.Tensor:
                 nonlocal calls
                 calls += 1
+                noted(bar, len(labels))(calls, (end - float(t)) / (end - start))
                 return path.velocity_from(prediction, model(x, t, labels, return_dict=False)[0], x, t)
 
             nats = log_likelihood(

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sit_atconv.runtime.claims import SETTINGS, clear_the_way
 from sit_atconv.runtime.comparison import differences
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import (
     LEFTOVER,
@@ -285,7 +285,7 @@ class Samples:
         ):
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 _write_header(member, np.dtype(np.uint8), (self.num, height, width, channels))
-                for number in tqdm(range(self.blocks), desc=NPZ, unit="block", delay=1):
+                for number in Progress(range(self.blocks), desc=NPZ, unit="block", delay=1):
                     block = np.load(self._files(number)[0], allow_pickle=False)
                     if block.shape != (len(self.indices(number)), height, width, channels):
                         raise InputError(f"{str(self._files(number)[0])!r} is {block.shape}; remove it, run again")

@@ -1,8 +1,10 @@
 """From seeds, indices and labels to images: the one sampling routine of previews, scores and commands."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import PATHS
@@ -11,8 +13,9 @@ from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import time_grid
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import draws
+from sit_atconv.runtime.classes import check_id
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.draws import Stream
-from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import png
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.sampling.settings import Sampling
@@ -21,8 +24,7 @@ from sit_atconv.sampling.settings import Sampling
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
     """Raise InputError for a class id out of range."""
     for label in labels:
-        if not 0 <= label < num_classes:
-            raise InputError(f"class id {label} is out of range; this model has classes 0 to {num_classes - 1}")
+        check_id(label, num_classes)
 
 
 def random_label(seed: int, index: int, num_classes: int) -> int:
@@ -30,21 +32,65 @@ def random_label(seed: int, index: int, num_classes: int) -> int:
     return int(draws.generator(seed, Stream.SAMPLE_LABEL, index).integers(num_classes))
 
 
+# Told after each evaluation of a block of images: network evaluations per image so far, and the share of the way from
+# noise to data that they have come.
+Watch = Callable[[int, float], None]
+
+
+def noted(bar: Progress, count: int) -> Watch:
+    """A watch that says on a bar of images how far the next `count` of them are."""
+    return lambda nfe, share: bar.note(f"evaluation {nfe}, {share:.0%} of the block", share * count)
+
+
 GRID_PIXELS = 64
+CAPTION = 13  # pixels of the strip below an image that says its class
 
 
-def grid_png(images: torch.Tensor, columns: int) -> bytes:
-    """uint8 images (N, C, H, W) as one PNG to look at; small ones are enlarged to about 64 pixels."""
+def grid(images: torch.Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+    """uint8 images (N, C, H, W) as one picture to look at; small ones are enlarged to about 64 pixels.
+
+    captions: a text for each, in a strip below it that is CAPTION pixels high; what is too long is cut.
+    """
     from torchvision.utils import make_grid
 
     factor = max(1, GRID_PIXELS // images.shape[-1])
-    enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-    return png(to_pil(make_grid(enlarged, nrow=columns, padding=4, pad_value=255)))
+    cells = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    if captions is not None:
+        strips = torch.stack([_strip(text, cells.shape[-1]) for text in captions])
+        cells = torch.cat([cells, strips.expand(-1, cells.shape[1], -1, -1)], -2)
+    return to_pil(make_grid(cells, nrow=columns, padding=4, pad_value=255))
+
+
+def grid_png(images: torch.Tensor, columns: int) -> bytes:
+    """`grid` as a PNG."""
+    return png(grid(images, columns))
+
+
+def caption_of(label: int, names: Sequence[str]) -> str:
+    """What is written below an image of a class: the first of its names, the id where the font has not its letters."""
+    name = names[label].partition(",")[0].strip() if label < len(names) else ""
+    return name if name.isascii() and name.isprintable() and name else str(label)
+
+
+def _strip(text: str, width: int) -> torch.Tensor:
+    """uint8 (1, CAPTION, width): black text on white."""
+    font, shown = ImageFont.load_default(), text
+    while len(shown) > 1 and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = f"{text}.."
+    strip = Image.new("L", (width, CAPTION), 255)
+    ImageDraw.Draw(strip).text((0, 0), shown, fill=0, font=font)
+    return torch.from_numpy(np.array(strip))[None]
 
 
 @torch.no_grad()
 def sample_latents(
-    model: SiTTransformer2DModel, indices: Sequence[int], labels: torch.Tensor, sampling: Sampling, seed: int = 0
+    model: SiTTransformer2DModel,
+    indices: Sequence[int],
+    labels: torch.Tensor,
+    sampling: Sampling,
+    seed: int = 0,
+    watch: Watch | None = None,
 ) -> tuple[torch.Tensor, int]:
     """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
 
@@ -62,10 +108,15 @@ def sample_latents(
 
     guided = GuidedVelocity(network, labels, model.null_label, *sampling.guidance)
 
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return path.velocity_from(model.config.prediction, guided(x, t), x, t)
+    start, end = sampling.interval(model)
 
-    times = time_grid(*sampling.interval(model), sampling.steps - (sampling.last_step_size is not None))
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        v = path.velocity_from(model.config.prediction, guided(x, t), x, t)
+        if watch is not None:
+            watch(guided.nfe, (float(t) - start) / (end - start))
+        return v
+
+    times = time_grid(start, end, sampling.steps - (sampling.last_step_size is not None))
     x = noise(Stream.SAMPLE_NOISE)
     if sampling.sampler in SAMPLERS:
         return SAMPLERS[sampling.sampler](velocity, x, times), guided.nfe
@@ -82,11 +133,12 @@ def generate(
     sampling: Sampling,
     seed: int = 0,
     kept: int | None = None,
+    watch: Watch | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Images of the given indices, and the number of network evaluations that each took.
 
     codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
-    fill the batch up.
+    fill the batch up. watch: told of each evaluation.
     See `sample_latents`; dopri5 shares its step size over the batch. Decoding is fp32.
     Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
     Raises InputError for a label out of range, or settings that do not fit the model, see `Sampling.for_model`;
@@ -94,7 +146,8 @@ def generate(
     """
     sampling = sampling.for_model(model)
     check_labels(labels, model.config.num_classes)
-    latents, nfe = sample_latents(model, indices, torch.tensor(labels, device=model.device), sampling, seed)
+    wanted = torch.tensor(labels, device=model.device)
+    latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch)
     return render(codec, latents, model.dtype, indices, kept), nfe
 
 

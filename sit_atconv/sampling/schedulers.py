@@ -11,7 +11,7 @@ from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.sampling import SCHEDULERS
-from sit_atconv.sampling.sampling import render
+from sit_atconv.sampling.sampling import Watch, render
 from sit_atconv.sampling.settings import Sampling
 
 
@@ -35,6 +35,7 @@ def generate(
     labels: Sequence[int],
     sampling: Sampling,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> tuple[torch.Tensor, int]:
     """As `sit_atconv.sampling.sampling.generate`, with `scheduler` instead of the sampler of `sampling`.
 
@@ -45,6 +46,12 @@ def generate(
     pipe = SiTPipeline(model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     shape = (model.config.in_channels, *model.latent_size)
+
+    def after_step(pipe: SiTPipeline, step: int, *_) -> dict:
+        if watch is not None:
+            watch(pipe.nfe, (step + 1) / pipe.num_timesteps)
+        return {}
+
     noise = [draws.normal(shape, seed, Stream.SAMPLE_NOISE, index) for index in indices]
     drawing = [draws.generator(seed, Stream.SAMPLE_STEP, index).integers(2**63) for index in indices]
     latents = pipe(
@@ -56,5 +63,6 @@ def generate(
         latents=torch.stack(noise),
         generator=[torch.Generator().manual_seed(int(seed)) for seed in drawing],
         output_type="latent",
+        callback_on_step_end=after_step,
     ).images
     return render(codec, latents, model.dtype, indices), pipe.nfe

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
-from tqdm import tqdm
 
 from sit_atconv.runtime import limits, processes
 from sit_atconv.runtime.claims import claim, clear_leftovers, writing
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import check_writable, library_versions, lock, resolved, sha256, write_atomic
 from sit_atconv.runtime.reading import Malformed, read_json
@@ -172,7 +172,7 @@ def _make_shards(
     label = "features" if processes.count() == 1 else f"features (1 of {processes.count()} processes)"
     pending = None
     with (
-        tqdm(total=total, desc=label, unit="image", delay=1e-9, disable=not (spans and processes.is_main())) as bar,
+        Progress(total=total, desc=label, unit="image", delay=1e-9, disable=not (spans and processes.is_main())) as bar,
         ThreadPoolExecutor(1, "shards") as writer,
         closing(ahead(pixels)) as batches,
     ):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sit_atconv.runtime.console import progress
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.reading import COUNT, FILE, POSITIVE, SHA256, SHAPE, Malformed, read_json
@@ -141,7 +141,7 @@ class Held:
 def held(source: Source, extractor: Extractor, batch: int) -> Held:
     """The features of images, in memory. Raises InputError for images that cannot be read."""
     total = -(-source.n // batch)
-    batches = progress(source.batches(size=batch), desc="features", total=total, unit="batch", leave=False, delay=1)
+    batches = Progress(source.batches(size=batch), desc="features", total=total, unit="batch", leave=False, delay=1)
     parts = [extractor(pixels) for pixels in batches]
     arrays = {name: torch.cat([part[name] for part in parts]).numpy() for name in extractor.streams}
     return Held(arrays, source.labels, source.image_shape)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from sit_atconv.runtime.console import Progress
 from sit_atconv.scoring.moments import checked_pair
 
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020  # torch-fidelity's own
@@ -48,7 +48,7 @@ def kernel_distance(
     sizes = torch.bincount(torch.as_tensor(group_ids), minlength=groups).double()
     runs = fake[order].split(sizes.long().tolist())
     within, across = torch.zeros(groups, groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
-    with tqdm(total=2 * groups + 1, desc="kernel", unit="group", disable=not progress) as bar:
+    with Progress(total=2 * groups + 1, desc="kernel", unit="group", disable=not progress) as bar:
         for g, run in enumerate(runs):
             for h in range(g, groups):
                 within[g, h] = within[h, g] = _kernel_sum(run, runs[h], device)

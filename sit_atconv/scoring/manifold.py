@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from sit_atconv.runtime.console import Progress
 from sit_atconv.scoring.moments import checked_pair
 
 NEAREST = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
@@ -48,7 +48,7 @@ def manifold_scores(
     runs = [slice(first, last) for first, last in pairwise(bounds)]
     whole, cases = [slice(0, len(real))], range(groups + 1 if groups > 1 else 1)  # case 0: all; case g + 1: without g
 
-    with tqdm(total=len(real) * 2 + len(fake), desc="neighbours", unit="image", disable=not progress) as bar:
+    with Progress(total=len(real) * 2 + len(fake), desc="neighbours", unit="image", disable=not progress) as bar:
         radii = _nearest(real, whole, opened, device, bar)[:, 0]  # (M, 5) squared
         near = _nearest(fake, runs, closed, device, bar)  # (N, G, 3) squared
         reach = torch.stack([_without(near, case, closed) for case in cases], 1)  # (N, cases)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sit_atconv.runtime.console import progress
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.processes import is_main
 from sit_atconv.scoring.frechet import Moments
 from sit_atconv.scoring.jackknife import GROUPS
@@ -95,7 +95,7 @@ def stream_sums(features, stream: str, groups: np.ndarray | None = None, shared:
     sums = GroupSums(features.streams[stream], int(groups.max()) + 1)
     shards = range(rank, len(features), world)
     batches = features.batches(stream, shards)
-    for first, rows in progress(batches, desc=f"sums of {stream}", total=len(shards), delay=1, disable=not is_main()):
+    for first, rows in Progress(batches, desc=f"sums of {stream}", total=len(shards), delay=1, disable=not is_main()):
         sums.update(rows, groups[first : first + len(rows)])
     return sums
 

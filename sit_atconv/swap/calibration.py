@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from sit_atconv.bench.timing import in_turn
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.runtime.compat.torch import formulas_of_attention, tree_leaves, tree_map
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.hooks import of_this_thread
 from sit_atconv.runtime.markdown import markdown_table
@@ -177,7 +177,7 @@ def run_over(model: nn.Module, sites: list[Site], inputs: list, visit: Callable,
     with ExitStack() as stack, evaluating(model, *(site.layer for site in sites)):
         for site in sites:
             stack.enter_context(watch(site))
-        for each in tqdm(inputs, title, leave=False, disable=len(inputs) < 2 or not is_main()):
+        for each in Progress(inputs, title, leave=False, disable=len(inputs) < 2 or not is_main()):
             call_model(model, each)
 
 

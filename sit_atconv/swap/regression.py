@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
-from tqdm import tqdm
 
 from sit_atconv.runtime.compat.torch import tree_map
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.processes import is_main
 from sit_atconv.swap.calibration import Site, run_over
@@ -67,7 +67,7 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         seen[site.name] = site.graft.grid(site.layer, args, kwargs), args, kwargs, output
 
     try:
-        for _ in tqdm(range(steps), "regression", disable=not is_main()):
+        for _ in Progress(range(steps), "regression", disable=not is_main()):
             _put(model, attentions)
             seen.clear()
             with told_of(model, "inputs", each := [next(source)]):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from sit_atconv.runtime.compat.torch import tree_leaves
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.hooks import of_this_thread
 from sit_atconv.runtime.processes import is_main
@@ -140,7 +140,7 @@ def survey_of(
 
     if outputs is not None and outputs.refusal is None:
         title = "measuring errors of the output"
-        for site in tqdm(sites, title, leave=False, disable=len(sites) < 2 or not is_main()):
+        for site in Progress(sites, title, leave=False, disable=len(sites) < 2 or not is_main()):
             survey.errors[site.name] = error([site.name])
     if refusal is not None:
         survey.choice = Choice([], None, dict.fromkeys(names, "not with those that cannot be swapped"), refusal)

@@ -9,10 +9,10 @@ from torch import nn
 from sit_atconv.runtime import sharding
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import reason
-from sit_atconv.runtime.files import clear_leftovers, step_name, write_atomic
+from sit_atconv.runtime.files import clear_leftovers, png, step_name, write_atomic
 from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.runtime.processes import first, gathered, is_main
-from sit_atconv.sampling.sampling import generate, grid_png
+from sit_atconv.sampling.sampling import caption_of, generate, grid
 from sit_atconv.training import checkpoint
 from sit_atconv.training.ema import SAMPLED, SNAPSHOTS
 from sit_atconv.training.log import Log
@@ -23,6 +23,19 @@ SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 
 # From uint8 images (N, C, H, W) and their labels to scores by name.
 Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
+
+
+class Announcement(Activity):
+    """A text that is told once, when the first samples are there: an error in these is the only line.
+
+    tell: what it is told by.
+    """
+
+    def __init__(self, text: str, tell: Callable[[str], None]):
+        self.text, self.tell = text, tell
+
+    def at_first_samples(self, trainer: Trainer) -> None:
+        self.tell(self.text)
 
 
 class Draws(Activity):
@@ -70,7 +83,7 @@ class Draws(Activity):
 
 
 class Previews(Draws):
-    """A grid of images every `preview.every` steps, in previews/."""
+    """A grid of images every `preview.every` steps, each with its class below it, in previews/ and in the trackers."""
 
     section = "preview"
 
@@ -79,13 +92,17 @@ class Previews(Draws):
             clear_leftovers(folder)
 
     def take(self, trainer: Trainer) -> None:
-        """Draw one, and write it."""
+        """Draw one, write it, and pass it on."""
         count = trainer.recipe.preview.num
         drawn = self.draw(trainer, "its preview", count, count)
         if drawn and is_main():
+            (images, labels), names = drawn, trainer.described["data"]["classes"]
+            captions = [caption_of(label, names) for label in labels]
+            picture = grid(images, math.ceil(math.sqrt(count)), captions)
+            trainer.trackers.show("preview", picture, trainer.step)
             file = trainer.run / PREVIEWS / f"{step_name(trainer.step)}.png"
             try:
-                write_atomic(file, grid_png(drawn[0], math.ceil(math.sqrt(count))))
+                write_atomic(file, png(picture))
             except OSError as error:
                 say(f"warning: preview {str(file)!r} cannot be written: {reason(error)}")
 

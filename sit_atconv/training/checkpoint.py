@@ -66,6 +66,7 @@ MANIFEST_FORM = {
     "data?": {"num_images": POSITIVE, "classes": [str]},
     "images_seen?": COUNT,
 }
+ID2LABEL_FORM = {"id2label?": ({re.compile("[0-9]{1,18}"): str}, None)}
 CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}
 
 
@@ -357,6 +358,15 @@ class Trained:
     files: dict[str, str]
     lease: Lease | None = field(default=None, repr=False, compare=False)  # of the checkpoint, while this is there
 
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of the classes by id, of what was trained with names, or of a pipeline that has some; else None."""
+        names = self.manifest.get("data", {}).get("classes")
+        if names:
+            return dict(enumerate(names))
+        stated = self.manifest.get("id2label")
+        return stated and {int(label): name for label, name in stated.items()}
+
     def stated(self, name: str) -> Any:
         """What the manifest says under a name. Raises Damaged where it says nothing."""
         if not self.manifest.get(name):
@@ -386,6 +396,8 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
         elsewhere = any(variant in variants(part) for part in path.iterdir() if part.is_dir())
         own = own_variant(path / "transformer", variant) if elsewhere else variant
         trained = _load_trained(path / "transformer", dtype, own)
+        with told(f"pipeline {str(path)!r} cannot be read", Malformed):
+            trained.manifest["id2label"] = read_json(path / PIPELINE_INDEX, ID2LABEL_FORM).get("id2label")
         if (path / "vae").is_dir():
             trained.manifest["codec"]["vae"] = str(path / "vae")
         return trained
@@ -449,7 +461,7 @@ def read_options(folder: Path) -> dict[str, Any]:
     """config.json of a SiT. Raises InputError for that of another class, or with options that a SiT does not have."""
     config = read_json(folder / "config.json")
     if config.get("_class_name") != SiTTransformer2DModel.__name__:
-        raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see sit_atconv.convert")
+        raise InputError(f"it holds no {SiTTransformer2DModel.__name__}; see `sit-atconv convert`")
     options = list(inspect.signature(SiTTransformer2DModel.__init__).parameters)[1:]
     for name in config:
         # diffusers' own begin with "_", but for the one with which an export names its code. It ignores any other.

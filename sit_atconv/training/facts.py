@@ -1,11 +1,9 @@
 """What data and codec decide about a run."""
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from sit_atconv.config import Recipe
-from sit_atconv.data import open_dataset
-from sit_atconv.latents.codecs import open_codec
 from sit_atconv.runtime.errors import InputError
 
 
@@ -23,11 +21,10 @@ def measured_facts(dataset, codec) -> Facts:
     return Facts(codec.latent_shape(dataset.channels, dataset.image_size), len(dataset.class_names), len(dataset))
 
 
-def opened_facts(recipe: Recipe) -> Facts:
-    """The facts of a recipe's data and codec, which are opened."""
-    # A plan needs no proof of what is in a cache.
-    dataset = open_dataset(dataclasses.replace(recipe.data, verify=recipe.data.kind != "latents"))
-    return measured_facts(dataset, open_codec(recipe.latents, dataset))
+def describe(dataset, codec) -> dict[str, Any]:
+    """What a manifest says of an opened dataset and codec."""
+    data = {"num_images": len(dataset), "classes": list(dataset.class_names)}
+    return {"data": data, "codec": codec.describe()}
 
 
 def stated_facts(recipe: Recipe) -> Facts | None:

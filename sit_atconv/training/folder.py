@@ -71,6 +71,7 @@ class Claimed:
     """A run's folder, taken by this start: what a manifest says of the run, the checkpoint to go on from with its
     manifest, and the main process's lock where there was a folder already."""
 
+    run: Path
     described: dict[str, Any]
     found: Found
     lock: TextIO | None
@@ -107,7 +108,35 @@ def claim(
     found = processes.first(take)
     if must_resume and not found:
         raise InputError(f"there is no checkpoint in {str(run)!r} to go on from")
-    return Claimed(described, found, held.pop() if held else None)
+    return Claimed(run, described, found, held.pop() if held else None)
+
+
+def foreseen(out: str, look: Callable[[Path], Found], steps: int) -> str:
+    """What a start would do at `out`, or the words in which it would be refused; nothing is changed.
+
+    look: as `claim` takes it. steps: of the whole training.
+    """
+    run = files.resolved(out, "run.out")
+    try:
+        check_place(out)
+        with usable(run):
+            if (run / LOCK).exists():
+                lock(run).close()
+            found = look(run)
+    except InputError as refusal:
+        return f"a start would be refused: {refusal}"
+    return told_of(run, found, steps)
+
+
+def told_of(run: Path, found: Found, steps: int) -> str:
+    """What a start does with a run's folder, in words."""
+    if found is None:
+        left = ", which holds what a killed start left" if run.is_dir() and any(run.iterdir()) else ""
+        return f"a new run begins in {str(run)!r}{left}"
+    step = found[1]["step"]
+    if step >= steps:
+        return f"the run in {str(run)!r} is at its last step, {step:,}"
+    return f"the run in {str(run)!r} goes on from step {step:,} of {steps:,}"
 
 
 def stored_run(
@@ -115,7 +144,7 @@ def stored_run(
 ) -> Found:
     """The checkpoint to go on from, with its manifest, or None for a new run.
 
-    described: what this start would write into a manifest.
+    described: what this start would write into a manifest; of a plan, as much as it knows, and no more is compared.
     changed: what keeps a stored recipe, that of a checkpoint where there is one, from being that of this start, see
     `config.differences`.
     Raises InputError for a folder that is not this run's.
@@ -146,7 +175,7 @@ def stored_run(
         raise InputError(
             f"run.out={str(run)!r} holds a run of another recipe ({said}); state it as it was, or choose another folder"
         )
-    if found and found[1].get("data") != described["data"]:
+    if found and "data" in described and found[1].get("data") != described["data"]:
         raise InputError(f"the images are not those of run.out={str(run)!r}: other classes, or more or fewer images")
     return found
 
@@ -156,7 +185,7 @@ def check_run_folder(
 ) -> Found:
     """The checkpoint to go on from, with its manifest, or None for a new run.
 
-    described: what this start would write into a manifest. encoded: with a cache of latents, the data section of the
+    described: as `stored_run` takes it. encoded: with a cache of latents, the data section of the
     recipe that it was made by: a run of those images goes on from their cache.
     Raises InputError for a folder that is not this run's.
     """
@@ -175,9 +204,10 @@ def check_run_folder(
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
             raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
-        check_same_codec(manifest.get("codec", {}), described["codec"])
+        if "codec" in described:
+            check_same_codec(manifest.get("codec", {}), described["codec"])
         for part, name in FROZEN.items():
-            if manifest.get(part) != described[part]:
+            if part in described and manifest.get(part) != described[part]:
                 stated = attrgetter(name)(recipe)
                 raise InputError(f"{name}={stated!r} is not the one of run.out={str(run)!r}: other weights")
     return found

@@ -5,11 +5,15 @@ import math
 import re
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from sit_atconv import config
 from sit_atconv.config import Recipe
@@ -177,8 +181,22 @@ class Trackers:
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Pass on the numbers of a row."""
-        try:
+        with self._told(step):
             self.accelerator.log(for_trackers(row), step=step)
+
+    def show(self, name: str, picture: Image.Image, step: int) -> None:
+        """Pass on a picture. The main process calls it."""
+        pixels = np.array(picture.convert("RGB"))[None]
+        with self._told(step):
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: pixels}, step=step, **layout)
+
+    @contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """Within it, the first error of a tracker's becomes a warning, and later ones nothing."""
+        try:
+            yield
         except Exception as error:
             if not self.warned:
                 say(f"warning: a tracker failed at step {step}: {type(error).__name__}: {error}")

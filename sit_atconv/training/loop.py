@@ -1,5 +1,6 @@
 """Training of a SiT: from a recipe to its data, its objective and the loop that runs it."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,24 +12,29 @@ from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.processes import is_main, lost_ones_told
 from sit_atconv.runtime.signals import StopSignals
-from sit_atconv.training.activities import Previews, Scorer, Scores, Snapshots
-from sit_atconv.training.facts import check_stated, measured_facts
-from sit_atconv.training.folder import check_place, check_run_folder, claim
+from sit_atconv.training.activities import Announcement, Previews, Scorer, Scores, Snapshots
+from sit_atconv.training.facts import check_stated, describe, measured_facts
+from sit_atconv.training.folder import check_place, check_run_folder, claim, told_of
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
-from sit_atconv.training.plan import check_preview
+from sit_atconv.training.plan import check_preview, plan
 from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import Trainer
 
 
 def train(
-    recipe: Recipe, must_resume: bool = False, scorer: Scorer | None = None, force: bool = False
-) -> Path:  # fmt: skip
+    recipe: Recipe,
+    must_resume: bool = False,
+    scorer: Scorer | None = None,
+    force: bool = False,
+    announce: Callable[[str], None] | None = None,
+) -> Path:
     """Train until `train.max_steps`, going on from the newest valid checkpoint in `run.out`; returns the last one.
 
     SIGTERM and SIGINT end it early, after the step and a checkpoint, which is then what it returns.
     must_resume: refuse to begin anew. scorer: what `score.every` asks for; called on the main process. force: what is
-    at `run.out` and is no run to go on from is set aside.
+    at `run.out` and is no run to go on from is set aside. announce: called on the main process with the plan, see
+    `plan.plan`, when the first samples are there.
 
     Raises InputError for whatever the user can mend. What is wrong from the start, images of the first step included,
     leaves nothing behind; data that go bad later leave a checkpoint of the steps before.
@@ -43,7 +49,7 @@ def train(
         check_stated(recipe, facts)
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
-            raise InputError("score.every needs a scorer, which train_sit.py brings; leave it out")
+            raise InputError("score.every needs a scorer, which `sit-atconv train` brings; leave it out")
         kind = objective_of(recipe)
         kind.check_launch(accelerator)
         objective = kind(recipe, facts)
@@ -53,8 +59,7 @@ def train(
         objective.open(codec)
         described = {
             "recipe": config.to_dict(recipe),
-            "data": {"num_images": facts.num_images, "classes": list(dataset.class_names)},
-            "codec": codec.describe(),
+            **describe(dataset, codec),
             **dict.fromkeys(FROZEN),
             **objective.describe(),
             "processes": accelerator.num_processes,
@@ -62,6 +67,9 @@ def train(
         encoded = dataset.index["data"] if dataset.moments else None
         look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
         claimed = claim(recipe.run.out, described, look, must_resume, force)
-        activities = Previews(codec), Scores(codec, scorer), Snapshots()
+        activities = [Previews(codec), Scores(codec, scorer), Snapshots()]
+        if announce is not None and is_main():
+            begins = told_of(claimed.run, claimed.found, recipe.train.max_steps)
+            activities.append(Announcement(plan(recipe, facts, objective, False, begins), announce))
         samples = objective.make_samples(dataset)
         return Trainer(accelerator, recipe, claimed, objective, samples, activities).run_to_the_end(signals)

@@ -2,7 +2,7 @@
 
 A weighted sum of a run's snapshots (`ema.snapshot_every`), with the weights whose sum of stored profiles comes nearest
 to the profile wanted: "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv 2312.02696,
-section 3.2 and appendix C). FOLDER is a model that sample.py takes.
+section 3.2 and appendix C). FOLDER is a model that `sit-atconv sample` takes.
 """
 
 from contextlib import ExitStack
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, named, told
 from sit_atconv.runtime.files import check_out, new_path
 from sit_atconv.training import checkpoint
@@ -107,7 +107,7 @@ def combine(found: Fit) -> dict[str, torch.Tensor]:
         for snapshot, file in zip(found.snapshots, files, strict=True):
             if set(file.keys()) != names:
                 raise InputError(f"snapshot {str(snapshot.path)!r} holds other tensors than the newest")
-        for name in tqdm(sorted(names), desc="sum", unit="tensor", delay=1):
+        for name in Progress(sorted(names), desc="sum", unit="tensor", delay=1):
             tensor = newest.get_tensor(name)
             if name in last.buffers:
                 summed[name] = tensor.clone()

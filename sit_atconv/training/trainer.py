@@ -16,9 +16,9 @@ from sit_atconv.data.loading import TrainingBatches, check_bad
 from sit_atconv.data.samples import RankPositions, Samples
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.runtime import processes, sharding
-from sit_atconv.runtime.console import progress, say
+from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.errors import InputError, reason
-from sit_atconv.runtime.files import DiskFull, Made, clear_leftovers, resolved, write_atomic
+from sit_atconv.runtime.files import DiskFull, Made, clear_leftovers, write_atomic
 from sit_atconv.runtime.reading import COUNT, read_json
 from sit_atconv.runtime.signals import StopSignals
 from sit_atconv.training import checkpoint
@@ -51,6 +51,9 @@ class Activity:
     def begin(self, trainer: "Trainer") -> None:
         """What comes before the first step of this start."""
 
+    def at_first_samples(self, trainer: "Trainer") -> None:
+        """What comes before the first step of this start, when its samples are there."""
+
     def after_step(self, trainer: "Trainer") -> None:
         """What comes after a step, before its checkpoint."""
 
@@ -72,7 +75,7 @@ class Trainer:
     ):
         self.accelerator, self.recipe, self.objective, self.activities = accelerator, recipe, objective, activities
         self.described = claimed.described | {"threads": torch.get_num_threads()}
-        self.run, self.made, self.lock = resolved(recipe.run.out, "run.out"), Made(), claimed.lock
+        self.run, self.made, self.lock = claimed.run, Made(), claimed.lock
         self.num_images = self.described["data"]["num_images"]
         self.step, self.skipped = 0, 0
         self.skipped_in_a_row = 0  # the newest steps; what the gradient scaler alone has lost begins no row
@@ -125,14 +128,19 @@ class Trainer:
         check_backend(self.objective.model, accelerator.device)
         self._begin()
         steps, seconds, waited = 0, 0.0, 0.0  # since the last report, previews and checkpoints left out
+        begun = False
         # Nothing is shown before the first step, so that an error at the first image is the only line.
-        with progress(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
+        with Progress(total=total, initial=self.step, desc="train", unit="step", disable=not main, delay=1e-3) as bar:
             while self.step < total:
                 start = time.perf_counter()
                 batches = self._fetch(signals)
                 if batches is None:
                     break
                 waited += time.perf_counter() - start
+                if not begun:
+                    for activity in self.activities:
+                        activity.at_first_samples(self)
+                    begun = True
                 reports = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == total
                 figures = self._optimize(batches, reports)
                 bar.update()
@@ -140,7 +148,7 @@ class Trainer:
                 if reports:
                     row = self._report(figures, steps, seconds, waited)
                     losses = [name for name in self.objective.weights if row[name] is not None]
-                    bar.set_postfix({name: f"{row[name]:.4f}" for name in losses[:1]})
+                    bar.note("".join(f"{name} {row[name]:.4f}" for name in losses[:1]))
                     steps, seconds, waited = 0, 0.0, 0.0
                 for activity in self.activities:
                     activity.after_step(self)

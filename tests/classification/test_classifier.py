@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -493,6 +494,30 @@ def test_dry_run_says_what_it_would_cost(classifier_file, capsys):
     assert "attnet_t2, 26.50 M parameters, 4.73 GMACs at 224 px" in said  # 27.01 M with 1,000 classes and 3 channels
     assert "1,437 images of 10 classes, 360 held out" in said
     assert "9 steps of 32 = 0.2 epochs" in said
+
+
+def test_the_printed_code_loads_the_average(classifier_file, tmp_path, capsys):
+    out = tmp_path / "it's a run"
+    train_attnet.main([str(classifier_file()), f"run.out={out}"])
+    code, names = capsys.readouterr().out.partition("load it in Python by: ")[2], {}
+    exec(code, names)
+    stored = load_file(max(out.glob("step-*/ema/model.safetensors")))
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in names["model"].state_dict().items())
+
+
+def test_training_begins_with_the_plan_and_a_dry_run_looks_at_the_run(classifier_file, capsys):
+    def plan(*words: str) -> list[str]:
+        reset_accelerate()
+        train_attnet.main([str(classifier_file()), *words])
+        return [line for line in capsys.readouterr().out.splitlines() if re.match("[a-z]+  +", line)]
+
+    planned = plan("--dry-run")
+    assert planned[-1].startswith("run       a new run begins in ")
+    assert plan() == planned
+    assert "is at its last step, " in plan("--dry-run")[-1]
+    refused = plan("--dry-run", "train.lr=0.5")[-1]
+    assert "a start would be refused: run.out=" in refused
+    assert "(train.lr: " in refused
 
 
 def test_one_process_of_a_launch_prints_the_plan(classifier_file, capsys, monkeypatch):

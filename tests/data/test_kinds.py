@@ -425,6 +425,14 @@ def test_what_is_no_such_lmdb_is_refused(folder, tmp_path):
 # Hugging Face datasets
 
 
+def test_no_bar_is_drawn_off_a_terminal(folder, tmp_path, capsys):
+    data = written("hf parquet", folder, tmp_path)
+    capsys.readouterr()
+    open_dataset(data)
+    assert "\r" not in capsys.readouterr().err
+    assert not datasets.are_progress_bars_disabled()
+
+
 def test_hub_takes_the_distinct_integers_as_classes(folder, tmp_path):
     labels = [7, 7, 7, 30, 30, 30, 30, 4, 4]
     table = hub_table(folder).remove_columns("label").add_column("label", labels)

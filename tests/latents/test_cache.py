@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from multiprocessing.reduction import ForkingPickler
 
@@ -13,8 +14,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sampled import sampled
 
-import train_sit
 from sit_atconv import config
+from sit_atconv.__main__ import main as atconv
+from sit_atconv.commands.encode import from_cache
 from sit_atconv.config import Data, Latents
 from sit_atconv.data import open_dataset
 from sit_atconv.data.images import Unreadable
@@ -95,11 +97,23 @@ def test_training_from_a_cache_is_training_from_the_images_and_needs_no_autoenco
 
 
 def test_the_commands_encode_and_train_with_previews(recipe_path, tmp_path, capsys):
-    latents(["encode", str(recipe_path), "--out", str(tmp_path / "cache")])
-    previews = ["latents.batch_size=4", "preview.every=8", "preview.steps=2", "preview.num=4"]
-    train_sit.main([str(recipe_path), "data.kind=latents", f"data.root={tmp_path / 'cache'}", *previews])
+    out = tmp_path / "it's a cache; $HOME"
+    latents(["encode", str(recipe_path), "latents.batch_size=4", "--out", str(out)])
+    program, *words = shlex.split(capsys.readouterr().out.partition("train from it with: ")[2])
+    assert program == "sit-atconv"
+    atconv([*words, "preview.every=8", "preview.steps=2", "preview.num=4"])
     assert "trained to step 8" in capsys.readouterr().out
     assert len(list((tmp_path / "run").glob("**/*.png"))) == 1
+
+
+def test_the_printed_command_leaves_out_what_a_cache_has_no_use_for(tmp_path):
+    stated = {"kind": "hf", "root": "org/pictures", "image_size": 8, "image_key": "pixels", "split": "validation"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"run": {"out": "run"}, "data": stated, "latents": {"codec": "vae", "vae": "here"}}))
+    words = from_cache(config.load_recipe(path), "null")
+    assert {"data.image_key=null", "data.split=null"} <= {*words}
+    data = config.load_recipe(path, words).data
+    assert (data.kind, data.root, data.image_key, data.image_size) == ("latents", "null", None, 8)
 
 
 def test_the_posterior_is_drawn_anew_at_every_visit_by_index(recipe, cache):
@@ -179,7 +193,7 @@ def damage(cache, how: str):
 @pytest.mark.parametrize(("how", "says"), [("missing", "No such file"), ("cut", "bytes"), ("changed", "SHA-256")])
 def test_a_damaged_shard_is_named_with_the_remedy(cache, how, says):
     damage(cache, how)
-    with pytest.raises(InputError, match=rf"{SECOND}.*{says}.*sit_atconv\.latents encode"):
+    with pytest.raises(InputError, match=rf"{SECOND}.*{says}.*sit-atconv encode"):
         LatentCache(str(cache), verify=True)
     if how == "changed":
         assert len(LatentCache(str(cache), verify=False)) == IMAGES  # which is what verify=False leaves out
@@ -215,7 +229,7 @@ def test_an_unfinished_or_damaged_index_is_refused(cache, tmp_path):
         with pytest.raises(InputError):
             LatentCache(str(cache), verify=True)
     path.unlink()
-    with pytest.raises(InputError, match=r"index\.json.*yet to be finished, run"):
+    with pytest.raises(InputError, match=r"index\.json.*yet to be finished, give"):
         LatentCache(str(cache), verify=True)
 
 

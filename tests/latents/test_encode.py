@@ -123,7 +123,7 @@ def test_two_processes_share_the_work_and_one_shows_it(recipe, recipe_path, proc
     assert codes == [0, 0]
     assert content(tmp_path / "shared") == content(tmp_path / "whole")
     assert "encode (1 of 2 processes)" in first
-    assert "6/6" in first  # its half: three shards of two images
+    assert "image 6 of 6, " in first  # its half: three shards of two images
     assert second == ""
 
 

@@ -8,10 +8,14 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import run_recipe, weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_sit
@@ -22,6 +26,7 @@ from sit_atconv.pipelines.bundle import PACKAGE
 from sit_atconv.pipelines.card import _training
 from sit_atconv.pipelines.export import main
 from sit_atconv.pipelines.exporting import MODEL, PIPELINE, export, open_source
+from sit_atconv.training.checkpoint import load_trained
 
 MIXERS = ("attention", "atconv", "hybrid")
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "hen"}
@@ -458,3 +463,69 @@ def test_a_license_is_one_identifier(exported, tmp_path, fails, license):
     with pytest.raises(ValueError, match="give one identifier"):
         export(open_source(source), tmp_path / "out", license)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def latent_run(tmp_path_factory, vae_folder) -> Path:
+    """A run of a latent model on images of three named classes, whose autoencoder is in a folder of its own."""
+    folder = tmp_path_factory.mktemp("latent")
+    shutil.copytree(vae_folder, folder / "vae")
+    noise = np.random.default_rng(0)
+    for name in ("cat", "dog", "goldfish"):
+        (folder / "images" / name).mkdir(parents=True)
+        Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / name / "0.png")
+    (folder / "recipe.yaml").write_text(
+        f"run: {{out: {folder}/run}}\ndata: {{kind: imagefolder, root: {folder}/images, image_size: 32}}\n"
+        f"latents: {{codec: vae, vae: {folder}/vae, batch_size: 4}}\npreview: {{every: 0}}\n"
+        "model: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}\nema: {decay: 0.5}\n"
+        "train: {max_steps: 2, batch_size: 4, lr: 0.1}\n"
+    )
+    return run_recipe(folder / "recipe.yaml").parent
+
+
+def test_a_pipeline_from_a_run_has_its_averages_its_autoencoder_and_its_names(latent_run):
+    pipe = SiTPipeline.from_run(latent_run)
+    checkpoint = latent_run / "step-0000002"
+    ema = weights(checkpoint)
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in pipe.transformer.state_dict().items())
+    vae = AutoencoderKL.from_pretrained(latent_run.parent / "vae", use_safetensors=True).state_dict()
+    assert all(torch.equal(tensor, vae[name]) for name, tensor in pipe.vae.state_dict().items())
+    assert pipe.get_label_ids(["goldfish", 1]) == [2, 1]
+    images = [
+        SiTPipeline.from_run(place)(["goldfish", 0], 2, generator=torch.Generator().manual_seed(0), output_type="pt")[0]
+        for place in (latent_run, str(checkpoint), checkpoint / "ema")
+    ]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    raw = SiTPipeline.from_run(checkpoint / "model").transformer.state_dict()
+    assert all(torch.equal(tensor, weights(checkpoint, "model")[name]) for name, tensor in raw.items())
+
+
+def test_a_pipeline_from_a_run_is_told_where_its_autoencoder_lies_today(latent_run, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run")
+    manifest = run / "step-0000002/manifest.json"
+    moved = json.loads(manifest.read_text())
+    moved["codec"]["vae"] = str(tmp_path / "gone")
+    manifest.write_text(json.dumps(moved))
+    with pytest.raises(ValueError, match="say with vae where the checkpoint's autoencoder lies"):
+        SiTPipeline.from_run(run)
+    assert SiTPipeline.from_run(run, vae=str(latent_run.parent / "vae")).vae is not None
+    with pytest.raises(ValueError, match="no such folder"):
+        SiTPipeline.from_run(tmp_path / "none")
+
+
+def test_a_pipeline_from_a_pipelines_folder_keeps_its_scheduler_and_names(tmp_path):
+    pipeline(FlowMatchHeunDiscreteScheduler).save_pretrained(tmp_path / "saved")
+    pipe = SiTPipeline.from_run(tmp_path / "saved")
+    assert type(pipe.scheduler) is FlowMatchHeunDiscreteScheduler
+    assert pipe.labels == pipeline().labels
+    assert load_trained(tmp_path / "saved").id2label == NAMES
+
+
+def test_an_exported_pipeline_reads_no_runs(exported, child):
+    said = child(
+        f"pipe = DiffusionPipeline.from_pretrained({str(exported / 'atconv')!r}, trust_remote_code=True)\n"
+        "try:\n    type(pipe).from_run('run')\nexcept NotImplementedError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+    )
+    assert "install it" in said

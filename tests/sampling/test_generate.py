@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -27,10 +28,10 @@ from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions
 from sit_atconv.runtime.pictures import NotFinite
+from sit_atconv.sampling import SCHEDULERS, samples
 from sit_atconv.sampling import generate as generate_command
-from sit_atconv.sampling import samples
 from sit_atconv.sampling import setup as setting_up
-from sit_atconv.sampling.sampling import generate, grid_png, random_label, sample_latents
+from sit_atconv.sampling.sampling import CAPTION, caption_of, generate, grid, grid_png, random_label, sample_latents
 from sit_atconv.sampling.schedulers import generate as generate_scheduled
 from sit_atconv.sampling.schedulers import make_scheduler
 from sit_atconv.sampling.settings import Sampling
@@ -112,6 +113,37 @@ def test_evaluations_of_every_sampler():
     # of t = 0, 0.32, 0.64, 0.96 the last two are guided
     options = {"sampler": "euler-maruyama", "guidance_scale": 2.0, "guidance_interval": (0.5, 1.0)}
     assert draw([0], [1], **options)[1] == 4 + 2
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5", "euler-maruyama", "flow-match-euler"])
+def test_a_watch_is_told_of_every_evaluation_and_changes_no_bit(sampler):
+    model, told = lively_model(), []
+    given = model, IdentityCodec(), [0, 1], [0, 1]
+    if sampler in SCHEDULERS:
+        draw = partial(generate_scheduled, make_scheduler(sampler, model))
+        sampling = Sampling(steps=4, guidance_scale=2.0)
+    else:
+        draw, sampling = generate, Sampling(sampler, steps=4, guidance_scale=2.0)
+    images, nfe = draw(*given, sampling, watch=lambda *each: told.append(each))
+    assert torch.equal(images, draw(*given, sampling)[0])
+    assert [each for each, _ in told] == list(range(2, nfe + 1, 2))
+    shares = [share for _, share in told]
+    assert shares == sorted(shares) or sampler == "dopri5"  # which goes back where its error was too large
+    assert 0 <= min(shares) < max(shares) <= 1
+
+
+def test_progress_within_a_block_is_shown(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sit_atconv.runtime.console.EVERY", 0)
+    base = ["--ckpt", str(run_folder), "--steps", "4", "--batch", "3"]
+    sample.main([*base, "--num", "3", "--out", str(tmp_path / "grid.png")])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[1] for line in lines[:4]] == [f"evaluation {nfe}" for nfe in (2, 4, 6, 8)]
+    assert re.fullmatch(r"sample: image 0 of 3, evaluation 6, 50% of the block, .* left", lines[2])
+    sampling(["generate", *base, "--num", "5", "--out", str(tmp_path / "samples")])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", ")[0] for line in lines if "evaluation 8" in line] == [
+        "generate: image 0 of 5", "generate: image 3 of 5",
+    ]  # fmt: skip
 
 
 def test_it_follows_the_sde_with_noise_of_the_step():
@@ -535,9 +567,11 @@ def test_a_full_disk_leaves_what_the_same_command_goes_on_with(generates, stoppe
     images = {f"{index:06d}.png" for index in range(3)} if kind == "png" else {"blocks/000000.npy"}
     assert files == {".lock", "settings.json", "blocks", "blocks/000000.json", *images}
     made = count_blocks(monkeypatch)
+    monkeypatch.setattr("sit_atconv.runtime.console.EVERY", 0)
+    capsys.readouterr()
     generates("--format", kind)
     assert made == [3, 6]
-    assert " 3/7 " in capsys.readouterr().err.split("\r")[1]  # the bar starts where the work does
+    assert capsys.readouterr().err.startswith("generate: image 3 of 7, evaluation ")  # it starts where the work does
     for path in whole.iterdir():
         if path.name != "manifest.json":
             assert (out / path.name).read_bytes() == path.read_bytes()
@@ -863,15 +897,15 @@ def test_the_labels_of_a_file_reach_the_images(tmp_path):
     [
         (b"0\n" * 6, "ends with line 6: --num 7 needs as many"),
         (b"", "ends with line 0"),
-        (b"0\n" * 8, "line 8: there are 8 class ids for --num 7"),
-        (b"0\n1\n10\n" + b"0\n" * 4, "line 3: class id 10 is out of range; this model has 0 to 9"),
+        (b"0\n" * 8, "line 8: there are 8 classes for --num 7"),
+        (b"0\n1\n10\n" + b"0\n" * 4, "line 3: class id 10 is out of range; this model has classes 0 to 9"),
         (b"0\n-1\n" + b"0\n" * 5, "line 2: class id -1 is out of range"),
-        (b"0\n\n" + b"0\n" * 5, "line 2: '' is no class id"),
-        (b"0\n1 2\n" + b"0\n" * 5, "line 2: '1 2' is no class id"),
-        (b"0\n1_0\n" + b"0\n" * 5, "line 2: '1_0' is no class id"),
-        (b"cat\n", "line 1: 'cat' is no class id; give an integer"),
-        (b"[0, 1, 2.5, 0, 0, 0, 0]", "entry 3: '2.5' is no class id"),
-        (b"[0, true, 2, 0, 0, 0, 0]", "entry 2: 'true' is no class id"),
+        (b"0\n\n" + b"0\n" * 5, "line 2: '' is no class; give an id or a name"),
+        (b"0\n1 2\n" + b"0\n" * 5, "line 2: class='1 2': choose from"),
+        (b"0\n1_0\n" + b"0\n" * 5, "line 2: class='1_0': "),
+        (b"cat\n", "line 1: class='cat': choose from ['0', '1', "),
+        (b"[0, 1, 2.5, 0, 0, 0, 0]", "entry 3: '2.5' is no class;"),
+        (b"[0, true, 2, 0, 0, 0, 0]", "entry 2: 'True' is no class;"),
         (b"[0, 1", "labels is no JSON that can be read"),
         (b"[" * 100_000, "nested too deeply"),
         (b"\xff\xfe", "no text"),
@@ -1035,6 +1069,29 @@ def test_a_grid_shows_the_pixels_enlarged_and_large_images_as_they_are(tmp_path)
     assert np.array_equal(second[7::8, 7::8], second[::8, ::8])
     (tmp_path / "large.png").write_bytes(grid_png(torch.zeros(2, 3, 100, 100, dtype=torch.uint8), 1))
     assert Image.open(tmp_path / "large.png").size == (108, 212)
+
+
+def test_a_grid_says_the_classes_below_the_images():
+    images = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    plain = np.array(grid(images, 3))
+    for texts in (["1", "goldfish", "1"], ["a name that is far too long for the strip"] * 3):
+        told = np.array(grid(images, 3, texts))
+        assert np.array_equal(told[: 4 + 64], plain[: 4 + 64])  # the images are as they were
+        strips = [told[68 : 68 + CAPTION, 4 + 68 * index : 68 + 68 * index] for index in range(3)]
+        assert all(strip.min() < 64 for strip in strips)
+        assert np.array_equal(strips[0], strips[2])
+        assert np.array_equal(strips[0], strips[1]) == (texts[0] == texts[1])
+        assert (told[:, 68:72] == 255).all()  # between them
+    assert grid(images[:1], 1, ["1"]).size == (64, 64 + CAPTION)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("goldfish", "goldfish"), ("goldfish, Carassius", "goldfish"), ("金魚", "1"), ("\t", "1")],
+)
+def test_a_caption_is_the_first_name_or_the_id(name, says):
+    assert caption_of(1, ["tench", name]) == says
+    assert caption_of(2, ["tench", name]) == "2"
 
 
 def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits, log_rows, run_recipe, weights
@@ -16,18 +17,21 @@ from sampled import item, sampled
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import Preview, Train, load_recipe
 from sit_atconv.flow.path import LinearPath
+from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.models.cost import count_macs
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.signals import StopSignals
+from sit_atconv.sampling.sampling import CAPTION
 from sit_atconv.training import activities, checkpoint
 from sit_atconv.training.ema import read_snapshots
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.loop import train
 from sit_atconv.training.objectives.flow import FlowObjective, build_model
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
+from sit_atconv.training.plan import dry_run
 from sit_atconv.training.trainer import Trainer
 
 
@@ -343,6 +347,7 @@ def test_a_folder_that_another_process_has_is_left_alone(recipe_file, tmp_path, 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(InputError, match="is in use by another process; end that one"):
         run_recipe(recipe_file())
+    assert "refused: run.out=" in dry_run(load_recipe(recipe_file())).splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     holder.kill()
     holder.communicate()
@@ -400,7 +405,16 @@ def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, 
     assert seen[0][1] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert seen[0][2:] == (Preview("euler", 2, 2.0, every=4, num=12), 3)
     assert not any(parameter.requires_grad for parameter in seen[0][0].parameters())
-    assert Image.open(tmp_path / "run/previews/step-0000004.png").size == (4 * 68 + 4, 3 * 68 + 4)
+    last = np.array(Image.open(tmp_path / "run/previews/step-0000008.png"))
+    assert last.shape == (3 * (68 + CAPTION) + 4, 4 * 68 + 4, 3)
+    model = SiTTransformer2DModel.from_pretrained(tmp_path / "run/step-0000008/ema", use_safetensors=True)
+    images, _ = generate(model.eval(), IdentityCodec(), [*range(12)], seen[0][1], seen[0][2], 3)
+    for index, image in enumerate(images):
+        y, x = 4 + index // 4 * (68 + CAPTION), 4 + index % 4 * 68
+        assert np.array_equal(last[y : y + 64 : 8, x : x + 64 : 8, 0], image[0].numpy())
+        strip = last[y + 64 : y + 64 + CAPTION, x : x + 64]
+        assert np.array_equal(strip, last[4 + 64 : 4 + 64 + CAPTION, 4:68]) == (index % 10 == 0)  # the class's name
+        assert strip.min() < 64
 
 
 def test_the_first_loss_is_the_recipes_flow_in_closed_form(recipe_file):

@@ -17,8 +17,15 @@ ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1
 
 
 def launch(processes: int, recipe: Path, *overrides: str, kill_at: int | None = None, script=("train_sit.py",)) -> None:
-    """train_sit.py under torchrun; kill_at: SIGKILL for all of it once the bar has reached that step."""
-    command = [*TORCHRUN, str(processes), *script, str(recipe), *overrides]
+    """train_sit.py under torchrun; kill_at: SIGKILL for all of it once it tells of that step."""
+    command = [
+        *TORCHRUN,
+        str(processes),
+        *(() if kill_at is None else ("tests/telling.py",)),
+        *script,
+        str(recipe),
+        *overrides,
+    ]
     process = subprocess.Popen(
         command,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
@@ -28,10 +35,10 @@ def launch(processes: int, recipe: Path, *overrides: str, kill_at: int | None = 
         process_group=0,
     )
     seen = b""
-    while chunk := process.stderr.read(1):
-        seen += chunk
-        steps = [int(number) for number in re.findall(rb" (\d+)/40 ", seen)]
-        if kill_at is not None and steps and steps[-1] >= kill_at:
+    while line := process.stderr.readline():
+        seen += line
+        found = re.search(rb"step (\d+) of 40", line)
+        if kill_at is not None and found and int(found[1]) >= kill_at:
             # The launcher's children have a group of their own each.
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             for pid in [process.pid, *map(int, children)]:

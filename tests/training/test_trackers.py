@@ -1,10 +1,13 @@
 """Trackers, for real: what they store, and that a restart goes on with the same run."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import assert_same_bits, log_rows, run_recipe
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sit_atconv.runtime.errors import InputError
@@ -30,16 +33,30 @@ def test_tensorboard_shows_the_log_also_after_steps_were_taken_twice(recipe_file
     assert bins == pytest.approx(expected, rel=1e-6)
 
 
+def test_previews_go_to_tensorboard_with_their_classes(recipe_file, tmp_path):
+    run_recipe(recipe_file(preview={"every": 4, "num": 3, "steps": 2}), "run.trackers=[tensorboard]")
+    events = EventAccumulator(str(tmp_path / "run" / "sit_atconv"))
+    events.Reload()
+    shown = events.Images("preview")
+    assert [event.step for event in shown] == [4, 8]
+    for event in shown:
+        stored = Image.open(tmp_path / "run" / "previews" / f"step-000000{event.step}.png").convert("RGB")
+        picture = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
+        assert np.array_equal(np.array(picture), np.array(stored))
+
+
 def test_wandb_goes_on_with_its_run(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for steps in ("4", "8"):
-        run_recipe(recipe_file(), "run.trackers=[wandb]", f"train.max_steps={steps}")
+        recipe = recipe_file(preview={"every": 4, "num": 3, "steps": 2})
+        run_recipe(recipe, "run.trackers=[wandb]", f"train.max_steps={steps}")
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     run_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]
     assert len(folders) == 2
     assert all(folder.name.endswith(f"-{run_id}") for folder in folders)
     for folder in folders:
+        assert len(list(folder.glob("files/media/images/preview_*.png"))) == 1
         assert (folder / f"run-{run_id}.wandb").stat().st_size > 0
 
 

@@ -1,0 +1,93 @@
+"""From a folder to a pipeline: of a run, a checkpoint, a model alone, or a pipeline, exported or not."""
+
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from sit_atconv.latents.codecs import VaeCodec, reopen_codec
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.reading import Malformed, read_config, read_json, read_tensors
+from sit_atconv.runtime.weights import STEM, own_variant
+from sit_atconv.training.checkpoint import ID2LABEL_FORM, PIPELINE_INDEX, load_trained
+
+NAME = "SiTPipeline"  # in model_index.json, of what derives from it, too
+INDEX_FORM = {
+    "_class_name": (str, [str]), "scheduler": [str, str], "vae?": ([(str, None), (str, None)], None),
+    **ID2LABEL_FORM,
+}  # fmt: skip
+# There are schedulers that take memory and time by the square of their levels.
+SCHEDULER_FORM, MOST_SCHEDULER = {"num_train_timesteps?": range(1, 10_001)}, 1 << 18  # bytes
+
+
+@dataclass
+class Source:
+    """A pipeline that was opened, what training or conversion said of its weights, and their dtype on disk."""
+
+    pipeline: DiffusionPipeline
+    manifest: dict[str, Any]
+    dtype: torch.dtype
+
+
+def open_as(
+    kind: type[DiffusionPipeline], source: str | Path, vae: str | None = None, variant: str | None = None
+) -> Source:  # fmt: skip
+    """A SiTPipeline: that in a folder of one, exported or not, or around the model of what `load_trained` takes (a
+    run's EMA).
+
+    kind: SiTPipeline, or a class that derives from it. vae: folder or hub id of the autoencoder, where it does not come
+    with the model, or has moved. variant: of the weights, such as "fp16", as `DiffusionPipeline.from_pretrained` takes
+    it: of each part that has it.
+    Raises InputError for a folder that is none of these, is damaged, or needs another autoencoder.
+    """
+    folder = Path(source)
+    is_pipeline = (folder / PIPELINE_INDEX).is_file()
+    trained = load_trained(folder, variant=variant)
+    names = [name for name in trained.files if Path(name).match(f"{STEM}*.safetensors")]
+    tensors = (each for name in names for each in read_tensors(trained.folder / name, "model")[0].values())
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})  # the narrowest that holds all of them
+    if dtype != torch.float32:
+        trained = load_trained(folder, dtype, variant)
+    if is_pipeline:
+        pipeline = _open_pipeline(kind, folder, trained.model, vae, variant)
+    else:
+        codec = reopen_codec(trained.stated("codec"), vae, batch_size=1)
+        pipeline = kind(
+            trained.model,
+            codec.vae if isinstance(codec, VaeCodec) else None,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            id2label=trained.id2label,
+        )
+    return Source(pipeline, trained.manifest, dtype)
+
+
+def _open_pipeline(
+    kind: type[DiffusionPipeline],
+    folder: Path,
+    transformer: SiTTransformer2DModel,
+    vae: str | None,
+    variant: str | None,
+) -> DiffusionPipeline:
+    # Exception: options of any kind, which diffusers, numpy and torch refuse in every way there is.
+    with told(f"pipeline {str(folder)!r} cannot be read", Malformed, Exception):
+        index = read_json(folder / PIPELINE_INDEX, INDEX_FORM)
+        # A list where the folder was exported before.
+        names = index["_class_name"] if isinstance(index["_class_name"], list) else [index["_class_name"]]
+        if NAME not in names[-1:]:
+            raise InputError(f"{str(folder)!r} is a {index['_class_name']}; give a {NAME}")
+        scheduler_config = read_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FORM, MOST_SCHEDULER)
+        library, name = index["scheduler"]
+        if library != "diffusers" or not issubclass(found := getattr(diffusers, name, object), SchedulerMixin):
+            raise InputError(f"{str(folder)!r}: the scheduler {name} is not one of diffusers")
+        scheduler = found.from_config(scheduler_config)
+        beside = vae is None and (index.get("vae") or [None])[0] is not None
+        vae = folder / "vae" if beside else vae
+    own = own_variant(folder / "vae", variant) if beside else None
+    autoencoder = VaeCodec(str(vae), batch_size=1, variant=own).vae if vae is not None else None
+    return kind(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))
