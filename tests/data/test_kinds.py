@@ -426,11 +426,16 @@ def test_what_is_no_such_lmdb_is_refused(folder, tmp_path):
 
 
 def test_no_bar_is_drawn_off_a_terminal(folder, tmp_path, capsys):
-    data = written("hf parquet", folder, tmp_path)
+    data, off = written("hf parquet", folder, tmp_path), datasets.are_progress_bars_disabled()
+    datasets.enable_progress_bars()  # whatever another test has left
     capsys.readouterr()
-    open_dataset(data)
+    try:
+        open_dataset(data)
+        assert not datasets.are_progress_bars_disabled()
+    finally:
+        if off:
+            datasets.disable_progress_bars()
     assert "\r" not in capsys.readouterr().err
-    assert not datasets.are_progress_bars_disabled()
 
 
 def test_hub_takes_the_distinct_integers_as_classes(folder, tmp_path):
