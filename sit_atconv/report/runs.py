@@ -122,6 +122,9 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     Raises InputError for one that is given twice, has nothing to report, or holds a broken file.
     """
     folders = [Path(path) for path in paths]
+    for path, folder in zip(paths, folders, strict=True):
+        if not folder.is_dir():
+            raise InputError(f"RUN {path!r} is no folder; give that of a training run, or of samples")
     resolved = [folder.resolve() for folder in folders]
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
@@ -142,8 +145,6 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    if not folder.is_dir():
-        raise InputError(f"RUN {str(folder)!r} is no folder; give that of a training run, or of samples")
     if (folder / MANIFEST).is_file() or (folder / METRICS).is_file():
         return Run(name, [_read_set(folder)])
     with _whole(folder / RECIPE):

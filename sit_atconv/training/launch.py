@@ -40,7 +40,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type not in DISTRIBUTED or accelerator.is_fsdp2 != sharded:
         raise InputError(
             f"accelerate is configured for {accelerator.distributed_type.value}; this trainer runs on one process, "
-            "under DDP on CPU or CUDA, or under FSDP with fsdp_version 2: see experiments/accelerate"
+            "under DDP on CPU or CUDA, or under FSDP with fsdp_version: 2, as `accelerate config` sets it"
         )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
