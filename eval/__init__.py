@@ -5,9 +5,10 @@ import sys
 from sit_atconv.runtime.lazy import Renamed
 from sit_atconv.scoring import MODULES
 
-sys.meta_path.append(
+sys.meta_path.insert(
+    0,
     Renamed(
         {f"eval.{name}": f"sit_atconv.scoring.{name}" for name in MODULES} | {"eval.report": "sit_atconv.report"},
         told=False,
-    )
+    ),
 )

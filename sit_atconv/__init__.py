@@ -53,9 +53,10 @@ _ROOMS = {
     ),
     "training": ("checkpoint", "ema"),
 }  # fmt: skip
-sys.meta_path.append(
+sys.meta_path.insert(
+    0,
     Renamed(
         {f"sit_atconv.{name}": f"sit_atconv.{room}.{name}" for room, names in _ROOMS.items() for name in names}
         | {"sit_atconv.images": "sit_atconv.runtime.pictures"}
-    )
+    ),
 )

@@ -6,10 +6,12 @@ A module of a command has `add_arguments(parser)` and `run(args)`, and imports t
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
 from sit_atconv.runtime.errors import ArgumentParser, check_choice, command
+from sit_atconv.version import __version__
 
 # {command: what it does}; the module of each has its name.
 COMMANDS = {
@@ -36,11 +38,12 @@ STOPPED = 130  # the exit status of a command that Ctrl-C ends
 
 
 def parser_of(name: str, prog: str, about: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a command; what it parses has `run`, the function that does the work."""
+    """The parser of a command; what it parses has `run`, the function that does the work, and `goes_on`: whether the
+    same command goes on where it was stopped."""
     module = importlib.import_module(f"sit_atconv.commands.{name.replace('-', '_')}")
     parser = ArgumentParser(prog=prog, description=about or module.__doc__)
     module.add_arguments(parser)
-    parser.set_defaults(run=module.run)
+    parser.set_defaults(run=module.run, goes_on=getattr(module, "GOES_ON", False))
     return parser
 
 
@@ -53,11 +56,10 @@ def call(name: str, prog: str, argv: list[str] | None = None, about: str | None 
     args = parser.parse_intermixed_args(words)
     try:
         args.run(args)
-    except KeyboardInterrupt:
-        from sit_atconv.runtime.processes import is_main
-
-        if is_main():
-            print("stopped; whatever is there is whole, and the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt:  # nothing is imported here: it may have come while torch was
+        if os.environ.get("RANK", "0") == "0":
+            more = "; whatever is there is whole, and the same command goes on" if args.goes_on else ""
+            print(f"stopped{more}", file=sys.stderr)
         sys.exit(STOPPED)
 
 
@@ -74,6 +76,7 @@ def several(prog: str, names: Iterable[str], about: str) -> Callable[[list[str] 
             prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"{prog} COMMAND ...", epilog=f"commands, each with --help:\n{listed}",
         )  # fmt: skip
+        parser.add_argument("--version", action="version", version=__version__)
         parser.add_argument("command", metavar="COMMAND", nargs="?", help=argparse.SUPPRESS)
         first = parser.parse_args(words[:1]).command
         if first is None:

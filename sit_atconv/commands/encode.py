@@ -12,6 +12,8 @@ from sit_atconv.runtime.errors import add_force
 from sit_atconv.runtime.fields import WHEN
 from sit_atconv.runtime.precision import OF_CACHES
 
+GOES_ON = True
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)

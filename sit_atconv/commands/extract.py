@@ -8,6 +8,8 @@ from sit_atconv.runtime.errors import add_force
 from sit_atconv.scoring import SHARD
 from sit_atconv.scoring.sources import check_there
 
+GOES_ON = True
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.errors import add_force
+from sit_atconv.runtime.errors import InputError, add_force
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the averaged model, and say how near its profile comes to the one wanted."""
+    if not Path(args.run_folder).is_dir():
+        raise InputError(f"run {args.run_folder!r}: no such folder")
+
     from sit_atconv.training.posthoc import write_model
 
     found = write_model(Path(args.run_folder), args.std, args.step, Path(args.out), args.force)

@@ -1,6 +1,6 @@
 """Measure the paper's two principles, adaptive routing and lateral inhibition, in any model, layer by layer.
 
-Besides those, how redundant kernels and channels are, and how far every layer sees. See docs/principles.md.
+Besides those, how redundant kernels and channels are, and how far every layer sees.
 """
 
 import argparse

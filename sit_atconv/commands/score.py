@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone
-from sit_atconv.runtime.errors import add_force
+from sit_atconv.runtime.errors import InputError, add_force
 from sit_atconv.runtime.files import check_out, write_out
 from sit_atconv.scoring import STREAMS
 from sit_atconv.scoring.sources import check_there
+
+GOES_ON = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     """Score, write the JSON, print the scores. Raises InputError for what cannot be scored; then nothing is written."""
     if is_alone():
         check_there(args.samples)
+        if args.ref != "digits" and not Path(args.ref).exists():
+            raise InputError(f'reference {args.ref!r}: no such file or folder; give one, or "digits"')
 
     from sit_atconv.scoring.result import bars_told
     from sit_atconv.scoring.score import RESULT, score, table

@@ -13,13 +13,9 @@ from sit_atconv.scoring import BATCH
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", nargs="?", metavar="CACHE", help="a cache of latents, whose shards have hashes")
     parser.add_argument("--weights", metavar="FILE", help="Inception weights of torch-fidelity")
-    parser.add_argument(
-        "--adm", metavar="FOLDER", help="ADM's samples and reference (see docs/scoring.md): score them too"
-    )
+    parser.add_argument("--adm", metavar="FOLDER", help="folder of ADM's samples and reference: score them too")
     parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument(
-        "--batch", **limits.BATCH.flag, default=BATCH, metavar="B", help=f"images at once (default: {BATCH})"
-    )
+    parser.add_argument("--batch", **limits.BATCH.flag, metavar="B", help=f"images at once (default: {BATCH})")
     add_features_argument(parser)
 
 
@@ -28,13 +24,19 @@ def run(args: argparse.Namespace) -> None:
     if (args.cache is None) == (args.weights is None):
         raise InputError("give either CACHE, or --weights FILE")
     if args.cache is None:
+        if not Path(args.weights).is_file():
+            raise InputError(f"--weights {args.weights!r}: no such file")
+        args.batch = args.batch or BATCH
+
         from sit_atconv.scoring.verify import run as verify
 
         verify(args)
         return
-    for name in ("adm", "device", "features"):
+    for name in ("adm", "device", "batch", "features"):
         if (value := getattr(args, name)) is not None:
             raise InputError(f"--{name} {value} goes with --weights; leave it out")
+    if not Path(args.cache).is_dir():
+        raise InputError(f"cache {args.cache!r}: no such folder")
     _verify_cache(Path(args.cache))
 
 

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv.config.earlier import by_section, left_out, meant
 from sit_atconv.config.schema import Recipe
-from sit_atconv.config.shipped import default_out, recipe_names, recipe_path
+from sit_atconv.config.shipped import base_path, default_out, recipe_path
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import MOST, InputError, check_choice, said, told
 from sit_atconv.runtime.reading import check_literal, entries, read_yaml
@@ -115,11 +115,10 @@ def _read_with_base(path: Path, above: tuple[Path, ...], schema: type) -> Any:
     base = stated.pop("base", None)
     if base is None:
         return stated
-    if base in recipe_names():
-        return OmegaConf.merge(_read_with_base(recipe_path(base), (*above, place), schema), stated)
-    if not isinstance(base, str) or not base.endswith((".yaml", ".yml")):
+    below = base_path(base, path) if isinstance(base, str) else None
+    if below is None:
         raise InputError(f"{where}: base={base!r}: give a recipe's name, or the path of its file, which ends in .yaml")
-    return OmegaConf.merge(_read_with_base(path.parent / base, (*above, place), schema), stated)
+    return OmegaConf.merge(_read_with_base(below, (*above, place), schema), stated)
 
 
 def _check_base(where: str, stated: Any, schema: type) -> None:

@@ -1,5 +1,6 @@
 """The recipes that come with the package, by name, and where a run lies that no recipe places."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,13 @@ FOLDER = Path(__file__).with_name("recipes")
 
 
 def recipe_names() -> list[str]:
-    """The names of all recipes that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """The names of all recipes that come with the package, less those that others build on (_NAME)."""
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
 
 
 def recipe_text(name: str) -> str:
     """A recipe's file as it is, with its comments. Raises InputError for a name that is none."""
-    check_choice("recipe", name, recipe_names())
-    return (FOLDER / f"{name}.yaml").read_text()
+    return _file(name).read_text()
 
 
 def about(name: str) -> str:
@@ -26,16 +26,28 @@ def about(name: str) -> str:
 
 
 def recipe_path(recipe: str | Path) -> Path:
-    """The file of a recipe: of that path, or of that name. Raises InputError for what looks like neither."""
-    path = Path(recipe)
-    if path.suffix or len(path.parts) != 1 or path.exists():
-        return path
-    if path.name not in recipe_names():
-        try:
-            check_choice("recipe", str(recipe), recipe_names())
-        except InputError as error:
-            raise InputError(f"{error}; see `recipes`, or give a .yaml file") from None
-    return FOLDER / f"{path.name}.yaml"
+    """The file of a recipe: of that path, or of that name, which has neither a separator nor a suffix.
+
+    Raises InputError for a name that is none.
+    """
+    is_path = Path(recipe).suffix or any(mark in str(recipe) for mark in (os.sep, "/"))
+    return Path(recipe) if is_path else _file(str(recipe))
+
+
+def base_path(base: str, path: Path) -> Path | None:
+    """The file that a recipe at `path` names as its base, by its name or by its path; None for neither."""
+    named = FOLDER / f"{base}.yaml"
+    if "/" not in base and named.is_file():
+        return named
+    return path.parent / base if base.endswith((".yaml", ".yml")) else None
+
+
+def _file(name: str) -> Path:
+    try:
+        check_choice("recipe", name, recipe_names())
+    except InputError as error:
+        raise InputError(f"{error}; see `sit-atconv recipes`, or give the path of a .yaml file") from None
+    return FOLDER / f"{name}.yaml"
 
 
 def default_out(path: Path, model: Any) -> str:

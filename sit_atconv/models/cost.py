@@ -23,7 +23,7 @@ def count_macs(model: SiTTransformer2DModel) -> int:
     A model on the meta device is run as it is, another in a copy without weights. Counted as torch's FlopCounterMode
     does: matrix products, convolutions and attention; element-wise work is not counted.
     """
-    if next(model.parameters()).device.type != "meta":  # diffusers' own `device` loads all of its hooks, and peft
+    if model.device.type != "meta":
         model = without_weights(model)
     latent = torch.zeros(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")

@@ -2,6 +2,7 @@
 
 import inspect
 import reprlib
+import sys
 from typing import Any
 
 import torch
@@ -162,6 +163,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
     def __getattr__(self, name: str):
         # `pos_embed` is an option and, in the public checkpoints, a tensor: as an attribute it is the tensor.
         return nn.Module.__getattr__(self, name) if name == "pos_embed" else super().__getattr__(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, or is moved to by diffusers' hooks, which are loaded where there are any."""
+        return super().device if "diffusers.hooks" in sys.modules else next(self.parameters()).device
 
     @property
     def null_label(self) -> int | None:

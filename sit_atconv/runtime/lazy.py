@@ -26,7 +26,8 @@ def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], obje
 
 
 class Renamed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules under other names: what is imported is the module of the new name itself.
+    """Finds modules, and what lies below them, under other names: what is imported is the module of the new name
+    itself. It stands before the finders that would load what lies below a package a second time.
 
     names: {other name: name}. told: say once, on stderr, where a module lies now.
     """
@@ -34,12 +35,22 @@ class Renamed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, names: Mapping[str, str], told: bool = True):
         self.names, self.told = dict(names), told
 
+    def now(self, name: str) -> str | None:
+        """The new name of a module; None for one that has kept its name."""
+        above = name
+        while above:
+            if above in self.names:
+                return self.names[above] + name[len(above) :]
+            above = above.rpartition(".")[0]
+        return None
+
     def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self) if name in self.names else None
+        now = self.now(name)
+        return importlib.util.spec_from_loader(name, self) if now and importlib.util.find_spec(now) else None
 
     def create_module(self, spec):
-        now = self.names[spec.name]
-        if self.told:
+        now = self.now(spec.name)
+        if self.told and spec.name in self.names:
             warnings.warn(f"{spec.name} is now {now}; the old name ends with version 0.3", FutureWarning, stacklevel=2)
         module = importlib.import_module(now)
         spec.loader_state = module.__spec__, module.__loader__, module.__package__
@@ -62,17 +73,23 @@ class _Awaited(importlib.abc.MetaPathFinder):
     """Has the other finders load a module, and acts on it."""
 
     def __init__(self, name: str, act: Callable[[object], None]):
-        self.name, self.act = name, act
+        self.name, self.act, self.looking = name, act, False
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.name:
+        if name != self.name or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.looking = True  # `find_spec` asks all finders, this one too
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
+        if spec is None:
+            return None
         load = spec.loader.exec_module
 
         def load_and_act(module) -> None:
             load(module)
+            sys.meta_path.remove(self)
             self.act(module)
 
         spec.loader.exec_module = load_and_act

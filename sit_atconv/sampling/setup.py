@@ -63,6 +63,6 @@ def setup(
     with in_short():
         sampling = sampling.for_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), vae, VAE_BATCH).to(where)
-    trained.model.to(where)
+    torch.nn.Module.to(trained.model, where)  # diffusers' own loads all of its hooks, and peft
     check_backend(trained.model, where)
     return Setup(trained, codec, sampling)

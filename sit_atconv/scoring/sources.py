@@ -197,7 +197,7 @@ def check_overrides(path: str | Path, overrides: Sequence[str]) -> None:
 
 def recipe_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
     """The section `data` of a recipe. Raises InputError for one that cannot be read."""
-    return load_recipe(path, ["run.out=unused", *overrides]).data
+    return load_recipe(path, overrides).data
 
 
 def begun_as(path: Path) -> dict[str, Any]:

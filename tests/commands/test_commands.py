@@ -42,13 +42,13 @@ SLIPS = {
     "export": ("nowhere --out x", "'nowhere': no such folder"),
     "convert": ("nowhere --out x", "'nowhere': no such file or folder"),
     "table": ("nowhere.json --out x.md", "'nowhere.json': No such file"),
-    "verify": ("", "give either CACHE, or --weights FILE"),
+    "verify": ("nowhere", "cache 'nowhere': no such folder"),
     "recipes": ("dgits", "did you mean 'digits'?"),
     "score": ("nowhere --ref digits", "images 'nowhere': no such file or folder"),
     "extract": ("nowhere --out x", "images 'nowhere': no such file or folder"),
     "build-ref": ("nowhere --out x", "images 'nowhere': no such file or folder"),
     "report": ("nowhere --out x.html", "RUN 'nowhere' is no folder"),
-    "posthoc": ("x --std 0.1", "required: --out"),
+    "posthoc": ("nowhere --std 0.1 --out x", "run 'nowhere': no such folder"),
     "speed": ("--models SiT-S/2 --steps 0", "--steps 0: must be at least 1"),
     "principles": ("x --num 1", "--num 1: must be at least 2"),
 }  # fmt: skip
@@ -148,6 +148,7 @@ def test_a_clone_takes_its_own_commands_alone(fails):
         ("sit_atconv.checkpoint", "sit_atconv.training.checkpoint", True),
         ("eval.refs", "sit_atconv.scoring.refs", False),
         ("eval.report", "sit_atconv.report", False),
+        ("eval.report.page", "sit_atconv.report.page", False),
         ("sampling.speed", "sit_atconv.bench.speed", False),
     ],
 )
@@ -164,3 +165,20 @@ def test_every_name_that_is_found_elsewhere_is_there():
     for finder in (each for each in sys.meta_path if isinstance(each, Renamed)):
         for now in finder.names.values():
             assert importlib.util.find_spec(now), now
+
+
+def test_an_interrupt_while_something_is_imported_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    whole = "stopped; whatever is there is whole, and the same command goes on"
+    for name, text in (("score", whole), ("speed", "stopped")):
+        monkeypatch.setattr(importlib.import_module(f"sit_atconv.commands.{name}"), "run", interrupted)
+        words = ["x", "--ref", "digits"] if name == "score" else ["--models", "SiT-S/2"]
+        with pytest.raises(SystemExit, match="130"):
+            main([name, *words])
+        assert capsys.readouterr().err == f"{text}\n"
+    monkeypatch.setenv("RANK", "1")  # the first process speaks for all
+    with pytest.raises(SystemExit, match="130"):
+        main(["speed", "--models", "SiT-S/2"])
+    assert capsys.readouterr().err == ""

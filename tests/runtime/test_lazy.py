@@ -45,3 +45,26 @@ def test_a_name_loads_its_module_and_another_is_told(module):
     assert load("value") == 5
     with pytest.raises(AttributeError, match="module 'sit_atconv' has no attribute 'other'"):
         load("other")
+
+
+def test_a_module_that_fails_at_first_is_still_awaited(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "awaited_twice.py").write_text(
+        "import sys\nif not hasattr(sys, '_again'):\n    raise ImportError('no')\n"
+    )
+    seen = []
+    once_loaded("awaited_twice", seen.append)
+    with pytest.raises(ImportError, match="no"):
+        importlib.import_module("awaited_twice")
+    monkeypatch.setattr(sys, "_again", True, raising=False)
+    assert seen == []
+    module = importlib.import_module("awaited_twice")
+    assert seen == [module]
+    del sys.modules["awaited_twice"]
+
+
+def test_a_library_that_is_not_there_is_not_found():
+    once_loaded("awaited_never", lambda module: None)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("awaited_never")
+    sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "name", None) != "awaited_never"]
