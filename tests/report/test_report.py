@@ -222,7 +222,7 @@ def test_what_is_missing_or_not_finite_is_not_measured(make, tmp_path):
     run = training(tmp_path / "a", losses=(None, float("nan"), None))
     samples(run / "samples" / "x")
     page = make(run)
-    assert page.row("Precision")[0] == "0.13 ± not measured"
+    assert page.row("Precision")[0] == "0.13"
     assert page.row("Recall") == ["not measured", "not measured"]
     assert page.row("Share of the device's peak") == ["not measured"]
     assert "Training loss not measured" in page.text
