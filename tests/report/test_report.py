@@ -384,7 +384,7 @@ def test_how_sure_a_number_is_stands_beside_it(make, tmp_path):
 
 def test_errors_of_earlier_versions_are_left_out_where_they_do_not_hold(make, tmp_path):
     page = make(samples(tmp_path / "a", result={"error_bars": None}))
-    assert page.row("Fréchet distance")[0] == "242.1 ± not measuredcorrected not measured"
+    assert page.row("Fréchet distance")[0] == "242.1corrected not measured"
     assert "(no error bars: those of an earlier version do not fit how the images were drawn; score" in page.text
 
 
