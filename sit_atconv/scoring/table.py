@@ -332,7 +332,8 @@ def _stated(key: str, value: Any) -> str:
 def _fact(key: str, value: Any) -> str:
     """A fact as a few words: hashes by their beginning."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_fact(name, inner)}" for name, inner in value.items() if inner is not None)
+        told = {name: _fact(name, inner) for name, inner in value.items() if inner is not None}
+        return ", ".join(f"{name} {text}" for name, text in told.items() if text)
     if isinstance(value, list):
         return (" to " if key == "guidance_interval" else " x ").join(_fact(key, each) for each in value)
     text = str(value)
