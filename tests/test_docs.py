@@ -443,8 +443,10 @@ def before(page: str, vae_folder: Path) -> None:
     elif page == "scoring":
         scored()
         scored("digits-attention")
-        ema = Path("runs/digits_attnet/step-0000584/ema")  # of a classifier, as timm stores it
-        timm.models.save_for_hf(timm.create_model("attnet_xxs", num_classes=3), ema, model_config={"num_classes": 3})
+        for copy_of_images in ("SAMPLES", "TRAIN", "HELD_OUT"):
+            shutil.copytree("IMAGES", copy_of_images)
+        classes = {"num_classes": 3}  # of a classifier, as timm stores it
+        timm.models.save_for_hf(timm.create_model("attnet_xxs", **classes), Path("CLASSIFIER"), model_config=classes)
     elif page in ("sampling", "eval/README"):
         scored()
     elif page == "principles":

@@ -16,11 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images", metavar="IMAGES",
         help="folder or npz of images, a recipe (.yaml) for what it trains on, or a folder of features",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="REF", help="new npz file")
+    parser.add_argument("--out", required=True, metavar="REF", help="new npz file; one that is there is refused")
     add_force(parser)
-    add_extractor_arguments(parser)
+    add_extractor_arguments(parser, default=None)
     add_features_argument(parser)
-    parser.set_defaults(extractor=None)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -126,8 +126,11 @@ def sampling_asked(args: argparse.Namespace) -> Sampling:
         )
 
 
-def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all commands that extract take: what may follow a recipe, before options or after them; and the options."""
+def add_extractor_arguments(parser: argparse.ArgumentParser, default: str | None = "inception") -> None:
+    """What all commands that extract take: what may follow a recipe, before options or after them; and the options.
+
+    default: the extractor; None where the reference decides.
+    """
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -136,9 +139,10 @@ def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
         help="laid over a recipe, e.g. data.root=DIR data.image_size=64",
     )
     parser.add_argument(
-        "--extractor", default="inception", metavar="SPEC",
-        help='inception (default), digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", or '
-        '"package.module:callable" for a module of your own',
+        "--extractor", default=default, metavar="SPEC",
+        help='inception, digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", or '
+        '"package.module:callable" for a module of your own '
+        f"(default: {default or 'what the file or features record; digits for the digits; inception for images'})",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
     parser.add_argument(
@@ -151,5 +155,6 @@ def add_extractor_arguments(parser: argparse.ArgumentParser) -> None:
 def add_features_argument(parser: argparse.ArgumentParser) -> None:
     """The option of commands that leave features behind."""
     parser.add_argument(
-        "--features", metavar="DIR", help="folder to put features into, and to find them in (default: by the images)"
-    )
+        "--features", metavar="DIR",
+        help="folder to put features into, and to find them in (default: `features` in the folder of the images)",
+    )  # fmt: skip

@@ -18,19 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ref", required=True,
         help="npz with mu and sigma (ADM's, or of build-ref), npz or folder of images, a recipe (.yaml) for what it "
-        "trains on, folder of features, or digits for the real ones in their own classifier's features; --extractor is "
-        "by default the one that it records",
+        "trains on, folder of features, or digits for the real ones in their own classifier's features",
     )  # fmt: skip
     parser.add_argument(
         "--metrics", metavar="LIST",
         help=f"of {', '.join(STREAMS)}, parted by commas; default: all that extractor and reference allow, but fdd",
     )  # fmt: skip
-    add_extractor_arguments(parser)
+    add_extractor_arguments(parser, default=None)
     add_features_argument(parser)
     parser.add_argument("--dinov2", metavar="NAME", help="the ViT for fdd beside fid, as --extractor dinov2:NAME")
     parser.add_argument("--out", metavar="JSON", help="default: metrics.json in the folder, or STEM.metrics.json")
     add_force(parser)
-    parser.set_defaults(extractor=None)
 
 
 def run(args: argparse.Namespace) -> None:

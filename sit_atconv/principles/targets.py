@@ -166,7 +166,7 @@ def show(target: Target, data: str | None, num: int, seed: int, vae: str | None 
 def _recipe_of(target: Target, data: str | None, schema: type) -> Any:
     if data is None:
         return make_recipe(target.facts["recipe"], schema, stored=True)
-    return load_recipe(data, ["run.out=unused"], schema)
+    return load_recipe(data, (), schema)
 
 
 def _show_sit(target: Target, data: str | None, num: int, seed: int, vae: str | None) -> tuple:

@@ -432,7 +432,7 @@ def _spoken(one: Interval) -> str:
     if one.value is None:
         return "not measured"
     value, error = _with_error(one.value, one.se)
-    return f"{value}, error {'not measured' if error is None else 'at most ' * one.upper_bound + error}"
+    return value if error is None else f"{value}, error {'at most ' * one.upper_bound}{error}"
 
 
 def _cell(name: str, one: Interval) -> Content:
@@ -440,7 +440,7 @@ def _cell(name: str, one: Interval) -> Content:
         return UNMEASURED
     value, error = _with_error(one.value, one.se)
     least, most = ("≥ ", "≤ ") if one.upper_bound else ("", "")
-    cells: list[Content] = [value, " ± ", UNMEASURED if error is None else most + error]
+    cells: list[Content] = [value, *([] if error is None else [" ± ", most + error])]
     if one.corrected is not None:
         cells.append(tag("small", "corrected ", least + _with_error(one.corrected, one.se)[0]))
     elif name in FRECHET:

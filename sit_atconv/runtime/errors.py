@@ -202,6 +202,11 @@ def _nobody_reads() -> bool:
     return ended
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether an error tells that memory ran out; torch tells of the CPU's in words alone."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
 def _of_the_user(error: Exception) -> InputError | None:
     """An error of the user's as a command tells it; None for any other."""
     if isinstance(error, InputError):
@@ -209,7 +214,6 @@ def _of_the_user(error: Exception) -> InputError | None:
     if isinstance(error, OSError):
         long = error.errno == errno.ENAMETOOLONG
         return InputError(f"{str(error.filename)[:60]!r}...: {error.strerror}; give a shorter name") if long else None
-    # torch tells of the CPU's memory in words alone.
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+    if ran_out(error):
         return InputError(f"out of memory: {said(error)[:200]}; take a smaller batch, size or model", every_rank=True)
     return None

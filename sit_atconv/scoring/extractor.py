@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sit_atconv.runtime.devices import FP32_SWITCHES, resolve_device, switches_kept
-from sit_atconv.runtime.errors import InputError, check_choice, option, said
+from sit_atconv.runtime.errors import InputError, check_choice, option, ran_out, said, told
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.hooks import recorded
 from sit_atconv.runtime.processes import local_rank
@@ -79,7 +79,8 @@ class Extractor:
     def __call__(self, pixels: torch.Tensor) -> Streams:
         """fp32 streams (B, D), on the CPU, of uint8 images (B, C, H, W).
 
-        Raises InputError for streams of another form, features that are not finite, and where memory does not do.
+        Raises InputError for streams of another form, features that are not finite, where memory does not do, and
+        where a module of one's own fails.
         """
         return self.fetch(self.launch(pixels))
 
@@ -94,6 +95,11 @@ class Extractor:
                 f"({said(error)}); give a smaller {option('batch')}",
                 every_rank=True,
             ) from None
+        except Exception as error:  # a module of one's own is anybody's code
+            if kind_of(self.protocol) != "module" or ran_out(error):
+                raise
+            with told(f"extractor {self.spec} failed on images {tuple(pixels.shape[1:])}", Exception, every_rank=True):
+                raise
         streams = out if isinstance(out, dict) else {"pool": out}
         for name, values in streams.items():
             fits = isinstance(values, torch.Tensor) and values.is_floating_point() and values.numel()

@@ -16,6 +16,7 @@ from sit_atconv.scoring.extractor import Extractor
 from sit_atconv.scoring.sources import Source, begun_as, class_histogram
 
 INDEX = "features.json"
+TOLD = 5  # folders that a message names
 FORM = {
     "n": POSITIVE, "labels": bool, "class_histogram": ({re.compile("[0-9]+"): COUNT}, None),
     "shards": {FILE: SHA256}, "streams": {str: POSITIVE}, "image_shape": SHAPE, "device": str, "batch": POSITIVE,
@@ -34,6 +35,18 @@ def shard_name(number: int) -> str:
 def is_features(path: str | Path) -> bool:
     """Whether `path` is a folder of features, whole or not."""
     return (Path(path) / INDEX).is_file() or "extractor" in begun_as(Path(path))
+
+
+def check_no_parent(path: str | Path) -> None:
+    """Raise InputError for a folder that holds nothing but folders of features, one of which is meant."""
+    path = Path(path)
+    try:
+        inner = sorted(path.iterdir()) if path.is_dir() and not is_features(path) else []
+    except OSError:  # who reads it says so
+        return
+    if inner and all(map(is_features, inner)):
+        names = ", ".join(repr(str(each)) for each in inner[:TOLD]) + ", ..." * (len(inner) > TOLD)
+        raise InputError(f"{str(path)!r} holds folders of features; give one of them: {names}")
 
 
 class Features:

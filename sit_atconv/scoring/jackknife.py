@@ -105,8 +105,8 @@ def design_of(n: int, histogram: Mapping[str, int] | None, rule: str | None = No
     if histogram is None:
         return Design(
             "random", GROUPS, True,
-            "classes are unknown: random groups are right where each image's class was drawn at random, and an upper "
-            "bound where the classes are balanced",
+            "classes are unknown, so groups are random; the errors are right if the class of each image was drawn at "
+            "random, and too large if every class has as many images",
         )  # fmt: skip
     counts = np.array(list(histogram.values()))
     least, most = int(counts.min()), int(counts.max())

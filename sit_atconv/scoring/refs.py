@@ -21,7 +21,7 @@ from sit_atconv.scoring.extract import (
     features_of,
 )
 from sit_atconv.scoring.extractor import KINDS, OWN, Extractor, kind_of, recorded_spec
-from sit_atconv.scoring.features import INDEX, Features, Held, held, is_features
+from sit_atconv.scoring.features import INDEX, Features, Held, check_no_parent, held, is_features
 from sit_atconv.scoring.moments import Moments, stream_sums
 from sit_atconv.scoring.sources import check_overrides, from_arrays, is_recipe, open_source, recipe_data
 
@@ -151,6 +151,7 @@ def reference_spec(ref: str, overrides: Sequence[str] = ()) -> str:
 
     Raises InputError for a record that cannot be followed.
     """
+    check_no_parent(ref)
     if ref == "digits" or (is_recipe(ref) and recipe_data(ref, overrides).kind == "digits"):
         return "digits"
     found = recorded_extractor(ref)

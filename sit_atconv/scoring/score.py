@@ -22,7 +22,7 @@ from sit_atconv.scoring.extract import (
     read_as,
 )
 from sit_atconv.scoring.extractor import Extractor, default_device, kind_of, load_extractor
-from sit_atconv.scoring.features import Features, Held, held, is_features
+from sit_atconv.scoring.features import Features, Held, check_no_parent, held, is_features
 from sit_atconv.scoring.frechet import FRECHET, correction_needs, frechet_distances
 from sit_atconv.scoring.inception_score import inception_scores
 from sit_atconv.scoring.jackknife import Estimate, design_of, jackknife
@@ -52,6 +52,8 @@ def table(metrics: dict[str, Metric], upper_bound: bool = False) -> str:
     lines = []
     for name, each in metrics.items():
         error = "" if each["se"] is None else f" ± {most}{each['se']:.2g}"
+        if each["se"] == 0:
+            error = " (no error bar: leaving out any group changes nothing; more images may tell)"
         corrected = "" if each["corrected"] is None else f", corrected {least}{each['corrected']:.5g}"
         if "corrected_needs" in each:
             corrected = f", corrected {needs(each['corrected_needs'])}"
@@ -89,6 +91,8 @@ def score(
     for each in asked:
         check_choice(option("metrics"), each, STREAMS)
     check_root(root)
+    for each in (samples, ref):
+        check_no_parent(each)
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
     vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
     if extractor is None and isinstance(source, Source):

@@ -26,7 +26,7 @@ from sit_atconv.runtime.claims import SETTINGS
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
-from sit_atconv.runtime.reading import POSITIVE, SHAPE, Malformed, read_json
+from sit_atconv.runtime.reading import POSITIVE, SHAPE, Malformed, read_json, read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -196,8 +196,25 @@ def check_overrides(path: str | Path, overrides: Sequence[str]) -> None:
 
 
 def recipe_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
-    """The section `data` of a recipe. Raises InputError for one that cannot be read."""
-    return load_recipe(path, overrides).data
+    """The section `data` of a recipe. Raises InputError for one that cannot be read, and for a classifier's."""
+    try:
+        return load_recipe(path, overrides).data
+    except InputError:
+        if _is_classifiers(path):
+            raise InputError(
+                f"{str(path)!r} is the recipe of a classifier, which reads images in another way; give the folder of "
+                "its images, or write a recipe of `sit-atconv train` with these images under data"
+            ) from None
+        raise
+
+
+def _is_classifiers(path: str | Path) -> bool:
+    """Whether a file has sections that a classifier's recipe has and no other."""
+    try:
+        stated = read_yaml(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(stated, dict) and bool({"augment", "eval"} & stated.keys())
 
 
 def begun_as(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")
 # Of the training; with step and images seen, what a row is of.
 METHOD = ("name", "token_mixer", "params", "precision", "repa")
 
+TOLD, LONGEST = 8, 40  # facts that a refusal names, and characters of each
 TEXTS = ("model", "seeds", "conditions", "source")  # columns
 REPA = " + REPA"  # on the name of a method that was trained with it
 
@@ -54,8 +55,7 @@ def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
     differs = [key for key in facts[0] if any(each[key] != facts[0][key] for each in facts)]
     if differs and not mix:
         other = next(result for result in results if result["facts"] != facts[0])
-        theirs = [key for key in differs if other["facts"][key] != facts[0][key]]
-        stated = [", ".join(f"{key} {_text(each[key])}" for key in theirs) for each in (facts[0], other["facts"])]
+        stated = [_told_apart(*pair) for pair in ((facts[0], other["facts"]), (other["facts"], facts[0]))]
         raise InputError(
             f"{str(results[0]['path'])!r} has {stated[0]}, {str(other['path'])!r} {stated[1]}: such scores cannot be "
             f"compared; leave one out, or give {option('mix', True)}"
@@ -66,7 +66,7 @@ def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
         rows.setdefault(_text([result["method"], own]), []).append(result)
     figures, claims = _published(results)
     return {
-        "reference": results[0]["reference_name"],
+        "reference": None if "reference" in differs else results[0]["reference_name"],
         "common": {key: value for key, value in facts[0].items() if key not in differs},
         "differs": differs,
         "error_bars": list(dict.fromkeys(result["error_bars"] for result in results)),
@@ -198,6 +198,7 @@ def _row(group: list[dict], differs: list[str]) -> dict[str, Any]:
     return {
         **method,
         **{key: group[0]["facts"][key] for key in differs},
+        **({"reference_name": group[0]["reference_name"]} if "reference" in differs else {}),
         "nfe": _mean([result["nfe"] for result in group]),
         "seeds": seeds,
         "upper_bound": group[0]["upper_bound"],
@@ -276,9 +277,7 @@ def markdown(table: dict[str, Any]) -> str:
         *(f"{plain(sentence[0].upper() + sentence[1:])}." for sentence in table["error_bars"]),
         *(f"{shown[name]}, corrected: {needs(images)}." for name, images in lacking),
         "",
-        f"Common to all rows: scored against {plain(Path(table['reference']).name)}; "
-        + "; ".join(f"{key} {plain(_fact(value))}" for key, value in common.items() if value is not None)
-        + ".",
+        f"Common to all rows: {'; '.join(_common(table))}.",
     ]
     unknown = [key for key in NEVER_NONE if common.get(key, "") is None]
     if unknown:
@@ -301,7 +300,7 @@ def _cells(row: dict, differs: list[str], names: list[str], corrected: list[str]
     metrics = row["metrics"]
     return [
         plain(row["method"]),
-        *(plain(_fact(row[key])) for key in differs),
+        *(plain(_differing(row, key)) for key in differs),
         params,
         _plain(row["step"]),
         "" if row["nfe"] is None else f"{row['nfe']:g}",
@@ -311,14 +310,54 @@ def _cells(row: dict, differs: list[str], names: list[str], corrected: list[str]
     ]
 
 
-def _fact(value: Any) -> str:
+def _common(table: dict[str, Any]) -> list[str]:
+    """What all rows share, each in a few words; a reference that differs, and what is empty, are not among it."""
+    against = [] if table["reference"] is None else [f"scored against {plain(Path(table['reference']).name)}"]
+    told = {key: _fact(key, value) for key, value in table["common"].items() if value is not None}
+    return against + [f"{key} {plain(text)}" for key, text in told.items() if text]
+
+
+def _differing(row: dict[str, Any], key: str) -> str:
+    """What a row has of a fact that differs between rows."""
+    if key == "reference":
+        return f"{Path(row['reference_name']).name} {_fact(key, row[key])}"
+    return _stated(key, row[key])
+
+
+def _stated(key: str, value: Any) -> str:
+    """A fact as a few words, also where there is none: not every sampler has each setting."""
+    return ("" if value is None else _fact(key, value)) or ("not recorded" if key in NEVER_NONE else "-")
+
+
+def _fact(key: str, value: Any) -> str:
     """A fact as a few words: hashes by their beginning."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_fact(inner)}" for key, inner in value.items() if inner is not None)
+        told = {name: _fact(name, inner) for name, inner in value.items() if inner is not None}
+        return ", ".join(f"{name} {text}" for name, text in told.items() if text)
     if isinstance(value, list):
-        return " x ".join(map(_fact, value))
+        return (" to " if key == "guidance_interval" else " x ").join(_fact(key, each) for each in value)
     text = str(value)
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+def _told_apart(facts: dict[str, Any], others: dict[str, Any]) -> str:
+    """The facts of one result that differ from those of another: the first ones, each in few characters."""
+    told = [f"{key} {_apart(key, value, others[key])}" for key, value in facts.items() if value != others[key]]
+    return ", ".join(told[:TOLD]) + (f" and {len(told) - TOLD} more" if len(told) > TOLD else "")
+
+
+def _apart(key: str, value: Any, other: Any) -> str:
+    """A value, of which another differs: of dictionaries with the same names what differs in them."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        names = [name for name in value if value[name] != other.get(name)]
+        if value.keys() == other.keys():
+            return ", ".join(f"{name} {_apart(name, value[name], other[name])}" for name in names[:TOLD])
+        return _cut(", ".join(value) or "none")
+    return _cut(_stated(key, value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _plain(value: Any) -> str:

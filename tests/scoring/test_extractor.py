@@ -492,3 +492,21 @@ def test_a_digest_is_of_all_that_a_module_keeps():
     extras = [{"w": torch.arange(4000)}, {"w": torch.arange(4000)}, {"w": torch.arange(4000).index_fill(0, MIDDLE, 0)}]
     first, same, other = (state_digest(Kept(extra=extra)) for extra in extras)
     assert first == same != other  # though they are printed alike
+
+
+def test_a_module_that_fails_is_told_in_one_line(own_module):
+    name = own_module(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Colour(nn.Module):\n"
+        "    def forward(self, pixels):\n"
+        "        if pixels.shape[1] != 3:\n"
+        "            raise RuntimeError('three channels are wanted\\nand more lines')\n"
+        "        raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')\n"
+    )
+    extractor = load_extractor(f"{name}:Colour")
+    with pytest.raises(InputError) as caught:
+        extractor(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert str(caught.value) == f"extractor {name}:Colour failed on images (1, 8, 8): three channels are wanted"
+    with pytest.raises(RuntimeError, match="can't allocate memory"):  # which a command tells in its own way
+        extractor(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -17,7 +17,7 @@ from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.scoring import digits
 from sit_atconv.scoring.extract import default_folder, features_of
 from sit_atconv.scoring.extractor import load_extractor
-from sit_atconv.scoring.refs import read_reference
+from sit_atconv.scoring.refs import read_reference, reference_spec
 from sit_atconv.scoring.score import score, training_scorer
 from sit_atconv.scoring.sources import open_source
 
@@ -207,3 +207,15 @@ def test_what_cannot_be_scored_is_refused(recipe, folder, own, tmp_path, fails, 
     assert "give either CACHE, or --weights FILE" in fails(evaluate, "verify", "--weights", "x", "data.x=1")
     assert "unrecognized arguments: --channels=1" in fails(evaluate, "extract", recipe, *out, "--channels=1")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_classifiers_recipe_is_called_one(folder, tmp_path):
+    path = tmp_path / "classifier.yaml"
+    data = {"kind": "imagefolder", "root": str(folder), "val_root": str(folder)}
+    path.write_text(yaml.safe_dump({"data": data, "augment": {"hflip": 0.0}}))
+    for read in (open_source, reference_spec):
+        with pytest.raises(InputError, match=r"is the recipe of a classifier.*give the folder of its images"):
+            read(str(path))
+    path.write_text(yaml.safe_dump({"data": data}))  # of which nothing tells that it is one
+    with pytest.raises(InputError, match=r"recipe key='data.val_root'"):
+        open_source(path)

@@ -17,7 +17,7 @@ from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.scoring import digits
 from sit_atconv.scoring.extract import features_of
 from sit_atconv.scoring.extractor import Extractor, load_extractor
-from sit_atconv.scoring.refs import build_reference, read_moments, read_reference, spread
+from sit_atconv.scoring.refs import build_reference, read_moments, read_reference, reference_spec, spread
 from sit_atconv.scoring.sources import Source, open_source
 
 N = 37
@@ -350,3 +350,14 @@ def test_kept_features_that_are_damaged(images, extractor, tmp_path):
     for pool in (arrays["pool"][:, :3], arrays["pool"].astype(np.float64), np.full_like(arrays["pool"], np.nan)):
         np.savez(tmp_path / "bad.npz", **{**arrays, "pool": pool})
         assert "pool is no finite fp32 (M, 7)" in refusal(tmp_path / "bad.npz", extractor)
+
+
+def test_a_folder_of_features_folders_names_them(images, extractor, tmp_path):
+    build_reference(str(images), tmp_path / "ref.npz", extractor)
+    parent = tmp_path / "images.features"
+    with pytest.raises(InputError) as caught:
+        reference_spec(str(parent))
+    inner = str(parent / extractor.name)
+    assert str(caught.value) == f"{str(parent)!r} holds folders of features; give one of them: {inner!r}"
+    (parent / "00.png").touch()  # images beside them are what is meant
+    assert reference_spec(str(parent)) == "inception"

@@ -31,7 +31,7 @@ from sit_atconv.scoring.jackknife import counted_off, jackknife
 from sit_atconv.scoring.kernel import kernel_distance
 from sit_atconv.scoring.manifold import NEAREST, manifold_scores
 from sit_atconv.scoring.moments import moments
-from sit_atconv.scoring.score import OFFERED, training_scorer
+from sit_atconv.scoring.score import OFFERED, table, training_scorer
 
 N, M = 63, 50
 OWN = """
@@ -765,3 +765,8 @@ def test_inception_scores_equal_torch_fidelitys_on_the_same_images(tmp_path, inc
     assert load_extractor("inception", str(inception_weights)).describe()["weights_sha256"] == (
         hashlib.sha256((inception_weights).read_bytes()).hexdigest()
     )
+
+
+def test_an_error_of_zero_is_no_error_bar():
+    line = table({"recognised": {"value": 1.0, "se": 0.0, "corrected": None}}, upper_bound=True)
+    assert line.endswith(" 1 (no error bar: leaving out any group changes nothing; more images may tell)")

@@ -272,8 +272,52 @@ def test_a_refusal_names_all_that_differs_between_the_two(result):
     with pytest.raises(InputError) as refused:
         tabulate(files)
     assert str(refused.value).startswith(
-        f'{str(files[0])!r} has sampler "euler-maruyama", steps 250, {str(files[1])!r} sampler "heun", steps 9: '
+        f"{str(files[0])!r} has sampler euler-maruyama, steps 250, {str(files[1])!r} sampler heun, steps 9: "
     )
+
+
+def test_a_refusal_is_short_whatever_differs(result):
+    long = "trunc(clamp(127.5 * x + 128, 0, 255)), and more words than anybody reads"
+    extractor = {"name": "inception", "protocol": "adm-inception-1", "weights_sha256": "00" * 32}
+    for changes, first, second in (
+        ({"extractors": [extractor]}, "extractors inception weights_sha256 cdcdcdcdcdcd", "weights_sha256 00000000"),
+        ({"extractors": [extractor | {"name": "digits"}]}, "extractors inception", "extractors digits"),
+        ({"samples_manifest__uint8_rule": long}, "uint8_rule trunc", f"uint8_rule {long[:40]}..."),
+        ({"samples_manifest__uint8_rule": None}, "uint8_rule trunc", "uint8_rule not recorded"),
+        ({"samples_manifest__steps": None}, "steps 250", "steps -"),
+        ({"samples_manifest": {}}, "sampler euler-maruyama, steps 250", "and 4 more"),
+    ):
+        files = [result(), result(seed=1, **changes)]
+        with pytest.raises(InputError) as refused:
+            tabulate(files)
+        said = str(refused.value).replace(str(files[0].parent), "")
+        assert first in said
+        assert second in said
+        assert len(said) < 600
+        assert "{" not in said
+
+
+def test_references_that_differ_are_a_column(result):
+    other = {"reference__sha256": "00" * 32, "reference__name": "own.npz", "samples_manifest__codec": {}}
+    files = [result(samples_manifest__codec={}), result(seed=1, **other)]
+    table = tabulate(files, mix=True)
+    text = to_markdown(table)
+    assert table["reference"] is None
+    assert [cells(text, "SiT-XL/2")[1], cells(text, "model")[1]] == ["ref.npz abababababab", "reference"]
+    assert "| SiT-XL/2 | own.npz 000000000000 |" in text
+    common = next(line for line in text.splitlines() if line.startswith("Common to all rows"))
+    assert "scored against" not in common
+    assert "; ." not in common
+    assert "codec" not in common
+
+
+def test_settings_are_told_as_they_are_meant(result):
+    interval = {"samples_manifest__guidance_interval": [0.0, 1.0]}
+    assert "; guidance_interval 0.0 to 1.0; " in to_markdown(tabulate([result(**interval)]))
+    mixed = to_markdown(tabulate([result(**interval), result(seed=1, samples_manifest__sampler=None)], mix=True))
+    assert cells(mixed, "model")[1:3] == ["sampler", "guidance_interval"]
+    assert "| SiT-XL/2 | euler-maruyama | 0.0 to 1.0 |" in mixed
+    assert "| SiT-XL/2 | not recorded | - |" in mixed
 
 
 def test_a_model_that_nobody_trained_here_is_given_its_name(result):
