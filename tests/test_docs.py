@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 import sit_atconv.models.attnet  # noqa: F401, its names of timm
 from experiments import front_page
-from sit_atconv import SiTTransformer2DModel
+from sit_atconv import ATConv, SiTTransformer2DModel, swap_attention
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.commands import COMMANDS, parser_of
 from sit_atconv.config import Recipe, load_recipe
@@ -243,6 +243,16 @@ def test_the_readme_is_a_front_page():
 def test_every_reason_not_to_run_a_line_is_needed():
     every = [line for page in PAGES for line in lines(page)]
     assert all(any(re.search(pattern, line) for line in every) for pattern in NOT_RUN)
+
+
+def test_options_are_told_as_they_are_in_the_signature():
+    for page, function in (("swap", swap_attention), ("operator", ATConv)):
+        stated = re.findall(r"^\| (`[^|]*`) \| ?(?:`(.*?)`)? \|", PAGES[page].read_text(), re.MULTILINE)
+        told = {name: default for names, default in stated for name in re.findall(r"`(\w+)`", names)}
+        parameters = list(inspect.signature(function).parameters.values())
+        for each in parameters[page == "swap" :]:
+            default = "" if each.default is inspect.Parameter.empty else repr(each.default).replace("'", '"')
+            assert told[each.name] == default, each.name
 
 
 # The pages' figures

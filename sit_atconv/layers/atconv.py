@@ -127,7 +127,8 @@ class ATConv(KernelGenerator):
     grid: `layer(tokens, grid=(H, W))`, (B, N, C) -> (B, N, C).
     Linears start xavier-uniform with bias 0, `difference_control` at 0 (half of the mean is subtracted).
     1x1 convolution weights (C, C, 1, 1), as in the REPA and AttNet checkpoints, load as they are.
-    Raises ValueError for an even kernel size, an unknown choice, or a grid that does not hold N tokens.
+    Raises ValueError for an even kernel size, an unknown choice, another width than dim (as of an image (B, C, H, W)),
+    or a grid that does not hold N tokens.
     """
 
     def __init__(
@@ -143,17 +144,33 @@ class ATConv(KernelGenerator):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(dim, dim, kernel_size, activation, bias, pool, routing, inhibition, device, dtype)
+        self.dim = dim
         self.x_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(flatten_pointwise_weights)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        if x.shape[-1] != self.dim:
+            raise _misfit(tuple(x.shape), self.dim)
         if grid is not None:
             return self.forward(on_grid(x, grid)).flatten(1, 2)
         kernels = self.kernels(x)  # first: the convolution then finds the output of x_proj in the cache
         v = linear(self.x_proj, x)
         return linear(self.proj, dynamic_depthwise_conv(v, kernels.to(v.dtype)))
+
+
+def _misfit(shape: tuple[int, ...], dim: int) -> InputError:
+    """The error for tokens of another width than the layer's."""
+    remedy = "make the layer as wide as the tokens, or give it others"
+    if len(shape) == 4 and shape[1] == dim:
+        remedy = "the channels come last: x.permute(0, 2, 3, 1)"
+    elif len(shape) == 3 and shape[1] == dim:
+        remedy = "the channels come last: x.transpose(1, 2)"
+    return InputError(
+        f"tokens of shape {shape} for an ATConv of dim={dim}: give (B, H, W, {dim}), or (B, N, {dim}) with "
+        f"grid=(H, W); {remedy}"
+    )
 
 
 def flatten_pointwise_weights(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

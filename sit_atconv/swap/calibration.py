@@ -35,7 +35,8 @@ STEADY = 1.05  # a quarter of the rounds, at least, within this factor of the fa
 class LayerReport:
     """One layer: parameters, multiply-accumulates and milliseconds of the call seen in calibration, relative errors.
 
-    ms_*: medians over rounds, with the interquartile ranges ms_spread_*. error: of the layer's own output.
+    ms_*: medians over rounds, with the interquartile ranges ms_spread_*. slowdown: see `Timing`; select="auto" goes by
+    it. error: of the layer's own output.
     output_error: of the model's output where this layer alone is swapped. chosen: whether it is swapped, in a table
     over all layers; reason: why not. None: not measured.
     """
@@ -53,6 +54,7 @@ class LayerReport:
     output_error: float | None = None
     chosen: bool | None = None
     reason: str | None = None
+    slowdown: float | None = None
 
 
 @dataclass
@@ -75,15 +77,6 @@ class SwapReport:
             told.append(f"Error of the model's output with all chosen layers swapped: {self.output_error:.3g}")
         return "\n\n".join(told)
 
-    def line(self) -> str:
-        """The same in one line, for an error message."""
-        titles, rows = self._cells()
-        told = (
-            f"{name}: " + ", ".join(f"{title} {cell}" for title, cell in zip(titles[1:], cells, strict=True))
-            for name, *cells in rows
-        )
-        return "; ".join(told)
-
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         """The titles of the columns, and what stands in them."""
 
@@ -96,13 +89,19 @@ class SwapReport:
             )
             return " -> ".join(told)
 
-        titles = ["layer", "params (k)", "MACs (M)", "latency (ms)", "error"]
+        def ratio(row: LayerReport) -> str:
+            if row.ms_before is None:
+                return "not measured"
+            return "unsteady" if row.slowdown is None else f"{row.slowdown:.3g}"
+
+        titles = ["layer", "params (k)", "MACs (M)", "latency (ms)", "time ratio", "error"]
         rows = [
             [
                 row.name,
                 pair(row.params_before, row.params_after, 1e3),
                 pair(row.macs_before, row.macs_after, 1e6),
                 pair(row.ms_before, row.ms_after, digits=3, spreads=(row.ms_spread_before, row.ms_spread_after)),
+                ratio(row),
                 "not measured" if row.error is None else f"{row.error:.3f}",
             ]
             for row in self.layers
@@ -332,6 +331,7 @@ def row_of(site: Site, costs: dict[Hashable, Cost] | None) -> LayerReport:
         row.macs_before, row.macs_after = cost.macs_before, cost.macs_after
         row.ms_before, row.ms_after = cost.timing.before, cost.timing.after
         row.ms_spread_before, row.ms_spread_after = cost.timing.spread_before, cost.timing.spread_after
+        row.slowdown = cost.timing.slowdown
     return row
 
 

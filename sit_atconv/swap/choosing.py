@@ -87,7 +87,7 @@ class Candidate:
     """What select="auto" knows of a layer.
 
     saved: multiply-accumulates of a call, attention less layer. error: relative, of the model's output where this layer
-    alone is swapped. slowdown: the layer's time over the attention's; None where it cannot be told. All None: the
+    alone is swapped. slowdown: see `Timing`. All None: the
     attention was not called.
     """
 
@@ -171,16 +171,25 @@ def _unfit(each: Candidate, limit: float) -> str | None:
 def _nothing_fits(candidates: Sequence[Candidate], limit: float) -> str:
     faster = [each for each in candidates if _unfit(each, math.inf) in (None, "output not finite")]
     if not faster:
+        uncalled = sum(each.saved is None for each in candidates)
+        useless = sum(each.saved is not None and each.saved <= 0 for each in candidates)
+        slower = len(candidates) - uncalled - useless
+        counts = {
+            f"take over {MARGIN} times as long as their attention on this machine": slower,
+            "save no multiply-accumulates": useless,
+            "are not called on the calibration inputs": uncalled,
+        }
+        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         return (
-            f"at this size attention is the cheaper one in all {len(candidates)} layers; calibrate on larger inputs, "
-            "or name the layers by select"
+            f"no layer saves time at this size (of {len(candidates)}, {told}); give select='all' to swap all, or "
+            "larger inputs as calib"
         )
     best = min(faster, key=lambda each: each.error)
     wanted = "finite" if math.isinf(limit) else f"within {limit:g}"
     return (
         f"no layer that saves anything keeps the model's output {wanted} (least error: {best.error:.3g}, "
-        f"{best.name}; {len(faster)} of {len(candidates)} save something); raise max_error, or name the layers by "
-        "select"
+        f"{best.name}; {len(faster)} of {len(candidates)} save something); raise max_error, or give "
+        "select='all' to swap all"
     )
 
 

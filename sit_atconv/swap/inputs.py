@@ -1,5 +1,6 @@
 """What a swap is calibrated on: inputs of the model, given or synthetic."""
 
+import inspect
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from sit_atconv.runtime.compat.torch import keystr, tree_leaves, tree_leaves_with_path, tree_map
-from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.errors import InputError, said, told
 from sit_atconv.swap.adapters import SwapAdapter
 
 EXAMPLES = 4  # synthetic calibration inputs
@@ -20,7 +21,7 @@ def calibration_inputs(
 ) -> list:
     """Calibration inputs: those given, else synthetic ones of a seed, else none if they are not needed."""
     if calib is not None:
-        return checked_inputs("calib", calib)
+        return checked_inputs(model, "calib", calib)
     generator, device, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).device, dtype_of(model)
     examples = []
     # An IP-Adapter takes images, of which no configuration tells.
@@ -42,8 +43,8 @@ def calibration_inputs(
     return [tree_map(placed, each) for each in examples]
 
 
-def checked_inputs(what: str, inputs: Iterable, most: int | None = None) -> list:
-    """The first inputs of a model, at `most` so many, as a list. Raises InputError for what is no list of calls."""
+def checked_inputs(model: nn.Module, what: str, inputs: Iterable, most: int | None = None) -> list:
+    """The first inputs of a model, at `most` so many, as a list. Raises InputError for what is no list of its calls."""
     if isinstance(inputs, dict | str | torch.Tensor) or not isinstance(inputs, Iterable):
         raise InputError(f"{what}: give a list of inputs, each a dict of keyword arguments or a tuple of arguments")
     found = list(itertools.islice(inputs, most))
@@ -55,14 +56,42 @@ def checked_inputs(what: str, inputs: Iterable, most: int | None = None) -> list
                 f"{what}[{index}] is {type(each).__name__}; each input is a dict of keyword arguments or a tuple of "
                 "arguments of the model, tensors among them"
             )
+        args, kwargs = _arguments(each)
+        signature = inspect.signature(model.forward)
+        names = ", ".join(signature.parameters)
+        with told(f"{what}[{index}] does not fit {type(model).__name__}", TypeError, remedy=f"it takes {names}"):
+            signature.bind(*args, **kwargs)
     return found
 
 
+def _arguments(each) -> tuple[tuple, dict]:
+    return ((), each) if isinstance(each, dict) else (tuple(each), {})
+
+
+def _left_out(model: nn.Module, each) -> list[str]:
+    """The arguments that an input gives no value, or None, and whose default is None."""
+    args, kwargs = _arguments(each)
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    return [
+        name for name, entry in signature.parameters.items() if entry.default is None and given.get(name) is None
+    ]  # fmt: skip
+
+
 @contextmanager
-def told_of(model: nn.Module, what: str, inputs: list) -> Iterator[None]:
-    """An error of torch's within, over inputs of another dtype or device than the model's, becomes an InputError."""
+def told_of(model: nn.Module, what: str, inputs: list, given: bool) -> Iterator[None]:
+    """An error within becomes an InputError where the inputs are the cause: they are of another dtype or device than
+    the model, or, if a user has `given` them, leave out what is None by default and the model needs."""
     try:
         yield
+    except (AttributeError, TypeError) as error:
+        left = next(filter(None, (_left_out(model, each) for each in inputs)), None) if given else None
+        if left is None or "NoneType" not in str(error):
+            raise
+        raise InputError(
+            f"{what}: {type(model).__name__} needs more arguments ({said(error)}); the inputs leave out "
+            f"{', '.join(left)}: give those that it needs"
+        ) from error
     except RuntimeError as error:
         device, dtype = next(model.parameters()).device, dtype_of(model)
         other = {

@@ -21,24 +21,29 @@ from sit_atconv.swap.wrapping import check_unhooked
 
 
 def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 500, lr: float = 1e-3) -> list[float]:
-    """Train the layers of a swap, all in one pass of the unswapped model a step; the mean relative squared error of
-    every step.
+    """Train the layers of a swap, all in one pass of the unswapped model a step.
 
-    inputs: one a step, each a dict of keyword arguments or a tuple of arguments of the model, gone through again where
-    there are fewer than steps; None: synthetic ones, new for every step. They should cover the times of the diffusion
-    evenly. The rest of the model is not trained; of layers with an adapter on them, what the adapter left trainable.
+    Returns a number per step: the mean over the layers of their squared relative error on the input of the step.
+    inputs: one a step, each a batch, as a dict of keyword arguments or a tuple of arguments of the model. The first
+    `steps` are taken; fewer are gone through again. None: synthetic ones, new for every step. They should cover the
+    times of the diffusion evenly. The rest of the model is not trained; of layers with an adapter on them, what the
+    adapter left trainable.
     AdamW at `lr`, falling to 0 by a cosine: 1e-3 is for widths of hundreds of channels up, tens take 1e-2. Layers in
     half precision are trained in fp32 and then rounded.
-    A step is on the layers that the model calls on its input. Raises InputError for a swap that was reverted, inputs
-    that are none or reach no layer, frozen layers, an offloaded model, and where the model has no synthetic inputs; and
-    for an error that is not finite, with the weights of the step before it.
+    A step is on the layers that the model calls on its input. Raises InputError for what is no swap or was reverted,
+    inputs that are none, do not fit the model or reach no layer, frozen layers, an offloaded model, and where the model
+    has no synthetic inputs; and for an error that is not finite, with the weights of the step before it.
     """
+    if not isinstance(swap, AttentionSwap):
+        raise InputError(
+            f"regress was given a {type(swap).__name__}; give it the swap: swap = swap_attention(model), regress(swap)"
+        )
     if not swap.active:
         raise InputError("this swap was reverted, or was a dry run; swap first")
     if steps < 1 or not lr > 0:
         raise InputError(f"steps={steps}, lr={lr}: both must be greater than 0")
     if inputs is not None:
-        source = itertools.cycle(checked_inputs("inputs", inputs, steps))
+        source = itertools.cycle(checked_inputs(swap.model, "inputs", inputs, steps))
     else:
         drawn = partial(calibration_inputs, swap.model, swap.adapter, None, needed=True)
         source = itertools.chain.from_iterable(drawn(seed=seed) for seed in itertools.count())
@@ -70,7 +75,7 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         for _ in Progress(range(steps), "regression", disable=not is_main()):
             _put(model, attentions)
             seen.clear()
-            with told_of(model, "inputs", each := [next(source)]):
+            with told_of(model, "inputs", each := [next(source)], given=inputs is not None):
                 run_over(model, swap.sites, each, keep, "")
             _put(model, layers)
             reached = [site for site in swap.sites if site.name in seen]

@@ -147,7 +147,7 @@ def survey_of(
     elif target is None:
         survey.choice.error = error(names) if survey.errors else None
     elif outputs.refusal is not None:
-        survey.choice = Choice([], refusal=f"{outputs.refusal}; name the layers by select")
+        survey.choice = Choice([], refusal=f"{outputs.refusal}; name the layers by select, such as select='all'")
     else:
         candidates = [_candidate(site, survey) for site in sites if site.name in names]
         with evaluating(model):

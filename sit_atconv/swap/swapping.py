@@ -72,7 +72,7 @@ class AttentionSwap:
         return {site.name: site.layer for site in self.sites}
 
     def report(self, measure: bool = True) -> SwapReport:
-        """Parameters, MACs, latency and calibration error of every layer, before and after.
+        """Parameters, MACs, latency and error of every layer, before and after; errors as they were at the swap.
 
         After a dry run it is on all layers of the model that could be swapped, and says which are chosen; where calls
         were calibrated, the error of the model's output is measured with each of them alone, and with all chosen ones.
@@ -164,7 +164,7 @@ def swap_attention(
         (name, module) -> bool; or "auto", see `choose_best`: the layers with the least error at the model's output, on
         the calibration inputs, per multiply-accumulate saved; as many as keep that error within `max_error` with all
         of them swapped (0.2 if neither is given), until the model has `speedup` times fewer multiply-accumulates, if
-        that is given. A clock has a veto alone: a layer that is clearly slower than its attention is not taken.
+        that is given. A layer that takes over 1.25 times as long as its attention here is not taken.
         exclude: names, or regular expressions found in them; these keep their attention.
     init: "closed_form" (value and output maps of the attention, kernels fitted to what it did on `calib`), "copy_vo"
         (the maps, and box kernels) or "random".
@@ -180,8 +180,8 @@ def swap_attention(
     layers can be trained, those of a frozen model too.
     Raises InputError, the model untouched, for a class without adapter, nothing to swap, an attention that ATConv does
     not stand for, adapters or quantisation on it, hooks, offloading or parallelism on the model, calibration that is
-    not finite or of another dtype, or an unknown option; and, with the report's table, where "auto" finds no layers
-    that do, or a model's output is all zeros.
+    not finite, of another dtype or without arguments that the model needs, or an unknown option; and where "auto" finds
+    no layers that do, or a model's output is all zeros.
     """
     check_choice("init", init, INITS)
     check_choice("joint", joint, JOINTS)
@@ -225,7 +225,7 @@ def swap_attention(
         looked_at = [name for name in grafts if name not in refused] if dry_run else names
         sites = build(model, adapter, {name: grafts[name] for name in looked_at}, config)
         survey = None
-        with told_of(model, "calib", inputs):
+        with told_of(model, "calib", inputs, given=calib is not None):
             _start(model, sites, init, inputs)
             if dry_run or select == "auto":
                 target = (max_error, speedup) if select == "auto" else None
@@ -234,7 +234,10 @@ def swap_attention(
         config["layers"] = [site.name for site in swap.sites]
         if not dry_run:
             if not swap.sites:
-                raise InputError(f"select='auto': {survey.choice.refusal}. The layers: {swap.report().line()}")
+                raise InputError(
+                    f"select='auto': {survey.choice.refusal}; the same call with dry_run=True has a report() of all "
+                    "layers"
+                )
             put_in(swap, record)
     finally:
         sweep(model)

@@ -83,6 +83,21 @@ def test_tokens_that_do_not_fill_the_grid_are_refused(options):
             layer(torch.zeros(shape), grid)
 
 
+@pytest.mark.parametrize("options", [{}, {"routing": "static"}], ids=str)
+def test_tokens_of_another_width_are_refused(options):
+    layer = ATConv(6, **options)
+    for shape, grid, says in [
+        ((2, 6, 4, 5), None, r"\(2, 6, 4, 5\) for an ATConv of dim=6: give \(B, H, W, 6\).*x\.permute\(0, 2, 3, 1\)"),
+        ((2, 6, 20), (4, 5), r"\(2, 6, 20\) for an ATConv of dim=6: .* or \(B, N, 6\) .*x\.transpose\(1, 2\)"),
+        ((2, 4, 5, 8), None, r"\(2, 4, 5, 8\) for an ATConv of dim=6: .*; make the layer as wide as the tokens"),
+        ((2, 20, 8), (4, 5), r"\(2, 20, 8\) for an ATConv of dim=6: .*; make the layer as wide as the tokens"),
+    ]:
+        with pytest.raises(ValueError, match=says) as info:
+            layer(torch.zeros(shape), grid)
+        assert "\n" not in str(info.value)
+    assert layer(torch.zeros(2, 6, 4, 5).permute(0, 2, 3, 1)).shape == (2, 4, 5, 6)
+
+
 def test_full_inhibition_leaves_kernels_without_a_mean():
     layer = ATConv(4, inhibition="full")
     kernels = layer.kernels(torch.randn(2, 4, 5, 4))

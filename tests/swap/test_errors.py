@@ -14,6 +14,7 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import calibration, register_adapter, regress, swap_attention
 from sit_atconv.swap.adapters import _ADAPTERS
 
+X, T = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.long)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -63,6 +64,26 @@ def test_a_class_without_adapter(tiny):
         ({"calib": [None]}, r"calib\[0\] is NoneType"),
         ({"calib": [{}]}, r"calib\[0\] is dict; .*tensors among them"),
         ({"calib": [{"x": 1}]}, r"calib\[0\] is dict; .*tensors among them"),
+        (
+            {"calib": [{"timestep": T}]},
+            r"calib\[0\] .* DiT.*: missing a required argument: 'hidden_states'; it takes hid",
+        ),
+        (
+            {"calib": [{"hidden_states": X, "time": T}]},
+            r"calib\[0\] .* unexpected keyword argument 'time'; it takes .*time",
+        ),
+        (
+            {"calib": [(X, T, T, None, True, 1)]},
+            r"calib\[0\] .*: too many positional arguments; it takes hidden_states",
+        ),
+        (
+            {"calib": [{"hidden_states": X}]},
+            r"calib: DiT.* needs more arguments .* leave out timestep, class_labels, cros",
+        ),
+        (
+            {"calib": [(X, T)]},
+            r"calib: DiT.* needs more arguments .* leave out class_labels, cross_attention_kwargs: giv",
+        ),
         ({"select": None}, "select=None: give 'all'"),
         ({"select": 3 + 1j}, r"select=\(3\+1j\): give 'all'"),
         ({"exclude": None}, "exclude=None: give names"),
@@ -160,15 +181,23 @@ def test_a_report_changes_nothing(tiny):
 
 def test_layers_that_save_no_time(tiny, monkeypatch):
     monkeypatch.setattr(calibration, "in_turn", lambda *_: [(1.0, 1.3)] * 8)
-    refused(tiny, tiny.model("dit"), "attention is the cheaper one in all 3 layers", select="auto", max_error=1e9)
+    refused(tiny, tiny.model("dit"), "no layer saves time at this size", select="auto", max_error=1e9)
 
 
 def test_regression_without_inputs_or_with_frozen_layers(tiny):
     model = tiny.model("dit")
     swap = swap_attention(model, "all", init="copy_vo")
-    for inputs, says in (([], "inputs is empty"), ({"x": 1}, "inputs: give a list"), ([3], r"inputs\[0\] is int")):
+    for inputs, says in (
+        ([], "inputs is empty"),
+        ({"x": 1}, "inputs: give a list"),
+        ([3], r"inputs\[0\] is int"),
+        ([{"timestep": T}], r"inputs\[0\] does not fit .*: missing a required argument: 'hidden_states'"),
+        ([(X, T)], "inputs: ATConvDiT.* leave out class_labels"),
+    ):
         with pytest.raises(InputError, match=says):
             regress(swap, inputs, steps=1)
+    with pytest.raises(InputError, match=r"^regress was given a ATConvDiT.*; give it the swap: swap = swap_attention"):
+        regress(model)
     model.requires_grad_(False)
     with pytest.raises(InputError, match=r"frozen: .*requires_grad_"):
         regress(swap, steps=1)
