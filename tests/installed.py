@@ -20,6 +20,8 @@ POWER = "ema.kind=power ema.decay=null ema.snapshot_every=1"
 COMMANDS = (
     "recipes",
     "recipes digits",
+    "recipes --keys",
+    "recipes --keys classify",
     f"train digits {SMALL} {BRIEF} --dry-run",
     f"train digits {SMALL} {BRIEF} {POWER}",
     "sample --ckpt runs/digits-attention --classes 3 1 4 --steps 2 --out grid.png",

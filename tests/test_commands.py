@@ -41,8 +41,8 @@ def test_dry_run_of_the_imagenet_recipe_needs_neither_data_nor_vae(capsys):
     out = capsys.readouterr().out
     assert "637.7 M" in out
     assert "95.8 GMACs" in out
-    assert "256 px; latent, classes and images as the recipe states" in out
-    assert "5004.6 (1,281,167 images, global batch 256)" in out
+    assert "256 px; 1,281,167 images in 1,000 classes, as the recipe states; checked when training starts" in out
+    assert "5004.6 (global batch 256)" in out
     assert "400,000 steps = 79.9 epochs" in out
     assert "weights 2.38 GiB, gradients 2.38 GiB, optimiser 4.75 GiB, EMA 2.38 GiB" in out
 
@@ -77,7 +77,7 @@ def test_dry_run_says_what_a_start_would_do(recipe_file, tmp_path, capsys, fails
         ([], f"the run in {str(run)!r} is at its last step, 8"),
         (["train.max_steps=12"], f"the run in {str(run)!r} goes on from step 8 of 12"),
         (["model.depth=1"], f"run.out={str(run)!r} holds a run of another recipe (model.depth: 2 -> 1)"),
-        (["train.max_steps=4"], f"train.max_steps=4: {str(run)!r} is already at step 8"),
+        (["train.max_steps=4"], f"train.max_steps=4: {str(run)!r} is already at step 8; state 8 or more"),
         ([f"run.out={tmp_path / 'photos'}"], "exists and is not a run"),
     ):
         told = start(*words, "--dry-run")["run"]
@@ -98,6 +98,40 @@ def test_dry_run_compares_the_images_where_it_has_opened_them(recipe_file, image
     assert "refused: the images are not those of run.out=" in told
 
 
+def test_a_plan_of_pixels_says_what_they_are(recipe_file, image_folder, capsys, fails):
+    for name in "xyz":
+        shutil.copytree(image_folder / "a", image_folder / f"a{name}")
+    (image_folder / "a").rename(image_folder / "a\nb")
+    recipe = recipe_file(
+        data={"kind": "imagefolder", "root": str(image_folder), "image_size": 8}, model={"patch_size": 4}
+    )
+    rows = plan_of(train_sit.main, capsys, recipe, "--dry-run")
+    assert rows["pixels"] == "3 x 8 x 8"
+    assert "latent" not in rows
+    assert rows["data"] == r"imagefolder, 8 px; 24 images in 6 classes: 'a\nb', ax, ay, az, b, ..."
+    weights, gradients = re.match(r"weights (\S+) MiB, gradients (\S+) MiB, ", rows["memory"]).groups()
+    assert float(weights) >= float(gradients) > 0
+    assert "all in fp32 whatever the precision" in rows["memory"]
+    assert rows["schedule"].endswith("; precision fp32")
+    told = fails(train_sit.main, recipe, "--dry-run", "data.image_size=10")
+    assert told.startswith("error: images of 10 x 10 pixels cannot be cut into patches of 4; make data.image_size a ")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "SiT-ATConv-S/2"),
+        (["model.patch_size=4", "model.depth=12"], "SiT-ATConv-S/2, patch_size=4"),  # 12 is the preset's
+        (["model.name=null", "model.token_mixer=atconv", "model.depth=3"],
+         "atconv, depth 3, hidden_size 1152, patch_size 2"),
+    ],
+)  # fmt: skip
+def test_a_plan_names_a_preset_with_what_is_stated_over_it(options, says, image_folder, capsys, tmp_path):
+    pixels = [f"data.root={image_folder}", "data.image_size=8", "latents.codec=identity", "latents.vae=null"]
+    rows = plan_of(train_sit.main, capsys, "imagefolder", *pixels, f"run.out={tmp_path / 'r'}", *options, "--dry-run")
+    assert rows["model"] == says
+
+
 def test_training_begins_with_the_plan(recipe_file, tmp_path, capsys):
     recipe = recipe_file()
     planned = plan_of(train_sit.main, capsys, recipe, "--dry-run")
@@ -111,10 +145,10 @@ def test_dry_run_counts_every_average_and_names_them(capsys):
     recipe = f"{RECIPES}/imagenet256_sit_xl2_atconv.yaml"
     train_sit.main([recipe, "ema.kind=power", "ema.decay=null", "ema.snapshot_every=100000", "--dry-run"])
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace("EMA snap", "snap").splitlines())
-    assert "EMA 4.75 GiB" in rows["memory,"]
+    assert "EMA 4.75 GiB" in rows["memory"]
     assert rows["EMA"] == "power, std 0.05 and 0.1"
     assert "11.88 GiB each" in rows["checkpoints"]
-    assert rows["snapshots"] == "every 100,000 steps, 4 of 4.75 GiB each, 19.0 GiB at the end"
+    assert rows["snapshots"] == "every 100,000 steps, 4 of 4.75 GiB each, 19.00 GiB at the end"
     train_sit.main([recipe, "ema.decay=null", "--dry-run"])
     assert "constant, decay 0.9999" in capsys.readouterr().out
 

@@ -330,6 +330,7 @@ FEWER = {
     "preview.every=0",
     r"^train imagefolder": "train.max_steps=1 train.batch_size=2 train.precision=fp32 data.workers=0 model.depth=1 "
     "preview.every=0 ema.decay=0.9",
+    r"^train imagefolder run.out=runs/own": "preview.every=1 preview.num=3 preview.steps=2",
     r"^classify digits": "train.batch_size=2 train.epochs=0.8128 train.warmup_epochs=0 model.input_size=16",
     r"^(sample|generate) ": "--steps 2",
     r"^generate ": "--num 40",
@@ -414,7 +415,7 @@ def images(vae_folder: Path) -> None:
     """IMAGES, of 33 to 40 pixels in three classes; VAE."""
     generator = torch.Generator().manual_seed(0)
     for index in range(24):
-        folder = Path("IMAGES") / "abc"[index % 3]
+        folder = Path("IMAGES") / ("circle", "square", "triangle")[index % 3]
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{index:02}.png")
@@ -474,7 +475,7 @@ LEFT = {  # more of what the steps leave behind
     "swap": ("DiT-XL-2-256-atconv/config.json", "atconv-delta.safetensors", "runs/distilled"),
     "principles": ("runs/principles/fields.png", "runs/principles/attnet/routing.png"),
     "attnet": ("runs/digits_attnet/step-0000584/ema/config.json",),
-    "training": ("runs/scored/scores.jsonl", "averaged/config.json"),
+    "training": ("runs/scored/scores.jsonl", "averaged/config.json", "runs/own/previews/step-0000001.png"),
 }
 
 

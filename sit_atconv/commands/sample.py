@@ -1,4 +1,7 @@
-"""Draw images from a trained model into one picture: of random classes, or of the classes asked for."""
+"""Draw images from a trained model into one picture: of random classes, or of the classes asked for.
+
+Each image has the name of its class below it.
+"""
 
 import argparse
 import time
@@ -58,7 +61,7 @@ def _draw(args: argparse.Namespace) -> None:
     import torch
 
     from sit_atconv.runtime.console import Progress
-    from sit_atconv.sampling.sampling import generate, grid_png, noted, random_label
+    from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label
     from sit_atconv.sampling.setup import setup
 
     ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae)
@@ -89,5 +92,7 @@ def _draw(args: argparse.Namespace) -> None:
             bar.update(len(part))
     seconds = (time.perf_counter() - start) / len(labels)
     columns = len(args.classes) if args.classes else max(1, round(len(labels) ** 0.5))
-    write_out(args.out, grid_png(torch.cat(images), columns), force=args.force)
+    names = [(ready.trained.id2label or {}).get(label, "") for label in range(classes.number)]
+    captions = [caption_of(label, names) for label in labels]
+    write_out(args.out, grid_png(torch.cat(images), columns, captions), force=args.force)
     print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}, {seconds:.3f} s per image")

@@ -144,7 +144,7 @@ class Latents(Section):
         super().__post_init__()
         if self.codec == "identity" and self.vae is not None:
             said = f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae"
-            raise InputError(f"{said}; {idle('latents.vae')}")
+            raise InputError(f"{said}; state latents.vae=null")
 
 
 @dataclass
@@ -155,25 +155,27 @@ class Model:
     and let --dry-run work where neither is at hand.
     """
 
-    name: str | None = None
+    name: str | None = None  # a preset, such as SiT-ATConv-S/2; null: none, and the options below say all
+    # height and width of the latent, one number or [height, width]; from data and codec
     sample_size: Any = ranged(None, limits.PIXELS, **MUTABLE)
-    patch_size: int | None = ranged(None, limits.PIXELS)
-    in_channels: int | None = ranged(None, limits.CHANNELS, **MUTABLE)
-    hidden_size: int | None = ranged(None, limits.CHANNELS)
-    depth: int | None = ranged(None, limits.BLOCKS)
-    num_heads: int | None = ranged(None, limits.CHANNELS)
-    mlp_ratio: float | None = ranged(None, limits.MLP_RATIO)
-    num_classes: int | None = ranged(None, limits.CLASSES, **MUTABLE)
+    patch_size: int | None = ranged(None, limits.PIXELS)  # side of the square that becomes a token
+    in_channels: int | None = ranged(None, limits.CHANNELS, **MUTABLE)  # of the latent; from data and codec
+    hidden_size: int | None = ranged(None, limits.CHANNELS)  # width of a token
+    depth: int | None = ranged(None, limits.BLOCKS)  # blocks
+    num_heads: int | None = ranged(None, limits.CHANNELS)  # of attention
+    mlp_ratio: float | None = ranged(None, limits.MLP_RATIO)  # hidden units of an MLP, over hidden_size
+    num_classes: int | None = ranged(None, limits.CLASSES, **MUTABLE)  # from the data
+    # share of the labels that become "no class", for guidance
     class_dropout_prob: float | None = ranged(None, limits.SHARE_UNDER_1)
-    learn_sigma: bool | None = None
-    token_mixer: Any = None
-    pos_embed: Any = None
-    pool: str | None = None
-    routing: str | None = None
-    inhibition: str | None = None
-    kernel_size: int | None = ranged(None, limits.KERNEL)
-    activation: str | None = None
-    qk_norm: bool | None = None
+    learn_sigma: bool | None = None  # twice the output channels, of which half are dropped, as public checkpoints have
+    token_mixer: Any = None  # attention (where no preset says otherwise), atconv, hybrid, or a list of one per block
+    pos_embed: Any = None  # true, false, or auto: only with attention
+    pool: str | None = None  # of ATConv: raster or grid, what tokens are averaged over
+    routing: str | None = None  # of ATConv: adaptive (a kernel per sample) or static
+    inhibition: str | None = None  # of ATConv: learned, full or none, the share of the kernel's mean that is subtracted
+    kernel_size: int | None = ranged(None, limits.KERNEL)  # of ATConv: odd
+    activation: str | None = None  # of ATConv: gelu_tanh, gelu or silu
+    qk_norm: bool | None = None  # of attention: queries and keys are normalised
 
     def __post_init__(self):
         if fault_of(self.sample_size, (None, int, [int, int])):
@@ -222,18 +224,19 @@ class Optimisation(Section):
     """What every trainer has of a section `train`; each has its own defaults, and its own schedule."""
 
     batch_size: int = ranged(256, limits.GLOBAL_BATCH)  # global: all processes and accumulation steps together
-    gradient_accumulation_steps: int = ranged(1, PARTS, **MUTABLE)
-    lr: float = ranged(1e-4, limits.LEARNING_RATE)
-    betas: list[float] = ranged([0.9, 0.999], limits.SHARE_UNDER_1)
+    gradient_accumulation_steps: int = ranged(1, PARTS, **MUTABLE)  # parts that a batch is computed in, for less memory
+    lr: float = ranged(1e-4, limits.LEARNING_RATE)  # of AdamW, after the warm-up
+    betas: list[float] = ranged([0.9, 0.999], limits.SHARE_UNDER_1)  # of AdamW
     # on matrices; vectors (biases, norms, difference_control) are never decayed
     weight_decay: float = ranged(0.0, limits.WEIGHT_DECAY)
-    max_grad_norm: float | None = ranged(None, CLIPPING)
+    max_grad_norm: float | None = ranged(None, CLIPPING)  # longer gradients are cut to it; null: none is
     # tf32 concerns CUDA; bf16 and fp16 are autocast over fp32 weights
     precision: str = chosen("fp32", ("fp32", "tf32", "bf16", "fp16"))
     # steps in a row without a finite loss and gradient after which training stops
     max_skipped: int = ranged(20, limits.STEPS, **MUTABLE)
+    # compute activations again in the backward pass: less memory, more time
     gradient_checkpointing: bool = field(default=False, metadata=MUTABLE)
-    compile: bool = field(default=False, metadata=MUTABLE)
+    compile: bool = field(default=False, metadata=MUTABLE)  # by torch.compile
 
     def __post_init__(self):
         super().__post_init__()
@@ -245,7 +248,7 @@ class Optimisation(Section):
 class Train(Optimisation):
     """The optimisation."""
 
-    # not to be changed where another schedule would end: its rate would jump
+    # a later start may change it with lr_schedule=constant alone: the rate of the others would jump
     max_steps: int = ranged(400_000, limits.STEPS, mutable=lambda train: train["lr_schedule"] == "constant")
     warmup_steps: int = ranged(0, limits.STEPS_OR_NONE)  # a run that ends before is one of the warm-up alone
     lr_schedule: str = chosen("constant", ("constant", "linear", "cosine"))  # the others go down to 0 at max_steps
@@ -276,7 +279,7 @@ class Repa:
     # a timm ViT by name, or a folder as timm's local-dir:; left out, no such loss
     encoder: str | None = field(default=None, metadata=MUTABLE)
     depth: int = ranged(8, limits.BLOCKS)  # the block (1-based) whose tokens are compared
-    weight: float = ranged(0.5, limits.WEIGHT)
+    weight: float = ranged(0.5, limits.WEIGHT)  # of this loss
     projector_dim: int = ranged(2048, limits.CHANNELS)  # width inside the projector
 
 
@@ -287,11 +290,11 @@ class Distill(Section):
     # a checkpoint, as `sit-atconv sample --ckpt` takes it; left out, no distillation
     teacher: str | None = field(default=None, metadata=MUTABLE | PATH)
     select: Any = "all"  # of the teacher's attentions: all, even, odd, a share, a regular expression or names
-    exclude: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)  # names of attentions that stay
     init: str = chosen("closed_form", ("closed_form", "copy_vo", "random"))  # see swap_attention
     control: bool = False  # attention in the place of ATConv, fresh: what the recipe itself costs
-    pool: str = "raster"
-    kernel_size: int = ranged(3, limits.KERNEL)
+    pool: str = "raster"  # of ATConv, as model.pool
+    kernel_size: int = ranged(3, limits.KERNEL)  # of ATConv
     # training samples that a closed-form start is fitted to
     calib: int = ranged(256, Range(1, 1_000_000, "their latents are held in memory"))
     # at the beginning: the swapped layers alone, on the teacher's inputs
@@ -327,7 +330,7 @@ class Checkpoint(Section):
     """How often the run is saved, and how much of it is kept."""
 
     every: int = ranged(10_000, limits.STEPS)  # steps; the last step is always kept
-    keep_last: int = ranged(3, limits.STEPS)
+    keep_last: int = ranged(3, limits.STEPS)  # so many newest checkpoints are kept
     keep_every: int | None = ranged(None, limits.STEPS)  # steps: checkpoints of its multiples are never removed
     on_full_disk: str = chosen("stop", ("stop", "continue"))  # continue: try at the next one
 
@@ -344,7 +347,7 @@ class Preview(Sampling):
     """Grids of samples drawn while training, and how they are drawn."""
 
     every: int = ranged(10_000, limits.STEPS_OR_NONE)  # steps between two grids of EMA samples; 0 draws none
-    num: int = ranged(16, limits.PICTURE)
+    num: int = ranged(16, limits.PICTURE)  # images in a grid
 
     def __post_init__(self):
         with named("preview"):
@@ -356,7 +359,7 @@ class Score(Section):
     """Scores of EMA samples while training, drawn as the previews are."""
 
     every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two scores; 0 computes none
-    num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))
+    num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))  # images
     ref: str = field(default="digits", metadata=PATH)  # as `sit-atconv score --ref` takes it
     weights: str | None = field(default=None, metadata=PATH)  # Inception weights; left out, torch's hub cache
 
@@ -415,7 +418,8 @@ class Recipe:
         codec, vae = self.latents.codec, self.latents.vae
         if self.data.kind != "latents":
             if codec == "vae" and vae is None:
-                raise InputError("latents.codec=vae with latents.vae=None: a vae codec takes a vae; name it")
+                said = "latents.codec=vae with latents.vae=null: a vae codec takes a vae"
+                raise InputError(f"{said}; name it, or train on pixels with latents.codec=identity")
             return
         if codec != "vae":
             raise InputError(f"latents.codec={codec}: data.kind=latents is what a vae made; state latents.codec=vae")

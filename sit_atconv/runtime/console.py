@@ -151,6 +151,7 @@ class Progress:
 
     def _tell(self, ended: bool = False) -> None:
         self.last, self.told = self.clock(), self.done
+        ended = ended or self.done == self.total
         of = f" of {self._number(self.total)}" if self.total else ""
         parts = [("" if self.unit_scale else f"{self.unit} ") + self._number(self.done) + of]
         parts += [self.text] if self.text else []

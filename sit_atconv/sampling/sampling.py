@@ -61,9 +61,9 @@ def grid(images: torch.Tensor, columns: int, captions: Sequence[str] | None = No
     return to_pil(make_grid(cells, nrow=columns, padding=4, pad_value=255))
 
 
-def grid_png(images: torch.Tensor, columns: int) -> bytes:
+def grid_png(images: torch.Tensor, columns: int, captions: Sequence[str] | None = None) -> bytes:
     """`grid` as a PNG."""
-    return png(grid(images, columns))
+    return png(grid(images, columns, captions))
 
 
 def caption_of(label: int, names: Sequence[str]) -> str:

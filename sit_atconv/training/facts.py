@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sit_atconv.config import Recipe
+from sit_atconv.models.sit import options_of
 from sit_atconv.runtime.errors import InputError
 
 
@@ -38,7 +39,7 @@ def stated_facts(recipe: Recipe) -> Facts | None:
 
 
 def check_stated(recipe: Recipe, facts: Facts) -> None:
-    """Raise InputError where the recipe states something else than data and codec say."""
+    """Raise InputError where the recipe states something else than data and codec say, or cuts no such pixels."""
     channels, height, width = facts.latent_shape
     size = recipe.model.sample_size
     for key, stated, measured in (
@@ -51,3 +52,11 @@ def check_stated(recipe: Recipe, facts: Facts) -> None:
             raise InputError(
                 f"{key}: the recipe says {stated}, data and codec say {measured}; correct it or leave it out"
             )
+    if recipe.latents.codec == "vae" or recipe.distill.teacher is not None:
+        return
+    patch = recipe.model.patch_size or options_of(recipe.model.name)["patch_size"]
+    if height % patch or width % patch:
+        raise InputError(
+            f"images of {height} x {width} pixels cannot be cut into patches of {patch}; make data.image_size a "
+            "multiple of model.patch_size, or choose another model.patch_size"
+        )

@@ -203,7 +203,10 @@ def check_run_folder(
         manifest = found[1]
         if manifest["step"] > recipe.train.max_steps:
             step = manifest["step"]
-            raise InputError(f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}")
+            raise InputError(
+                f"train.max_steps={recipe.train.max_steps}: {str(run)!r} is already at step {step}; state {step} or "
+                "more, or another run.out"
+            )
         if "codec" in described:
             check_same_codec(manifest.get("codec", {}), described["codec"])
         for part, name in FROZEN.items():

@@ -70,6 +70,6 @@ def train(
         activities = [Previews(codec), Scores(codec, scorer), Snapshots()]
         if announce is not None and is_main():
             begins = told_of(claimed.run, claimed.found, recipe.train.max_steps)
-            activities.append(Announcement(plan(recipe, facts, objective, False, begins), announce))
+            activities.append(Announcement(plan(recipe, facts, objective, dataset.class_names, begins), announce))
         samples = objective.make_samples(dataset)
         return Trainer(accelerator, recipe, claimed, objective, samples, activities).run_to_the_end(signals)

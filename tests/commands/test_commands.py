@@ -96,6 +96,14 @@ def test_every_command_explains_itself_and_tells_a_slip_without_torch(answers, n
     assert told in err
 
 
+def test_keys_are_of_a_command_and_not_of_one_recipe(fails, capsys):
+    main(["recipes", "--keys", "classify"])
+    assert "\naugment.mixup=0.0  # " in capsys.readouterr().out
+    main(["recipes", "--keys"])
+    assert "\nlatents.vae=null (*)  # " in capsys.readouterr().out
+    assert "--keys prints the keys of all recipes; leave digits out" in fails(main, "recipes", "digits", "--keys")
+
+
 def test_a_misspelt_command_is_told_with_the_nearest(fails):
     assert "'scroe': did you mean 'score'?" in fails(main, "scroe")
     assert "give a command" in fails(main)

@@ -13,6 +13,7 @@ from sit_atconv import SiTTransformer2DModel, config, data
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import differences, load_recipe, make_recipe, to_dict
 from sit_atconv.config.identity import mutable_keys
+from sit_atconv.config.keys import comments_of, keys_text
 from sit_atconv.models.sit import options_of as sit_options
 from sit_atconv.runtime import comparison
 from sit_atconv.runtime.errors import InputError
@@ -161,8 +162,11 @@ def test_overrides_are_typed_and_win(recipe_file):
         ),
         ({"model": {"name": True}}, "model.name=True: must be text"),
         ({"data": {"root": "x"}}, "data.root=x"),
-        ({"latents": {"codec": "vae"}}, "latents.codec=vae with latents.vae=None"),
-        ({"latents": {"vae": "x"}}, "latents.codec=identity with latents.vae=x"),
+        (
+            {"latents": {"codec": "vae"}},
+            "latents.vae=null: a vae codec takes a vae; name it, or train on pixels",
+        ),
+        ({"latents": {"vae": "x"}}, "latents.vae=x: pixels take no vae; state latents.vae=null"),
     ],
 )
 def test_wrong_recipes_are_refused_in_one_line(stated, says):
@@ -384,3 +388,49 @@ def test_a_stored_recipe_takes_no_other_models_name(tmp_path):
         load_recipe(tmp_path / "stored.yaml", ["model.name=SiT-B/2"])
     assert load_recipe(tmp_path / "stored.yaml", ["model.name=SiT-S/2"]).model.name == "SiT-S/2"
     assert load_recipe(tmp_path / "plain.yaml", ["model.name=SiT-B/2"]).model.name == "SiT-B/2"
+
+
+@pytest.mark.parametrize("schema", [config.Recipe, ClassifierRecipe])
+def test_every_key_is_listed_once_and_marked_where_it_may_change(schema):
+    keys = [
+        f"{section.name}.{entry.name}"
+        for section in dataclasses.fields(schema)
+        for entry in dataclasses.fields(section.type)
+    ]
+    lines = {line.partition("=")[0]: line for line in keys_text(schema).splitlines() if line and line[0] != "#"}
+    assert [*lines] == keys
+    assert len(keys) == len([line for line in keys_text(schema).splitlines() if line and line[0] != "#"])
+    if schema is config.Recipe:  # of any schedule but the constant one, where train.max_steps may change too
+        recipe = to_dict(make_recipe(MINIMAL | {"train": {"lr_schedule": "linear"}}))
+        assert {key for key in keys if "(*)" in lines[key].partition("#")[0]} == mutable_keys(recipe)
+
+
+def test_a_key_is_listed_with_its_default_its_comment_and_when_it_acts():
+    lines = keys_text(config.Recipe).splitlines()
+    for line in (
+        "data.max_bad_share=0.001 (*)  # of the images: how many may turn out unreadable before training stops",
+        "train.betas=[0.9, 0.999]  # of AdamW",
+        "data.shuffle_buffer=null  # images in the buffer; only with data.streaming=true, where null means 10000",
+        "preview.guidance_scale=1.5 (*)  # classifier-free guidance; 1 is none",
+        "data.sampling=natural  # every image once an epoch, or every class equally often; one of natural, balanced",
+    ):
+        assert line in lines
+
+
+@dataclass
+class Commented:
+    plain: int = 0
+    beside: int = 0  # at its end
+    # two lines
+    # above it
+    above: int = 0
+    within: int = dataclasses.field(  # where it begins
+        default=0,
+    )
+    alone: int = 0
+
+
+def test_a_comment_is_of_the_field_that_it_stands_at():
+    assert comments_of(Commented) == {
+        "plain": "", "beside": "at its end", "above": "two lines above it", "within": "where it begins", "alone": "",
+    }  # fmt: skip

@@ -314,8 +314,8 @@ def test_recipes_that_need_what_a_cache_does_not_have_are_refused(stated, says):
 def test_a_plan_takes_its_facts_from_the_cache_without_hashing_it(recipe, cache):
     damage(cache, "changed")
     report = dry_run(cached(recipe, cache))
-    assert "4 x 4 x 4, 2 classes" in report
-    assert "(11 images" in report
+    assert "4 x 4 x 4\n" in report
+    assert "11 images in 2 classes: " in report
     with pytest.raises(InputError, match=r"data\.num_images: the recipe says 12"):
         dry_run(cached(recipe, cache, num_images=12))
 

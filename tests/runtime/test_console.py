@@ -38,6 +38,17 @@ def test_off_a_terminal_lines_come_by_the_clock(at):
     assert lines[-1] == "train: step 1,000 of 4,000, 8 step/s, 02:05 in all"
 
 
+def test_the_last_line_of_what_is_done_has_no_time_left(at):
+    bar, stream = started(at, total=2)
+    with bar:
+        for _ in range(2):
+            at.now += EVERY
+            bar.update()
+    assert stream.getvalue().splitlines() == [
+        "train: step 1 of 2, 10 s/step, 00:10 left", "train: step 2 of 2, 10 s/step, 00:20 in all"
+    ]  # fmt: skip
+
+
 def test_a_slow_step_is_told_in_seconds_and_a_resumed_run_counts_what_is_new(at):
     bar, stream = started(at, total=10, initial=4)
     bar.note("loss 0.5000")

@@ -1098,7 +1098,10 @@ def test_sample_draws_one_row_per_round_of_classes(run_folder, tmp_path, capsys)
     out = tmp_path / "grid.png"
     classes = ["--classes", "3", "1", "4"]
     sample.main(["--ckpt", str(run_folder), *classes, "--rows", "2", "--steps", "2", "--out", str(out)])
-    assert Image.open(out).size == (3 * 68 + 4, 2 * 68 + 4)
+    assert Image.open(out).size == (3 * 68 + 4, 2 * (68 + CAPTION) + 4)
+    named = np.array(grid(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), 3, 2 * ["3", "1", "4"]))
+    for top in (68, 2 * 68 + CAPTION):  # the strips below the rows
+        assert np.array_equal(np.array(Image.open(out))[top : top + CAPTION], named[top : top + CAPTION])
     assert "6 images, NFE 4, " in capsys.readouterr().out
     other = tmp_path / "other.png"
     base = ["--ckpt", str(run_folder), *classes, "--rows", "2", "--steps", "2"]
