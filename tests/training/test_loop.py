@@ -473,7 +473,7 @@ def test_imagefolder_through_a_vae_and_back_to_images(tmp_path, recipe_file, vae
     assert (config["sample_size"], config["in_channels"], config["num_classes"]) == (8, 4, 3)
     grid = tmp_path / "grid.png"
     sample.main(["--ckpt", str(last), "--classes", "0", "1", "2", "--steps", "2", "--out", str(grid)])
-    assert Image.open(grid).size == (3 * 68 + 4, 68 + 4)
+    assert Image.open(grid).size == (3 * 68 + 4, 68 + CAPTION + 4)
     sampling(["generate", "--ckpt", str(last.parent), "--num", "4", "--steps", "2", "--out", str(tmp_path / "out")])
     assert Image.open(tmp_path / "out/000003.png").size == (32, 32)
     assert Image.open(tmp_path / "out/000003.png").mode == "RGB"
