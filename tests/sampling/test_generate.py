@@ -842,6 +842,21 @@ def test_half_of_the_samples_by_another_library_are_refused(stopped, fails, run_
     assert f'versions.torch: "{library_versions()["torch"]}" -> "99"' in fails(sampling, "generate", *base)
 
 
+def test_half_of_the_samples_by_an_earlier_version_go_on_where_its_images_are_the_same(
+    stopped, fails, run_folder, tmp_path
+):
+    stopped()
+    base = ["generate", "--ckpt", run_folder, "--num", 7, "--batch", 3, "--steps", 2, "--out", tmp_path / "out"]
+    file = tmp_path / "out" / "settings.json"
+    settings = json.loads(file.read_text())
+    for version in ("0.0.1", ["0.1.0"], None):
+        file.write_text(json.dumps(settings | {"versions": settings["versions"] | {"sit_atconv": version}}))
+        assert "versions.sit_atconv" in fails(sampling, *base)
+    file.write_text(json.dumps(settings | {"versions": settings["versions"] | {"sit_atconv": "0.1.0"}}))
+    sampling(list(map(str, base)))
+    assert len(list((tmp_path / "out").glob("*.png"))) == 7
+
+
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_complete_samples_with_a_hole_are_not_called_complete(generates, fails, run_folder, kind, capsys):
     out = generates("--format", kind)
