@@ -49,8 +49,8 @@ from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, inception_weights, 
 from sit_atconv.scoring.features import INDEX, is_features
 from sit_atconv.scoring.manifold import NEAREST
 from sit_atconv.scoring.refs import recorded_extractor, reference_spec
-from sit_atconv.scoring.result import sound
-from sit_atconv.scoring.score import OFFERED, RESULT
+from sit_atconv.scoring.result import RESULT, sound
+from sit_atconv.scoring.score import OFFERED
 from sit_atconv.scoring.sources import from_arrays, open_source
 from sit_atconv.training import checkpoint
 from sit_atconv.training.resolved import resolved

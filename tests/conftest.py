@@ -122,7 +122,7 @@ def serving(*options: str):
     try:
         yield run
     finally:
-        server.communicate("")
+        server.communicate("null\n")
 
 
 @pytest.fixture(scope="session")

@@ -89,8 +89,9 @@ def start(process: dict) -> int:
         os._exit(status)
 
 
-for line in sys.stdin:
-    jobs = json.loads(line)
+for line in iter(sys.stdin.readline, ""):
+    if (jobs := json.loads(line)) is None:  # the end of the pipe is not enough: whoever was forked from pytest holds it
+        break
     for program in {job["program"] for job in jobs} - {None}:
         with suppress(Exception):  # the process that needs it says so
             importlib.import_module(program)

@@ -6,7 +6,7 @@ from pathlib import Path
 from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone
 from sit_atconv.runtime.errors import add_force
 from sit_atconv.runtime.files import check_out
-from sit_atconv.scoring.sources import check_there
+from sit_atconv.scoring.sources import check_root, check_there
 
 GOES_ON = True
 
@@ -24,16 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the reference. Raises InputError for what `build_reference` finds."""
+    check_out(args.out, force=args.force)
+    check_root(args.features)
     if is_alone():
         check_there(args.images)
 
     from sit_atconv.runtime.processes import is_main, leave
-    from sit_atconv.scoring.extract import check_root, read_as
+    from sit_atconv.scoring.extract import read_as
     from sit_atconv.scoring.extractor import load_extractor
     from sit_atconv.scoring.refs import build_reference, reference_spec
 
-    check_out(args.out, force=args.force)  # before anything is loaded
-    check_root(args.features)
     spec = args.extractor or reference_spec(args.images, args.overrides)  # of images, Inception
     extractor = load_extractor(spec, args.weights, args.device)
     meta = build_reference(

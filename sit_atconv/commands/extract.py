@@ -4,8 +4,9 @@ import argparse
 
 from sit_atconv.commands.options import add_extractor_arguments, is_alone
 from sit_atconv.runtime import limits
+from sit_atconv.runtime.claims import check_place
 from sit_atconv.runtime.errors import add_force
-from sit_atconv.scoring import SHARD
+from sit_atconv.scoring import FOLDER, REMEDY, SHARD
 from sit_atconv.scoring.sources import check_there
 
 GOES_ON = True
@@ -25,16 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Extract, and say what is there. Raises InputError for what cannot be extracted."""
+    check_place(args.out, "features", FOLDER, REMEDY, args.force)
     if is_alone():
         check_there(args.source)
 
     from sit_atconv.runtime import processes
-    from sit_atconv.runtime.claims import check_place
-    from sit_atconv.scoring.extract import FOLDER, REMEDY, features_of, read_as
+    from sit_atconv.scoring.extract import features_of, read_as
     from sit_atconv.scoring.extractor import load_extractor
     from sit_atconv.scoring.sources import open_source
 
-    check_place(args.out, "features", FOLDER, REMEDY, args.force)  # before anything is loaded
     extractor = load_extractor(args.extractor, args.weights, args.device)
     source = open_source(args.source, args.allow_lossy, args.overrides)
     features = features_of(source, extractor, args.shard, args.batch, args.out, force=args.force)

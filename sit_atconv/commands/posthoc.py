@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError, add_force
+from sit_atconv.runtime.files import check_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the averaged model, and say how near its profile comes to the one wanted."""
+    check_out(args.out, force=args.force)
     if not Path(args.run_folder).is_dir():
         raise InputError(f"run {args.run_folder!r}: no such folder")
 

@@ -8,7 +8,8 @@ from sit_atconv.commands.options import add_extractor_arguments, add_features_ar
 from sit_atconv.runtime.errors import InputError, add_force
 from sit_atconv.runtime.files import check_out, write_out
 from sit_atconv.scoring import STREAMS
-from sit_atconv.scoring.sources import check_there
+from sit_atconv.scoring.result import RESULT, bars_told
+from sit_atconv.scoring.sources import check_root, check_there
 
 GOES_ON = True
 
@@ -33,18 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score, write the JSON, print the scores. Raises InputError for what cannot be scored; then nothing is written."""
-    if is_alone():
-        check_there(args.samples)
-        if args.ref != "digits" and not Path(args.ref).exists():
-            raise InputError(f'reference {args.ref!r}: no such file or folder; give one, or "digits"')
-
-    from sit_atconv.scoring.result import bars_told
-    from sit_atconv.scoring.score import RESULT, score, table
-
     path = Path(args.samples)
     default = path / "metrics.json" if path.is_dir() else path.with_suffix(".metrics.json")
     out = Path(args.out) if args.out else default
     check_out(out, force=args.force, ours=RESULT)
+    check_root(args.features)
+    if is_alone():
+        check_there(path)
+        if args.ref != "digits" and not Path(args.ref).exists():
+            raise InputError(f'reference {args.ref!r}: no such file or folder; give one, or "digits"')
+
+    from sit_atconv.scoring.score import score, table
+
     scored = score(
         args.samples, args.ref, args.metrics, args.extractor, args.weights, args.dinov2, args.device, args.batch,
         args.allow_lossy, args.features, args.overrides,

@@ -24,8 +24,6 @@ def run(args: argparse.Namespace) -> None:
     if (args.cache is None) == (args.weights is None):
         raise InputError("give either CACHE, or --weights FILE")
     if args.cache is None:
-        if not Path(args.weights).is_file():
-            raise InputError(f"--weights {args.weights!r}: no such file")
         args.batch = args.batch or BATCH
 
         from sit_atconv.scoring.verify import run as verify

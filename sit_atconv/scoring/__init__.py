@@ -11,3 +11,5 @@ STREAMS = {
     "is": "logits", "pr": "pool", "kid": "pool", "recognised": "logits",
 }  # fmt: skip
 DIGITS = "digits-classifier-2"  # the protocol of the digits' own classifier
+FOLDER = "features folder"  # as messages call a folder of features
+REMEDY = "delete it, or choose another folder for the features"

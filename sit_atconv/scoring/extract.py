@@ -23,10 +23,10 @@ from safetensors.torch import save
 from sit_atconv.runtime import limits, processes
 from sit_atconv.runtime.claims import claim, clear_leftovers, writing
 from sit_atconv.runtime.console import Progress
-from sit_atconv.runtime.errors import InputError, option
-from sit_atconv.runtime.files import check_writable, library_versions, lock, resolved, sha256, write_atomic
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import library_versions, lock, resolved, sha256, write_atomic
 from sit_atconv.runtime.reading import Malformed, read_json
-from sit_atconv.scoring import BATCH, SHARD
+from sit_atconv.scoring import BATCH, FOLDER, REMEDY, SHARD
 from sit_atconv.scoring.extractor import Extractor
 from sit_atconv.scoring.features import INDEX, Features, read_head, shard_name
 from sit_atconv.scoring.sources import Source, begun_as, class_histogram, open_source
@@ -35,16 +35,6 @@ T = TypeVar("T")
 AHEAD = 3  # batches that are read before they are wanted
 # Of the settings: what moves no feature beyond rounding, and where images and weights lay.
 NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.data.root", "source.manifest", "extractor_spec")
-FOLDER = "features folder"  # as messages call it
-REMEDY = "delete it, or choose another folder for the features"
-
-
-def check_root(root: str | None) -> None:
-    """Raise InputError for --features that no folder can be made below."""
-    if root is not None:
-        with writing(place := resolved(root, option("features")), option("features")):
-            if not place.is_dir():  # what lies in one may be all that is needed
-                check_writable(place)
 
 
 def read_as(source: dict[str, Any]) -> list[str]:

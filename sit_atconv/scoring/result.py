@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sit_atconv.runtime.errors import MOST, InputError
+from sit_atconv.runtime.files import made_here
 from sit_atconv.runtime.reading import fault_of
 from sit_atconv.scoring import DIGITS
 from sit_atconv.scoring.frechet import PER_FEATURE, correction_needs
 from sit_atconv.scoring.jackknife import GROUPS, Design, design_of
 
+RESULT = made_here("protocol", "metrics")
 BARS_FORM = {"design": ("stratified", "random", None), "groups": (int, None), "upper_bound": bool, "why": str}
 FORM = {"metrics?": {str: dict}, "samples_manifest?": (dict, None), "error_bars?": (BARS_FORM, None)}
 # Features of what earlier versions corrected; of others they did not say how many there are.

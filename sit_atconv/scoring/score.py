@@ -13,11 +13,10 @@ from torch import nn
 
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, option
-from sit_atconv.runtime.files import library_versions, made_here, shown
+from sit_atconv.runtime.files import library_versions, shown
 from sit_atconv.runtime.processes import is_main, leave, together
 from sit_atconv.scoring import BATCH, STREAMS
 from sit_atconv.scoring.extract import (
-    check_root,
     features_of,
     read_as,
 )
@@ -31,7 +30,7 @@ from sit_atconv.scoring.manifold import NEAREST, manifold_scores
 from sit_atconv.scoring.moments import GroupSums, Moments, stream_sums
 from sit_atconv.scoring.refs import Reference, check_recorded, read_moments, read_reference, reference_spec
 from sit_atconv.scoring.result import needs
-from sit_atconv.scoring.sources import Source, from_arrays, open_source
+from sit_atconv.scoring.sources import Source, check_root, from_arrays, open_source
 
 OFFERED = {
     "inception": ["fid", "sfid", "is", "pr", "kid"],
@@ -42,7 +41,6 @@ OFFERED = {
 # What comes of it, in the order of a result.
 NAMES = (*FRECHET, "is", *NEAREST, "kid", "recognised", "classifier_heldout_accuracy")
 
-RESULT = made_here("protocol", "metrics")
 Metric = dict[str, float | None]  # of a result: value, se and corrected, and perhaps corrected_needs
 
 

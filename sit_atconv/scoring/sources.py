@@ -22,9 +22,9 @@ from PIL import Image
 from sit_atconv.config import Data, Loading, load_recipe
 from sit_atconv.data.arrays import CHUNK, PixelArray, check_kind
 from sit_atconv.data.images import IMG_EXTENSIONS, Reader, image_files, is_image, read_image
-from sit_atconv.runtime.claims import SETTINGS
+from sit_atconv.runtime.claims import SETTINGS, writing
 from sit_atconv.runtime.errors import InputError, option
-from sit_atconv.runtime.files import sha256
+from sit_atconv.runtime.files import check_writable, resolved, sha256
 from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.runtime.reading import POSITIVE, SHAPE, Malformed, read_json, read_yaml
 
@@ -144,6 +144,14 @@ def class_histogram(labels: np.ndarray | None) -> dict[str, int] | None:
     if labels is None:
         return None
     return {str(label): int(count) for label, count in zip(*np.unique(labels, return_counts=True), strict=True)}
+
+
+def check_root(root: str | None) -> None:
+    """Raise InputError for a folder of features that cannot be made."""
+    if root is not None:
+        with writing(place := resolved(root, option("features")), option("features")):
+            if not place.is_dir():  # what lies in one may be all that is needed
+                check_writable(place)
 
 
 def check_there(path: str | Path) -> None:

@@ -511,8 +511,8 @@ def test_report_measures_the_grid_of_the_calibration_before_and_after(tiny):
 def test_report_as_a_table():
     rows = [LayerReport("a", 1500, 499, 2_340_000, 1_000_000, 4.0, 1.5004, 0.25), LayerReport("b", 4_000_000, 0)]
     assert str(SwapReport(rows)).splitlines()[2:] == [
-        "| `a` | 1.5 -> 0.5 | 2.3 -> 1.0 | 4.000 -> 1.500 | 0.250 |",
-        "| `b` | 4,000.0 -> 0.0 | not measured | not measured | not measured |",
+        "| `a` | 1.5 -> 0.5 | 2.3 -> 1.0 | 4.000 -> 1.500 | unsteady | 0.250 |",
+        "| `b` | 4,000.0 -> 0.0 | not measured | not measured | not measured | not measured |",
     ]
 
 

@@ -328,7 +328,7 @@ def test_the_plan_of_a_distillation(recipe, teacher, capsys):
         return {name: text for name, text in rows if name in ("model", "teacher")}
 
     assert planned() == {
-        "model": "['atconv', 'atconv', 'atconv'], depth 3",
+        "model": "['atconv', 'atconv', 'atconv'], depth 3, hidden_size 16, patch_size 2",
         "teacher": f"{teacher}; 3 of 3 layers to ATConv, started by closed_form: " + ", ".join(ATTENTIONS),
     }
     one = planned("distill.select=odd", "distill.init=copy_vo")["teacher"]
