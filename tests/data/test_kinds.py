@@ -143,7 +143,7 @@ def test_loader_processes_change_nothing(kind, folder, tmp_path):
     dataset[5, False]  # what is open here goes over into the loader processes
     for workers in (0, 2):
         samples = sampled(dataset, (3, 2, 2), 4, seed=1, flip=True)
-        batches.append(list(TrainingBatches(samples, RankPositions(0, 5, 4), Data(workers=workers))))
+        batches.append(list(TrainingBatches(samples, RankPositions(0, 5, 4), Data(workers=workers, worker_timeout=60))))
     assert len(batches[0]) == 5
     for plain, loaded in zip(*batches, strict=True):
         assert all(torch.equal(plain[key], loaded[key]) for key in plain)
