@@ -66,7 +66,10 @@ def files_of(folder) -> dict[str, tuple]:
 
 def test_dry_run_says_what_a_start_would_do(recipe_file, tmp_path, capsys, fails):
     run, recipe = tmp_path / "run", recipe_file()
-    start = lambda *words: plan_of(train_sit.main, capsys, recipe, *words)  # noqa: E731
+
+    def start(*words: str) -> dict:
+        return plan_of(train_sit.main, capsys, recipe, *words)
+
     assert start("--dry-run")["run"] == f"a new run begins in {str(run)!r}"
     assert not run.exists()
     (tmp_path / "photos").mkdir()

@@ -42,11 +42,12 @@ class Classes:
         return [self.named(label) if isinstance(label, str) else self.checked(label) for label in labels]
 
     def checked(self, label: int) -> int:
+        """The id itself. Raises InputError for one out of range."""
         check_id(label, self.number)
         return int(label)
 
     def named(self, text: str) -> int:
-        """The id of the class of that name."""
+        """The id of the class of that name. Raises InputError for a name that is none, or that of several classes."""
         name = text.strip().lower()
         if name in self.shared:
             raise InputError(f"class {text!r} is the name of {self.shared[name]}; give an id")
@@ -56,5 +57,8 @@ class Classes:
         return self.names[name]
 
     def read(self, word: str) -> int:
-        """The id of a class as it is written in a command or in a line of a file: a number is an id, else a name."""
+        """The id of a class as it is written in a command or in a line of a file: a number is an id, else a name.
+
+        Raises InputError as `checked` and `named` do.
+        """
         return self.checked(int(word)) if ID.fullmatch(word.strip()) else self.named(word)
