@@ -227,7 +227,7 @@ def full_disk(command: Subcommand, inputs: Path, out: Path) -> str:
     """A disk with room for half of what a command writes; where none can be mounted, a limit on the size of files."""
     whole = Place(command, inputs, out / "whole")
     sizes = [len(data) for data in whole.written().values()]
-    pages = sum(math.ceil(size / mmap.PAGESIZE) for size in sizes) // 2
+    pages = sum(math.ceil(size / mmap.PAGESIZE) for size in sizes) // 2 + len(THEIRS)  # of theirs each takes one
     with small_disk(out / "disk", pages * mmap.PAGESIZE) as filler:
         mounted = filler.exists()
         place = Place(command, inputs, out / "disk" / "here").fill()
