@@ -8,12 +8,12 @@ operator has no rule for, a layer makes its kernels by plain torch calls: `takes
 import os
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from sit_atconv.ops.atconv import reference
-from sit_atconv.ops.atconv.operator import NAMESPACE, choose_backend
+from sit_atconv.ops.atconv.operator import choose_backend
 from sit_atconv.ops.atconv.reference import ACTIVATIONS, INHIBITIONS
 from sit_atconv.ops.forward_mode import forward_mode, levels
+from sit_atconv.ops.operators import define
 from sit_atconv.runtime.errors import check_choice
 
 MOST_TAPS = 49  # kernels of 7 x 7: the product of more would not fit the registers
@@ -31,21 +31,22 @@ def _forward(
 def _backward(
     upstream: torch.Tensor, p: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     control: torch.Tensor | None, activation: str, inhibition: str,
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients of p, weight, and of bias and control where they are there."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of p, weight, bias and control; without values where bias or control is missing."""
     from sit_atconv.ops.atconv import triton_taps
 
-    grads = triton_taps.grads(upstream, p, weight, bias, control, activation, inhibition)
-    return [grad for grad in grads if grad is not None]
+    return tuple(
+        p.new_empty(0) if grad is None else grad
+        for grad in triton_taps.grads(upstream, p, weight, bias, control, activation, inhibition)
+    )
 
 
 def _fake_forward(p, *_):
-    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    return p.new_empty(p.shape)
 
 
 def _fake_backward(upstream, p, weight, bias, control, *_):
-    inputs = (each for each in (p, weight, bias, control) if each is not None)
-    return [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in inputs]
+    return tuple(p.new_empty(0) if each is None else each.new_empty(each.shape) for each in (p, weight, bias, control))
 
 
 def _forward_flops(p_shape, *_, **__) -> int:
@@ -64,47 +65,32 @@ def _keep(ctx, inputs, output):
 
 def _differentiate(ctx, upstream):
     tensors, settings = ctx.saved_tensors, (ctx.activation, ctx.inhibition)
-    # Another gradient may be asked of this one, and a transform has tensors that the operator does not take.
-    if torch.is_grad_enabled() or levels():
-        return *_differentiable(upstream, tensors, *settings), None, None
-    grads = iter(backward(upstream, *tensors, *settings))
-    return *(None if each is None else next(grads) for each in tensors), None, None
+    if torch.is_grad_enabled():  # a gradient may be asked of this one
+        grads = _differentiable(upstream, tensors, *settings)
+    else:
+        grads = backward(upstream, *tensors, *settings)
+    return *(None if each is None else grad for each, grad in zip(tensors, grads, strict=True)), None, None
 
 
 def _differentiable(upstream, tensors, activation: str, inhibition: str) -> list[torch.Tensor | None]:
     """The gradients of those tensors that need one, by plain torch calls in fp32, which are differentiable in turn."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(upstream.device.type, enabled=False):
+    with torch.autocast(upstream.device.type, enabled=False):
         # Views: a tensor may be made of another one, whose gradient is not to come through it.
         inputs = [None if each is None else each.view_as(each) for each in tensors]
         kernels = reference.tap_kernels(
             *(None if each is None else each.float() for each in inputs), activation, inhibition
         )
         needed = [each for each in inputs if each is not None and each.requires_grad]
-        grads = iter(torch.autograd.grad(kernels, needed, upstream.float(), create_graph=again))
+        grads = iter(torch.autograd.grad(kernels, needed, upstream.float(), create_graph=True))
     return [next(grads) if each is not None and each.requires_grad else None for each in inputs]
 
 
-def _operator(name: str, function, fake, flops):
-    """The torch operator NAMESPACE::name, or None if it is there already: this source may be imported twice."""
-    packet = getattr(torch.ops, NAMESPACE)
-    if hasattr(packet, name):
-        return None
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
-    library.impl(name, function, "CompositeExplicitAutograd")
-    operator = getattr(packet, name)
-    operator.library = library  # its end would be the operator's: it outlives this module
-    torch.library.register_fake(operator.default, fake, lib=library)
-    register_flop_formula(operator)(flops)
-    return library
+def _derivatives(library: torch.library.Library, name: str, operator) -> None:
+    torch.library.register_autograd(operator, _differentiate, setup_context=_keep, lib=library)
 
 
-if library := _operator("tap_kernels", _forward, _fake_forward, _forward_flops):
-    torch.library.register_autograd(f"{NAMESPACE}::tap_kernels", _differentiate, setup_context=_keep, lib=library)
-_operator("tap_kernels_backward", _backward, _fake_backward, _backward_flops)
-forward = getattr(torch.ops, NAMESPACE).tap_kernels.default
-backward = getattr(torch.ops, NAMESPACE).tap_kernels_backward.default
+forward = define("tap_kernels", _forward, _fake_forward, _derivatives, _forward_flops)
+backward = define("tap_kernels_backward", _backward, _fake_backward, flops=_backward_flops)
 
 
 @torch.compiler.assume_constant_result

@@ -5,31 +5,19 @@ of fp32 on ordinary cores, padded to a power of two (9 taps to 16): its arithmet
 ones below the activations carries the bias, and in the gradient sums it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton  # with these words: a bare `import triton` in an exported file is a requirement for diffusers
 import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class TapTile:
-    """A program works on `channels` channels with `warps` warps of 32 threads; `programs` of them, or about as many,
-    share out the samples.
-
-    channels, 16 or more, and warps are powers of two.
-    """
-
-    channels: int
-    warps: int
-    programs: int
+from sit_atconv.ops.atconv.tiles import TapTile
+from sit_atconv.ops.atconv.triton_launch import contiguous
 
 
 def tile_of(taps: int) -> TapTile:
     """For the forward: as many channels as leave the registers room."""
-    return TapTile(64 if taps < 16 else 16, 4 if taps < 32 else 8, programs=2048)
+    return TapTile(64 if taps < 16 else 16, 4 if taps < 32 else 8, stages=1, programs=2048)
 
 
 def grad_tile_of(taps: int) -> TapTile:
@@ -43,19 +31,19 @@ SUM_ROWS, SUM_COLS, SUM_WARPS = 32, 32, 4
 
 @triton.jit
 def _activate(p, ACTIVATION: tl.constexpr):
-    """(act(p), act'(p))."""
+    """act(p) = p gate(p), and act'(p)."""
     if ACTIVATION == "gelu":
-        below = 0.5 * (1.0 + tl.math.erf(p * 0.7071067811865476))
-        return p * below, below + p * 0.3989422804014327 * tl.exp(-0.5 * p * p)
+        gate = 0.5 * (1.0 + tl.math.erf(p * 0.7071067811865476))
+        slope = 0.3989422804014327 * tl.exp(-0.5 * p * p)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2 u), with u = sqrt(2 / pi) (p + 0.044715 p^3)
         gate = tl.sigmoid(1.5957691216057308 * (p + 0.044715 * p * p * p))
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * p * p)
+        slope = gate * (1.0 - gate) * (1.5957691216057308 * (1.0 + 0.134145 * p * p))
     else:
         tl.static_assert(ACTIVATION == "silu")
         gate = tl.sigmoid(p)
-        slope = 1.0
-    return p * gate, gate + p * gate * (1.0 - gate) * slope
+        slope = gate * (1.0 - gate)
+    return p * gate, gate + p * slope
 
 
 @triton.jit
@@ -184,18 +172,15 @@ def _layout(p: torch.Tensor, bias, activation: str, inhibition: str, tile: TapTi
     constants = {
         "TAPS": taps, "CHANNELS": channels, "ACTIVATION": activation, "BIAS": bias is not None,
         "INHIBITION": inhibition, "ROWS": max(16, triton.next_power_of_2(taps + 1)), "BLOCK_C": tile.channels,
-        "num_warps": tile.warps,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     samples = triton.cdiv(batch, splits)
     return triton.cdiv(batch, max(1, samples)), samples, constants
 
 
-def _ready(p: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
-    """The tensors as the kernels read them; a missing one is not read, and the weight stands in for it."""
-    for tensor in (p, weight, *others):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ValueError(f"dtype {tensor.dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}")
-    return [(weight if tensor is None else tensor).contiguous() for tensor in (p, weight, *others)]
+def _ready(p: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
+    """The tensors as the kernels read them; a missing one is not read, and p stands in for it."""
+    return contiguous(p, *(p if each is None else each for each in others))
 
 
 def tap_kernels(
@@ -204,8 +189,8 @@ def tap_kernels(
 ) -> torch.Tensor:  # fmt: skip
     """`reference.tap_kernels` in one launch, computed in fp32: contiguous (B, K, C) in the dtype of p.
 
-    p (B, K, C), weight (K, K), bias (K), control (C), each of its own dtype among DTYPES.
-    Raises ValueError for another dtype.
+    p (B, K, C), weight (K, K), bias (K), control (C), each in fp32, bf16 or fp16.
+    Raises ValueError for another dtype, or a sample of 2**31 values.
     """
     read = _ready(p, weight, bias, control)
     kernels = p.new_empty(p.shape)
