@@ -108,7 +108,7 @@ class Fetched:
 
     def __init__(self, tensor: torch.Tensor):
         self.host, self.arrival = tensor, None
-        if tensor.is_cuda:
+        if tensor.device.type == "cuda":
             self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
             self.arrival = torch.cuda.Event()
             self.arrival.record()
