@@ -30,7 +30,7 @@ def flow_loss(
     network: called with x_t (B, ...) and t (B,), gives (B, ...). data, noise (B, ...), t (B,) in [0, 1].
     weight: w = 1 for "none", (q / sigma)^2 for "velocity", which makes it the error of the velocity, and q / sigma^2
     for "likelihood", with the path's drift variance q. Raises ValueError for unknown names, a weight with velocity
-    prediction, and where a weight divides by zero on a CPU: alpha = 0, sigma = 0. Elsewhere the loss is not finite there.
+    prediction, and where a weight divides by zero (alpha = 0, sigma = 0) on a CPU; elsewhere the loss is not finite.
     """
     check_name("prediction", prediction, PREDICTIONS)
     check_name("weight", weight, WEIGHTS)

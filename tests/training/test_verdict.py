@@ -197,9 +197,12 @@ PARALLEL = """
     from sit_atconv.training.objectives.flow import FlowObjective
     from sit_atconv.training.verdict import AtOnce, Late
 
+    how, sharded = sys.argv.pop(1), sys.argv.pop(1) == "sharded"
+    if sharded:
+        import fsdp_train_sit
     make, losses = FlowObjective.make_optimizer, FlowObjective.losses
     FlowObjective.make_optimizer = lambda self, fused: make(self, True)
-    if sys.argv.pop(1) == "once":
+    if how == "once":
         trainer.Late = AtOnce
     else:  # as where NCCL carries the tensors
         backend, dist.get_backend = dist.get_backend, lambda group=None: "nccl"
@@ -223,12 +226,19 @@ PARALLEL = """
 
 
 @pytest.mark.slow
-def test_two_processes_skip_what_one_of_them_finds(process_server, recipe_file, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_skip_what_one_of_them_finds(process_server, recipe_file, tmp_path, sharded):
     """Read late with counts exchanged apart from tensors, or at once: the same bits."""
     path = recipe_file(**SECTIONS | {"preview": {"every": 0}, "train": {"max_steps": 9}})
     runs = [tmp_path / "late", tmp_path / "once"]
     for run in runs:
-        arguments = [run.name, path, f"run.out={run}", "train.gradient_accumulation_steps=2"]
+        arguments = [
+            run.name,
+            "sharded" if sharded else "whole",
+            path,
+            f"run.out={run}",
+            "train.gradient_accumulation_steps=2",
+        ]
         codes, said = process_server(textwrap.dedent(PARALLEL), tmp_path, arguments, {}, {})
         assert codes == [0, 0], said
         apart = run.name == "late"
@@ -236,6 +246,7 @@ def test_two_processes_skip_what_one_of_them_finds(process_server, recipe_file, 
         assert printed == f"{[(False, not apart), (True, True)]} {not apart}"
     assert left(runs[0]) == left(runs[1])
     assert [row[-1] for row in left(runs[0])[0]] == [1, 3]
+    assert bool([*runs[0].glob("step-*/optimizer/shard-*")]) == sharded
     assert_same_tensors(*runs, "*.safetensors")
 
 
