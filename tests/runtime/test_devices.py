@@ -1,6 +1,7 @@
 """What the devices' helpers say, and leave as it was."""
 
 import logging
+import subprocess
 import sys
 
 from sit_atconv.runtime.devices import import_compiler
@@ -16,3 +17,47 @@ def test_the_compiler_comes_without_a_word_of_a_cuda_that_is_not_there(monkeypat
     assert name in sys.modules
     assert caplog.records == []
     assert logging.getLogger(name).level == level
+
+
+# In a process of its own: what a switch inherits is not told apart from what it was set to, and comes back as the latter.
+SWITCHES = """
+import itertools, warnings
+import torch
+from sit_atconv.runtime.devices import CPU_SWITCHES, CUDA_SWITCHES, FP32_SWITCHES, numerics
+
+warnings.simplefilter("error")
+backends = torch.backends
+
+def old():
+    return torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+def set_old(tf32):
+    torch.set_float32_matmul_precision("medium" if tf32 else "highest")  # medium: bf16, in oneDNN
+    backends.cudnn.allow_tf32 = tf32
+
+wanted = {False: ("ieee", ("highest", False, False)), True: ("tf32", ("high", True, True))}
+outside = [lambda value=value: set_old(value) for value in (True, False)]
+for switch in (backends, backends.cudnn, backends.mkldnn, *FP32_SWITCHES):
+    for value in ("tf32", "ieee", "none"):
+        outside.append(lambda switch=switch, value=value: setattr(switch, "fp32_precision", value))
+for set_before, tf32, again in itertools.product(outside, wanted, wanted):
+    set_before()
+    before = [switch.fp32_precision for switch in FP32_SWITCHES]
+    with numerics(tf32):
+        with numerics(again):
+            for value, each in ((again, CUDA_SWITCHES), (False, CPU_SWITCHES)):
+                assert {switch.fp32_precision for switch in each} == {wanted[value][0]}
+            assert old() == wanted[again][1], old()
+        assert {switch.fp32_precision for switch in CUDA_SWITCHES} == {wanted[tf32][0]}
+        assert old() == wanted[tf32][1], old()
+    assert [switch.fp32_precision for switch in FP32_SWITCHES] == before
+set_old(True)
+with numerics():
+    pass
+assert old() == ("medium", True, True), old()
+"""
+
+
+def test_both_sets_of_switches_say_what_was_asked_for_whatever_was_set_before():
+    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
