@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sit_atconv.runtime.errors import option, told
+from sit_atconv.runtime.errors import InputError, option, told
 
 # Of torch's newer switches (`fp32_precision`), those that operations ask: a network may enter any of them.
 CUDA_SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
@@ -84,3 +84,21 @@ def numerics(tf32: bool = False, deterministic: bool = False) -> Iterator[None]:
             switch.fp32_precision = "ieee"
         torch.backends.cudnn.deterministic |= deterministic
         yield
+
+
+@contextmanager
+def computing(precision: str | None, device: torch.device) -> Iterator[None]:
+    """Within, networks of fp32 weights compute in "fp32", "tf32" (on CUDA, else fp32) or "bf16" (autocast), whatever is
+    around; None: in what is around."""
+    if precision is None:
+        yield
+        return
+    with numerics(tf32=precision == "tf32"), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        yield
+
+
+def check_bf16(key: str, device: torch.device) -> None:
+    """Raise InputError where a GPU has no bf16. key: what asks for it, "train.precision=bf16"."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"{key}: {name} has no bf16; use fp32 or tf32")

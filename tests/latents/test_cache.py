@@ -110,8 +110,8 @@ def test_the_printed_command_leaves_out_what_a_cache_has_no_use_for(tmp_path):
     stated = {"kind": "hf", "root": "org/pictures", "image_size": 8, "image_key": "pixels", "split": "validation"}
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({"run": {"out": "run"}, "data": stated, "latents": {"codec": "vae", "vae": "here"}}))
-    words = from_cache(config.load_recipe(path), "null")
-    assert {"data.image_key=null", "data.split=null"} <= {*words}
+    words = from_cache(config.load_recipe(path, ["latents.precision=bf16"]), "null")
+    assert {"data.image_key=null", "data.split=null", "latents.precision=null"} <= {*words}
     data = config.load_recipe(path, words).data
     assert (data.kind, data.root, data.image_key, data.image_size) == ("latents", "null", None, 8)
 
