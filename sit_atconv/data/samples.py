@@ -89,8 +89,8 @@ class TrainingSamples(Samples):
     drop: share of labels replaced by that of the null class, which comes after the dataset's.
     posterior: whether the codec draws from a posterior and wants noise for it.
     with_image: the image is needed besides the moments that a dataset gives in its place.
-    Items: image (C, H, W), label, t, noise, if wanted posterior (both of the latent's shape), and pixels (C, H, W)
-    where the image is something else.
+    Items: image (C, H, W) as the dataset gives it, label, t, noise, if wanted posterior (both of the latent's shape),
+    and pixels (C, H, W) where the image is something else.
     """
 
     def __init__(

@@ -27,7 +27,6 @@ from sit_atconv.latents.__main__ import main as latents
 from sit_atconv.latents.codecs import VaeCodec, draw_latents, open_codec
 from sit_atconv.latents.encode import encode
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.scoring.sources import open_source
 from sit_atconv.training import train
 from sit_atconv.training.facts import measured_facts
@@ -354,7 +353,7 @@ def test_what_transparent_images_lie_on_belongs_to_a_cache(recipe, vae_folder, p
         source = open_source(tmp_path / "cached.yaml", overrides=[f"data.source={root}"])
         assert source.n == IMAGES
         wanted = torch.stack([images[index, False][0] for index in range(IMAGES)])
-        assert torch.equal(torch.cat([*source.batches()]), to_uint8(wanted))
+        assert torch.equal(torch.cat([*source.batches()]), wanted)
         assert source.describe()["data"].get("background") == source.background == background
     assert not torch.equal(LatentCache(str(tmp_path / "before"), True)[0, False][0], dataset[0, False][0])
 

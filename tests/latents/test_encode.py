@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
+from sit_atconv.data.images import in_range
 from sit_atconv.data.latent_cache import LatentCache
 from sit_atconv.latents.__main__ import main
 from sit_atconv.latents.encode import encode, write_shard
@@ -39,7 +40,7 @@ def oracle(pictures, vae_folder):
     for index in range(len(images)):
         for flip in (False, True):
             with torch.no_grad():
-                found = vae.encode(images[index, flip][0][None]).latent_dist
+                found = vae.encode(in_range(images[index, flip][0][None])).latent_dist
             moments[index, flip] = torch.cat([found.mean, found.logvar], dim=1)[0]
     return moments
 
