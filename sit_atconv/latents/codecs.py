@@ -128,7 +128,10 @@ class VaeCodec(nn.Module):
         return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts])
 
     def encode(self, images: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), levels or in [-1, 1] -> latents (B, C, h, w). posterior: standard normal (B, C, h, w)."""
+        """images (B, 3, H, W), levels or in [-1, 1] -> latents (B, C, h, w), fp32.
+
+        posterior: standard normal (B, C, h, w).
+        """
         return draw_latents(self.moments(images), posterior, self.scale, self.shift)
 
     @torch.no_grad()
