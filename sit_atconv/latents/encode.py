@@ -153,6 +153,8 @@ def seal(name: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 class _Images(Dataset):
     """Batches of images with their labels, as TrainingBatches takes them: nothing is passed over."""
 
+    in_thread = True
+
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
