@@ -79,7 +79,10 @@ class RepeatAugmented(Shuffled):
 
 
 class ClassifierSamples(Samples):
-    """Images (C, S, S), augmented and normalised, and labels. What happens to a sample is drawn for (step, sample)."""
+    """Images (C, S, S), augmented and normalised, and labels. What happens to a sample is drawn for (step, sample).
+
+    No thread makes them: timm draws from the generators of the process, which a step draws from too.
+    """
 
     def __init__(self, dataset: Dataset, transform, batch_size: int, seed: int, repeats: int = 1):
         number = len(dataset)
@@ -107,6 +110,8 @@ class ClassifierSamples(Samples):
 
 class HeldOut(Dataset):
     """Held-out images, resized, cropped and normalised, and their labels; of one process: every `world`-th."""
+
+    in_thread = True
 
     def __init__(self, dataset: Dataset, transform, rank: int = 0, world: int = 1):
         self.dataset, self.transform = dataset, transform

@@ -49,4 +49,5 @@ def from_cache(recipe: Recipe, cache: str) -> list[str]:
         and not entry.metadata[WHEN].holds(cached)
         and getattr(recipe.data, entry.name) not in (None, entry.default)
     ]
+    idle += ["latents.precision=null"] if recipe.latents.precision is not None else []
     return ["data.kind=latents", override("data.root", cache), *idle]

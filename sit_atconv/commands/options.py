@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from sit_atconv.config.shipped import set_names
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import add_force
@@ -27,8 +28,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The recipe of a command, and what is laid over it."""
     parser.add_argument("recipe", help="name of a recipe, see `sit-atconv recipes`, or a YAML file")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="laid over the recipe, e.g. train.lr=2e-4"
-    )
+        "overrides", nargs="*", default=[], metavar="key=value",
+        help=f"laid over the recipe, e.g. train.lr=2e-4; or the name of a set of keys: {', '.join(set_names())}",
+    )  # fmt: skip
 
 
 def add_training_mode(parser: argparse.ArgumentParser) -> None:

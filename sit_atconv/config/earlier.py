@@ -42,4 +42,13 @@ def meant(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
             found[entry.name] = meant(entry.type, value)
         elif value is None and entry.name in MEANT and when is not None and when.holds(SimpleNamespace(**values)):
             found[entry.name] = MEANT[entry.name]
+    if "latents" in found and values["latents"]["precision"] is None:
+        found["latents"]["precision"] = _encoding_precision(values)
     return found
+
+
+def _encoding_precision(recipe: Mapping[str, Any]) -> str | None:
+    """Of the autoencoder in a training step, before it had one of its own: that of the step, but no autocast."""
+    if recipe["latents"]["codec"] != "vae" or recipe["data"]["kind"] == "latents":
+        return None
+    return "tf32" if recipe["train"]["precision"] == "tf32" else "fp32"

@@ -14,8 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv.config.earlier import by_section, left_out, meant
 from sit_atconv.config.schema import Recipe
-from sit_atconv.config.shipped import base_path, default_out, recipe_path
+from sit_atconv.config.shipped import base_path, default_out, recipe_path, set_names, set_path
 from sit_atconv.runtime import limits
+from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.errors import MOST, InputError, check_choice, said, told
 from sit_atconv.runtime.reading import check_literal, entries, read_yaml
 
@@ -34,16 +35,16 @@ UNREADABLE = (
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Schema] = Recipe) -> Schema:
-    """Read a recipe, lay `key=value` overrides over it, and validate. Raises InputError in one line.
+    """Read a recipe, lay overrides over it, and validate. Raises InputError in one line.
 
     path: of a file, or the name of a recipe that comes with the package. A run that no recipe places lies at
     `shipped.default_out`. A file may name another with `base:`, by its path relative to itself or by its name, whose
     keys it takes over and its own win against: a recipe's file, of which no message tells the content. Nothing is
     worked out: "${...}" is refused.
+    overrides: each is `key=value`, or the name of a set of keys that comes with the package; later ones win.
     """
+    overrides = [word for override in overrides for word in _words(override)]
     for override in overrides:
-        if "=" not in override:
-            raise InputError(f"override {override!r} is not of the form key=value")
         if "???" in override.partition("=")[2]:  # which would give way to whatever the file says
             raise InputError(f"override {override!r}: ??? stands for a value that is missing; state it")
     place = recipe_path(path)
@@ -57,6 +58,17 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
         if isinstance(run := keys.setdefault("run", {}), dict):
             run.setdefault("out", default_out(place, keys.get("model")))
     return make_recipe(keys, schema)
+
+
+def _words(override: str) -> list[str]:
+    """The override, or those that its set stands for."""
+    if "=" in override:
+        return [override]
+    path = set_path(override)
+    if path is None:
+        sets = ", ".join(set_names())
+        raise InputError(f"override {override!r} is not of the form key=value, and no set of keys, as {sets} is")
+    return [f"{key}={json.dumps(value)}" for key, value in flat(read_yaml(path)).items()]
 
 
 SIZES = ("depth", "hidden_size", "num_heads", "patch_size")

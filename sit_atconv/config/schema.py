@@ -31,6 +31,7 @@ CLIPPING = number(
 
 HUB = When("data.kind=hf", lambda data: data.kind == "hf")
 STREAMED = When("data.streaming=true", lambda data: data.kind == "hf" and data.streaming)
+VAE = When("latents.codec=vae", lambda latents: latents.codec == "vae")
 CACHED = When("data.kind=latents", lambda data: data.kind == "latents")
 LOGIT_NORMAL = When("flow.time_sampling=logit-normal", lambda flow: flow.time_sampling == "logit-normal")
 ONE_DECAY = When("ema.kind=constant or warmup", lambda ema: ema.kind != "power")
@@ -139,6 +140,11 @@ class Latents(Section):
     # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
     vae: str | None = field(default=None, metadata=MUTABLE | PATH)
     batch_size: int = ranged(16, limits.BATCH, **MUTABLE)  # images per pass through the VAE
+    # of the VAE where it encodes: tf32 concerns CUDA, bf16 is autocast. null: in training fp32 with
+    # train.precision=fp32, tf32 with any other; in `sit-atconv encode` fp32
+    precision: str | None = setting(
+        VAE, choices=("fp32", "tf32", "bf16"), mutable=lambda latents: latents["precision"] is None
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -388,6 +394,13 @@ class Recipe:
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
 
+    @property
+    def encoding_precision(self) -> str | None:
+        """Of the autoencoder in a training step: what `latents.precision` comes to; None where nothing is encoded."""
+        if self.latents.codec != "vae" or self.data.kind == "latents":
+            return None
+        return self.latents.precision or ("fp32" if self.train.precision == "fp32" else "tf32")
+
     def _check_distill(self) -> None:
         decided = ("sample_size", "in_channels", "num_classes")  # by data and codec, and checked against the teacher
         stated = {"name": self.model.name, **self.model.options()}
@@ -423,6 +436,9 @@ class Recipe:
             return
         if codec != "vae":
             raise InputError(f"latents.codec={codec}: data.kind=latents is what a vae made; state latents.codec=vae")
+        if (precision := self.latents.precision) is not None:
+            said = f"latents.precision={precision}: data.kind=latents is encoded already, and nothing is in training"
+            raise InputError(f"{said}; {idle('latents.precision')}")
         for name, every in (("preview", self.preview.every), ("score", self.score.every)):
             if every and vae is None:
                 raise InputError(

@@ -1,4 +1,5 @@
-"""The recipes that come with the package, by name, and where a run lies that no recipe places."""
+"""The recipes that come with the package, and the sets of keys for any of them, by name; and where a run lies that no
+recipe places."""
 
 import os
 import re
@@ -8,6 +9,7 @@ from typing import Any
 from sit_atconv.runtime.errors import InputError, check_choice
 
 FOLDER = Path(__file__).with_name("recipes")
+SETS = Path(__file__).with_name("sets")
 
 
 def recipe_names() -> list[str]:
@@ -15,13 +17,23 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
 
 
+def set_names() -> list[str]:
+    """The names of the sets of keys that can be laid over a recipe."""
+    return sorted(path.stem for path in SETS.glob("*.yaml"))
+
+
+def set_path(name: str) -> Path | None:
+    """The file of a set; None for a name that is none."""
+    return SETS / f"{name}.yaml" if name in set_names() else None
+
+
 def recipe_text(name: str) -> str:
-    """A recipe's file as it is, with its comments. Raises InputError for a name that is none."""
-    return _file(name).read_text()
+    """The file of a recipe, or of a set, as it is, with its comments. Raises InputError for a name that is none."""
+    return (set_path(name) or _file(name)).read_text()
 
 
 def about(name: str) -> str:
-    """What a recipe is, in one line: the first comment of its file."""
+    """What a recipe or a set is, in one line: the first comment of its file."""
     return recipe_text(name).partition("\n")[0].removeprefix("# ")
 
 
@@ -43,6 +55,8 @@ def base_path(base: str, path: Path) -> Path | None:
 
 
 def _file(name: str) -> Path:
+    if set_path(name):
+        raise InputError(f"recipe={name!r} is a set of keys, which is laid over a recipe: name that before it")
     try:
         check_choice("recipe", name, recipe_names())
     except InputError as error:

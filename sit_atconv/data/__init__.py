@@ -1,4 +1,4 @@
-"""Images and labels. A dataset gives item `(index, flip)` as an image (C, H, W) in [-1, 1] and a label.
+"""Images and labels. A dataset gives item `(index, flip)` as an image (C, H, W) and a label.
 
 What needs torch loads when it is used: files of images are read without it.
 """

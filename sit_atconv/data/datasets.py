@@ -21,6 +21,8 @@ DATASETS: dict[str, Callable[[Data], Dataset]] = {**IMAGES, "latents": _latents}
 def open_dataset(data: Data) -> Dataset:
     """The training images that a recipe names.
 
+    An item (index, flip) is an image (C, H, W) and its label. The image is uint8, which `images.in_range` takes to
+    [-1, 1]: a quarter of the bytes on the way to the device. Digits, whose 17 levels are no bytes, are fp32 in [-1, 1].
     A dataset has `channels`, `image_size`, `class_names`, `labels` (int64, of every image), `len`, and `moments`:
     whether it gives an autoencoder's moments in place of images. An item raises Unreadable where its image cannot be
     read, InputError where the dataset is gone. One with `in_order` takes positions for indices, has no labels, and

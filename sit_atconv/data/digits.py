@@ -11,7 +11,7 @@ from sit_atconv.data.images import with_channels
 class Digits(Dataset):
     """The 1,797 handwritten digits of scikit-learn, 8 x 8, 17 grey levels: a fixed stratified 80/20 split.
 
-    split: "train" (1,437 images) or "test" (360). channels: 1 (None too), or 3 of the same.
+    split: "train" (1,437 images) or "test" (360). channels: 1 (None too), or 3 of the same. Items are fp32 in [-1, 1].
     """
 
     image_size = 8

@@ -5,6 +5,7 @@ import lzma
 import os
 import reprlib
 import tarfile
+import weakref
 import zipfile
 import zlib
 from collections import deque
@@ -272,13 +273,12 @@ class HubStream(EncodedImages):
         super().__init__(data.image_size, names, Reader.of(data))
         self.buffer, self._keys = data.shuffle_buffer, (data.image_key, data.label_key or None)
         self._table, self._num_images, self._root, self._files = table, num_images, data.root, _Files.of(data.root)
-        # By process: one from before a fork has lost its threads. It is kept, for closing it would wait for them.
-        self._walks: dict[int, _Walk] = {}
+        self._walk: _Walk | None = None
 
     def shuffled(self, seed: int) -> "HubStream":
         """The same images in the order of this seed."""
         other = copy(self)
-        other.seed, other._walks = seed, {}
+        other.seed, other._walk = seed, None
         return other
 
     def __len__(self) -> int:
@@ -302,10 +302,11 @@ class HubStream(EncodedImages):
 
     def _row(self, position: int) -> tuple[Any, Any]:
         """Image and label, undecoded. Raises InputError where the stream ends early or breaks."""
-        epoch, process = position // len(self), os.getpid()
-        walk = self._walks.get(process)
-        if walk is None or position < walk.next - len(walk.recent) or epoch > walk.next // len(self):
-            walk = self._walks[process] = _Walk(self._rows(epoch), epoch * len(self))
+        epoch, walk = position // len(self), self._walk
+        lost = walk is None or walk.process != os.getpid()
+        if lost or position < walk.next - len(walk.recent) or epoch > walk.next // len(self):
+            walk = self._walk = _Walk(self._rows(epoch), epoch * len(self))
+            _WALKS.add(walk)
         while walk.next <= position:
             walk.recent.append(next(walk.rows))
             walk.next += 1
@@ -335,13 +336,29 @@ class HubStream(EncodedImages):
                 yield image, label
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_walks": {}}
+        return self.__dict__ | {"_walk": None}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Walk:
-    """rows: what is yet to come, from position `next` on. recent: those of the positions just before it."""
+    """rows: what is yet to come, from position `next` on. recent: those of the positions just before it. process: that
+    can go on with it; one that is forked off lacks its threads."""
 
     rows: Iterator[tuple[Any, Any]]
     next: int
     recent: deque[tuple[Any, Any]] = field(default_factory=lambda: deque(maxlen=MAX_ATTEMPTS + 1))
+    process: int = field(default_factory=os.getpid)
+
+
+_WALKS: weakref.WeakSet[_Walk] = weakref.WeakSet()  # all that there are
+_OF_PARENT: list[_Walk] = []
+
+
+def _keep_those_of_the_parent() -> None:
+    """In a process just forked off: a walk that ends waits for its threads, which are not here, be it that Python frees
+    one that nobody refers to any more. So none ends."""
+    _OF_PARENT.extend(_WALKS)
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_keep_those_of_the_parent)

@@ -1,5 +1,5 @@
-"""From an image file to pixels, and to the tensor that a codec takes: ADM's centre crop, [-1, 1]. What all kinds of
-datasets share. Torch loads with the first tensor, not before."""
+"""From an image file to pixels, and to the tensor that a codec takes: ADM's centre crop, grey levels, and what they are
+in [-1, 1]. What all kinds of datasets share. Torch loads with the first tensor, not before."""
 
 from __future__ import annotations
 
@@ -238,22 +238,35 @@ def of_extra(package: str, kind: str) -> ModuleType:
 
 
 def to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
-    """A grey or RGB image -> (C, H, W) in [-1, 1], mirrored where `flip`."""
+    """A grey or RGB image -> its levels, uint8 (C, H, W), mirrored where `flip`."""
     import torch
 
     pixels = np.array(image)
-    tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
+    tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
     return tensor.flip(2) if flip else tensor
 
 
+def in_range(images: torch.Tensor) -> torch.Tensor:
+    """Levels, uint8 of any shape -> level / 127.5 - 1, fp32 in [-1, 1], where they are; other images as they are.
+
+    Every device gives the same bits. The divisor is a tensor, since CUDA multiplies by the reciprocal of a number.
+    """
+    import torch
+
+    if images.dtype != torch.uint8:
+        return images
+    levels = images.float()
+    return levels.div_(levels.new_full((), 127.5)).sub_(1)
+
+
 def decode(encoded: bytes, size: int, flip: bool, name: str, reader: Reader | None = None) -> torch.Tensor:
-    """An image file's bytes -> (C, size, size) in [-1, 1], by default in RGB. Raises Unreadable, which says `name`."""
+    """An image file's bytes -> levels (C, size, size), by default of RGB. Raises Unreadable, which says `name`."""
     return to_tensor((reader or Reader())(encoded, name, size), flip)
 
 
 class Images:
     """Images by index, each of a class: a dataset of torch's, which asks for `len` and items alone. Items
-    (index, flip) -> (image (C, size, size) in [-1, 1], label).
+    (index, flip) -> (image (C, size, size), label): levels, uint8, see `in_range`.
 
     labels: the class of every image, int64 (N,), but of a stream, which has neither these nor an index. A subclass
     gives the images.

@@ -165,7 +165,10 @@ class LatentCache(Dataset):
         return torch.from_numpy(rows), torch.from_numpy(self.labels[indices])
 
     def pixels(self, index: int, flip: bool) -> torch.Tensor:
-        """The image (C, H, W) in [-1, 1] that the moments are of. Raises InputError when the images are not there."""
+        """The image (C, H, W), as its dataset gives it, that the moments are of.
+
+        Raises InputError when the images are not there.
+        """
         if self._images is None:
             self._images = self.images()
         return self._images[index, flip][0]

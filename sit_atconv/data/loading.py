@@ -1,4 +1,4 @@
-"""From samples to the batches of one process, through loader processes where asked for, and what goes wrong there."""
+"""From samples to the batches of one process, through loader processes or a thread, and what goes wrong there."""
 
 import math
 import multiprocessing.connection
@@ -7,7 +7,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +19,9 @@ from sit_atconv.config import Loading
 from sit_atconv.data.samples import Batch
 from sit_atconv.runtime.compat.torch import consider_ended, ignore_deaths, loader_processes
 from sit_atconv.runtime.errors import InputError, told
+
+Fetched = tuple[Any, dict[int, str]]  # what `Samples.fetch` gives
+Fetch = Callable[[list[int]], Fetched]
 
 POLL_SECONDS = 1.0  # between two looks at whether the loader processes are alive, while none gives a batch
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -28,18 +34,23 @@ class TrainingBatches:
 
     samples: gives by `__getitems__` what `Samples.fetch` does. positions: of every batch, such as `RankPositions`.
     data: says how many loader processes there are, and after how many seconds without a batch they count as hung.
+    for_cuda: batches come in pinned memory. Without loader processes a thread then makes those of the next step while
+    this one is computed, if the samples say that they can be made `in_thread`. Beside a CPU it would take its cores.
     `next` raises the InputError of a dataset that is gone, and of a loader process that died or hangs. Nothing is
     raised anywhere else: torch's way of raising from a signal handler, in whatever the process is doing, is off.
     The loader processes leave signals to this one: a terminal and a scheduler send them to all. They end by SIGKILL
     with this object, at the latest with this process.
     """
 
-    def __init__(self, samples: Dataset, positions: Iterable, data: Loading, pin_memory: bool = False):
+    def __init__(self, samples: Dataset, positions: Iterable, data: Loading, for_cuda: bool = False):
         self.timeout, self._bad, self._iterator, self._watchdog = data.worker_timeout, {}, None, None
+        accumulation = getattr(positions, "accumulation", 1)
+        if for_cuda and not data.workers and getattr(samples, "in_thread", False):
+            self._loader = _Ahead(samples.__getitems__, positions, accumulation)
+            return
         options = {}
         if data.workers:
             # Enough for two batches of every loader process, and for the micro-batches of two steps.
-            accumulation = getattr(positions, "accumulation", 1)
             options = {
                 "prefetch_factor": max(2, math.ceil(2 * accumulation / data.workers)),
                 "timeout": min(POLL_SECONDS, self.timeout),
@@ -50,7 +61,7 @@ class TrainingBatches:
             batch_sampler=positions,
             num_workers=data.workers,
             collate_fn=_as_it_is,
-            pin_memory=pin_memory,
+            pin_memory=for_cuda,
             generator=torch.Generator(),  # torch would take a seed from the global one, which is not its to move
             **options,
         )
@@ -123,6 +134,41 @@ class TrainingBatches:
         if not slow:
             raise error
         return None
+
+
+class _Ahead:
+    """What `fetch` gives for the positions, one after the other, in pinned memory; an iterator.
+
+    A thread calls `fetch`, and is `ahead` calls ahead: what it raises is raised in the place of what it would give. It
+    ends with this object, or with the process, once it has done what it was asked for.
+    """
+
+    def __init__(self, fetch: Fetch, positions: Iterable[list[int]], ahead: int):
+        self._fetch, self._positions, self._ahead = fetch, positions, ahead
+        self._awaited: deque[Future] = deque()
+
+    def __iter__(self) -> "_Ahead":
+        self._left, self._thread = iter(self._positions), ThreadPoolExecutor(1, "the next batches")
+        self._device = torch.cuda.current_device()
+        return self
+
+    def __next__(self) -> Fetched:
+        while len(self._awaited) <= self._ahead and (positions := next(self._left, None)) is not None:
+            self._awaited.append(self._thread.submit(_fetch_pinned, self._fetch, positions, self._device))
+        if not self._awaited:
+            self._thread.shutdown(wait=False)
+            raise StopIteration
+        return self._awaited.popleft().result()
+
+
+def _fetch_pinned(fetch: Fetch, positions: list[int], device: int) -> Fetched:
+    torch.cuda.set_device(device)  # a thread begins on the first one, and pinned memory is the current one's
+    batch, bad = fetch(positions)
+    if isinstance(batch, dict):
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    elif isinstance(batch, list):
+        batch = [value.pin_memory() for value in batch]
+    return batch, bad
 
 
 class _Watchdog(threading.Thread):

@@ -26,7 +26,11 @@ class Samples(Dataset):
     order: which image stands at a position, see data.order. A subclass makes the batch, of what its `_item` reads.
     In the place of an image that cannot be read comes another one, with its own label: the first that can be read
     among MAX_ATTEMPTS that are drawn for this sample; of a stream, among those that follow.
+    in_thread: whether a thread may make batches beside what the process does: they set and draw nothing that belongs
+    to the process, such as its generators.
     """
+
+    in_thread = False
 
     def __init__(self, dataset: Dataset, order: Shuffled | Balanced | InOrder, batch_size: int, seed: int):
         self.dataset, self.order, self.batch_size, self.seed = dataset, order, batch_size, seed
@@ -89,9 +93,11 @@ class TrainingSamples(Samples):
     drop: share of labels replaced by that of the null class, which comes after the dataset's.
     posterior: whether the codec draws from a posterior and wants noise for it.
     with_image: the image is needed besides the moments that a dataset gives in its place.
-    Items: image (C, H, W), label, t, noise, if wanted posterior (both of the latent's shape), and pixels (C, H, W)
-    where the image is something else.
+    Items: image (C, H, W) as the dataset gives it, label, t, noise, if wanted posterior (both of the latent's shape),
+    and pixels (C, H, W) where the image is something else.
     """
+
+    in_thread = True
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""Codecs between images in [-1, 1] and latents; the only owner of a latent's scale and shift."""
+"""Codecs between images and latents; the only owner of a latent's scale and shift.
+
+Images to encode are levels, uint8, or in [-1, 1], see `sit_atconv.data.images.in_range`; decoded ones are in [-1, 1].
+"""
 
 import hashlib
 from contextlib import nullcontext
@@ -11,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sit_atconv.config import Latents
+from sit_atconv.data.images import in_range
 from sit_atconv.data.latent_cache import LatentCache
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError, option, told
@@ -39,7 +43,7 @@ def draw_latents(moments: torch.Tensor, posterior: torch.Tensor, scale: float, s
 
 
 class IdentityCodec(nn.Module):
-    """Pixels are the latents."""
+    """Pixels in [-1, 1] are the latents."""
 
     draws_posterior = False
 
@@ -48,8 +52,8 @@ class IdentityCodec(nn.Module):
         return channels, image_size, image_size
 
     def encode(self, images: torch.Tensor, posterior: torch.Tensor | None = None) -> torch.Tensor:
-        """images (B, C, H, W), as they are; there is no posterior to draw from."""
-        return images
+        """images (B, C, H, W), levels or in [-1, 1] -> those in [-1, 1]; there is no posterior to draw from."""
+        return in_range(images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (B, C, H, W), as they are."""
@@ -115,15 +119,19 @@ class VaeCodec(nn.Module):
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w): mean, and log-variance in [-30, 20], as diffusers clamps it.
+        """images (B, 3, H, W), levels or in [-1, 1] -> (B, 2C, h, w): mean, and log-variance in [-30, 20], as diffusers
+        clamps it.
 
         Both without scale and shift. Within that range fp16 keeps the deviation to 0.4%, and has no infinity to meet.
         """
-        parts = [self.vae.encode(part).latent_dist for part in images.split(self.batch_size)]
+        parts = [self.vae.encode(in_range(part)).latent_dist for part in images.split(self.batch_size)]
         return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts])
 
     def encode(self, images: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) in [-1, 1], posterior: standard normal (B, C, h, w) -> latents (B, C, h, w)."""
+        """images (B, 3, H, W), levels or in [-1, 1] -> latents (B, C, h, w), fp32.
+
+        posterior: standard normal (B, C, h, w).
+        """
         return draw_latents(self.moments(images), posterior, self.scale, self.shift)
 
     @torch.no_grad()

@@ -28,12 +28,12 @@ from sit_atconv.runtime import limits, processes
 from sit_atconv.runtime.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.runtime.comparison import compared
 from sit_atconv.runtime.console import Progress
-from sit_atconv.runtime.devices import numerics
+from sit_atconv.runtime.devices import check_bf16, computing, numerics
 from sit_atconv.runtime.errors import InputError, check_choice, option, told
 from sit_atconv.runtime.files import library_versions, resolved, sha256, whole, write_atomic
 from sit_atconv.runtime.reading import read_tensors
 
-EARLIER = {f"data.{key}": MEANT[key] for key in IMAGE_KEYS if key in MEANT}
+EARLIER = {f"data.{key}": MEANT[key] for key in IMAGE_KEYS if key in MEANT} | {"precision": "fp32"}
 # Of the settings: where autoencoder and images lay and what it ran on may be otherwise when a cache is gone on with.
 NOT_COMPARED = ("codec.vae", "data.root", "versions")
 WHOLE = (
@@ -66,6 +66,8 @@ def encode(
     check_place(out, "latents", force=force)  # before anything is loaded
     with processes.lost_ones_told():
         device = processes.join().device
+    if recipe.latents.precision == "bf16":
+        check_bf16("latents.precision=bf16", device)
     dataset = open_dataset(recipe.data)
     codec = open_codec(recipe.latents)
 
@@ -96,6 +98,7 @@ def describe(recipe: Recipe, dataset: Dataset, codec: VaeCodec, dtype: str, shar
         "channels": dataset.channels,
         "latent_shape": list(codec.latent_shape(dataset.channels, dataset.image_size)),
         "dtype": dtype,
+        "precision": recipe.latents.precision or "fp32",
         "flips": [False, True],
         "class_names": list(dataset.class_names),
         "num_images": len(dataset),
@@ -150,6 +153,8 @@ def seal(name: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 class _Images(Dataset):
     """Batches of images with their labels, as TrainingBatches takes them: nothing is passed over."""
 
+    in_thread = True
+
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
@@ -177,7 +182,8 @@ def _make_shards(recipe, dataset, codec: VaeCodec, device: torch.device, setting
                 with told("", Unreadable, remedy=WHOLE, every_rank=True):
                     images, labels[rows] = next(batches)
                 images = images.to(device, non_blocking=True)
-                both = [codec.moments(images), codec.moments(images.flip(3))]  # each a pass of its own
+                with computing(settings.get("precision", EARLIER["precision"]), device):
+                    both = [codec.moments(images), codec.moments(images.flip(3))]  # each a pass of its own
                 moments[rows] = torch.stack(both, dim=1).cpu()
                 if not moments[rows].isfinite().all():
                     raise InputError(

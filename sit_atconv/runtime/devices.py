@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from sit_atconv.runtime.errors import option, told
+from sit_atconv.runtime.errors import InputError, option, told
 
-# Of torch's newer switches, those that operations ask: a network may enter any of them.
-FP32_SWITCHES = (
-    torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn,
-)  # fmt: skip
+# Of torch's newer switches (`fp32_precision`), those that operations ask: a network may enter any of them.
+CUDA_SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+CPU_SWITCHES = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn
+FP32_SWITCHES = CUDA_SWITCHES + CPU_SWITCHES
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -71,11 +70,35 @@ def _unless_contradicted(read: Callable[[], Any], default: Any) -> Any:
 
 @contextmanager
 def numerics(tf32: bool = False, deterministic: bool = False) -> Iterator[None]:
-    """TF32 is on or off within, in matrix products and convolutions; off, fp32 means fp32.
+    """TF32 is on or off within, in matrix products and convolutions on CUDA; else fp32 means fp32, whatever was set.
 
     deterministic: of two convolutions that differ in rounding, cuDNN always takes the same. Also a decorator.
+    The newer switches decide. The older ones (`allow_tf32`, `float32_matmul_precision`) say the same: torch raises
+    where code asks one that contradicts the newer, and torch's own compiler asks them.
     """
     with switches_kept():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        for switch in CUDA_SWITCHES:
+            switch.fp32_precision = "tf32" if tf32 else "ieee"
+        for switch in CPU_SWITCHES:
+            switch.fp32_precision = "ieee"
         torch.backends.cudnn.deterministic |= deterministic
         yield
+
+
+@contextmanager
+def computing(precision: str | None, device: torch.device) -> Iterator[None]:
+    """Within, networks of fp32 weights compute in "fp32", "tf32" (on CUDA, else fp32) or "bf16" (autocast), whatever is
+    around; None: in what is around."""
+    if precision is None:
+        yield
+        return
+    with numerics(tf32=precision == "tf32"), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        yield
+
+
+def check_bf16(key: str, device: torch.device) -> None:
+    """Raise InputError where a GPU has no bf16. key: what asks for it, "train.precision=bf16"."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"{key}: {name} has no bf16; use fp32 or tf32")

@@ -10,6 +10,7 @@ from sit_atconv.config import make_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
+from sit_atconv.data.images import in_range
 from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL, SAMPLERS
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             items = [dataset[index, False] for index in indices]
             shape, labels = items[0][0].shape, torch.tensor([label for _, label in items], device=device)
             spread = [draws.uniforms(shape, args.seed, Stream.DEQUANTIZE, index) - 0.5 for index in indices]
-            images = torch.stack([image for image, _ in items]) + level * torch.stack(spread)
+            images = in_range(torch.stack([image for image, _ in items])) + level * torch.stack(spread)
             probes = [
                 torch.stack([draws.signs(shape, args.seed, Stream.PROBE, index, probe) for index in indices])
                 for probe in range(args.probes)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.runtime.devices import FP32_SWITCHES, resolve_device, switches_kept
+from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, option, ran_out, said, told
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.hooks import recorded
@@ -133,12 +133,8 @@ class Extractor:
 
 @contextmanager
 def _true_fp32(device: torch.device) -> Iterator[None]:
-    cudnn = torch.backends.cudnn
-    with switches_kept(), torch.autocast(device.type, enabled=False):
-        torch.set_float32_matmul_precision("highest")
-        cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic = False, True, False, True
-        for switch in FP32_SWITCHES:
-            switch.fp32_precision = "ieee"
+    with numerics(deterministic=True), torch.autocast(device.type, enabled=False):
+        torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark = True, False
         yield
 
 

@@ -302,9 +302,8 @@ class _Recipe(Source):
     def _read(self, start: int, stop: int) -> np.ndarray:
         import torch
 
-        # uint8 at once: a batch of floats has four times the bytes.
-        images = self._threads.map(lambda index: to_uint8(self._dataset[index, False][0]), range(start, stop))
-        images = torch.stack([*images])
+        images = torch.stack([*self._threads.map(lambda index: self._dataset[index, False][0], range(start, stop))])
+        images = images if images.dtype == torch.uint8 else to_uint8(images)  # of digits
         if (reader := getattr(self._dataset, "reader", None)) is not None:  # else there are no files
             self._note(reader)
         return images.permute(0, 2, 3, 1).contiguous().numpy()

@@ -8,7 +8,7 @@ from sit_atconv import config
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.latents.codecs import open_codec
-from sit_atconv.runtime.devices import numerics
+from sit_atconv.runtime.devices import check_bf16, numerics
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.processes import is_main, lost_ones_told
 from sit_atconv.runtime.signals import StopSignals
@@ -43,6 +43,8 @@ def train(
     with lost_ones_told(), StopSignals() as signals, precise:
         check_place(recipe.run.out, force)  # in all processes, before the first of them can have made it
         accelerator = make_accelerator(recipe)
+        if recipe.encoding_precision == "bf16":
+            check_bf16("latents.precision=bf16", accelerator.device)
         dataset = open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)
         facts = measured_facts(dataset, codec)

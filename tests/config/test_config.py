@@ -167,6 +167,17 @@ def test_overrides_are_typed_and_win(recipe_file):
             "latents.vae=null: a vae codec takes a vae; name it, or train on pixels",
         ),
         ({"latents": {"vae": "x"}}, "latents.vae=x: pixels take no vae; state latents.vae=null"),
+        ({"latents": {"precision": "bf16"}}, "latents.precision=bf16 goes with latents.codec=vae; leave it out, or"),
+        ({"latents": {"codec": "vae", "vae": "x", "precision": "fp16"}}, "latents.precision='fp16'"),
+        (
+            {
+                "latents": {"codec": "vae", "precision": "tf32"},
+                "data": {"kind": "latents", "root": "x"},
+                "preview": {"every": 0},
+            },
+            "latents.precision=tf32: data.kind=latents is encoded already, and nothing is in training; leave it out, "
+            "or state latents.precision=null",
+        ),
     ],
 )
 def test_wrong_recipes_are_refused_in_one_line(stated, says):
@@ -400,8 +411,9 @@ def test_every_key_is_listed_once_and_marked_where_it_may_change(schema):
     lines = {line.partition("=")[0]: line for line in keys_text(schema).splitlines() if line and line[0] != "#"}
     assert [*lines] == keys
     assert len(keys) == len([line for line in keys_text(schema).splitlines() if line and line[0] != "#"])
-    if schema is config.Recipe:  # of any schedule but the constant one, where train.max_steps may change too
-        recipe = to_dict(make_recipe(MINIMAL | {"train": {"lr_schedule": "linear"}}))
+    if schema is config.Recipe:  # where train.max_steps and latents.precision may not change
+        own = {"train": {"lr_schedule": "linear"}, "latents": {"codec": "vae", "vae": "x", "precision": "fp32"}}
+        recipe = to_dict(make_recipe(MINIMAL | own))
         assert {key for key in keys if "(*)" in lines[key].partition("#")[0]} == mutable_keys(recipe)
 
 

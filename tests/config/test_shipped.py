@@ -2,8 +2,9 @@
 
 import pytest
 
-from sit_atconv.config import load_recipe, to_dict
-from sit_atconv.config.shipped import FOLDER, about, recipe_names, recipe_path, recipe_text
+from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.config import Recipe, load_recipe, to_dict
+from sit_atconv.config.shipped import FOLDER, SETS, about, recipe_names, recipe_path, recipe_text, set_names
 from sit_atconv.runtime.errors import InputError
 
 STATED = {"digits_distill": ["distill.teacher=x"]}
@@ -18,9 +19,10 @@ def test_a_printed_recipe_is_one_wherever_it_is_saved(tmp_path, name):
 
 
 def test_every_recipe_says_what_it_is_in_its_first_line():
-    for path in FOLDER.glob("*.yaml"):
+    for path in (*FOLDER.glob("*.yaml"), *SETS.glob("*.yaml")):
         assert path.read_text().startswith("# ")
-    assert all(about(name).strip(" .") for name in recipe_names())
+    assert all(about(name).strip(" .") for name in (*recipe_names(), *set_names()))
+    assert not {*recipe_names()} & {*set_names()}
     assert not any(name.startswith("_") for name in recipe_names())
 
 
@@ -60,3 +62,29 @@ def test_a_recipe_of_ones_own_names_its_run_and_its_base(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: imagenet_256\n")
     with pytest.raises(InputError, match="base='imagenet_256': give a recipe's name, or the path of its file"):
         load_recipe(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_fast_set_goes_over_every_recipe(name):
+    schema, stated = ClassifierRecipe if "attnet" in name else Recipe, STATED.get(name, [])
+    if stated:
+        with pytest.raises(InputError, match=r"train\.compile with distill\.teacher: .* or state train.compile=false"):
+            load_recipe(name, [*stated, "fast"])
+        stated = [*stated, "train.compile=false"]
+    plain, fast = (load_recipe(name, [*over, *stated], schema) for over in ([], ["fast"]))
+    assert (fast.train.precision, fast.train.compile) == ("bf16", not stated)
+    fast.train.precision, fast.train.compile = plain.train.precision, plain.train.compile
+    assert to_dict(fast) == to_dict(plain)
+
+
+def test_of_sets_and_keys_the_later_one_wins():
+    for over, found in (
+        (["fast"], ("bf16", True)), (["train.precision=fp32", "fast"], ("bf16", True)),
+        (["fast", "train.precision=fp32"], ("fp32", True)), ([], ("tf32", False)),
+    ):  # fmt: skip
+        train = load_recipe("imagenet256", over).train
+        assert (train.precision, train.compile) == found
+    with pytest.raises(InputError, match="override 'fsat' is not of the form key=value, and no set of keys, as fast"):
+        load_recipe("imagenet256", ["fsat"])
+    with pytest.raises(InputError, match="recipe='fast' is a set of keys, which is laid over a recipe"):
+        load_recipe("fast")

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets.folder import IMG_EXTENSIONS as OF_TORCHVISION
 
 from sit_atconv.data.digits import Digits
-from sit_atconv.data.images import IMG_EXTENSIONS, Packed, Reader, Unreadable, center_crop, is_image
+from sit_atconv.data.images import IMG_EXTENSIONS, Packed, Reader, Unreadable, center_crop, in_range, is_image
 from sit_atconv.runtime.pictures import NotFinite, to_uint8
 
 
@@ -63,13 +63,26 @@ def test_center_crop_gives_the_size_asked_for(size):
     assert center_crop(Image.new("RGB", size), 16).size == (16, 16)
 
 
-def test_decode_scales_to_one_and_flips_left_to_right():
+def test_decode_gives_the_levels_and_flips_left_to_right():
     array = np.zeros((16, 16, 3), np.uint8)
     array[:, 3], array[5, :, 2] = (100, 50, 7), 255
     image = decode(encoded(array), 16, False, "x")
     assert image.shape == (3, 16, 16)
-    torch.testing.assert_close(image, torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1)
+    assert torch.equal(image, torch.from_numpy(array).permute(2, 0, 1))
     assert torch.equal(decode(encoded(array), 16, True, "x"), image.flip(2))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_levels_come_into_range_to_the_same_bit_on_every_device(device):
+    levels = np.arange(256, dtype=np.uint8)
+    expected = levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert (levels.astype(np.float32) * (np.float32(1) / np.float32(127.5)) - 1 != expected).any()  # as by a reciprocal
+    found = in_range(torch.from_numpy(levels).to(device))
+    assert found.dtype == torch.float32
+    assert found.cpu().numpy().tobytes() == expected.tobytes()
+    assert to_uint8(found).tolist() == levels.tolist()
+    for other in (found, found.half()):  # digits, and moments of a cache
+        assert in_range(other) is other
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
@@ -130,7 +143,7 @@ def test_packed_strings_are_the_strings():
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_sixteen_bits_of_grey_keep_their_range(format):
     array = np.arange(0, 65536, 1024, np.uint16).repeat(64).reshape(64, 64)
-    pixels = (decode(encoded(array, format), 64, False, "x") + 1) * 127.5
+    pixels = decode(encoded(array, format), 64, False, "x").float()
     expected = torch.from_numpy(np.rint(array / 257)).float()
     assert pixels.shape == (3, 64, 64)
     assert all(torch.equal(channel.round(), expected) for channel in pixels)
@@ -143,7 +156,7 @@ def test_sixteen_bits_of_grey_in_rarer_forms(form):
     if form != "PGM":
         file = io.BytesIO()
         Image.frombytes("I;16B", (16, 16), array.tobytes()).save(file, "TIFF")
-    pixels = (decode(file.getvalue(), 16, False, "x") + 1) * 127.5
+    pixels = decode(file.getvalue(), 16, False, "x").float()
     assert pixels.round().eq(156).all()  # 40,000 / 257 = 155.6
 
 
@@ -155,7 +168,7 @@ def test_a_palette_whose_transparency_is_left_out_gives_its_colors_and_no_warnin
         file = io.BytesIO()
         image.save(file, "PNG", transparency=transparency)
         reader = Reader(background=None)
-        pixels = (decode(file.getvalue(), 8, False, "x", reader) + 1) * 127.5
+        pixels = decode(file.getvalue(), 8, False, "x", reader).float()
         assert torch.equal(pixels[:, 4, 4].round(), torch.tensor([200.0, 100.0, 50.0]))
         assert not reader.transparent
 
@@ -175,7 +188,7 @@ def test_every_mode_becomes_three_channels_whose_transparency_is_left_out(mode):
         image.putalpha(7)
     file = io.BytesIO()
     image.save(file, "TIFF" if mode == "CMYK" else "PNG")
-    pixels = (decode(file.getvalue(), 8, False, "x", Reader(background=None))[:, 4, 4] + 1) * 127.5
+    pixels = decode(file.getvalue(), 8, False, "x", Reader(background=None))[:, 4, 4].float()
     expected = (255, 255, 255) if mode == "1" else color
     assert (pixels - torch.tensor(expected)).abs().max() <= 2
 

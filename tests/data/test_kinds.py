@@ -1,10 +1,12 @@
 """Every kind of dataset: the same images are the same tensors, and what is wrong with one is named."""
 
+import gc
 import importlib.util
 import os
 import pickle
 import shutil
 import struct
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -555,18 +557,35 @@ def test_a_stream_is_what_shuffle_and_set_epoch_give(folder, tmp_path, form):
         assert label == expected[position][1]
 
 
-def test_every_process_walks_a_stream_itself(folder, tmp_path):
-    dataset = open_dataset(stream(as_parquet(hub_table(folder), tmp_path / "p", files=3), num_images=9))
+def test_every_process_walks_a_stream_itself_and_ends_no_walk_of_its_parent(folder, tmp_path):
+    """To end a walk waits for its threads, in a child for ever: also where Python frees what the parent let go."""
+    dataset = open_dataset(stream(as_parquet(hub_table(folder), tmp_path / "p"), num_images=9))
     expected = [dataset[position, False][1] for position in range(5)]
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            status = int([dataset[position, False][1] for position in range(5)] != expected or len(dataset._walks) != 2)
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
-    assert len(dataset._walks) == 1
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        dropped = dataset.shuffled(1)
+        dropped.itself = dropped  # as a walk and its dataset refer to each other
+        dropped[0, False]
+        walks = [weakref.ref(each._walk) for each in (dataset, dropped)]
+        del dropped
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                gc.collect()
+                again = [dataset[position, False][1] for position in range(5)]
+                kept = [walk() is not None for walk in walks]
+                status = int((again, kept) != (expected, [True, True]) or dataset._walk is walks[0]())
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        gc.collect()
+        assert dataset._walk is walks[0]()
+        assert walks[1]() is None  # here it has ended
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def test_a_stream_must_know_its_images_and_classes(folder, tmp_path):

@@ -1,5 +1,7 @@
 """Loader processes: they change nothing, they report what is bad, and their death or sleep is one line."""
 
+import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -8,6 +10,8 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +19,9 @@ import pytest
 import torch
 from PIL import Image
 from sampled import sampled
+from torch.utils.data import DataLoader
 
+from sit_atconv.classification.samples import ClassifierSamples
 from sit_atconv.config import Data
 from sit_atconv.data import loading
 from sit_atconv.data.digits import Digits
@@ -26,11 +32,13 @@ from sit_atconv.data.samples import RankPositions
 from sit_atconv.runtime.errors import InputError
 
 
-def batches(dataset, workers: int, steps: int = 6, timeout: float = 60.0, start: int = 0, **options) -> TrainingBatches:
+def batches(
+    dataset, workers: int, steps: int = 6, timeout: float = 60.0, start: int = 0, for_cuda: bool = False, **options
+) -> TrainingBatches:
     shape = (dataset.channels, dataset.image_size, dataset.image_size)
     positions = RankPositions(start, start + steps, 6, accumulation=options.pop("accumulation", 1))
     samples = sampled(dataset, shape, 6, seed=3, **options)
-    return TrainingBatches(samples, positions, Data(workers=workers, worker_timeout=timeout))
+    return TrainingBatches(samples, positions, Data(workers=workers, worker_timeout=timeout), for_cuda)
 
 
 def assert_equal(a: list[dict], b: list[dict]) -> None:
@@ -66,6 +74,147 @@ def test_loader_processes_change_nothing(folder, sampling, workers):
     assert set(bad) == {1, 6}
     assert "cat/1.png" in bad[1]
     assert plain.pop_bad() == loaded.pop_bad() == {}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA device, number 1, as far as a thread that makes batches asks for one. devices: by thread; pinned: where
+    pinned tensors lie."""
+    pretended = SimpleNamespace(devices={}, pinned=set())
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert pretended.devices[threading.get_ident()] == 1
+        copy = tensor.clone()
+        pretended.pinned.add(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr(
+        "torch.cuda.set_device", lambda number: pretended.devices.update({threading.get_ident(): number})
+    )
+    monkeypatch.setattr("torch.Tensor.pin_memory", pin)
+    return pretended
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_thread_makes_the_same_batches_in_pinned_memory(folder, cuda, accumulation):
+    options = {"sampling": "balanced", "flip": True, "drop": 0.2, "accumulation": accumulation}
+    plain, ahead = batches(folder, 0, **options), batches(folder, 0, for_cuda=True, **options)
+    for wanted, found in itertools.zip_longest(plain, ahead):
+        assert_equal([wanted], [found])
+        assert {value.data_ptr() for value in found.values()} <= cuda.pinned
+        assert plain.pop_bad() == ahead.pop_bad()  # with the batch that met it, not with the one that is made beside
+    assert threading.get_ident() not in cuda.devices
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_of_batches_is_made_while_the_one_before_is_computed(cuda, accumulation):
+    asked, loaded = [], batches(Digits(), 0, for_cuda=True, accumulation=accumulation)
+    fetch, made = loaded._loader._fetch, threading.Semaphore(0)
+
+    def counted(positions):
+        asked.append(positions[0])
+        fetched = fetch(positions)
+        made.release()
+        return fetched
+
+    loaded._loader._fetch = counted
+    for step in range(6):
+        for _ in range(accumulation):
+            next(loaded)
+        # The step is computed now, and nothing is asked for: what follows comes all the same, and no more.
+        for _ in range(accumulation * (2 if step == 0 else 1 if step < 5 else 0)):
+            assert made.acquire(timeout=30)
+        assert len(asked) == accumulation * min(step + 2, 6)
+    assert asked == sorted(asked)
+    assert next(loaded, None) is None
+
+
+def test_what_a_thread_meets_is_raised_where_the_batch_would_come(folder, cuda):
+    loaded, fetch = batches(folder, 0, for_cuda=True), batches(folder, 0)._loader.dataset.fetch
+
+    def faulty(positions):
+        step = positions[0] // 6
+        if step == 2:
+            return InputError("the disk is gone"), {7: "bad"}
+        if step == 4:
+            raise ZeroDivisionError(step)
+        return fetch(positions)
+
+    loaded._loader._fetch = faulty
+    plain = list(batches(folder, 0))
+    assert_equal([next(loaded), next(loaded)], plain[:2])
+    loaded.pop_bad()
+    with pytest.raises(InputError, match="the disk is gone"):
+        next(loaded)
+    assert loaded.pop_bad() == {7: "bad"}
+    assert_equal([next(loaded)], plain[3:4])
+    with pytest.raises(ZeroDivisionError):
+        next(loaded)
+
+
+@pytest.mark.parametrize("wanted", [6, 1])
+def test_no_thread_is_left_behind(cuda, wanted):
+    """At the end, and where nobody wants the rest."""
+
+    before = {*threading.enumerate()}
+
+    def threads() -> set[threading.Thread]:
+        return {*threading.enumerate()} - before
+
+    loaded = batches(Digits(), 0, for_cuda=True)
+    for _ in range(wanted):
+        next(loaded)
+    assert len(threads()) == 1
+    if wanted == 6:
+        assert next(loaded, None) is None
+    else:
+        del loaded
+        gc.collect()
+    end = time.monotonic() + 30
+    while threads() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not threads()
+
+
+DIES = """
+import sys, threading, time
+import torch
+from sit_atconv.config import Data
+from sit_atconv.data.loading import TrainingBatches
+
+torch.cuda.current_device, torch.cuda.set_device = lambda: 0, lambda number: None
+
+class Slow(torch.utils.data.Dataset):
+    in_thread = True
+
+    def __getitems__(self, positions):
+        time.sleep(0.2)
+        return [], {}
+
+batches = TrainingBatches(Slow(), [[0]] * 1000, Data(), True)
+next(batches)
+raise {"exit": SystemExit(3), "error": ZeroDivisionError(), "interrupt": KeyboardInterrupt()}[sys.argv[1]]
+"""
+
+
+ENDS = [("error", 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("exit", 3), ("interrupt", -2)))]
+
+
+@pytest.mark.parametrize(("end", "code"), ENDS)
+def test_a_process_ends_whatever_its_thread_is_at(end, code):
+    done = subprocess.run([sys.executable, "-c", DIES, end], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("Traceback") == (end != "exit")
+
+
+def test_batches_that_draw_from_the_process_are_made_by_no_thread():
+    augmented = ClassifierSamples(Digits(), lambda picture: torch.zeros(1), 6, 0)
+    loader = TrainingBatches(augmented, RankPositions(0, 2, 6), Data(), for_cuda=True)._loader
+    assert isinstance(loader, DataLoader)
+    assert loader.pin_memory
+    assert not isinstance(batches(Digits(), 0, for_cuda=True)._loader, DataLoader)
+    assert isinstance(batches(Digits(), 0)._loader, DataLoader)  # on a CPU
 
 
 def test_batches_go_on_from_any_step(folder):

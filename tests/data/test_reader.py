@@ -22,7 +22,6 @@ from sit_atconv.classification.samples import open_datasets
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.scoring.sources import open_source
 
 _spec = importlib.util.spec_from_file_location("kinds", Path(__file__).with_name("kinds.py"))
@@ -200,7 +199,7 @@ def train(place: dict, folder: Path, **options):
     def read(number: int) -> np.ndarray:
         image, label = dataset[number, False]
         assert label == number
-        return pixels_of(to_uint8(image))
+        return pixels_of(image)
 
     return read
 

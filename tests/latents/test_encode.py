@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
+from sit_atconv.data.images import in_range
 from sit_atconv.data.latent_cache import LatentCache
 from sit_atconv.latents.__main__ import main
 from sit_atconv.latents.encode import encode, write_shard
@@ -39,7 +40,7 @@ def oracle(pictures, vae_folder):
     for index in range(len(images)):
         for flip in (False, True):
             with torch.no_grad():
-                found = vae.encode(images[index, flip][0][None]).latent_dist
+                found = vae.encode(in_range(images[index, flip][0][None])).latent_dist
             moments[index, flip] = torch.cat([found.mean, found.logvar], dim=1)[0]
     return moments
 
@@ -155,6 +156,29 @@ def test_what_is_not_whole_is_made_again(recipe, tmp_path, monkeypatch, damage):
     assert encoded == ([] if damage == "no-index" else [shard.name])
 
 
+def test_a_cache_says_in_which_precision_it_was_made_and_goes_on_in_that(recipe, oracle, tmp_path):
+    recipe.train.precision = "tf32"  # of a training step alone
+    assert encode(recipe, tmp_path / "plain", "fp32", SHARD)["precision"] == "fp32"
+    recipe.latents.precision = "bf16"
+    assert encode(recipe, tmp_path / "half", "fp32", SHARD)["precision"] == "bf16"
+    plain, half = (LatentCache(str(tmp_path / name), True)[3, True][0] for name in ("plain", "half"))
+    expected = oracle[3, True]
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+    assert 1e-4 < (half - expected).abs().max() < 0.05 * expected.abs().max()
+    # As an earlier version left it, which stated no precision and encoded in fp32.
+    shutil.copytree(tmp_path / "plain", out := tmp_path / "earlier")
+    for path in (out / "settings.json", out / "index.json"):
+        stored = json.loads(path.read_text())
+        del stored["precision"]
+        path.write_text(json.dumps(stored, indent=1))
+    next(out.glob("*.safetensors")).unlink()
+    with pytest.raises(InputError, match='precision: "fp32" -> "bf16"'):
+        encode(recipe, out, "fp32", SHARD)
+    recipe.latents.precision = None
+    encode(recipe, out, "fp32", SHARD)
+    assert torch.equal(LatentCache(str(out), True)[3, True][0], plain)
+
+
 def flip_a_bit(path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -169,6 +193,7 @@ def flip_a_bit(path) -> None:
         (["data.image_size=20"], "image_size: 16 -> 20"),
         (["data.background=null"], 'data.background: "white" -> null'),
         (["latents.batch_size=2"], "batch_size: 3 -> 2"),
+        (["latents.precision=bf16"], 'precision: "fp32" -> "bf16"'),
     ],
 )
 def test_other_settings_are_refused_by_name(recipe, recipe_path, tmp_path, fails, capsys, changed, says):

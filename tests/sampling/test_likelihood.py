@@ -15,6 +15,7 @@ from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import load_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.images import in_range
 from sit_atconv.flow.likelihood import log_likelihood
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import time_grid
@@ -145,7 +146,7 @@ def test_image_files_have_256_levels(tmp_path, recipe_file, monkeypatch, kind):
     assert (result["level"], result["split"]) == (1 / 127.5, "train")
     # A new model gives 0: the flow stays where it is, and the density is that of the normal.
     noise = draws.uniforms((3, 8, 8), 0, Stream.DEQUANTIZE, 0)
-    image = open_dataset(load_recipe(recipe).data)[0, False][0] + (noise - 0.5) / 127.5
+    image = in_range(open_dataset(load_recipe(recipe).data)[0, False][0]) + (noise - 0.5) / 127.5
     nats = torch.distributions.Normal(0, 1).log_prob(image.double()).mean().item()
     assert result["bits_per_dim"] == pytest.approx(-nats / math.log(2) + math.log2(127.5), rel=1e-6)
 

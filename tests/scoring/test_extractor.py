@@ -157,7 +157,8 @@ def test_true_fp32_inside_and_what_was_set_afterwards(precision):
 SWITCHES = """
 import torch
 from torch import nn
-from sit_atconv.scoring.extractor import FP32_SWITCHES, Extractor
+from sit_atconv.runtime.devices import FP32_SWITCHES
+from sit_atconv.scoring.extractor import Extractor
 
 class Witness(nn.Module):
     def forward(self, pixels):

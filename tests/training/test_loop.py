@@ -17,7 +17,7 @@ from sampled import item, sampled
 from sit_atconv import SiTTransformer2DModel
 from sit_atconv.config import Preview, Train, load_recipe
 from sit_atconv.flow.path import LinearPath
-from sit_atconv.latents.codecs import IdentityCodec
+from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 from sit_atconv.models.cost import count_macs
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
@@ -477,6 +477,34 @@ def test_imagefolder_through_a_vae_and_back_to_images(tmp_path, recipe_file, vae
     sampling(["generate", "--ckpt", str(last.parent), "--num", "4", "--steps", "2", "--out", str(tmp_path / "out")])
     assert Image.open(tmp_path / "out/000003.png").size == (32, 32)
     assert Image.open(tmp_path / "out/000003.png").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("step", "own", "seen"),
+    [("tf32", None, "tf32"), ("bf16", None, "tf32"), ("fp32", "bf16", "bf16"), ("bf16", "fp32", "ieee")],
+)
+def test_an_autoencoder_has_a_precision_of_its_own(recipe_file, image_folder, vae_folder, monkeypatch, step, own, seen):
+    def look() -> str:
+        return "bf16" if torch.is_autocast_enabled("cpu") else torch.backends.cudnn.conv.fp32_precision
+
+    found, moments, forward = {}, VaeCodec.moments, SiTTransformer2DModel.forward
+
+    def encoding(self, images):
+        found["vae"] = look()
+        return moments(self, images)
+
+    def training(self, *args, **kwargs):
+        found["step"] = look()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(VaeCodec, "moments", encoding)
+    monkeypatch.setattr(SiTTransformer2DModel, "forward", training)
+    data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 16}
+    latents = {"codec": "vae", "vae": str(vae_folder), "precision": own}
+    last = run_recipe(recipe_file(data=data, latents=latents, train={"max_steps": 1, "precision": step}))
+    assert found == {"vae": seen, "step": {"fp32": "ieee"}.get(step, step)}
+    stored = checkpoint.read_manifest(last)["recipe"]["latents"]["precision"]
+    assert stored == {"ieee": "fp32"}.get(seen, seen)
 
 
 def test_a_run_goes_on_from_the_cache_of_its_images(recipe_file, tmp_path, image_folder, vae_folder):

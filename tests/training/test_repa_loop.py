@@ -10,6 +10,7 @@ from tiny_vit import save_vit
 
 from sit_atconv.config import load_recipe
 from sit_atconv.data.folder import Folder
+from sit_atconv.data.images import in_range
 from sit_atconv.layers.projectors import Projectors
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.training.facts import Facts
@@ -35,10 +36,10 @@ def test_two_steps_equal_a_loop_written_out(recipe, image_folder):
     expected = []
     for step in range(2):
         batch, _ = samples.fetch(range(8 * step, 8 * step + 8))
-        t = batch["t"][:, None, None, None]
-        velocity, z = aligned(t * batch["image"] + (1 - t) * batch["noise"], batch["t"], batch["label"])
-        flow = (velocity - (batch["image"] - batch["noise"])).square().mean()
-        alignment = repa_loss(z, encoder.features(batch["image"], (4, 4))).mean()
+        t, images = batch["t"][:, None, None, None], in_range(batch["image"])
+        velocity, z = aligned(t * images + (1 - t) * batch["noise"], batch["t"], batch["label"])
+        flow = (velocity - (images - batch["noise"])).square().mean()
+        alignment = repa_loss(z, encoder.features(images, (4, 4))).mean()
         (flow + 0.7 * alignment).backward()
         optimizer.step()
         optimizer.zero_grad()

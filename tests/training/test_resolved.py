@@ -23,6 +23,7 @@ FACTS = Facts((4, 8, 6), 3, 12)
 CHOICES = {
     "train.max_grad_norm", "ema.snapshot_every", "repa.encoder", "distill.teacher", "distill.blockwise_lr",
     "checkpoint.keep_every", "score.weights", "latents.vae", "model.name", "data.channels",
+    "latents.precision",
     # left to the model, or of the SDE samplers, see sampling.settings; they may change from start to start
     "preview.epsilon",
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",
@@ -70,6 +71,33 @@ def test_what_null_stands_for_takes_its_place_where_it_acts():
     preset = resolved(make_recipe({"run": {"out": "x"}, "model": {"name": "SiT-ATConv-B/4", "depth": 2}})).model
     assert (preset.hidden_size, preset.patch_size, preset.token_mixer, preset.depth) == (768, 4, "atconv", 2)
     assert (preset.sample_size, preset.in_channels, preset.num_classes) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("train", "now", "before"), [("fp32", "fp32", "fp32"), ("tf32", "tf32", "tf32"), ("bf16", "tf32", "fp32")]
+)
+def test_the_precision_of_an_autoencoder_is_stored_where_training_encodes(train, now, before):
+    """before: as an earlier version, which knew no such key, encoded in the step."""
+    images = {"kind": "zip", "root": "x", "image_size": 8}
+    stated = {"run": {"out": "x"}, "data": images, "latents": {"codec": "vae", "vae": "y"}}
+    stated |= {"train": {"precision": train}, "model": {"name": "SiT-S/2"}, "preview": {"every": 0}}
+
+    def changed(stored: dict, **sections) -> list[str]:
+        return config.differences(stored, to_dict(resolved(make_recipe(stated | sections))), complete=resolved)
+
+    stored = to_dict(resolved(make_recipe(stated)))
+    assert stored["latents"]["precision"] == now
+    assert changed(stored) == []
+    own = {"codec": "vae", "vae": "y", "precision": "bf16"}
+    assert changed(stored, latents=own) == [f'latents.precision: "{now}" -> "bf16"']
+    # From the cache of its images, which is told by the rest of the recipe, nothing is encoded any more.
+    cache = {"kind": "latents", "root": "x", "background": None}
+    assert not [text for text in changed(stored, data=cache) if "latents." in text]
+    assert to_dict(resolved(make_recipe(stated | {"data": cache})))["latents"]["precision"] is None
+
+    del stored["latents"]["precision"]
+    assert changed(stored) == ([] if now == before else [f'latents.precision: "{before}" -> "{now}"'])
+    assert changed(stored, latents={**own, "precision": before}) == []
 
 
 def test_a_model_is_built_alike_from_a_recipe_and_from_what_is_stored_of_it(recipe_file):

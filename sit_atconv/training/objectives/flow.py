@@ -14,7 +14,7 @@ from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.models.cost import count_macs
 from sit_atconv.models.sit import SiTTransformer2DModel, create_model
-from sit_atconv.runtime.devices import import_compiler
+from sit_atconv.runtime.devices import computing, import_compiler
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.fields import idle
 from sit_atconv.runtime.limits import check_kernel
@@ -137,8 +137,9 @@ class FlowObjective(Objective):
         return [self.flow_loss(network, self.encode(batch), batch)]
 
     def encode(self, batch: Batch) -> torch.Tensor:
-        """The latents (B, C, H, W) of a batch."""
-        return self.codec.encode(batch["image"], batch.get("posterior"))
+        """The latents (B, C, H, W) of a batch, fp32; an autoencoder computes in `latents.precision`."""
+        with computing(self.recipe.encoding_precision, batch["noise"].device):
+            return self.codec.encode(batch["image"], batch.get("posterior"))
 
     def flow_loss(
         self, network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], latents: torch.Tensor, batch: Batch

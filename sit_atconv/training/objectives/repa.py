@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sit_atconv import config
+from sit_atconv.data.images import in_range
 from sit_atconv.data.samples import Batch
 from sit_atconv.layers.projectors import Projectors, write_projectors
 from sit_atconv.runtime.errors import InputError
@@ -50,14 +51,14 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Patch tokens (B, h * w, D), row by row, of images (B, 3 or 1, H, W) in [-1, 1], grey made RGB.
+        """Patch tokens (B, h * w, D), row by row, of images (B, 3 or 1, H, W), levels or in [-1, 1], grey made RGB.
 
         grid: (h, w); the images are resized (bicubic, antialiased) so that the encoder has one patch per cell. The
         tokens went through the encoder's final norm (DINOv2's x_norm_patchtokens), if it has one before pooling; class
         and register tokens are left out.
         """
         size = [cells * side for cells, side in zip(grid, self.vit.patch_embed.patch_size, strict=True)]
-        resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+        resized = F.interpolate(in_range(images).float(), size, mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
         tokens = self.vit.forward_features(((resized + 1) / 2 - self.mean) / self.std)
         return tokens[:, self.vit.num_prefix_tokens :]
 
