@@ -40,6 +40,9 @@ ALLOWED = {
     "pipelines": CORE | SAVED | {"models", "latents", "sampling.settings"},
     "sampling.schedulers": BASE | DRAWN | {"models", "pipelines"},
     "bench": CORE | DRAWN | {"models", "layers", "ops", "bench.timing", "bench.results"},
+    "bench.gpu": CORE | SAVED | DRAWN | {
+        "models", "layers", "ops", "data", "latents", "training", "bench", "bench.timing", "bench.results",
+    },
     "report": BASE | {"data", "scoring"},
     "principles": CORE | DRAWN | {
         "models", "layers", "ops", "data", "latents", "classification", "training.checkpoint",
@@ -301,7 +304,9 @@ def test_the_library_speaks_of_arguments_and_not_of_flags():
     """Its errors name an argument by `errors.option`, which gives the flag within a command."""
     others = {
         "sit_atconv/runtime/errors.py": [" --help`"],
-        "sit_atconv/bench/timing.py": ["--error-unmatch", "--short", "--porcelain"],  # git's
+        "sit_atconv/bench/timing.py": [
+            "--query-gpu=", "--format=csv,noheader,nounits", "--error-unmatch", "--id=", "--short", "--porcelain",
+        ],  # nvidia-smi's and git's
     }
     found = {path.relative_to(ROOT).as_posix(): flags_in(path.read_text()) for path in LIBRARY}
     found = {path: flags for path, flags in found.items() if flags and not path.startswith("sit_atconv/commands/")}

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_atconv import ATConv
 from sit_atconv.bench.baselines import PaperForm
 from sit_atconv.bench.plots import plot_latency
-from sit_atconv.bench.results import Results
+from sit_atconv.bench.results import Results, append_csv, check_csv
 from sit_atconv.bench.speed import TOLERANCE, assert_close, timed
-from sit_atconv.bench.timing import append_csv, check_csv, commit, device_name, peak_bytes
+from sit_atconv.bench.timing import commit, device_name, peak_bytes
 from sit_atconv.commands.options import add_device_options, add_number, add_out
 from sit_atconv.layers.attention import Attention
 from sit_atconv.ops.atconv import dynamic_depthwise_conv
