@@ -13,16 +13,28 @@ import pytest
 import torch
 from conftest import slowly
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
-from ops.triton_interpreted import assert_as_exact_as_fp32_sums_allow  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
+from ops.ahead_of_time import launches, resources, widths
+from ops.triton_interpreted import assert_as_exact_as_fp32_sums_allow
 
-from sit_atconv.ops.atconv import triton_kernels  # noqa: E402
+from sit_atconv.ops.atconv import triton_kernels
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-KERNELS = ("dynamic_depthwise_conv", "grad_v", "grad_kernels")
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+def meta(dtype, *shape):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# By name: what launches a kernel, at a dtype, a kernel size and a number of channels. All tests of compiled code take
+# every row.
+CALLS = {
+    "dynamic_depthwise_conv": lambda dtype, k, c: launches(
+        triton_kernels.dynamic_depthwise_conv, meta(dtype, 2, 64, 64, c), meta(dtype, 2, k * k, c)
+    ),
+    "grad_v": lambda dtype, k, c: launches(triton_kernels.grad_v, meta(dtype, 2, 64, 64, c), meta(dtype, 2, k * k, c)),
+    "grad_kernels": lambda dtype, k, c: launches(
+        triton_kernels.grad_kernels, meta(dtype, 2, 64, 64, c), meta(dtype, 2, 64, 64, c), k
+    ),
+}
 
 
 def test_interpreted_kernels():
@@ -37,80 +49,55 @@ def test_interpreted_kernels():
     assert run.returncode == 0, run.stdout
 
 
-def compiled(name: str, dtype: torch.dtype, k: int, arch: int, **changes):
-    """A kernel as the wrappers launch it at C = 1152, with the hints that the JIT gives for aligned tensors."""
-    if name == "grad_kernels":
-        kernel = triton_kernels.grad_kernels_kernel
-        constants = triton_kernels.grad_kernels_constants(dtype, 1152, k)
-    else:
-        kernel = triton_kernels.convolution_kernel
-        constants = triton_kernels.convolution_constants(dtype, 1152, k, flip=name == "grad_v")
-    types = dict.fromkeys(("v", "kernels", "grad_y", "y"), f"*{NAMES[dtype]}") | {"partial": "*fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": triton_kernels.WARPS, **changes}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def resources(binary, folder: Path) -> dict[str, int]:
-    """REG, STACK and LOCAL of a compiled kernel; what spills lies on the stack."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    shown = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
-
-
-def accesses(binary, kind: str) -> list[str]:
-    return re.findall(rf"{kind}\.global\S*", binary.asm["ptx"])
-
-
-def bits(access: str) -> int:
-    vector, element = re.search(r"(?:\.v(\d))?\.[bfus](\d+)$", access).groups()
-    return int(vector or 1) * int(element)
+def widest(channels: int, dtype: torch.dtype) -> int:
+    """Bits of the widest access that rows of so many channels allow: each must be aligned to its own size."""
+    row = channels * dtype.itemsize
+    return min(128, 8 * (row & -row))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "k", "arch"),
+    ("dtype", "k", "arch", "channels"),
     [
-        (torch.bfloat16, 3, 90), (torch.float32, 5, 80),
+        (torch.bfloat16, 3, 90, 1152), (torch.float32, 5, 80, 70),
         *slowly([
-            (torch.bfloat16, 5, 90), (torch.float32, 3, 90), (torch.float32, 5, 90),
-            (torch.bfloat16, 3, 80), (torch.bfloat16, 5, 80), (torch.float32, 3, 80),
+            (dtype, k, arch, channels)
+            for dtype in (torch.bfloat16, torch.float32) for k in (3, 5) for arch in (80, 90)
+            for channels in (1152, 384, 70)
+            if (dtype, k, arch, channels) not in ((torch.bfloat16, 3, 90, 1152), (torch.float32, 5, 80, 70))
         ]),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", KERNELS)
-def test_compiled_kernels_spill_nothing_and_load_128_bits(name, dtype, k, arch, tmp_path):
-    binary = compiled(name, dtype, k, arch)
-    used = resources(binary, tmp_path)
-    print(used)
-    assert used["STACK"] == used["LOCAL"] == 0, used
-    loads, stores = accesses(binary, "ld"), accesses(binary, "st")
-    assert loads
-    assert {bits(load) for load in loads} == {128}, loads
-    if name != "grad_kernels":
-        assert {bits(store) for store in stores} == {128}, stores
-        assert binary.metadata.shared == 0, "threads exchange what each could have loaded for itself"
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_kernels_spill_nothing_and_access_all_that_alignment_allows(name, dtype, k, arch, channels, tmp_path):
+    for launch in CALLS[name](dtype, k, channels):
+        binary = launch.compiled(arch)
+        used, loads, stores = resources(binary, tmp_path), widths(binary, "ld"), widths(binary, "st")
+        print(launch.name, used, "loads", loads, "stores", stores, "shared", binary.metadata.shared)
+        assert used["STACK"] == used["LOCAL"] == 0, used
+        assert loads == {widest(channels, dtype)}
+        if launch.kernel is triton_kernels.convolution_kernel:
+            assert stores == {widest(channels, dtype)}
+            assert binary.metadata.shared == 0, "threads exchange what each could have loaded for itself"
 
 
 def test_a_spill_would_be_seen(tmp_path):
-    assert resources(compiled("dynamic_depthwise_conv", torch.bfloat16, 3, 80, maxnreg=32), tmp_path)["STACK"] > 0
+    (launch,) = CALLS["dynamic_depthwise_conv"](torch.bfloat16, 3, 1152)
+    assert resources(launch.compiled(80, maxnreg=32), tmp_path)["STACK"] > 0
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", CALLS)
 def test_offsets_of_samples_are_widened_before_they_are_multiplied(name):
     """B * N * C passes 2**31: the product must not be taken in int32."""
-    ir = compiled(name, torch.bfloat16, 3, 80).asm["ttir"]
-    products = set(re.findall(r"(%\S+) = arith.muli", ir))
-    widened = re.findall(r"arith.extsi (%\S+) : i32 to i64", ir)
-    assert widened
-    assert not products & set(widened)
-    pointers = set(re.findall(r"%(\w+): !tt.ptr", ir))
-    offsets = set(re.findall(r"tt.addptr %(\w+), \S+ : !tt.ptr<\w+>, (i\d+)", ir))
-    assert {(pointer, "i64") for pointer in pointers} <= offsets
-    assert not {(pointer, "i32") for pointer in pointers} & offsets
+    for launch in CALLS[name](torch.bfloat16, 3, 1152):
+        ir = launch.compiled(80).asm["ttir"]
+        products = set(re.findall(r"(%\S+) = arith.muli", ir))
+        widened = re.findall(r"arith.extsi (%\S+) : i32 to i64", ir)
+        assert widened
+        assert not products & set(widened)
+        pointers = set(re.findall(r"%(\w+): !tt.ptr", ir))
+        offsets = set(re.findall(r"tt.addptr %(\w+), \S+ : !tt.ptr<\w+>, (i\d+)", ir))
+        assert {(pointer, "i64") for pointer in pointers} <= offsets
+        assert not {(pointer, "i32") for pointer in pointers} & offsets
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 3, 4, 5, 31, 128, 1000])

@@ -13,16 +13,15 @@ import torch
 import triton  # with these words: a bare `import triton` in an exported file is a requirement for diffusers
 import triton.language as tl
 
+from sit_atconv.ops.atconv.tiles import Tile
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # 4 warps on a tile row of 16 columns x 128 bytes make one 128-bit access per thread: 8 half or 4 fp32 channels.
-LINE_BYTES = 128
-COLS = 16
-WARPS = 4
 # A tile of R rows loads (R + k - 1) / R rows of v for each of its own; more rows cost registers, hence the warps that
 # hide latency. grad_kernels holds its sums for all taps beside the rows and has room for fewer.
-ROWS = 4
-GRAD_ROWS = 2
+CONVOLUTION_TILE = Tile(rows=4, cols=16, line_bytes=128, warps=4)
+GRAD_TILE = Tile(rows=2, cols=16, line_bytes=128, warps=4)
 # Programs that grad_kernels splits the positions for: two or three waves of some 130 multiprocessors. A split sums at
 # least MIN_TILES tiles, so that its reduction and its line of partial sums (14 % of v in bf16, k = 3) stay small.
 PROGRAMS = 1024
@@ -129,19 +128,11 @@ def grad_kernels_kernel(
             tl.store(partial + tap * CHANNELS + c, total, mask=c < CHANNELS)
 
 
-def convolution_constants(dtype: torch.dtype, channels: int, kernel_size: int, flip: bool) -> dict[str, int]:
-    """What `convolution_kernel` is compiled with."""
-    return {"CHANNELS": channels, "KERNEL": kernel_size, "FLIP": flip, "ROWS": ROWS, **_tile(dtype)}
-
-
-def grad_kernels_constants(dtype: torch.dtype, channels: int, kernel_size: int) -> dict[str, int]:
-    """What `grad_kernels_kernel` is compiled with; 25 taps' sums fit the registers one column of them at a time."""
-    columns = kernel_size if kernel_size <= 3 else 1
-    return {"CHANNELS": channels, "KERNEL": kernel_size, "COLUMNS": columns, "ROWS": GRAD_ROWS, **_tile(dtype)}
-
-
-def _tile(dtype: torch.dtype) -> dict[str, int]:
-    return {"COLS": COLS, "BLOCK_C": LINE_BYTES // dtype.itemsize}
+def _constants(tile: Tile, dtype: torch.dtype, channels: int, kernel_size: int) -> dict[str, int]:
+    return {
+        "CHANNELS": channels, "KERNEL": kernel_size,
+        "ROWS": tile.rows, "COLS": tile.cols, "BLOCK_C": tile.channels(dtype), "num_warps": tile.warps,
+    }  # fmt: skip
 
 
 def splits_of(tiles: int, programs: int) -> tuple[int, int]:
@@ -164,36 +155,36 @@ def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool) -> torch.Tensor:
+def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool, tile: Tile) -> torch.Tensor:
     v, kernels = _contiguous(v, kernels)
     y = v.new_empty(v.shape)
     batch, height, width, channels = v.shape
-    constants = convolution_constants(v.dtype, channels, math.isqrt(kernels.shape[1]), flip)
-    tiles = triton.cdiv(height, constants["ROWS"]) * triton.cdiv(width, constants["COLS"])
-    programs = batch * tiles * triton.cdiv(channels, constants["BLOCK_C"])
+    tiles = triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols)
+    programs = batch * tiles * triton.cdiv(channels, tile.channels(v.dtype))
+    constants = _constants(tile, v.dtype, channels, math.isqrt(kernels.shape[1]))
     with torch.cuda.device_of(v):
-        convolution_kernel[(programs,)](v, kernels, y, height, width, **constants, num_warps=WARPS)
+        convolution_kernel[(programs,)](v, kernels, y, height, width, FLIP=flip, **constants)
     return y
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, tile: Tile = CONVOLUTION_TILE) -> torch.Tensor:
     """y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c], summed in fp32.
 
     v (B, H, W, C), kernels (B, K, C) -> contiguous (B, H, W, C) in the dtype of v.
     Raises ValueError for a dtype that is not in DTYPES or a sample of 2**31 values.
     """
-    return _convolve(v, kernels, flip=False)
+    return _convolve(v, kernels, False, tile)
 
 
-def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, tile: Tile = CONVOLUTION_TILE) -> torch.Tensor:
     """dv[b, h, w, c] = sum_ij kernels[b, K - 1 - i k - j, c] * grad_y[b, h + i - k // 2, w + j - k // 2, c].
 
     grad_y (B, H, W, C), kernels (B, K, C) -> contiguous (B, H, W, C); dtypes and errors as in `dynamic_depthwise_conv`.
     """
-    return _convolve(grad_y, kernels, flip=True)
+    return _convolve(grad_y, kernels, True, tile)
 
 
-def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int) -> torch.Tensor:
+def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int, tile: Tile = GRAD_TILE) -> torch.Tensor:
     """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c].
 
     v and grad_y (B, H, W, C) -> contiguous (B, K, C) in the dtype of v; errors as in `dynamic_depthwise_conv`.
@@ -201,13 +192,14 @@ def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int) -> tor
     """
     v, grad_y = _contiguous(v, grad_y)
     batch, height, width, channels = v.shape
-    constants = grad_kernels_constants(v.dtype, channels, kernel_size)
-    tiles = triton.cdiv(height, constants["ROWS"]) * triton.cdiv(width, constants["COLS"])
-    programs = batch * triton.cdiv(channels, constants["BLOCK_C"]) * (kernel_size // constants["COLUMNS"])
+    columns = kernel_size if kernel_size <= 3 else 1  # 25 taps' sums fit the registers one column of them at a time
+    tiles = triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols)
+    programs = batch * triton.cdiv(channels, tile.channels(v.dtype)) * (kernel_size // columns)
     splits, tiles_per_split = splits_of(tiles, programs)
     partial = v.new_empty((batch, splits, kernel_size**2, channels), dtype=torch.float32)
+    constants = _constants(tile, v.dtype, channels, kernel_size)
     with torch.cuda.device_of(v):
         grad_kernels_kernel[(programs * splits,)](
-            v, grad_y, partial, height, width, splits, tiles_per_split, **constants, num_warps=WARPS
+            v, grad_y, partial, height, width, splits, tiles_per_split, COLUMNS=columns, **constants
         )
     return partial.sum(1).to(v.dtype)
