@@ -305,7 +305,12 @@ def test_the_library_speaks_of_arguments_and_not_of_flags():
     others = {
         "sit_atconv/runtime/errors.py": [" --help`"],
         "sit_atconv/bench/timing.py": [
-            "--query-gpu=", "--format=csv,noheader,nounits", "--error-unmatch", "--id=", "--short", "--porcelain",
+            "--query-gpu=",
+            "--format=csv,noheader,nounits",
+            "--error-unmatch",
+            "--id=",
+            "--short",
+            "--porcelain",
         ],  # nvidia-smi's and git's
     }
     found = {path.relative_to(ROOT).as_posix(): flags_in(path.read_text()) for path in LIBRARY}

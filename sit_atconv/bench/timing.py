@@ -70,25 +70,16 @@ def _over_the_cache(device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device=device)
 
 
-def warm_up(device: torch.device) -> dict[str, float] | None:
-    """Raise the clocks of a CUDA device by about WARM_SECONDS of matrix products; `device_state` while they go on.
-
-    None on a CPU, where nothing is done.
-    """
+def warm_up(device: torch.device) -> None:
+    """Raise the clocks of a CUDA device by about WARM_SECONDS of matrix products; on a CPU nothing."""
     if device.type != "cuda":
-        return None
+        return
     square = torch.randn(WARM_SIDE, WARM_SIDE, dtype=torch.bfloat16, device=device)
-    products, end = 0, time.perf_counter() + WARM_SECONDS
+    end = time.perf_counter() + WARM_SECONDS
     while time.perf_counter() < end:
         for _ in range(10):
             square @ square
-        products += 10
         torch.cuda.synchronize(device)
-    for _ in range(products // 4):  # they go on while the state is read
-        square @ square
-    state = device_state(device)
-    torch.cuda.synchronize(device)
-    return state
 
 
 STATE = {"sm_mhz": "clocks.sm", "watts": "power.draw", "celsius": "temperature.gpu"}
@@ -96,7 +87,7 @@ STATE = {"sm_mhz": "clocks.sm", "watts": "power.draw", "celsius": "temperature.g
 
 def device_state(device: torch.device) -> dict[str, float] | None:
     """Clock of the multiprocessors (MHz), power (W) and temperature (degrees Celsius) of a CUDA device, as nvidia-smi
-    says them; None where it does not."""
+    says them; None where it does not. Asked after a measurement, whose clocks they are: they fall seconds later."""
     query = f"--query-gpu={','.join(STATE.values())}"
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
