@@ -1,7 +1,7 @@
 """Prove this library on a CUDA device: what is right, and how fast it is.
 
-Each stage is a process of its own; one that fails, dies or hangs is told, and the others go on. Stages that are done stay
-done when the command is run again.
+Each stage is a process of its own; one that fails, dies or hangs is told, and the others go on. Stages that are done
+stay done when the command is run again.
 """
 
 import signal
@@ -32,13 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help=f"gets {NAME}.json, {NAME}.md and {NAME}.log")
     parser.add_argument(
         "--minutes", **MINUTES.flag,
-        help="end after so many; 5 give correctness, the layer and the model (default: as long as the stages take)",
+        help="end after so many; 5 give correctness, the layer and the model (default: as long as it takes)",
     )  # fmt: skip
     parser.add_argument(
         "--stages", nargs="+", default=[], metavar="STAGE",
-        help=f"names or numbers, done again where they are done (default: all that are not). {listed}",
+        help=f"names or numbers, done again where they are done (default: all that are not); {listed}",
     )  # fmt: skip
-    parser.add_argument("--rehearse", action="store_true", help="every stage at tiny sizes on the CPU: does it run?")
+    parser.add_argument("--rehearse", action="store_true", help="every stage at tiny sizes on the CPU")
     args = parser.parse_args(argv)
     check_one_process()
     stages = chosen(args.stages) if args.stages else list(STAGES)

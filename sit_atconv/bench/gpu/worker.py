@@ -91,6 +91,7 @@ class Bench:
             return self.leave_out(what, TIME, "the time of the stage is over")
         if needs > (free := self.free()):
             return self.leave_out(what, MEMORY, f"needs about {needs / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+        begun = time.monotonic()
         try:
             return do()
         except torch.OutOfMemoryError as error:
@@ -98,6 +99,7 @@ class Bench:
         except Exception:
             return self.fault(what)
         finally:
+            print(f"{time.monotonic() - begun:7.2f} s  {what}")  # for the log
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
