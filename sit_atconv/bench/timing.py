@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,7 +87,12 @@ STATE = {"sm_mhz": "clocks.sm", "watts": "power.draw", "celsius": "temperature.g
 
 def device_state(device: torch.device) -> dict[str, float] | None:
     """Clock of the multiprocessors (MHz), power (W) and temperature (degrees Celsius) of a CUDA device, as nvidia-smi
-    says them; None where it does not. Asked after a measurement, whose clocks they are: they fall seconds later."""
+    says them; None where it does not, and of a CPU.
+
+    Asked at once after a measurement it is of its clocks, which fall seconds later.
+    """
+    if device.type != "cuda":
+        return None
     query = f"--query-gpu={','.join(STATE.values())}"
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -169,6 +174,42 @@ def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torc
     records = list(zip(*Progress(taken, desc=label, total=rounds, unit="round", leave=False), strict=True))
     quartiles = [statistics.quantiles(record, n=4) if len(record) > 1 else [record[0]] * 3 for record in records]
     return [Timing(statistics.median(record), q[2] - q[0]) for record, q in zip(records, quartiles, strict=True)]
+
+
+def timed(calls: dict[str, Callable], rounds: int, device: torch.device, label: str) -> dict[str, Timing]:
+    """`interleaved`, by name."""
+    return dict(zip(calls, interleaved([*calls.values()], rounds, device, label), strict=True))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The timing of a call, and of its CUDA graph; no_graph: why there is none."""
+
+    call: Timing
+    graph: Timing | None
+    no_graph: str | None
+
+    def facts(self) -> dict[str, float | str | None]:
+        """What a row says of it, in milliseconds."""
+        graph_ms = self.graph and 1e3 * self.graph.median
+        times = {"ms": 1e3 * self.call.median, "iqr_ms": 1e3 * self.call.iqr, "graph_ms": graph_ms}
+        return times | {"no_graph": self.no_graph}
+
+
+def measured(
+    calls: dict[str, Callable], rounds: int, device: torch.device, label: str, graphs: Collection[str] | None = None
+) -> dict[str, Measured]:
+    """`timed`, with the graph of every call among those that take turns. graphs: of which alone one is captured."""
+    replays, reasons = {}, {}
+    for name, call in calls.items():
+        if graphs is not None and name not in graphs:
+            reasons[name] = "not asked for"
+            continue
+        replay, reasons[name] = captured(call, device)
+        if replay is not None:
+            replays[name, "graph"] = replay
+    taken = timed(calls | replays, rounds, device, label)
+    return {name: Measured(taken[name], taken.get((name, "graph")), reasons[name]) for name in calls}
 
 
 def peak_bytes(call: Callable[[], object], model: torch.nn.Module, *inputs: torch.Tensor) -> int:

@@ -52,9 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         with Interruptions() as signals, signals.working():
             accepted = acceptance.run(stages, args.minutes, again=bool(args.stages))
     except Interrupted as stop:
-        say(
-            f"{signal.Signals(stop.number).name}: what is done is in {str(acceptance.folder)!r}; the same command goes on"
-        )
+        name, place = signal.Signals(stop.number).name, str(acceptance.folder)
+        say(f"{name}: what is done is in {place!r}; the same command goes on")
         sys.exit(128 + stop.number)
     print((acceptance.folder / f"{NAME}.md").read_text(), end="")
     sys.exit(0 if accepted else 1)

@@ -17,14 +17,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from sit_atconv.bench.timing import captured, commit, device_name, device_state, interleaved, source_digest
+from sit_atconv.bench.timing import commit, device_name, device_state, measured, source_digest
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import said
 
@@ -112,25 +112,17 @@ class Bench:
     def compiler(self) -> str:
         return "aot_eager" if self.rehearsal else "inductor"
 
-    def times(self, calls: dict[str, Callable[[], object]], graphs: bool = True) -> dict[str, dict[str, Any]]:
-        """By the name of each call: ms and iqr_ms, graph_ms of its CUDA graph or why there is none (no_graph), and the
-        state of the device before. All are measured in turn. graphs: whether to capture any."""
-        replays, reasons = {}, {}
-        for name, call in calls.items() if graphs else ():
-            replay, reasons[name] = captured(call, self.device)
-            if replay is not None:
-                replays[f"{name} as a graph"] = replay
-        every = calls | replays
+    def times(
+        self, calls: dict[str, Callable[[], object]], graphs: Collection[str] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """By the name of each call its facts, see `timing.Measured`, with the state of the device after all of them.
+
+        graphs: of which alone a CUDA graph is captured.
+        """
         rounds = 1 if self.rehearsal else ROUNDS
-        taken = dict(zip(every, interleaved([*every.values()], rounds, self.device, "rounds"), strict=True))
-        facts, state = {}, device_state(self.device) if self.device.type == "cuda" else None
-        for name in calls:
-            graph = taken.get(f"{name} as a graph")
-            facts[name] = {"ms": 1e3 * taken[name].median, "iqr_ms": 1e3 * taken[name].iqr}
-            if graphs:
-                facts[name] |= {"graph_ms": graph and 1e3 * graph.median, "no_graph": reasons[name]}
-            facts[name] |= state or {}
-        return facts
+        taken = measured(calls, rounds, self.device, "rounds", graphs)
+        state = device_state(self.device) or {}
+        return {name: each.facts() | state for name, each in taken.items()}
 
 
 def _finite(value: Any) -> Any:
@@ -185,7 +177,9 @@ def main() -> None:
         bench = Bench(file, Path(folder), float(seconds), mode == REHEARSAL)
         bench.where()
         try:
-            importlib.import_module(module).run(bench)
+            # Every function compiles for its own shapes alone, however many there are.
+            with torch.compiler.config.patch(automatic_dynamic_shapes=False, recompile_limit=256):
+                importlib.import_module(module).run(bench)
         except Exception:
             bench.fault(f"the stage, in {os.path.basename(module)}")
             raise
