@@ -26,6 +26,7 @@ NAME = "acceptance"
 REHEARSAL, REAL = "rehearsal", "real"
 MARKER = "SIT_ATCONV_STAGE"  # in the environment of a stage's process and of all that it starts
 LEAST_SECONDS = 10.0  # of what is left of the minutes: no stage is begun with less
+NAMED = 8  # of what is left out for one reason
 KEYS = ("rehearsal", "stages")
 FORM = {"rehearsal": bool, "stages": {str: dict}}
 OK, WRONG, FAILED, DIED, HUNG, PART = "ok", "wrong", "failed", "died", "out of time", "in part"
@@ -213,7 +214,10 @@ def _of_stage(name: str, record: dict[str, Any]) -> Iterator[str]:
         text = {key for key in head if any(isinstance(row.get(key), str) for row in own)}
         yield f"\n{table}\n"
         yield markdown_table(head, ([_cell(row.get(key)) for key in head] for row in own), text)
-    yield from (f"- left out: {plain(each['what'])}: {plain(each['why'])}" for each in left_out)
+    for why in dict.fromkeys(each["why"] for each in left_out):
+        what = [each["what"] for each in left_out if each["why"] == why]
+        more = f" and {len(what) - NAMED} more" if len(what) > NAMED else ""
+        yield f"- left out: {plain(', '.join(what[:NAMED]))}{more}: {plain(why)}"
     yield from (f"- ERROR: {plain(each['what'])}: {plain(each['error'])}" for each in faults)
 
 

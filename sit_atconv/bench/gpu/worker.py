@@ -113,13 +113,13 @@ class Bench:
         return "aot_eager" if self.rehearsal else "inductor"
 
     def times(
-        self, calls: dict[str, Callable[[], object]], graphs: Collection[str] | None = None
-    ) -> dict[str, dict[str, Any]]:
+        self, calls: dict[Any, Callable[[], object]], graphs: Collection[str] | None = None, rounds: int | None = None
+    ) -> dict[Any, dict[str, Any]]:
         """By the name of each call its facts, see `timing.Measured`, with the state of the device after all of them.
 
         graphs: of which alone a CUDA graph is captured.
         """
-        rounds = 1 if self.rehearsal else ROUNDS
+        rounds = 1 if self.rehearsal else rounds or ROUNDS
         taken = measured(calls, rounds, self.device, "rounds", graphs)
         state = device_state(self.device) or {}
         return {name: each.facts() | state for name, each in taken.items()}
