@@ -30,6 +30,10 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [value for value in self.arguments.values() if isinstance(value, torch.Tensor)]
+
     def compiled(self, arch: int, **changes):
         """The binary for a device such as sm_90, with the hints that the JIT gives for aligned tensors."""
         constants = {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}

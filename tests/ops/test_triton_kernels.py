@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: it is released fo
 from ops.ahead_of_time import launches, resources, widths
 from ops.triton_interpreted import assert_as_exact_as_fp32_sums_allow
 
-from sit_atconv.ops.atconv import triton_kernels
+from sit_atconv.ops.atconv import triton_kernels, triton_launch, triton_pooling
 
 
 def meta(dtype, *shape):
@@ -34,13 +34,22 @@ CALLS = {
     "grad_kernels": lambda dtype, k, c: launches(
         triton_kernels.grad_kernels, meta(dtype, 2, 64, 64, c), meta(dtype, 2, 64, 64, c), k
     ),
+    "pool raster": lambda dtype, k, c: launches(triton_pooling.pool_tokens, meta(dtype, 2, 64, 64, c), k, "raster"),
+    "pool grid": lambda dtype, k, c: launches(triton_pooling.pool_tokens, meta(dtype, 2, 64, 64, c), k, "grid"),
+    "spread raster": lambda dtype, k, c: launches(
+        triton_pooling.spread_tokens, meta(dtype, 2, k * k, c), 64, 64, k, "raster"
+    ),
+    "spread grid": lambda dtype, k, c: launches(
+        triton_pooling.spread_tokens, meta(dtype, 2, k * k, c), 64, 64, k, "grid"
+    ),
 }
 
 
-def test_interpreted_kernels():
+@pytest.mark.parametrize("marked", ["not slow", *slowly(["slow"])])
+def test_interpreted_kernels(marked):
     cases = Path(__file__).with_name("triton_interpreted.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", str(cases)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -74,8 +83,8 @@ def test_compiled_kernels_spill_nothing_and_access_all_that_alignment_allows(nam
         used, loads, stores = resources(binary, tmp_path), widths(binary, "ld"), widths(binary, "st")
         print(launch.name, used, "loads", loads, "stores", stores, "shared", binary.metadata.shared)
         assert used["STACK"] == used["LOCAL"] == 0, used
-        assert loads == {widest(channels, dtype)}
-        if launch.kernel is triton_kernels.convolution_kernel:
+        assert loads == {widest(channels, launch.tensors[0].dtype)}
+        if launch.kernel in (triton_kernels.convolution_kernel, triton_pooling.spread_kernel):  # they sum no positions
             assert stores == {widest(channels, dtype)}
             assert binary.metadata.shared == 0, "threads exchange what each could have loaded for itself"
 
@@ -103,17 +112,17 @@ def test_offsets_of_samples_are_widened_before_they_are_multiplied(name):
 @pytest.mark.parametrize("tiles", [0, 1, 3, 4, 5, 31, 128, 1000])
 @pytest.mark.parametrize("programs", [0, 1, 18, 36, 500, 5000])
 def test_splits_hold_all_tiles_and_stay_few(tiles, programs):
-    splits, tiles_per_split = triton_kernels.splits_of(tiles, programs)
+    splits, tiles_per_split = triton_launch.splits_of(tiles, programs)
     assert splits >= 1
     assert splits * tiles_per_split >= tiles
-    assert splits == 1 or splits * triton_kernels.MIN_TILES <= tiles
-    assert splits == 1 or splits * programs < triton_kernels.PROGRAMS + programs
+    assert splits == 1 or splits * triton_launch.MIN_TILES <= tiles
+    assert splits == 1 or splits * programs < triton_launch.PROGRAMS + programs
 
 
 def test_positions_are_split_until_the_gpu_is_filled():
-    assert triton_kernels.splits_of(tiles=128, programs=18)[0] == 32
-    assert triton_kernels.splits_of(tiles=128, programs=500)[0] == 3
-    assert triton_kernels.splits_of(tiles=128, programs=5000)[0] == 1
+    assert triton_launch.splits_of(tiles=128, programs=18)[0] == 32
+    assert triton_launch.splits_of(tiles=128, programs=500)[0] == 3
+    assert triton_launch.splits_of(tiles=128, programs=5000)[0] == 1
 
 
 def test_other_dtypes_are_refused():

@@ -5,10 +5,12 @@
 
 import pytest
 import torch
+from conftest import slowly
 from triton.runtime import interpreter
 
 from sit_atconv.ops import atconv as front
-from sit_atconv.ops.atconv import reference, triton_kernels
+from sit_atconv.ops.atconv import reference, triton_kernels, triton_launch, triton_pooling
+from sit_atconv.ops.atconv.tiles import Tile
 
 # (B, H, W, C), the kernel size and the dtype.
 CASES = [
@@ -86,7 +88,7 @@ def test_tiles_meet_without_a_seam(dtype, channels):
 )
 def test_splits_of_the_positions_add_up(monkeypatch, shape, k, dtype, constants, splits):
     for name, value in constants.items():
-        monkeypatch.setattr(triton_kernels, name, value)
+        monkeypatch.setattr(triton_launch, name, value)
     chosen = []
     rule = triton_kernels.splits_of
     monkeypatch.setattr(triton_kernels, "splits_of", lambda *sizes: chosen.append(rule(*sizes)) or chosen[-1])
@@ -123,6 +125,89 @@ def test_an_empty_batch_is_taken():
     assert triton_kernels.dynamic_depthwise_conv(v, kernels).shape == v.shape
     assert triton_kernels.grad_v(v, kernels).shape == v.shape
     assert triton_kernels.grad_kernels(v, v, 3).shape == kernels.shape
+
+
+def assert_pools_as_exactly_as_fp32_sums_allow(x, k, pool, upstream, tile=triton_pooling.POOL_TILE):
+    """Both functions against fp64: one rounding, and what fp32 sums lose."""
+    leaf = x.detach().double().requires_grad_()
+    exact = reference.pool_tokens(leaf, k, pool)
+    (spread,) = torch.autograd.grad(exact, leaf, upstream.double())
+    results = (
+        (triton_pooling.pool_tokens(x, k, pool, tile), exact.detach()),
+        (triton_pooling.spread_tokens(upstream, *x.shape[1:3], k, pool), spread),
+    )
+    for ours, true in results:
+        assert ours.dtype == x.dtype
+        assert ours.shape == true.shape
+        assert ours.is_contiguous()
+        rounding = torch.finfo(x.dtype).eps / 2 * true.abs()
+        assert ((ours.double() - true).abs() <= rounding + 1e-6 * true.abs().max()).all()
+
+
+def _pooled_draw(shape, k, dtype):
+    x, upstream, _ = _draw(shape, k, dtype)
+    return x + 1, upstream  # a mean of zero would hide a factor
+
+
+@pytest.mark.parametrize("pool", front.POOLS)
+@pytest.mark.parametrize(
+    ("shape", "k", "dtype"),
+    [
+        ((1, 5, 7, 3), 3, torch.bfloat16),  # uneven bins
+        ((1, 2, 2, 3), 3, torch.float32),  # fewer tokens than bins
+        *slowly([
+            ((2, 7, 13, 5), 3, torch.float32),  # two tiles of positions
+            ((2, 6, 6, 5), 3, torch.float32),  # even bins
+            ((2, 1, 11, 3), 3, torch.float32),
+            ((1, 7, 1, 3), 3, torch.bfloat16),
+            ((1, 2, 3, 3), 5, torch.bfloat16),
+            ((1, 1, 1, 2), 3, torch.float32),
+            ((2, 3, 4, 3), 1, torch.float32),
+            ((1, 6, 7, 70), 5, torch.bfloat16),  # a block of channels, and a few more
+            ((1, 5, 14, 33), 3, torch.float16),
+        ]),
+    ],
+)  # fmt: skip
+def test_pooling_and_its_transpose_are_exact(shape, k, dtype, pool):
+    x, upstream = _pooled_draw(shape, k, dtype)
+    assert_pools_as_exactly_as_fp32_sums_allow(x, k, pool, upstream)
+
+
+@pytest.mark.parametrize(
+    ("pool", "dtype"),
+    [("raster", torch.bfloat16), *slowly([("raster", torch.float32), ("grid", torch.bfloat16)])],
+)
+@pytest.mark.parametrize(
+    ("constants", "splits"),
+    [
+        ({"MIN_TILES": 1}, (4, 1)),
+        ({"MIN_TILES": 1, "PROGRAMS": 10}, (3, 2)),  # the last part is empty
+        *slowly([({"MIN_TILES": 2}, (2, 2)), ({}, (1, 4))]),
+    ],
+)
+def test_splits_of_the_bins_add_up(monkeypatch, dtype, pool, constants, splits):
+    for name, value in constants.items():
+        monkeypatch.setattr(triton_launch, name, value)
+    chosen = []
+    rule = triton_pooling.splits_of
+    monkeypatch.setattr(triton_pooling, "splits_of", lambda *sizes: chosen.append(rule(*sizes)) or chosen[-1])
+    x, upstream = _pooled_draw((1, 1, 23, 3) if pool == "raster" else (1, 4, 5, 3), 2, dtype)
+    tile = Tile(rows=1, cols=2, line_bytes=4 * dtype.itemsize, warps=1)
+    assert_pools_as_exactly_as_fp32_sums_allow(x, 2, pool, upstream, tile)
+    assert chosen == [splits] if pool == "raster" else chosen[0][0] > 1 or not constants
+
+
+def test_pooling_takes_views():
+    x, upstream = _pooled_draw((2, 5, 6, 8), 3, torch.float32)
+    x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    upstream = upstream[:1, :1].expand(2, 9, 8)
+    assert not any(tensor.is_contiguous() for tensor in (x, upstream))
+    assert_pools_as_exactly_as_fp32_sums_allow(x, 3, "raster", upstream)
+
+
+def test_pooling_of_an_empty_batch():
+    assert triton_pooling.pool_tokens(torch.zeros(0, 3, 4, 5), 3, "grid").shape == (0, 9, 5)
+    assert triton_pooling.spread_tokens(torch.zeros(0, 9, 5), 3, 4, 3, "grid").shape == (0, 3, 4, 5)
 
 
 def test_the_operator_runs_on_triton_through_the_front():

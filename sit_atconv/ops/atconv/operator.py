@@ -7,33 +7,21 @@ other, so derivatives of any order exist, reverse and forward, and every one of 
 import importlib.util
 import math
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import warnings
+from functools import cache
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
-from torch.utils.flop_counter import register_flop_formula
 
 from sit_atconv.ops.atconv import conv, inlined, native, reference
-from sit_atconv.ops.forward_mode import forward_mode, levels
-from sit_atconv.runtime.compat.torch import (
-    SingleLevelFunction,
-    any_requires_grad,
-    enable_single_level_autograd_function,
-    is_forward_grad_enabled,
-    onednn_takes_bf16,
-    redispatch_below_autograd,
-    set_forward_grad_enabled,
-)
+from sit_atconv.ops.operators import define, multilinear, sees_tangents
+from sit_atconv.runtime.compat.torch import onednn_takes_bf16
 from sit_atconv.runtime.errors import InputError, check_choice
 
-# Of the operators in torch.ops: the package's name. An exported pipeline has this module in a package of another name
-# (`pipelines.bundle`), since it may be loaded beside this one or beside an export of another version.
-NAMESPACE = __package__.split(".")[-3]
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
 BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
 CONV_VALUES = 2**16  # values of a sample from which `conv` is the faster one on a CPU
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = DTYPES[1:]
 
 
 def _backend(name: str):
@@ -74,86 +62,21 @@ def _fake_grad_kernels(v, grad_y, kernel_size, backend):
     return torch.empty((v.shape[0], kernel_size**2, v.shape[-1]), dtype=v.dtype, device=v.device)
 
 
-def _differentiate_convolution(ctx, upstream):
-    (v, kernels), (flip, backend) = ctx.saved_tensors, ctx.settings
-    to_v = convolution(upstream, kernels, not flip, backend) if kernels is not None else None
+def _gradients_of_convolution(upstream, needed, tensors, shapes, settings):
+    (v, kernels), (flip, backend) = tensors, settings
+    to_v = convolution(upstream, kernels, not flip, backend) if needed[0] else None
     to_kernels = None
-    if v is not None:
+    if needed[1]:
         source, above = (upstream, v) if flip else (v, upstream)
-        to_kernels = grad_kernels(source, above, math.isqrt(ctx.rows), backend)
+        to_kernels = grad_kernels(source, above, math.isqrt(shapes[1][1]), backend)
     return to_v, to_kernels
 
 
-def _differentiate_grad_kernels(ctx, upstream):
-    (v, grad_y), (_, backend) = ctx.saved_tensors, ctx.settings
-    to_v = convolution(grad_y, upstream, True, backend) if grad_y is not None else None
-    to_grad_y = convolution(v, upstream, False, backend) if v is not None else None
+def _gradients_of_grad_kernels(upstream, needed, tensors, shapes, settings):
+    (v, grad_y), (_, backend) = tensors, settings
+    to_v = convolution(grad_y, upstream, True, backend) if needed[0] else None
+    to_grad_y = convolution(v, upstream, False, backend) if needed[1] else None
     return to_v, to_grad_y
-
-
-def _differentiable(operator, differentiate: Callable) -> Callable:
-    """What `operator` (first, second, *settings), linear in each of its two tensors, does under the key Autograd.
-
-    `custom_op.register_autograd` knows no forward mode: without a gradient to keep it drops tangents without a word,
-    and it refuses the transforms of torch.func. As there, the function runs only where something is to be kept.
-    """
-
-    class Bilinear(SingleLevelFunction):
-        @staticmethod
-        def forward(keyset, grad, tangents, *arguments):
-            if not levels():
-                return redispatch_below_autograd(operator, keyset, arguments)
-            # The levels below this one differentiate on; `apply` has switched that off for all of them.
-            with torch.set_grad_enabled(grad), set_forward_grad_enabled(tangents):
-                return redispatch_below_autograd(operator, keyset, arguments)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            _, _, ctx.tangents, first, second, *ctx.settings = inputs
-            ctx.rows = second.shape[1]
-            *_, needs_first, needs_second = ctx.needs_input_grad[:5]
-            # Each gradient needs the other's tensor alone.
-            ctx.save_for_backward(first if needs_second else None, second if needs_first else None)
-            ctx.save_for_forward(first, second)
-
-        @staticmethod
-        def backward(ctx, upstream):
-            return None, None, None, *differentiate(ctx, upstream), *(None for _ in ctx.settings)
-
-        @staticmethod
-        def jvp(ctx, keyset, grad, tangents, to_first, to_second, *_):
-            # Torch switches tangents off here, and a jvp of a jvp would lose the outer one's. With them on, what
-            # was saved must not bring its own.
-            with set_forward_grad_enabled(ctx.tangents):
-                first, second = (unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors)
-                parts = [] if to_first is None else [operator(to_first, second, *ctx.settings)]
-                if to_second is not None:
-                    parts.append(operator(first, to_second, *ctx.settings))
-                return sum(parts[1:], parts[0])
-
-    def kernel(keyset, *arguments):
-        transformed = levels()
-        if transformed or forward_mode() or (torch.is_grad_enabled() and any_requires_grad(*arguments)):
-            state = keyset, torch.is_grad_enabled(), is_forward_grad_enabled()
-            with enable_single_level_autograd_function() if transformed else nullcontext():
-                return Bilinear.apply(*state, *arguments)
-        return redispatch_below_autograd(operator, keyset, arguments)
-
-    return kernel
-
-
-def _batched(operator):
-    """vmap: samples are independent, so the mapped dimension joins the batch."""
-
-    def rule(info, in_dims, first, second, *settings):
-        tensors = [
-            tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-            for tensor, dim in zip((first, second), in_dims[:2], strict=True)
-        ]
-        result = operator(*(tensor.flatten(0, 1) for tensor in tensors), *settings)
-        return result.unflatten(0, (info.batch_size, -1)), 0
-
-    return rule
 
 
 def _convolution_flops(v_shape, kernels_shape, *_, **__) -> int:
@@ -164,35 +87,18 @@ def _grad_kernels_flops(v_shape, grad_y_shape, kernel_size, *_, **__) -> int:
     return 2 * math.prod(v_shape) * kernel_size**2
 
 
-def _operator(name: str, function: Callable, fake: Callable, differentiate: Callable, flops: Callable):
-    """The torch operator NAMESPACE::name, defined unless it is there already: this source may be imported twice."""
-    operators = getattr(torch.ops, NAMESPACE)
-    if not hasattr(operators, name):
-        # Not torch.library.custom_op: it takes the key Autograd, and torch 2.11 refuses a second kernel there.
-        library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
-        packet = getattr(operators, name)
-        packet.library = library  # its end would be the operator's: it outlives this module
-        library.impl(name, function, "CompositeExplicitAutograd")
-        library.impl(name, _differentiable(packet.default, differentiate), "Autograd", with_keyset=True)
-        torch.library.register_fake(packet.default, fake, lib=library)
-        torch.library.register_vmap(packet.default, _batched(packet.default), lib=library)
-        register_flop_formula(packet)(flops)
-    return getattr(operators, name).default
-
-
-convolution = _operator(
+convolution = define(
     "dynamic_depthwise_conv",
     _convolve,
     _fake_convolution,
-    _differentiate_convolution,
+    multilinear(2, _gradients_of_convolution),
     _convolution_flops,
 )
-grad_kernels = _operator(
+grad_kernels = define(
     "dynamic_depthwise_conv_grad_kernels",
     _correlate,
     _fake_grad_kernels,
-    _differentiate_grad_kernels,
+    multilinear(2, _gradients_of_grad_kernels),
     _grad_kernels_flops,
 )
 
@@ -209,29 +115,58 @@ def _requested() -> str:
     return name
 
 
-def _triton_refusal(v: torch.Tensor) -> str | None:
-    """Why Triton cannot run on v, or None."""
-    if importlib.util.find_spec("triton") is None:
+@torch.compiler.assume_constant_result
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run on such tokens, or None."""
+    if not _triton_is_installed():
         return "the package triton is not installed"
-    if v.dtype == torch.float64:
-        return "it has no float64 form"
-    if not v.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tokens are on {v.device}, not on a CUDA device"
-    if v.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(v.device) < (8, 0):
+    if dtype not in TRITON_DTYPES:
+        return f"it has no {str(dtype).removeprefix('torch.')} form"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tokens are on {device}, not on a CUDA device"
+    if device.type == "cuda" and _is_old(device):
         return "the device has a compute capability below 8.0"
     return None
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _is_old(device: torch.device) -> bool:
+    """Whether Triton's kernels are not for that CUDA device; where there is none, tokens have no values."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _triton_is_best(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `auto` is `triton` on that CUDA device; where it could be and is not, it is said once."""
+    refusal = _triton_refusal(device, dtype)
+    if refusal and dtype in TRITON_DTYPES:
+        _say_slow(refusal)
+    return refusal is None
+
+
+@cache
+def _say_slow(reason: str) -> None:
+    warnings.warn(f"ATConv is slow on this CUDA device, since Triton cannot run its kernels: {reason}", stacklevel=2)
 
 
 def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
     """The backend that v (B, H, W, C) runs on: the argument, else SIT_ATCONV_BACKEND, else by this rule.
 
-    Under torch.compile `native`, which is inlined there. CUDA, 16 or 32 bits: `triton`, one pass over memory (chosen by
-    construction: not measured yet). CPU, fp32, or bf16 where oneDNN has it, samples of CONV_VALUES values or more:
-    `conv`, which costs 45 us a sample and little more. Everywhere else `native`. Measured forward, and forward with
-    backward, `native` / `conv` in ms on 2 Xeon cores with AMX, fp32: (32, 8x8, 64) 0.16 / 1.48 and 0.84 / 5.2,
-    (1, 16x16, 384) 0.13 / 0.10 and 0.78 / 0.57, (4, 16x16, 1152) 1.6 / 1.1 and 7.2 / 4.9, (1, 64x64, 1152) 6.6 / 1.0
-    and 32 / 4.0; bf16: 0.22 / 1.43 and 0.95 / 5.1, 0.17 / 0.09 and 0.91 / 0.54, 1.9 / 0.7 and 8.0 / 2.4, 8.5 / 0.9 and
-    35 / 4.0.
+    CUDA, 16 or 32 bits: `triton`, one pass over memory (chosen by construction: not measured yet), under torch.compile,
+    too, but not in what torch.export makes. A device without it is slow, which is said once. Elsewhere under
+    torch.compile `native`, which is inlined there.
+    CPU, fp32, or bf16 where oneDNN has it, samples of CONV_VALUES values or more: `conv`, which costs 45 us a sample
+    and little more. Everywhere else `native`. Measured forward, and forward with backward, `native` / `conv` in ms on 2
+    Xeon cores with AMX, fp32: (32, 8x8, 64) 0.16 / 1.48 and 0.84 / 5.2, (1, 16x16, 384) 0.13 / 0.10 and 0.78 / 0.57,
+    (4, 16x16, 1152) 1.6 / 1.1 and 7.2 / 4.9, (1, 64x64, 1152) 6.6 / 1.0 and 32 / 4.0; bf16: 0.22 / 1.43 and 0.95 / 5.1,
+    0.17 / 0.09 and 0.91 / 0.54, 1.9 / 0.7 and 8.0 / 2.4, 8.5 / 0.9 and 35 / 4.0.
     On the meta device, where nothing is computed, it is `native` whatever was asked for.
     Raises ValueError for an unknown name and RuntimeError for `triton` where it cannot run.
     """
@@ -239,15 +174,15 @@ def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
     chosen = backend if backend != "auto" else _requested()
     if v.is_meta:
         return "native"
-    if chosen == "triton" and (reason := _triton_refusal(v)):
+    if chosen == "triton" and (reason := _triton_refusal(v.device, v.dtype)):
         asked = f"backend={backend!r}" if backend != "auto" else f"{BACKEND_VARIABLE}={chosen}"
         raise CannotRun(f"{asked} cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
     if chosen != "auto":
         return chosen
+    if v.is_cuda and not torch.compiler.is_exporting():
+        return "triton" if _triton_is_best(v.device, v.dtype) else "native"
     if torch.compiler.is_compiling():
         return "native"
-    if v.is_cuda:
-        return "native" if _triton_refusal(v) else "triton"
     large = math.prod(v.shape[1:]) >= CONV_VALUES
     return "conv" if v.device.type == "cpu" and large and _onednn_takes(v.dtype) else "native"
 
@@ -262,9 +197,8 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """The operator on arguments that fit; see `sit_atconv.ops.atconv.dynamic_depthwise_conv`."""
     chosen = choose_backend(v, backend)
-    # Inductor sees nothing of a custom operator; of the plain forms it makes loops of its own, with sums in fp32. And a
-    # custom operator cannot see that its graph makes dual tensors, unless a transform of torch.func does.
-    if torch.compiler.is_compiling() and (chosen == "native" or (forward_mode() and not levels())):
+    # Inductor sees nothing of a custom operator; of the plain forms it makes loops of its own, with sums in fp32.
+    if torch.compiler.is_compiling() and (chosen == "native" or not sees_tangents()):
         return inlined.dynamic_depthwise_conv(v, kernels)
     if chosen == "reference":
         return reference.dynamic_depthwise_conv(v, kernels)

@@ -1,15 +1,17 @@
 """Adaptive average pooling of tokens in one pass forward and one pass backward; shapes as in `reference`.
 
-torch's own adaptive pooling reads channels-last layout well and has a slow gradient; a mean over slices is the
-reverse. The pooling is linear, so its gradient is its transpose, written out here, and the gradient of that is the
-pooling.
+The pooling is linear, so its gradient is its transpose, and the gradient of that is the pooling. Where the convolution
+runs on Triton, both are torch operators with Triton kernels. Elsewhere they are torch calls: torch's own adaptive
+pooling reads channels-last layout well on a CPU and has a slow gradient; a mean over slices is the reverse.
 """
 
 import torch
 import torch.nn.functional as F
 
 from sit_atconv.ops.atconv import reference
+from sit_atconv.ops.atconv.operator import choose_backend
 from sit_atconv.ops.forward_mode import forward_mode
+from sit_atconv.ops.operators import define, multilinear, sees_tangents
 
 
 def _pool(x: torch.Tensor, k: int, pool: str) -> torch.Tensor:
@@ -74,8 +76,45 @@ def _differentiable(x: torch.Tensor, grid: tuple[int, int] | None, k: int, pool:
     return _Pool.apply(x, grid, k, pool)
 
 
+def _pool_on_triton(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
+    from sit_atconv.ops.atconv import triton_pooling  # here, since triton exists on few platforms
+
+    return triton_pooling.pool_tokens(x, kernel_size, pool)
+
+
+def _spread_on_triton(g: torch.Tensor, height: int, width: int, kernel_size: int, pool: str) -> torch.Tensor:
+    from sit_atconv.ops.atconv import triton_pooling
+
+    return triton_pooling.spread_tokens(g, height, width, kernel_size, pool)
+
+
+def _fake_pool(x, kernel_size, pool):
+    return torch.empty((x.shape[0], kernel_size**2, x.shape[-1]), dtype=x.dtype, device=x.device)
+
+
+def _fake_spread(g, height, width, kernel_size, pool):
+    return torch.empty((g.shape[0], height, width, g.shape[-1]), dtype=g.dtype, device=g.device)
+
+
+def _gradient_of_pool(upstream, needed, tensors, shapes, settings):
+    return (spread_operator(upstream, *shapes[0][1:3], *settings),)
+
+
+def _gradient_of_spread(upstream, needed, tensors, shapes, settings):
+    return (pool_operator(upstream, *settings[2:]),)
+
+
+pool_operator = define("pool_tokens", _pool_on_triton, _fake_pool, multilinear(1, _gradient_of_pool))
+spread_operator = define("spread_tokens", _spread_on_triton, _fake_spread, multilinear(1, _gradient_of_spread))
+
+
 def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, H, W, C) -> (B, K, C), contiguous. Under torch.compile the means of the oracle, which Inductor fuses."""
+    """x (B, H, W, C) -> (B, K, C), contiguous: on Triton where `choose_backend` does, else by torch.
+
+    Torch's form under torch.compile is the means of the oracle, which Inductor fuses.
+    """
+    if choose_backend(x) == "triton" and sees_tangents() and not torch.jit.is_tracing():
+        return pool_operator(x, kernel_size, pool)
     if torch.compiler.is_compiling():
         return reference.pool_tokens(x, kernel_size, pool)
     return _differentiable(x, None, kernel_size, pool)

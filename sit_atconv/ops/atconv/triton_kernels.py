@@ -14,18 +14,13 @@ import triton  # with these words: a bare `import triton` in an exported file is
 import triton.language as tl
 
 from sit_atconv.ops.atconv.tiles import Tile
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from sit_atconv.ops.atconv.triton_launch import add, contiguous, splits_of
 
 # 4 warps on a tile row of 16 columns x 128 bytes make one 128-bit access per thread: 8 half or 4 fp32 channels.
 # A tile of R rows loads (R + k - 1) / R rows of v for each of its own; more rows cost registers, hence the warps that
 # hide latency. grad_kernels holds its sums for all taps beside the rows and has room for fewer.
 CONVOLUTION_TILE = Tile(rows=4, cols=16, line_bytes=128, warps=4)
 GRAD_TILE = Tile(rows=2, cols=16, line_bytes=128, warps=4)
-# Programs that grad_kernels splits the positions for: two or three waves of some 130 multiprocessors. A split sums at
-# least MIN_TILES tiles, so that its reduction and its line of partial sums (14 % of v in bf16, k = 3) stay small.
-PROGRAMS = 1024
-MIN_TILES = 4
 
 
 @triton.jit
@@ -124,7 +119,7 @@ def grad_kernels_kernel(
     for j in tl.static_range(COLUMNS):
         for i in tl.static_range(KERNEL):
             tap = split.to(tl.int64) * TAPS + i * KERNEL + first_column + j
-            total = tl.sum(sums[j * KERNEL + i], 0, keep_dims=True)
+            total = tl.sum(sums[j * KERNEL + i], 0, keep_dims=True).to(partial.dtype.element_ty)
             tl.store(partial + tap * CHANNELS + c, total, mask=c < CHANNELS)
 
 
@@ -135,28 +130,8 @@ def _constants(tile: Tile, dtype: torch.dtype, channels: int, kernel_size: int) 
     }  # fmt: skip
 
 
-def splits_of(tiles: int, programs: int) -> tuple[int, int]:
-    """(splits, tiles per split) of each sample's positions, where one split takes `programs` programs."""
-    splits = max(1, min(tiles // MIN_TILES, triton.cdiv(PROGRAMS, max(1, programs))))
-    return splits, triton.cdiv(tiles, splits)
-
-
-def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"dtype {tensor.dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}; use `conv` for others"
-            )
-        if math.prod(tensor.shape[1:]) >= 2**31:
-            raise ValueError(
-                f"shape {tuple(tensor.shape)}: the Triton kernels take samples of fewer than 2**31 values; "
-                "use `conv` for larger ones"
-            )
-    return [tensor.contiguous() for tensor in tensors]
-
-
 def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool, tile: Tile) -> torch.Tensor:
-    v, kernels = _contiguous(v, kernels)
+    v, kernels = contiguous(v, kernels)
     y = v.new_empty(v.shape)
     batch, height, width, channels = v.shape
     tiles = triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols)
@@ -188,18 +163,18 @@ def grad_kernels(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int, tile: 
     """dK[b, i k + j, c] = sum_hw grad_y[b, h, w, c] * v[b, h + i - k // 2, w + j - k // 2, c].
 
     v and grad_y (B, H, W, C) -> contiguous (B, K, C) in the dtype of v; errors as in `dynamic_depthwise_conv`.
-    The fp32 sums of S splits of the positions are added by torch: no atomics, so two runs agree to the bit.
     """
-    v, grad_y = _contiguous(v, grad_y)
+    v, grad_y = contiguous(v, grad_y)
     batch, height, width, channels = v.shape
     columns = kernel_size if kernel_size <= 3 else 1  # 25 taps' sums fit the registers one column of them at a time
     tiles = triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols)
     programs = batch * triton.cdiv(channels, tile.channels(v.dtype)) * (kernel_size // columns)
     splits, tiles_per_split = splits_of(tiles, programs)
-    partial = v.new_empty((batch, splits, kernel_size**2, channels), dtype=torch.float32)
+    result = v.new_empty((batch, kernel_size**2, channels))
+    partial = result if splits == 1 else v.new_empty((batch, splits, *result.shape[1:]), dtype=torch.float32)
     constants = _constants(tile, v.dtype, channels, kernel_size)
     with torch.cuda.device_of(v):
         grad_kernels_kernel[(programs * splits,)](
             v, grad_y, partial, height, width, splits, tiles_per_split, COLUMNS=columns, **constants
         )
-    return partial.sum(1).to(v.dtype)
+    return result if splits == 1 else add(partial, result)
