@@ -287,7 +287,9 @@ def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
 
 OLD_NAMES = re.compile(r"python -m (eval|sampling|sit_atconv)|(train_sit|train_attnet|sample)\.py")
 # The doors' own names.
-DOORS = {"latents/__main__.py", "posthoc.py", "convert/__main__.py", "pipelines/export.py"}
+DOORS = {
+    "latents/__main__.py", "posthoc.py", "convert/__main__.py", "pipelines/export.py", "bench/gpu/__main__.py",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,18 +1,15 @@
 """SiT-ATConv-XL/2 against SiT-XL/2 with the fastest attention, in bf16: eager, compiled, and as CUDA graphs."""
 
-import os
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
 
 from sit_atconv.bench.baselines import MatrixProducts, attention_twin
-from sit_atconv.bench.gpu.worker import Bench
+from sit_atconv.bench.gpu.worker import Bench, backend
 from sit_atconv.bench.plots import LIMIT
 from sit_atconv.bench.speed import PIXELS_PER_LATENT, attend_by_the_fastest, random_model, usual_batch
 from sit_atconv.bench.timing import peak_bytes
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.ops.atconv import BACKEND_VARIABLE
 
 NAME = "SiT-ATConv-XL/2"
 # (px, whether the batch fills the device), the ones that say most first.
@@ -28,19 +25,6 @@ def run(bench: Bench) -> None:
         # Two models, the buffers of their products and some activations.
         needs = 0 if bench.rehearsal else 8e9 + 100 * values
         bench.attempt(f"{size} px, batch {batch}", lambda size=size, batch=batch: measure(bench, size, batch), needs)
-
-
-@contextmanager
-def by_the_oracle():
-    """Within it ATConv's convolution is the reference."""
-    before = os.environ.get(BACKEND_VARIABLE)
-    os.environ[BACKEND_VARIABLE] = "reference"
-    try:
-        yield
-    finally:
-        os.environ.pop(BACKEND_VARIABLE)
-        if before is not None:
-            os.environ[BACKEND_VARIABLE] = before
 
 
 def drawn(bench: Bench, name: str, size: int) -> SiTTransformer2DModel:
@@ -75,7 +59,7 @@ def measure(bench: Bench, size: int, batch: int) -> None:
     models = {name: drawn(bench, name, size) for name in (attention_twin(NAME), NAME)}
     calls = {name: evaluation(model, inputs) for name, model in models.items()}
     attention = attend_by_the_fastest(models[attention_twin(NAME)], calls[attention_twin(NAME)], bench.device)
-    with by_the_oracle():
+    with backend("reference"):
         expected = {name: call() for name, call in calls.items()}
     products = {name + LIMIT: MatrixProducts(model, *inputs) for name, model in models.items()}
 

@@ -8,7 +8,7 @@ import torch
 
 from sit_atconv.bench.forms import TOLERANCE, assert_close, make_call, operator_forms
 from sit_atconv.bench.gpu.worker import Bench
-from sit_atconv.ops.atconv import pool_tokens, triton_kernels
+from sit_atconv.ops.atconv import pool_tokens, triton_kernels, triton_pooling
 from sit_atconv.ops.atconv.tiles import Tile
 
 # (B, H, W): 75 million values with 1152 channels, and a small batch.
@@ -73,8 +73,11 @@ def tiles(bench: Bench) -> list[Tile]:
 
 
 def sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: str) -> None:
-    """All tiles of every kernel, of which the gradient of v is the convolution again: a first short round, then those that came near the fastest, in turn."""
-    b, _, _, c = shape
+    """All tiles of every kernel: a first short round, then those that came near the fastest, in turn.
+
+    The gradient of v is the convolution again.
+    """
+    b, h, w, c = shape
     generator = torch.Generator(bench.device).manual_seed(0)
     v, kernels, above = (
         torch.randn(size, generator=generator, device=bench.device).to(DTYPES[dtype])
@@ -86,6 +89,14 @@ def sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: str) -> None:
         ),
         "gradient of the kernels": (
             lambda tile: triton_kernels.grad_kernels(v, above, KERNEL, tile=tile), triton_kernels.GRAD_TILE,
+        ),
+        "pooling": (
+            lambda tile: triton_pooling.pool_tokens(v, KERNEL, "raster", tile=tile),
+            triton_pooling.POOL_TILE,
+        ),
+        "gradient of the pooling": (
+            lambda tile: triton_pooling.spread_tokens(kernels, h, w, KERNEL, "raster", tile=tile),
+            triton_pooling.SPREAD_TILE,
         ),
     }  # fmt: skip
     for name, (kernel, usual) in swept.items():
@@ -100,9 +111,8 @@ def sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: str) -> None:
             bench.attempt(f"{name}, {tile}, {shape}, {dtype}", ready)
         first = bench.times(calls, graphs=(), rounds=1)
         near = SHORTLIST * min(facts["ms"] for facts in first.values())
-        taken = bench.times(
-            {tile: calls[tile] for tile in calls if tile == usual or first[tile]["ms"] <= near}, graphs=()
-        )
+        chosen = {tile: call for tile, call in calls.items() if tile == usual or first[tile]["ms"] <= near}
+        taken = bench.times(chosen, graphs=())
         of = {"kernel": name, "shape": "x".join(map(str, shape)), "dtype": dtype}
         for tile, facts in taken.items():
             bench.row("sweep", **of, **vars(tile), ms=facts["ms"], iqr_ms=facts["iqr_ms"], usual=tile == usual)

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +26,7 @@ from typing import Any, TextIO
 import torch
 
 from sit_atconv.bench.timing import commit, device_name, device_state, measured, source_digest
+from sit_atconv.ops.atconv import BACKEND_VARIABLE
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import said
 
@@ -104,6 +106,10 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def kernels(self) -> AbstractContextManager[None]:
+        """Within it the operator runs on its Triton kernels, as on a CUDA device; in a rehearsal they are asked for."""
+        return backend("triton") if self.rehearsal else nullcontext()
+
     def compiled(self, function: Callable) -> Callable:
         """torch.compile for fixed shapes, in one graph; in a rehearsal without the generation of code."""
         return torch.compile(function, fullgraph=True, dynamic=False, backend=self.compiler)
@@ -123,6 +129,19 @@ class Bench:
         taken = measured(calls, rounds, self.device, "rounds", graphs)
         state = device_state(self.device) or {}
         return {name: each.facts() | state for name, each in taken.items()}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within it the environment asks for a backend of the operator."""
+    before = os.environ.get(BACKEND_VARIABLE)
+    os.environ[BACKEND_VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(BACKEND_VARIABLE)
+        if before is not None:
+            os.environ[BACKEND_VARIABLE] = before
 
 
 def _finite(value: Any) -> Any:
