@@ -40,6 +40,9 @@ ALLOWED = {
     "pipelines": CORE | SAVED | {"models", "latents", "sampling.settings"},
     "sampling.schedulers": BASE | DRAWN | {"models", "pipelines"},
     "bench": CORE | DRAWN | {"models", "layers", "ops", "bench.timing", "bench.results"},
+    "bench.gpu": CORE | SAVED | DRAWN | {
+        "models", "layers", "ops", "data", "latents", "training", "bench", "bench.timing", "bench.results",
+    },
     "report": BASE | {"data", "scoring"},
     "principles": CORE | DRAWN | {
         "models", "layers", "ops", "data", "latents", "classification", "training.checkpoint",
@@ -284,7 +287,9 @@ def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
 
 OLD_NAMES = re.compile(r"python -m (eval|sampling|sit_atconv)|(train_sit|train_attnet|sample)\.py")
 # The doors' own names.
-DOORS = {"latents/__main__.py", "posthoc.py", "convert/__main__.py", "pipelines/export.py"}
+DOORS = {
+    "latents/__main__.py", "posthoc.py", "convert/__main__.py", "pipelines/export.py", "bench/gpu/__main__.py",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
@@ -301,9 +306,29 @@ def test_the_library_speaks_of_arguments_and_not_of_flags():
     """Its errors name an argument by `errors.option`, which gives the flag within a command."""
     others = {
         "sit_atconv/runtime/errors.py": [" --help`"],
-        "sit_atconv/bench/timing.py": ["--error-unmatch", "--short", "--porcelain"],  # git's
+        "sit_atconv/bench/timing.py": [
+            "--query-gpu=",
+            "--format=csv,noheader,nounits",
+            "--error-unmatch",
+            "--id=",
+            "--short",
+            "--porcelain",
+        ],  # nvidia-smi's and git's
+        "sit_atconv/bench/gpu/correct.py": ["--tool", "--error-exitcode"],  # compute-sanitizer's
+        "sit_atconv/bench/gpu/digits.py": [
+            "--ckpt",
+            "--steps",
+            "--dtype",
+            "--force",
+            "--out",
+            "--classes",
+        ],  # of `sample`
+        "sit_atconv/bench/gpu/tests.py": ["--junitxml="],  # pytest's
+        "sit_atconv/bench/gpu/worker.py": ["--query-gpu=", "--format=csv,noheader"],  # nvidia-smi's
     }
     found = {path.relative_to(ROOT).as_posix(): flags_in(path.read_text()) for path in LIBRARY}
     found = {path: flags for path, flags in found.items() if flags and not path.startswith("sit_atconv/commands/")}
-    assert found == others
+    assert {path: sorted(flags) for path, flags in found.items()} == {
+        path: sorted(each) for path, each in others.items()
+    }
     assert flags_in("""def f(x):\n    "Writes `--out`."\n    raise ValueError(f"give --out {x}")""") == ["give --out "]

@@ -6,7 +6,8 @@ import torch
 
 from experiments.bench import op
 from sit_atconv.bench import speed
-from sit_atconv.bench.timing import append_csv, caption, check_csv, device_name, memory_kept
+from sit_atconv.bench.results import append_csv, check_csv
+from sit_atconv.bench.timing import caption, device_name, memory_kept
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import command
 from sit_atconv.runtime.files import write_atomic

@@ -2,20 +2,15 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit_atconv import ATConv
-from sit_atconv.bench.baselines import PaperForm
+from sit_atconv.bench.forms import COMPILED, HEAD, LINEARS, PAPER, Form, best_attention, check, forms, make_call
 from sit_atconv.bench.plots import plot_latency
-from sit_atconv.bench.results import Results
-from sit_atconv.bench.speed import TOLERANCE, assert_close, timed
-from sit_atconv.bench.timing import append_csv, check_csv, commit, device_name, peak_bytes
+from sit_atconv.bench.results import Results, append_csv, check_csv
+from sit_atconv.bench.timing import commit, device_name, device_state, measured, peak_bytes
 from sit_atconv.commands.options import add_device_options, add_number, add_out
-from sit_atconv.layers.attention import Attention
-from sit_atconv.ops.atconv import dynamic_depthwise_conv
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import ArgumentParser, InputError, command
@@ -24,10 +19,12 @@ from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.precision import dtype_of
 
 PASSES = ("forward", "backward")
-SHAPES = ("4x16x16", "1x32x32", "1x64x64")
-HEAD = 72  # channels of a head in SiT-XL
+# On a GPU: 75 million values, of which no L2 cache holds many, and a small batch.
+SHAPES = {
+    "cpu": ("4x16x16", "1x32x32", "1x64x64"),
+    "cuda": ("256x16x16", "64x32x32", "16x64x64", "2x64x64"),
+}
 CSV = ("commit", "device", "dtype", "what", "shape", "pass", "median_ms", "iqr_ms", "ratio", "ratio_to")
-LINEARS, ATTENTION, PAPER = "two linears", "attention", "paper's form"
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -38,82 +35,9 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return batch, height, width
 
 
-@dataclass(frozen=True)
-class Form:
-    """One thing to time: a function without arguments, its leaves, and what it must compute (None: not checked)."""
-
-    name: str
-    call: Callable[[], torch.Tensor]
-    leaves: tuple[torch.Tensor, ...]
-    oracle: Callable[[], torch.Tensor] | None
-
-
-def forms(x: torch.Tensor) -> list[Form]:
-    """The layer in its forms, then the operator alone in its backends, for x (B, H, W, C)."""
-    torch.manual_seed(0)
-    layer = ATConv(x.shape[3]).to(x.device, x.dtype)
-    attention = Attention(x.shape[3], x.shape[3] // HEAD).to(x.device, x.dtype)
-    paper = PaperForm(layer)
-    # Attention reads a row, and torch's counters refuse the view that it would be of a leaf without gradients.
-    row = x.flatten(1, 2).clone().requires_grad_()
-    x = x.clone().requires_grad_()
-    with torch.no_grad():
-        v, kernels = layer.x_proj(x), layer.kernels(x).contiguous()
-    v.requires_grad_(), kernels.requires_grad_()
-    weights, operands = (x, *layer.parameters()), (v, kernels)
-
-    def operate(backend: str) -> torch.Tensor:
-        return dynamic_depthwise_conv(v, kernels, backend=backend)
-
-    def oracle() -> torch.Tensor:
-        return layer.proj(dynamic_depthwise_conv(layer.x_proj(x), layer.kernels(x), backend="reference"))
-
-    def compiled(function: Callable, *arguments) -> Callable[[], torch.Tensor]:
-        fast = torch.compile(function, fullgraph=True)
-        return lambda: fast(*arguments)
-
-    backends = ("native", "conv", "triton") if x.is_cuda else ("native", "conv")
-    return [
-        Form(LINEARS, lambda: layer.proj(layer.x_proj(x)), weights, None),
-        Form("ATConv", lambda: layer(x), weights, oracle),
-        Form("ATConv compiled", compiled(layer, x), weights, oracle),
-        Form(PAPER, lambda: paper(x), weights, oracle),
-        Form(ATTENTION, lambda: attention(row).view_as(x), (row, *attention.parameters()), None),
-        *(
-            Form(f"operator {name}", lambda name=name: operate(name), operands, lambda: operate("reference"))
-            for name in backends
-        ),
-        Form("operator compiled", compiled(operate, "auto"), operands, lambda: operate("reference")),
-    ]
-
-
-def make_call(form: Form, step: str, upstream: torch.Tensor) -> Callable[[], object]:
-    """A pass of a form: forward, or forward and the gradients of its leaves, which are dropped again."""
-
-    def backward() -> None:
-        form.call().backward(upstream)
-        for leaf in form.leaves:
-            leaf.grad = None
-
-    return torch.no_grad()(form.call) if step == "forward" else backward
-
-
-def check(form: Form, shape: str, upstream: torch.Tensor, dtype: str) -> None:
-    """Compare the outputs of both graphs, with and without gradients, and every gradient with the oracle's."""
-
-    def results(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            alone = call()
-        y = call()
-        return alone, y.detach(), *torch.autograd.grad(y, form.leaves, upstream)
-
-    for actual, true in zip(results(form.call), results(form.oracle), strict=True):
-        assert_close(f"{form.name} at {shape}", actual, true, TOLERANCE[dtype])
-
-
 def cost(form: Form, call: Callable[[], object]) -> dict[str, float | None]:
     """Giga multiply-accumulates of a pass and its peak memory; None where compiled code hides them."""
-    if form.name.endswith("compiled"):
+    if form.name.endswith(COMPILED):
         return {"gmacs": None, "peak_mib": None}
     with FlopCounterMode(display=False) as counter:
         call()
@@ -125,7 +49,8 @@ def cost(form: Form, call: Callable[[], object]) -> dict[str, float | None]:
 def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list[str], rounds: int) -> list[dict]:
     """Rows for one shape and dtype, after checking every form."""
     batch, height, width = parse_shape(shape)
-    x = torch.randn(batch, height, width, dim, generator=torch.Generator().manual_seed(0)).to(device, dtype_of(dtype))
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(batch, height, width, dim, generator=generator, device=device).to(dtype_of(dtype))
     torch.compiler.reset()
     candidates = forms(x)
     for form in candidates:
@@ -134,18 +59,21 @@ def measure(shape: str, dim: int, dtype: str, device: torch.device, passes: list
     rows = []
     for step in passes:
         calls = {form.name: make_call(form, step, x) for form in candidates}
-        timings = timed(calls, rounds, device, f"{step} {shape} {dtype}")
+        taken = measured(calls, rounds, device, f"{step} {shape} {dtype}")
+        state, timings = device_state(device) or {}, {name: each.call for name, each in taken.items()}
         for name, timing in timings.items():
+            attention = best_attention(name, timings)
             rows.append(
                 {
                     "dtype": dtype,
                     "what": name,
                     "shape": f"{shape}x{dim}",
                     "pass": step,
-                    "ms": 1e3 * timing.median,
-                    "iqr_ms": 1e3 * timing.iqr,
+                    **taken[name].facts(),
+                    **state,
                     "over_linears": timing.median / timings[LINEARS].median,
-                    "vs_attention": timings[ATTENTION].median / timing.median,
+                    "attention": attention,
+                    "vs_attention": timings[attention].median / timing.median,
                     "vs_paper": timings[PAPER].median / timing.median,
                 }
             )
@@ -195,7 +123,8 @@ def plot(rows: list[dict], title: str) -> bytes:
 @numerics()
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench.op", description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxHxW", help=f"default: {' '.join(SHAPES)}")
+    default = "; ".join(f"{' '.join(shapes)} on {kind}" for kind, shapes in SHAPES.items())
+    parser.add_argument("--shapes", nargs="+", metavar="BxHxW", help=f"default: {default}")
     add_number(parser, "--dim", limits.CHANNELS, 1152, f"channels, a multiple of {HEAD}")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="backward: forward and backward")
     add_number(parser, "--rounds", limits.ROUNDS, 10, "measurements of each, in turn")
@@ -205,14 +134,15 @@ def main(argv: list[str] | None = None) -> None:
     device = resolve_device(args.device)
     if args.dim < HEAD or args.dim % HEAD:
         raise InputError(f"--dim {args.dim}: give a multiple of {HEAD}, the channels of a head")
-    for shape in args.shapes:
+    shapes = args.shapes or SHAPES.get(device.type, SHAPES["cpu"])
+    for shape in shapes:
         parse_shape(shape)
     *beside, table = named(args.out, ".json", ".md", ".png", ".csv")
     files = Results(beside, args.force, "device", "commit", "rounds", "rows")
     check_csv(table, CSV)
     result = {"device": device_name(device), "commit": commit(), "rounds": args.rounds, "versions": library_versions()}
     rows = []
-    for shape in args.shapes:
+    for shape in shapes:
         new = measure(shape, args.dim, args.dtype, device, args.passes, args.rounds)
         rows += new
         picture = plot(rows, f"{result['device']}; {args.dtype}, C = {args.dim}")

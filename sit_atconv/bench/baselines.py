@@ -5,43 +5,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from sit_atconv.bench.forms import PaperForm
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
-from sit_atconv.layers.linear import linear
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel
-from sit_atconv.ops.atconv.grouped import grouped_convolution
 
 SCORE_BYTES = 2**26  # of attention scores that are alive at once in the matrix products
-
-
-class PaperForm(nn.Module):
-    """An ATConv layer computed as published: `kernel_proj` on all N tokens, the pool after it, the convolution grouped.
-
-    x (B, H, W, C) -> (B, H, W, C), the same function of the same weights as `layer`, up to rounding.
-    Raises ValueError for a layer with options that the paper does not have.
-    """
-
-    def __init__(self, layer: ATConv):
-        super().__init__()
-        if (layer.routing, layer.inhibition, layer.pool) != ("adaptive", "learned", "raster"):
-            raise ValueError(f"{layer}: the paper's form has adaptive routing, learned inhibition, raster pooling")
-        self.layer = layer
-
-    def kernels(self, keys: torch.Tensor) -> torch.Tensor:
-        """From `kernel_proj` of all tokens, (B, C, N), to the kernels (B, C, K)."""
-        layer = self.layer
-        pooled = layer.activation(F.adaptive_avg_pool1d(keys, layer.kernel_size**2))
-        kernels = F.linear(pooled, layer.kernel_gen.weight, layer.kernel_gen.bias)  # never as sums
-        return kernels - layer.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.layer
-        kernels = self.kernels(linear(layer.kernel_proj, x).flatten(1, 2).transpose(1, 2))
-        mixed = grouped_convolution(linear(layer.x_proj, x).permute(0, 3, 1, 2), kernels)
-        return linear(layer.proj, mixed.permute(0, 2, 3, 1))
 
 
 def in_paper_form(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
@@ -93,7 +64,7 @@ class MatrixProducts:
     def _buffer(self, use: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
         key = (use, shape)
         if key not in self._buffers:
-            self._buffers[key] = torch.randn(shape, dtype=torch.float32).to(like.device, like.dtype)
+            self._buffers[key] = torch.randn(shape, device=like.device).to(like.dtype)
         return self._buffers[key]
 
     def _record(self, module: nn.Module, arguments: tuple) -> None:

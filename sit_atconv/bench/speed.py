@@ -10,14 +10,16 @@ import torch
 from accelerate.utils import patch_environment
 
 from sit_atconv.bench.baselines import MatrixProducts, attention_twin, in_paper_form
+from sit_atconv.bench.forms import TOLERANCE, assert_close
 from sit_atconv.bench.plots import LIMIT, plot_latency
 from sit_atconv.bench.results import Results
-from sit_atconv.bench.timing import Timing, caption, commit, device_name, interleaved, memory_kept, peak_bytes
+from sit_atconv.bench.timing import caption, commit, device_name, device_state, measured, memory_kept, peak_bytes, timed
+from sit_atconv.layers.attention import Attention
 from sit_atconv.models.cost import count_macs, count_parameters, without_weights
 from sit_atconv.models.sit import PRESETS, SiTTransformer2DModel, create_model
 from sit_atconv.ops.atconv import BACKEND_VARIABLE
 from sit_atconv.runtime.devices import import_compiler, numerics, resolve_device
-from sit_atconv.runtime.errors import InputError, check_choice, option
+from sit_atconv.runtime.errors import InputError, check_choice, option, said
 from sit_atconv.runtime.files import library_versions, named
 from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.precision import dtype_of
@@ -27,15 +29,11 @@ from sit_atconv.sampling.settings import Sampling
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 PIXELS_PER_LATENT = 8  # of the Stable-Diffusion autoencoders
+SIZES = {"cpu": [256], "cuda": [256, 512, 1024]}  # image sizes in pixels, where none are given
+# diffusers' names of torch's fused attention; which is the fastest depends on device, shape and pass.
+FUSED_BACKENDS = ("_native_flash", "_native_cudnn", "_native_efficient")
 KEYS = ("rounds", "compiled", "backend", "sampling", "rows")  # by which its JSON is known
 PAPER = " (paper's form)"
-# Largest distance of an output from another form of the same function, over its norm.
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-
-
-def timed(calls: dict[str, Callable], rounds: int, device: torch.device, label: str) -> dict[str, Timing]:
-    """`interleaved`, by name."""
-    return dict(zip(calls, interleaved([*calls.values()], rounds, device, label), strict=True))
 
 
 @dataclass(frozen=True)
@@ -69,17 +67,47 @@ class Setting:
 
 @torch.no_grad()
 def with_random_weights(model: Model, vectors: Callable[[str], tuple[float, float]]) -> Model:
-    """The model, in eval mode, with weights drawn at random; vectors: mean and deviation of a vector, by its name."""
-    generator = torch.Generator().manual_seed(0)
+    """The model, in eval mode, with weights drawn at random on its device; vectors: mean and deviation of a vector, by
+    its name."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for key, parameter in model.named_parameters():
         mean, std = (0.0, parameter[0].numel() ** -0.5) if parameter.ndim > 1 else vectors(key)
         parameter.normal_(mean, std, generator=generator)
     return model.eval()
 
 
-def random_model(name: str, sample_size: int) -> SiTTransformer2DModel:
-    """The preset with every weight drawn at random: a new model's gates are zero, and zeros can be quicker."""
-    return with_random_weights(create_model(name, sample_size), lambda key: (0.0, 0.02))
+def random_model(name: str, sample_size: int, device: torch.device | str = "cpu", **options) -> SiTTransformer2DModel:
+    """The preset, and options over it, made on the device, with every weight drawn at random: a new model's gates are
+    zero, and zeros can be quicker."""
+    with torch.device(device):
+        model = create_model(name, sample_size, **options)
+    return with_random_weights(model, lambda key: (0.0, 0.02))
+
+
+def usual_batch(size: int, device: torch.device) -> int:
+    """Images that fill a device: on CUDA 64 at 256 px, and as many tokens at other sizes; on a CPU one."""
+    return max(1, 64 * 256**2 // size**2) if device.type == "cuda" else 1
+
+
+def attend_by_the_fastest(model: SiTTransformer2DModel, call: Callable[[], object], device: torch.device) -> str | None:
+    """Set a model with attention to the backend by which `call` is fastest, and return its name in diffusers.
+
+    None for a model without attention. Raises RuntimeError where none of them runs.
+    """
+    if not any(isinstance(module, Attention) for module in model.modules()):
+        return None
+    taken, faults = {}, []
+    for backend in FUSED_BACKENDS:
+        model.set_attention_backend(backend)
+        try:
+            taken[backend] = timed({backend: call}, 3, device, backend)[backend].median
+        except RuntimeError as error:
+            faults.append(f"{backend}: {said(error)}")
+    if not taken:
+        raise RuntimeError(f"no backend of attention runs: {'; '.join(faults)}")
+    fastest = min(taken, key=taken.get)
+    model.set_attention_backend(fastest)
+    return fastest
 
 
 def contenders(names: list[str], latent: int, setting: Setting) -> dict[str, SiTTransformer2DModel]:
@@ -91,18 +119,11 @@ def contenders(names: list[str], latent: int, setting: Setting) -> dict[str, SiT
         for wanted in both:
             if wanted not in models:
                 # nn.Module's own `to`: diffusers warns about every cast, of models with nothing to keep in fp32 too.
-                model = random_model(wanted, latent)
+                model = random_model(wanted, latent, setting.device)
                 models[wanted] = torch.nn.Module.to(model, setting.device, dtype_of(setting.dtype))
         if "paper" in setting.baselines and attention_twin(name) != name:
             models[name + PAPER] = in_paper_form(models[name])
     return models
-
-
-def assert_close(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Raise RuntimeError unless `actual` is finite, not zero, and within `tolerance` of `expected`, over its norm."""
-    distance = ((actual - expected).float().norm() / expected.float().norm()).item()
-    if not (actual.isfinite().all() and actual.any() and distance <= tolerance):
-        raise RuntimeError(f"{what} is {distance:.1e} away from what it must be; not timed")
 
 
 def results(model: SiTTransformer2DModel, inputs: tuple, passes: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -154,9 +175,9 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
     if size < PIXELS_PER_LATENT or size % PIXELS_PER_LATENT:
         raise InputError(f"{option('sizes', size)}: give multiples of {PIXELS_PER_LATENT} pixels")
     latent, batch, device = size // PIXELS_PER_LATENT, setting.batch, setting.device
-    x = torch.randn(batch, 4, latent, latent, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator(device).manual_seed(0)
     inputs = (
-        x.to(device, dtype_of(setting.dtype)),
+        torch.randn(batch, 4, latent, latent, generator=generator, device=device).to(dtype_of(setting.dtype)),
         torch.full((batch,), 0.5, device=device),
         torch.zeros(batch, dtype=torch.long, device=device),
     )
@@ -179,7 +200,11 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
             facts[name] = {
                 "params": count_parameters(model),
                 "gmacs": count_macs(in_paper_form(shapes) if name.endswith(PAPER) else shapes) / 1e9,
+                "attention": None,
             }
+            if device.type == "cuda":
+                call = make_call(model, setting.passes[0], inputs, few_steps)
+                facts[name]["attention"] = attend_by_the_fastest(model, call, device)
             if "gemm" in setting.baselines and not name.endswith(PAPER):
                 for p in set(setting.passes) - {"sampling"}:
                     products[name, p] = MatrixProducts(model, *inputs, backward=p == "backward")
@@ -198,7 +223,9 @@ def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size
     """Time one pass of every model, and its matrix products, in turn."""
     calls = {name: make_call(model, p, inputs, setting) for name, model in models.items()}
     bounds = {name + LIMIT: product for (name, of), product in products.items() if of == p}
-    taken = timed(calls | bounds, setting.rounds, setting.device, f"{p} at {size} px")
+    graphs = () if p == "sampling" else None  # a run decides by its times what comes next
+    found = measured(calls | bounds, setting.rounds, setting.device, f"{p} at {size} px", graphs)
+    state, taken = device_state(setting.device) or {}, {name: each.call for name, each in found.items()}
     rows = []
     for name in calls:
         timing, limit = taken[name], taken.get(name + LIMIT)
@@ -213,11 +240,13 @@ def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size
             {
                 "model": name,
                 "size": size,
+                "batch": setting.batch,
                 "pass": p,
+                "attention": facts[name]["attention"],
                 "params": facts[name]["params"],
                 "gmacs": facts[name]["gmacs"],
-                "ms": 1e3 * timing.median,
-                "iqr_ms": 1e3 * timing.iqr,
+                **found[name].facts(),
+                **state,
                 "nfe": nfe,
                 "ms_per_nfe": 1e3 * per_evaluation,
                 "images_per_s": images,
@@ -232,6 +261,11 @@ def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size
     return rows
 
 
+def batch_text(result: dict) -> str:
+    """What a caption says of the batch."""
+    return "batch by size" if result["batch"] is None else f"batch {result['batch']}"
+
+
 def to_markdown(result: dict) -> str:
     """The table, with the settings and the meaning of its columns as its caption."""
 
@@ -241,21 +275,24 @@ def to_markdown(result: dict) -> str:
     s = result["sampling"]
     steps = f", {s['steps']} steps" if s["steps"] else ""
     lines = [
-        f"{result['device']}; {result['dtype']}, {'compiled blocks' if result['compiled'] else 'eager'}, batch "
-        f"{result['batch']}; medians of {result['rounds']} interleaved rounds{caption(result)}. ms/NFE: one network "
+        f"{result['device']}; {result['dtype']}, {'compiled blocks' if result['compiled'] else 'eager'}, "
+        f"{batch_text(result)}; medians of {result['rounds']} interleaved rounds{caption(result)}. ms/NFE: one network "
         "evaluation of the batch; in the pass `backward`, forward and backward together. images/s: of a run with "
         f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling`, else from ms/NFE. "
         "Peak memory: weights, inputs and what is alive at once; on a CPU of the eager form, and without what an "
         "operator uses inside. GEMM limit: the time of the model's own matrix products alone, as a share of its time.",
         "",
     ]
+    by_size = result["batch"] is None
     head = [
-        "model", "px", "pass", "params (M)", "GMACs", "ms/NFE", "IQR", "images/s", "peak memory (MiB)",
+        "model", "px", *(["batch"] if by_size else []),
+        "pass", "params (M)", "GMACs", "ms/NFE", "IQR", "images/s", "peak memory (MiB)",
         "attention / this", "paper's form / this", "of GEMM limit",
     ]  # fmt: skip
     rows = (
         [
-            row["model"], str(row["size"]), row["pass"], f"{row['params'] / 1e6:.1f}", f"{row['gmacs']:.1f}",
+            row["model"], str(row["size"]), *([str(row["batch"])] if by_size else []),
+            row["pass"], f"{row['params'] / 1e6:.1f}", f"{row['gmacs']:.1f}",
             f"{row['ms_per_nfe']:.1f}", f"{row['iqr_ms'] * row['ms_per_nfe'] / row['ms']:.1f}",
             show(row["images_per_s"], ".3g"), f"{row['peak_mib']:.0f}", show(row["vs_attention"], ".2f"),
             show(row["vs_paper"], ".2f"), show(row["of_gemm_limit"], ".0%"),
@@ -273,7 +310,7 @@ def plot(result: dict) -> bytes:
         if row["gemm_ms"]:
             points.append((row["pass"], row["model"] + LIMIT, row["size"], row["gemm_ms"]))
     mode = "compiled" if result["compiled"] else "eager"
-    title = f"{result['device']}; {result['dtype']}, {mode}, batch {result['batch']}"
+    title = f"{result['device']}; {result['dtype']}, {mode}, {batch_text(result)}"
     return plot_latency(points, title, "image size (px)", "ms per network evaluation")
 
 
@@ -281,8 +318,10 @@ def plot(result: dict) -> bytes:
 def run(args: argparse.Namespace) -> None:
     """Measure size by size; after each, write the JSON, the table and the plot of what there is. Print the table."""
     device = resolve_device(args.device)
+    sizes = args.sizes or SIZES.get(device.type, SIZES["cpu"])
+    by_size = args.batch is None and device.type == "cuda"
     setting = Setting(
-        args.batch,
+        args.batch or 1,
         args.rounds,
         args.dtype,
         device,
@@ -291,9 +330,10 @@ def run(args: argparse.Namespace) -> None:
         tuple(args.baselines),
         args.sampling,
     )
-    result = setting.describe() | {"rows": []}
+    result = setting.describe() | ({"batch": None} if by_size else {}) | {"rows": []}
     files = Results(named(args.out, ".json", ".md", ".png"), args.force, *KEYS)
-    for size in args.sizes:
-        result["rows"] += measure(args.models, size, setting)
+    for size in sizes:
+        here = replace(setting, batch=usual_batch(size, device)) if by_size else setting
+        result["rows"] += measure(args.models, size, here)
         files.write(result, to_markdown(result), plot(result))
     print(to_markdown(result), end="")

@@ -1,16 +1,18 @@
-"""How this project measures: interleaved medians, peak memory, and the names of what was measured on."""
+"""How this project measures: interleaved medians, peak memory, and the names of what was measured on.
 
-import csv
+On CUDA: the clocks are up before the first measurement, every call finds an L2 cache without its data, and beside the
+time of a call stands that of its CUDA graph, which launches nothing from Python.
+"""
+
 import ctypes
+import hashlib
 import itertools
 import math
-import os
 import platform
-import reprlib
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +21,11 @@ import torch
 
 from sit_atconv.runtime.compat.torch import memory_tracker
 from sit_atconv.runtime.console import Progress
-from sit_atconv.runtime.errors import InputError, told
-from sit_atconv.runtime.files import check_out
-from sit_atconv.runtime.reading import opened
+from sit_atconv.runtime.errors import said
 
-MOST_HEADER = 1 << 16  # bytes
 SHORTEST = 0.02  # seconds that one measurement lasts at least
+LEAST_FLUSHED = 2**28  # bytes written to empty an L2 cache, or twice its size
+WARM_SECONDS, WARM_SIDE = 1.0, 4096  # of matrix products before the first measurement, and of their squares
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,92 @@ class Timing:
 
 
 def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Seconds per call over `repeats` calls in a row: CUDA events on a CUDA device, else the clock on the wall."""
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
+    """Seconds per call over `repeats` calls in a row: CUDA events on a CUDA device, else the clock on the wall.
+
+    On CUDA the L2 cache is written over before every call, outside its events.
+    """
+    if device.type == "cuda":
+        return _seconds_by_events(call, repeats, device)
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
-    taken = time.perf_counter() - begin
-    if on_cuda:
+    return (time.perf_counter() - begin) / repeats
+
+
+def _seconds_by_events(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    cache, spans = _over_the_cache(device), []
+    torch.cuda.synchronize(device)
+    for _ in range(repeats):
+        cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
         end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize(device)
+    return sum(start.elapsed_time(end) for start, end in spans) / 1e3 / repeats
+
+
+@lru_cache(maxsize=1)
+def _over_the_cache(device: torch.device) -> torch.Tensor:
+    """More bytes than the L2 cache of a CUDA device holds: writing them leaves nothing else in it."""
+    size = max(LEAST_FLUSHED, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return torch.empty(size, dtype=torch.int8, device=device)
+
+
+def warm_up(device: torch.device) -> None:
+    """Raise the clocks of a CUDA device by about WARM_SECONDS of matrix products; on a CPU nothing."""
+    if device.type != "cuda":
+        return
+    square = torch.randn(WARM_SIDE, WARM_SIDE, dtype=torch.bfloat16, device=device)
+    end = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < end:
+        for _ in range(10):
+            square @ square
         torch.cuda.synchronize(device)
-        taken = start.elapsed_time(end) / 1e3
-    return taken / repeats
+
+
+STATE = {"sm_mhz": "clocks.sm", "watts": "power.draw", "celsius": "temperature.gpu"}
+
+
+def device_state(device: torch.device) -> dict[str, float] | None:
+    """Clock of the multiprocessors (MHz), power (W) and temperature (degrees Celsius) of a CUDA device, as nvidia-smi
+    says them; None where it does not, and of a CPU.
+
+    Asked at once after a measurement it is of its clocks, which fall seconds later.
+    """
+    if device.type != "cuda":
+        return None
+    query = f"--query-gpu={','.join(STATE.values())}"
+    try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        asked = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={uuid}"]
+        told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout
+        return dict(zip(STATE, map(float, told.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError, RuntimeError, AssertionError):
+        return None
+
+
+def captured(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object] | None, str | None]:
+    """The replay of `call` as a CUDA graph, and None; or None, and why it cannot be captured.
+
+    call: reads and writes the same tensors every time; it is called three times before.
+    """
+    if device.type != "cuda":
+        return None, f"{device.type} has no CUDA graphs"
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    try:
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:
+        torch.cuda.synchronize(device)
+        return None, f"{type(error).__name__}: {said(error)[:200]}"
+    return graph.replay, None
 
 
 @lru_cache(maxsize=1)
@@ -83,10 +155,11 @@ def in_turn(
     meets all alike.
 
     A call that takes less than `shortest` seconds is repeated within its measurement. One call each, and one more to
-    learn how long it takes, go before the clock.
+    learn how long it takes, go before the clock; on CUDA also `warm_up`.
     """
     for call in calls:
         call()
+    warm_up(device)
     repeats = [max(1, math.ceil(shortest / max(seconds(call, 1, device), 1e-9))) for call in calls]
     while True:
         yield tuple(seconds(call, count, device) for call, count in zip(calls, repeats, strict=True))
@@ -101,6 +174,42 @@ def interleaved(calls: Sequence[Callable[[], object]], rounds: int, device: torc
     records = list(zip(*Progress(taken, desc=label, total=rounds, unit="round", leave=False), strict=True))
     quartiles = [statistics.quantiles(record, n=4) if len(record) > 1 else [record[0]] * 3 for record in records]
     return [Timing(statistics.median(record), q[2] - q[0]) for record, q in zip(records, quartiles, strict=True)]
+
+
+def timed(calls: dict[str, Callable], rounds: int, device: torch.device, label: str) -> dict[str, Timing]:
+    """`interleaved`, by name."""
+    return dict(zip(calls, interleaved([*calls.values()], rounds, device, label), strict=True))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The timing of a call, and of its CUDA graph; no_graph: why there is none."""
+
+    call: Timing
+    graph: Timing | None
+    no_graph: str | None
+
+    def facts(self) -> dict[str, float | str | None]:
+        """What a row says of it, in milliseconds."""
+        graph_ms = self.graph and 1e3 * self.graph.median
+        times = {"ms": 1e3 * self.call.median, "iqr_ms": 1e3 * self.call.iqr, "graph_ms": graph_ms}
+        return times | {"no_graph": self.no_graph}
+
+
+def measured(
+    calls: dict[str, Callable], rounds: int, device: torch.device, label: str, graphs: Collection[str] | None = None
+) -> dict[str, Measured]:
+    """`timed`, with the graph of every call among those that take turns. graphs: of which alone one is captured."""
+    replays, reasons = {}, {}
+    for name, call in calls.items():
+        if graphs is not None and name not in graphs:
+            reasons[name] = "not asked for"
+            continue
+        replay, reasons[name] = captured(call, device)
+        if replay is not None:
+            replays[name, "graph"] = replay
+    taken = timed(calls | replays, rounds, device, label)
+    return {name: Measured(taken[name], taken.get((name, "graph")), reasons[name]) for name in calls}
 
 
 def peak_bytes(call: Callable[[], object], model: torch.nn.Module, *inputs: torch.Tensor) -> int:
@@ -153,28 +262,11 @@ def commit() -> str:
         return "unknown"
 
 
-def check_csv(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a CSV file is there already. Raises InputError where it has other columns, or takes no more rows."""
-    with told(f"{path} is no CSV file that takes more rows", OSError, UnicodeError, csv.Error, remedy="move it away"):
-        if not os.path.lexists(path):
-            check_out(path, "CSV file")
-            return False
-        with opened(path) as file:
-            header = next(csv.reader([file.readline(MOST_HEADER).decode()]), [])
-        open(path, "ab").close()
-    if header != list(columns):
-        raise InputError(f"{path} has the columns {reprlib.repr(header)}, not {list(columns)}; move it away")
-    return True
-
-
-def append_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Append rows to a CSV file, with their keys as its header. Raises InputError as `check_csv`, which tells before
-    the work, and where the disk does not take them."""
-    there = check_csv(path, list(rows[0]))
-    with told(f"{path} cannot be written", OSError, remedy="make room, and run again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if not there:
-                writer.writeheader()
-            writer.writerows(rows)
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """The first 12 hex digits of a SHA-256 over the library's source files: what the code is where there is no git."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

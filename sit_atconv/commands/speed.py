@@ -11,9 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="presets, such as SiT-ATConv-XL/2")
     sizes = limits.Range(1, 8_192, "attention over the tokens of more pixels fits no memory")
     parser.add_argument(
-        "--sizes", nargs="+", **sizes.flag, default=[256], metavar="PX", help="image sizes (default: 256)"
+        "--sizes", nargs="+", **sizes.flag, metavar="PX", help="image sizes (default: 256; on CUDA 256 512 1024)"
     )
-    add_number(parser, "--batch", limits.BATCH, 1, "images per network evaluation")
+    parser.add_argument(
+        "--batch", **limits.BATCH.flag, metavar="B",
+        help="images per network evaluation (default: 1; on CUDA 64 at 256 px, 16 at 512, 4 at 1024)",
+    )  # fmt: skip
     parser.add_argument(
         "--passes", nargs="+", choices=PASSES, default=["forward"],
         help="forward; backward (forward and backward); sampling (a whole guided run); default: forward",

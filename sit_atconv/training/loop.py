@@ -1,6 +1,6 @@
 """Training of a SiT: from a recipe to its data, its objective and the loop that runs it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
 from sit_atconv.training.plan import check_preview, plan
 from sit_atconv.training.resolved import resolved
-from sit_atconv.training.trainer import Trainer
+from sit_atconv.training.trainer import Activity, Trainer
 
 
 def train(
@@ -28,13 +28,14 @@ def train(
     scorer: Scorer | None = None,
     force: bool = False,
     announce: Callable[[str], None] | None = None,
+    activities: Sequence[Activity] = (),
 ) -> Path:
     """Train until `train.max_steps`, going on from the newest valid checkpoint in `run.out`; returns the last one.
 
     SIGTERM and SIGINT end it early, after the step and a checkpoint, which is then what it returns.
     must_resume: refuse to begin anew. scorer: what `score.every` asks for; called on the main process. force: what is
     at `run.out` and is no run to go on from is set aside. announce: called on the main process with the plan, see
-    `plan.plan`, when the first samples are there.
+    `plan.plan`, when the first samples are there. activities: more that is done beside the steps.
 
     Raises InputError for whatever the user can mend. What is wrong from the start, images of the first step included,
     leaves nothing behind; data that go bad later leave a checkpoint of the steps before.
@@ -69,9 +70,9 @@ def train(
         encoded = dataset.index["data"] if dataset.moments else None
         look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
         claimed = claim(recipe.run.out, described, look, must_resume, force)
-        activities = [Previews(codec), Scores(codec, scorer), Snapshots()]
+        beside = [Previews(codec), Scores(codec, scorer), Snapshots(), *activities]
         if announce is not None and is_main():
             begins = told_of(claimed.run, claimed.found, recipe.train.max_steps)
-            activities.append(Announcement(plan(recipe, facts, objective, dataset.class_names, begins), announce))
+            beside.append(Announcement(plan(recipe, facts, objective, dataset.class_names, begins), announce))
         samples = objective.make_samples(dataset)
-        return Trainer(accelerator, recipe, claimed, objective, samples, activities).run_to_the_end(signals)
+        return Trainer(accelerator, recipe, claimed, objective, samples, beside).run_to_the_end(signals)

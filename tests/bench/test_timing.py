@@ -1,7 +1,5 @@
 """The clock's statistics on a fake clock, and what is counted as memory."""
 
-import csv
-import os
 import platform
 import subprocess
 import sys
@@ -11,7 +9,6 @@ import torch
 from conftest import ROOT
 
 from sit_atconv.bench import timing
-from sit_atconv.runtime.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -103,38 +100,6 @@ def test_peak_memory_is_weights_plus_activations_plus_gradients():
 
     # The hidden layer and its gradient are alive together, with some of the weights' gradients.
     assert 2 * hidden <= timing.peak_bytes(backward, model, x) - weights - x.nbytes < 2.05 * hidden + weights
-
-
-def test_rows_are_appended_under_one_header(tmp_path):
-    path = tmp_path / "new" / "rows.csv"
-    timing.append_csv(path, [{"a": 1, "b": "x, y"}])
-    timing.append_csv(path, [{"a": 2, "b": "z"}])
-    with open(path, newline="") as file:
-        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": "z"}]
-    before = path.read_text()
-    with pytest.raises(InputError, match="move it away"):
-        timing.append_csv(path, [{"a": 3, "c": "z"}])
-    assert path.read_text() == before
-
-
-def test_a_csv_that_takes_no_more_rows_is_told_before_the_work(tmp_path):
-    path, columns = tmp_path / "rows.csv", ("a", "b")
-    assert not timing.check_csv(path, columns)
-    assert not timing.check_csv(tmp_path / "new" / "rows.csv", columns)
-    assert list(tmp_path.iterdir()) == []
-    path.write_text("a,b\n1,2\n")
-    assert timing.check_csv(path, columns)
-    for content in (b"a,c\n", b"", b"\xff\xfe", b"x" * (1 << 20), b"a,b"[:2] + b"\0,b\n"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="move it away"):
-            timing.check_csv(path, columns)
-        assert path.read_bytes() == content
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "fifo")
-    for name in ("folder", "fifo", "file/x", "a\0b"):
-        with pytest.raises(InputError, match=r"move it away|cannot be written"):
-            timing.check_csv(tmp_path / name, columns)
 
 
 def test_commit_tells_changed_code_apart(monkeypatch):

@@ -1,0 +1,229 @@
+"""Runs the stages of an acceptance, each in a process of its own, and keeps what they found after every one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sit_atconv.bench.gpu.stages import PACKAGE, Stage
+from sit_atconv.runtime.console import say
+from sit_atconv.runtime.errors import InputError, option
+from sit_atconv.runtime.files import check_out, made_here, resolved, write_out
+from sit_atconv.runtime.markdown import markdown_table, plain
+from sit_atconv.runtime.reading import read_json, read_rows
+
+NAME = "acceptance"
+REHEARSAL, REAL = "rehearsal", "real"
+MARKER = "SIT_ATCONV_STAGE"  # in the environment of a stage's process and of all that it starts
+LEAST_SECONDS = 10.0  # of what is left of the minutes: no stage is begun with less
+NAMED = 8  # of what is left out for one reason
+KEYS = ("rehearsal", "stages")
+FORM = {"rehearsal": bool, "stages": {str: dict}}
+OK, WRONG, FAILED, DIED, HUNG, PART = "ok", "wrong", "failed", "died", "out of time", "in part"
+LACKS, NOT_BEGUN = "not possible here", "not begun"
+
+
+@dataclass
+class Acceptance:
+    """What is known of the stages, in a folder: NAME.json, NAME.md, and NAME.log with what the processes said.
+
+    rehearsal: on a CPU, at tiny sizes. Raises InputError where the folder holds a run of the other kind, or files that
+    are not such a run's.
+    """
+
+    folder: Path
+    rehearsal: bool
+
+    def __post_init__(self):
+        self.folder = resolved(self.folder)
+        self._ours = made_here(*KEYS)
+        self._files = {end: self.folder / f"{NAME}.{end}" for end in ("json", "md", "log")}
+        for end in ("json", "md"):
+            check_out(self._files[end], f"{end} file", ours=self._ours)
+        self.stages: dict[str, dict[str, Any]] = {}
+        if not self._files["json"].exists():
+            check_out(self._files["log"], "log")
+            return
+        found = read_json(self._files["json"], FORM)
+        if found["rehearsal"] != self.rehearsal:
+            held = "a rehearsal" if found["rehearsal"] else "a run on a GPU"
+            raise InputError(f"{option('out', str(self.folder))} holds {held}; choose another folder")
+        self.stages = found["stages"]
+
+    def run(self, stages: Sequence[Stage], minutes: float | None = None, again: bool = False) -> bool:
+        """Run the stages in their order, never stopping at one that fails; whether all of them are OK.
+
+        minutes: after which none is begun, and the one that runs is ended. again: also those that are OK already.
+        """
+        end = time.monotonic() + 60 * minutes if minutes else float("inf")
+        for stage in stages:
+            if not again and self.stages.get(stage.name, {}).get("state") == OK:
+                continue
+            say(f"{stage.name}: {stage.about}")
+            begun = time.monotonic()
+            limit = min(stage.rehearsal_seconds if self.rehearsal else stage.seconds, end - begun)
+            if lacking := [name for name in stage.needs if find_spec(name) is None]:
+                found = {"state": LACKS, "why": f"needs the packages {', '.join(lacking)}"}
+            elif limit < LEAST_SECONDS and end < float("inf"):
+                found = {"state": NOT_BEGUN, "why": "no time was left; the same command goes on with it"}
+            else:
+                found = self._result(stage, limit)
+            about = {"number": stage.number, "about": stage.about, "seconds": round(time.monotonic() - begun, 1)}
+            self.stages[stage.name] = about | found
+            say(f"{stage.name}: {found['state']}, {about['seconds']:.0f} s{_because(found)}")
+            self._write()
+        self._write()
+        return all(self.stages[stage.name]["state"] == OK for stage in stages)
+
+    def _result(self, stage: Stage, limit: float) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as scratch:
+            channel = Path(scratch) / "channel"
+            channel.touch()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self._files["log"], "ab") as log:
+                log.write(f"==== {stage.name} ====\n".encode())
+                log.flush()
+                status = self._process(stage, channel, limit, log)
+            return summed(read_rows(channel, {"kind": str}), status, limit)
+
+    def _process(self, stage: Stage, channel: Path, limit: float, log: BinaryIO) -> int | None:
+        """Run the process of a stage; its exit status, None where it was ended for its time."""
+        mode, marker = (REHEARSAL if self.rehearsal else REAL), uuid.uuid4().hex
+        environment = {**os.environ, MARKER: marker, "PYTHONUNBUFFERED": "1"}
+        if self.rehearsal and stage.interpreted:
+            environment["TRITON_INTERPRET"] = "1"
+        place = (str(channel), str(self.folder.absolute()))
+        words = [sys.executable, "-m", f"{PACKAGE}.worker", stage.module, *place, str(limit), mode]
+        with _ended(marker):
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            try:
+                return process.wait(limit)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                process.kill()
+                process.wait()
+
+    def _write(self) -> None:
+        facts = {"rehearsal": self.rehearsal, "stages": self.stages}
+        text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
+        write_out(self._files["json"], text, "json file", ours=self._ours)
+        write_out(self._files["md"], to_markdown(facts), "md file", ours=self._ours)
+
+
+@contextmanager
+def _ended(marker: str) -> Iterator[None]:
+    """Whatever was started within it, by whomever, is ended after it: what has the marker in its environment."""
+    try:
+        yield
+    finally:
+        for environment in Path("/proc").glob("[0-9]*/environ"):  # elsewhere than on Linux there are none
+            with suppress(OSError):
+                if f"{MARKER}={marker}".encode() in environment.read_bytes().split(b"\0"):
+                    os.kill(int(environment.parent.name), signal.SIGKILL)
+
+
+def summed(told: list[dict[str, Any]], status: int | None, limit: float) -> dict[str, Any]:
+    """The record of a stage: its state, and why, and all that its process told.
+
+    told: in order. status: of its process, see `subprocess`; None where it was ended after `limit` seconds.
+    """
+    kinds = {"row": "rows", "check": "checks", "left out": "left_out", "fault": "faults"}
+    record: dict[str, Any] = {"where": {}, **{name: [] for name in kinds.values()}}
+    for facts in told:
+        kind = facts.pop("kind")
+        if kind == "where":
+            record["where"] = facts
+        else:
+            record[kinds[kind]].append(facts)
+    return {**_state(record, status, limit), **record}
+
+
+def _state(record: dict[str, Any], status: int | None, limit: float) -> dict[str, str]:
+    wrong = [check["what"] for check in record["checks"] if not check["holds"]]
+    late = [each["what"] for each in record["left_out"] if each["reason"] == "time"]
+    if status is None:
+        return {"state": HUNG, "why": f"it was ended after {limit:.0f} s; what it had found is here"}
+    if status < 0:
+        name = signal.Signals(-status).name if -status in {*signal.Signals} else f"signal {-status}"
+        return {"state": DIED, "why": f"its process was ended by {name}; the log says more"}
+    if record["faults"]:
+        first = record["faults"][0]
+        return {
+            "state": FAILED,
+            "why": f"{len(record['faults'])} errors, the first in {first['what']}: {first['error']}",
+        }
+    if status:
+        return {"state": FAILED, "why": f"its process ended with status {status}; the log says more"}
+    if wrong:
+        return {"state": WRONG, "why": f"{len(wrong)} of {len(record['checks'])} checks do not hold: {wrong[0]}"}
+    if late:
+        return {"state": PART, "why": f"no time for {len(late)} of its parts, the first {late[0]}"}
+    return {"state": OK, "why": ""}
+
+
+def _because(found: dict[str, Any]) -> str:
+    return f": {found['why']}" if found["why"] else ""
+
+
+def to_markdown(facts: dict[str, Any]) -> str:
+    """All tables: the stages, then what each found."""
+    stages = sorted(facts["stages"].items(), key=lambda item: item[1]["number"])
+    lines = ["A rehearsal on a CPU: its times mean nothing.\n"] if facts["rehearsal"] else []
+    places = {}
+    for name, record in stages:
+        if record.get("where"):
+            said = ", ".join(f"{key} {value}" for key, value in record["where"].items() if value and key != "at")
+            places.setdefault(said, []).append(name)
+    lines += [f"{plain(place)} ({', '.join(names)}).\n" for place, names in places.items()]
+    rows = (
+        [str(record["number"]), name, record["state"], f"{record['seconds']:.0f}", plain(record["why"])]
+        for name, record in stages
+    )
+    lines.append(markdown_table(["", "stage", "state", "s", "why"], rows, text=("stage", "state", "why")))
+    for name, record in stages:
+        lines += _of_stage(name, record)
+    return "\n".join(lines) + "\n"
+
+
+def _of_stage(name: str, record: dict[str, Any]) -> Iterator[str]:
+    parts = [record.get(each, []) for each in ("checks", "rows", "left_out", "faults")]
+    if not any(parts):
+        return
+    checks, rows, left_out, faults = parts
+    yield f"\n## {name}: {record['about']}\n"
+    if checks:
+        wrong = [check for check in checks if not check["holds"]]
+        yield f"{len(checks) - len(wrong)} of {len(checks)} checks hold."
+        yield from (f"- WRONG: {plain(each['what'])}: {each['error']}, bound {each['bound']}" for each in wrong)
+    for table in dict.fromkeys(row["table"] for row in rows):
+        own = [{key: value for key, value in row.items() if key != "table"} for row in rows if row["table"] == table]
+        head = [key for key in dict.fromkeys(key for row in own for key in row) if any(row.get(key) for row in own)]
+        if not head:
+            continue
+        text = {key for key in head if any(isinstance(row.get(key), str) for row in own)}
+        yield f"\n{table}\n"
+        yield markdown_table(head, ([_cell(row.get(key)) for key in head] for row in own), text)
+    for why in dict.fromkeys(each["why"] for each in left_out):
+        what = [each["what"] for each in left_out if each["why"] == why]
+        more = f" and {len(what) - NAMED} more" if len(what) > NAMED else ""
+        yield f"- left out: {plain(', '.join(what[:NAMED]))}{more}: {plain(why)}"
+    yield from (f"- ERROR: {plain(each['what'])}: {plain(each['error'])}" for each in faults)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return plain(value)

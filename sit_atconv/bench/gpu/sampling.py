@@ -1,0 +1,52 @@
+"""Guided samples a second: 50 Euler steps, each with and without the class, of the model and its attention twin."""
+
+from dataclasses import asdict
+
+import torch
+
+from sit_atconv.bench.baselines import attention_twin
+from sit_atconv.bench.gpu.model import NAME, drawn, inputs_of
+from sit_atconv.bench.gpu.worker import Bench
+from sit_atconv.bench.speed import attend_by_the_fastest, usual_batch
+from sit_atconv.sampling.sampling import sample_latents
+from sit_atconv.sampling.settings import Sampling
+
+SIZES, TINY = (256, 512), (32,)
+STEPS, FEW_STEPS, SCALE = 50, 2, 4.0
+ROUNDS = 3
+
+
+def run(bench: Bench) -> None:
+    for size in TINY if bench.rehearsal else SIZES:
+        # Guidance doubles the batch of an evaluation.
+        for batch in dict.fromkeys((max(1, usual_batch(size, bench.device) // 2), 1)):
+            for name in (NAME, attention_twin(NAME)):
+                what = f"{name}, {size} px, batch {batch}"
+                needs = 0 if bench.rehearsal else 6e9
+                bench.attempt(what, lambda n=name, s=size, b=batch: measure(bench, n, s, b), needs)
+
+
+def measure(bench: Bench, name: str, size: int, batch: int) -> None:
+    model = drawn(bench, name, size)
+    settings = Sampling("euler", FEW_STEPS if bench.rehearsal else STEPS, SCALE)
+    labels = torch.arange(batch, device=bench.device) % model.config.num_classes
+    inputs = inputs_of(bench, size, 2 * batch)
+    attention = attend_by_the_fastest(model, torch.no_grad()(lambda: model(*inputs)), bench.device)
+
+    def draw() -> torch.Tensor:
+        return sample_latents(model, range(batch), labels, settings)[0]
+
+    expected = draw()
+    for mode in ("eager", "compiled"):
+        if mode == "compiled":
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=bench.compiler)
+            error = ((draw() - expected).norm() / expected.norm()).item()
+            bench.check(f"{name}, {size} px, batch {batch}, compiled", error, 5e-2)
+        facts = bench.times({"run": draw}, graphs=(), rounds=ROUNDS)["run"]
+        rate = 1e3 * batch / facts["ms"]
+        row = {"model": name, "px": size, "batch": batch, "mode": mode, "images_per_s": rate, "attention": attention}
+        bench.row("sampling", **row, ms=facts["ms"], iqr_ms=facts["iqr_ms"], **_short(asdict(settings)))
+
+
+def _short(settings: dict) -> dict:
+    return {key: settings[key] for key in ("sampler", "steps", "guidance_scale")}
