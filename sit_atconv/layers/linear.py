@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.runtime.compat.torch import is_hooked
+from sit_atconv.runtime.compat.torch import is_hooked, is_parameter
 
 FORWARD = nn.Linear.forward
 
@@ -33,7 +33,7 @@ def is_plain(module: nn.Module, kind: type[nn.Linear] = nn.Linear, forward: Call
     """
     return (
         type(module) is kind
-        and type(module.weight) is nn.Parameter
+        and is_parameter(module.weight)
         and module.forward == forward.__get__(module)  # of the ways to ask, the one that torch.compile asks every time
         and not is_hooked(module)
     )
