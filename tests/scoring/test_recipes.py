@@ -13,7 +13,6 @@ from eval.__main__ import main as evaluate
 from sit_atconv.config import Data
 from sit_atconv.data import open_dataset
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.scoring import digits
 from sit_atconv.scoring.extract import default_folder, features_of
 from sit_atconv.scoring.extractor import load_extractor
@@ -67,7 +66,7 @@ def trained_on(folder, **options) -> np.ndarray:
     """(N, H, W, C) uint8."""
     dataset = open_dataset(Data("imagefolder", str(folder), **{"image_size": SIZE, **options}))
     images = torch.stack([dataset[index, False][0] for index in range(len(dataset))])
-    return to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def test_it_is_what_training_sees_at_its_size_and_not_mirrored(recipe, folder):
