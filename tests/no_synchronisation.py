@@ -150,7 +150,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, cuda = dict(kwargs or {}), self.cuda
         name = resolve_name(func) or getattr(func, "__name__", str(func))
-        if not name.endswith("__get__"):
+        if not name.endswith("__get__") and func is not torch.ops.prim.device.default:
             cuda.latest.clear()
         method = name.removeprefix("torch.Tensor.")
         if method != name and _on_device(args[0]):
