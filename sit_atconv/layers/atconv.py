@@ -1,20 +1,18 @@
 """Attentive Convolution as a layer over the token grid (arXiv 2510.20092)."""
 
 import reprlib
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.layers.linear import linear
-from sit_atconv.ops.atconv import POOLS, choose_backend, dynamic_depthwise_conv, inhibit, on_grid, pool_tokens
+from sit_atconv.layers.linear import is_plain, linear
+from sit_atconv.ops.atconv import POOLS, choose_backend, dynamic_depthwise_conv, inhibit, on_grid, pool_tokens, taps
+from sit_atconv.ops.atconv.taps import ACTIVATIONS, INHIBITIONS
 from sit_atconv.runtime.errors import InputError, check_choice
 
-ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 MOST_KERNEL = 127  # beyond any grid that a kernel was tried on; the parameters grow with its fourth power
 ROUTINGS = ("adaptive", "static")
-INHIBITIONS = ("learned", "full", "none")
 
 
 class TapLinear(nn.Linear):
@@ -23,7 +21,7 @@ class TapLinear(nn.Linear):
 
     In eager it is a product over the rows, which takes half the time of the linear with the activation before and the
     inhibition after it. Under torch.compile it is sums, of which Inductor makes loops in one kernel with both. Measured
-    on CPUs for K = 9; not for larger kernels, nor on CUDA.
+    on CPUs for K = 9; not for larger kernels. On CUDA `taps.tap_kernels` takes its place, with both.
     A quantised weight may know the product of a linear alone, and gets it; so does a graph of torch.export or a trace.
     """
 
@@ -38,6 +36,9 @@ class TapLinear(nn.Linear):
         else:
             y = self.weight.expand(*rows.shape[:-2], -1, -1) @ rows
         return (y if self.bias is None else y + self.bias[:, None].to(y.dtype)).mT
+
+
+TAP_FORWARD = TapLinear.forward
 
 
 class KernelGenerator(nn.Module):
@@ -103,16 +104,41 @@ class KernelGenerator(nn.Module):
             nn.init.zeros_(self.difference_control)
 
     def kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """The kernels that x (B, H, W, C) calls for, after inhibition: (B, K, C)."""
+        """The kernels that x (B, H, W, C) calls for, after inhibition: (B, K, C).
+
+        In the dtype that torch gives the product and the inhibition; where one launch makes them (`taps.takes`), in
+        that of `kernel_proj`'s result, which under autocast is the narrower one.
+        """
         if self.routing == "adaptive":
-            pooled = pool_tokens(x, self.kernel_size, self.pool)
-            taps_last = self.activation(linear(self.kernel_proj, pooled)).transpose(1, 2)
+            projected = linear(self.kernel_proj, pool_tokens(x, self.kernel_size, self.pool))
+            if (kernels := self._by_operator(projected)) is not None:
+                return kernels
+            taps_last = self.activation(projected).transpose(1, 2)
             kernels = self.kernel_gen(taps_last).transpose(1, 2)
         else:
             kernels = self.static_kernel.expand(x.shape[0], -1, -1)
         if self.inhibition == "none":
             return kernels
         return inhibit(kernels, self.difference_control.sigmoid() if self.inhibition == "learned" else 1.0)
+
+    def _by_operator(self, projected: torch.Tensor) -> torch.Tensor | None:
+        """The kernels of what `kernel_proj` gives, (B, K, C), by `taps.tap_kernels`: in the dtype of `projected`.
+
+        None where the operator does not run, or where `kernel_gen` is more than a product over the taps.
+        """
+        if not taps.takes(projected):
+            return None
+        gen, control = self.kernel_gen, self.difference_control if self.inhibition == "learned" else None
+        activation = next((name for name, function in ACTIVATIONS.items() if function is self.activation), None)
+        if (
+            activation is None
+            or not is_plain(gen, TapLinear, TAP_FORWARD)
+            or any(each is not None and type(each) is not nn.Parameter for each in (gen.bias, control))
+            # Torch refuses to mix dtypes outside autocast.
+            or (gen.weight.dtype != projected.dtype and not torch.is_autocast_enabled(projected.device.type))
+        ):
+            return None
+        return taps.tap_kernels(projected, gen.weight, gen.bias, control, activation, self.inhibition)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, pool={self.pool}, routing={self.routing}, inhibition={self.inhibition}"

@@ -1,5 +1,7 @@
 """The call of a linear that torch.compile can fuse with what follows."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,25 +15,25 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """module(x), (..., C) -> (..., D), its bias added in the loop that torch.compile makes of what comes next on a CPU.
 
     `module` is an nn.Linear, or whatever took its place, which is called as it is.
-    oneDNN adds a bias in a second pass over the product, which Inductor keeps, and which takes a fifth of the time.
+    oneDNN adds a bias in a second pass over the product, which Inductor keeps, and which takes a fifth of the time. A
+    graph of torch.export keeps its linears, for whoever converts or quantises it.
     """
-    if not torch.compiler.is_compiling() or not _is_plain(module, x) or module.bias is None:
+    fuses = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
+    if not fuses or not is_plain(module) or module.bias is None:
         return module(x)
     y = F.linear(x, module.weight)
     return y + module.bias.to(y.dtype)
 
 
-def _is_plain(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether module(x) is a product and a bias and nothing else, on a CPU.
+def is_plain(module: nn.Module, kind: type[nn.Linear] = nn.Linear, forward: Callable = FORWARD) -> bool:
+    """Whether module(x) is `forward`, that of the class `kind`, and nothing else.
 
     It is more with a forward or a weight of another kind (adapters, offloading, quantised or sharded weights) or with
-    hooks; and a graph of torch.export keeps its linears, for whoever converts or quantises it.
+    hooks.
     """
     return (
-        x.device.type == "cpu"
-        and type(module) is nn.Linear
+        type(module) is kind
         and type(module.weight) is nn.Parameter
-        and module.forward == FORWARD.__get__(module)  # of the ways to ask, the one that torch.compile asks every time
+        and module.forward == forward.__get__(module)  # of the ways to ask, the one that torch.compile asks every time
         and not is_hooked(module)
-        and not torch.compiler.is_exporting()
     )

@@ -47,9 +47,9 @@ CALLS = {
 
 @pytest.mark.parametrize("marked", ["not slow", *slowly(["slow"])])
 def test_interpreted_kernels(marked):
-    cases = Path(__file__).with_name("triton_interpreted.py")
+    cases = map(str, Path(__file__).parent.glob("*_interpreted.py"))
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", *cases],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -9,6 +9,14 @@ import torch
 import torch.nn.functional as F
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": F.gelu, "silu": F.silu}
+INHIBITIONS = ("learned", "full", "none")
+
+
 def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
     """x (B, H, W, C) -> (B, K, C), means over K bins.
 
@@ -28,6 +36,25 @@ def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
 def inhibit(kernels: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
     """Lateral inhibition: K2 = K1 - factor * mean over the taps of K1; kernels (B, K, C), factor (C,) or a number."""
     return kernels - factor * kernels.mean(1, keepdim=True)
+
+
+def tap_kernels(
+    p: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, control: torch.Tensor | None,
+    activation: str, inhibition: str,
+) -> torch.Tensor:  # fmt: skip
+    """Kernels out of tokens that are pooled and projected: K1[s] = sum_t weight[s, t] act(p[t]) + bias[s], inhibited.
+
+    p (B, K, C), weight (K, K), bias (K), control (C) -> (B, K, C). activation: a key of ACTIVATIONS. inhibition:
+    "learned" subtracts sigmoid(control) of the mean over the taps, "full" the whole of it, "none" nothing.
+    """
+    kernels = weight @ ACTIVATIONS[activation](p)
+    if bias is not None:
+        kernels = kernels + bias[:, None]
+    return {
+        "learned": lambda: inhibit(kernels, control.sigmoid()),
+        "full": lambda: inhibit(kernels, 1.0),
+        "none": lambda: kernels,
+    }[inhibition]()
 
 
 def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
