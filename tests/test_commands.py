@@ -330,6 +330,7 @@ def test_train_wants_installed_trackers(fails, recipe_file, monkeypatch):
         (["--out", "grid.jpeg"], "must end in .png"),
         (["--scheduler", "ddim"], "ddim"),
         (["--scheduler", "unipc", "--sampler", "euler"], "--sampler euler does nothing with --scheduler unipc"),
+        (["--scheduler", "unipc", "--no-cuda-graphs"], "--no-cuda-graphs does nothing with --scheduler unipc"),
         (["--scheduler", "unipc", "--diffusion", "sigma"], "goes with sampler="),
         (["--device", "tpu9"], "--device tpu9"),
         (["--device", "meta"], "--device meta"),

@@ -10,7 +10,8 @@ from sit_atconv import ATConv, SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, reference
-from sit_atconv.sampling.sampling import generate
+from sit_atconv.sampling.graphs import Graphs
+from sit_atconv.sampling.sampling import generate, sample_latents
 from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training import train
 
@@ -61,6 +62,42 @@ def test_samples_are_those_of_the_cpu(mixer, sampler):
     on_gpu, gpu_nfe = generate(model.cuda(), *arguments)
     assert nfe == gpu_nfe
     assert (on_cpu.int() - on_gpu.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sampler", ["euler", "rk4", "dopri5", "sde-heun"])
+def test_graphs_change_no_bit_and_give_their_memory_back(sampler, dtype, compiled):
+    torch.manual_seed(0)
+    model = create_model(None, 8, 3, patch_size=2, hidden_size=32, depth=2, num_heads=2, token_mixer="hybrid").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.to("cuda", dtype)
+    if compiled:
+        model.compile_repeated_blocks(fullgraph=True)
+    sampling, graphs = Sampling(sampler, steps=12, guidance_interval=[0.2, 0.8]), Graphs()
+    for indices, labels in (([0, 5], [1, 2]), ([7, 8], [0, 1]), ([9], [2])):
+        arguments = (model, indices, torch.tensor(labels, device="cuda"), sampling)
+        eager, nfe = sample_latents(*arguments, graphs=False)
+        replayed, same = sample_latents(*arguments, graphs=graphs)
+        assert torch.equal(replayed, eager)
+        assert nfe == same
+    assert any(graph.replay for graph in graphs._graphs.values())
+    held = torch.cuda.memory_allocated()
+    graphs.clear()
+    assert torch.cuda.memory_allocated() < held
+
+
+def test_whole_models_compile_to_graphs_of_their_own():
+    torch.manual_seed(0)
+    model = create_model(None, 8, 3, patch_size=2, hidden_size=32, depth=2, num_heads=2, token_mixer="hybrid").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.cuda()
+    arguments = ([0, 5], torch.tensor([1, 2], device="cuda"), Sampling(steps=8), 0, None, False)
+    expected, _ = sample_latents(model, *arguments)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    torch.testing.assert_close(sample_latents(compiled, *arguments)[0], expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])

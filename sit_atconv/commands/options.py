@@ -116,6 +116,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--vae", metavar="PATH", help="the autoencoder of a model alone, or of a checkpoint's that moved"
     )
     add_device_options(parser)
+    parser.add_argument(
+        "--no-cuda-graphs", dest="graphs", action="store_false",
+        help="launch every kernel anew, to find a fault or to save memory; the images are the same (a CPU has no "
+        "graphs)",
+    )  # fmt: skip
 
 
 def sampling_asked(args: argparse.Namespace) -> Sampling:

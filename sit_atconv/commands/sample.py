@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
     if args.scheduler and args.epsilon is not None:
         raise InputError(f"--epsilon {args.epsilon:g} does nothing with --scheduler {args.scheduler}; leave one out")
+    if args.scheduler and not args.graphs:
+        raise InputError(f"--no-cuda-graphs does nothing with --scheduler {args.scheduler}; leave one out")
     args.sampler = args.sampler or "euler"
     args.sampling = sampling_asked(args)
     check_checkpoint(args.ckpt)
@@ -61,11 +63,12 @@ def _draw(args: argparse.Namespace) -> None:
     import torch
 
     from sit_atconv.runtime.console import Progress
+    from sit_atconv.sampling.graphs import Graphs
     from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label
     from sit_atconv.sampling.setup import setup
 
     ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae)
-    draw = generate
+    draw = partial(generate, graphs=args.graphs and Graphs())
     if args.scheduler:
         from sit_atconv.sampling.schedulers import generate as generate_scheduled
         from sit_atconv.sampling.schedulers import make_scheduler

@@ -27,6 +27,8 @@ class GuidedVelocity:
     labels (B,): the classes wanted. null_label: the class that means "none"; None for a network without one.
     channels: "all", or "first3" as the public SiT code does (the other channels keep v_cond).
     interval: guidance acts where t lies `within` it, both ends included, with t = 0 noise and t = 1 data.
+    Called with x (B, C, H, W) and t, 0-d: of the CPU, it is an argument of a kernel on another device, which waits for
+    nothing; of the device, as dopri5's is, it is read where guidance acts.
     `nfe` is the number of network evaluations per image so far: two where guidance acts, else one.
     Raises ValueError for guidance without a null class, and for unknown channels.
     """
@@ -51,7 +53,7 @@ class GuidedVelocity:
         self.nfe = 0
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        times = t.to(x.device).expand(len(x))
+        times = t.expand(len(x)) if t.device == x.device else x.new_full((len(x),), float(t), dtype=t.dtype)
         if self.scale == 1 or not within(t, self.interval):
             self.nfe += 1
             return self.network(x, times, self.labels)

@@ -1,7 +1,9 @@
 """ODE samplers: dx/dt = v(x, t) along a grid of times, from noise at t = 0 to data at t = 1 or backwards.
 
 A sampler is called with a velocity, x (B, ...) at times[0] and times (N,), on the CPU, and gives x at times[-1].
-The velocity is called with x (B, ...) and t, a 0-d tensor, and gives (B, ...).
+The velocity is called with x (B, ...) and t, a 0-d tensor, and gives (B, ...). On any device t is of the CPU, as the
+times are: what is computed of it, and what is decided by it, waits for no device, and a kernel takes it as an argument.
+`dopri5` alone, whose times depend on x, has it on the device of x, and reads an error there at every step.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ def dopri5(
     velocity: Velocity, x: torch.Tensor, times: torch.Tensor, rtol: float = RTOL, atol: float = ATOL
 ) -> torch.Tensor:
     """Adaptive Dormand-Prince 5(4): as many evaluations as the tolerances ask for, one step size for the whole batch.
+
+    The host waits for a device at every step, to know the next one's size.
 
     Of `times` the ends count alone. The network is never asked beyond them: a step ends exactly at the last one, where
     the solver by itself would step past it and interpolate, and the trial step that sets its first step is cut short.

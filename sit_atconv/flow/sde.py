@@ -1,7 +1,8 @@
 """SDE samplers: dx = (v + w score) dt + sqrt(2 w) dW, with the marginals of the ODE for every w(t) >= 0.
 
 A sampler is called like those of `samplers`, with the SDE and `draw` besides: draw(i) gives the standard normal numbers
-of step i, shaped like x. It stops at times[-1] < 1; `last_step` goes on to t = 1.
+of step i, shaped like x and on its device, and is called for i = 0, 1, ... in turn.
+It stops at times[-1] < 1; `last_step` goes on to t = 1.
 """
 
 from __future__ import annotations

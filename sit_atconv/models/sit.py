@@ -213,14 +213,15 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
 
         hidden_states: x_t (B, in_channels, H, W), H and W multiples of the patch size.
         timestep: t in [0, 1], a number, a 0-d tensor or (B,). class_labels: (B,) int64 in [0, num_classes], where
-        num_classes is the null class of a model that has one.
+        num_classes is the null class of a model that has one. A CUDA device waits for none of these, unless the tensor
+        (B,) of times or of labels lies elsewhere; in a CUDA graph all three are tensors of the device.
         Returns `sample` = velocity (B, in_channels, H, W). Raises ValueError when shapes do not fit the configuration.
         """
         batch, channels, height, width = hidden_states.shape
         if channels != self.config.in_channels:
             raise ValueError(f"hidden_states has {channels} channels; this model takes {self.config.in_channels}")
         grid = self._grid(height, width)
-        t = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(batch)
+        t = _times(timestep, batch, hidden_states.device)
 
         # Under autocast the input is fp32 and the convolution's output is not: the residual stream keeps the input's.
         x = self.x_embedder(hidden_states).to(hidden_states.dtype)
@@ -263,6 +264,15 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         for name, value in options.items():
             if value != defaults[name].default:
                 raise InputError(f"{name}={value!r} needs a block with {mixer}, and token_mixer has none; leave it out")
+
+
+def _times(timestep: torch.Tensor | float, batch: int, device: torch.device) -> torch.Tensor:
+    """t (B,) in fp32 on the device. A number, and a 0-d tensor of the CPU, is an argument of a kernel: no copy."""
+    if not isinstance(timestep, torch.Tensor):
+        return torch.full((batch,), timestep, dtype=torch.float32, device=device)
+    if timestep.ndim == 0 and timestep.is_cpu and device.type != "cpu":
+        return torch.zeros(batch, dtype=torch.float32, device=device) + timestep
+    return timestep.to(device, torch.float32).expand(batch)
 
 
 for block_class in (SiTBlock, SiTATConvBlock):

@@ -246,9 +246,11 @@ class SiTPipeline(FromRun, DiffusionPipeline):
                 if callback_on_step_end is not None:
                     handed = {"latents": latents, "class_labels": class_labels}
                     chosen = {name: handed[name] for name in handed_over}
-                    taken = handed | (callback_on_step_end(self, step, timestep, chosen) or {})
+                    returned = callback_on_step_end(self, step, timestep, chosen) or {}
+                    taken = handed | returned
                     latents, class_labels = (_take_back(name, taken[name], old) for name, old in handed.items())
-                    self._check_label_ids(class_labels)
+                    if "class_labels" in chosen.keys() | returned.keys():  # reading them, the host waits for a device
+                        self._check_label_ids(class_labels)
                     if self._guidance_scale == 0 != guidance_scale:  # by which diffusers' callbacks end the guidance
                         self._guidance_scale = 1.0
                 bar.update()

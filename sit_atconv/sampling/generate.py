@@ -22,6 +22,7 @@ from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import library_versions, shown
 from sit_atconv.runtime.pictures import UINT8_RULE
 from sit_atconv.runtime.signals import Interrupted, Interruptions
+from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
 from sit_atconv.sampling.sampling import generate, noted
@@ -101,6 +102,7 @@ class _Work:
         """Load what the options name; the settings of the samples."""
         args = self.args
         check_place(args.out, args.force)
+        self.graphs = args.graphs and Graphs()
         self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
@@ -125,7 +127,9 @@ class _Work:
         try:
             model, seed = ready.trained.model, self.args.seed
             watch = noted(bar, len(kept) * processes.count())  # the others are about as far
-            images, nfe = generate(model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch)
+            images, nfe = generate(
+                model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch, self.graphs
+            )
         except torch.OutOfMemoryError:
             asked, device = option("batch", self.args.batch), model.device
             raise InputError(f"{asked}: {device} has not the memory; give a smaller one, and a new folder") from None

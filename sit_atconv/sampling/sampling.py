@@ -1,6 +1,7 @@
 """From seeds, indices and labels to images: the one sampling routine of previews, scores and commands."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.files import png
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
+from sit_atconv.sampling.graphs import Graphs
+from sit_atconv.sampling.noise import brought, noise, steps_ahead
 from sit_atconv.sampling.settings import Sampling
 
 
@@ -91,21 +94,23 @@ def sample_latents(
     sampling: Sampling,
     seed: int = 0,
     watch: Watch | None = None,
+    graphs: Graphs | bool = True,
 ) -> tuple[torch.Tensor, int]:
     """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
 
     The noise of image i comes from (seed, i) alone, that of a step of an SDE from (seed, i, step).
     The model runs in its own dtype, on its own device, where `labels` must be; the state is fp32.
+    graphs: on a CUDA device the network is replayed as CUDA graphs, see `Graphs`, to the bit the same; those given
+    serve further calls with this model, True are of this call alone, False are none. On a CPU all are one.
+    The host waits for the device where it records, and with dopri5 alone.
     """
-    shape, path = (model.config.in_channels, *model.latent_size), PATHS[model.config.path]()
-
-    def noise(stream: Stream, *step: int) -> torch.Tensor:
-        each = [draws.normal(shape, seed, stream, index, *step) for index in indices]
-        return torch.stack(each).to(model.device)
+    shape, path, device = (model.config.in_channels, *model.latent_size), PATHS[model.config.path](), model.device
 
     def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x.to(model.dtype), t, y, return_dict=False)[0].float()
 
+    if graphs:
+        network = (Graphs() if graphs is True else graphs).of(model, network)
     guided = GuidedVelocity(network, labels, model.null_label, *sampling.guidance)
 
     start, end = sampling.interval(model)
@@ -117,11 +122,12 @@ def sample_latents(
         return v
 
     times = time_grid(start, end, sampling.steps - (sampling.last_step_size is not None))
-    x = noise(Stream.SAMPLE_NOISE)
+    x = brought(noise(shape, seed, Stream.SAMPLE_NOISE, indices), device)
     if sampling.sampler in SAMPLERS:
         return SAMPLERS[sampling.sampler](velocity, x, times), guided.nfe
     sde = SDE(path, sampling.diffusion, sampling.diffusion_norm)
-    x = SDE_SAMPLERS[sampling.sampler](velocity, x, times, sde, lambda step: noise(Stream.SAMPLE_STEP, step))
+    with steps_ahead(partial(noise, shape, seed, Stream.SAMPLE_STEP, indices), len(times) - 1, device) as draw:
+        x = SDE_SAMPLERS[sampling.sampler](velocity, x, times, sde, draw)
     return last_step(sampling.last_step, velocity, x, times[-1], sde), guided.nfe
 
 
@@ -134,12 +140,13 @@ def generate(
     seed: int = 0,
     kept: int | None = None,
     watch: Watch | None = None,
+    graphs: Graphs | bool = True,
 ) -> tuple[torch.Tensor, int]:
     """Images of the given indices, and the number of network evaluations that each took.
 
     codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
     fill the batch up. watch: told of each evaluation.
-    See `sample_latents`; dopri5 shares its step size over the batch. Decoding is fp32.
+    graphs: see `sample_latents`; dopri5 shares its step size over the batch. Decoding is fp32.
     Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
     Raises InputError for a label out of range, or settings that do not fit the model, see `Sampling.for_model`;
     NotFinite where latents or images that are wanted are not finite.
@@ -147,7 +154,7 @@ def generate(
     sampling = sampling.for_model(model)
     check_labels(labels, model.config.num_classes)
     wanted = torch.tensor(labels, device=model.device)
-    latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch)
+    latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch, graphs)
     return render(codec, latents, model.dtype, indices, kept), nfe
 
 

@@ -11,6 +11,7 @@ from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.sampling import SCHEDULERS
+from sit_atconv.sampling.noise import noise
 from sit_atconv.sampling.sampling import Watch, render
 from sit_atconv.sampling.settings import Sampling
 
@@ -52,7 +53,6 @@ def generate(
             watch(pipe.nfe, (step + 1) / pipe.num_timesteps)
         return {}
 
-    noise = [draws.normal(shape, seed, Stream.SAMPLE_NOISE, index) for index in indices]
     drawing = [draws.generator(seed, Stream.SAMPLE_STEP, index).integers(2**63) for index in indices]
     latents = pipe(
         list(labels),
@@ -60,7 +60,7 @@ def generate(
         sampling.guidance_scale,
         sampling.guidance_channels,
         sampling.guidance_interval,
-        latents=torch.stack(noise),
+        latents=noise(shape, seed, Stream.SAMPLE_NOISE, indices),
         generator=[torch.Generator().manual_seed(int(seed)) for seed in drawing],
         output_type="latent",
         callback_on_step_end=after_step,

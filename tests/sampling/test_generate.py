@@ -339,9 +339,8 @@ def test_the_manifest_says_what_a_model_of_another_path_is_sampled_by(tmp_path, 
 
 
 def test_the_steps_of_a_stochastic_scheduler_draw_for_each_image(monkeypatch):
-    monkeypatch.setattr(
-        "sit_atconv.sampling.schedulers.draws.normal", lambda shape, *_: torch.zeros(shape)
-    )  # the first noise
+    first_noise = "sit_atconv.sampling.schedulers.noise"
+    monkeypatch.setattr(first_noise, lambda shape, seed, stream, indices: torch.zeros(len(indices), *shape))
     model, sampling = lively_model(), Sampling(steps=3, guidance_scale=1.0)
 
     def scheduled(indices, seed=0):
