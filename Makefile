@@ -1,7 +1,8 @@
 # make demo: the main job on digits. make bench: the timings. make drill: faults. make ablation: the paper's findings,
-# switched off one by one. make test: the tests. All install what they need into .venv. make test-floor: the tests with the
-# lowest versions that pyproject.toml allows, in .venv-floor. make dist: wheel and sdist, built anew and checked. make
-# test-wheel: the commands, by that wheel and its own dependencies alone, in .venv-wheel and from an empty folder.
+# switched off one by one. make test: the tests. make test-gpu: the acceptance run on a CUDA device. All install what they
+# need into .venv. make test-floor: the tests with the lowest versions that pyproject.toml allows, in .venv-floor. make
+# dist: wheel and sdist, built anew and checked. make test-wheel: the commands, by that wheel and its own dependencies
+# alone, in .venv-wheel and from an empty folder.
 PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor
@@ -47,7 +48,7 @@ test-floor: $(FLOOR)/installed
 	$(FLOOR)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-gpu: .venv/installed
-	$(BIN)/python -m experiments.gpu_check
+	$(BIN)/python -m sit_atconv.bench.gpu --out runs/gpu
 
 lint: .venv/installed
 	$(BIN)/ruff check .

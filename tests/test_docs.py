@@ -56,7 +56,7 @@ STARTS = re.compile(r"([A-Z_]+=\S* )*(sit-atconv|python|accelerate|torchrun|make
 NOT_RUN = {
     r"^make ": "each takes minutes",
     r"^pip ": "it installs",
-    r"^python -m experiments": "each takes minutes; their own tests run them",
+    r"^python -m (experiments|sit_atconv\.bench\.gpu)": "each takes minutes; their own tests run them",
     r"IMAGENET|imagenet_attnet": "ImageNet, and models of its size",
     r"WEIGHTS|REF\.npz": "Inception's weights",
     r"dinov2|dino\.npz": "DINOv2's weights",

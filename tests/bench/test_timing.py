@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,114 @@ def test_a_commit_of_somebody_elses_repository_is_not_ours(monkeypatch, tmp_path
     timing.commit.cache_clear()
     assert len(timing.commit().rstrip("+")) >= 7
     timing.commit.cache_clear()
+
+
+class FakeCuda:
+    """The device of the tests of what runs on CUDA: a clock that calls and events read, and what was done in order."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.done = 0.0, []
+        owner = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = owner.now
+
+            def elapsed_time(self, other):
+                return 1e3 * (other.at - self.at)
+
+        class Cache:
+            def zero_(self):
+                owner.now += 100.0
+                owner.done.append("flush")
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(timing, "_over_the_cache", lambda device: Cache())
+        monkeypatch.setattr(timing, "warm_up", lambda device: owner.done.append("warm"))
+
+    def call(self, name, seconds):
+        def function():
+            self.now += seconds
+            self.done.append(name)
+
+        return function
+
+
+def test_on_cuda_the_cache_is_flushed_before_every_call_and_not_timed(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    taken = timing.seconds(cuda.call("a", 0.25), 3, torch.device("cuda"))
+    assert taken == pytest.approx(0.25)
+    assert cuda.done == ["flush", "a"] * 3
+
+
+def test_on_cuda_clocks_are_warm_before_the_first_measurement(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    timing.interleaved([cuda.call("a", 1.0)], 2, torch.device("cuda"), "")
+    assert cuda.done == ["a", "warm", *["flush", "a"] * 3]
+
+
+def test_graphs_take_turns_with_their_calls_and_what_has_none_says_why(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def capture(call, device):
+        if call is slow:
+            return None, "RuntimeError: it waits"
+        return cuda.call("graph", 0.5), None
+
+    fast, slow = cuda.call("fast", 2.0), cuda.call("slow", 3.0)
+    monkeypatch.setattr(timing, "captured", capture)
+    found = timing.measured({"fast": fast, "slow": slow}, 2, torch.device("cuda"), "")
+    assert found["fast"].facts() == pytest.approx({"ms": 2000, "iqr_ms": 0, "graph_ms": 500, "no_graph": None})
+    assert found["slow"].facts() == pytest.approx(
+        {"ms": 3000, "iqr_ms": 0, "graph_ms": None, "no_graph": "RuntimeError: it waits"}
+    )
+    assert [name for name in cuda.done if name != "flush"][-6:] == ["fast", "slow", "graph"] * 2
+
+
+def test_a_cpu_has_no_graphs_and_no_state():
+    assert timing.captured(lambda: None, CPU) == (None, "cpu has no CUDA graphs")
+    assert timing.device_state(CPU) is None
+    found = timing.measured({"a": lambda: None}, 1, CPU, "")["a"]
+    assert found.graph is None
+    assert found.call.median > 0
+
+
+def test_a_flush_is_twice_the_cache_and_256_mb_at_least(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(torch, "empty", lambda size, **_: sizes.append(size))
+    for cache in (50 * 2**20, 2**28):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device, cache=cache: SimpleNamespace(L2_cache_size=cache)
+        )
+        timing._over_the_cache.__wrapped__(torch.device("cuda"))
+    assert sizes == [2**28, 2**29]
+
+
+def test_state_is_what_nvidia_smi_says(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return timing.subprocess.CompletedProcess(command, 0, stdout="1980, 512.25, 61\n")
+
+    monkeypatch.setattr(timing.subprocess, "run", run)
+    assert timing.device_state(torch.device("cuda")) == {"sm_mhz": 1980, "watts": 512.25, "celsius": 61}
+    assert asked[0][-1] == "--id=GPU-abc"
+    monkeypatch.setattr(timing.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
+    assert timing.device_state(torch.device("cuda")) is None
+
+
+def test_the_digest_is_of_the_source(monkeypatch, tmp_path):
+    (tmp_path / "bench").mkdir()
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "bench" / "timing.py"))
+    (tmp_path / "a.py").write_text("1")
+    first = timing.source_digest.__wrapped__()
+    (tmp_path / "a.py").write_text("2")
+    assert first != timing.source_digest.__wrapped__()
+    (tmp_path / "a.py").write_text("1")
+    assert first == timing.source_digest.__wrapped__()

@@ -14,7 +14,7 @@ import torch
 from sit_atconv.bench.gpu.worker import ABSENT, REHEARSAL, TIME, Bench
 from sit_atconv.bench.timing import captured
 from sit_atconv.layers.atconv import ATConv
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, operator, pool_tokens, pooling, reference
+from sit_atconv.ops.atconv import dynamic_depthwise_conv, operator, pool_tokens, pooling, reference, taps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -50,6 +50,7 @@ def run(bench: Bench) -> None:
     for layout in LAYOUTS:
         Convolution(bench, sizes.odd[0], 3, large, "triton", layout).checked()
     for dtype in DTYPES:
+        made(bench, sizes.plain[0], dtype)
         layer(bench, sizes.plain[0], dtype)
     beyond(bench, sizes.large)
     streams(bench, sizes.plain[0])
@@ -125,7 +126,7 @@ class Convolution:
         operands = draw(self.bench, self.dtype, self.shape, (b, self.k**2, c), (b, h, w, c))
         if self.layout is not None:
             operands = [lay(each) for lay, each in zip(LAYOUTS[self.layout], operands, strict=True)]
-        got = results(lambda v, taps: dynamic_depthwise_conv(v, taps, backend=self.backend), *operands)
+        got = results(lambda v, each: dynamic_depthwise_conv(v, each, backend=self.backend), *operands)
         true = results(reference.dynamic_depthwise_conv, *(each.double() for each in operands))
         for name, one, other in zip(("output", "gradient of v", "gradient of the kernels"), got, true, strict=True):
             if self.backend == "triton":
@@ -155,6 +156,24 @@ def pooled(bench: Bench, shape: tuple[int, int, int, int], k: int, dtype: torch.
         # Neighbouring bins meet in a token: each may have been rounded before they were added.
         _, parts = results(lambda x: reference.pool_tokens(x, k, pool), x.double(), above.double().abs())
         bench.check(f"{of}: gradient", beyond_a_rounding(bench, got[1], true[1], 2 * parts), SUMS)
+
+    bench.attempt(of, check)
+
+
+def made(bench: Bench, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """The kernels that are made of pooled tokens, with the gradients of all that they are made of."""
+    of = f"kernels of pooled tokens, {NAMES[dtype]}"
+
+    def check() -> None:
+        b, _, _, c = shape
+        operands = draw(bench, dtype, (b, 9, c), (9, 9), (9,), (c,), (b, 9, c))
+        rule = ("gelu_tanh", "learned")
+        with bench.kernels():
+            got = results(lambda *each: taps.tap_kernels(*each, *rule), *operands)
+        true = results(lambda *each: reference.tap_kernels(*each, *rule), *(each.double() for each in operands))
+        names = ("output", "gradient of the tokens", "of the weight", "of the bias", "of the control")
+        for name, one, other in zip(names, got, true, strict=True):
+            bench.check(f"{of}: {name}", beyond_a_rounding(bench, one, other), 5 * SUMS)
 
     bench.attempt(of, check)
 
@@ -197,9 +216,9 @@ def beyond(bench: Bench, shape: tuple[int, int, int, int]) -> None:
 
     def check() -> None:
         v, kernels, above, spread = draw(bench, dtype, shape, (b, 9, c), shape, (b, 9, c))
-        got = results(lambda v, taps: dynamic_depthwise_conv(v, taps, backend="triton"), v, kernels, above)
+        got = results(lambda v, each: dynamic_depthwise_conv(v, each, backend="triton"), v, kernels, above)
         last = [each[-1:].float() for each in (v, kernels, above)]
-        true = results(lambda v, taps: dynamic_depthwise_conv(v, taps, backend="conv"), *last)
+        true = results(lambda v, each: dynamic_depthwise_conv(v, each, backend="conv"), *last)
         for name, one, other in zip(("output", "gradient of v", "gradient of the kernels"), got, true, strict=True):
             bench.check(f"convolution, {of}: {name}", over_norm(one[-1:], other.double()), LAYER[dtype] / 5)
         del got, true
@@ -308,11 +327,15 @@ def compilations(bench: Bench, sizes: Sizes) -> None:
 def registrations(bench: Bench, shape: tuple[int, int, int, int]) -> None:
     """What torch itself checks of a custom operator."""
     b, h, w, c = shape
+    weight, bias, control = (each.requires_grad_() for each in draw(bench, torch.float32, (9, 9), (9,), (c,)))
     v, kernels, above = (each.requires_grad_() for each in draw(bench, torch.float32, shape, (b, 9, c), shape))
     for name, check in {
         "convolution": lambda: torch.library.opcheck(operator.convolution, (v, kernels, False, "triton")),
         "gradient of the kernels": lambda: torch.library.opcheck(operator.grad_kernels, (v, above, 3, "triton")),
         "pooling": lambda: torch.library.opcheck(pooling.pool_operator, (v, 3, "raster")),
+        "kernels of pooled tokens": lambda: torch.library.opcheck(
+            taps.forward, (kernels, weight, bias, control, "gelu_tanh", "learned")
+        ),
         "gradient of the pooling": lambda: torch.library.opcheck(pooling.spread_operator, (kernels, h, w, 3, "raster")),
     }.items():
         if bench.attempt(f"opcheck of the {name}", check) is not None:

@@ -1,15 +1,17 @@
 """The operator alone in its backends, and a sweep of the tiles of its Triton kernels: which is the fastest for which
 kernel, dtype and shape. The sweep decides nothing by itself; what it finds is written into the kernels by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
 from sit_atconv.bench.forms import TOLERANCE, assert_close, make_call, operator_forms
 from sit_atconv.bench.gpu.worker import Bench
-from sit_atconv.ops.atconv import pool_tokens, triton_kernels, triton_pooling
-from sit_atconv.ops.atconv.tiles import Tile
+from sit_atconv.ops.atconv import pool_tokens, triton_kernels, triton_pooling, triton_taps
+from sit_atconv.ops.atconv.tiles import TapTile, Tile
 
 # (B, H, W): 75 million values with 1152 channels, and a small batch.
 SHAPES = ((64, 32, 32), (256, 16, 16), (16, 64, 64), (2, 64, 64))
@@ -72,53 +74,85 @@ def tiles(bench: Bench) -> list[Tile]:
     ]
 
 
-def sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: str) -> None:
-    """All tiles of every kernel: a first short round, then those that came near the fastest, in turn.
+def tap_tiles(bench: Bench, usual: TapTile) -> list[TapTile]:
+    """For the kernels of few taps; as many programs as the usual tile has."""
+    if bench.rehearsal:
+        return [replace(usual, warps=2)]
+    return [replace(usual, channels=c, warps=w, stages=s) for c, w, s in product((32, 64, 128), (4, 8), (1, 2))]
 
-    The gradient of v is the convolution again.
-    """
-    b, h, w, c = shape
+
+@dataclass(frozen=True)
+class Swept:
+    """A kernel: what it gives with a tile, the tile that the library takes, and those that are tried beside it."""
+
+    call: Callable[[Any], torch.Tensor | tuple[torch.Tensor, ...]]
+    usual: Tile | TapTile
+    others: Sequence[Tile | TapTile]
+
+
+def kernels_to_sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Swept]:
+    """By their names, on random operands. The gradient of v is the convolution again."""
+    (b, h, w, c), k = shape, KERNEL
     generator = torch.Generator(bench.device).manual_seed(0)
-    v, kernels, above = (
-        torch.randn(size, generator=generator, device=bench.device).to(DTYPES[dtype])
-        for size in (shape, (b, KERNEL**2, c), shape)
+    sizes = (shape, (b, k * k, c), shape, (k * k, k * k), (k * k,), (c,))
+    v, taps, above, weight, bias, control = (
+        torch.randn(size, generator=generator, device=bench.device).to(dtype) for size in sizes
     )
-    swept: dict[str, tuple[Callable[[Tile], torch.Tensor], Tile]] = {
-        "convolution": (
-            lambda tile: triton_kernels.dynamic_depthwise_conv(v, kernels, tile=tile), triton_kernels.CONVOLUTION_TILE,
+    grid, rule, made = tiles(bench), ("gelu_tanh", "learned"), (taps, weight, bias, control)
+    tap, tap_grad = triton_taps.tile_of(k * k), triton_taps.grad_tile_of(k * k)
+    return {
+        "convolution": Swept(
+            lambda tile: triton_kernels.dynamic_depthwise_conv(v, taps, tile=tile),
+            triton_kernels.CONVOLUTION_TILE, grid,
         ),
-        "gradient of the kernels": (
-            lambda tile: triton_kernels.grad_kernels(v, above, KERNEL, tile=tile), triton_kernels.GRAD_TILE,
+        "gradient of the kernels": Swept(
+            lambda tile: triton_kernels.grad_kernels(v, above, k, tile=tile), triton_kernels.GRAD_TILE, grid
         ),
-        "pooling": (
-            lambda tile: triton_pooling.pool_tokens(v, KERNEL, "raster", tile=tile),
-            triton_pooling.POOL_TILE,
+        "pooling": Swept(
+            lambda tile: triton_pooling.pool_tokens(v, k, "raster", tile=tile), triton_pooling.POOL_TILE, grid
         ),
-        "gradient of the pooling": (
-            lambda tile: triton_pooling.spread_tokens(kernels, h, w, KERNEL, "raster", tile=tile),
-            triton_pooling.SPREAD_TILE,
+        "gradient of the pooling": Swept(
+            lambda tile: triton_pooling.spread_tokens(taps, h, w, k, "raster", tile=tile),
+            triton_pooling.SPREAD_TILE, grid,
+        ),
+        "kernels": Swept(
+            lambda tile: triton_taps.tap_kernels(*made, *rule, tile=tile), tap, tap_tiles(bench, tap)
+        ),
+        "gradient of what makes kernels": Swept(
+            lambda tile: triton_taps.grads(taps, *made, *rule, tile=tile), tap_grad, tap_tiles(bench, tap_grad)
         ),
     }  # fmt: skip
-    for name, (kernel, usual) in swept.items():
-        expected = kernel(usual)
-        calls = {}
-        for tile in dict.fromkeys([usual, *tiles(bench)]):
 
-            def ready(tile=tile, kernel=kernel, expected=expected) -> None:
-                assert_close(f"{tile}", kernel(tile), expected, TOLERANCE[dtype])
-                calls[tile] = lambda: kernel(tile)  # noqa: B023
 
-            bench.attempt(f"{name}, {tile}, {shape}, {dtype}", ready)
-        first = bench.times(calls, graphs=(), rounds=1)
-        near = SHORTLIST * min(facts["ms"] for facts in first.values())
-        chosen = {tile: call for tile, call in calls.items() if tile == usual or first[tile]["ms"] <= near}
-        taken = bench.times(chosen, graphs=())
-        of = {"kernel": name, "shape": "x".join(map(str, shape)), "dtype": dtype}
-        for tile, facts in taken.items():
-            bench.row("sweep", **of, **vars(tile), ms=facts["ms"], iqr_ms=facts["iqr_ms"], usual=tile == usual)
-        best = min(taken, key=lambda tile: taken[tile]["ms"])
-        gain = taken[usual]["ms"] / taken[best]["ms"]
-        rate = bandwidth(shape, dtype, taken[best]["ms"])
-        bench.row("best tiles", **of, **vars(best), ms=taken[best]["ms"], usual_over_best=gain, gb_per_s=rate)
-        slow = {str(tile): facts["ms"] for tile, facts in first.items() if tile not in taken}
-        bench.row("slower tiles, ms in one round", **of, **slow)
+def sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: str) -> None:
+    """All tiles of every kernel: a first short round, then those that came near the fastest, in turn."""
+    for name, swept in kernels_to_sweep(bench, shape, DTYPES[dtype]).items():
+        what = f"{name} at {shape} in {dtype}"
+        bench.attempt(what, lambda n=name, s=swept: best_tile(bench, n, s, shape, dtype))
+
+
+def best_tile(bench: Bench, name: str, swept: Swept, shape: tuple[int, int, int, int], dtype: str) -> None:
+    usual, expected, calls = swept.usual, together(swept.call(swept.usual)), {}
+    for tile in dict.fromkeys([usual, *swept.others]):
+
+        def ready(tile=tile) -> None:
+            for got, other in zip(together(swept.call(tile)), expected, strict=True):
+                assert_close(str(tile), got, other, TOLERANCE[dtype])
+            calls[tile] = lambda: swept.call(tile)
+
+        bench.attempt(f"{name}, {tile}, {shape}, {dtype}", ready)
+    first = bench.times(calls, graphs=(), rounds=1)
+    near = SHORTLIST * min(facts["ms"] for facts in first.values())
+    chosen = {tile: call for tile, call in calls.items() if tile == usual or first[tile]["ms"] <= near}
+    taken = bench.times(chosen, graphs=())
+    of = {"kernel": name, "shape": "x".join(map(str, shape)), "dtype": dtype}
+    for tile, facts in (first | taken).items():
+        rounds = "all rounds" if tile in taken else "one round"
+        bench.row("sweep", **of, tile=str(tile), ms=facts["ms"], rounds=rounds, usual=tile == usual)
+    best = min(taken, key=lambda tile: taken[tile]["ms"])
+    gain = taken[usual]["ms"] / taken[best]["ms"]
+    bench.row("best tiles", **of, tile=str(best), ms=taken[best]["ms"], usual_over_best=gain)
+
+
+def together(found: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)

@@ -8,6 +8,7 @@ from sit_atconv.bench.baselines import attention_twin
 from sit_atconv.bench.gpu.model import NAME, drawn, inputs_of
 from sit_atconv.bench.gpu.worker import Bench
 from sit_atconv.bench.speed import attend_by_the_fastest, usual_batch
+from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.sampling import sample_latents
 from sit_atconv.sampling.settings import Sampling
 
@@ -33,19 +34,24 @@ def measure(bench: Bench, name: str, size: int, batch: int) -> None:
     inputs = inputs_of(bench, size, 2 * batch)
     attention = attend_by_the_fastest(model, torch.no_grad()(lambda: model(*inputs)), bench.device)
 
-    def draw() -> torch.Tensor:
-        return sample_latents(model, range(batch), labels, settings)[0]
+    kept = Graphs()  # one model's, for all calls
 
-    expected = draw()
+    def draw(graphs: Graphs | bool) -> torch.Tensor:
+        return sample_latents(model, range(batch), labels, settings, graphs=graphs)[0]
+
+    expected = draw(False)
     for mode in ("eager", "compiled"):
         if mode == "compiled":
             model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=bench.compiler)
-            error = ((draw() - expected).norm() / expected.norm()).item()
-            bench.check(f"{name}, {size} px, batch {batch}, compiled", error, 5e-2)
-        facts = bench.times({"run": draw}, graphs=(), rounds=ROUNDS)["run"]
-        rate = 1e3 * batch / facts["ms"]
-        row = {"model": name, "px": size, "batch": batch, "mode": mode, "images_per_s": rate, "attention": attention}
-        bench.row("sampling", **row, ms=facts["ms"], iqr_ms=facts["iqr_ms"], **_short(asdict(settings)))
+            kept = Graphs()
+        for name_of, graphs in (("", False), (", CUDA graphs", kept)):
+            error = ((draw(graphs) - expected).norm() / expected.norm()).item()
+            bench.check(f"{name}, {size} px, batch {batch}, {mode}{name_of}", error, 5e-2)
+        calls = {mode: lambda: draw(False), f"{mode}, CUDA graphs": lambda: draw(kept)}  # noqa: B023
+        for how, facts in bench.times(calls, graphs=(), rounds=ROUNDS).items():
+            rate = 1e3 * batch / facts["ms"]
+            row = {"model": name, "px": size, "batch": batch, "mode": how, "images_per_s": rate, "attention": attention}
+            bench.row("sampling", **row, ms=facts["ms"], iqr_ms=facts["iqr_ms"], **_short(asdict(settings)))
 
 
 def _short(settings: dict) -> dict:

@@ -36,7 +36,7 @@ STAGES = (
     _stage(2, "correct", "the operator and the layer against fp64", 75, needs=("triton",), interpreted=True),
     _stage(4, "layer", "one layer beside its linears and attention", 90, needs=("triton",)),
     _stage(5, "model", "SiT-ATConv-XL/2 against SiT-XL/2", 150, needs=MODEL),
-    _stage(3, "operator", "the operator's backends, and a sweep of tiles", 300, needs=("triton",), interpreted=True),
+    _stage(3, "operator", "the operator's backends, and a sweep of tiles", 420, needs=("triton",), interpreted=True),
     _stage(6, "sampling", "guided samples a second", 120, needs=(*MODEL, "torchdiffeq")),
     _stage(7, "training", "training images a second, on random latents", 240, needs=TRAINING),
     _stage(8, "tests", "the tests that need a GPU", 420, needs=("pytest",)),

@@ -1,0 +1,247 @@
+"""The acceptance run without a GPU: its stages in a rehearsal, and stages that lack something, fail, die or hang."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import unmarked
+
+from sit_atconv.bench.gpu import __main__ as command
+from sit_atconv.bench.gpu import driver
+from sit_atconv.bench.gpu.driver import Acceptance, summed, to_markdown
+from sit_atconv.bench.gpu.stages import STAGES, Stage
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.reading import read_json
+
+# A worker without torch, which tells as the true one does.
+WORKER = """
+import faulthandler, importlib, json, sys
+
+class Bench:
+    def __init__(self, channel):
+        self.channel = open(channel, "a")
+
+    def tell(self, kind, **facts):
+        self.channel.write(json.dumps({"kind": kind, **facts}) + chr(10))
+        self.channel.flush()
+
+module, channel, folder, seconds, mode = sys.argv[1:]
+assert mode == "rehearsal"
+bench = Bench(channel)
+bench.tell("where", torch="0")
+importlib.import_module(module).run(bench)
+"""
+PLANTED = """
+import os, signal, subprocess, sys, time
+
+def run(bench):
+    bench.tell("row", table="found", what="a row", value=1.5)
+    {then}
+"""
+ENDLESS = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """planted(name, code, **settings) -> a stage whose module runs the code."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(driver, "PACKAGE", "planted")
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "worker.py").write_text(WORKER)
+
+    def plant(name: str, then: str, **settings) -> Stage:
+        (tmp_path / f"planted_{name}.py").write_text(PLANTED.format(then=then))
+        return Stage(90, name, f"it {name}", f"planted_{name}", **{"seconds": 60, "rehearsal_seconds": 60, **settings})
+
+    return plant
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes are found in /proc")
+def test_a_stage_that_dies_or_hangs_is_named_its_children_ended_and_the_others_go_on(planted, tmp_path):
+    keep = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(subprocess.Popen({ENDLESS}, start_new_session=True).pid))"
+    stages = [
+        planted("dies", f"{keep}; os.kill(os.getpid(), signal.SIGSEGV)"),
+        planted("hangs", "time.sleep(600)", rehearsal_seconds=2),
+        planted("fails", "raise KeyError('gone')"),
+        planted("errs", "bench.tell('check', what='far', error=2.0, bound=1.0, holds=False)"),
+        planted("lacks", "pass", needs=("no_such_package",)),
+        planted("works", "bench.tell('check', what='near', error=0.5, bound=1.0, holds=True)"),
+    ]
+    acceptance = Acceptance(tmp_path / "out", rehearsal=True)
+    assert not acceptance.run(stages)
+    assert not alive(int((tmp_path / "pid").read_text()))
+    found = read_json(tmp_path / "out" / "acceptance.json")["stages"]
+    states = {name: record["state"] for name, record in found.items()}
+    assert states == {
+        "dies": driver.DIED, "hangs": driver.HUNG, "fails": driver.FAILED, "errs": driver.WRONG,
+        "lacks": driver.LACKS, "works": driver.OK,
+    }  # fmt: skip
+    assert "SIGSEGV" in found["dies"]["why"]
+    assert "2 s" in found["hangs"]["why"]
+    assert found["hangs"]["seconds"] < 60
+    assert "status 1" in found["fails"]["why"]
+    assert "1 of 1 checks" in found["errs"]["why"]
+    assert "no_such_package" in found["lacks"]["why"]
+    for name in ("dies", "hangs", "fails", "works"):  # what was found before stays
+        assert found[name]["rows"] == [{"table": "found", "what": "a row", "value": 1.5}]
+        assert found[name]["where"]["torch"]
+    table = unmarked(tmp_path / "out" / "acceptance.md")
+    assert all(f"| {name} | {state} |" in table for name, state in states.items())
+    assert "==== dies ====" in (tmp_path / "out" / "acceptance.log").read_text()
+    assert "KeyError" in (tmp_path / "out" / "acceptance.log").read_text()
+
+
+def test_what_is_done_stays_done_and_is_done_again_when_asked(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(
+        Acceptance, "_result", lambda self, stage, limit: done.append((stage.name, limit)) or {"state": "ok", "why": ""}
+    )
+    first, second = (Stage(n, name, "", "none", 60, 60) for n, name in ((1, "first"), (2, "second")))
+    assert Acceptance(tmp_path / "out", rehearsal=True).run([first])
+    assert Acceptance(tmp_path / "out", rehearsal=True).run([first, second])
+    assert [name for name, _ in done] == ["first", "second"]
+    assert Acceptance(tmp_path / "out", rehearsal=True).run([first], again=True)
+    assert len(done) == 3
+    with pytest.raises(InputError, match=r"holds a rehearsal; choose another folder"):
+        Acceptance(tmp_path / "out", rehearsal=False)
+
+
+def test_no_stage_is_begun_without_time_and_none_gets_more_than_is_left(tmp_path, monkeypatch):
+    now, limits = [0.0], {}
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def result(self, stage, limit):
+        limits[stage.name] = limit
+        now[0] += limit
+        return {"state": "ok", "why": ""}
+
+    monkeypatch.setattr(Acceptance, "_result", result)
+    stages = [Stage(n, name, "", "none", 100) for n, name in enumerate(("a", "b", "c"))]
+    acceptance = Acceptance(tmp_path / "out", rehearsal=False)
+    assert not acceptance.run(stages, minutes=2.5)
+    assert limits == {"a": 100, "b": 50}
+    assert acceptance.stages["c"]["state"] == driver.NOT_BEGUN
+    assert Acceptance(tmp_path / "out", rehearsal=False).run(stages)
+    assert limits["c"] == 100
+
+
+def test_five_minutes_hold_what_matters_most():
+    """Those before the model leave it at least 100 seconds."""
+    assert [stage.number for stage in STAGES[:4]] == [1, 2, 4, 5]
+    assert sum(stage.seconds for stage in STAGES[:3]) + 100 <= 300
+    assert sorted(stage.number for stage in STAGES) == list(range(1, 10))
+
+
+def test_users_files_are_refused_before_the_work(tmp_path):
+    for name, content in (("acceptance.json", '{"thesis": 1}'), ("acceptance.md", "thesis"), ("acceptance.log", "x")):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match="exists already"):
+            Acceptance(folder, rehearsal=True)
+        assert (folder / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "there is no CUDA device here; --rehearse runs all stages on the CPU"),
+        (["--rehearse", "--stages", "machin"], "did you mean 'machine'?"),
+        (["--rehearse", "--minutes", "0"], "--minutes 0.0: must be at least 0.5"),
+    ],
+)
+def test_wrong_calls_are_told_before_the_work(options, says, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert says in fails(command.main, *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_or_time_leaves_out_by_name_and_the_others_go_on(tmp_path, monkeypatch):
+    import torch
+
+    from sit_atconv.bench.gpu.worker import Bench
+
+    with open(tmp_path / "channel", "w+") as channel:
+        bench = Bench(channel, tmp_path, 100, True)
+        monkeypatch.setattr(Bench, "free", lambda self: 3 * 2**30)
+
+        def too_large():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB")
+
+        assert bench.attempt("large", lambda: 1 / 0, needs=4 * 2**30) is None
+        assert bench.attempt("larger than thought", too_large) is None
+        assert bench.attempt("small", lambda: "done", needs=2**30) == "done"
+        assert bench.attempt("wrong", lambda: 1 / 0) is None
+        bench.check("near", 0.5, 1.0)
+        bench.check("not a number", float("nan"), 1.0)
+        bench.check("below", -0.5, 1.0)
+        bench.row("table", what="endless", value=float("inf"))
+        monkeypatch.setattr(Bench, "seconds_left", lambda self: -1.0)
+        assert bench.attempt("late", lambda: 1 / 0) is None
+        channel.seek(0)
+        told = [json.loads(line) for line in channel]
+    assert [(each["kind"], each["what"], each.get("reason")) for each in told] == [
+        ("left out", "large", "memory"), ("left out", "larger than thought", "memory"), ("fault", "wrong", None),
+        ("check", "near", None), ("check", "not a number", None), ("check", "below", None), ("row", "endless", None),
+        ("left out", "late", "time"),
+    ]  # fmt: skip
+    assert told[0]["why"] == "needs about 4.0 GiB, and 3.0 are free"
+    assert "Tried to allocate 5 GiB" in told[1]["why"]
+    assert [each["holds"] for each in told if each["kind"] == "check"] == [True, False, False]
+    record = summed(told, 0, 100)
+    assert record["state"] == driver.FAILED
+    late = {"kind": "left out", "what": "late", "reason": "time", "why": "over"}
+    assert summed([dict(late)], 0, 100)["state"] == driver.PART
+    assert summed([late | {"reason": "memory"}], 0, 100)["state"] == driver.OK
+    text = to_markdown({"rehearsal": False, "stages": {"x": {"number": 1, "about": "", "seconds": 1.0, **record}}})
+    assert "- left out: large: needs about 4.0 GiB, and 3.0 are free" in text
+
+
+IMPORTED = """
+import sys
+from sit_atconv.bench.gpu import correct, layer, operator, worker
+print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({libraries!r})))
+"""
+
+
+def test_stages_of_the_operator_import_torch_and_triton_alone():
+    libraries = ["diffusers", "accelerate", "omegaconf", "torch_fidelity", "datasets", "timm", "matplotlib", "sklearn"]
+    libraries += ["torchvision", "torchdiffeq", "einops", "PIL", "safetensors", "transformers"]
+    code = IMPORTED.format(libraries=libraries)
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == ""
+
+
+def test_a_stage_is_rehearsed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--rehearse", "--stages", "1", "--out", str(tmp_path / "out")])
+    assert end.value.code == 0
+    table = capsys.readouterr().out
+    assert "| 1 | machine | ok |" in table
+    assert "A rehearsal on a CPU: its times mean nothing." in table
+    record = read_json(tmp_path / "out" / "acceptance.json")["stages"]["machine"]
+    assert {"device", "commit", "source", "torch", "triton", "python"} <= record["where"].keys()
+    assert [row["what"] for row in record["rows"] if row["table"] == "ceilings"][1:] == [
+        "64 x 64 product in bfloat16", "64 x 64 product in float32",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_stages_are_rehearsed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--rehearse", "--out", str(tmp_path / "out")])
+    table = capsys.readouterr().out
+    assert end.value.code == 0, table
+    for stage in STAGES:
+        assert f"| {stage.number} | {stage.name} | ok |" in table
