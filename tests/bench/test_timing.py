@@ -200,7 +200,7 @@ def test_a_device_that_has_just_worked_is_warm(monkeypatch):
     assert products == []
     timing._ended[device] = 99.0
     timing.warm_up(device)
-    assert products[-1] - 100 == pytest.approx(timing.WARM_SECONDS)
+    assert timing.WARM_SECONDS <= products[-1] - 100 <= timing.WARM_SECONDS + 1.1  # ten more at most
 
 
 def test_graphs_take_turns_with_their_calls_and_what_has_none_says_why(monkeypatch):
