@@ -26,6 +26,8 @@ from sit_atconv.runtime.errors import said
 SHORTEST = 0.02  # seconds that one measurement lasts at least
 LEAST_FLUSHED = 2**28  # bytes written to empty an L2 cache, or twice its size
 WARM_SECONDS, WARM_SIDE = 1.0, 4096  # of matrix products before the first measurement, and of their squares
+STAYS_WARM = 0.5  # seconds of rest after which a device is warmed again
+_ended: dict[torch.device, float] = {}  # when the last measurement on a CUDA device ended
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def _seconds_by_events(call: Callable[[], object], repeats: int, device: torch.d
         end.record()
         spans.append((start, end))
     torch.cuda.synchronize(device)
+    _ended[device] = time.perf_counter()
     return sum(start.elapsed_time(end) for start, end in spans) / 1e3 / repeats
 
 
@@ -71,8 +74,9 @@ def _over_the_cache(device: torch.device) -> torch.Tensor:
 
 
 def warm_up(device: torch.device) -> None:
-    """Raise the clocks of a CUDA device by about WARM_SECONDS of matrix products; on a CPU nothing."""
-    if device.type != "cuda":
+    """Raise the clocks of a CUDA device by about WARM_SECONDS of matrix products, unless a measurement has just ended;
+    on a CPU nothing."""
+    if device.type != "cuda" or time.perf_counter() - _ended.get(device, -math.inf) < STAYS_WARM:
         return
     square = torch.randn(WARM_SIDE, WARM_SIDE, dtype=torch.bfloat16, device=device)
     end = time.perf_counter() + WARM_SECONDS

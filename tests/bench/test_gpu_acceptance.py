@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import unmarked
+from conftest import ROOT, unmarked
 
 from sit_atconv.bench.gpu import __main__ as command
 from sit_atconv.bench.gpu import driver
@@ -133,6 +133,7 @@ def test_no_stage_is_begun_without_time_and_none_gets_more_than_is_left(tmp_path
     assert not acceptance.run(stages, minutes=2.5)
     assert limits == {"a": 100, "b": 50}
     assert acceptance.stages["c"]["state"] == driver.NOT_BEGUN
+    assert not Acceptance(tmp_path / "out", rehearsal=False).run(stages[2:], minutes=0.1)
     assert Acceptance(tmp_path / "out", rehearsal=False).run(stages)
     assert limits["c"] == 100
 
@@ -235,6 +236,34 @@ def test_a_stage_is_rehearsed(tmp_path, capsys):
     assert [row["what"] for row in record["rows"] if row["table"] == "ceilings"][1:] == [
         "64 x 64 product in bfloat16", "64 x 64 product in float32",
     ]  # fmt: skip
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from sit_atconv.bench.gpu import __main__ as command, driver
+from sit_atconv.bench.gpu.stages import Stage
+driver.PACKAGE = "planted"
+command.STAGES = [Stage(n, f"hangs{n}", "", "planted_hangs", 60, 60) for n in range(3)]
+command.main(["--rehearse", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes are found in /proc")
+def test_a_signal_ends_the_stage_that_runs_and_keeps_what_is_done(planted, tmp_path):
+    planted("hangs", f"open({str(tmp_path)!r} + '/pid-' + str(os.getpid()), 'w'); time.sleep(600)")
+    words = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    while len(begun := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < driver.AT_ONCE:
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + 15
+    assert "SIGTERM: what is done is in" in said
+    assert "Traceback" not in said
+    assert not any(map(alive, begun))
+    assert len(list(tmp_path.glob("pid-*"))) == driver.AT_ONCE  # no other one was begun
 
 
 @pytest.mark.slow

@@ -184,6 +184,25 @@ def test_on_cuda_clocks_are_warm_before_the_first_measurement(monkeypatch):
     assert cuda.done == ["a", "warm", *["flush", "a"] * 3]
 
 
+def test_a_device_that_has_just_worked_is_warm(monkeypatch):
+    device, products, now = torch.device("cuda"), [], [100.0]
+
+    class Square:
+        def __matmul__(self, other):
+            now[0] += 0.1
+            products.append(now[0])
+
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: Square())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "_ended", {device: 99.8})
+    timing.warm_up(device)
+    assert products == []
+    timing._ended[device] = 99.0
+    timing.warm_up(device)
+    assert timing.WARM_SECONDS <= products[-1] - 100 <= timing.WARM_SECONDS + 1.1  # ten more at most
+
+
 def test_graphs_take_turns_with_their_calls_and_what_has_none_says_why(monkeypatch):
     cuda = FakeCuda(monkeypatch)
 

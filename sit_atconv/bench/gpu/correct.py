@@ -34,22 +34,24 @@ class Sizes:
 
 ODD = ((2, 5, 7, 70), (2, 1, 17, 70), (1, 33, 1, 70), (2, 2, 2, 70))
 REAL = Sizes(ODD, ((3, 16, 16, 1152), (1, 64, 64, 1152)), (9, 512, 512, 1152))
-TINY = Sizes(((1, 3, 4, 5),), ((1, 3, 4, 5),), (2, 3, 2, 5))
+TINY = Sizes(((1, 3, 2, 5),), ((1, 3, 2, 5),), (2, 1, 2, 5))
 
 
 def run(bench: Bench) -> None:
     sizes, large = (TINY if bench.rehearsal else REAL), torch.bfloat16
+    dtypes = DTYPES[:2] if bench.rehearsal else DTYPES  # the third is for Triton's interpreter as the second
     for shape in dict.fromkeys((*sizes.plain, *sizes.odd)):
-        for dtype, k in product(DTYPES, (3, 5)):
+        for dtype, k in product(dtypes, (3, 5)):
             if k == 3 or dtype == large:
                 Convolution(bench, shape, k, dtype, "triton").checked()
-        for dtype, pool in product(DTYPES, ("raster", "grid")):
-            pooled(bench, shape, 3, dtype, pool)
+        for dtype, pool in product(dtypes, ("raster", "grid")):
+            if pool == "raster" or dtype == large:
+                pooled(bench, shape, 3, dtype, pool)
     for backend, dtype in product(("native", "conv"), DTYPES):
         Convolution(bench, sizes.odd[0], 3, dtype, backend).checked()
     for layout in LAYOUTS:
         Convolution(bench, sizes.odd[0], 3, large, "triton", layout).checked()
-    for dtype in DTYPES:
+    for dtype in dtypes:
         made(bench, sizes.plain[0], dtype)
         layer(bench, sizes.plain[0], dtype)
     beyond(bench, sizes.large)
@@ -308,8 +310,8 @@ def compilations(bench: Bench, sizes: Sizes) -> None:
     """torch.compile, at two shapes, and once more from the start."""
     torch.manual_seed(0)
     module = ATConv(sizes.plain[0][3], device=bench.device, dtype=torch.bfloat16)
-    shapes = [sizes.plain[0]] if bench.rehearsal else [*sizes.plain]
-    for time, shape in ((time, shape) for time in ("first", "second") for shape in shapes):
+    shapes = list(dict.fromkeys(sizes.plain))
+    for time, shape in product(("second",) if bench.rehearsal else ("first", "second"), shapes):
 
         def check(time=time, shape=shape) -> None:
             torch.compiler.reset()

@@ -9,7 +9,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from sit_atconv.runtime.reading import read_json, read_rows
 NAME = "acceptance"
 REHEARSAL, REAL = "rehearsal", "real"
 MARKER = "SIT_ATCONV_STAGE"  # in the environment of a stage's process and of all that it starts
+AT_ONCE = 2  # stages of a rehearsal, whose times mean nothing
 LEAST_SECONDS = 10.0  # of what is left of the minutes: no stage is begun with less
 NAMED = 8  # of what is left out for one reason
 KEYS = ("rehearsal", "stages")
@@ -51,6 +53,7 @@ class Acceptance:
         for end in ("json", "md"):
             check_out(self._files[end], f"{end} file", ours=self._ours)
         self.stages: dict[str, dict[str, Any]] = {}
+        self._markers: set[str] = set()  # of the stages that run
         if not self._files["json"].exists():
             check_out(self._files["log"], "log")
             return
@@ -61,39 +64,56 @@ class Acceptance:
         self.stages = found["stages"]
 
     def run(self, stages: Sequence[Stage], minutes: float | None = None, again: bool = False) -> bool:
-        """Run the stages in their order, never stopping at one that fails; whether all of them are OK.
+        """Run the stages in their order, never stopping at one that fails; whether all of them are OK. A rehearsal runs
+        AT_ONCE of them at once.
 
         minutes: after which none is begun, and the one that runs is ended. again: also those that are OK already.
         """
         end = time.monotonic() + 60 * minutes if minutes else float("inf")
-        for stage in stages:
-            if not again and self.stages.get(stage.name, {}).get("state") == OK:
-                continue
-            say(f"{stage.name}: {stage.about}")
-            begun = time.monotonic()
-            limit = min(stage.rehearsal_seconds if self.rehearsal else stage.seconds, end - begun)
-            if lacking := [name for name in stage.needs if find_spec(name) is None]:
-                found = {"state": LACKS, "why": f"needs the packages {', '.join(lacking)}"}
-            elif limit < LEAST_SECONDS and end < float("inf"):
-                found = {"state": NOT_BEGUN, "why": "no time was left; the same command goes on with it"}
-            else:
-                found = self._result(stage, limit)
-            about = {"number": stage.number, "about": stage.about, "seconds": round(time.monotonic() - begun, 1)}
-            self.stages[stage.name] = about | found
-            say(f"{stage.name}: {found['state']}, {about['seconds']:.0f} s{_because(found)}")
-            self._write()
+        left = [each for each in stages if again or self.stages.get(each.name, {}).get("state") != OK]
+        with ThreadPoolExecutor(AT_ONCE if self.rehearsal else 1) as pool:
+            running = [pool.submit(self._found, stage, end) for stage in left]
+            try:
+                for done in as_completed(running):
+                    self.stages |= done.result()
+                    self._write()
+            except BaseException:
+                for future in running:
+                    future.cancel()
+                for marker in [*self._markers]:
+                    end_all(marker)
+                raise
         self._write()
         return all(self.stages[stage.name]["state"] == OK for stage in stages)
 
+    def _found(self, stage: Stage, end: float) -> dict[str, dict[str, Any]]:
+        """The record of a stage by its name, once it was run, or why it was not. end: of the time of all stages."""
+        say(f"{stage.name}: {stage.about}")
+        begun = time.monotonic()
+        limit = min(stage.rehearsal_seconds if self.rehearsal else stage.seconds, end - begun)
+        if lacking := [name for name in stage.needs if find_spec(name) is None]:
+            found = {"state": LACKS, "why": f"needs the packages {', '.join(lacking)}"}
+        elif limit < LEAST_SECONDS and end < float("inf"):
+            if stage.name in self.stages:  # what an earlier call found
+                return {}
+            found = {"state": NOT_BEGUN, "why": "no time was left; the same command goes on with it"}
+        else:
+            found = self._result(stage, limit)
+        about = {"number": stage.number, "about": stage.about, "seconds": round(time.monotonic() - begun, 1)}
+        say(f"{stage.name}: {found['state']}, {about['seconds']:.0f} s{_because(found)}")
+        return {stage.name: about | found}
+
     def _result(self, stage: Stage, limit: float) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
-            channel = Path(scratch) / "channel"
+            channel, said = Path(scratch) / "channel", Path(scratch) / "said"
             channel.touch()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._files["log"], "ab") as log:
-                log.write(f"==== {stage.name} ====\n".encode())
-                log.flush()
-                status = self._process(stage, channel, limit, log)
+            try:
+                with open(said, "wb") as log:
+                    status = self._process(stage, channel, limit, log)
+            finally:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(self._files["log"], "ab") as log:
+                    log.write(f"==== {stage.name} ====\n".encode() + said.read_bytes() + b"\n")
             return summed(read_rows(channel, {"kind": str}), status, limit)
 
     def _process(self, stage: Stage, channel: Path, limit: float, log: BinaryIO) -> int | None:
@@ -104,15 +124,17 @@ class Acceptance:
             environment["TRITON_INTERPRET"] = "1"
         place = (str(channel), str(self.folder.absolute()))
         words = [sys.executable, "-m", f"{PACKAGE}.worker", stage.module, *place, str(limit), mode]
-        with _ended(marker):
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-            try:
-                return process.wait(limit)
-            except subprocess.TimeoutExpired:
-                return None
-            finally:
-                process.kill()
-                process.wait()
+        self._markers.add(marker)
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            process.kill()
+            process.wait()
+            end_all(marker)
+            self._markers.remove(marker)
 
     def _write(self) -> None:
         facts = {"rehearsal": self.rehearsal, "stages": self.stages}
@@ -121,16 +143,12 @@ class Acceptance:
         write_out(self._files["md"], to_markdown(facts), "md file", ours=self._ours)
 
 
-@contextmanager
-def _ended(marker: str) -> Iterator[None]:
-    """Whatever was started within it, by whomever, is ended after it: what has the marker in its environment."""
-    try:
-        yield
-    finally:
-        for environment in Path("/proc").glob("[0-9]*/environ"):  # elsewhere than on Linux there are none
-            with suppress(OSError):
-                if f"{MARKER}={marker}".encode() in environment.read_bytes().split(b"\0"):
-                    os.kill(int(environment.parent.name), signal.SIGKILL)
+def end_all(marker: str) -> None:
+    """End whatever has the marker in its environment: a stage's process and what it started, however that was."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):  # elsewhere than on Linux there are none
+        with suppress(OSError):
+            if f"{MARKER}={marker}".encode() in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def summed(told: list[dict[str, Any]], status: int | None, limit: float) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def _stage(number: int, name: str, about: str, seconds: float, **more) -> Stage:
 # In the order in which they are run: five minutes give the evidence that matters most, 2, 4 and 5 after the short 1.
 STAGES = (
     _stage(1, "machine", "what the machine is, and its ceilings", 25),
-    _stage(2, "correct", "the operator and the layer against fp64", 75, needs=("triton",), interpreted=True),
-    _stage(4, "layer", "one layer beside its linears and attention", 90, needs=("triton",)),
+    _stage(2, "correct", "the operator and the layer against fp64", 90, needs=("triton",), interpreted=True),
+    _stage(4, "layer", "one layer beside its linears and attention", 85, needs=("triton",)),
     _stage(5, "model", "SiT-ATConv-XL/2 against SiT-XL/2", 150, needs=MODEL),
     _stage(3, "operator", "the operator's backends, and a sweep of tiles", 420, needs=("triton",), interpreted=True),
     _stage(6, "sampling", "guided samples a second", 120, needs=(*MODEL, "torchdiffeq")),
