@@ -23,6 +23,7 @@ from sit_atconv.runtime.errors import InputError, check_choice, option, said
 from sit_atconv.runtime.files import library_versions, named
 from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.precision import dtype_of
+from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.sampling import sample_latents
 from sit_atconv.sampling.settings import Sampling
 
@@ -152,8 +153,13 @@ def evaluations(sampling: Sampling) -> int | None:
     return sample_latents(model, [0], torch.zeros(1, dtype=torch.long), sampling)[1]
 
 
-def make_call(model: SiTTransformer2DModel, name: str, inputs: tuple, setting: Setting) -> Callable[[], object]:
-    """The pass `name` of a model as a function without arguments. "sampling" returns the evaluations per image."""
+def make_call(
+    model: SiTTransformer2DModel, name: str, inputs: tuple, setting: Setting, graphs: Graphs | None = None
+) -> Callable[[], object]:
+    """The pass `name` of a model as a function without arguments. "sampling" returns the evaluations per image.
+
+    graphs: with which "sampling" replays the network; the first calls record them.
+    """
     x, _, labels = inputs
 
     @torch.no_grad()
@@ -165,7 +171,7 @@ def make_call(model: SiTTransformer2DModel, name: str, inputs: tuple, setting: S
         model.zero_grad(set_to_none=True)
 
     def sampling():
-        return sample_latents(model, range(len(x)), labels, setting.sampling)[1]
+        return sample_latents(model, range(len(x)), labels, setting.sampling, graphs=graphs)[1]
 
     return {"forward": forward, "backward": backward, "sampling": sampling}[name]
 
@@ -221,7 +227,10 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
 
 def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size: int, setting: Setting) -> list[dict]:
     """Time one pass of every model, and its matrix products, in turn."""
-    calls = {name: make_call(model, p, inputs, setting) for name, model in models.items()}
+    replayed = p == "sampling" and setting.device.type == "cuda"  # as the commands do; recorded before the clock
+    calls = {
+        name: make_call(model, p, inputs, setting, Graphs() if replayed else None) for name, model in models.items()
+    }
     bounds = {name + LIMIT: product for (name, of), product in products.items() if of == p}
     graphs = () if p == "sampling" else None  # a run decides by its times what comes next
     found = measured(calls | bounds, setting.rounds, setting.device, f"{p} at {size} px", graphs)
@@ -246,6 +255,7 @@ def _rows(p: str, models: dict, facts: dict, products: dict, inputs: tuple, size
                 "params": facts[name]["params"],
                 "gmacs": facts[name]["gmacs"],
                 **found[name].facts(),
+                "replayed": replayed,
                 **state,
                 "nfe": nfe,
                 "ms_per_nfe": 1e3 * per_evaluation,
@@ -278,7 +288,8 @@ def to_markdown(result: dict) -> str:
         f"{result['device']}; {result['dtype']}, {'compiled blocks' if result['compiled'] else 'eager'}, "
         f"{batch_text(result)}; medians of {result['rounds']} interleaved rounds{caption(result)}. ms/NFE: one network "
         "evaluation of the batch; in the pass `backward`, forward and backward together. images/s: of a run with "
-        f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling`, else from ms/NFE. "
+        f"{s['sampler']}{steps}, guidance {s['guidance_scale']:g}; measured in the pass `sampling` (on CUDA with "
+        "the network replayed as CUDA graphs), else from ms/NFE. "
         "Peak memory: weights, inputs and what is alive at once; on a CPU of the eager form, and without what an "
         "operator uses inside. GEMM limit: the time of the model's own matrix products alone, as a share of its time.",
         "",

@@ -64,16 +64,19 @@ def _draw(args: argparse.Namespace) -> None:
 
     from sit_atconv.runtime.console import Progress
     from sit_atconv.sampling.graphs import Graphs
-    from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label
+    from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label, too_large
     from sit_atconv.sampling.setup import setup
 
     ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae)
-    draw = partial(generate, graphs=args.graphs and Graphs())
+    graphs = None
     if args.scheduler:
         from sit_atconv.sampling.schedulers import generate as generate_scheduled
         from sit_atconv.sampling.schedulers import make_scheduler
 
         draw = partial(generate_scheduled, make_scheduler(args.scheduler, ready.trained.model))
+    else:
+        graphs = Graphs() if args.graphs else None
+        draw = partial(generate, graphs=graphs)
     classes = Classes(ready.trained.model.config.num_classes, ready.trained.id2label)
     with named("--classes"):
         labels = args.rows * [classes.read(word) for word in args.classes or ()]
@@ -89,7 +92,10 @@ def _draw(args: argparse.Namespace) -> None:
             part = labels[first : first + args.batch]
             indices = range(first, first + len(part))
             model, watch = ready.trained.model, noted(bar, len(part))
-            batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
+            try:
+                batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
+            except torch.OutOfMemoryError:
+                raise too_large(args.batch, model.device, "a smaller one", graphs) from None
             images.append(batch)
             nfe += evaluations * len(part)
             bar.update(len(part))

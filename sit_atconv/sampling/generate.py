@@ -18,14 +18,14 @@ from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.comparison import differences
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics
-from sit_atconv.runtime.errors import InputError, option
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions, shown
 from sit_atconv.runtime.pictures import UINT8_RULE
 from sit_atconv.runtime.signals import Interrupted, Interruptions
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
-from sit_atconv.sampling.sampling import generate, noted
+from sit_atconv.sampling.sampling import generate, noted, too_large
 from sit_atconv.sampling.setup import Setup, setup
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class _Work:
         """Load what the options name; the settings of the samples."""
         args = self.args
         check_place(args.out, args.force)
-        self.graphs = args.graphs and Graphs()
+        self.graphs = Graphs() if args.graphs else None
         self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
@@ -131,12 +131,8 @@ class _Work:
                 model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch, self.graphs
             )
         except torch.OutOfMemoryError:
-            asked, device = option("batch", self.args.batch), model.device
-            graphs = self.graphs and device.type == "cuda"
-            also = f", or take {option('no_cuda_graphs')}, which holds less" if graphs else ""
-            raise InputError(
-                f"{asked}: {device} has not the memory; give a smaller one, and a new folder{also}"
-            ) from None
+            remedy = "a smaller one, and a new folder"
+            raise too_large(self.args.batch, model.device, remedy, self.graphs) from None
         self.samples.write(number, images, nfe=nfe, seconds=time.perf_counter() - start)
         return len(kept)
 

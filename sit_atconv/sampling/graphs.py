@@ -2,7 +2,7 @@
 
 An evaluation launches some hundreds of kernels, one by one, and a GPU is done with those of a small batch before the
 processor has launched them; a replay launches all at once. The kernels and their order are those of the eager call, so
-the numbers are the same to the bit.
+the numbers are the same to the bit by construction. The steps of guidance and sampler are not recorded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sit_atconv.runtime.compat.torch import is_hooked, uncompiled
+from sit_atconv.runtime.compat.torch import OptimizedModule, has_compiled_call, is_hooked
+from sit_atconv.runtime.errors import said
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,7 @@ class Cuda:
         with torch.cuda.stream(self.stream):
             result = call()
         current.wait_stream(self.stream)
+        result.record_stream(current)  # its memory is of the other stream, and is used on this one
         return result
 
     def record(self, call: Call) -> tuple[Callable[[], None], torch.Tensor]:
@@ -58,41 +60,58 @@ class Cuda:
 class Graphs:
     """CUDA graphs of one model's network, one for each shape of its input, for as long as this object lives.
 
-    A graph reads the weights where they were when it was recorded: they may change in place. Take new Graphs where
-    they are replaced, as by `to` or adapters, and for other switches of precision.
+    A graph reads the weights where they were when it was recorded: they may change in place, and where they lie
+    elsewhere, as after `to` or with adapters, the graphs are recorded anew. Take new Graphs for another backend of
+    attention, other scales of adapters and other switches of precision: the graphs do not see them.
     The graphs share their memory, which they hold until `clear` is called, or this object is gone.
+    After a recording that failed nothing more is recorded or replayed: CUDA may take it to be under way still.
 
     recorder: what records; a test takes another one.
     """
 
     def __init__(self, recorder: type[Cuda] = Cuda):
-        self._recorder = recorder
+        self._recorder, self._failed = recorder, False
         self.clear()
 
     def clear(self) -> None:
         """Forget all graphs, and the model."""
-        self._model, self._device, self._graphs = None, None, {}
+        self._model, self._places = None, None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._device, self._graphs = None, {}
 
     def of(self, model: nn.Module, network: Network) -> Network:
         """What to call in the place of `network`, (x, t, labels) -> (B, ...), which calls the model and nothing else.
 
         Of each shape, WARM_UPS calls run as they are, and the next one is recorded. Of a recording that fails a warning
-        tells, and that shape runs as it is. Where a recording would not do what the calls do, see `can_record`, this is
-        the network itself. Raises ValueError for another model than before.
+        tells, with the first error, and from then on all runs as it is. Where a recording would not do what the calls
+        do, see `can_record`, this is the network itself. Raises ValueError for another model than before.
         """
-        if not can_record(model, self._recorder.kind):
+        if self._failed or not can_record(model, self._recorder.kind):
             return network
         if self._model not in (None, model):
             raise ValueError("these graphs are of another model; take new ones")
-        self._model = model
+        places = [each.data_ptr() for each in (*model.parameters(), *model.buffers())]
+        if places != self._places:
+            self._forget()
+        self._model, self._places = model, places
 
         def replayed(*inputs: torch.Tensor) -> torch.Tensor:
+            if self._failed:
+                return network(*inputs)
             if self._device is None:
                 self._device = self._recorder(inputs[0].device)
             key = tuple((each.shape, each.dtype) for each in inputs)
             if key not in self._graphs:
                 self._graphs[key] = _Graph(self._device)
-            return self._graphs[key](network, inputs)
+            graph = self._graphs[key]
+            if graph.calls == WARM_UPS and (fault := graph.record(network, inputs)):
+                warnings.warn(f"sampling goes on without CUDA graphs: {said(fault)}", stacklevel=2)
+                self._failed = True
+                self._forget()
+                return network(*inputs)
+            return graph(network, inputs)
 
         return replayed
 
@@ -100,12 +119,14 @@ class Graphs:
 def can_record(model: nn.Module, kind: str = "cuda") -> bool:
     """Whether a recording of the model's forward does what its calls do: on a CUDA device, with nothing else at work.
 
-    Hooks, and a forward of someone else's (offloading, caches, sharded weights), act at every call. Under autocast,
-    copies of the weights live shorter than a recording; and nothing is recorded within a recording.
+    Hooks, and a forward of someone else's (offloading, caches, sharded weights), act at every call. A model that is
+    compiled as a whole may have graphs of its own, and does not tell; one whose blocks are compiled can be recorded.
+    Under autocast, copies of the weights live shorter than a recording; and nothing is recorded within a recording.
     """
-    model = uncompiled(model)
     return (
-        all(each.device.type == kind for each in model.parameters())
+        not isinstance(model, OptimizedModule)
+        and not has_compiled_call(model)
+        and all(each.device.type == kind for each in model.parameters())
         and not any(is_hooked(each) or "forward" in vars(each) for each in model.modules())
         and not torch.is_autocast_enabled(kind)
         and not (kind == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -119,8 +140,6 @@ class _Graph:
         self.device, self.calls, self.replay = device, 0, None
 
     def __call__(self, network: Network, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        if self.calls == WARM_UPS:
-            self._record(network, inputs)
         self.calls += 1
         if self.replay is None:
             return self.device.beside(lambda: network(*inputs))
@@ -129,12 +148,19 @@ class _Graph:
         self.replay()
         return self.output.clone()  # the next replay writes over it
 
-    def _record(self, network: Network, inputs: tuple[torch.Tensor, ...]) -> None:
-        own = [each.clone() for each in inputs]
+    def record(self, network: Network, inputs: tuple[torch.Tensor, ...]) -> Exception | None:
+        """Record the call; None, or why that failed: what the call raised, not what CUDA says of it at the end."""
+        self.inputs, faults = [each.clone() for each in inputs], []
+
+        def call() -> torch.Tensor:
+            try:
+                return network(*self.inputs)
+            except Exception as fault:
+                faults.append(fault)
+                raise
+
         try:
-            self.replay, self.output = self.device.record(lambda: network(*own))
-        except RuntimeError as error:  # what records CUDA's calls refuses some in many ways
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"sampling goes on without a CUDA graph: {reason}", stacklevel=2)
-        else:
-            self.inputs = own
+            self.replay, self.output = self.device.record(call)
+        except Exception as error:  # what records CUDA's calls refuses some in many ways
+            return [*faults, error][0]
+        return None

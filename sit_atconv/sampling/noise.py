@@ -33,21 +33,21 @@ def brought(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def steps_ahead(draw: Draw, steps: int, device: torch.device) -> Iterator[Draw]:
-    """Gives draw(i) on the device, for i = 0, 1, ... `steps` - 1 in turn; draw: the same on the CPU.
+    """Gives draw(i) on the device, 0 <= i < `steps`; draw: the same on the CPU.
 
-    A CPU draws a step when it is asked for; for another device a thread has drawn it while that device worked. The
-    numbers are the same.
+    A CPU draws a step when it is asked for; for another device a thread has drawn it while that device worked, if the
+    steps are asked for in turn. The numbers are the same.
     """
     if device.type == "cpu":
         yield draw
         return
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(draw, 0)
+        ahead = {0: thread.submit(draw, 0)}
 
         def drawn(step: int) -> torch.Tensor:
             nonlocal ahead
-            numbers = ahead.result()
-            ahead = thread.submit(draw, step + 1) if step + 1 < steps else None
+            numbers = (ahead.get(step) or thread.submit(draw, step)).result()
+            ahead = {step + 1: thread.submit(draw, step + 1)} if step + 1 < steps else {}
             return brought(numbers, device)
 
         yield drawn

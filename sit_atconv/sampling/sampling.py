@@ -17,6 +17,7 @@ from sit_atconv.runtime import draws
 from sit_atconv.runtime.classes import check_id
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.draws import Stream
+from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import png
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.sampling.graphs import Graphs
@@ -94,23 +95,24 @@ def sample_latents(
     sampling: Sampling,
     seed: int = 0,
     watch: Watch | None = None,
-    graphs: Graphs | bool = True,
+    graphs: Graphs | None = None,
 ) -> tuple[torch.Tensor, int]:
     """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
 
     The noise of image i comes from (seed, i) alone, that of a step of an SDE from (seed, i, step).
     The model runs in its own dtype, on its own device, where `labels` must be; the state is fp32.
-    graphs: on a CUDA device the network is replayed as CUDA graphs, see `Graphs`, to the bit the same; those given
-    serve further calls with this model, True are of this call alone, False are none. On a CPU all are one.
+    graphs: on a CUDA device the network is replayed as these CUDA graphs, to the bit the same; they are recorded where
+    they are not yet, and serve further calls with this model. None: every kernel is launched. On a CPU both are one.
     The host waits for the device where it records, and with dopri5 alone.
     """
     shape, path, device = (model.config.in_channels, *model.latent_size), PATHS[model.config.path](), model.device
 
     def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return model(x.to(model.dtype), t, y, return_dict=False)[0].float()
+        predicted = model(x.to(model.dtype), t, y, return_dict=False)[0]
+        return predicted.to(torch.float32, copy=True)  # a compiled model may write its next output over this one
 
-    if graphs:
-        network = (Graphs() if graphs is True else graphs).of(model, network)
+    if graphs is not None:
+        network = graphs.of(model, network)
     guided = GuidedVelocity(network, labels, model.null_label, *sampling.guidance)
 
     start, end = sampling.interval(model)
@@ -140,7 +142,7 @@ def generate(
     seed: int = 0,
     kept: int | None = None,
     watch: Watch | None = None,
-    graphs: Graphs | bool = True,
+    graphs: Graphs | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Images of the given indices, and the number of network evaluations that each took.
 
@@ -156,6 +158,12 @@ def generate(
     wanted = torch.tensor(labels, device=model.device)
     latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch, graphs)
     return render(codec, latents, model.dtype, indices, kept), nfe
+
+
+def too_large(batch: int, device: torch.device, remedy: str, graphs: Graphs | None) -> InputError:
+    """What to raise where a batch of images does not fit into the memory of the device; remedy: what to give."""
+    also = f", or take {option('no_cuda_graphs')}, which holds less" if graphs and device.type == "cuda" else ""
+    return InputError(f"{option('batch', batch)}: {device} has not the memory; give {remedy}{also}")
 
 
 @torch.no_grad()

@@ -72,8 +72,8 @@ class Draws(Activity):
             part = indices[start : start + block]
             labels = [index % model.config.num_classes for index in part]
             try:
-                # No graphs: their memory would stand beside training's, for a few images.
-                images.append(generate(model, self.codec, part, labels, sampling, seed, graphs=False)[0])
+                # Without CUDA graphs: their memory would stand beside training's, for a few images.
+                images.append(generate(model, self.codec, part, labels, sampling, seed)[0])
             except NotFinite as error:  # and on, as the others do
                 fault = fault or error
         if said := next((str(error) for error in gathered(fault) if error is not None), None):

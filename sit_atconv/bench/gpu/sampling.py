@@ -36,18 +36,18 @@ def measure(bench: Bench, name: str, size: int, batch: int) -> None:
 
     kept = Graphs()  # one model's, for all calls
 
-    def draw(graphs: Graphs | bool) -> torch.Tensor:
+    def draw(graphs: Graphs | None) -> torch.Tensor:
         return sample_latents(model, range(batch), labels, settings, graphs=graphs)[0]
 
-    expected = draw(False)
+    expected = draw(None)
     for mode in ("eager", "compiled"):
         if mode == "compiled":
             model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=bench.compiler)
             kept = Graphs()
-        for name_of, graphs in (("", False), (", CUDA graphs", kept)):
+        for name_of, graphs in (("", None), (", CUDA graphs", kept)):
             error = ((draw(graphs) - expected).norm() / expected.norm()).item()
             bench.check(f"{name}, {size} px, batch {batch}, {mode}{name_of}", error, 5e-2)
-        calls = {mode: lambda: draw(False), f"{mode}, CUDA graphs": lambda: draw(kept)}  # noqa: B023
+        calls = {mode: lambda: draw(None), f"{mode}, CUDA graphs": lambda: draw(kept)}  # noqa: B023
         for how, facts in bench.times(calls, graphs=(), rounds=ROUNDS).items():
             rate = 1e3 * batch / facts["ms"]
             row = {"model": name, "px": size, "batch": batch, "mode": how, "images_per_s": rate, "attention": attention}
