@@ -82,7 +82,7 @@ def sample(cuda, model, sampling: Sampling, graphs: Graphs | None = None) -> lis
     model, labels, told = cuda.moved(model), torch.zeros(2, dtype=torch.long, device="cuda"), []
     with cuda.no_synchronisation():
         watch = lambda *said: told.append(said)  # noqa: E731
-        latents, _ = sample_latents(model, [0, 5], labels, sampling, watch=watch, graphs=graphs or False)
+        latents, _ = sample_latents(model, [0, 5], labels, sampling, watch=watch, graphs=graphs)
     assert (latents.shape, latents.dtype, latents.device) == ((2, 4, 8, 8), torch.float32, torch.device("cuda:0"))
     return told
 
@@ -116,6 +116,7 @@ def test_steps_of_an_sde_wait_for_nothing(cuda, sampler):
     assert sample(cuda, shallow(), Sampling(sampler, steps=4, **GUIDED))[-1][1] > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # where weights lie is asked
 @pytest.mark.parametrize("sampler", ["rk4", "sde-heun"])
 def test_replayed_steps_wait_for_nothing(cuda, sampler):
     sample(cuda, shallow(), Sampling(sampler, steps=5, **GUIDED), Graphs(Recorder))
@@ -158,21 +159,22 @@ def test_the_loop_of_the_pipeline_waits_for_nothing(cuda, monkeypatch, scheduler
     assert len(stepped) == stepped[0] == pipe.num_timesteps
 
 
-def test_noise_drawn_ahead_is_the_same_and_no_more_is_drawn(cuda):
-    asked = []
+@pytest.mark.parametrize(
+    ("steps", "drawn"),
+    [([0, 1, 2], [0, 1, 2]), ([0, 0, 2, 1], [0, 1, 0, 1, 2, 1, 2]), ([2, 0], [0, 2, 0, 1])],
+    ids=["in turn", "again and back", "from the end"],
+)
+def test_noise_drawn_ahead_is_the_same_and_no_more_is_drawn(monkeypatch, steps, drawn):
+    asked, another = [], SimpleNamespace(type="another")  # a device of neither kind: the numbers stay on the CPU
 
     def draw(step: int) -> torch.Tensor:
         asked.append(step)
         return draws.normal((2, 3), 7, Stream.SAMPLE_STEP, step)
 
-    class Counted:
-        """A device of neither kind: the numbers stay on the CPU."""
-
-        type = "another"
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sit_atconv.sampling.noise.brought", lambda numbers, device: numbers)
-        with steps_ahead(draw, 3, Counted()) as ahead:
-            drawn = [ahead(step) for step in range(3)]
-    assert asked == [0, 1, 2]
-    assert all(torch.equal(each, draws.normal((2, 3), 7, Stream.SAMPLE_STEP, i)) for i, each in enumerate(drawn))
+    monkeypatch.setattr("sit_atconv.sampling.noise.brought", lambda numbers, device: numbers)
+    with steps_ahead(draw, 3, another) as ahead:
+        given = [ahead(step) for step in steps]
+    assert asked == drawn
+    assert all(
+        torch.equal(each, draws.normal((2, 3), 7, Stream.SAMPLE_STEP, i)) for i, each in zip(steps, given, strict=True)
+    )
