@@ -31,7 +31,17 @@ from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.sampling import SCHEDULERS, samples
 from sit_atconv.sampling import generate as generate_command
 from sit_atconv.sampling import setup as setting_up
-from sit_atconv.sampling.sampling import CAPTION, caption_of, generate, grid, grid_png, random_label, sample_latents
+from sit_atconv.sampling.graphs import Graphs
+from sit_atconv.sampling.sampling import (
+    CAPTION,
+    caption_of,
+    generate,
+    grid,
+    grid_png,
+    random_label,
+    sample_latents,
+    too_large,
+)
 from sit_atconv.sampling.schedulers import generate as generate_scheduled
 from sit_atconv.sampling.schedulers import make_scheduler
 from sit_atconv.sampling.settings import Sampling
@@ -1043,6 +1053,28 @@ def test_memory_that_is_not_there_is_one_line(generates, monkeypatch, capsys):
         generates()
     assert stop.value.code == 2
     assert "--batch 3: cpu has not the memory; give a smaller one" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", [[], ["--scheduler", "unipc"]], ids=["sampler", "scheduler"])
+def test_memory_that_a_picture_has_not_is_one_line(run_folder, tmp_path, monkeypatch, capsys, more):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sit_atconv.sampling.sampling.generate", full)
+    monkeypatch.setattr("sit_atconv.sampling.schedulers.generate", full)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--ckpt", str(run_folder), "--out", str(tmp_path / "grid.png"), "--batch", "3", *more])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("--batch 3: cpu has not the memory; give a smaller one\n")
+
+
+def test_memory_for_graphs_is_a_remedy_where_there_are_graphs():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    said = [
+        str(too_large(3, *each)) for each in ((cpu, "less", Graphs()), (cuda, "less", None), (cuda, "less", Graphs()))
+    ]
+    assert said[:2] == [f"batch=3: {device} has not the memory; give less" for device in (cpu, cuda)]
+    assert said[2] == f"{said[1]}, or take no_cuda_graphs, which holds less"
 
 
 def test_a_process_of_several_has_its_own_device(run_folder, monkeypatch):
