@@ -107,7 +107,7 @@ class Parsed(Exception):
 
 
 def python_target(words: list[str]) -> tuple[str, list[str]]:
-    """The command that `python WORDS` calls, or the module under experiments, and its arguments."""
+    """The command that `python WORDS` calls, or a module that is its own door, and its arguments."""
     if words[0] != "-m":
         return DOORS[words[0]], words[1:]
     name, rest = words[1], words[2:]
@@ -155,7 +155,7 @@ def check(line: str, monkeypatch) -> None:
         assert all(f"\n{name} = [" in known for name in (extras[1].split(",") if extras else ()))
         return
     name, words = target(line)
-    if name.startswith("experiments"):
+    if name.startswith(("experiments", "sit_atconv.")):
         assert find_spec(name), name
         if words:
             monkeypatch.setattr(sys, "argv", [name, *words])
@@ -202,7 +202,7 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[str]:
 
 KEYS = {*keys_of(Recipe), *keys_of(ClassifierRecipe)}
 SECTIONS = "|".join(sorted({key.partition(".")[0] for key in KEYS}))
-OTHERS_FLAGS = {"--num_processes", "--signal"}  # accelerate's, slurm's
+OTHERS_FLAGS = {"--num_processes", "--signal", "--rehearse", "--stages"}  # accelerate's, slurm's, the acceptance run's
 
 
 @pytest.mark.parametrize("page", PAGES)
