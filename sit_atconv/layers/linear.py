@@ -34,6 +34,9 @@ def is_plain(module: nn.Module, kind: type[nn.Linear] = nn.Linear, forward: Call
     return (
         type(module) is kind
         and is_parameter(module.weight)
-        and module.forward == forward.__get__(module)  # of the ways to ask, the one that torch.compile asks every time
+        # Of the ways to ask whose forward it is, one that torch.compile knows and asks every time.
+        and "forward" not in module.__dict__
+        and type(module).forward is forward
+        and module.forward.__func__ is forward
         and not is_hooked(module)
     )
