@@ -1,6 +1,7 @@
 """Forward-mode derivatives of operator and pooling: alone, nested, mapped, compiled; and torch's functions mended."""
 
 import gc
+import sys
 import types
 from functools import partialmethod
 from pathlib import Path
@@ -13,6 +14,7 @@ from tangents import assert_tangent, differences
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jvp, vjp, vmap
 
+import sit_atconv.ops.operators
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, operator, pool_tokens
 from sit_atconv.ops.forward_mode import _PlainForms, exact_derivatives
 
@@ -130,12 +132,16 @@ def test_the_source_may_be_loaded_again_and_no_kernel_takes_anothers_place(monke
     """As the code of an export may be; and torch 2.11 refuses a second kernel for a key."""
     strict = partialmethod(torch.library.Library.impl, allow_override=False)
     monkeypatch.setattr(torch.library.Library, "impl", strict)
-    source = Path(operator.__file__).read_text()
-    module = types.ModuleType("again")
-    module.__package__ = "again.ops.atconv"
+    operators, module = types.ModuleType("again_operators"), types.ModuleType("again")
+    operators.__package__ = "again.ops"
+    monkeypatch.setitem(sys.modules, operators.__name__, operators)
+    definitions = Path(sit_atconv.ops.operators.__file__).read_text()
+    source = Path(operator.__file__).read_text().replace("sit_atconv.ops.operators", operators.__name__)
     x, dx = problem()
     for _ in range(2):
+        exec(compile(definitions, operators.__name__, "exec"), vars(operators))
         exec(compile(source, "again", "exec"), vars(module))
+        assert module.convolution.name() == "again::dynamic_depthwise_conv"
         gc.collect()
         form = lambda *x: module.dynamic_depthwise_conv(*x, "native")  # noqa: E731
         assert_tangent(form, x, dx)

@@ -109,6 +109,25 @@ def test_offsets_of_samples_are_widened_before_they_are_multiplied(name):
         assert not {(pointer, "i32") for pointer in pointers} & offsets
 
 
+def test_what_is_launched():
+    """One kernel, and a second where positions are split; the transpose of the pooling never is."""
+
+    def names(function, *arguments):
+        return [launch.name for launch in launches(function, *arguments)]
+
+    small, large = (meta(torch.bfloat16, 2, side, side, 1152) for side in (16, 64))
+    pooled = meta(torch.bfloat16, 2, 9, 1152)
+    assert names(triton_kernels.dynamic_depthwise_conv, large, pooled) == ["convolution_kernel"]
+    assert names(triton_kernels.grad_v, large, pooled) == ["convolution_kernel"]
+    assert names(triton_kernels.grad_kernels, large, large, 3) == ["grad_kernels_kernel", "add_kernel"]
+    many = meta(torch.bfloat16, 64, 16, 16, 1152)
+    assert names(triton_kernels.grad_kernels, many, many, 3) == ["grad_kernels_kernel"]
+    for pool in ("raster", "grid"):
+        assert names(triton_pooling.pool_tokens, small, 3, pool) == ["pool_kernel"]
+        assert names(triton_pooling.pool_tokens, large, 3, pool) == ["pool_kernel", "add_kernel"]
+        assert names(triton_pooling.spread_tokens, pooled, 64, 64, 3, pool) == ["spread_kernel"]
+
+
 @pytest.mark.parametrize("tiles", [0, 1, 3, 4, 5, 31, 128, 1000])
 @pytest.mark.parametrize("programs", [0, 1, 18, 36, 500, 5000])
 def test_splits_hold_all_tiles_and_stay_few(tiles, programs):

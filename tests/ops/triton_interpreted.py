@@ -239,3 +239,20 @@ def test_forward_mode_through_the_front():
         )
         results.append((y, tangent, *torch.autograd.grad(tangent.square().sum(), kernels)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_pooling_through_the_front(monkeypatch):
+    """Forward, a gradient, one of the gradient, and a tangent, where the environment asks for Triton."""
+    monkeypatch.setenv(front.BACKEND_VARIABLE, "triton")
+    generator = torch.Generator().manual_seed(0)
+    x, dx = (torch.randn(1, 2, 3, 4, generator=generator) for _ in range(2))
+    x.requires_grad_()
+    results = []
+    for form in (front.pool_tokens, reference.pool_tokens):
+        y = form(x, 2, "raster")
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        tangent = torch.func.jvp(lambda x: form(x * x, 2, "raster"), (x.detach(),), (dx,))[1]  # noqa: B023
+        results.append((y, first, second, tangent))
+    assert "Multilinear" in type(front.pool_tokens(x, 2, "raster").grad_fn).__name__
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -237,6 +237,18 @@ def test_sizes_of_a_graph_are_compared_without_fixing_them():
     assert program.module()(torch.ones(7, 2)).eq(0).all()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_is_exporting_tells_export_from_compile(strict):
+    class Told(nn.Module):
+        def forward(self, x):
+            return x + 1 if compat.is_exporting() else x
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(Told(), backend="eager", fullgraph=True)(x), x)
+    assert torch.equal(torch.export.export(Told(), (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(Told()(x), x)
+
+
 def test_a_skipped_function_begins_no_graph_and_is_part_of_others(graphs):
     def inner(x):
         return x + 1

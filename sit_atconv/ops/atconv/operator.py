@@ -14,7 +14,7 @@ import torch
 
 from sit_atconv.ops.atconv import conv, inlined, native, reference
 from sit_atconv.ops.operators import define, multilinear, sees_tangents
-from sit_atconv.runtime.compat.torch import onednn_takes_bf16
+from sit_atconv.runtime.compat.torch import is_exporting, onednn_takes_bf16
 from sit_atconv.runtime.errors import InputError, check_choice
 
 BACKENDS = ("auto", "reference", "conv", "native", "triton")
@@ -179,7 +179,7 @@ def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
         raise CannotRun(f"{asked} cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
     if chosen != "auto":
         return chosen
-    if v.is_cuda and not torch.compiler.is_exporting():
+    if v.is_cuda and not is_exporting():
         return "triton" if _triton_is_best(v.device, v.dtype) else "native"
     if torch.compiler.is_compiling():
         return "native"

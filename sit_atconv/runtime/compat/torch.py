@@ -76,6 +76,13 @@ maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 statically_known_true = symbolic_shapes.statically_known_true
 
 
+# torch 2.11, 2.14: within torch.compile, 2.11 takes torch.compiler.is_exporting() to be true; a constant is not traced.
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export is at work; false within torch.compile."""
+    return torch.compiler.is_exporting()
+
+
 # torch 2.11, 2.14: `torch.compile` keeps the module in an attribute.
 def uncompiled(module):
     """What torch.compile(module) wraps, or the module."""
