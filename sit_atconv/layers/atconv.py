@@ -9,6 +9,7 @@ from torch import nn
 from sit_atconv.layers.linear import is_plain, linear
 from sit_atconv.ops.atconv import POOLS, choose_backend, dynamic_depthwise_conv, inhibit, on_grid, pool_tokens, taps
 from sit_atconv.ops.atconv.taps import ACTIVATIONS, INHIBITIONS
+from sit_atconv.runtime.compat.torch import is_exporting, is_parameter
 from sit_atconv.runtime.errors import InputError, check_choice
 
 MOST_KERNEL = 127  # beyond any grid that a kernel was tried on; the parameters grow with its fourth power
@@ -28,7 +29,7 @@ class TapLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or type(self.weight) is not nn.Parameter:
+        if is_exporting() or torch.jit.is_tracing() or type(self.weight) is not nn.Parameter:
             return super().forward(x)
         rows = x.mT
         if torch.compiler.is_compiling():
@@ -133,7 +134,7 @@ class KernelGenerator(nn.Module):
         if (
             activation is None
             or not is_plain(gen, TapLinear, TAP_FORWARD)
-            or any(each is not None and type(each) is not nn.Parameter for each in (gen.bias, control))
+            or not all(each is None or is_parameter(each) for each in (gen.bias, control))
             # Torch refuses to mix dtypes outside autocast.
             or (gen.weight.dtype != projected.dtype and not torch.is_autocast_enabled(projected.device.type))
         ):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit_atconv.runtime.compat.torch import is_hooked
+from sit_atconv.runtime.compat.torch import is_exporting, is_hooked, is_parameter
 
 FORWARD = nn.Linear.forward
 
@@ -18,7 +18,7 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     oneDNN adds a bias in a second pass over the product, which Inductor keeps, and which takes a fifth of the time. A
     graph of torch.export keeps its linears, for whoever converts or quantises it.
     """
-    fuses = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
+    fuses = torch.compiler.is_compiling() and not is_exporting() and x.device.type == "cpu"
     if not fuses or not is_plain(module) or module.bias is None:
         return module(x)
     y = F.linear(x, module.weight)
@@ -33,7 +33,10 @@ def is_plain(module: nn.Module, kind: type[nn.Linear] = nn.Linear, forward: Call
     """
     return (
         type(module) is kind
-        and type(module.weight) is nn.Parameter
-        and module.forward == forward.__get__(module)  # of the ways to ask, the one that torch.compile asks every time
+        and is_parameter(module.weight)
+        # Of the ways to ask whose forward it is, one that torch.compile knows and asks every time.
+        and "forward" not in module.__dict__
+        and type(module).forward is forward
+        and module.forward.__func__ is forward
         and not is_hooked(module)
     )

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from conftest import ROOT
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -289,6 +290,18 @@ def test_hooks_are_listed_put_first_and_taken_off():
         handle.remove()
     assert not compat.is_hooked(linear)
     assert compat.hook_key() != key
+
+
+def test_fake_parameters_are_parameters_and_subclasses_are_not():
+    class Quantised(torch.Tensor):
+        pass
+
+    assert compat.is_parameter(nn.Linear(2, 2).weight)
+    assert not compat.is_parameter(torch.zeros(2))
+    assert not compat.is_parameter(nn.Parameter(torch.zeros(2).as_subclass(Quantised)))
+    with FakeTensorMode():
+        assert compat.is_parameter(nn.Linear(2, 2).weight)
+        assert not compat.is_parameter(torch.zeros(2))
 
 
 def test_a_state_dict_carries_metadata_by_module():

@@ -14,6 +14,7 @@ from sit_atconv.ops.atconv.operator import choose_backend
 from sit_atconv.ops.atconv.reference import ACTIVATIONS, INHIBITIONS
 from sit_atconv.ops.forward_mode import forward_mode, levels
 from sit_atconv.ops.operators import define
+from sit_atconv.runtime.compat.torch import is_exporting
 from sit_atconv.runtime.errors import check_choice
 
 MOST_TAPS = 49  # kernels of 7 x 7: the product of more would not fit the registers
@@ -105,7 +106,7 @@ def takes(p: torch.Tensor) -> bool:
     return (
         (p.is_cuda or _interpreted())
         and p.shape[1] <= MOST_TAPS
-        and not (forward_mode() or levels() or torch.jit.is_tracing() or torch.compiler.is_exporting())
+        and not (forward_mode() or levels() or torch.jit.is_tracing() or is_exporting())
         and choose_backend(p) == "triton"
     )
 

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch._functorch import utils as functorch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad, function
 from torch.fx.experimental import symbolic_shapes
 from torch.utils import _pytree as pytree
@@ -106,6 +107,12 @@ def skip_as_frame(*functions: FunctionType) -> None:
 
 
 # ---- modules and their hooks
+
+
+# torch 2.11, 2.14: a parameter that is fake is of the class of fake tensors, which is private.
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter of torch's own class, or a fake one: no quantised, sharded or computed weight."""
+    return type(tensor) is nn.Parameter or (isinstance(tensor, FakeTensor) and isinstance(tensor, nn.Parameter))
 
 
 # torch 2.11, 2.14: hooks are registered in public, but not listed.
