@@ -132,7 +132,11 @@ class _Work:
             )
         except torch.OutOfMemoryError:
             asked, device = option("batch", self.args.batch), model.device
-            raise InputError(f"{asked}: {device} has not the memory; give a smaller one, and a new folder") from None
+            graphs = self.graphs and device.type == "cuda"
+            also = f", or take {option('no_cuda_graphs')}, which holds less" if graphs else ""
+            raise InputError(
+                f"{asked}: {device} has not the memory; give a smaller one, and a new folder{also}"
+            ) from None
         self.samples.write(number, images, nfe=nfe, seconds=time.perf_counter() - start)
         return len(kept)
 

@@ -393,7 +393,8 @@ def test_previews_come_from_the_ema_and_show_every_class(recipe_file, tmp_path, 
     seen = []
     generate = activities.generate
 
-    def record(model, codec, indices, labels, sampling, seed):
+    def record(model, codec, indices, labels, sampling, seed, graphs):
+        assert not graphs  # whose memory would stand beside training's
         seen.append((model, labels, sampling, seed))
         return generate(model, codec, indices, labels, sampling, seed)
 
