@@ -40,13 +40,14 @@ class Evaluation(Activity):
 
     def begin(self, trainer: Trainer) -> None:
         # An evaluation that failed ended the run after the checkpoint of its step.
-        (missing,) = agree(trainer.accelerator.device, is_main() and self.log.last != trainer.step)
+        (missing,) = agree(is_main() and self.log.last != trainer.step)
         if missing and trainer.step:
             self.after_step(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % self.facts.eval_every and trainer.step != self.facts.steps:
             return
+        trainer.settle()
         objective = trainer.objective
         row = {"step": trainer.step, "epoch": trainer.step * self.recipe.train.batch_size / self.facts.num_images}
         try:

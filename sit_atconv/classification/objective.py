@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +24,26 @@ from sit_atconv.runtime import processes
 from sit_atconv.runtime.devices import import_compiler
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.training.objectives.objective import Forward, Objective
+from sit_atconv.training.verdict import Verdict
 
 WEIGHTS = "model.safetensors"  # as timm names them
 
 
 class TimmAverage:
-    """timm's moving average of a model and of its statistics, in the folder ema/ of a checkpoint."""
+    """timm's moving average of a model and of its statistics, in the folder ema/ of a checkpoint.
+
+    statistics: of the model, by their names, as its last step left them.
+    """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool):
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=warmup)
         self.models: Mapping[str, nn.Module] = {"ema": self.ema.module}
+        self.statistics: dict[str, torch.Tensor] = {}
 
     def update(self, model: nn.Module, updates: int) -> None:
-        """One step towards the model, whose statistics become those of the first process: a checkpoint has these."""
-        if processes.count() > 1:
-            broadcast(list(model.buffers()))
-        self.ema.update(model, updates)
+        """One step towards the model's weights and the statistics."""
+        left = model.state_dict() | self.statistics
+        self.ema.update(SimpleNamespace(state_dict=lambda: left), updates)  # timm asks for that alone, in that order
 
 
 class ClassificationObjective(Objective):
@@ -75,10 +80,15 @@ class ClassificationObjective(Objective):
                 model.load_state_dict(load_file(checkpoint / folder / WEIGHTS))
         self.averages.ema.requires_grad_(False)
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self, fused: bool) -> torch.optim.Optimizer:
         settings = self.recipe.train
         optimizer = create_optimizer_v2(
-            self.model, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, betas=tuple(settings.betas)
+            self.model,
+            "adamw",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            betas=tuple(settings.betas),
+            fused=fused or None,
         )
         self.schedule = CosineLRScheduler(
             optimizer,
@@ -100,7 +110,11 @@ class ClassificationObjective(Objective):
         return optimizer.param_groups[0]["lr"]
 
     def begin_step(self) -> None:
-        self.statistics = [buffer.clone() for buffer in self.model.buffers()]
+        if not self.averages.statistics:  # of the start; from there on each step leaves its own
+            self._keep_statistics()
+
+    def _keep_statistics(self) -> None:
+        self.averages.statistics = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
     def losses(self, batch: Batch, forward: Forward) -> list[torch.Tensor | None]:
         image, label, seed = batch["image"], batch["label"], self.recipe.run.seed
@@ -114,9 +128,14 @@ class ClassificationObjective(Objective):
             logits = forward(image)
         return [F.cross_entropy(logits.float(), target, reduction="none")]
 
-    def take_back(self) -> None:
-        for buffer, before in zip(self.model.buffers(), self.statistics, strict=True):
-            buffer.copy_(before)  # of a batch that is not finite they never recover
+    def end_step(self, verdict: Verdict) -> None:
+        """Take statistics back that they never recover from; all processes have those of the first one, which a
+        checkpoint has."""
+        buffers = list(self.model.buffers())
+        verdict.put_back(buffers, list(self.averages.statistics.values()))
+        if processes.count() > 1:
+            broadcast(buffers)
+        self._keep_statistics()
 
     def write(self, model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
         shown = preprocessing(self.recipe.model, self.facts.channels)

@@ -30,8 +30,8 @@ def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _nonzero(value: torch.Tensor, name: str, t: torch.Tensor) -> torch.Tensor:
-    """`value` as a divisor. Raises ValueError where it is 0."""
-    if (value == 0).any():
+    """`value` as a divisor. Raises ValueError where it is 0 on a CPU: another device would have to be waited for."""
+    if value.device.type == "cpu" and (value == 0).any():
         raise ValueError(f"{name} is 0 at t={t[value == 0].flatten()[0].item():g}; keep an epsilon away from that end")
     return value
 
@@ -40,7 +40,8 @@ class Path:
     """x_t = alpha(t) data + sigma(t) noise, with alpha(1) = 1 and sigma(1) = 0; velocity d x_t / dt.
 
     A subclass gives alpha and sigma at t in [0, 1] and their derivatives, elementwise.
-    alpha and sigma are divided by: a method that would divide by zero raises ValueError, naming t.
+    alpha and sigma are divided by: a method that would divide by zero raises ValueError, naming t, where t is on a CPU.
+    On another device it gives what is not finite.
     With W = sigma alpha' - sigma' alpha, which is positive:
 
         noise = (alpha' x - alpha v) / W,   data = (sigma v - sigma' x) / W,   score = -noise / sigma

@@ -20,6 +20,8 @@ from sit_atconv.runtime.signals import Interrupted
 
 PATIENCE = timedelta(days=7)  # how long a process waits for another one, which may read all images meanwhile
 
+_words: dist.ProcessGroup | None = None  # of CPUs, by which the processes talk; None: by that of their tensors
+
 T = TypeVar("T")
 
 
@@ -32,6 +34,16 @@ def join(cpu: bool | None = None) -> PartialState:
     if cpu is None:
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def talk_apart(patience: timedelta) -> None:
+    """From here on what processes tell each other goes from CPU to CPU, and waits for no device. Collective.
+
+    Where their tensors go so too, it goes with these. patience: how long one waits for another.
+    """
+    global _words
+    apart = count() > 1 and dist.get_backend() != dist.Backend.GLOO
+    _words = dist.new_group(backend=dist.Backend.GLOO, timeout=patience) if apart else None
 
 
 def leave() -> None:
@@ -70,7 +82,7 @@ def gathered(value: T) -> list[T]:
     if count() == 1:
         return [value]
     values: list = [None] * count()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_words)
     return values
 
 
@@ -113,13 +125,20 @@ def raise_together(error: Exception | None) -> None:
             raise fault
 
 
-def agree(device: torch.device, *counts: int) -> list[int]:
-    """The sums of the counts over all processes, added on their devices. Collective."""
+def agree(*counts: int) -> list[int]:
+    """The sums of the counts over all processes; see `talk_apart`. Collective."""
     if count() == 1:
         return list(counts)
-    sums = torch.tensor(counts, dtype=torch.int64, device=device)
-    dist.all_reduce(sums)
+    sums = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(sums, group=_words)
     return sums.tolist()
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the tensor over all processes, in its place, on their devices, and not waited for. Collective."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Draws(Activity):
     def after_step(self, trainer: Trainer) -> None:
         every = getattr(trainer.recipe, self.section).every
         if every and trainer.step % every == 0:
+            trainer.settle()
             self.take(trainer)
 
     def draw(self, trainer: Trainer, what: str, count: int, block: int) -> tuple[torch.Tensor, list[int]] | None:

@@ -32,6 +32,8 @@ from sit_atconv.runtime.errors import InputError, reason, told
 from sit_atconv.runtime.reading import COUNT, Malformed, parse_json
 from sit_atconv.runtime.sharding import local
 
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
 SAMPLED = "ema"  # the name of the average that gets sampled
 SNAPSHOTS, SNAPSHOT_FORMAT, METADATA = "snapshots", 1, "snapshot"
 
@@ -80,6 +82,8 @@ class Averages:
         parameters = {name: gamma_of(std) for name, std in self.stds.items()} or {SAMPLED: settings.decay}
         self.decays = {name: partial(DECAYS[settings.kind], each) for name, each in parameters.items()}
         self.models = {name: copy.deepcopy(model).float().eval().requires_grad_(False) for name in self.decays}
+        self._followed: nn.Module | None = None  # what `_pairs` are of: to find them takes longer than to move them
+        self._pairs: dict[str, tuple[Pairs, Pairs]] = {}
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
@@ -90,13 +94,19 @@ class Averages:
         Raises KeyError when the model's tensors are not exactly those of the averages, as with a wrapped or compiled
         model (pass the bare one), ValueError when they are sharded otherwise.
         """
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        for name, average in self.models.items():
-            own, new = _pairs(dict(average.named_parameters()), parameters)
-            lerp_each(own, new, 1 - self.decays[name](updates))
-            own, new = _pairs(dict(average.named_buffers()), buffers)
-            if own:
-                copy_each(own, new)
+        if self._followed is not model:
+            self._pairs = {
+                name: (
+                    _paired(dict(average.named_parameters()), dict(model.named_parameters())),
+                    _paired(dict(average.named_buffers()), dict(model.named_buffers())),
+                )
+                for name, average in self.models.items()
+            }
+            self._followed = model
+        for name, (parameters, buffers) in self._pairs.items():
+            lerp_each(*_tensors(parameters), 1 - self.decays[name](updates))
+            if buffers:
+                copy_each(*_tensors(buffers))
 
     def write_snapshot(self, run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], updates: int) -> Path:
         """Write `run`/snapshots/step-XXXXXXX with a safetensors file per power-function average, whole or not at all.
@@ -136,15 +146,21 @@ def _width_name(std: float) -> str:
     return f"{SAMPLED}-{std:.3f}" if math.isclose(std, round(std, 3), rel_tol=1e-9) else f"{SAMPLED}-{std!r}"
 
 
-def _pairs(own: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The tensors of an average and those that it follows: this process's shards, in the average's dtype."""
+def _paired(own: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> Pairs:
+    """The tensors of an average, each with the one that it follows."""
     if own.keys() != new.keys():
         raise KeyError(f"EMA: tensors differ from the model's: {sorted(own.keys() ^ new.keys())[:3]}")
-    targets = [local(tensor.detach()) for tensor in own.values()]
-    sources = [local(new[name].detach()).to(target.dtype) for name, target in zip(own, targets, strict=True)]
-    for name, target, source in zip(own, targets, sources, strict=True):
+    for name, tensor in own.items():
+        target, source = local(tensor.detach()), local(new[name].detach())
         if target.shape != source.shape:  # which foreach would broadcast where it can
             raise ValueError(f"EMA: {name} is {tuple(source.shape)} here, the average's {tuple(target.shape)}")
+    return [(tensor, new[name]) for name, tensor in own.items()]
+
+
+def _tensors(pairs: Pairs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Both sides, as they are now: this process's shards, in the average's dtype."""
+    targets = [local(own.detach()) for own, _ in pairs]
+    sources = [local(new.detach()).to(own.dtype) for own, new in pairs]
     return targets, sources
 
 

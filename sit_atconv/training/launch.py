@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -12,6 +13,7 @@ from accelerate.utils import (
 )
 
 from sit_atconv.config import Recipe
+from sit_atconv.runtime import processes
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import resolved
 
@@ -34,7 +36,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             gradient_accumulation_plugin=plugin,
             log_with=recipe.run.trackers or None,
             project_dir=str(resolved(recipe.run.out, "run.out")),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PATIENCE),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of all gradients
+            ],
         )
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.distributed_type not in DISTRIBUTED or accelerator.is_fsdp2 != sharded:
@@ -52,4 +57,5 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"train.batch_size={train.batch_size} is not divisible by {accelerator.num_processes} processes x "
             f"{train.gradient_accumulation_steps} accumulation steps; choose a multiple of {parts}"
         )
+    processes.talk_apart(PATIENCE)
     return accelerator

@@ -76,8 +76,10 @@ class Means:
         finite = values.isfinite().all(0)  # a step with another one is skipped
         values, ones = torch.where(finite, values, 0), finite.float()
         count = len(self.names)
-        self.sums[0, there] += values.sum(1)
-        self.sums[1, there] += ones.sum()
+        number = ones.sum()
+        for index, value in zip(there, values.sum(1), strict=True):  # a list as the index would be copied to the device
+            self.sums[0, index].add_(value)
+            self.sums[1, index].add_(number)
         if t is None or there[0] != 0:
             return
         bins = count + (t * self.bins).long().clamp(0, self.bins - 1)

@@ -18,21 +18,25 @@ def learning_rate(step: int, train: Train) -> float:
     return train.lr * decay[train.lr_schedule]
 
 
-def make_optimizer(model: torch.nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone, never on vectors such as biases and `difference_control`."""
+def make_optimizer(model: torch.nn.Module, train: Train, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices alone, never on vectors such as biases and `difference_control`.
+
+    fused: one kernel for many tensors, which a CPU has too.
+    """
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas))
+    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), fused=fused or None)
 
 
 @torch.no_grad()
 def step_and_weight_squares(optimizer: torch.optim.AdamW) -> torch.Tensor:
     """Sums of squares (2,) of AdamW's last step w' - w and of the weights w before it, of this process's shards.
 
-    Of the weights that have a gradient: the others had no step.
+    Of the weights that have a gradient: the others had no step. Nothing waits for the device, and after a step that a
+    fused AdamW was told to skip the sums are of no step.
 
     The step is computed again from the moments that it left behind, a tensor at a time; nothing is copied beforehand:
     w' = (1 - lr wd) w - u with u = lr m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps).
@@ -44,7 +48,7 @@ def step_and_weight_squares(optimizer: torch.optim.AdamW) -> torch.Tensor:
             if parameter.grad is None or not (state := optimizer.state.get(parameter)):
                 continue
             m, v, new = (local(tensor) for tensor in (state["exp_avg"], state["exp_avg_sq"], parameter))
-            steps = float(state["step"])
+            steps = state["step"].double()  # which lies on the device where AdamW is fused
             update = m / (v / (1 - b2**steps)).sqrt_().add_(group["eps"]) * (lr / (1 - b1**steps))
             old = (new + update) / (1 - decay)
             sums.append(torch.stack([(update + decay * old).square().sum(), old.square().sum()]))

@@ -5,8 +5,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -26,6 +27,7 @@ from sit_atconv.training.folder import Claimed, lock, usable
 from sit_atconv.training.log import Log, Means, Trackers, peak_flops, peak_memory
 from sit_atconv.training.objectives.objective import Forward, Objective
 from sit_atconv.training.optimizer import step_and_weight_squares
+from sit_atconv.training.verdict import AtOnce, Late, Verdict
 
 SCALER_FORM = {
     "scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": COUNT, "_growth_tracker": COUNT,
@@ -37,6 +39,14 @@ TRAINER_FORM = {
     "means": [[float]],
     "bad": {re.compile("[0-9]{1,18}"): str},
 }
+
+
+class Pending(NamedTuple):
+    """A step that is not counted yet. squares: of its change and of the weights before it, where it reports."""
+
+    verdict: Verdict
+    rate: float
+    squares: torch.Tensor | None
 
 
 class Activity:
@@ -55,13 +65,21 @@ class Activity:
         """What comes before the first step of this start, when its samples are there."""
 
     def after_step(self, trainer: "Trainer") -> None:
-        """What comes after a step, before its checkpoint."""
+        """What comes after a step, before its checkpoint.
+
+        Counts of skipped steps and averages may lack this step: `Trainer.settle` is called before they are looked at.
+        """
 
 
 class Trainer:
     """A run of an objective's steps, from nothing or from a checkpoint, with what is to be done beside them.
 
     recipe: any with the sections run, data, train and checkpoint. samples: what the steps are made of.
+
+    On CUDA no step waits for the device, fp16 excepted: whether a step is skipped is decided there, see
+    `training.verdict`, and `pending` until the next step's forward and backward passes are on their way, or until
+    `settle` is called. Then it is counted, and the averages follow the weights, which have stayed as that step left
+    them. On a CPU it is settled before the next step begins.
     """
 
     def __init__(
@@ -82,6 +100,8 @@ class Trainer:
         self.since_good = 1  # steps that the newest step is past the last one before it that was not skipped
         self.bad: dict[int, str] = {}  # images that could not be read, by any process
         self.images_here = 0  # seen by this process since this start
+        self.pending: Pending | None = None
+        self.figures: dict[str, Any] = {}  # of the newest step that is settled, as a report has them
         self.last = None
         if claimed.found:
             self.last, self.step = claimed.found[0], claimed.found[1]["step"]
@@ -101,7 +121,7 @@ class Trainer:
         """Put model, averages and optimiser on the processes, in the state of the checkpoint, and open the loader."""
         accelerator, objective, recipe = self.accelerator, self.objective, self.recipe
         objective.begin(samples, self.last)
-        optimizer = objective.make_optimizer()
+        optimizer = objective.make_optimizer(fused=accelerator.device.type == "cuda")
         if accelerator.is_fsdp2:
             sharding.fit_plugin(accelerator.state.fsdp_plugin, objective.model, recipe.train.precision == "bf16")
         self.flops_per_image = objective.flops_per_image  # of the model before it is compiled
@@ -114,6 +134,8 @@ class Trainer:
         self.network, self.optimizer = accelerator.prepare(objective.trained, optimizer, device_placement=placed)
         for average in averages:
             sharding.shard_like(average, objective.model)
+        late = optimizer.defaults.get("fused") and accelerator.scaler is None
+        self.verdict_on = Late if late else partial(AtOnce, scaler=accelerator.scaler)
         self.means = Means([*objective.weights], accelerator.device, objective.time_bins)
         if self.last is not None:
             self._load_state(self.last, samples)
@@ -142,11 +164,11 @@ class Trainer:
                         activity.at_first_samples(self)
                     begun = True
                 reports = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == total
-                figures = self._optimize(batches, reports)
+                self._optimize(batches, reports)
                 bar.update()
                 steps, seconds = steps + 1, seconds + time.perf_counter() - start
                 if reports:
-                    row = self._report(figures, steps, seconds, waited)
+                    row = self._report(steps, seconds, waited)
                     losses = [name for name in self.objective.weights if row[name] is not None]
                     bar.note("".join(f"{name} {row[name]:.4f}" for name in losses[:1]))
                     steps, seconds, waited = 0, 0.0, 0.0
@@ -155,6 +177,7 @@ class Trainer:
                 if self.due(recipe.checkpoint.every) and self.step < total:
                     self.keep(self._save)
             # At the end, or where a signal ends the run.
+            self.settle()
             if self.last != checkpoint.folder_of(self.run, self.step) and not self.skipped_in_a_row:
                 self._save()
         accelerator.end_training()
@@ -166,7 +189,10 @@ class Trainer:
 
         The weights that skipped steps begin with are those that gave no finite loss. What falls due among them waits.
         """
-        return not self.skipped_in_a_row and self.step // every > (self.step - self.since_good) // every
+        if self.step // every == (self.step - self.since_good) // every:
+            return False
+        self.settle()
+        return not self.skipped_in_a_row
 
     def _check_trained(self) -> None:
         """Say what a run that ends among skipped steps, or with most of them skipped, is not."""
@@ -219,14 +245,14 @@ class Trainer:
 
     def _fetch(self, signals: StopSignals) -> list[dict[str, torch.Tensor]] | None:
         """The micro-batches of a step, or None where a signal asks to stop. Raises in every process where one must."""
-        batches, fault, device = [], None, self.accelerator.device
+        batches, fault = [], None
         try:
             if signals.received is None:
                 batches = [next(self.batches) for _ in range(self.recipe.train.gradient_accumulation_steps)]
         except InputError as error:
             fault = error
         found = self.batches.pop_bad()
-        stop, faults, news = processes.agree(device, signals.received is not None, fault is not None, len(found))
+        stop, faults, news = processes.agree(signals.received is not None, fault is not None, len(found))
         if news:
             fault = self._count_bad(found) or fault
             faults += fault is not None
@@ -236,7 +262,11 @@ class Trainer:
         return None if stop else batches
 
     def keep_trained(self) -> None:
-        """Save before a fault that is not the training's ends the run: what was trained until here is good."""
+        """Save before a fault that is not the training's ends the run: what was trained until here is good.
+
+        Raises InputError where what is settled first ends it.
+        """
+        self.settle()
         if self.step and self.last != checkpoint.folder_of(self.run, self.step) and not self.skipped_in_a_row:
             try:
                 self._save()
@@ -268,9 +298,9 @@ class Trainer:
                 say(f"warning: {what}; {images}")
         return None
 
-    def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> dict[str, Any]:
-        """One optimisation step; its gradient norm, learning rate and, where it `reports`, update_ratio."""
-        recipe, accelerator, objective = self.recipe, self.accelerator, self.objective
+    def _optimize(self, batches: list[dict[str, torch.Tensor]], reports: bool) -> None:
+        """One optimisation step; it is settled where it `reports`."""
+        accelerator, objective = self.accelerator, self.objective
         objective.begin_step()
         rate = objective.set_learning_rate(self.optimizer, self.step)
         sums = []
@@ -284,58 +314,66 @@ class Trainer:
                 accelerator.backward(loss)
             self.means.add(batch.get("t"), *losses)
             sums.append(loss.detach())
-        norm = accelerator.clip_grad_norm_(self.network.parameters(), recipe.train.max_grad_norm or math.inf)
-        loss, grad_norm = torch.stack([torch.stack(sums).sum(), sharding.full_scalar(norm)]).tolist()
-        losses, norms = processes.agree(accelerator.device, not math.isfinite(loss), not math.isfinite(grad_norm))
-        failed = losses + norms > 0
+        norm = self._gradient_norm()
+        self.settle()  # the step before, while the device is at this one's passes
+        verdict = self.verdict_on(torch.stack(sums).sum(), norm)
         self.since_good = self.skipped_in_a_row + 1
-        self.skipped += failed
-        if not failed:
-            self.skipped_in_a_row = 0
-        elif losses or self.skipped_in_a_row or not self._scaled():
-            self.skipped_in_a_row += 1
         for parameter in objective.idle(self.step):
             parameter.grad = None  # AdamW would go on with what it gathered of them before
-        if not failed:
-            self.optimizer.step()
-        else:
-            objective.take_back()
-            if accelerator.scaler is not None:  # which knows of infinities since the clipping, and adapts
-                accelerator.scaler.update()
-        ratio = 0.0 if failed else self._update_ratio() if reports else None
+        verdict.step(self.optimizer)
+        objective.end_step(verdict)
+        squares = self._squares() if reports else None
         self.optimizer.zero_grad()
         self.step += 1
-        if self.skipped_in_a_row >= recipe.train.max_skipped:
+        self.pending = Pending(verdict, rate, squares)
+        if reports or not verdict.late:
+            self.settle()
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """The norm of all gradients before they are clipped, where the recipe asks for that."""
+        accelerator, most = self.accelerator, self.recipe.train.max_grad_norm
+        if most:
+            return sharding.full_scalar(accelerator.clip_grad_norm_(self.network.parameters(), most))
+        accelerator.unscale_gradients()
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        return sharding.full_scalar(torch.nn.utils.get_total_norm(gradients))
+
+    def settle(self) -> None:
+        """Count the newest step, where that is pending, and have the averages follow it. It waits for the device.
+
+        Raises InputError where it is one skipped step too many.
+        """
+        if self.pending is None:
+            return
+        (verdict, rate, squares), self.pending = self.pending, None
+        found, most = verdict.outcome(), self.recipe.train.max_skipped
+        ratio = 0.0 if found.skipped else _ratio(squares)
+        self.figures = {"grad_norm": found.grad_norm, "lr": rate, "update_ratio": ratio}
+        if not found.skipped:
+            self.skipped_in_a_row = 0
+            self.objective.averages.update(self.objective.model, self.updates)
+            return
+        self.skipped += 1
+        if self.skipped_in_a_row or not found.excused:
+            self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= most:
             raise InputError(
-                f"no finite loss and gradient for {recipe.train.max_skipped} steps, up to step {self.step}; start a "
-                "run with a lower train.lr or with train.max_grad_norm"
+                f"no finite loss and gradient for {most} steps, up to step {self.step}; start a run with a lower "
+                "train.lr or with train.max_grad_norm"
             )
-        if not failed:
-            objective.averages.update(objective.model, self.updates)
-        return {"grad_norm": grad_norm, "lr": rate, "update_ratio": ratio}
 
     @property
     def updates(self) -> int:
-        """Steps that were not skipped."""
+        """Steps that were not skipped, of those that are settled."""
         return self.step - self.skipped
 
-    def _scaled(self) -> bool:
-        """Whether fp16's scaler makes gradients larger: that they overflow says nothing of the weights, but of it.
-
-        Such a step is skipped, but begins no streak of them. It scales less from each to the next, so they are few.
-        """
-        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
-
-    def _update_ratio(self) -> float:
-        """|w' - w| / |w| of the step just taken, over all weights."""
+    def _squares(self) -> torch.Tensor:
+        """Sums of squares (2,), of the step just taken and of all weights before it."""
         squares = step_and_weight_squares(self.optimizer.optimizer)
-        if sharding.is_sharded(self.objective.model):
-            squares = self.accelerator.reduce(squares, "sum")
-        step, weights = squares.tolist()
-        return math.sqrt(step / weights) if weights else 0.0
+        return self.accelerator.reduce(squares, "sum") if sharding.is_sharded(self.objective.model) else squares
 
-    def _report(self, figures: dict[str, Any], steps: int, seconds: float, waited: float) -> dict[str, Any]:
-        """Write what the last `steps` steps were to the log and the trackers."""
+    def _report(self, steps: int, seconds: float, waited: float) -> dict[str, Any]:
+        """Write what the last `steps` steps, which are settled, were to the log and the trackers."""
         accelerator, train = self.accelerator, self.recipe.train
         here = torch.tensor(self.images_here, device=accelerator.device)
         images_per_second = steps * train.batch_size / seconds
@@ -345,7 +383,7 @@ class Trainer:
             "step": self.step,
             "images_seen": self.images_before + int(accelerator.reduce(here, "sum")),
             **self.means.row(self.means.reduced(accelerator)),
-            **figures,
+            **self.figures,
             "skipped": self.skipped,
             "bad_images": len(self.bad),
             "images_per_second": images_per_second,
@@ -408,3 +446,11 @@ class Trainer:
             self.means.sums.copy_(torch.tensor(trainer["means"]))
         if self.accelerator.scaler is not None and trainer["scaler"]:
             self.accelerator.scaler.load_state_dict(trainer["scaler"])
+
+
+def _ratio(squares: torch.Tensor | None) -> float | None:
+    """|w' - w| / |w| of a step, from the squares of both."""
+    if squares is None:
+        return None
+    step, weights = squares.tolist()
+    return math.sqrt(step / weights) if weights else 0.0

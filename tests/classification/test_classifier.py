@@ -206,14 +206,14 @@ def test_every_option_of_augmentation_reaches_timm_and_every_draw_its_own_step(c
 
 
 def test_the_average_warms_up_and_blocks_are_checkpointed(classifier_file, monkeypatch):
-    decays, update = [], objective.ModelEmaV3.update
+    decays, update = [], objective.TimmAverage.update
 
-    def watched(self, model, step=None):
+    def watched(self, model, updates):
         assert all(stage.grad_checkpointing for stage in model.stages)
-        decays.append(self.get_decay(step))
-        return update(self, model, step)
+        decays.append(self.ema.get_decay(updates))
+        return update(self, model, updates)
 
-    monkeypatch.setattr(objective.ModelEmaV3, "update", watched)
+    monkeypatch.setattr(objective.TimmAverage, "update", watched)
     last = run(classifier_file(ema={"decay": 0.6, "warmup": True}, train={"gradient_checkpointing": True}))
     assert decays == pytest.approx([0.0, *(min(0.6, 1 - (1 + step) ** (-2 / 3)) for step in range(1, 9))])
     assert len(log_rows(last.parent)) == 9

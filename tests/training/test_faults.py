@@ -56,7 +56,7 @@ def test_a_second_signal_stops_at_once_unless_a_launcher_passes_the_first_on(lau
 
 
 def test_one_process_agrees_with_itself():
-    assert agree(torch.device("cpu"), 3, False, True) == [3, 0, 1]
+    assert agree(3, False, True) == [3, 0, 1]
 
 
 TELLING = [sys.executable, "tests/telling.py", "train_sit.py"]

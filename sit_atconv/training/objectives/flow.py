@@ -110,8 +110,8 @@ class FlowObjective(Objective):
     def _load(self, checkpoint: Path) -> None:
         load_weights(checkpoint / "model", self.model)
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.trained, self.recipe.train)
+    def make_optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        return make_optimizer(self.trained, self.recipe.train, fused)
 
     def prepare(self) -> None:
         if self.recipe.train.gradient_checkpointing:

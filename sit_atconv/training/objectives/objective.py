@@ -14,6 +14,7 @@ from sit_atconv.data.samples import Batch, Samples
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.training.checkpoint import Part
 from sit_atconv.training.log import TIME_BINS
+from sit_atconv.training.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Averaged(Protocol):
     models: Mapping[str, nn.Module]
 
     def update(self, model: nn.Module, updates: int) -> None:
-        """One step towards the model's weights. updates: how many there were, this one included."""
+        """One step towards the model's weights. updates: how many there were, this one included.
+
+        It may come after the next step's forward passes: what these change in the model is to be taken from elsewhere.
+        """
 
 
 class Objective:
@@ -48,8 +52,8 @@ class Objective:
 
     The trainer calls `check_launch`, `begin`, `make_optimizer` and `prepare` once, in this order, and asks for
     `flops_per_image` before `prepare`; then, in every step, `begin_step`, `set_learning_rate`, `losses` of each
-    micro-batch, `idle`, and `take_back` where the step is skipped. A resumed run asks for `idle(0)` first, of which the
-    optimiser may have no state.
+    micro-batch, `idle`, and `end_step`. The averages follow a step that counts, before the next one changes a weight. A
+    resumed run asks for `idle(0)` first, of which the optimiser may have no state.
 
     model: what is averaged and stored. trained: the module with all that is trained: the model, or one around it.
     weights: of the losses in their sum, by the names of the losses. steps: of the whole training.
@@ -78,8 +82,8 @@ class Objective:
         """Give the model the weights of a checkpoint, or those that it starts from, and make its averages."""
         raise NotImplementedError
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of what is trained."""
+    def make_optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        """The optimiser of what is trained; fused: torch's fused form of it, which takes `found_inf`."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -100,8 +104,8 @@ class Objective:
         """The parameters that a step (0-based) does not train."""
         return []
 
-    def take_back(self) -> None:
-        """Undo what the forward passes of a skipped step did to the model."""
+    def end_step(self, verdict: Verdict) -> None:
+        """What comes after a step of the optimiser: undo what the forward passes of a skipped one did to the model."""
 
     def parts(self) -> list[Part]:
         """The modules of a checkpoint: the model, and the averages of it."""
