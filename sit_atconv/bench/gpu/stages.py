@@ -21,7 +21,7 @@ class Stage:
     about: str
     module: str
     seconds: float
-    rehearsal_seconds: float = 900.0
+    rehearsal_seconds: float = 1800.0
     needs: tuple[str, ...] = ()
     interpreted: bool = False
 
