@@ -9,7 +9,7 @@ from golden_vectors import assert_golden, golden
 from sit_atconv import ATConv, SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe
 from sit_atconv.latents.codecs import IdentityCodec
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, reference
+from sit_atconv.ops.atconv import POOLS, dynamic_depthwise_conv, reference
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.sampling import generate, sample_latents
 from sit_atconv.sampling.settings import Sampling
@@ -34,6 +34,39 @@ def test_operator_is_as_exact_as_the_oracle(dtype, grid):
     own = (reference.dynamic_depthwise_conv(v, kernels).double() - exact).abs().max()
     fast = (dynamic_depthwise_conv(v, kernels).double() - exact).abs().max()
     assert fast <= 2 * own + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(
+    ("shape", "k"), [((2, 7, 9, 24), 3), ((1, 64, 64, 1152), 3), ((2, 16, 16, 70), 5), ((2, 1, 2, 3), 3)]
+)
+def test_pooling_and_its_transpose_are_exact(shape, k, pool, dtype):
+    pytest.importorskip("triton")
+    from ops.triton_interpreted import assert_pools_as_exactly_as_fp32_sums_allow
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to("cuda", dtype) + 1
+    upstream = torch.randn(shape[0], k * k, shape[-1], generator=generator).to("cuda", dtype)
+    assert_pools_as_exactly_as_fp32_sums_allow(x, k, pool, upstream)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2], ids=str
+)
+@pytest.mark.parametrize(
+    ("size", "rule"),
+    [
+        ((64, 9, 1152), ("gelu_tanh", "learned")), ((3, 25, 70), ("gelu", "full")), ((2, 49, 64), ("silu", "learned")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_the_kernels_of_a_layer_is_exact(size, rule, dtypes):
+    pytest.importorskip("triton")
+    from ops.triton_taps_interpreted import assert_exact, draw
+
+    inputs, upstream = draw(*size, rule[1], True, *dtypes)
+    assert_exact([None if each is None else each.cuda() for each in inputs], upstream.cuda(), *rule)
 
 
 def test_golden_layer_with_gradients():

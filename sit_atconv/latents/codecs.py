@@ -4,6 +4,7 @@ Images to encode are levels, uint8, or in [-1, 1], see `sit_atconv.data.images.i
 """
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ class VaeCodec(nn.Module):
     """A diffusers AutoencoderKL, frozen, in fp32: latents = (posterior sample - shift) * scale, both from its config.
 
     source: hub id or local folder with config.json and safetensors weights. batch_size: images per pass.
-    variant: of the weights, such as "fp16".
+    variant: of the weights, such as "fp16". On CUDA weights and images lie channels last within a pass, as cuDNN's
+    convolutions read them (not measured yet); what comes out is contiguous.
     Raises InputError when the autoencoder is not there.
     """
 
@@ -117,6 +119,16 @@ class VaeCodec(nn.Module):
             )
         return self.vae.config.latent_channels, image_size // factor, image_size // factor
 
+    def _parts(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """x (B, C, H, W) in parts of a pass each, and the weights, laid out for its device."""
+        layout = torch.channels_last if x.device.type == "cuda" else torch.preserve_format
+        if x.device.type == "cuda" and not self.vae.encoder.conv_in.weight.is_contiguous(memory_format=layout):
+            for weight in self.vae.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=layout)
+        for part in x.split(self.batch_size):
+            yield part.to(memory_format=layout)
+
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W), levels or in [-1, 1] -> (B, 2C, h, w): mean, and log-variance in [-30, 20], as diffusers
@@ -124,8 +136,8 @@ class VaeCodec(nn.Module):
 
         Both without scale and shift. Within that range fp16 keeps the deviation to 0.4%, and has no infinity to meet.
         """
-        parts = [self.vae.encode(in_range(part)).latent_dist for part in images.split(self.batch_size)]
-        return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts])
+        parts = [self.vae.encode(in_range(part)).latent_dist for part in self._parts(images)]
+        return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts]).contiguous()
 
     def encode(self, images: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W), levels or in [-1, 1] -> latents (B, C, h, w), fp32.
@@ -138,7 +150,7 @@ class VaeCodec(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (B, C, h, w) -> images (B, 3, H, W), about in [-1, 1]."""
         unscaled = latents.float() / self.scale + self.shift
-        return torch.cat([self.vae.decode(part).sample for part in unscaled.split(self.batch_size)])
+        return torch.cat([self.vae.decode(part).sample for part in self._parts(unscaled)]).contiguous()
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of the codec: source, SHA-256 of the weights, scale and shift."""

@@ -211,5 +211,6 @@ def flatten_pointwise_weights(module: nn.Module, state_dict: dict, prefix: str, 
 def check_backend(model: nn.Module, device: torch.device) -> None:
     """Raise InputError where the environment asks for a backend that the model's ATConv layers, if it has any, cannot
     run on that device: at the start, not in the first network evaluation."""
-    if any(isinstance(module, ATConv) for module in model.modules()):
-        choose_backend(torch.empty(1, 1, 1, 1, device=device))
+    sizes = [module.kernel_size for module in model.modules() if isinstance(module, ATConv)]
+    if sizes:
+        choose_backend(torch.empty(1, 1, 1, 1, device=device), kernel_size=max(sizes))

@@ -47,7 +47,9 @@ def talk_apart(patience: timedelta) -> None:
 
 
 def leave() -> None:
-    """End the process group of a launch, once nothing more is shared."""
+    """End the process groups of a launch, once nothing more is shared."""
+    global _words
+    _words = None  # it ends with the others
     PartialState().destroy_process_group()
 
 

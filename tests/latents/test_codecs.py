@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from no_synchronisation import fake_cuda
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sit_atconv.config import Latents
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec, open_codec, reopen_codec
@@ -30,6 +32,31 @@ def test_vae_latents_are_scaled_draws_of_the_posterior(vae_folder):
     assert codec.latent_shape(3, 16) == (4, 4, 4)
     decoded = AutoencoderKL.from_pretrained(vae_folder).decode(expected / 0.5 + 0.1).sample
     torch.testing.assert_close(codec.decode(expected), decoded, rtol=1e-4, atol=1e-5)
+
+
+def test_on_cuda_alone_an_autoencoder_lies_channels_last(vae_folder):
+    """Weights and what a convolution is given; results are contiguous."""
+    codec, last = VaeCodec(str(vae_folder), batch_size=2), torch.channels_last
+    described, seen = codec.describe(), []
+
+    def look(module, args):
+        seen.append((args[0].is_contiguous(memory_format=last), module.weight.is_contiguous(memory_format=last)))
+
+    images, latents = torch.zeros(3, 3, 16, 16, dtype=torch.uint8), torch.zeros(3, 4, 4, 4)
+    for side in (codec.vae.encoder, codec.vae.decoder):
+        side.conv_in.register_forward_pre_hook(look)
+    assert codec.moments(images).is_contiguous()
+    assert codec.decode(latents).is_contiguous()
+    assert seen == [(False, False)] * 4
+    with fake_cuda() as cuda:
+        seen.clear()
+        moved = cuda.moved(codec)
+        with cuda.no_synchronisation():
+            assert moved.moments(torch.empty_like(images, device="cuda")).is_contiguous()
+            assert moved.decode(torch.empty_like(latents, device="cuda")).is_contiguous()
+        assert seen == [(True, True)] * 4
+    nn.Module.to(codec, memory_format=last)
+    assert codec.describe() == described
 
 
 def test_a_checkpoints_codec_is_found_again_and_another_one_refused(vae_folder, tmp_path):

@@ -12,7 +12,10 @@ from tangents import assert_tangent, differences
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jvp
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sit_atconv import ATConv
+from sit_atconv.layers.atconv import check_backend
 from sit_atconv.ops.atconv import (
     BACKEND_VARIABLE,
     choose_backend,
@@ -22,6 +25,7 @@ from sit_atconv.ops.atconv import (
     pooling,
     reference,
 )
+from sit_atconv.runtime.errors import InputError
 
 pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
 from sit_atconv.ops.atconv import triton_pooling
@@ -39,13 +43,23 @@ def forget(monkeypatch):
 @pytest.fixture
 def stand_in(monkeypatch):
     """The pooling takes the way of CUDA; its operators compute by torch."""
-    monkeypatch.setattr(pooling, "choose_backend", lambda x: "triton")
+    monkeypatch.setattr(pooling, "choose_backend", lambda *_, **__: "triton")
     monkeypatch.setattr(triton_pooling, "pool_tokens", pooling._pool)
     monkeypatch.setattr(triton_pooling, "spread_tokens", lambda g, h, w, *rest: pooling._unpool(g, (h, w), *rest))
 
 
-def both(v, kernels):
-    return dynamic_depthwise_conv(v, kernels), pool_tokens(v)
+class Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.namespaces = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.namespaces.append(function.namespace)
+        return function(*args, **(kwargs or {}))
+
+
+def both(v, kernels, k=3):
+    return dynamic_depthwise_conv(v, kernels), pool_tokens(v, k)
 
 
 def on_cuda(dtype):
@@ -92,6 +106,33 @@ def test_what_triton_does_not_take_is_inlined(monkeypatch):
 
         exported = torch.export.export(Both(), tuple(on_cuda(torch.bfloat16)))
         assert "sit_atconv" not in str(exported.graph)
+
+
+def test_kernels_that_the_registers_do_not_hold_are_left_to_torch():
+    """From 9 x 9: by `auto` with one warning; by `triton`, and at the start of a run, with an error."""
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        v, kernels = torch.empty(2, 4, 5, 8, device="cuda:0"), torch.empty(2, 81, 8, device="cuda:0")
+        assert choose_backend(v, kernel_size=7) == "triton"
+        for _ in range(2):
+            assert choose_backend(v, kernel_size=9) == "native"
+            with Recorded() as recorded:
+                both(v, kernels, 9)
+            assert recorded.namespaces
+            assert "sit_atconv" not in recorded.namespaces
+        with pytest.raises(RuntimeError, match=r"larger than 7 x 7 .* registers; choose 'auto', 'native' or 'conv'"):
+            dynamic_depthwise_conv(v, kernels, backend="triton")
+    (said,) = [str(each.message) for each in caught if "ATConv" in str(each.message)]
+    assert "slow" in said
+    assert "kernels larger than 7 x 7" in said
+
+
+def test_a_run_is_refused_at_its_start_where_its_largest_kernels_cannot_run(monkeypatch):
+    monkeypatch.setenv(BACKEND_VARIABLE, "triton")
+    with FakeTensorMode():
+        check_backend(torch.nn.Sequential(ATConv(4), ATConv(4, kernel_size=7)), torch.device("cuda:0"))
+        with pytest.raises(InputError, match="larger than 7 x 7"):
+            check_backend(torch.nn.Sequential(ATConv(4, kernel_size=9), ATConv(4)), torch.device("cuda:0"))
 
 
 def test_tangents_within_a_graph_are_of_plain_calls():

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: it is released fo
 from ops.ahead_of_time import launches, resources, widths
 from ops.triton_interpreted import assert_as_exact_as_fp32_sums_allow
 
-from sit_atconv.ops.atconv import triton_kernels, triton_launch, triton_pooling
+from sit_atconv.ops.atconv import operator, triton_kernels, triton_launch, triton_pooling, triton_taps
 
 
 def meta(dtype, *shape):
@@ -89,6 +89,28 @@ def test_compiled_kernels_spill_nothing_and_access_all_that_alignment_allows(nam
             assert binary.metadata.shared == 0, "threads exchange what each could have loaded for itself"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "channels"), [(80, 1152), (90, 1152), (90, 384), (90, 70)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["dynamic_depthwise_conv", "grad_v", "grad_kernels"])
+def test_the_largest_kernels_that_are_taken_spill_nothing(name, dtype, arch, channels, tmp_path):
+    """Next to nothing where a line of channels is not aligned: ptxas then holds an address for each load."""
+    for launch in CALLS[name](dtype, operator.TRITON_KERNEL, channels):
+        binary = launch.compiled(arch)
+        used = resources(binary, tmp_path)
+        print(launch.name, dtype, arch, channels, used)
+        assert used["LOCAL"] == 0
+        assert used["STACK"] <= (64 if channels == 70 else 0), used
+        assert widths(binary, "ld") == {widest(channels, launch.tensors[0].dtype)}
+
+
+def test_positions_are_divided_in_32_bits_where_they_may_be():
+    """A division of 64 bits is a routine of some hundred instructions, and there is one or two for each position."""
+    for channels, wide in ((1152, False), (8, True)):
+        (launch,) = CALLS["spread raster"](torch.bfloat16, 3, channels)
+        assert bool(re.search(r"arith.divsi .*xi64", launch.compiled(90).asm["ttir"])) == wide
+
+
 def test_a_spill_would_be_seen(tmp_path):
     (launch,) = CALLS["dynamic_depthwise_conv"](torch.bfloat16, 3, 1152)
     assert resources(launch.compiled(80, maxnreg=32), tmp_path)["STACK"] > 0
@@ -152,6 +174,18 @@ def test_other_dtypes_are_refused():
         triton_kernels.grad_v(v.float(), kernels)
     with pytest.raises(ValueError, match="float64"):
         triton_kernels.grad_kernels(v.float(), v, 3)
+
+
+def test_tensors_of_several_devices_are_refused():
+    """The address of another device's tensor would be read as one of this device."""
+    v, kernels = torch.zeros(1, 2, 2, 2), meta(torch.float32, 1, 9, 2)
+    says = r"tensors on cpu and meta: .* those of one device"
+    with pytest.raises(ValueError, match=says):
+        triton_kernels.dynamic_depthwise_conv(v, kernels)
+    with pytest.raises(ValueError, match=says):
+        triton_kernels.grad_kernels(v, v.to("meta"), 3)
+    with pytest.raises(ValueError, match=says):
+        triton_taps.tap_kernels(torch.zeros(1, 9, 2), meta(torch.float32, 9, 9), None, None, "silu", "full")
 
 
 def test_samples_past_int32_are_refused():

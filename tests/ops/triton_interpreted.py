@@ -5,6 +5,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import slowly
 from triton.runtime import interpreter
 
@@ -127,14 +129,14 @@ def test_an_empty_batch_is_taken():
     assert triton_kernels.grad_kernels(v, v, 3).shape == kernels.shape
 
 
-def assert_pools_as_exactly_as_fp32_sums_allow(x, k, pool, upstream, tile=triton_pooling.POOL_TILE):
-    """Both functions against fp64: one rounding, and what fp32 sums lose."""
+def assert_pools_as_exactly_as_fp32_sums_allow(x, k, pool, upstream, **tile):
+    """Both functions, each by its own tile or by the one given, against fp64: one rounding, and what fp32 sums lose."""
     leaf = x.detach().double().requires_grad_()
     exact = reference.pool_tokens(leaf, k, pool)
     (spread,) = torch.autograd.grad(exact, leaf, upstream.double())
     results = (
-        (triton_pooling.pool_tokens(x, k, pool, tile), exact.detach()),
-        (triton_pooling.spread_tokens(upstream, *x.shape[1:3], k, pool), spread),
+        (triton_pooling.pool_tokens(x, k, pool, **tile), exact.detach()),
+        (triton_pooling.spread_tokens(upstream, *x.shape[1:3], k, pool, **tile), spread),
     )
     for ours, true in results:
         assert ours.dtype == x.dtype
@@ -173,6 +175,30 @@ def test_pooling_and_its_transpose_are_exact(shape, k, dtype, pool):
     assert_pools_as_exactly_as_fp32_sums_allow(x, k, pool, upstream)
 
 
+@pytest.mark.parametrize("pool", front.POOLS)
+@pytest.mark.parametrize("channels", [9, *slowly([8])])
+def test_tiles_of_the_pooling_meet_without_a_seam(channels, pool):
+    """Positions that end inside the last of several tiles, and channels; as many channels as bins, and fewer."""
+    x, upstream = _pooled_draw((1, 3, 5, channels), 3, torch.float32)
+    tile = Tile(rows=1, cols=8, line_bytes=32, warps=1)
+    assert_pools_as_exactly_as_fp32_sums_allow(x, 3, pool, upstream, tile=tile)
+
+
+@triton.jit
+def first_bins(positions, found, size, BINS: tl.constexpr, CHANNELS: tl.constexpr):
+    place = tl.arange(0, 4)
+    tl.store(found + place, triton_pooling._first(tl.load(positions + place), size, BINS, CHANNELS))
+
+
+@pytest.mark.parametrize("channels", [9, 10, 1])
+def test_bins_of_the_last_positions_of_the_largest_samples(channels):
+    size = (2**31 - 1) // channels
+    positions = torch.tensor([0, size // 9, size // 2, size - 1], dtype=torch.int32)
+    found = torch.empty_like(positions)
+    first_bins[(1,)](positions, found, size, BINS=9, CHANNELS=channels)
+    assert found.tolist() == [position * 9 // size for position in positions.tolist()]
+
+
 @pytest.mark.parametrize(
     ("pool", "dtype"),
     [("raster", torch.bfloat16), *slowly([("raster", torch.float32), ("grid", torch.bfloat16)])],
@@ -193,7 +219,7 @@ def test_splits_of_the_bins_add_up(monkeypatch, dtype, pool, constants, splits):
     monkeypatch.setattr(triton_pooling, "splits_of", lambda *sizes: chosen.append(rule(*sizes)) or chosen[-1])
     x, upstream = _pooled_draw((1, 1, 23, 3) if pool == "raster" else (1, 4, 5, 3), 2, dtype)
     tile = Tile(rows=1, cols=2, line_bytes=4 * dtype.itemsize, warps=1)
-    assert_pools_as_exactly_as_fp32_sums_allow(x, 2, pool, upstream, tile)
+    assert_pools_as_exactly_as_fp32_sums_allow(x, 2, pool, upstream, tile=tile)
     assert chosen == [splits] if pool == "raster" else chosen[0][0] > 1 or not constants
 
 

@@ -22,6 +22,7 @@ BACKEND_VARIABLE = "SIT_ATCONV_BACKEND"
 CONV_VALUES = 2**16  # values of a sample from which `conv` is the faster one on a CPU
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = DTYPES[1:]
+TRITON_KERNEL = 7  # the largest size that Triton's kernels, all taps unrolled, hold in registers, and compile soon
 
 
 def _backend(name: str):
@@ -116,8 +117,8 @@ def _requested() -> str:
 
 
 @torch.compiler.assume_constant_result
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot run on such tokens, or None."""
+def _triton_refusal(device: torch.device, dtype: torch.dtype, large: bool) -> str | None:
+    """Why Triton cannot run on such tokens, or None. large: whether the kernels are larger than TRITON_KERNEL."""
     if not _triton_is_installed():
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:
@@ -126,6 +127,8 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the tokens are on {device}, not on a CUDA device"
     if device.type == "cuda" and _is_old(device):
         return "the device has a compute capability below 8.0"
+    if large:
+        return f"kernels larger than {TRITON_KERNEL} x {TRITON_KERNEL} do not fit its registers"
     return None
 
 
@@ -143,9 +146,9 @@ def _is_old(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _triton_is_best(device: torch.device, dtype: torch.dtype) -> bool:
+def _triton_is_best(device: torch.device, dtype: torch.dtype, large: bool) -> bool:
     """Whether `auto` is `triton` on that CUDA device; where it could be and is not, it is said once."""
-    refusal = _triton_refusal(device, dtype)
+    refusal = _triton_refusal(device, dtype, large)
     if refusal and dtype in TRITON_DTYPES:
         _say_slow(refusal)
     return refusal is None
@@ -156,12 +159,13 @@ def _say_slow(reason: str) -> None:
     warnings.warn(f"ATConv is slow on this CUDA device, since Triton cannot run its kernels: {reason}", stacklevel=2)
 
 
-def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
-    """The backend that v (B, H, W, C) runs on: the argument, else SIT_ATCONV_BACKEND, else by this rule.
+def choose_backend(v: torch.Tensor, backend: str = "auto", kernel_size: int = 3) -> str:
+    """The backend that v (B, H, W, C) runs on with kernels of that size: the argument, else SIT_ATCONV_BACKEND, else by
+    this rule.
 
-    CUDA, 16 or 32 bits: `triton`, one pass over memory (chosen by construction: not measured yet), under torch.compile,
-    too, but not in what torch.export makes. A device without it is slow, which is said once. Elsewhere under
-    torch.compile `native`, which is inlined there.
+    CUDA, 16 or 32 bits, kernels up to TRITON_KERNEL: `triton`, one pass over memory (chosen by construction: not
+    measured yet), under torch.compile, too, but not in what torch.export makes. A device without it, and larger
+    kernels, are slow, which is said once. Elsewhere under torch.compile `native`, which is inlined there.
     CPU, fp32, or bf16 where oneDNN has it, samples of CONV_VALUES values or more: `conv`, which costs 45 us a sample
     and little more. Everywhere else `native`. Measured forward, and forward with backward, `native` / `conv` in ms on 2
     Xeon cores with AMX, fp32: (32, 8x8, 64) 0.16 / 1.48 and 0.84 / 5.2, (1, 16x16, 384) 0.13 / 0.10 and 0.78 / 0.57,
@@ -174,17 +178,18 @@ def choose_backend(v: torch.Tensor, backend: str = "auto") -> str:
     chosen = backend if backend != "auto" else _requested()
     if v.is_meta:
         return "native"
-    if chosen == "triton" and (reason := _triton_refusal(v.device, v.dtype)):
+    large = kernel_size > TRITON_KERNEL
+    if chosen == "triton" and (reason := _triton_refusal(v.device, v.dtype, large)):
         asked = f"backend={backend!r}" if backend != "auto" else f"{BACKEND_VARIABLE}={chosen}"
         raise CannotRun(f"{asked} cannot run here: {reason}; choose 'auto', 'native' or 'conv'")
     if chosen != "auto":
         return chosen
     if v.is_cuda and not is_exporting():
-        return "triton" if _triton_is_best(v.device, v.dtype) else "native"
+        return "triton" if _triton_is_best(v.device, v.dtype, large) else "native"
     if torch.compiler.is_compiling():
         return "native"
-    large = math.prod(v.shape[1:]) >= CONV_VALUES
-    return "conv" if v.device.type == "cpu" and large and _onednn_takes(v.dtype) else "native"
+    many = math.prod(v.shape[1:]) >= CONV_VALUES
+    return "conv" if v.device.type == "cpu" and many and _onednn_takes(v.dtype) else "native"
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
@@ -196,7 +201,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """The operator on arguments that fit; see `sit_atconv.ops.atconv.dynamic_depthwise_conv`."""
-    chosen = choose_backend(v, backend)
+    chosen = choose_backend(v, backend, math.isqrt(kernels.shape[1]))
     # Inductor sees nothing of a custom operator; of the plain forms it makes loops of its own, with sums in fp32.
     if torch.compiler.is_compiling() and (chosen == "native" or not sees_tangents()):
         return inlined.dynamic_depthwise_conv(v, kernels)

@@ -109,11 +109,11 @@ spread_operator = define("spread_tokens", _spread_on_triton, _fake_spread, multi
 
 
 def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, H, W, C) -> (B, K, C), contiguous: on Triton where `choose_backend` does, else by torch.
+    """x (B, H, W, C) -> (B, K, C), contiguous: on Triton where `choose_backend` says so, else by torch.
 
     Torch's form under torch.compile is the means of the oracle, which Inductor fuses.
     """
-    if choose_backend(x) == "triton" and sees_tangents() and not torch.jit.is_tracing():
+    if choose_backend(x, kernel_size=kernel_size) == "triton" and sees_tangents() and not torch.jit.is_tracing():
         return pool_operator(x, kernel_size, pool)
     if torch.compiler.is_compiling():
         return reference.pool_tokens(x, kernel_size, pool)

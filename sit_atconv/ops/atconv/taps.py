@@ -5,6 +5,7 @@ bias and inhibition in one launch, its gradient in two.
 operator has no rule for, a layer makes its kernels by plain torch calls: `takes` tells.
 """
 
+import math
 import os
 
 import torch
@@ -16,8 +17,6 @@ from sit_atconv.ops.forward_mode import forward_mode, levels
 from sit_atconv.ops.operators import define
 from sit_atconv.runtime.compat.torch import is_exporting
 from sit_atconv.runtime.errors import check_choice
-
-MOST_TAPS = 49  # kernels of 7 x 7: the product of more would not fit the registers
 
 
 def _forward(
@@ -100,14 +99,13 @@ def _interpreted() -> bool:
 
 
 def takes(p: torch.Tensor) -> bool:
-    """Whether `tap_kernels` runs on p (B, K, C) here: where the convolution of such tokens runs on Triton, up to
-    MOST_TAPS taps, and without transforms of torch.func, tangents and traces, for which plain torch calls have rules.
+    """Whether `tap_kernels` runs on p (B, K, C) here: where the convolution with such kernels runs on Triton, and
+    without transforms of torch.func, tangents and traces, for which plain torch calls have rules.
     """
     return (
         (p.is_cuda or _interpreted())
-        and p.shape[1] <= MOST_TAPS
         and not (forward_mode() or levels() or torch.jit.is_tracing() or is_exporting())
-        and choose_backend(p) == "triton"
+        and choose_backend(p, kernel_size=math.isqrt(p.shape[1])) == "triton"
     )
 
 

@@ -1,10 +1,10 @@
 """The dynamic depthwise convolution and its two gradients as Triton kernels; shapes as in `reference`.
 
-Every element is used k * k times and costs 2 bytes, so the clock is memory's: what matters is that DRAM sees it once.
-A program owns ROWS x COLS positions of one sample and one cache line of channels. It takes the kernel one column at a
-time: a row of v, shifted to that column, is loaded once and serves k output rows from registers; the shifted loads of
-the next column hit L1, and the halo rows of the tile below hit L2. One column of taps at a time is also what keeps
-k = 5 free of spills.
+Every element is used k * k times and costs 2 bytes. So the kernels are laid out for memory traffic, that DRAM sees it
+once; they are not measured on a GPU yet. A program owns ROWS x COLS positions of one sample and one cache line of
+channels. It takes the kernel one column at a time: a row of v, shifted to that column, is loaded once and serves k
+output rows from registers; the shifted loads of the next column hit L1, and the halo rows of the tile below hit L2.
+One column of taps at a time is also what keeps k = 5 free of spills.
 """
 
 import math
@@ -20,7 +20,13 @@ from sit_atconv.ops.atconv.triton_launch import add, contiguous, splits_of
 # A tile of R rows loads (R + k - 1) / R rows of v for each of its own; more rows cost registers, hence the warps that
 # hide latency. grad_kernels holds its sums for all taps beside the rows and has room for fewer.
 CONVOLUTION_TILE = Tile(rows=4, cols=16, line_bytes=128, warps=4)
+LARGE_TILE = Tile(rows=2, cols=16, line_bytes=128, warps=4)  # for k = 7, where 4 rows of fp32 spill
 GRAD_TILE = Tile(rows=2, cols=16, line_bytes=128, warps=4)
+
+
+def tile_of(kernel_size: int) -> Tile:
+    """For the convolution: as many rows as leave no spills."""
+    return CONVOLUTION_TILE if kernel_size < 7 else LARGE_TILE
 
 
 @triton.jit
@@ -130,28 +136,29 @@ def _constants(tile: Tile, dtype: torch.dtype, channels: int, kernel_size: int) 
     }  # fmt: skip
 
 
-def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool, tile: Tile) -> torch.Tensor:
+def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool, tile: Tile | None) -> torch.Tensor:
     v, kernels = contiguous(v, kernels)
-    y = v.new_empty(v.shape)
+    y, kernel_size = v.new_empty(v.shape), math.isqrt(kernels.shape[1])
+    tile = tile or tile_of(kernel_size)
     batch, height, width, channels = v.shape
     tiles = triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.cols)
     programs = batch * tiles * triton.cdiv(channels, tile.channels(v.dtype))
-    constants = _constants(tile, v.dtype, channels, math.isqrt(kernels.shape[1]))
+    constants = _constants(tile, v.dtype, channels, kernel_size)
     with torch.cuda.device_of(v):
         convolution_kernel[(programs,)](v, kernels, y, height, width, FLIP=flip, **constants)
     return y
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, tile: Tile = CONVOLUTION_TILE) -> torch.Tensor:
+def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
     """y[b, h, w, c] = sum_ij kernels[b, i k + j, c] * v[b, h + i - k // 2, w + j - k // 2, c], summed in fp32.
 
-    v (B, H, W, C), kernels (B, K, C) -> contiguous (B, H, W, C) in the dtype of v.
-    Raises ValueError for a dtype that is not in DTYPES or a sample of 2**31 values.
+    v (B, H, W, C), kernels (B, K, C) -> contiguous (B, H, W, C) in the dtype of v. tile: by default, `tile_of`.
+    Raises ValueError for a dtype that is not in DTYPES, a sample of 2**31 values, or tensors of several devices.
     """
     return _convolve(v, kernels, False, tile)
 
 
-def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, tile: Tile = CONVOLUTION_TILE) -> torch.Tensor:
+def grad_v(grad_y: torch.Tensor, kernels: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
     """dv[b, h, w, c] = sum_ij kernels[b, K - 1 - i k - j, c] * grad_y[b, h + i - k // 2, w + j - k // 2, c].
 
     grad_y (B, H, W, C), kernels (B, K, C) -> contiguous (B, H, W, C); dtypes and errors as in `dynamic_depthwise_conv`.

@@ -31,9 +31,14 @@ def splits_of(tiles: int, programs: int) -> tuple[int, int]:
 def contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tensors (B, ...), contiguous: within a sample, kernels count in 32 bits.
 
-    Raises ValueError for a dtype that is not in DTYPES or a sample of 2**31 values.
+    Raises ValueError for a dtype that is not in DTYPES, a sample of 2**31 values, or tensors of several devices.
     """
     for tensor in tensors:
+        if tensor.device != tensors[0].device:  # to a kernel, an address that is none of its device's
+            raise ValueError(
+                f"tensors on {tensors[0].device} and {tensor.device}: the Triton kernels take those of one device; "
+                "move them there with .to(device)"
+            )
         if tensor.dtype not in DTYPES:
             raise ValueError(
                 f"dtype {tensor.dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}; use `conv` for others"

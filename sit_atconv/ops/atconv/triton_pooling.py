@@ -1,7 +1,8 @@
 """Adaptive average pooling and its transpose as Triton kernels; shapes as in `reference`.
 
-Memory's clock counts: the pooling reads every token once (one between two bins twice), the transpose writes it once. A
-program of the pooling owns one bin of one sample, or a split of it, and one cache line of channels.
+Both are laid out for memory traffic, and not measured on a GPU yet: the pooling reads every token once (one between two
+bins twice), the transpose writes it once. A program of the pooling owns one bin of one sample, or a split of it, and
+one cache line of channels.
 """
 
 import torch
@@ -64,9 +65,15 @@ def pool_kernel(
 
 
 @triton.jit
-def _first(position, size, BINS: tl.constexpr):
-    """The first bin that holds the position."""
-    return (position.to(tl.int64) * BINS // size).to(tl.int32)
+def _first(position, size, BINS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The first bin that holds the position: floor(position * BINS / size).
+
+    A sample has fewer than 2**31 values, so with CHANNELS >= BINS the product fits 32 bits; a division of 64 is slow.
+    """
+    if CHANNELS >= BINS:
+        return position * BINS // size
+    else:
+        return (position.to(tl.int64) * BINS // size).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -92,7 +99,7 @@ def spread_kernel(
             row, column = tl.zeros_like(position), position
         else:
             row, column = position // width, position % width
-        above, before = _first(row, height, DOWN), _first(column, width, ACROSS)
+        above, before = _first(row, height, DOWN, CHANNELS), _first(column, width, ACROSS, CHANNELS)
         sums = tl.zeros((COLS, BLOCK_C), tl.float32)
         for i in tl.static_range(DEEP):
             for j in tl.static_range(WIDE):

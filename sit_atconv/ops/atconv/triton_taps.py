@@ -190,7 +190,7 @@ def tap_kernels(
     """`reference.tap_kernels` in one launch, computed in fp32: contiguous (B, K, C) in the dtype of p.
 
     p (B, K, C), weight (K, K), bias (K), control (C), each in fp32, bf16 or fp16.
-    Raises ValueError for another dtype, or a sample of 2**31 values.
+    Raises ValueError for another dtype, a sample of 2**31 values, or tensors of several devices.
     """
     read = _ready(p, weight, bias, control)
     kernels = p.new_empty(p.shape)
