@@ -212,14 +212,22 @@ def test_too_little_memory_or_time_leaves_out_by_name_and_the_others_go_on(tmp_p
 
 IMPORTED = """
 import sys
-from sit_atconv.bench.gpu import correct, layer, operator, worker
+from sit_atconv.bench.gpu import __main__, correct, driver, layer, machine, operator, tests, worker
 print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({libraries!r})))
 """
 
 
-def test_stages_of_the_operator_import_torch_and_triton_alone():
+def test_the_command_and_the_stages_of_the_operator_import_torch_and_triton_alone():
     libraries = ["diffusers", "accelerate", "omegaconf", "torch_fidelity", "datasets", "timm", "matplotlib", "sklearn"]
-    libraries += ["torchvision", "torchdiffeq", "einops", "PIL", "safetensors", "transformers"]
+    libraries += [
+        "torchvision",
+        "torchdiffeq",
+        "einops",
+        "PIL",
+        "safetensors",
+        "transformers",
+        "yaml",
+    ]  # torch loads tqdm where it is
     code = IMPORTED.format(libraries=libraries)
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == ""
 
