@@ -3,8 +3,9 @@
 Needs no more than torch, and triton where the operator does.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sit_atconv.bench.timing import Timing
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.linear import linear
-from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.ops.atconv import BACKEND_VARIABLE, dynamic_depthwise_conv
 from sit_atconv.ops.atconv.grouped import grouped_convolution
 
 HEAD = 72  # channels of a head in SiT-XL
@@ -88,6 +89,19 @@ class Form:
 
 
 Compile = Callable[[Callable], Callable]
+
+
+@contextmanager
+def on_backend(name: str) -> Iterator[None]:
+    """Within it the environment asks for a backend of the operator."""
+    before = os.environ.get(BACKEND_VARIABLE)
+    os.environ[BACKEND_VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(BACKEND_VARIABLE)
+        if before is not None:
+            os.environ[BACKEND_VARIABLE] = before
 
 
 def in_one_graph(function: Callable) -> Callable:
