@@ -26,7 +26,7 @@ from sit_atconv.runtime.errors import said
 SHORTEST = 0.02  # seconds that one measurement lasts at least
 LEAST_FLUSHED = 2**28  # bytes written to empty an L2 cache, or twice its size
 WARM_SECONDS, WARM_SIDE = 1.0, 4096  # of matrix products before the first measurement, and of their squares
-STAYS_WARM = 0.5  # seconds of rest after which a device is warmed again
+STAYS_WARM = 2.0  # seconds of rest after which a device is warmed again
 _ended: dict[torch.device, float] = {}  # when the last measurement on a CUDA device ended
 
 

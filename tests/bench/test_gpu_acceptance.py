@@ -271,6 +271,22 @@ def test_too_little_memory_or_time_leaves_out_by_name_and_the_others_go_on(tmp_p
     assert "- left out: large: needs about 4.0 GiB, and 3.0 are free" in text
 
 
+def test_a_row_with_the_foreach_optimizer_is_told_where_the_trainer_has_the_fused_one(tmp_path, monkeypatch):
+    from sit_atconv.bench.gpu import training
+    from sit_atconv.bench.gpu.worker import Bench
+    from sit_atconv.training.objectives.flow import FlowObjective
+
+    make = FlowObjective.make_optimizer
+    monkeypatch.setattr(FlowObjective, "make_optimizer", lambda self, fused: make(self, True))  # as on CUDA
+    monkeypatch.setattr(training, "TINY", [setting for setting in training.TINY if "foreach" in setting])
+    with open(tmp_path / "channel", "w+") as channel:
+        training.run(Bench(channel, tmp_path, tmp_path, 100, True))
+        channel.seek(0)
+        told = [json.loads(line) for line in channel]
+    assert [(each["kind"], each.get("error")) for each in told] == [("row", None)]
+    assert "foreach" in told[0]["what"]
+
+
 IMPORTED = """
 import sys
 from sit_atconv.bench.gpu import __main__, correct, driver, layer, machine, operator, tests, worker

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +10,7 @@ from itertools import product
 
 import torch
 
-from sit_atconv.bench.gpu.worker import ABSENT, REHEARSAL, Bench
+from sit_atconv.bench.gpu.worker import ABSENT, REHEARSAL, Bench, status_within
 from sit_atconv.bench.timing import captured
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, operator, pool_tokens, pooling, reference, taps
@@ -374,7 +372,7 @@ def sanitized(bench: Bench) -> None:
         bench.leave_out("compute-sanitizer", ABSENT, "it is not on PATH")
         return
     seconds = min(SANITIZER_SECONDS, bench.seconds_left())
-    if seconds < SANITIZER_SECONDS / 4:  # another stage would come to an end here: what is found is whole without it
+    if seconds < SANITIZER_SECONDS / 4:
         bench.leave_out("compute-sanitizer", ABSENT, "no time of the stage is left for it")
         return
     before = [] if bench.rehearsal else [checker, "--tool", "memcheck", "--error-exitcode", "9"]
@@ -383,12 +381,7 @@ def sanitized(bench: Bench) -> None:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def check() -> None:
-        process = subprocess.Popen(words, env=environment, start_new_session=True)  # what it says is in the log
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the checker and what it looks at
-            process.wait()
+        if (status := status_within(seconds, words, env=environment)) is None:
             bench.leave_out("compute-sanitizer", ABSENT, f"it takes more than {seconds:.0f} s")
             return
         bench.check("no access out of bounds, by compute-sanitizer", float(status), 0)

@@ -39,7 +39,7 @@ STAGES = (
     _stage(3, "operator", "the operator's backends, and a sweep of tiles", 420, needs=("triton",), interpreted=True),
     _stage(6, "sampling", "guided samples a second", 120, needs=(*MODEL, "torchdiffeq")),
     _stage(7, "training", "training images a second, on random latents", 240, needs=TRAINING),
-    _stage(8, "tests", "the tests that need a GPU", 420, needs=("pytest",)),
+    _stage(8, "tests", "the tests that need a GPU", 420, needs=(*TRAINING, "pytest", "yaml", "sklearn")),
     _stage(
         9, "digits", "digits from training to samples in bf16, resumed, and FSDP2", 300, needs=(*TRAINING, "sklearn")
     ),

@@ -13,10 +13,12 @@ import json
 import math
 import os
 import platform
+import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -105,6 +107,15 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def supported(self, what: str, call: Callable[[], Any]) -> Any:
+        """What a call returns; None where torch says that this device, or this build of it, has no kernel for that."""
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return self.leave_out(what, ABSENT, said(error))
+
     def kernels(self) -> AbstractContextManager[None]:
         """Within it the operator runs on its Triton kernels, as on a CUDA device; in a rehearsal they are asked for."""
         return on_backend("triton") if self.rehearsal else nullcontext()
@@ -163,6 +174,18 @@ def machine(device: torch.device) -> dict[str, Any]:
             "driver": nvidia_smi(device, "driver_version"),
         }
     return facts
+
+
+def status_within(seconds: float, words: Sequence[str], **settings: Any) -> int | None:
+    """The exit status of a command, None where it was ended after that time, with what it had started. What it says is
+    in the log."""
+    process = subprocess.Popen(words, start_new_session=True, **settings)
+    try:
+        return process.wait(max(0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 @numerics()
