@@ -24,7 +24,7 @@ from sit_atconv.bench.timing import Timing
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.ops.atconv import pool_tokens
 
-# (B, H, W), the ones that say most first: 75 million values with 1152 channels, which no L2 cache holds, as of images of
+# (B, H, W), the ones that say most first: 75 million values with 1152 channels, which no L2 cache holds, of images of
 # 256, 1024 and 512 px; and one guided image of 1024 px.
 SHAPES = ((256, 16, 16), (16, 64, 64), (64, 32, 32), (2, 64, 64))
 CHANNELS = 1152
