@@ -3,8 +3,9 @@
 Needs no more than torch, and triton where the operator does.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sit_atconv.bench.timing import Timing
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.linear import linear
-from sit_atconv.ops.atconv import dynamic_depthwise_conv
+from sit_atconv.ops.atconv import BACKEND_VARIABLE, dynamic_depthwise_conv
 from sit_atconv.ops.atconv.grouped import grouped_convolution
 
 HEAD = 72  # channels of a head in SiT-XL
@@ -90,16 +91,30 @@ class Form:
 Compile = Callable[[Callable], Callable]
 
 
+@contextmanager
+def on_backend(name: str) -> Iterator[None]:
+    """Within it the environment asks for a backend of the operator."""
+    before = os.environ.get(BACKEND_VARIABLE)
+    os.environ[BACKEND_VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(BACKEND_VARIABLE)
+        if before is not None:
+            os.environ[BACKEND_VARIABLE] = before
+
+
 def in_one_graph(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True)
 
 
-def layer_forms(x: torch.Tensor, compiled: Compile = in_one_graph) -> list[Form]:
+def layer_forms(x: torch.Tensor, compiled: Compile = in_one_graph, fused: Collection[str] | None = None) -> list[Form]:
     """The layer for x (B, H, W, C) in its forms, beside its linears and attention.
 
-    On CUDA attention by every backend in FUSED; and what stands beside the layer is there compiled too.
+    fused: names in FUSED; attention is of each of these backends, and what stands beside the layer is compiled too. On
+    CUDA all of them by default; on a CPU none, and attention is as torch takes it.
     """
-    return _forms(x, compiled)[0]
+    return _forms(x, compiled, fused)[0]
 
 
 def operator_forms(x: torch.Tensor, compiled: Compile = in_one_graph) -> list[Form]:
@@ -112,10 +127,11 @@ def forms(x: torch.Tensor) -> list[Form]:
     return [form for part in _forms(x, in_one_graph) for form in part]
 
 
-def _forms(x: torch.Tensor, compiled: Compile) -> tuple[list[Form], list[Form]]:
+def _forms(x: torch.Tensor, compiled: Compile, fused: Collection[str] | None = None) -> tuple[list[Form], list[Form]]:
     torch.manual_seed(0)
     layer = ATConv(x.shape[3]).to(x.device, x.dtype)
-    backends = (*FUSED,) if x.is_cuda else (None,)
+    fused = (FUSED if x.is_cuda else ()) if fused is None else fused
+    backends = (*fused,) or (None,)
     attentions = {name: FusedAttention(x.shape[3], x.shape[3] // HEAD, name).to(x.device, x.dtype) for name in backends}
     paper = PaperForm(layer)
     # Attention reads a row, and torch's counters refuse the view that it would be of a leaf without gradients.
@@ -142,12 +158,12 @@ def _forms(x: torch.Tensor, compiled: Compile) -> tuple[list[Form], list[Form]]:
         Form(ATCONV + COMPILED, fast(layer, x), weights, oracle),
         Form(PAPER, lambda: paper(x), weights, oracle),
     ]
-    if x.is_cuda:
+    if fused:
         of_layer.append(Form(PAPER + COMPILED, fast(paper, x), weights, oracle))
     for name, attention in attentions.items():
         leaves, title = (row, *attention.parameters()), f"{ATTENTION}, {name}" if name else ATTENTION
         of_layer.append(Form(title, lambda attention=attention: attention(row).view_as(x), leaves, None))
-        if x.is_cuda:
+        if fused:
             made = compiled(attention)
             of_layer.append(Form(title + COMPILED, lambda made=made: made(row).view_as(x), leaves, None))
     native = ["native", *(["conv"] if not x.is_cuda or len(x) < MOST_CALLS else []), *(["triton"] if x.is_cuda else [])]

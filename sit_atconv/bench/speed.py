@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from accelerate.utils import patch_environment
 
 from sit_atconv.bench.baselines import MatrixProducts, attention_twin, in_paper_form
-from sit_atconv.bench.forms import TOLERANCE, assert_close
+from sit_atconv.bench.forms import TOLERANCE, assert_close, on_backend
 from sit_atconv.bench.plots import LIMIT, plot_latency
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import caption, commit, device_name, device_state, measured, memory_kept, peak_bytes, timed
@@ -99,10 +98,10 @@ def attend_by_the_fastest(model: SiTTransformer2DModel, call: Callable[[], objec
         return None
     taken, faults = {}, []
     for backend in FUSED_BACKENDS:
-        model.set_attention_backend(backend)
         try:
+            model.set_attention_backend(backend)
             taken[backend] = timed({backend: call}, 3, device, backend)[backend].median
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # this device or build of torch lacks it
             faults.append(f"{backend}: {said(error)}")
     if not taken:
         raise RuntimeError(f"no backend of attention runs: {'; '.join(faults)}")
@@ -199,7 +198,7 @@ def measure(names: list[str], size: int, setting: Setting) -> list[dict]:
     torch.compiler.reset()
     with torch.compiler.config.patch(automatic_dynamic_shapes=False, recompile_limit=256):
         for name, model in models.items():
-            with patch_environment(**{BACKEND_VARIABLE: "reference"}):
+            with on_backend("reference"):
                 expected = results(models[name.removesuffix(PAPER)], inputs, setting.passes)
             check(f"{name} at {size} px", results(model, inputs, setting.passes), expected, setting.dtype)
             shapes = without_weights(model)

@@ -26,7 +26,7 @@ from sit_atconv.runtime.errors import said
 SHORTEST = 0.02  # seconds that one measurement lasts at least
 LEAST_FLUSHED = 2**28  # bytes written to empty an L2 cache, or twice its size
 WARM_SECONDS, WARM_SIDE = 1.0, 4096  # of matrix products before the first measurement, and of their squares
-STAYS_WARM = 0.5  # seconds of rest after which a device is warmed again
+STAYS_WARM = 2.0  # seconds of rest after which a device is warmed again
 _ended: dict[torch.device, float] = {}  # when the last measurement on a CUDA device ended
 
 
@@ -95,15 +95,22 @@ def device_state(device: torch.device) -> dict[str, float] | None:
 
     Asked at once after a measurement it is of its clocks, which fall seconds later.
     """
+    try:
+        return dict(zip(STATE, map(float, (nvidia_smi(device, *STATE.values()) or "").split(",")), strict=True))
+    except ValueError:
+        return None
+
+
+def nvidia_smi(device: torch.device, *fields: str, units: bool = False) -> str | None:
+    """What nvidia-smi says of these fields of a CUDA device, between commas; None where it does not, and of a CPU."""
     if device.type != "cuda":
         return None
-    query = f"--query-gpu={','.join(STATE.values())}"
+    form = "csv,noheader" if units else "csv,noheader,nounits"
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        asked = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={uuid}"]
-        told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout
-        return dict(zip(STATE, map(float, told.split(",")), strict=True))
-    except (OSError, subprocess.SubprocessError, ValueError, RuntimeError, AssertionError):
+        asked = ["nvidia-smi", f"--query-gpu={','.join(fields)}", f"--format={form}", f"--id={uuid}"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError, RuntimeError, AssertionError):
         return None
 
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TextIO
 
-from tqdm import tqdm
-
 EVERY = 10.0  # seconds from a line of progress to the next, off a terminal
 REDRAWN = 0.2  # seconds from one note on a bar to the next, on a terminal
 
@@ -47,7 +45,11 @@ class Unheard:
 
 def say(text: str) -> None:
     """Write a line to stderr, between the bars that are there."""
-    tqdm.write(text, file=Unheard(sys.stderr))
+    stream, bars = Unheard(sys.stderr), sys.modules.get("tqdm")
+    if bars is None:  # nothing has loaded it, and there is no bar
+        stream.write(f"{text}\n")
+    else:
+        bars.tqdm.write(text, file=stream)
 
 
 @contextmanager
@@ -97,6 +99,8 @@ class Progress:
         self.stream, self.text, self.part, self.within, self.bar = Unheard(stream or sys.stderr), "", 0.0, False, None
         self.start = self.last = clock()
         if not disable and self.stream.isatty():
+            from tqdm import tqdm
+
             self.bar = tqdm(
                 desc=desc, total=total, unit=unit, unit_scale=unit_scale, initial=initial, leave=leave, delay=delay,
                 file=self.stream,
@@ -163,11 +167,22 @@ class Progress:
             else:
                 parts.append(f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}")
             if not ended and self.total:
-                parts.append(f"{tqdm.format_interval((self.total - self.done - self.part) / rate)} left")
+                parts.append(f"{_clock((self.total - self.done - self.part) / rate)} left")
         if ended:
-            parts.append(f"{tqdm.format_interval(seconds)} in all")
+            parts.append(f"{_clock(seconds)} in all")
         self.stream.write(f"{self.desc}: {', '.join(parts)}\n")
         self.stream.flush()
 
     def _number(self, value: float) -> str:
-        return tqdm.format_sizeof(value) + self.unit if self.unit_scale else f"{value:,}"
+        if not self.unit_scale:
+            return f"{value:,}"
+        from tqdm import tqdm
+
+        return tqdm.format_sizeof(value) + self.unit
+
+
+def _clock(seconds: float) -> str:
+    """As bars of tqdm have it: 05:07, or 1:05:07."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"

@@ -18,15 +18,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
-
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, TextIO
 
 from sit_atconv.runtime.errors import InputError, option, reason, told
 from sit_atconv.runtime.reading import read_json, spelt
 from sit_atconv.version import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LOCK = ".lock"
 MARK = "sit_atconv"
@@ -105,19 +104,30 @@ def made_here(*keys: str) -> Callable[[Path], bool]:
             if path.suffix in (".html", ".htm"):
                 return f'content="{MARK}' in path.read_text()[:4096]
             if path.suffix.lower() == ".png":
-                with Image.open(path, formats=["PNG"]) as image:
-                    return image.info.get("Software") == MARK
-        except (OSError, ValueError, AttributeError, SyntaxError, RecursionError, Image.DecompressionBombError):
+                return _is_marked_png(path)
+        except (OSError, ValueError, AttributeError, SyntaxError, RecursionError):
             pass  # of another kind, whatever it is
         return False
 
     return is_ours
 
 
+def _is_marked_png(path: Path) -> bool:
+    from PIL import Image  # here, as safetensors below: commands that write neither do without them
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == MARK
+    except Image.DecompressionBombError:
+        return False
+
+
 def tensors_made_here(key: str) -> Callable[[Path], bool]:
     """Says of a file whether it is safetensors whose metadata have the key of one kind of this program's files."""
 
     def is_ours(path: Path) -> bool:
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(path, framework="pt") as file:
                 return key in (file.metadata() or {})
@@ -130,8 +140,10 @@ def tensors_made_here(key: str) -> Callable[[Path], bool]:
 REPORT = made_here()
 
 
-def png(image: Image.Image) -> bytes:
+def png(image: "Image.Image") -> bytes:
     """A PNG with this program's mark."""
+    from PIL.PngImagePlugin import PngInfo
+
     buffer, info = io.BytesIO(), PngInfo()
     info.add_text("Software", MARK)
     image.save(buffer, "png", pnginfo=info)
@@ -392,16 +404,22 @@ def new_path(
                 put(claimed / out.name, out, what, force, ours)
             finally:
                 _unclaim(claimed)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         # torch's writer raises its own error where a file's says that the disk is full.
         fault = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(fault, (OSError, SafetensorError)):
+        if not (isinstance(fault, OSError) or _is_of_safetensors(fault)):
             raise
         raise InputError(f"{name} cannot be written: {reason(fault)}") from None
     finally:
         _held.discard(key)
         if not os.path.lexists(out):
             made.take_back()
+
+
+def _is_of_safetensors(error: BaseException | None) -> bool:
+    """Whether an error is safetensors' own, which there is only where something has loaded it."""
+    library = sys.modules.get("safetensors")
+    return library is not None and isinstance(error, library.SafetensorError)
 
 
 def being_written(out: Path) -> Path:

@@ -10,14 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sit_atconv.runtime.errors import InputError, told
+
+if TYPE_CHECKING:  # what reads JSON alone does without these libraries
+    import yaml
 
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
 PIECE = 1 << 20  # bytes
@@ -81,6 +79,8 @@ def read_tensors(path: Path, what: str, remedy: str = "") -> tuple[dict[str, Any
 
     Raises InputError, which begins with `what` and the path and ends with the remedy, for one that is cut or damaged.
     """
+    from safetensors import SafetensorError, safe_open
+
     with (
         told(f"{what} {str(path)!r} is cut or damaged", OSError, SafetensorError, remedy=remedy),
         safe_open(path, framework="pt") as file,
@@ -93,6 +93,8 @@ def read_shapes(path: Path, what: str, remedy: str = "") -> dict[str, tuple[int,
 
     Raises InputError as `read_tensors` does.
     """
+    from safetensors import SafetensorError, safe_open
+
     with (
         told(f"{what} {str(path)!r} is cut or damaged", OSError, SafetensorError, remedy=remedy),
         safe_open(path, framework="np") as file,
@@ -277,6 +279,9 @@ def read_yaml(path: str | Path, regular: bool = False) -> Any:
     regular: whether it must be a file; else it may be a pipe, of which a bounded part is read.
     Raises OSError where there is none, ValueError that tells what is wrong and where, and none of the content.
     """
+    import yaml
+    from omegaconf import OmegaConf
+
     try:
         with opened(path) if regular else open(path, "rb") as file:
             text = bounded(file, MOST_YAML).decode()
@@ -296,6 +301,8 @@ def read_card(path: str | Path) -> Any:
 
     Raises OSError where there is no such file, ValueError that tells what is wrong, and none of the content.
     """
+    import yaml
+
     with opened(path) as file:
         text, more = file.read(MOST_CARD).decode(errors="replace"), bool(file.read(1))
     if Path(path).suffix == ".md":
@@ -314,6 +321,9 @@ def read_card(path: str | Path) -> Any:
 @contextmanager
 def _told() -> Iterator[None]:
     """Tell what is wrong with a YAML as a ValueError."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         yield
     except yaml.YAMLError as error:
@@ -325,16 +335,20 @@ def _told() -> Iterator[None]:
         raise ValueError("its keys are no names, or its values no plain ones") from None
 
 
-def _composed(text: str, most: int) -> yaml.Node | None:
+def _composed(text: str, most: int) -> "yaml.Node | None":
     """The nodes of a YAML. Raises ValueError for more than that many."""
+    import yaml
+
     node = yaml.compose(text, yaml.SafeLoader)
     if _nodes(node, {}) > most:
         raise ValueError(f"it holds more than {most:,} entries")
     return node
 
 
-def _nodes(node: yaml.Node | None, known: dict[int, float], depth: int = 0) -> float:
+def _nodes(node: "yaml.Node | None", known: dict[int, float], depth: int = 0) -> float:
     """Number of entries of a YAML, infinite for one that contains itself, or is nested too deeply."""
+    import yaml
+
     if depth > MOST_NESTED:
         return float("inf")
     if node is None or isinstance(node, yaml.ScalarNode):

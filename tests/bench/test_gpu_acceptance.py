@@ -28,7 +28,7 @@ class Bench:
         self.channel.write(json.dumps({"kind": kind, **facts}) + chr(10))
         self.channel.flush()
 
-module, channel, folder, seconds, mode = sys.argv[1:]
+module, channel, folder, scratch, seconds, mode = sys.argv[1:]
 assert mode == "rehearsal"
 bench = Bench(channel)
 bench.tell("where", torch="0")
@@ -138,15 +138,74 @@ def test_no_stage_is_begun_without_time_and_none_gets_more_than_is_left(tmp_path
     assert limits["c"] == 100
 
 
+def found_of(state: str, rows: int, checks: int = 0) -> dict:
+    """The record of a stage that told so much."""
+    checked = [{"what": "near", "error": 0.0, "bound": 1.0, "holds": True}] * checks
+    return {"state": state, "why": state, "rows": [{"table": "t", "what": "x"}] * rows, "checks": checked}
+
+
+def test_a_later_call_loses_nothing_that_was_found(tmp_path, monkeypatch):
+    results = {}
+    monkeypatch.setattr(Acceptance, "_result", lambda self, stage, limit: dict(results[stage.name]))
+    stage = Stage(1, "late", "", "none", 60, 60)
+
+    def call(found: dict | None, stage: Stage = stage, minutes: float | None = None) -> dict:
+        results["late"] = found
+        assert Acceptance(tmp_path / "out", True).run([stage], minutes, again=True) == (
+            found is not None and found["state"] == driver.OK
+        )
+        return read_json(tmp_path / "out" / "acceptance.json")["stages"]["late"]
+
+    first = call(found_of(driver.HUNG, 3, 2))
+    assert call(None, minutes=0.1) == first  # not begun
+    assert call(None, Stage(1, "late", "", "none", 60, 60, needs=("no_such_package",))) == first
+    kept = call(found_of(driver.PART, 3, 1))
+    assert (kept["state"], len(kept["rows"]), len(kept["checks"])) == (driver.HUNG, 3, 2)
+    assert kept["later"] == "a later try told less, in part: in part"
+    assert "a later try told less, in part" in (tmp_path / "out" / "acceptance.md").read_text()
+    more = call(found_of(driver.PART, 4, 1))
+    assert (more["state"], len(more["rows"]), "later" in more) == (driver.PART, 4, False)
+    assert call(found_of(driver.OK, 2))["state"] == driver.OK  # whole, whatever it tells
+
+
+def test_a_second_call_begins_with_what_was_never_begun_and_gives_twice_the_time_to_what_lacked_it(
+    tmp_path, monkeypatch
+):
+    now, limits, states = [0.0], [], {"a": driver.OK, "b": driver.HUNG, "c": driver.PART, "d": driver.FAILED}
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def result(self, stage, limit):
+        limits.append((stage.name, limit))
+        now[0] += limit
+        return found_of(states.get(stage.name, driver.OK), 1)
+
+    monkeypatch.setattr(Acceptance, "_result", result)
+    stages = [Stage(n, name, "", "none", 100) for n, name in enumerate("abcde")]
+    assert not Acceptance(tmp_path / "out", False).run(stages, minutes=350 / 60)
+    assert limits == [("a", 100), ("b", 100), ("c", 100), ("d", 50)]
+    limits.clear()
+    states.clear()
+    assert not Acceptance(tmp_path / "out", False).run(stages, minutes=450 / 60)
+    assert limits == [("e", 100), ("b", 200), ("c", 150)]  # the sum is that of the minutes
+    limits.clear()
+    assert Acceptance(tmp_path / "out", False).run(stages)
+    assert limits == [("d", 100)]
+
+
 def test_five_minutes_hold_what_matters_most():
-    """Those before the model leave it at least 100 seconds."""
+    """Those before the model leave it at least 100 seconds, where the first takes 25, as is usual."""
     assert [stage.number for stage in STAGES[:4]] == [1, 2, 4, 5]
-    assert sum(stage.seconds for stage in STAGES[:3]) + 100 <= 300
+    assert 25 + sum(stage.seconds for stage in STAGES[1:3]) + 100 <= 300
     assert sorted(stage.number for stage in STAGES) == list(range(1, 10))
 
 
 def test_users_files_are_refused_before_the_work(tmp_path):
-    for name, content in (("acceptance.json", '{"thesis": 1}'), ("acceptance.md", "thesis"), ("acceptance.log", "x")):
+    for name, content in (
+        ("acceptance.json", '{"thesis": 1}'),
+        ("acceptance.md", "thesis"),
+        ("acceptance.log", "x"),
+        ("acceptance.x.jsonl", '{"kind": "mine"}'),
+    ):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text(content)
@@ -175,7 +234,7 @@ def test_too_little_memory_or_time_leaves_out_by_name_and_the_others_go_on(tmp_p
     from sit_atconv.bench.gpu.worker import Bench
 
     with open(tmp_path / "channel", "w+") as channel:
-        bench = Bench(channel, tmp_path, 100, True)
+        bench = Bench(channel, tmp_path, tmp_path, 100, True)
         monkeypatch.setattr(Bench, "free", lambda self: 3 * 2**30)
 
         def too_large():
@@ -205,21 +264,47 @@ def test_too_little_memory_or_time_leaves_out_by_name_and_the_others_go_on(tmp_p
     assert record["state"] == driver.FAILED
     late = {"kind": "left out", "what": "late", "reason": "time", "why": "over"}
     assert summed([dict(late)], 0, 100)["state"] == driver.PART
-    assert summed([late | {"reason": "memory"}], 0, 100)["state"] == driver.OK
+    short, row = late | {"reason": "memory"}, {"kind": "row", "table": "t", "what": "small"}
+    assert summed([dict(short), row], 0, 100)["state"] == driver.OK
+    assert summed([short], 0, 100)["state"] == driver.PART
     text = to_markdown({"rehearsal": False, "stages": {"x": {"number": 1, "about": "", "seconds": 1.0, **record}}})
     assert "- left out: large: needs about 4.0 GiB, and 3.0 are free" in text
 
 
+def test_a_row_with_the_foreach_optimizer_is_told_where_the_trainer_has_the_fused_one(tmp_path, monkeypatch):
+    from sit_atconv.bench.gpu import training
+    from sit_atconv.bench.gpu.worker import Bench
+    from sit_atconv.training.objectives.flow import FlowObjective
+
+    make = FlowObjective.make_optimizer
+    monkeypatch.setattr(FlowObjective, "make_optimizer", lambda self, fused: make(self, True))  # as on CUDA
+    monkeypatch.setattr(training, "TINY", [setting for setting in training.TINY if "foreach" in setting])
+    with open(tmp_path / "channel", "w+") as channel:
+        training.run(Bench(channel, tmp_path, tmp_path, 100, True))
+        channel.seek(0)
+        told = [json.loads(line) for line in channel]
+    assert [(each["kind"], each.get("error")) for each in told] == [("row", None)]
+    assert "foreach" in told[0]["what"]
+
+
 IMPORTED = """
 import sys
-from sit_atconv.bench.gpu import correct, layer, operator, worker
+from sit_atconv.bench.gpu import __main__, correct, driver, layer, machine, operator, tests, worker
 print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({libraries!r})))
 """
 
 
-def test_stages_of_the_operator_import_torch_and_triton_alone():
+def test_the_command_and_the_stages_of_the_operator_import_torch_and_triton_alone():
     libraries = ["diffusers", "accelerate", "omegaconf", "torch_fidelity", "datasets", "timm", "matplotlib", "sklearn"]
-    libraries += ["torchvision", "torchdiffeq", "einops", "PIL", "safetensors", "transformers"]
+    libraries += [
+        "torchvision",
+        "torchdiffeq",
+        "einops",
+        "PIL",
+        "safetensors",
+        "transformers",
+        "yaml",
+    ]  # torch loads tqdm where it is
     code = IMPORTED.format(libraries=libraries)
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == ""
 
@@ -264,6 +349,31 @@ def test_a_signal_ends_the_stage_that_runs_and_keeps_what_is_done(planted, tmp_p
     assert "Traceback" not in said
     assert not any(map(alive, begun))
     assert len(list(tmp_path.glob("pid-*"))) == driver.AT_ONCE  # no other one was begun
+    found = read_json(tmp_path / "out" / "acceptance.json")["stages"]
+    assert [record["state"] for record in found.values()] == [driver.INTERRUPTED] * driver.AT_ONCE
+    assert all(record["rows"] == [{"table": "found", "what": "a row", "value": 1.5}] for record in found.values())
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes are found in /proc")
+def test_what_a_killed_driver_had_found_is_taken_up(planted, tmp_path):
+    planted("hangs", f"open({str(tmp_path)!r} + '/pid-' + str(os.getpid()), 'w'); time.sleep(600)")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path / "out")], env=environment)
+    while len(begun := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < driver.AT_ONCE:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with pytest.raises(InputError, match="holds a rehearsal"):
+        Acceptance(tmp_path / "out", rehearsal=False)
+    assert Acceptance(tmp_path / "out", rehearsal=True).run([planted("works", "pass")])
+    assert not any(map(alive, begun))
+    found = read_json(tmp_path / "out" / "acceptance.json")["stages"]
+    assert {name: record["state"] for name, record in found.items()} == {
+        "hangs0": driver.INTERRUPTED, "hangs1": driver.INTERRUPTED, "works": driver.OK,
+    }  # fmt: skip
+    assert found["hangs1"]["rows"] == found["works"]["rows"]
+    assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 @pytest.mark.slow

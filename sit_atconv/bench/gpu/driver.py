@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,9 +21,9 @@ from typing import Any, BinaryIO
 from sit_atconv.bench.gpu.stages import PACKAGE, Stage
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, option
-from sit_atconv.runtime.files import check_out, made_here, resolved, write_out
+from sit_atconv.runtime.files import check_out, lock, made_here, resolved, write_out
 from sit_atconv.runtime.markdown import markdown_table, plain
-from sit_atconv.runtime.reading import read_json, read_rows
+from sit_atconv.runtime.reading import Malformed, fault_of, read_json, read_rows
 
 NAME = "acceptance"
 REHEARSAL, REAL = "rehearsal", "real"
@@ -32,13 +34,21 @@ NAMED = 8  # of what is left out for one reason
 KEYS = ("rehearsal", "stages")
 FORM = {"rehearsal": bool, "stages": {str: dict}}
 OK, WRONG, FAILED, DIED, HUNG, PART = "ok", "wrong", "failed", "died", "out of time", "in part"
-LACKS, NOT_BEGUN = "not possible here", "not begun"
+INTERRUPTED, LACKS, NOT_BEGUN = "interrupted", "not possible here", "not begun"
+LATE, NEVER = (HUNG, PART), (LACKS, NOT_BEGUN)
+TOLD = {"kind": str}  # a line of what a stage tells, the first of which is the driver's:
+STAGE = {
+    "kind": "stage", "name": str, "number": int, "about": str, "limit": float, "rehearsal": bool, "begun": float,
+    "marker": re.compile("[0-9a-f]{32}"),
+}  # fmt: skip
 
 
 @dataclass
 class Acceptance:
     """What is known of the stages, in a folder: NAME.json, NAME.md, and NAME.log with what the processes said.
 
+    What the process of a stage tells is in NAME.STAGE.jsonl until it is in NAME.json: a driver that is killed loses
+    nothing, the next one takes it up.
     rehearsal: on a CPU, at tiny sizes. Raises InputError where the folder holds a run of the other kind, or files that
     are not such a run's.
     """
@@ -54,79 +64,144 @@ class Acceptance:
             check_out(self._files[end], f"{end} file", ours=self._ours)
         self.stages: dict[str, dict[str, Any]] = {}
         self._markers: set[str] = set()  # of the stages that run
-        if not self._files["json"].exists():
+        self._stopped = threading.Event()
+        left = self._left()
+        if self._files["json"].exists():
+            found = read_json(self._files["json"], FORM)
+            self.stages = found["stages"]
+            self._check_kind(found["rehearsal"])
+        elif not left:
             check_out(self._files["log"], "log")
-            return
-        found = read_json(self._files["json"], FORM)
-        if found["rehearsal"] != self.rehearsal:
-            held = "a rehearsal" if found["rehearsal"] else "a run on a GPU"
+        for rows in left.values():
+            self._check_kind(rows[0]["rehearsal"])
+
+    def _check_kind(self, rehearsal: bool) -> None:
+        if rehearsal != self.rehearsal:
+            held = "a rehearsal" if rehearsal else "a run on a GPU"
             raise InputError(f"{option('out', str(self.folder))} holds {held}; choose another folder")
-        self.stages = found["stages"]
+
+    def _channel(self, name: str) -> Path:
+        return self.folder / f"{NAME}.{name}.jsonl"
+
+    def _left(self) -> dict[Path, list[dict[str, Any]]]:
+        """What stages told to drivers that were killed, by its file. Raises InputError for a file of another kind."""
+        left = {}
+        for path in sorted(self.folder.glob(f"{NAME}.*.jsonl")):
+            try:
+                left[path] = read_rows(path, TOLD)
+            except (OSError, Malformed):
+                left[path] = []
+            if not left[path] or fault_of(left[path][0], STAGE) or path != self._channel(left[path][0]["name"]):
+                check_out(path, "file of a stage")
+        return left
 
     def run(self, stages: Sequence[Stage], minutes: float | None = None, again: bool = False) -> bool:
-        """Run the stages in their order, never stopping at one that fails; whether all of them are OK. A rehearsal runs
-        AT_ONCE of them at once.
+        """Run the stages, never stopping at one that fails; whether all of them are OK. Those that were never begun
+        come first, and else their order holds. A rehearsal runs AT_ONCE of them at once.
 
+        One that lacked time before gets twice the time that it had.
         minutes: after which none is begun, and the one that runs is ended. again: also those that are OK already.
+        Raises InputError where another process works in the folder.
         """
         end = time.monotonic() + 60 * minutes if minutes else float("inf")
-        left = [each for each in stages if again or self.stages.get(each.name, {}).get("state") != OK]
-        with ThreadPoolExecutor(AT_ONCE if self.rehearsal else 1) as pool:
-            running = [pool.submit(self._found, stage, end) for stage in left]
-            try:
-                for done in as_completed(running):
-                    self.stages |= done.result()
-                    self._write()
-            except BaseException:
-                for future in running:
-                    future.cancel()
-                for marker in [*self._markers]:
-                    end_all(marker)
-                raise
-        self._write()
-        return all(self.stages[stage.name]["state"] == OK for stage in stages)
+        with lock(self.folder, f"{option('out', str(self.folder))}"):
+            self._take_up()
+            states = {stage.name: self.stages.get(stage.name, {}).get("state", NOT_BEGUN) for stage in stages}
+            left = [stage for stage in stages if again or states[stage.name] != OK]
+            left.sort(key=lambda stage: states[stage.name] not in NEVER)
+            with ThreadPoolExecutor(AT_ONCE if self.rehearsal else 1) as pool:
+                running = {pool.submit(self._found, stage, end): stage for stage in left}
+                try:
+                    for done in as_completed(running):
+                        states[running[done].name] = self._keep(running[done].name, done.result())
+                except BaseException:
+                    self._stopped.set()
+                    for future in running:
+                        future.cancel()
+                    for marker in [*self._markers]:
+                        end_all(marker)
+                    for future, stage in running.items():
+                        if not future.cancelled() and not future.exception() and self._channel(stage.name).exists():
+                            self._keep(stage.name, future.result())
+                    raise
+            self._write()
+        return all(state == OK for state in states.values())
 
-    def _found(self, stage: Stage, end: float) -> dict[str, dict[str, Any]]:
-        """The record of a stage by its name, once it was run, or why it was not. end: of the time of all stages."""
-        say(f"{stage.name}: {stage.about}")
+    def _take_up(self) -> None:
+        """Record what stages told to drivers that were killed."""
+        for path, (stage, *_) in self._left().items():
+            end_all(stage["marker"])  # its process may still be there
+            told = read_rows(path, TOLD)[1:]
+            say(f"{stage['name']}: what it told before its driver was killed is taken up")
+            about = {key: stage[key] for key in ("number", "about", "limit")}
+            about["seconds"] = round(max(0.0, path.stat().st_mtime - stage["begun"]), 1)
+            found = summed(told, 0, 0)
+            found |= {"state": INTERRUPTED, "why": "the command was killed; what it had found is here"}
+            self._keep(stage["name"], about | found)
+
+    def _keep(self, name: str, found: dict[str, Any]) -> str:
+        """Record what was found of a stage, unless an earlier record tells more; the state that was found."""
+        before, state = self.stages.get(name), found["state"]
+        if before is None or state == OK or (state not in NEVER and _told(found) >= _told(before)):
+            self.stages[name] = found
+        elif state not in NEVER:
+            before |= {"later": f"a later try told less, {state}{_because(found)}", "limit": found["limit"]}
+        self._write()
+        self._channel(name).unlink(missing_ok=True)
+        return state
+
+    def _found(self, stage: Stage, end: float) -> dict[str, Any]:
+        """The record of a stage once it was run, or why it was not. end: of the time of all stages."""
         begun = time.monotonic()
-        limit = min(stage.rehearsal_seconds if self.rehearsal else stage.seconds, end - begun)
+        limit = min(self._limit(stage), end - begun)
+        say(f"{stage.name}: {stage.about}")
         if lacking := [name for name in stage.needs if find_spec(name) is None]:
             found = {"state": LACKS, "why": f"needs the packages {', '.join(lacking)}"}
-        elif limit < LEAST_SECONDS and end < float("inf"):
-            if stage.name in self.stages:  # what an earlier call found
-                return {}
+        elif self._stopped.is_set() or (limit < LEAST_SECONDS and end < float("inf")):
             found = {"state": NOT_BEGUN, "why": "no time was left; the same command goes on with it"}
         else:
             found = self._result(stage, limit)
         about = {"number": stage.number, "about": stage.about, "seconds": round(time.monotonic() - begun, 1)}
         say(f"{stage.name}: {found['state']}, {about['seconds']:.0f} s{_because(found)}")
-        return {stage.name: about | found}
+        return about | {"limit": limit} | found
+
+    def _limit(self, stage: Stage) -> float:
+        """Seconds that a stage may take: twice what it had where it lacked time, and its own at least."""
+        own, before = stage.rehearsal_seconds if self.rehearsal else stage.seconds, self.stages.get(stage.name, {})
+        return max(own, 2 * before.get("limit", 0)) if before.get("state") in LATE else own
 
     def _result(self, stage: Stage, limit: float) -> dict[str, Any]:
+        channel = self._channel(stage.name)
         with tempfile.TemporaryDirectory() as scratch:
-            channel, said = Path(scratch) / "channel", Path(scratch) / "said"
-            channel.touch()
+            said = Path(scratch) / "said"
+            facts = {"name": stage.name, "number": stage.number, "about": stage.about, "limit": limit}
+            facts |= {"rehearsal": self.rehearsal, "begun": time.time(), "marker": uuid.uuid4().hex}
+            channel.write_text(json.dumps({"kind": "stage", **facts}) + "\n")
             try:
                 with open(said, "wb") as log:
-                    status = self._process(stage, channel, limit, log)
+                    status = self._process(stage, (channel, self.folder, Path(scratch)), limit, log, facts["marker"])
             finally:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 with open(self._files["log"], "ab") as log:
                     log.write(f"==== {stage.name} ====\n".encode() + said.read_bytes() + b"\n")
-            return summed(read_rows(channel, {"kind": str}), status, limit)
+        found = summed(read_rows(channel, TOLD)[1:], status, limit)
+        if self._stopped.is_set() and found["state"] == DIED:
+            found |= {"state": INTERRUPTED, "why": "a signal ended the command; what it had found is here"}
+        return found
 
-    def _process(self, stage: Stage, channel: Path, limit: float, log: BinaryIO) -> int | None:
-        """Run the process of a stage; its exit status, None where it was ended for its time."""
-        mode, marker = (REHEARSAL if self.rehearsal else REAL), uuid.uuid4().hex
+    def _process(self, stage: Stage, places: Sequence[Path], limit: float, log: BinaryIO, marker: str) -> int | None:
+        """Run the process of a stage; its exit status, None where it was ended for its time. places: its channel, the
+        folder of the acceptance, and one for what goes with it."""
+        mode = REHEARSAL if self.rehearsal else REAL
         environment = {**os.environ, MARKER: marker, "PYTHONUNBUFFERED": "1"}
         if self.rehearsal and stage.interpreted:
             environment["TRITON_INTERPRET"] = "1"
-        place = (str(channel), str(self.folder.absolute()))
-        words = [sys.executable, "-m", f"{PACKAGE}.worker", stage.module, *place, str(limit), mode]
+        places = (str(place.absolute()) for place in places)
+        words = [sys.executable, "-m", f"{PACKAGE}.worker", stage.module, *places, str(limit), mode]
         self._markers.add(marker)
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
+            if self._stopped.is_set():  # before this process was there to be ended
+                process.kill()
             return process.wait(limit)
         except subprocess.TimeoutExpired:
             return None
@@ -185,6 +260,9 @@ def _state(record: dict[str, Any], status: int | None, limit: float) -> dict[str
         return {"state": FAILED, "why": f"its process ended with status {status}; the log says more"}
     if wrong:
         return {"state": WRONG, "why": f"{len(wrong)} of {len(record['checks'])} checks do not hold: {wrong[0]}"}
+    short = [each["what"] for each in record["left_out"] if each["reason"] == "memory"]
+    if short and not _told(record):
+        return {"state": PART, "why": f"no memory for any of its {len(short)} parts, the first {short[0]}"}
     if late:
         return {"state": PART, "why": f"no time for {len(late)} of its parts, the first {late[0]}"}
     return {"state": OK, "why": ""}
@@ -192,6 +270,11 @@ def _state(record: dict[str, Any], status: int | None, limit: float) -> dict[str
 
 def _because(found: dict[str, Any]) -> str:
     return f": {found['why']}" if found["why"] else ""
+
+
+def _told(record: dict[str, Any]) -> int:
+    """How much a stage told."""
+    return len(record.get("checks", ())) + len(record.get("rows", ()))
 
 
 def to_markdown(facts: dict[str, Any]) -> str:
@@ -205,13 +288,17 @@ def to_markdown(facts: dict[str, Any]) -> str:
             places.setdefault(said, []).append(name)
     lines += [f"{plain(place)} ({', '.join(names)}).\n" for place, names in places.items()]
     rows = (
-        [str(record["number"]), name, record["state"], f"{record['seconds']:.0f}", plain(record["why"])]
+        [str(record["number"]), name, record["state"], f"{record['seconds']:.0f}", plain(_reasons(record))]
         for name, record in stages
     )
     lines.append(markdown_table(["", "stage", "state", "s", "why"], rows, text=("stage", "state", "why")))
     for name, record in stages:
         lines += _of_stage(name, record)
     return "\n".join(lines) + "\n"
+
+
+def _reasons(record: dict[str, Any]) -> str:
+    return "; ".join(filter(None, (record["why"], record.get("later"))))
 
 
 def _of_stage(name: str, record: dict[str, Any]) -> Iterator[str]:

@@ -2,15 +2,15 @@
 
 import torch
 
-from sit_atconv.bench.gpu.worker import Bench, nvidia_smi
+from sit_atconv.bench.gpu.worker import Bench
+from sit_atconv.bench.timing import nvidia_smi
 
 COPIED, SIDE = 2**32, 8192  # bytes; of the square matrices
 
 
 def run(bench: Bench) -> None:
-    bench.row(
-        "machine", nvidia_smi=nvidia_smi("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
-    )
+    fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
+    bench.row("machine", nvidia_smi=nvidia_smi(bench.device, *fields, units=True))
     size, side = (2**16, 64) if bench.rehearsal else (COPIED, SIDE)
     bench.attempt("copying", lambda: copy(bench, size), needs=2 * size)
     bench.attempt("multiplying", lambda: multiply(bench, side), needs=6 * side * side)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 
 from sit_atconv.bench.baselines import MatrixProducts, attention_twin
-from sit_atconv.bench.gpu.worker import Bench, backend
+from sit_atconv.bench.forms import on_backend
+from sit_atconv.bench.gpu.worker import Bench
 from sit_atconv.bench.plots import LIMIT
 from sit_atconv.bench.speed import PIXELS_PER_LATENT, attend_by_the_fastest, random_model, usual_batch
 from sit_atconv.bench.timing import peak_bytes
@@ -59,7 +60,7 @@ def measure(bench: Bench, size: int, batch: int) -> None:
     models = {name: drawn(bench, name, size) for name in (attention_twin(NAME), NAME)}
     calls = {name: evaluation(model, inputs) for name, model in models.items()}
     attention = attend_by_the_fastest(models[attention_twin(NAME)], calls[attention_twin(NAME)], bench.device)
-    with backend("reference"):
+    with on_backend("reference"):
         expected = {name: call() for name, call in calls.items()}
     products = {name + LIMIT: MatrixProducts(model, *inputs) for name, model in models.items()}
 

@@ -1,17 +1,20 @@
 """The operator alone in its backends, and a sweep of the tiles of its Triton kernels: which is the fastest for which
 kernel, dtype and shape. The sweep decides nothing by itself; what it finds is written into the kernels by hand."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from sit_atconv.bench.forms import TOLERANCE, assert_close, make_call, operator_forms
-from sit_atconv.bench.gpu.worker import Bench
+from sit_atconv.bench.gpu.worker import ABSENT, TIME, Bench
 from sit_atconv.ops.atconv import pool_tokens, triton_kernels, triton_pooling, triton_taps
 from sit_atconv.ops.atconv.tiles import TapTile, Tile
+from sit_atconv.runtime.errors import said
 
 # (B, H, W): 75 million values with 1152 channels, and a small batch.
 SHAPES = ((64, 32, 32), (256, 16, 16), (16, 64, 64), (2, 64, 64))
@@ -26,14 +29,18 @@ SHORTLIST = 1.5  # tiles that take more than so many times the fastest of a firs
 
 def run(bench: Bench) -> None:
     shapes, channels = (TINY, TINY_CHANNELS) if bench.rehearsal else (SHAPES, CHANNELS)
-    sizes = [(*shape, channels) for shape in shapes]
-    for dtype, shape, step in product(("bf16",), sizes, ("backward",) if bench.rehearsal else ("forward", "backward")):
-        needs = 60 * 2 * shape[0] * shape[1] * shape[2] * channels
-        name = f"backends, {step} at {shape}"
-        bench.attempt(name, lambda s=shape, d=dtype, t=step: backends(bench, s, d, t), needs)
-    for dtype, shape in [("bf16", SWEPT)] if bench.rehearsal else product(DTYPES, sizes):
-        needs = 8 * DTYPES[dtype].itemsize * shape[0] * shape[1] * shape[2] * channels
-        bench.attempt(f"tiles at {shape} in {dtype}", lambda s=shape, d=dtype: sweep(bench, s, d), needs)
+    for shape in [(*shape, channels) for shape in shapes]:
+        for step in ("backward",) if bench.rehearsal else ("forward", "backward"):
+            name, needs = f"backends, {step} at {shape}", 60 * 2 * math.prod(shape)
+            bench.attempt(name, lambda s=shape, t=step: backends(bench, s, "bf16", t), needs)
+        swept(bench, SWEPT if bench.rehearsal else shape, "bf16")
+    for shape in () if bench.rehearsal else shapes:
+        swept(bench, (*shape, channels), "fp32")
+
+
+def swept(bench: Bench, shape: tuple[int, int, int, int], dtype: str) -> None:
+    needs = 8 * DTYPES[dtype].itemsize * math.prod(shape)
+    bench.attempt(f"tiles at {shape} in {dtype}", lambda: sweep(bench, shape, dtype), needs)
 
 
 def bandwidth(shape: tuple, dtype: str, ms: float) -> float:
@@ -127,21 +134,28 @@ def kernels_to_sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: torc
 
 def sweep(bench: Bench, shape: tuple[int, int, int, int], dtype: str) -> None:
     """All tiles of every kernel: a first short round, then those that came near the fastest, in turn."""
-    for name, swept in kernels_to_sweep(bench, shape, DTYPES[dtype]).items():
+    for name, kernel in kernels_to_sweep(bench, shape, DTYPES[dtype]).items():
         what = f"{name} at {shape} in {dtype}"
-        bench.attempt(what, lambda n=name, s=swept: best_tile(bench, n, s, shape, dtype))
+        bench.attempt(what, lambda n=name, k=kernel: best_tile(bench, n, k, shape, dtype))
 
 
-def best_tile(bench: Bench, name: str, swept: Swept, shape: tuple[int, int, int, int], dtype: str) -> None:
-    usual, expected, calls = swept.usual, together(swept.call(swept.usual)), {}
-    for tile in dict.fromkeys([usual, *swept.others]):
-
-        def ready(tile=tile) -> None:
-            for got, other in zip(together(swept.call(tile)), expected, strict=True):
+def best_tile(bench: Bench, name: str, kernel: Swept, shape: tuple[int, int, int, int], dtype: str) -> None:
+    usual, expected, calls = kernel.usual, together(kernel.call(kernel.usual)), {}
+    for tile in dict.fromkeys([usual, *kernel.others]):
+        what = f"{name}, {tile}, {shape}, {dtype}"
+        if bench.seconds_left() < 0:
+            bench.leave_out(what, TIME, "the time of the stage is over")
+            continue
+        try:
+            for got, other in zip(together(kernel.call(tile)), expected, strict=True):
                 assert_close(str(tile), got, other, TOLERANCE[dtype])
-            calls[tile] = lambda: swept.call(tile)
-
-        bench.attempt(f"{name}, {tile}, {shape}, {dtype}", ready)
+            calls[tile] = lambda tile=tile: kernel.call(tile)
+        except OutOfResources as error:  # a device with less shared memory, or fewer registers
+            bench.leave_out(what, ABSENT, said(error))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            bench.fault(what)
     first = bench.times(calls, graphs=(), rounds=1)
     near = SHORTLIST * min(facts["ms"] for facts in first.values())
     chosen = {tile: call for tile, call in calls.items() if tile == usual or first[tile]["ms"] <= near}

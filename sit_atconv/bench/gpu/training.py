@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,16 +19,18 @@ from sit_atconv.runtime.files import resolved
 from sit_atconv.runtime.reading import read_rows
 from sit_atconv.training import train
 from sit_atconv.training.trainer import Activity, Trainer
+from sit_atconv.training.verdict import AtOnce
 
 LATENT, IMAGES, CLASSES = 32, 4096, 1000
 NONE = hashlib.sha256(b"none").hexdigest()  # of the autoencoder
 TINY_LATENT, FEW_IMAGES = 4, 16
-# Model, batch, compiled, optimizer; the ones that say most first.
+# Model, batch, compiled, optimizer, loader processes; the ones that say most first, and the last for 24 GiB.
 SETTINGS = (
-    (NAME, 64, True, "fused"), (attention_twin(NAME), 64, True, "fused"), (NAME, 64, True, "foreach"),
-    (NAME, 64, False, "fused"), (NAME, 32, True, "fused"),
+    (NAME, 64, True, "fused", 2), (attention_twin(NAME), 64, True, "fused", 2), (NAME, 64, True, "foreach", 2),
+    (NAME, 64, True, "fused", 0), (NAME, 64, False, "fused", 2), (NAME, 32, True, "fused", 2),
+    (NAME, 8, True, "fused", 2),
 )  # fmt: skip
-TINY = ((NAME, 2, False, "fused"), (NAME, 2, False, "foreach"))
+TINY = ((NAME, 2, False, "fused", 2), (NAME, 2, False, "foreach", 0))
 TINY_MODEL = (
     "model.name=null", "model.token_mixer=atconv", "model.depth=1", "model.hidden_size=16", "model.num_heads=2",
     f"model.sample_size={TINY_LATENT}", f"data.num_images={FEW_IMAGES}",
@@ -42,15 +45,17 @@ class Done(Exception):
 class Measured(Activity):
     """Ends a run after so many steps, without a checkpoint; the optimizer is told how it works.
 
-    optimizer: "fused" as the trainer has it, "foreach" in any case.
+    optimizer: "fused" as the trainer has it on CUDA; "foreach", whose steps are decided on at once.
     """
 
     def __init__(self, steps: int, optimizer: str):
         self.steps, self.optimizer = steps, optimizer
 
     def begin(self, trainer: Trainer) -> None:
-        for group in trainer.optimizer.param_groups if self.optimizer == "foreach" else ():
-            group.update(fused=False, foreach=True)
+        if self.optimizer == "foreach":  # which skips no step by itself
+            trainer.verdict_on = partial(AtOnce, scaler=trainer.accelerator.scaler)
+            for group in trainer.optimizer.param_groups:
+                group.update(fused=False, foreach=True)
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step == self.steps:
@@ -62,17 +67,18 @@ def run(bench: Bench) -> None:
     cache = bench.attempt("a cache of random latents", lambda: random_cache(bench.scratch / "cache", side, images))
     if cache is None:
         return
-    for number, (name, batch, compiled, optimizer) in enumerate(TINY if bench.rehearsal else SETTINGS):
+    for number, (name, batch, compiled, optimizer, workers) in enumerate(TINY if bench.rehearsal else SETTINGS):
         mode = "compiled" if compiled else "eager"
         overrides = [
-            f"model.name={name}", "data.kind=latents", f"data.root={cache}", "data.image_size=null", "data.workers=2",
-            f"data.num_images={images}", "latents.vae=null", f"run.out={bench.scratch / f'run-{number}'}",
+            f"model.name={name}", "data.kind=latents", f"data.root={cache}", "data.image_size=null",
+            f"data.workers={workers}", f"data.num_images={images}", "latents.vae=null",
+            f"run.out={bench.scratch / f'run-{number}'}",
             f"train.batch_size={batch}", "train.precision=bf16", f"train.compile={str(compiled).lower()}",
             f"run.log_every={1 if bench.rehearsal else EVERY}", "preview.every=0", "checkpoint.every=1000000",
             *(TINY_MODEL if bench.rehearsal else ()),
         ]  # fmt: skip
         needs = 0 if bench.rehearsal else 14e9 + 0.7e9 * batch
-        what = f"{name}, batch {batch}, {mode}, {optimizer}"
+        what = f"{name}, batch {batch}, {mode}, {optimizer}, {workers} loader processes"
         bench.attempt(what, lambda o=overrides, k=optimizer, w=what: measure(bench, o, k, w), needs)
 
 

@@ -1,6 +1,6 @@
 """The process of one stage of an acceptance run.
 
-    python -m sit_atconv.bench.gpu.worker MODULE CHANNEL FOLDER SECONDS MODE
+    python -m sit_atconv.bench.gpu.worker MODULE CHANNEL FOLDER SCRATCH SECONDS MODE
 
 What it finds goes to the file CHANNEL as it is found, a JSON object a line, so that the death of the process costs only
 what it was about to find. It imports torch, and what the stage imports.
@@ -13,20 +13,21 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from sit_atconv.bench.timing import commit, device_name, device_state, measured, source_digest
-from sit_atconv.ops.atconv import BACKEND_VARIABLE
+from sit_atconv.bench.forms import on_backend
+from sit_atconv.bench.timing import commit, device_name, device_state, measured, nvidia_smi, source_digest
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import said
 
@@ -46,8 +47,8 @@ class Bench:
     folder: of the acceptance. scratch: a folder that goes with the process.
     """
 
-    def __init__(self, channel: TextIO, folder: Path, seconds: float, rehearsal: bool):
-        self.folder, self.scratch = folder, Path(channel.name).parent
+    def __init__(self, channel: TextIO, folder: Path, scratch: Path, seconds: float, rehearsal: bool):
+        self.folder, self.scratch = folder, scratch
         self._channel, self._end = channel, time.monotonic() + SOFT * seconds
         self.rehearsal = rehearsal
         self.device = resolve_device("cpu" if rehearsal else "cuda")
@@ -106,9 +107,18 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def supported(self, what: str, call: Callable[[], Any]) -> Any:
+        """What a call returns; None where torch says that this device, or this build of it, has no kernel for that."""
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return self.leave_out(what, ABSENT, said(error))
+
     def kernels(self) -> AbstractContextManager[None]:
         """Within it the operator runs on its Triton kernels, as on a CUDA device; in a rehearsal they are asked for."""
-        return backend("triton") if self.rehearsal else nullcontext()
+        return on_backend("triton") if self.rehearsal else nullcontext()
 
     def compiled(self, function: Callable) -> Callable:
         """torch.compile for fixed shapes, in one graph; in a rehearsal without the generation of code."""
@@ -129,19 +139,6 @@ class Bench:
         taken = measured(calls, rounds, self.device, "rounds", graphs)
         state = device_state(self.device) or {}
         return {name: each.facts() | state for name, each in taken.items()}
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Within it the environment asks for a backend of the operator."""
-    before = os.environ.get(BACKEND_VARIABLE)
-    os.environ[BACKEND_VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(BACKEND_VARIABLE)
-        if before is not None:
-            os.environ[BACKEND_VARIABLE] = before
 
 
 def _finite(value: Any) -> Any:
@@ -174,26 +171,29 @@ def machine(device: torch.device) -> dict[str, Any]:
             "multiprocessors": of.multi_processor_count,
             "memory_bytes": of.total_memory,
             "l2_bytes": of.L2_cache_size,
-            "driver": nvidia_smi("driver_version"),
+            "driver": nvidia_smi(device, "driver_version"),
         }
     return facts
 
 
-def nvidia_smi(*fields: str) -> str | None:
-    """What nvidia-smi says of the first device, None where it is not there."""
+def status_within(seconds: float, words: Sequence[str], **settings: Any) -> int | None:
+    """The exit status of a command, None where it was ended after that time, with what it had started. What it says is
+    in the log."""
+    process = subprocess.Popen(words, start_new_session=True, **settings)
     try:
-        asked = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
+        return process.wait(max(0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return None
 
 
 @numerics()
 def main() -> None:
     faulthandler.enable()
-    module, channel, folder, seconds, mode = sys.argv[1:]
+    module, channel, folder, scratch, seconds, mode = sys.argv[1:]
     with open(channel, "a") as file:
-        bench = Bench(file, Path(folder), float(seconds), mode == REHEARSAL)
+        bench = Bench(file, Path(folder), Path(scratch), float(seconds), mode == REHEARSAL)
         bench.where()
         try:
             # Every function compiles for its own shapes alone, however many there are.
