@@ -18,7 +18,8 @@ from sit_atconv.ops.atconv.tiles import Tile
 CASES = [
     *(((2, 4, 5, 7), k, torch.float32) for k in (1, 3, 5)),
     *((shape, 3, torch.float32) for shape in [(3, 1, 6, 9), (2, 7, 1, 3), (1, 3, 2, 1)]),
-    *((shape, 3, dtype) for shape in [(2, 4, 5, 7), (2, 5, 4, 16)] for dtype in (torch.bfloat16, torch.float16)),
+    ((2, 4, 5, 7), 3, torch.bfloat16),
+    *slowly([((2, 5, 4, 16), 3, torch.bfloat16), *(((2, n, 9 - n, 7), 3, torch.float16) for n in (4, 5))]),
 ]
 
 
@@ -73,7 +74,7 @@ def test_kernels_are_exact(shape, k, dtype):
     assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype))
 
 
-@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 40), (torch.bfloat16, 70)])
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, 70), *slowly([(torch.float32, 40)])])
 def test_tiles_meet_without_a_seam(dtype, channels):
     """A grid that ends inside the second tile of rows, of columns and of channels."""
     assert_as_exact_as_fp32_sums_allow(*_draw((2, 5, 18, channels), 3, dtype))
@@ -82,12 +83,13 @@ def test_tiles_meet_without_a_seam(dtype, channels):
 @pytest.mark.parametrize(
     ("shape", "k", "dtype", "constants", "splits"),
     [
-        ((1, 13, 19, 3), 3, torch.bfloat16, {}, (3, 5)),
-        ((1, 15, 4, 3), 5, torch.float32, {}, (2, 4)),
-        ((2, 15, 4, 3), 3, torch.float32, {"PROGRAMS": 10, "MIN_TILES": 1}, (5, 2)),
+        ((2, 15, 4, 3), 3, torch.float32, {"PROGRAMS": 10, "MIN_TILES": 1}, (5, 2)),  # the last split is empty
+        *slowly([
+            ((1, 13, 19, 3), 3, torch.bfloat16, {}, (3, 5)),  # the last split is short
+            ((1, 15, 4, 3), 5, torch.float32, {}, (2, 4)),  # columns of the kernel apart
+        ]),
     ],
-    ids=["the last split is short", "columns of the kernel apart", "the last split is empty"],
-)
+)  # fmt: skip
 def test_splits_of_the_positions_add_up(monkeypatch, shape, k, dtype, constants, splits):
     for name, value in constants.items():
         monkeypatch.setattr(triton_launch, name, value)
