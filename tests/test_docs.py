@@ -202,7 +202,8 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[str]:
 
 KEYS = {*keys_of(Recipe), *keys_of(ClassifierRecipe)}
 SECTIONS = "|".join(sorted({key.partition(".")[0] for key in KEYS}))
-OTHERS_FLAGS = {"--num_processes", "--signal", "--rehearse", "--stages"}  # accelerate's, slurm's, the acceptance run's
+# accelerate's, slurm's, the acceptance run's
+OTHERS_FLAGS = {"--num_processes", "--signal", "--rehearse", "--stages", "--minutes"}
 
 
 @pytest.mark.parametrize("page", PAGES)
