@@ -158,7 +158,7 @@ def test_a_preview_that_is_not_finite_in_one_process_is_left_out_by_both(recipe_
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_both(recipe, tmp_path):
     for processes, rank in ((1, 0), (2, 1)):
-        fault = ("-m", "experiments.drill.child", "--nan", f"{rank}:7", "--")
+        fault = ("-m", "experiments.drill.child", "sit", "nan", str(rank), "7")
         launch(processes, recipe, f"run.out={tmp_path / str(processes)}", script=fault)
     one, two = (log_rows(tmp_path / str(processes)) for processes in (1, 2))
     assert [row["skipped"] for row in two] == [0] * 6 + [1] * 34
