@@ -168,7 +168,7 @@ def open_source(path: str | Path, allow_lossy: bool = False, overrides: Sequence
     npz: `arr_0`, uint8 (N, H, W, C), stored or compressed, and perhaps labels `arr_1`, integers (N,).
     Folder with manifest.json: its samples.npz, or one image file per index, which is the number in the file's name.
     Any other folder: its image files, subfolders too, in the order of their paths.
-    Recipe (.yaml): its training images, at its size, none mirrored. overrides: key=value, laid over it.
+    Recipe (.yaml): the images that it trains on, at its size, none mirrored. overrides: key=value, laid over it.
     allow_lossy: let JPEG and WebP in, which a recipe's images may be anyway.
     Raises InputError for anything else, and for images that break a rule of `Source`.
     """
@@ -273,24 +273,28 @@ class _Npz(Source):
 
 
 class _Recipe(Source):
-    """The training images of a recipe, read by threads a batch at a time."""
+    """The images that a recipe trains on, without those that it holds out, read by threads a batch at a time."""
 
     def __init__(self, path: Path, overrides: Sequence[str]):
         from sit_atconv.data import describe_images, open_dataset
+        from sit_atconv.data.held_out import split
 
         data = recipe_data(path, overrides)
         if data.streaming:
             raise InputError("data.streaming=true: scores need to reach every image; leave it out")
+        share = data.held_out
         if data.kind == "latents":
             if data.source is None:  # where a record says that they lie is not opened
                 raise InputError(f"{str(path)!r}: data.kind=latents: say with data.source=PLACE where its images lie")
             cache = open_dataset(dataclasses.replace(data, verify=False))
-            data, self._dataset = cache.images_data, cache.images()
+            data, images = cache.images_data, cache.images()
         else:
-            self._dataset = open_dataset(data)
+            images = open_dataset(data)
+        self._reader = getattr(images, "reader", None)  # where there are files
+        self._dataset, _ = split(images, share)
         if len(bad := np.flatnonzero(self._dataset.labels < 0)):
             self._dataset[bad[0], False]  # raises: it cannot be read
-        self.data = describe_images(data)
+        self.data = describe_images(data) | ({} if share is None else {"held_out": share})
         shape = (self._dataset.channels, self._dataset.image_size, self._dataset.image_size)
         which = hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
         super().__init__(
@@ -304,8 +308,8 @@ class _Recipe(Source):
 
         images = torch.stack([*self._threads.map(lambda index: self._dataset[index, False][0], range(start, stop))])
         images = images if images.dtype == torch.uint8 else to_uint8(images)  # of digits
-        if (reader := getattr(self._dataset, "reader", None)) is not None:  # else there are no files
-            self._note(reader)
+        if self._reader is not None:
+            self._note(self._reader)
         return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 

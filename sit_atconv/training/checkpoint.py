@@ -65,6 +65,7 @@ MANIFEST_FORM = {
     "codec?": CODEC_FORM,
     "data?": {"num_images": POSITIVE, "classes": [str]},
     "images_seen?": COUNT,
+    "seconds?": (float, None),
 }
 ID2LABEL_FORM = {"id2label?": ({re.compile("[0-9]{1,18}"): str}, None)}
 CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}

@@ -11,10 +11,11 @@ import torch
 from sit_atconv import config
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
+from sit_atconv.data.held_out import split
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, options_of
-from sit_atconv.runtime.errors import named
+from sit_atconv.runtime.errors import InputError, named
 from sit_atconv.training import ema as averages
 from sit_atconv.training.ema import SAMPLED
 from sit_atconv.training.facts import Facts, check_stated, describe, measured_facts, stated_facts
@@ -35,6 +36,16 @@ def check_preview(recipe: Recipe, model: SiTTransformer2DModel) -> None:
             recipe.preview.for_model(model)
 
 
+def check_validation(recipe: Recipe, facts: Facts) -> None:
+    """Raise InputError where the loss of more held-out images is asked for than there are."""
+    number = recipe.validation.num
+    if recipe.validation.every and number is not None and number > facts.held_out:
+        raise InputError(
+            f"validation.num={number}: data.held_out={recipe.data.held_out:g} holds out {facts.held_out:,} images; "
+            "state that many or fewer, or null for all"
+        )
+
+
 def dry_run(recipe: Recipe) -> str:
     """The recipe's plan, see `plan`; the model is built on the meta device, data and VAE are not opened if the recipe
     states what they decide. Raises InputError for a recipe that cannot be trained."""
@@ -44,14 +55,16 @@ def dry_run(recipe: Recipe) -> str:
         # A plan needs no proof of what is in a cache.
         dataset = open_dataset(dataclasses.replace(recipe.data, verify=recipe.data.kind != "latents"))
     if stated is None:
-        codec = open_codec(recipe.latents, dataset)
-        facts, measured, names = measured_facts(dataset, codec), describe(dataset, codec), dataset.class_names
+        codec, names = open_codec(recipe.latents, dataset), dataset.class_names
+        training, held_out = split(dataset, recipe.data.held_out)
+        facts, measured = measured_facts(training, codec, held_out), describe(training, codec, held_out)
     facts = stated or facts
     check_stated(recipe, facts)
     kind = objective_of(recipe)  # imported on no device but the CPU
     with torch.device("meta"):
         objective = kind(recipe, facts)
     check_preview(recipe, objective.model)
+    check_validation(recipe, facts)
     described = {"recipe": config.to_dict(resolved(recipe, facts)), **measured}
     encoded = dataset.index["data"] if dataset is not None and dataset.moments else None
     look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
@@ -82,7 +95,7 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
         "latent" if recipe.latents.codec == "vae" else "pixels": " x ".join(map(str, facts.latent_shape)),
         "data": f"{recipe.data.kind}, "
         + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
-        + f"{facts.num_images:,} images in {_classes(facts.num_classes, names)}",
+        + f"{facts.all_images:,} images{_held_out(facts)} in {_classes(facts.num_classes, names)}",
         "memory": f"weights {_size(parameters)}, gradients {_size(trainable)}, optimiser {_size(2 * trainable)}, "
         f"EMA {_size(copies * parameters)}, all in fp32 whatever the precision (activations come on top"
         f"{objective.besides})",
@@ -99,6 +112,9 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
             f"every {ema.snapshot_every:,} steps, {taken:,} of {_size(copies * parameters)} each, "
             f"{_size(taken * copies * parameters)} at the end"
         )
+    if recipe.validation.every:
+        number = recipe.validation.num or facts.held_out
+        rows["validation"] = f"every {recipe.validation.every:,} steps, of {number:,} held-out images"
     rows["run"] = run
     return "\n".join(f"{name:<18} {text}" for name, text in rows.items())
 
@@ -111,6 +127,10 @@ def _model(recipe: Recipe, model: SiTTransformer2DModel) -> str:
     preset, stated = options_of(name), recipe.model.options()
     changed = [key for key in stated if key not in (*FROM_FLOW, *FROM_DATA) and stated[key] != preset[key]]
     return ", ".join([name, *(f"{key}={stated[key]}" for key in changed)])
+
+
+def _held_out(facts: Facts) -> str:
+    return f", {facts.held_out:,} held out," if facts.held_out else ""
 
 
 def _classes(number: int, names: Sequence[str] | None) -> str:
