@@ -126,6 +126,36 @@ def test_a_page_shows_what_the_files_say(make, tmp_path):
     assert "other samples" not in page.text
 
 
+def test_losses_of_held_out_images_and_losses_over_seconds_are_drawn_where_a_run_has_them(make, tmp_path):
+    old, new = training(tmp_path / "old"), training(tmp_path / "new", losses=(2.0, 1.5, 1.25))
+    page = make(old)
+    assert "Validation loss" not in page.text
+    assert "over time" not in page.text
+    for index, line in enumerate(log := [json.loads(line) for line in (new / "log.jsonl").read_text().splitlines()]):
+        line["seconds"] = None if index == 0 else 2.5 * index  # the first one by an earlier version
+    rows(new / "log.jsonl", log)
+    validation = [
+        {"step": 20, "seconds": 2.5, "loss": 1.75, "loss_se": 0.0125, "num": 7000},
+        {"step": 30, "seconds": 5.0, "loss": 1.5, "loss_se": 0.0125, "num": 7000},
+    ]
+    rows(new / "validation.jsonl", validation)
+    manifest = json.loads((new / "step-0000030" / "manifest.json").read_text())
+    manifest["data"]["held_out"] = 7000
+    recipe = yaml.safe_load((new / "recipe.yaml").read_text()) | {"data": {"kind": "zip"}}
+    (new / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (new / "step-0000030" / "manifest.json").write_text(json.dumps(manifest))
+    labels = [each.get("aria-label", "") for each in make(old, new).all("svg")]
+    for label in (
+        "Validation loss over step: new from 1.75 to 1.5, least 1.5, greatest 1.75",
+        "Training loss over time over second of training: new from 1.5 to 1.25, least 1.25, greatest 1.5",
+        "Validation loss over time over second of training: new from 1.75 to 1.5, least 1.5, greatest 1.75",
+    ):
+        assert label in labels
+    page = make(new)
+    for text in ("1.5 at second 5", "1.500 ± 0.013, 7,000 images", "zip, 1,437 images, 7,000 more held out"):
+        assert text in page.text
+
+
 def test_the_grid_has_the_first_samples_of_each_class_in_their_order(make, tmp_path):
     labels = [2, 0, 1, 2, 0, 2]
     page = make(samples(tmp_path / "a", labels))
@@ -502,7 +532,9 @@ def test_a_broken_file_is_an_error_and_the_old_page_stays(make, tmp_path, damage
 
 def test_a_folder_with_nothing_to_report_is_an_error_that_says_what_was_looked_for(make, tmp_path):
     (tmp_path / "empty" / "samples" / "x").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"looked for log.jsonl, scores.jsonl, recipe.yaml, .*metrics.json"):
+    with pytest.raises(
+        InputError, match=r"looked for log.jsonl, scores.jsonl, validation.jsonl, recipe.yaml, .*metrics.json"
+    ):
         make(tmp_path / "empty")
     with pytest.raises(InputError, match="is no folder"):
         make(tmp_path / "nowhere")
