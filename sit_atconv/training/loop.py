@@ -18,7 +18,7 @@ from sit_atconv.training.facts import check_stated, describe, measured_facts
 from sit_atconv.training.folder import check_place, check_run_folder, claim, told_of
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
-from sit_atconv.training.plan import check_preview, check_validation, plan
+from sit_atconv.training.plan import check_preview, plan
 from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import Activity, Trainer
 
@@ -59,7 +59,6 @@ def train(
         kind.check_launch(accelerator)
         objective = kind(recipe, facts)
         check_preview(recipe, objective.model)
-        check_validation(recipe, facts)
         if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
         objective.open(codec)

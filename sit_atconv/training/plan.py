@@ -15,7 +15,7 @@ from sit_atconv.data.held_out import split
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, options_of
-from sit_atconv.runtime.errors import InputError, named
+from sit_atconv.runtime.errors import named
 from sit_atconv.training import ema as averages
 from sit_atconv.training.ema import SAMPLED
 from sit_atconv.training.facts import Facts, check_stated, describe, measured_facts, stated_facts
@@ -36,16 +36,6 @@ def check_preview(recipe: Recipe, model: SiTTransformer2DModel) -> None:
             recipe.preview.for_model(model)
 
 
-def check_validation(recipe: Recipe, facts: Facts) -> None:
-    """Raise InputError where the loss of more held-out images is asked for than there are."""
-    number = recipe.validation.num
-    if recipe.validation.every and number is not None and number > facts.held_out:
-        raise InputError(
-            f"validation.num={number}: data.held_out={recipe.data.held_out:g} holds out {facts.held_out:,} images; "
-            "state that many or fewer, or null for all"
-        )
-
-
 def dry_run(recipe: Recipe) -> str:
     """The recipe's plan, see `plan`; the model is built on the meta device, data and VAE are not opened if the recipe
     states what they decide. Raises InputError for a recipe that cannot be trained."""
@@ -64,7 +54,6 @@ def dry_run(recipe: Recipe) -> str:
     with torch.device("meta"):
         objective = kind(recipe, facts)
     check_preview(recipe, objective.model)
-    check_validation(recipe, facts)
     described = {"recipe": config.to_dict(resolved(recipe, facts)), **measured}
     encoded = dataset.index["data"] if dataset is not None and dataset.moments else None
     look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
@@ -113,7 +102,7 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
             f"{_size(taken * copies * parameters)} at the end"
         )
     if recipe.validation.every:
-        number = recipe.validation.num or facts.held_out
+        number = min(facts.held_out, recipe.validation.num or facts.held_out)
         rows["validation"] = f"every {recipe.validation.every:,} steps, of {number:,} held-out images"
     rows["run"] = run
     return "\n".join(f"{name:<18} {text}" for name, text in rows.items())

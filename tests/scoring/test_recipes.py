@@ -84,6 +84,14 @@ def test_it_is_what_training_sees_at_its_size_and_not_mirrored(recipe, folder):
         assert torch.equal(torch.cat(parts), torch.from_numpy(pixels[3:8]).permute(0, 3, 1, 2))
 
 
+def test_it_lacks_what_the_recipe_holds_out(recipe, folder):
+    source = open_source(recipe, overrides=[f"data.image_size={SIZE}", "data.held_out=0.34"])
+    pixels = np.delete(trained_on(folder), [2, 5, 8, 11], 0)  # every third of six and six
+    assert (source.n, source.labels.tolist(), source.data["held_out"]) == (8, [0] * 4 + [1] * 4, 0.34)
+    assert source.digest() == hashlib.sha256(pixels.tobytes()).hexdigest()
+    assert source.place != open_source(recipe, overrides=[f"data.image_size={SIZE}"]).place  # of its features
+
+
 def test_a_reference_says_what_it_was_made_from(recipe, folder, own, tmp_path, capsys):
     build = ["build-ref", recipe, "--out", tmp_path / "ref.npz", "data.image_size=8", "--extractor", own, "--batch", 5]
     evaluate([str(part) for part in [*build, "data.background=#102030"]])
