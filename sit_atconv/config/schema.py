@@ -143,19 +143,13 @@ class Latents(Section):
 
     codec: str = chosen("identity", ("identity", "vae"))  # pixels are the latents, or a diffusers AutoencoderKL's are
     # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
-    vae: str | None = field(default=None, metadata=MUTABLE | PATH)
+    vae: str | None = setting(VAE, **MUTABLE, **PATH)
     batch_size: int = ranged(16, limits.BATCH, **MUTABLE)  # images per pass through the VAE
     # of the VAE where it encodes: tf32 concerns CUDA, bf16 is autocast. null: in training fp32 with
     # train.precision=fp32, tf32 with any other; in `sit-atconv encode` fp32
     precision: str | None = setting(
         VAE, choices=("fp32", "tf32", "bf16"), mutable=lambda latents: latents["precision"] is None
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.codec == "identity" and self.vae is not None:
-            said = f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae"
-            raise InputError(f"{said}; state latents.vae=null")
 
 
 @dataclass
