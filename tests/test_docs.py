@@ -332,6 +332,7 @@ FEWER = {
     r"^train imagefolder": "train.max_steps=1 train.batch_size=2 train.precision=fp32 data.workers=0 model.depth=1 "
     "preview.every=0 ema.decay=0.9",
     r"^train imagefolder run.out=runs/own": "preview.every=1 preview.num=3 preview.steps=2",
+    r"^train pixels32": "train.max_steps=1 train.batch_size=2 data.held_out=0.25 model.depth=1 preview.every=0",
     r"^classify digits": "train.batch_size=2 train.epochs=0.8128 train.warmup_epochs=0 model.input_size=16",
     r"^(sample|generate) ": "--steps 2",
     r"^generate ": "--num 40",

@@ -69,7 +69,7 @@ class Loading(Section):
     )
     # share of every class that is kept from training, by the order of the images; null: none
     held_out: float | None = ranged(None, HELD_OUT)
-    # of the images trained on: how many may turn out unreadable before training stops
+    # of the images: how many may turn out unreadable before training stops
     max_bad_share: float = ranged(0.001, limits.SHARE, **MUTABLE)
     # of an image: a larger one counts as unreadable before it is decoded
     max_pixels: int = ranged(89_478_485, number(1, MAX_PIXELS, "Pillow goes no further"), **MUTABLE)

@@ -446,7 +446,7 @@ def test_every_key_is_listed_once_and_marked_where_it_may_change(schema):
 def test_a_key_is_listed_with_its_default_its_comment_and_when_it_acts():
     lines = keys_text(config.Recipe).splitlines()
     for line in (
-        "data.max_bad_share=0.001 (*)  # of the images trained on: how many may turn out unreadable before training stops",
+        "data.max_bad_share=0.001 (*)  # of the images: how many may turn out unreadable before training stops",
         "train.betas=[0.9, 0.999]  # of AdamW",
         "data.shuffle_buffer=null  # images in the buffer; only with data.streaming=true, where null means 10000",
         "preview.guidance_scale=1.5 (*)  # classifier-free guidance; 1 is none",
