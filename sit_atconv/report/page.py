@@ -367,7 +367,7 @@ def _guidance(manifest: dict[str, Any]) -> str:
         if (step := number(guide.get("step"))) is not None:
             parts.append(f"at its step {_quantity(step)}")
     if isinstance(interval, list) and interval != [0, 1]:
-        parts.append(f"for t in {interval}")
+        parts.append(f"for t in {' to '.join(_short(each) for each in interval)}")
     if channels not in (None, "all"):
         parts.append(f"of {channels}")
     return " ".join(parts)
