@@ -25,7 +25,7 @@ CHOICES = {
     "checkpoint.keep_every", "score.weights", "latents.vae", "model.name", "data.channels",
     "latents.precision", "data.held_out", "validation.num",
     # left to the model, or of the SDE samplers, see sampling.settings; they may change from start to start
-    "preview.epsilon",
+    "preview.epsilon", "preview.guide",
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",
 }  # fmt: skip
 ON_HUB = {"data.split", "data.subset", "data.revision", "data.image_key", "data.label_key", "data.shuffle_buffer"}
