@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import assert_same_bits, log_rows, run_recipe, weights
+from conftest import assert_same_bits, log_rows, run_recipe, slowly, weights
 from PIL import Image
 
 from sit_atconv import SiTTransformer2DModel
@@ -157,6 +157,7 @@ def test_an_unreadable_held_out_image_is_left_out_counted_and_said_once(recipe_f
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_held_out_images_that_are_gone_end_the_run_after_a_checkpoint(recipe_file, image_folder, monkeypatch):
     data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8, "held_out": 0.5}
     path = recipe_file(data=data, validation={"every": 3}, checkpoint={"every": 100})
@@ -173,6 +174,7 @@ def test_held_out_images_that_are_gone_end_the_run_after_a_checkpoint(recipe_fil
     assert (path.parent / "run" / "step-0000003" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_none_and_said(recipe_file, monkeypatch, capsys):
     from sit_atconv.training.objectives.flow import FlowObjective
 
@@ -232,7 +234,7 @@ def test_trackers_get_the_figures():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["repa", "distill"])
+@pytest.mark.parametrize("kind", slowly(["repa", "distill"]))
 def test_other_objectives_validate_the_flow_loss_of_their_average(
     kind, recipe_file, image_folder, encoder_folder, tmp_path
 ):
