@@ -1,7 +1,8 @@
 """What a run does beside its steps, when it is due: previews, scores, snapshots."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,8 +22,17 @@ from sit_atconv.training.trainer import Activity, Trainer
 PREVIEWS = "previews"
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 
-# From uint8 images (N, C, H, W) and their labels to scores by name.
-Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
+
+class Scorer(Protocol):
+    """What scores images while a model trains. about: what it is, as a line of scores.jsonl states it."""
+
+    about: dict[str, Any]
+
+    def check(self, image_shape: tuple[int, int, int], class_names: Sequence[str], num: int) -> None:
+        """Raise InputError where `num` images (C, H, W) of these classes cannot be scored."""
+
+    def __call__(self, images: torch.Tensor, labels: list[int]) -> dict[str, float]:
+        """Scores by name, of uint8 images (N, C, H, W) and their labels."""
 
 
 class Announcement(Activity):
@@ -132,7 +142,8 @@ class Scores(Draws):
         if is_main():
             sampling = trainer.recipe.preview.for_model(trainer.objective.model).describe()
             sampling["seed"] = trainer.recipe.run.seed
-            self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
+            about = {"num": len(images), "extractor": self.scorer.about, "sampling": sampling}
+            self.log.write({"step": trainer.step, **values, **about})
             trainer.trackers.log({f"score/{name}": value for name, value in values.items()}, trainer.step)
 
 

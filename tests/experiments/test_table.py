@@ -257,7 +257,7 @@ def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch)
     (samples / "manifest.json").write_text("{}")
     weights.write_bytes(b"weights")
     np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
-    monkeypatch.setattr(table, "_dinov2", lambda: ("dinov2-x-1", "vit"))
+    monkeypatch.setattr(table, "_described", lambda _: {"protocol": "dinov2-x-1", "weights_sha256": "vit"})
     file = tmp_path / "t.yaml"
     own = {"protocol": "adm-inception-1", "weights_sha256": sha256(weights)}
     vit = {"protocol": "dinov2-x-1", "weights_sha256": "vit"}

@@ -119,7 +119,7 @@ def test_how_sure_a_number_is_is_said(result, tmp_path):
     evaluate(["table", str(few), "--out", str(tmp_path / "t.md")])
     text = (tmp_path / "t.md").read_text()
     assert cells(text, "SiT-XL/2")[5:] == ["17.00 [0.10]", "100.00 [0.10]"]
-    assert "fid, corrected: needs N >= 20,480 images for 2,048 features." in text
+    assert "FID, corrected: needs N >= 20,480 images for 2,048 features." in text
 
 
 BARS = {"design": "random", "groups": 10, "upper_bound": False, "why": "classes are unknown"}
