@@ -9,10 +9,8 @@ from sit_atconv.runtime.errors import InputError
 class Scorer:
     """Scores of training by a function of images and labels, with the face of what `sit-atconv train` brings."""
 
-    about = {"name": "x"}
-
     def __init__(self, function):
-        self.function, self.checked = function, []
+        self.function, self.checked, self.about = function, [], {"name": "x"}
 
     def check(self, *run):
         self.checked.append(run)

@@ -1,11 +1,15 @@
 """From uint8 images to the features of a classifier of one's own: what `attnet:RUN` names."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import MaybeToTensor
 from torch import nn
+from torchvision.transforms import Resize
+from torchvision.transforms.functional import resize
 
 import sit_atconv.models.attnet  # noqa: F401 (registers the family with timm)
 from sit_atconv.classification.evaluation import EVALS, evaluations
@@ -27,9 +31,10 @@ class Classifier(nn.Module):
     (B, classes).
 
     Pixels go through the steps of the model's evaluation, which timm makes of its data configuration, on tensors: the
-    short side is resized (bicubic, antialiased, rounded to uint8), the middle cut out, / 255, - mean, / std. Where
-    nothing is resized that is the evaluation's own input to the bit; else a pixel may round to the next level, since
-    Pillow rounds after each of the two directions. Grey images are repeated for a model of RGB images.
+    short side is resized (bicubic, antialiased), the middle cut out, / 255, - mean, / std. As in Pillow, which the
+    evaluation resizes with, rows are resized before columns, and both are rounded to uint8. Where nothing is resized,
+    that is the evaluation's own input to the bit; else one pixel in a hundred or fewer rounds to the next level. Grey images are repeated
+    for a model of RGB images.
     """
 
     def __init__(self, model: nn.Module):
@@ -37,10 +42,7 @@ class Classifier(nn.Module):
         self.model = model
         config = resolve_model_data_config(model)
         self.channels = config["input_size"][0]
-        self.steps = [
-            _in_unit_range if isinstance(step, MaybeToTensor) else step
-            for step in create_transform(**config).transforms
-        ]
+        self.steps = [*map(_on_tensors, create_transform(**config).transforms)]
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         images = pixels.expand(-1, self.channels, -1, -1)
@@ -48,6 +50,20 @@ class Classifier(nn.Module):
             images = step(images)
         maps = self.model.forward_features(images)
         return {"pool": self.model.forward_head(maps, pre_logits=True), "logits": self.model.forward_head(maps)}
+
+
+def _on_tensors(step: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A step of an evaluation, for uint8 images (B, C, H, W) until they are in [0, 1]."""
+    if isinstance(step, MaybeToTensor):
+        return _in_unit_range
+    return partial(_resized, step) if isinstance(step, Resize) else step
+
+
+def _resized(step: Resize, pixels: torch.Tensor) -> torch.Tensor:
+    height, width = step(pixels[:1]).shape[-2:]
+    for size in ((pixels.shape[-2], width), (height, width)):
+        pixels = resize(pixels, size, step.interpolation, antialias=True)
+    return pixels
 
 
 def _in_unit_range(pixels: torch.Tensor) -> torch.Tensor:
