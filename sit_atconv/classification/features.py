@@ -33,8 +33,8 @@ class Classifier(nn.Module):
     Pixels go through the steps of the model's evaluation, which timm makes of its data configuration, on tensors: the
     short side is resized (bicubic, antialiased), the middle cut out, / 255, - mean, / std. As in Pillow, which the
     evaluation resizes with, rows are resized before columns, and both are rounded to uint8. Where nothing is resized,
-    that is the evaluation's own input to the bit; else one pixel in a hundred or fewer rounds to the next level. Grey images are repeated
-    for a model of RGB images.
+    that is the evaluation's own input to the bit; else one pixel in a hundred, or fewer, rounds to the next level. Grey
+    images are repeated for a model of RGB images.
     """
 
     def __init__(self, model: nn.Module):
