@@ -24,6 +24,7 @@ from sit_atconv import config
 from sit_atconv.commands import parser_of
 from sit_atconv.commands.options import sampling_asked
 from sit_atconv.data.digits import Digits
+from sit_atconv.models import attnet  # noqa: F401 (registers the family with timm)
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8

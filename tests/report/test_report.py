@@ -372,6 +372,14 @@ def test_all_that_keeps_metrics_from_being_compared_is_said(make, tmp_path, resu
     assert f"These metrics were not measured in the same way and cannot be compared: {told}" in page.text
 
 
+def test_a_distance_that_is_no_fid_and_one_of_few_images_are_told(make, tmp_path):
+    few = "frechet_distance: 64 features of 500 samples: at least 640 are needed; the distance is biased"
+    listed = [{"name": "attnet-1234", "protocol": "attnet-1", "heldout_accuracy": 0.912}]
+    page = make(samples(tmp_path / "a", result={"warnings": [few], "extractors": listed}))
+    assert f": {few}." in page.text
+    assert "The Fréchet distance in features of attnet-1234 (91.2% right on held-out images) is not a FID." in page.text
+
+
 def test_how_sure_a_number_is_stands_beside_it(make, tmp_path):
     bound = {"design": "random", "groups": 10, "upper_bound": True, "why": "classes are unknown"}
     few = {"frechet_distance": {"value": 242.0843, "se": 15.2366, "corrected": None, "corrected_needs": 640}}
