@@ -11,8 +11,9 @@ from typing import Any
 from sit_atconv.config.shipped import set_names
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.errors import add_force
+from sit_atconv.runtime.errors import add_force, named
 from sit_atconv.runtime.fields import CHOICES, DEFAULT, HELP, WHEN
+from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.runtime.limits import RANGE, Range
 from sit_atconv.runtime.precision import DTYPES
 from sit_atconv.sampling.settings import Sampling, flag, in_short
@@ -91,7 +92,9 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Collection[str] = (
         if entry.name in leave_out:
             continue
         said, default = entry.metadata, getattr(plain, entry.name)
-        options = said[RANGE].flag if RANGE in said else {"choices": said[CHOICES]}
+        options = said[RANGE].flag if RANGE in said else {"choices": said[CHOICES]} if CHOICES in said else {}
+        if "path" in said:
+            options |= {"metavar": "PATH"}
         if isinstance(default, list):
             options |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
         acting = said.get(DEFAULT, default)
@@ -123,6 +126,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="launch every kernel anew, to find a fault or to save memory; the images are the same (a CPU has no "
         "graphs)",
     )  # fmt: skip
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Raise InputError where --ckpt or --guide is no folder."""
+    check_checkpoint(args.ckpt)
+    if args.guide is not None:
+        with named(flag("guide")):
+            check_checkpoint(args.guide)
 
 
 def sampling_asked(args: argparse.Namespace) -> Sampling:
