@@ -122,6 +122,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add_device_options(parser)
     parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks (torch.compile): some minutes first, faster then"
+    )
+    parser.add_argument(
         "--no-cuda-graphs", dest="graphs", action="store_false",
         help="launch every kernel anew, to find a fault or to save memory; the images are the same (a CPU has no "
         "graphs)",

@@ -105,7 +105,7 @@ class _Work:
         args = self.args
         check_place(args.out, args.force)
         self.graphs = Graphs() if args.graphs else None
-        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True)
+        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)
@@ -147,6 +147,7 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         "labels_rule": labels_rule(args.labels),
         "block": min(args.batch, args.num),
         "dtype": args.dtype,
+        "compile": args.compile or None,  # earlier versions did not, and recorded nothing
         "seed": args.seed,
         **args.sampling.describe(),
     }
