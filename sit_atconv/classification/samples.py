@@ -122,7 +122,8 @@ class ClassifierSamples(Samples):
 
 
 class HeldOut(Dataset):
-    """Held-out images, resized, cropped and normalised, and their labels; of one process: every `world`-th."""
+    """Held-out images, resized, cropped and normalised, their labels, and their height and width before that; of one
+    process: every `world`-th."""
 
     in_thread = True
 
@@ -143,7 +144,11 @@ class HeldOut(Dataset):
         except InputError as error:
             return error, {}
         images, labels = zip(*items, strict=True)
-        return {"image": torch.stack([self.transform(image) for image in images]), "label": torch.tensor(labels)}, {}
+        return {
+            "image": torch.stack([self.transform(image) for image in images]),
+            "label": torch.tensor(labels),
+            "size": torch.tensor([(image.height, image.width) for image in images]),
+        }, {}
 
 
 def _mend_posterize(transform) -> None:

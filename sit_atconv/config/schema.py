@@ -369,6 +369,9 @@ class Score(Section):
     num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))  # images
     ref: str = field(default="digits", metadata=PATH)  # as `sit-atconv score --ref` takes it
     weights: str | None = field(default=None, metadata=PATH)  # Inception weights; left out, torch's hub cache
+    # as `sit-atconv score --extractor` takes it, such as attnet:RUN; null: what score.ref records, digits for the
+    # digits, inception for images
+    extractor: str | None = None
 
 
 @dataclass

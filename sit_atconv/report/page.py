@@ -18,20 +18,13 @@ from sit_atconv.report.pictures import CLASSES, PER_CLASS, Picture, Shown, grid,
 from sit_atconv.report.runs import Match, Run, SampleSet, at
 from sit_atconv.runtime.comparison import compared, flat
 from sit_atconv.runtime.files import MARK
+from sit_atconv.scoring import METRICS
 from sit_atconv.scoring.frechet import FRECHET
-from sit_atconv.scoring.result import bars_told, needs, number
+from sit_atconv.scoring.result import bars_told, features_told, needs, number
 
 STYLE = Path(__file__).with_name("style.css")
 UNMEASURED = tag("span", "not measured", class_="none")
 UNRECORDED = tag("span", "not recorded", class_="none")
-# What a metric is called, and which way it gets better.
-METRICS = {
-    "fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "fdd": ("FD-DINOv2", "lower"),
-    "frechet_distance": ("Fréchet distance", "lower"), "is": ("Inception score", "higher"),
-    "precision": ("Precision", "higher"), "recall": ("Recall", "higher"), "density": ("Density", "higher"),
-    "coverage": ("Coverage", "higher"), "kid": ("KID", "lower"), "recognised": ("Recognised", "higher"),
-    "classifier_heldout_accuracy": ("Classifier on held-out images", None),
-}  # fmt: skip
 CURVES = {
     "loss": "Training loss", "repa_loss": "REPA loss", "grad_norm": "Gradient norm", "lr": "Learning rate",
     "update_ratio": "Update ratio |Δw| / |w|", "images_per_second": "Training images per second",
@@ -398,6 +391,7 @@ def _warnings(columns: Sequence[Column]) -> list[str]:
                 f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); "
                 "score them again."
             )
+        found += [f"{column.name}: {warning}." for warning in column.metrics.get("warnings", [])]
     facts = [flat(column.samples.facts) for column in scored]
     names = dict.fromkeys(name for each in facts for name in each)
     differing = [name for name in names if any(each.get(name) != facts[0].get(name) for each in facts)]
@@ -449,7 +443,11 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
         if one
         else ""
     )
-    return [_table(caption, head, rows, "measured"), tag("p", text, class_="soft")]
+    told = [
+        features_told(each["metrics"], each.get("extractors") or ()) for each in (c.metrics for c in columns) if each
+    ]
+    told = [f"{each[0].upper()}{each[1:]}. " for each in dict.fromkeys(told) if each is not None]
+    return [_table(caption, head, rows, "measured"), tag("p", *map(breakable, told), text, class_="soft")]
 
 
 def _estimate(column: Column, name: str) -> Interval:
@@ -533,9 +531,20 @@ def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
         for _, run in trained
         if run.scores
     ]
+    ways = [
+        (name, way + _features_of(run))
+        for (name, way), run in zip(ways, (run for _, run in trained if run.scores), strict=True)
+    ]
     same = len({way for _, way in ways}) == 1
     told = ways[0][1] if same else " ".join(f"{name}: {way}" for name, way in ways)
     return f"Of the EMA, as it was then. {told}"
+
+
+def _features_of(run: Run) -> str:
+    """Whose features the newest score of a run is in, where its distance is no FID and the run says so."""
+    last = run.scores[-1]
+    told = features_told(last, [_mapping(last.get("extractor"))]) if last.get("extractor") else None
+    return "" if told is None else f" {told[0].upper()}{told[1:]}."
 
 
 def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str, over: str = "step") -> Series:

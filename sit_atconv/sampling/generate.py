@@ -90,7 +90,8 @@ class _Work:
                 made = sum(self._each(lambda mine=mine: sum(self._make(number, bar) for number in mine)))
                 self.done += made
                 bar.update(made)
-        facts = {"processes": processes.count()}
+        names = self.ready.trained.id2label
+        facts = {"processes": processes.count(), "class_names": names and [names[label] for label in sorted(names)]}
         manifest = self._first(lambda: self.samples.finish(facts))
         guides = f" ({manifest['guide_nfe']:g} of the guide)" if "guide_nfe" in manifest else ""
         self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}{guides}")

@@ -38,8 +38,9 @@ MOST_BATCH = 1 << 32  # bytes of a batch
 class Source:
     """n images of one size, uint8, by index, with what is known of them.
 
-    n: at least 2. image_shape: (C, H, W), C 1 or 3. labels: class ids, int64 (n,), or None. manifest: of the samples
-    command, or None. place: a path that is of these images alone, None of those in memory.
+    n: at least 2. image_shape: (C, H, W), C 1 or 3. labels: class ids, int64 (n,), or None. class_names: by id, None
+    where nobody says. manifest: of the samples command, or None. place: a path that is of these images alone, None of
+    those in memory.
     lossy: whether images that lost something (JPEG, WebP) were read. background: the colour that transparent ones were
     composited on, None where none was read. data: of a recipe, which images there are.
     A subclass has `_read`. One thread at a time may read.
@@ -75,6 +76,7 @@ class Source:
             elif stated is not None and not np.array_equal(labels, np.asarray(stated)):
                 raise InputError(f"{name}: arr_1 and the manifest's labels differ; make the samples again")
         self.labels = None if labels is None else _check_labels(name, labels, n)
+        self.class_names = (self.manifest or {}).get("class_names")
 
     def _note(self, reader: Reader) -> None:
         self.lossy |= reader.lossy is not None
@@ -124,9 +126,10 @@ class Source:
     def describe(self) -> dict[str, Any]:
         """What a result records: name, digest of the pixels, labels' digest, and the manifest but for its labels.
 
-        Also `background` and `data`, where there is something to say.
+        Also `background`, `data` and `class_names`, where there is something to say.
         """
-        manifest = self.manifest and {key: value for key, value in self.manifest.items() if key != "labels"}
+        own = ("labels", "class_names")
+        manifest = self.manifest and {key: value for key, value in self.manifest.items() if key not in own}
         about = {
             "path": self.name,
             "pixels_sha256": self.digest(),
@@ -135,7 +138,7 @@ class Source:
             "manifest": manifest,
             "manifest_sha256": self.manifest_sha256,
         }
-        read_as = {"background": self.background, "data": self.data}
+        read_as = {"background": self.background, "data": self.data, "class_names": self.class_names}
         return about | {key: value for key, value in read_as.items() if value is not None}
 
 
@@ -301,6 +304,7 @@ class _Recipe(Source):
             f"images of {str(path)!r}", len(self._dataset), shape, self._dataset.labels, None,
             path.with_name(f"{path.stem}-{which[:8]}.yaml"),
         )  # fmt: skip
+        self.class_names = list(self._dataset.class_names)
         self._threads = _threads()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
@@ -384,7 +388,10 @@ def _by_index(name: str, files: list[Path], num: int) -> list[Path]:
     return [by_index[index] for index in range(num)]
 
 
-MANIFEST_FORM = {"num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE, None), "labels_rule?": (str, None)}
+MANIFEST_FORM = {
+    "num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE, None), "labels_rule?": (str, None),
+    "class_names?": ([str], None),
+}  # fmt: skip
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a run does beside its steps, when it is due: previews, scores, validations, snapshots."""
 
 import math
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +27,17 @@ from sit_atconv.training.trainer import Activity, Trainer
 PREVIEWS, VALIDATION = "previews", "validation.jsonl"
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 
-# From uint8 images (N, C, H, W) and their labels to scores by name.
-Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
+
+class Scorer(Protocol):
+    """What scores images while a model trains. about: what it is, as a line of scores.jsonl states it."""
+
+    about: dict[str, Any]
+
+    def check(self, image_shape: tuple[int, int, int], class_names: Sequence[str], num: int) -> None:
+        """Raise InputError where `num` images (C, H, W) of these classes cannot be scored."""
+
+    def __call__(self, images: torch.Tensor, labels: list[int]) -> dict[str, float]:
+        """Scores by name, of uint8 images (N, C, H, W) and their labels."""
 
 
 class Announcement(Activity):
@@ -138,7 +147,8 @@ class Scores(Draws):
         if is_main():
             sampling = self.drawing.describe(trainer.objective.model)
             sampling["seed"] = trainer.recipe.run.seed
-            self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
+            about = {"num": len(images), "extractor": self.scorer.about, "sampling": sampling}
+            self.log.write({"step": trainer.step, **values, **about})
             trainer.trackers.log({f"score/{name}": value for name, value in values.items()}, trainer.step)
 
 

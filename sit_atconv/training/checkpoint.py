@@ -375,6 +375,41 @@ class Trained:
         return self.manifest[name]
 
 
+@dataclass
+class Stored:
+    """A model in a checkpoint: the checkpoint's folder, which of its models ("ema" or "model"), its manifest, the
+    SHA-256 of the model's files, and a lease of the checkpoint while this is there."""
+
+    folder: Path
+    which: str
+    manifest: dict[str, Any]
+    files: dict[str, str]
+    lease: Lease | None = field(repr=False, compare=False)
+
+
+def stored_model(path: Path) -> Stored:
+    """The model that a path means, whatever its class: the ema/ of a run's newest checkpoint or of a checkpoint, or an
+    ema/ or model/ folder of one.
+
+    Raises Damaged where there is none, or where it is not as its manifest says, by the SHA-256 of its files.
+    """
+    has_model = (path / "config.json").is_file()
+    which = path.name if has_model else "ema"
+    newest = None if has_model else newest_leased(path)
+    folder, held = newest or ((own := path.parent if has_model else path), lease(own / MANIFEST))
+    manifest = read_manifest(folder, under=f"{which}/")
+    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
+    present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
+    if present != set(files):
+        raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
+    return Stored(folder, which, manifest, files, held)
+
+
+def is_in_checkpoint(path: Path) -> bool:
+    """Whether a folder of a model is one of a checkpoint's."""
+    return path.name in ("ema", "model") and path.parent.name.startswith("step-")
+
+
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
 
@@ -403,17 +438,11 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
             trained.manifest["codec"]["vae"] = str(path / "vae")
         return trained
     has_model = (path / "config.json").is_file()
-    if has_model and not (path.name in ("ema", "model") and path.parent.name.startswith("step-")):
+    if has_model and not is_in_checkpoint(path):
         return _load_model_folder(path, dtype, variant)
-    which = path.name if has_model else "ema"
-    newest = None if has_model else newest_leased(path)
-    folder, held = newest or ((own := path.parent if has_model else path), lease(own / MANIFEST))
-    manifest = read_manifest(folder, under=f"{which}/")
-    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
-    present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
-    if present != set(files):
-        raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
-    return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files, held)
+    stored = stored_model(path)
+    model = _load_model(stored.folder / stored.which, dtype, variant)
+    return Trained(stored.folder, stored.which, stored.manifest, model, stored.files, stored.lease)
 
 
 def read_conversion(folder: Path) -> dict[str, Any]:

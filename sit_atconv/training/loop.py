@@ -11,7 +11,7 @@ from sit_atconv.data.held_out import split
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.runtime.devices import check_bf16, numerics
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.processes import is_main, lost_ones_told
+from sit_atconv.runtime.processes import first, is_main, lost_ones_told
 from sit_atconv.runtime.signals import StopSignals
 from sit_atconv.training.activities import Announcement, Previews, Scorer, Scores, Snapshots, Validations
 from sit_atconv.training.drawing import open_drawing
@@ -56,6 +56,8 @@ def train(
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
             raise InputError("score.every needs a scorer, which `sit-atconv train` brings; leave it out")
+        if recipe.score.every:
+            first(lambda: scorer.check(codec.image_shape(facts.latent_shape), dataset.class_names, recipe.score.num))
         kind = objective_of(recipe)
         kind.check_launch(accelerator)
         objective = kind(recipe, facts)

@@ -17,7 +17,7 @@ from sit_atconv.scoring import digits
 from sit_atconv.scoring.extract import default_folder, features_of
 from sit_atconv.scoring.extractor import load_extractor
 from sit_atconv.scoring.refs import read_reference, reference_spec
-from sit_atconv.scoring.score import score, training_scorer
+from sit_atconv.scoring.score import TrainingScorer, score
 from sit_atconv.scoring.sources import open_source
 
 SIZE, N = 8, 12
@@ -182,7 +182,7 @@ def test_a_recipe_of_digits_is_the_digits(tmp_path, monkeypatch):
     for metric, value in results[1]["metrics"].items():
         assert results[0]["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5), metric
     assert results[0]["reference"]["sha256"] == results[1]["reference"]["sha256"]
-    scorers = [training_scorer(str(ref), None) for ref in (recipe, "digits")]
+    scorers = [TrainingScorer(str(ref), None) for ref in (recipe, "digits")]
     images = torch.from_numpy(rng.integers(0, 256, (40, 1, 8, 8), np.uint8))
     values = [scorer(images, [0] * 40)["frechet_distance"] for scorer in scorers]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
