@@ -186,5 +186,6 @@ def add_features_argument(parser: argparse.ArgumentParser) -> None:
     """The option of commands that leave features behind."""
     parser.add_argument(
         "--features", metavar="DIR",
-        help="folder to put features into, and to find them in (default: `features` in the folder of the images)",
+        help="folder to put features into, and to find them in (default: `features` in the folder of the images, or "
+        "beside it NAME.features, where they lie in folders of classes)",
     )  # fmt: skip

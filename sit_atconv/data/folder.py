@@ -13,6 +13,7 @@ from sit_atconv.data.images import (
     check_classes,
     image_files,
     is_hidden,
+    is_work,
     read_image,
 )
 from sit_atconv.runtime.errors import InputError
@@ -27,7 +28,8 @@ class Folder(EncodedImages):
             raise InputError(f"{where}: no such folder; give one with a subfolder of images per class")
         try:
             with os.scandir(root) as entries:
-                classes = sorted(each.name for each in entries if os.path.isdir(each.path) and not is_hidden(each.name))
+                folders = [each.path for each in entries if os.path.isdir(each.path) and not is_hidden(each.name)]
+            classes = sorted(os.path.basename(folder) for folder in folders if not is_work(folder))
             # By the folder, then by the name: the order that os.walk has, sorted.
             found = [sorted(map(os.path.split, image_files(os.path.join(root, name)))) for name in classes]
         except OSError as error:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sit_atconv.config import Loading
+from sit_atconv.runtime.claims import SETTINGS
 from sit_atconv.runtime.errors import InputError, reason, said
 from sit_atconv.runtime.reading import read_bytes, spelt
 
@@ -36,6 +37,7 @@ LOSSLESS, LOSSY_TIFF = ("PNG", "BMP", "PPM", "TIFF", "GIF"), ("jpeg", "tiff_jpeg
 OF_16_BITS = ("PNG", "PPM")  # at most, though Pillow may hold them in 32
 GREY, ALPHA = ("1", "L", "LA"), ("LA", "PA", "RGBA", "RGBa")  # modes of Pillow
 ONE_CLASS = ("all",)  # where there are no labels
+FEATURES = "features"  # the folder of features in a folder of images
 MOST_CLASSES = 1 << 20  # that are told by number alone
 MAX_ASPECT = 200  # a line of pixels, scaled until its short side is that of the crop, would fill the memory
 
@@ -204,6 +206,17 @@ def image_files(root: str | Path) -> Iterator[str]:
                         folders.append((entry.path, above))
                 elif is_image(entry.name):
                     yield entry.path
+
+
+def in_folders(root: str | Path) -> bool:
+    """Whether images lie in folders below `root`, as those of classes do. Raises OSError as `image_files`."""
+    return any(os.path.dirname(file) != os.fspath(root) for file in image_files(root))
+
+
+def is_work(folder: str | Path) -> bool:
+    """Whether a folder has features of images and none of these: earlier versions put it among folders of classes."""
+    named = os.path.basename(folder) == FEATURES
+    return named and any(Path(folder).glob(f"*/{SETTINGS}")) and not any(image_files(folder))
 
 
 def check_labels(where: str, labels: np.ndarray, class_names: Sequence[str]) -> None:

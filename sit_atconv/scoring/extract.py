@@ -7,6 +7,7 @@ kill costs the shards that were under way. A batch never reaches over the end of
 import ctypes
 import hashlib
 import json
+import os
 import platform
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
+from sit_atconv.data.images import FEATURES, in_folders
 from sit_atconv.runtime import limits, processes
 from sit_atconv.runtime.claims import claim, clear_leftovers, writing
 from sit_atconv.runtime.console import Progress
@@ -98,8 +100,9 @@ def features_of(
 
 def default_folder(path: Path, extractor: Extractor, root: str | None = None) -> Path:
     """Where the features of images at `path`, by this extractor, go unless told: SRC/features/NAME for a folder,
-    STEM.features/NAME for an npz, or below `root`, in a folder that is of this path alone. path: a Source's `place`;
-    of a recipe, that is STEM and a digest of what it says of its images.
+    SRC.features/NAME for one of folders of classes, of which it would be one more, STEM.features/NAME for an npz, or
+    below `root`, in a folder that is of this path alone. path: a Source's `place`; of a recipe, that is STEM and a
+    digest of what it says of its images.
 
     NAME is the extractor's; where features by another of that name lie there, by other weights or code, a digest of all
     that this one's depend on follows it.
@@ -107,8 +110,11 @@ def default_folder(path: Path, extractor: Extractor, root: str | None = None) ->
     if root is not None:
         place = path.resolve()
         parent = Path(root) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    elif path.is_dir():
+        place = Path(os.path.abspath(path))  # "." has no name
+        parent = place.with_name(f"{place.name}.features") if in_folders(path) else path / FEATURES
     else:
-        parent = path / "features" if path.is_dir() else path.with_suffix(".features")
+        parent = path.with_suffix(".features")
     own = {key: value for key, value in extractor.describe().items() if key not in BESIDE}
     plain = parent / extractor.name
     there = begun_as(plain).get("extractor", own)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main as evaluate
+from sit_atconv.config import Data
+from sit_atconv.data import open_dataset
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import lock
 from sit_atconv.scoring.extract import ahead, default_folder, features_of
@@ -181,8 +185,6 @@ def test_features_of_earlier_versions_are_gone_on_with(samples, extractor, tmp_p
 
 
 def test_a_moved_folder_takes_its_features_along(extractor, tmp_path, pixels):
-    from PIL import Image
-
     (tmp_path / "a").mkdir()
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"a/{index}.png")
@@ -193,6 +195,23 @@ def test_a_moved_folder_takes_its_features_along(extractor, tmp_path, pixels):
     extractor._module.register_forward_hook(lambda *_: calls.append(1))
     assert features_of(tmp_path / "b", extractor).labels is None
     assert calls == []
+
+
+def test_features_of_folders_of_classes_are_no_class(own, extractor, tmp_path, pixels):
+    """They lie beside it; those that earlier versions put into it are passed over, but no class of that name."""
+    train = tmp_path / "train"
+    for index, image in enumerate(pixels):
+        (train / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(train / "ab"[index % 2] / f"{index}.png")
+    data = Data("imagefolder", str(train), image_size=4)
+    evaluate(["build-ref", str(train), "--out", str(tmp_path / "ref.npz"), "--extractor", own])
+    assert (tmp_path / f"train.features/{extractor.name}/features.json").is_file()
+    assert default_folder(train / "a", extractor) == train / "a/features" / extractor.name
+    assert open_dataset(data).class_names == ("a", "b")
+    shutil.copytree(tmp_path / "train.features", train / "features")
+    assert open_dataset(data).class_names == ("a", "b")
+    shutil.copy(train / "a/0.png", train / "features")
+    assert open_dataset(data).class_names == ("a", "b", "features")
 
 
 def test_other_settings_are_refused(samples, own, extractor, tmp_path, pixels, fails, capsys):
