@@ -462,6 +462,8 @@ def before(page: str, vae_folder: Path) -> None:
         scored("digits-attention")
         for copy_of_images in ("SAMPLES", "TRAIN"):
             shutil.copytree("IMAGES", copy_of_images)
+        Path("RUN").mkdir()
+        Path("RUN/recipe.yaml").write_text("data: {kind: imagefolder, root: TRAIN, image_size: 40, held_out: 0.25}")
     elif page in ("sampling", "eval/README"):
         scored()
     elif page == "principles":
@@ -477,7 +479,7 @@ RUN = [
 LEFT = {  # more of what the steps leave behind
     "interop": ("digits-ema.pt", "sit-pipeline-for-all/README.md"),
     "swap": ("DiT-XL-2-256-atconv/config.json", "atconv-delta.safetensors", "runs/distilled"),
-    "scoring": ("own.npz", "colours.npz", "SAMPLES/metrics.json"),
+    "scoring": ("own.npz", "trained_on.npz", "colours.npz", "SAMPLES/metrics.json"),
     "principles": ("runs/principles/fields.png", "runs/principles/attnet/routing.png"),
     "attnet": ("runs/digits_attnet/step-0000584/ema/config.json",),
     "training": ("runs/scored/scores.jsonl", "averaged/config.json", "runs/own/previews/step-0000001.png"),

@@ -17,6 +17,7 @@ from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.reading import read_config
 from sit_atconv.runtime.vit import CONFIG, WEIGHTS, load_folder
+from sit_atconv.scoring import HELD_OUT
 from sit_atconv.scoring.extractor import Extractor
 from sit_atconv.training.checkpoint import MANIFEST, is_in_checkpoint, step_folders, stored_model
 from sit_atconv.training.folder import BEGUN
@@ -74,13 +75,14 @@ def open_classifier(place: str, device: torch.device) -> Extractor:
     """The extractor of a classifier.
 
     place: a run of `sit-atconv classify` (the EMA of its newest checkpoint), a checkpoint of one (its EMA), the ema/ or
-    model/ folder of one, or a folder that timm's `save_for_hf` wrote elsewhere. Files of a checkpoint are compared with
+    model/ folder of one, or a folder that timm's `save_for_hf` wrote elsewhere, whose accuracy nobody knows. Of a
+    checkpoint that was not evaluated the last evaluation before it counts. Files of a checkpoint are compared with
     their SHA-256. Raises InputError for what is none of these.
     """
     where, path = f"extractor 'attnet:{place}'", Path(place)
     if not path.is_dir():
         raise InputError(f"{where}: no such folder; {REMEDY}")
-    step, accuracy, size, stored = None, None, None, None
+    step, size, stored, held_out = None, None, None, dict.fromkeys(HELD_OUT)
     folder = path
     if not (path / CONFIG).is_file() or is_in_checkpoint(path):
         if not (path / CONFIG).is_file() and not (path / MANIFEST).is_file() and not step_folders(path):
@@ -97,9 +99,12 @@ def open_classifier(place: str, device: torch.device) -> Extractor:
     if not model.num_classes:
         raise InputError(f"{where}: a model without classes; {REMEDY}")
     if stored is not None and (stored.folder.parent / EVALS).is_file():
-        row = next((row for row in evaluations(stored.folder.parent) if row["step"] == step), {})
-        size, top1 = row.get("image_size"), row.get(f"{stored.which}_top1")
-        accuracy = None if top1 is None else top1 / 100
+        rows = evaluations(stored.folder.parent)
+        size = rows[-1].get("image_size") if rows else None  # of the images, whatever the step
+        row = next((row for row in reversed(rows) if row["step"] <= step), {})
+        if (top1 := row.get(f"{stored.which}_top1")) is not None:
+            found = top1 / 100, row["num"], None if row["step"] == step else row["step"]
+            held_out = dict(zip(HELD_OUT, found, strict=True))
     features = Classifier(model)
     if features.channels not in (1, 3):
         raise InputError(f"{where}: a model of images of {features.channels} channels; {REMEDY}, of 1 or 3")
@@ -108,8 +113,8 @@ def open_classifier(place: str, device: torch.device) -> Extractor:
     return Extractor(
         f"attnet-{digest[:8]}", PROTOCOL, features, {"pool": model.head_hidden_size, "logits": model.num_classes},
         device, spec=f"attnet:{folder}", weights_sha256=digest, model=model.pretrained_cfg["architecture"],
-        channels=features.channels, image_size=size, class_names=list(names), heldout_accuracy=accuracy,
-        input=_told(model),
+        channels=features.channels, image_size=size, class_names=list(names), input=_told(model),
+        **held_out,
     )  # fmt: skip
 
 

@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(result["metrics"], result["error_bars"]["upper_bound"]))
     for warning in result["warnings"]:
         say(f"warning: {warning}")
-    for note in (features_told(result["metrics"], result["extractors"]), *notes):
-        if note is not None:
-            print(note)
+    for note in (*features_told((result["metrics"], result["extractors"])), *notes):
+        print(note)
     print(bars_told(result["error_bars"]))
     print(f"written to {out}")

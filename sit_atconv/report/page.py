@@ -436,17 +436,15 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
     text = (
         f"Value ± jackknife standard error ({errors}). Drawn: dot at the value, bar to one and line to two standard "
         "errors. Corrected (diamond), where the bias is known: without its part that falls as 1/N. The reference's own "
-        "sampling error is in neither."
+        f"sampling error is in neither{', but in that of copies' * ('copies' in names)}."
     )
     caption = f"Metrics against {reference or 'a reference that is not recorded'}" + (
         f", {_short(scored.metrics.get('n'))} samples, protocol {scored.metrics.get('protocol') or 'not recorded'}"
         if one
         else ""
     )
-    told = [
-        features_told(each["metrics"], each.get("extractors") or ()) for each in (c.metrics for c in columns) if each
-    ]
-    told = [f"{each[0].upper()}{each[1:]}. " for each in dict.fromkeys(told) if each is not None]
+    told = features_told(*((c.metrics["metrics"], c.metrics.get("extractors") or ()) for c in columns if c.metrics))
+    told = [f"{each[0].upper()}{each[1:]}. " for each in told]
     return [_table(caption, head, rows, "measured"), tag("p", *map(breakable, told), text, class_="soft")]
 
 
@@ -541,10 +539,11 @@ def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
 
 
 def _features_of(run: Run) -> str:
-    """Whose features the newest score of a run is in, where its distance is no FID and the run says so."""
-    last = run.scores[-1]
-    told = features_told(last, [_mapping(last.get("extractor"))]) if last.get("extractor") else None
-    return "" if told is None else f" {told[0].upper()}{told[1:]}."
+    """Whose features the newest score of a run is in, where its distance is no FID and the run says so; its warning."""
+    extractor = _mapping(run.scores[-1].get("extractor"))
+    told = features_told((run.scores[-1], [extractor])) if extractor else []
+    told += [f"warning: {extractor['warning']}"] if extractor.get("warning") else []
+    return "".join(f" {each[0].upper()}{each[1:]}." for each in told)
 
 
 def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str, over: str = "step") -> Series:

@@ -21,9 +21,14 @@ METRICS = {
     "frechet_distance": ("Fréchet distance (not a FID)", "lower"), "is": ("Inception score", "higher"),
     "precision": ("Precision", "higher"), "recall": ("Recall", "higher"), "density": ("Density", "higher"),
     "coverage": ("Coverage", "higher"), "kid": ("KID", "lower"),
-    "nearest": ("Distance to the nearest image (1: no copying)", None), "copies": ("Copies (0.01: none)", "lower"),
+    "nearest": ("Distance to the nearest image (1: as real images)", None), "copies": ("Copies (0.01: none)", None),
     "recognised": ("Recognised", "higher"), "classifier_heldout_accuracy": ("Classifier on held-out images", None),
 }  # fmt: skip
+# Of a classifier: its accuracy on held-out images, None where that is not known, how many these were, and the step of
+# the evaluation where the weights are of a later one.
+HELD_OUT = ("heldout_accuracy", "heldout_num", "heldout_step")
+# What an extractor is described by beside what features depend on: a copy of its weights may not know it.
+BESIDE = (*HELD_OUT, "image_size")
 INCEPTION = "adm-inception-"  # what the protocols of Inception begin with, whose distances alone are FIDs
 DIGITS = "digits-classifier-2"  # the protocol of the digits' own classifier
 FOLDER = "features folder"  # as messages call a folder of features

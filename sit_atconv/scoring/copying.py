@@ -10,58 +10,70 @@ from sit_atconv.scoring.manifold import Values, blocks, tiles
 from sit_atconv.scoring.moments import checked_pair
 
 SHARE = 0.01  # of reference images that lie so near to another one that a sample there counts as a copy
+FEWEST = 10  # of these images: of fewer, drawing them moves `copies` by half its value
+ROUNDING = 1e-5  # of the length of features: what lies nearer is the same image in another batch
 
 
 def copying_scores(
     real: np.ndarray, fake: np.ndarray, group_ids: np.ndarray, device: torch.device | str = "cpu",
     progress: bool = False,
-) -> Values:  # fmt: skip
-    """{name: (of all samples, [without each group of samples])} for real features (M, D) and those of samples (N, D).
+) -> tuple[Values, int]:  # fmt: skip
+    """{name: (of all samples, [without each group of samples])} for real features (M, D) and those of samples (N, D);
+    and how many real images there are without doubles.
 
     Let d(x) be the Euclidean distance of a sample to the nearest real image, and l(r) that of a real image to the
-    nearest other one.
-    nearest: the median of d over the samples, over the median of l over the real images. About 1 where samples are
-    drawn as the real images are, near 0 where they are copies of these, above 1 where they lie apart.
+    nearest other one. Of real images that are equal, one counts; those that are equal but for float rounding have no l.
     copies: the share of samples with d <= q, where q is the 1st percentile of l: the least value of l that a share of
-    0.01 of the real images does not exceed. Of samples that are drawn as the real images are it is about 0.01.
+    0.01 of the real images does not exceed. Of samples that are drawn as the real images are it is about 0.01; where
+    the real images are k of n that copies are made of, at most k/n more. q is drawn, too, as these images are: see
+    `reference_error`.
+    nearest: the median of d over the samples, over the median of l over the real images. About 1 where samples are
+    drawn as the real images are, above 1 where they lie apart. Copies move it far only where more than half of the
+    samples are copies of these real images.
 
     The comparison with distances of images that are no copies is that of the data-copying test of Meehan, Chaudhuri and
     Dasgupta 2020 (C_T), with the real images, each left out in turn, in the place of held-out ones. Authenticity (Alaa
     et al. 2022) compares each sample with the nearest image's own l instead; without copying it takes a value that
     depends on the dimension, and `copies` does not.
 
-    Both tell of copies of these real images alone. Two real images that are equal have l = 0: where a share of 0.01
-    or more are such, q is 0, and only samples that are equal to a real image, to the bit of the features, are counted.
-
     group_ids (N,): as `counted_off` gives them. Which image is nearest is found as `manifold_scores` finds it, in tiles
     of bounded memory; its distance is taken from the difference, so that equal features are at 0.
 
-    Raises ValueError for fewer than two real images, where more than half of them are `doubles`, where shapes differ or
-    a number is not finite.
+    Raises ValueError where fewer than two real images differ, where shapes differ or a number is not finite.
     """
     groups = int(group_ids.max()) + 1
     real, fake = checked_pair(real, fake)
-    if len(real) < 2:
-        raise ValueError(f"{len(real)} real image has no nearest other one; give at least two")
+    real = torch.as_tensor(np.unique(real, axis=0))
     with Progress(total=len(real) + len(fake), desc="nearest images", unit="image", disable=not progress) as bar:
         own = _distances(real, real, device, bar)
         found = _distances(fake[:], real, device, bar)  # another tensor, even of the same images
+    own = own[(own > ROUNDING * float(real.double().norm(dim=1).median())) & (own < np.inf)]
+    if not len(own):
+        raise ValueError("all real images equal another one; give at least two that differ")
     usual = np.median(own)
-    if usual == 0:
-        raise ValueError("more than half of the real images equal another one; leave doubles out")
     near = np.sort(own)[math.ceil(SHARE * len(own)) - 1]
     cases = [np.ones(len(found), bool), *(group_ids != group for group in range(groups if groups > 1 else 0))]
     values = {
         "nearest": [float(np.median(found[kept]) / usual) for kept in cases],
         "copies": [float(np.mean(found[kept] <= near)) for kept in cases],
     }
-    return {name: (each[0], each[1:]) for name, each in values.items()}
+    return {name: (each[0], each[1:]) for name, each in values.items()}, len(own)
 
 
-def doubles(real: np.ndarray) -> int:
-    """How many of real images have features (M, D) that another one has too."""
-    counts = np.unique(real, axis=0, return_counts=True)[1]
-    return int(counts[counts > 1].sum())
+def reference_error(copies: float, number: int) -> float:
+    """The standard error of `copies` from drawing so many real images without doubles: q lies where 0.01 of them are
+    nearer to another one. These are pairs, and the number of pairs has a relative error of one over its square root."""
+    return copies / math.sqrt(SHARE * number / 2)
+
+
+def few_near(number: int) -> str | None:
+    """What is to be said of `copies` where so many real images are few, None where they do."""
+    if SHARE * number >= FEWEST:
+        return None
+    return (
+        f"{number:,} reference images: of fewer than {round(FEWEST / SHARE):,} the nearest 1% are too few to count "
+        "copies by"
+    )
 
 
 def _distances(images: torch.Tensor, real: torch.Tensor, device, bar) -> np.ndarray:

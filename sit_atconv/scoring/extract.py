@@ -28,9 +28,10 @@ from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions, lock, resolved, sha256, write_atomic
 from sit_atconv.runtime.reading import Malformed, read_json
-from sit_atconv.scoring import BATCH, FOLDER, REMEDY, SHARD
-from sit_atconv.scoring.extractor import BESIDE, Extractor
+from sit_atconv.scoring import BATCH, BESIDE, FOLDER, REMEDY, SHARD
+from sit_atconv.scoring.extractor import Extractor
 from sit_atconv.scoring.features import INDEX, Features, read_head, shard_name
+from sit_atconv.scoring.result import own
 from sit_atconv.scoring.sources import Source, begun_as, class_histogram, open_source
 
 T = TypeVar("T")
@@ -115,12 +116,12 @@ def default_folder(path: Path, extractor: Extractor, root: str | None = None) ->
         parent = place.with_name(f"{place.name}.features") if in_folders(path) else path / FEATURES
     else:
         parent = path.with_suffix(".features")
-    own = {key: value for key, value in extractor.describe().items() if key not in BESIDE}
+    wanted = own(extractor.describe())
     plain = parent / extractor.name
-    there = begun_as(plain).get("extractor", own)
-    if isinstance(there, dict) and {key: value for key, value in there.items() if key not in BESIDE} == own:
+    there = begun_as(plain).get("extractor", wanted)
+    if isinstance(there, dict) and own(there) == wanted:
         return plain
-    digest = hashlib.sha256(json.dumps(extractor.describe(), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     return parent / f"{extractor.name}-{digest[:8]}"
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sit_atconv.data.digits import Digits
 from sit_atconv.data.images import ONE_CLASS
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, option, ran_out, said, told
@@ -28,14 +29,13 @@ from sit_atconv.runtime.hooks import recorded
 from sit_atconv.runtime.processes import local_rank
 from sit_atconv.runtime.weights import digest_of
 from sit_atconv.scoring import DIGITS, INCEPTION, digits
+from sit_atconv.scoring.result import own
 
 INCEPTION_PROTOCOL = f"{INCEPTION}1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
 OWN = re.compile(r"\w+(\.\w+)*:\w+")
 Streams = dict[str, torch.Tensor]
-# Of what an extractor is described by: what decides no feature, since the weights do, and may be unknown of a copy.
-BESIDE = ("heldout_accuracy", "image_size")
 NAMED = 3  # class names that a message tells
 
 
@@ -45,8 +45,8 @@ class Extractor:
     name: short, also of its folder. protocol: what two scores must share to be compared. streams: the dimension of
     each stream by its name; of a module of one's own they are known after its first images. image_shape: (C, H, W)
     where only images of that shape are taken. module: uint8 (B, C, H, W) -> the streams, or the pool alone. about: what
-    else `describe` records; of a classifier `class_names`, and where they are known `channels`, `image_size` [H, W] and
-    `heldout_accuracy`. spec: what `load_extractor` makes it of again, None where it is not known.
+    else `describe` records; of a classifier `class_names`, HELD_OUT, and where they are known `channels` and
+    `image_size` [H, W]. spec: what `load_extractor` makes it of again, None where it is not known.
 
     Runs in eval mode and fp32, without autocast or TF32 (cuDNN's, and that of matrix products), whatever was set, which
     is as it was afterwards; cuDNN takes deterministic algorithms. So equal batches give equal bits on one machine.
@@ -118,11 +118,11 @@ class Extractor:
     def check_same(self, name: str, stated: dict[str, Any]) -> None:
         """Raise InputError where features were made by another extractor. name: of what states it; stated: what
         `describe` gave then."""
-        own = self.describe()
-        for key in own | stated:
-            if key not in BESIDE and own.get(key) != stated.get(key):
+        mine, theirs = own(self.describe()), own(stated)
+        for key in mine | theirs:
+            if mine.get(key) != theirs.get(key):
                 raise InputError(
-                    f"{name} is of features with {key} {stated.get(key)!r}, the extractor has {own.get(key)!r}; state "
+                    f"{name} is of features with {key} {theirs.get(key)!r}, the extractor has {mine.get(key)!r}; state "
                     "the one that made them, or make them anew"
                 )
 
@@ -365,6 +365,7 @@ def _digits(_: str, __: None, device: torch.device) -> Extractor:
     return Extractor(
         "digits", DIGITS, classifier, {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
         weights_sha256=state_digest(classifier), input="x / 255", heldout_accuracy=accuracy,
+        heldout_num=len(Digits("test")), heldout_step=None,
     )  # fmt: skip
 
 

@@ -29,8 +29,8 @@ def jackknife(full: float, deleted: Sequence[float]) -> Estimate:
     proportional to 1/N. The groups are of one size (to one image).
 
     The error is that of drawing the samples anew from the same model, where the groups differ as such draws do, see
-    `design_of`. The reference is taken as given: its own sampling error is in no error bar, and neither is that of
-    training the model anew, which is larger.
+    `design_of`. The reference is taken as given: its own sampling error is not in it, and neither is that of training
+    the model anew, which is larger.
 
     No groups, no error: without `deleted` there is the value alone. Raises ValueError for one group.
     """

@@ -1,5 +1,6 @@
 """What is certain in a result of `sit-atconv score`, whatever version of this package wrote it."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from sit_atconv.runtime.errors import MOST, InputError
 from sit_atconv.runtime.files import made_here
 from sit_atconv.runtime.reading import fault_of
-from sit_atconv.scoring import DIGITS, INCEPTION
+from sit_atconv.scoring import BESIDE, DIGITS, HELD_OUT, INCEPTION
 from sit_atconv.scoring.frechet import PER_FEATURE, correction_needs
 from sit_atconv.scoring.jackknife import GROUPS, Design, design_of
 
@@ -86,19 +87,44 @@ def named(error_bars: dict[str, Any]) -> str:
     return f"{error_bars['design'] or 'none'}{', an upper bound' * error_bars['upper_bound']}"
 
 
-def features_told(metrics: Iterable[str], extractors: Iterable[Mapping[str, Any]]) -> str | None:
-    """Whose features the Fréchet distances among metrics are in, and how good a classifier that is, where they are no
-    FID; None where all are, or there are none. extractors: as a result lists them."""
-    if not {"fdd", "frechet_distance"} & set(metrics):
-        return None
-    told = []
-    for each in extractors:
-        if not str(each.get("protocol")).startswith(INCEPTION):
-            accuracy = number(each.get("heldout_accuracy"))
-            told.append(
-                f"{each.get('name')}" + ("" if accuracy is None else f" ({accuracy:.1%} right on held-out images)")
-            )
-    return f"the Fréchet distance in features of {' and '.join(dict.fromkeys(told))} is not a FID" if told else None
+def features_told(*results: tuple[Iterable[str], Iterable[Mapping[str, Any]]]) -> list[str]:
+    """Whose features the Fréchet distances of results are in, and how good a classifier that is, where they are no FID:
+    a sentence for each that says something else.
+
+    results: the metrics of each, by name, and its extractors as it lists them. What one knows of the accuracy of a
+    classifier holds for all.
+    """
+    known, told = {}, []
+    for _, extractors in results:
+        known |= {_text(own(each)): each for each in extractors if number(each.get("heldout_accuracy")) is not None}
+    for metrics, extractors in results:
+        others = [each for each in extractors if not str(each.get("protocol")).startswith(INCEPTION)]
+        if others and {"fdd", "frechet_distance"} & set(metrics):
+            names = dict.fromkeys(_accuracy_told(known.get(_text(own(each)), each)) for each in others)
+            told.append(f"the Fréchet distance in features of {' and '.join(names)} is not a FID")
+    return [*dict.fromkeys(told)]
+
+
+def own(extractor: Mapping[str, Any]) -> dict[str, Any]:
+    """What features depend on, of what `Extractor.describe` gave."""
+    return {key: value for key, value in extractor.items() if key not in BESIDE}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _accuracy_told(extractor: Mapping[str, Any]) -> str:
+    """The name of an extractor, and of a classifier, how many of how many held-out images it knows."""
+    name = str(extractor.get("name"))
+    if "heldout_accuracy" not in extractor:
+        return name
+    accuracy, images, step = (number(extractor.get(key)) for key in HELD_OUT)
+    if accuracy is None:
+        return f"{name} (its accuracy on held-out images is not known)"
+    counted = "" if images is None else f"{images:,} "
+    before = "" if step is None else f" at step {step:,}, before these weights"
+    return f"{name} ({accuracy:.1%} right on {counted}held-out images{before})"
 
 
 def needs(images: int) -> str:

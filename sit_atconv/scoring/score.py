@@ -17,8 +17,8 @@ from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, option
 from sit_atconv.runtime.files import library_versions, shown
 from sit_atconv.runtime.processes import is_main, leave, together
-from sit_atconv.scoring import BATCH, GIVES, METRICS, STREAMS
-from sit_atconv.scoring.copying import copying_scores, doubles
+from sit_atconv.scoring import BATCH, GIVES, HELD_OUT, METRICS, STREAMS
+from sit_atconv.scoring.copying import copying_scores, few_near, reference_error
 from sit_atconv.scoring.extract import (
     features_of,
     read_as,
@@ -114,6 +114,8 @@ def score(
     warnings = []
     for one in passes:
         for metric in one.metrics:
+            if metric == "nearest" and (few := few_near(len(one.reference.features["pool"]))):
+                warnings.append(f"copies: {few}")
             if metric in FRECHET:
                 real = one.reference.moments[STREAMS[metric]]
                 if few := too_few(len(real.mu), one.features.n, one.reference.n):
@@ -237,11 +239,8 @@ def _check(metric: str, samples: Source | Features, extractor: Extractor, refere
         found, fewest = min(samples.n, len(real)), max(NEAREST.values()) + 1 if metric == "pr" else 2
         if found < fewest:
             raise InputError(f"{metric}: {found} images, and it takes {fewest}; leave {metric} out, or give more")
-        if metric == "nearest" and 2 * (number := doubles(real)) > len(real):
-            raise InputError(
-                f"{metric}: {number} of {len(real)} reference images equal another one; leave {metric} out, or leave "
-                "doubles out of the reference"
-            )
+        if metric == "nearest" and (real == real[:1]).all():
+            raise InputError(f"{metric}: all {len(real)} reference images have equal features; leave {metric} out")
 
 
 def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:
@@ -267,13 +266,18 @@ def other_metrics(
         if "pr" in metrics:
             values |= manifold_scores(*sets, groups, where, progress)
         if "nearest" in metrics:
-            values |= copying_scores(*sets, groups, where, progress)
+            copying, different = copying_scores(*sets, groups, where, progress)
+            values |= copying
         if "kid" in metrics:
             kid = kernel_distance(*sets, groups, where, progress)
             values["kid"] = kid.full, kid.deleted
     if "recognised" in metrics:
         values["recognised"] = _recognised(features, groups)
     estimates = {name: jackknife(*each)._replace(corrected=None) for name, each in values.items()}
+    if "nearest" in metrics and (se := estimates["copies"].se) is not None:
+        # What counts as a copy is known from few reference images: their error comes on top.
+        error = math.hypot(se, reference_error(estimates["copies"].value, different))
+        estimates["copies"] = estimates["copies"]._replace(se=error)
     if "kid" in metrics:
         # The error of the estimate from all pairs, and on top of it that of drawing the subsets.
         se = estimates["kid"].se
@@ -297,8 +301,9 @@ class TrainingScorer:
 
     These are the Fréchet distance and, where the extractor is a classifier of the images' classes, the share
     recognised, which alone looks at the labels. All of it is in memory, of one process, and asks nothing of the others.
-    ref, weights, spec: as the command takes them, the latter as its extractor. about: name, protocol and digest of the
-    weights of the extractor. Raises InputError for what cannot be compared with.
+    ref, weights, spec: as the command takes them, the latter as its extractor. about: name, protocol, digest of the
+    weights and accuracy of the extractor; and as `warning`, what `check` found few. Raises InputError for what cannot
+    be compared with.
     """
 
     def __init__(self, ref: str, weights: str | None = None, spec: str | None = None):
@@ -326,9 +331,7 @@ class TrainingScorer:
             self.n, self.image_shape = source.n, source.image_shape
         described = self.extractor.describe()
         self.about = {
-            key: described[key]
-            for key in ("name", "protocol", "weights_sha256", "heldout_accuracy")
-            if key in described
+            key: described[key] for key in ("name", "protocol", "weights_sha256", *HELD_OUT) if key in described
         }
 
     def check(self, image_shape: tuple[int, int, int], class_names: Sequence[str], num: int) -> None:
@@ -341,7 +344,8 @@ class TrainingScorer:
         if self.image_shape is not None:
             check_shape(self.ref, self.image_shape, image_shape)
         if few := too_few(len(self.moments.mu), num, self.n):
-            say(f"warning: scores while training, {self.distance}: {few}")
+            self.about["warning"] = f"{self.distance}: {few}"
+            say(f"warning: scores while training, {self.about['warning']}")
 
     def __call__(self, images: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
         """The scores of uint8 images (N, C, H, W) by name."""

@@ -12,7 +12,7 @@ from sit_atconv.runtime.files import made_here, sha256
 from sit_atconv.runtime.markdown import markdown_table, plain
 from sit_atconv.runtime.reading import read_json, read_yaml
 from sit_atconv.scoring import METRICS
-from sit_atconv.scoring.result import bars_told, features_told, named, needs, number, reading, sound
+from sit_atconv.scoring.result import bars_told, features_told, named, needs, number, own, reading, sound
 
 TABLE = made_here("common", "differs", "rows", "published", "claimed")
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -72,7 +72,7 @@ def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
         "common": {key: value for key, value in facts[0].items() if key not in differs},
         "differs": differs,
         "error_bars": list(dict.fromkeys(result["error_bars"] for result in results)),
-        "told": list(dict.fromkeys(result["told"] for result in results if result["told"] is not None)),
+        "told": features_told(*((result["metrics"], result["extractors"]) for result in results)),
         "warnings": list(dict.fromkeys(warning for result in results for warning in result["warnings"])),
         "rows": [_row(group, differs) for group in rows.values()],
         "published": figures,
@@ -101,7 +101,7 @@ def _read(file: str) -> dict[str, Any]:
             found = {
                 "facts": comparable(stored, manifest),
                 "error_bars": bars_told(stored["error_bars"]),
-                "told": features_told(stored["metrics"], stored["extractors"]),
+                "extractors": stored["extractors"],
                 "warnings": stored.get("warnings", []),
                 "upper_bound": stored["error_bars"]["upper_bound"],
                 "metrics": {
@@ -138,7 +138,7 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
     return {
         **{key: result.get(key) for key in ("protocol", "n", "image_shape")},
         "reference": (result.get("reference") or {}).get("sha256"),
-        "extractors": {each["name"]: {k: v for k, v in each.items() if k != "name"} for each in listed},
+        "extractors": {each["name"]: {k: v for k, v in own(each).items() if k != "name"} for each in listed},
         "groups": result.get("groups"),
         "error_bars": named(result["error_bars"]),
         "samples_lossy": result.get("samples_lossy") or None,  # of a reference, its digest tells
@@ -291,7 +291,7 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         "Mean ± standard deviation over training seeds [mean jackknife standard error of one sampling]; without ±, one "
         "seed. Corrected: without the part of the bias that is proportional to 1/N; the reference's own sampling error "
-        "is in neither.",
+        f"is in neither{', but in that of copies' * ('copies' in names)}.",
         "",
         *(f"{plain(sentence[0].upper() + sentence[1:])}." for sentence in table["told"] + table["error_bars"]),
         *(f"**Warning: {plain(warning)}.**" for warning in table["warnings"]),

@@ -23,6 +23,7 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
+from sit_atconv.scoring import HELD_OUT
 from sit_atconv.scoring.extractor import load_extractor, recorded_spec, register
 from sit_atconv.scoring.score import TrainingScorer, score
 
@@ -144,6 +145,7 @@ def test_what_is_recorded_of_a_run_and_opened_again(run, tmp_path):
     assert about | {
         "name": f"attnet-{digest[:8]}", "protocol": "attnet-1", "weights_sha256": digest, "channels": 1,
         "image_size": [8, 8], "class_names": [*"0123456789"], "heldout_accuracy": row["ema_top1"] / 100,
+        "heldout_num": 360, "heldout_step": None,
     } == about  # fmt: skip
     assert "to 20 x 20 px" in about["input"]
     assert "mean 0.3; std 0.38" in about["input"]
@@ -154,9 +156,15 @@ def test_what_is_recorded_of_a_run_and_opened_again(run, tmp_path):
     live = load_extractor(f"attnet:{last / 'model'}").describe()
     assert live["heldout_accuracy"] == row["model_top1"] / 100
     assert live["weights_sha256"] != digest
-    # An earlier checkpoint has no evaluation, and a copy of a model lies beside none: by its weights it is the same.
-    first = load_extractor(f"attnet:{sorted(run.glob('step-*'))[0]}").describe()
-    assert (first["heldout_accuracy"], first["image_size"]) == (None, None)
+    # An earlier checkpoint has the last evaluation before it, if there is one; the size of the images is that of all.
+    shutil.copytree(run, tmp_path / "run")
+    first = sorted((tmp_path / "run").glob("step-*"))[0]
+    for steps, known in (([], (None, None, None)), ([3, 5, 10], (0.5, 360, 5))):
+        rows = [{**row, "step": step, "ema_top1": 10.0 * step} for step in steps]
+        (tmp_path / "run/evals.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in [*rows, row]))
+        found = load_extractor(f"attnet:{first}").describe()
+        assert (*(found[key] for key in HELD_OUT), found["image_size"]) == (*known, [8, 8])
+    # A copy of a model lies beside no evaluation: by its weights it is the same.
     shutil.copytree(last / "ema", tmp_path / "copy")
     copy = load_extractor(f"attnet:{tmp_path / 'copy'}")
     copy.check_same("x", about)
@@ -245,10 +253,10 @@ def test_samples_are_scored_in_its_features(run, digits, tmp_path, capsys, fails
     logits = load_extractor(f"attnet:{run}")(noisy.to(torch.uint8))["logits"]
     assert result["metrics"]["recognised"]["value"] == np.mean(logits.argmax(1).numpy() == labels)
     assert result["metrics"]["classifier_heldout_accuracy"]["value"] == about["heldout_accuracy"]
-    right = f"{about['heldout_accuracy']:.1%} right on held-out images"
+    right = f"{about['heldout_accuracy']:.1%} right on 360 held-out images"
     assert f"the Fréchet distance in features of {about['name']} ({right}) is not a FID" in said.out
     few = "12 features of 60 samples and 60 reference images: at least 120 are needed; the distance is biased"
-    assert result["warnings"] == [f"frechet_distance: {few}"]
+    assert result["warnings"][0] == f"frechet_distance: {few}"
     assert f"warning: frechet_distance: {few}" in said.err
     # Other classes, by the names in the samples' manifest, and images of another size: before anything is written.
     folder = tmp_path / "folder"
@@ -278,10 +286,12 @@ def test_training_scores_in_its_features_and_checks_the_run_first(run, digits, t
         assert value == pytest.approx(expected["metrics"][name]["value"], rel=1e-5), name
     assert found.keys() == {"frechet_distance", "recognised"}
     about = load_extractor(f"attnet:{run}").describe()
-    assert scorer.about == {key: about[key] for key in ("name", "protocol", "weights_sha256", "heldout_accuracy")}
+    assert scorer.about == {key: about[key] for key in ("name", "protocol", "weights_sha256", *HELD_OUT)}
     capsys.readouterr()
     scorer.check((1, 8, 8), [*"0123456789"], 5000)
-    assert "12 features of 60 reference images: at least 120 are needed" in capsys.readouterr().err
+    few = "frechet_distance: 12 features of 60 reference images: at least 120 are needed; the distance is biased"
+    assert f"warning: scores while training, {few}" in capsys.readouterr().err
+    assert scorer.about["warning"] == few  # which every line of scores.jsonl has
     for shape, names, says in (
         ((1, 16, 16), [*"0123456789"], "images of this run are of 16 px"),
         ((3, 8, 8), [*"0123456789"], "images of this run have 3 channels"),

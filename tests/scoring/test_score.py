@@ -23,7 +23,7 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.scoring import digits
-from sit_atconv.scoring.copying import copying_scores
+from sit_atconv.scoring.copying import copying_scores, reference_error
 from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, KINDS, Extractor, load_extractor
 from sit_atconv.scoring.features import Features
 from sit_atconv.scoring.frechet import frechet_distance
@@ -151,8 +151,11 @@ def test_every_number_is_that_of_all_features_at_once(inception, samples, images
     for name, (value, deleted) in manifold_scores(real["pool"], fake["pool"], groups).items():
         assert found[name][:2] == pytest.approx((value, jackknife(value, deleted).se), rel=1e-4)
     kid = kernel_distance(real["pool"], fake["pool"], groups)
-    for name, (value, deleted) in copying_scores(real["pool"], fake["pool"], groups).items():
-        assert found[name][:2] == pytest.approx((value, jackknife(value, deleted).se), rel=1e-4)
+    copying, number = copying_scores(real["pool"], fake["pool"], groups)
+    for name, (value, deleted) in copying.items():
+        error = np.hypot(jackknife(value, deleted).se, reference_error(value, number) if name == "copies" else 0)
+        assert found[name][:2] == pytest.approx((value, error), rel=1e-4)
+    assert f"copies: {number} reference images" in " ".join(result["warnings"])
     error = np.hypot(jackknife(kid.full, kid.deleted).se, kid.subset_se)
     assert error > kid.subset_se > 0
     assert found["kid"][:2] == pytest.approx((kid.value, error), rel=1e-4)

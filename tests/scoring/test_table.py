@@ -483,13 +483,28 @@ def test_a_distance_that_is_no_fid_is_called_so_and_warnings_are_repeated(result
     text = to_markdown(table)
     assert "| Fréchet distance (not a FID) |" in text
     assert "The Fréchet distance in features of attnet-12345678 (91.2% right on held-out images) is not a FID." in text
+    # Scored once from a run, which knows its accuracy, and once from a copy of its weights: the same classifier.
+    known = {**other, "heldout_num": 6000, "heldout_step": 1000, "image_size": [28, 28]}
+    copy = {**other, "heldout_accuracy": None, "heldout_num": None, "heldout_step": None, "image_size": None}
+    files = [
+        result(protocol="attnet-1", extractors=[each], metrics={"frechet_distance": score}, seed=seed)
+        for seed, each in enumerate((copy, known))
+    ]
+    for given, says in (
+        (files, "91.2% right on 6,000 held-out images at step 1,000, before these weights"),
+        (files[:1], "its accuracy on held-out images is not known"),
+    ):
+        table = tabulate(given)
+        assert table["told"] == [f"the Fréchet distance in features of attnet-12345678 ({says}) is not a FID"]
+        assert not table["differs"]
+    table = tabulate([file])
     assert table["warnings"] == [few]
     assert f"**Warning: {plain(few)}.**" in text
     assert "class_names 3" in text
     assert "not a FID" not in to_markdown(tabulate([result()]))
-    assert features_told(
-        ["fdd", "fid"], [{"protocol": "adm-inception-1"}, {"name": "v", "protocol": "dinov2-v-1"}]
-    ) == ("the Fréchet distance in features of v is not a FID")
+    both = [{"protocol": "adm-inception-1"}, {"name": "v", "protocol": "dinov2-v-1"}]
+    assert features_told((["fdd", "fid"], both)) == ["the Fréchet distance in features of v is not a FID"]
+    assert features_told((["fid"], both[:1]), (["is"], both)) == []
     for name, (label, _) in METRICS.items():
         assert ("FID" in label) == (name in FRECHET), name
         assert ("not a FID" in label) == (name in ("fdd", "frechet_distance")), name
