@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from sit_atconv.runtime.errors import InputError, option
-from sit_atconv.scoring.extractor import Extractor, Kind
+from sit_atconv.scoring.extractor import Extractor, Kind, check_kept
 
 
 def _open(place: str, weights: None, device: torch.device) -> Extractor:
@@ -20,6 +20,7 @@ def _recorded(where: str, about: dict[str, Any], spec: str | None) -> str:
             f"{where} is of features by {about['name']!r}, and does not say where that lies; name it with "
             f"{option('extractor')}"
         )
+    check_kept(where, about, spec.removeprefix("attnet:"))
     return spec
 
 

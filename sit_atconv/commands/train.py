@@ -26,6 +26,11 @@ def run(args: argparse.Namespace) -> None:
         from sit_atconv.training.plan import dry_run
 
         report = dry_run(recipe)
+        if recipe.score.extractor is not None:  # what a reference implies is looked for when training starts
+            from sit_atconv.scoring.score import training_extractor
+
+            register_extractors()
+            training_extractor(recipe.score.ref, recipe.score.weights, recipe.score.extractor)
     else:
         from sit_atconv.training.checkpoint import step_of
         from sit_atconv.training.folder import check_place

@@ -36,6 +36,7 @@ VAE = When("latents.codec=vae", lambda latents: latents.codec == "vae")
 CACHED = When("data.kind=latents", lambda data: data.kind == "latents")
 LOGIT_NORMAL = When("flow.time_sampling=logit-normal", lambda flow: flow.time_sampling == "logit-normal")
 ONE_DECAY = When("ema.kind=constant or warmup", lambda ema: ema.kind != "power")
+SCORED = When("score.every", lambda score: score.every > 0)
 POWER = When("ema.kind=power", lambda ema: ema.kind == "power")
 
 
@@ -371,7 +372,7 @@ class Score(Section):
     weights: str | None = field(default=None, metadata=PATH)  # Inception weights; left out, torch's hub cache
     # as `sit-atconv score --extractor` takes it, such as attnet:RUN; null: what score.ref records, digits for the
     # digits, inception for images
-    extractor: str | None = None
+    extractor: str | None = setting(SCORED)
 
 
 @dataclass

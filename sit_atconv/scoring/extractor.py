@@ -23,7 +23,7 @@ from torch import nn
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.images import ONE_CLASS
 from sit_atconv.runtime.devices import numerics, resolve_device
-from sit_atconv.runtime.errors import InputError, check_choice, option, ran_out, said, told
+from sit_atconv.runtime.errors import InputError, check_choice, named, option, ran_out, said, told
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.hooks import recorded
 from sit_atconv.runtime.processes import local_rank
@@ -215,6 +215,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {}
 MODULE = "module"  # the kind of a spec that begins with no kind's name
+ELSEWHERE = {"attnet": "sit_atconv.classification.extractor.ATTNET"}  # kinds that are registered from above
 
 
 def register(kind: Kind) -> None:
@@ -225,6 +226,7 @@ def register(kind: Kind) -> None:
 def parsed(spec: str) -> tuple[Kind, str]:
     """The kind of the extractor that a spec names, and what follows. Raises InputError for a spec that is none."""
     name, _, rest = spec.partition(":")
+    _check_registered(spec, name)
     named = KINDS.keys() - {MODULE}
     if name not in named and ("." in name or rest):
         return KINDS[MODULE], spec
@@ -256,8 +258,28 @@ def load_extractor(spec: str, weights: str | None = None, device: str | torch.de
 
 
 def kind_of(protocol: str) -> Kind:
-    """What an extractor of this protocol is: that of modules of one's own where no other kind has such protocols."""
-    return next((kind for kind in KINDS.values() if protocol.startswith(kind.protocol)), KINDS[MODULE])
+    """What an extractor of this protocol is. Raises InputError for a protocol of no kind that is registered."""
+    _check_registered(protocol, protocol.partition("-")[0])
+    if (kind := next((kind for kind in KINDS.values() if protocol.startswith(kind.protocol)), None)) is None:
+        known = ", ".join(f"{kind.protocol}..." for kind in KINDS.values())
+        raise InputError(f"extractor protocol {protocol!r} is of no kind that this version knows; these are {known}")
+    return kind
+
+
+def _check_registered(what: str, name: str) -> None:
+    """Raise InputError for a kind of extractor that this library has, and that nobody has registered yet."""
+    if name in ELSEWHERE and name not in KINDS:
+        raise InputError(f"extractor {what!r}: register {ELSEWHERE[name]} first, by {register.__module__}.register")
+
+
+def check_kept(where: str, about: dict[str, Any], folder: str) -> None:
+    """Raise InputError where the folder of the extractor that a file states is no longer there; where, about: as of
+    `recorded_spec`."""
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{where} is of features by {about['name']!r}, which is no longer at {folder!r}; name it with "
+            f"{option('extractor')}, or make these features anew"
+        )
 
 
 def recorded_spec(where: str, about: dict[str, Any], spec: str | None) -> str:
@@ -267,12 +289,15 @@ def recorded_spec(where: str, about: dict[str, Any], spec: str | None) -> str:
     versions. A module of one's own is taken where its file is the recorded one, and is the user's and no library's:
     a file of features must not choose what is run. Raises InputError where it is not.
     """
-    kind = kind_of(about["protocol"])
+    with named(where):
+        kind = kind_of(about["protocol"])
     return kind.name if kind.recorded is None else kind.recorded(where, about, spec)
 
 
 def _recorded_dinov2(where: str, about: dict[str, Any], spec: str | None) -> str:
     stated = isinstance(spec, str) and spec.startswith("dinov2:")
+    if stated and spec.startswith(local := "dinov2:local-dir:"):
+        check_kept(where, about, spec.removeprefix(local))
     return spec if stated else f"dinov2:{about['protocol'].removeprefix('dinov2-').rpartition('-')[0]}"
 
 

@@ -31,7 +31,15 @@ from sit_atconv.scoring.jackknife import Estimate, design_of, jackknife
 from sit_atconv.scoring.kernel import kernel_distance
 from sit_atconv.scoring.manifold import NEAREST, manifold_scores
 from sit_atconv.scoring.moments import GroupSums, Moments, stream_sums
-from sit_atconv.scoring.refs import Reference, check_recorded, check_shape, read_moments, read_reference, reference_spec
+from sit_atconv.scoring.refs import (
+    Reference,
+    check_recorded,
+    check_shape,
+    read_moments,
+    read_reference,
+    recorded_extractor,
+    reference_spec,
+)
 from sit_atconv.scoring.result import needs
 from sit_atconv.scoring.sources import Source, check_root, from_arrays, open_source
 
@@ -296,6 +304,21 @@ def _recognised(features: Features | Held, groups: np.ndarray) -> tuple[float, l
     return hits.mean(), [hits[groups != group].mean() for group in range(number)] if number > 1 else []
 
 
+def training_extractor(ref: str, weights: str | None = None, spec: str | None = None) -> Extractor:
+    """The extractor of a `TrainingScorer` of these arguments. Raises InputError where there is none, or where the
+    reference states another one."""
+    stated = f"score.ref={ref} is of {reference_spec(ref)}" if spec is None else f"score.extractor is {spec}"
+    if spec is not None:
+        check_recorded(ref, spec, f"score.extractor={spec}")
+    spec = spec or reference_spec(ref)
+    if weights and not parsed(spec)[0].weights:
+        raise InputError(f"score.weights belongs to Inception, and {stated}; leave it out")
+    extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
+    if (found := recorded_extractor(ref)) is not None:
+        extractor.check_same(f"reference {ref!r}", found[0])
+    return extractor
+
+
 class TrainingScorer:
     """What scores images while a model trains: called with uint8 images (N, C, H, W) and labels, gives numbers by name.
 
@@ -307,13 +330,7 @@ class TrainingScorer:
     """
 
     def __init__(self, ref: str, weights: str | None = None, spec: str | None = None):
-        stated = f"score.ref={ref} is of {reference_spec(ref)}" if spec is None else f"score.extractor is {spec}"
-        if spec is not None:
-            check_recorded(ref, spec, f"score.extractor={spec}")
-        spec = spec or reference_spec(ref)
-        if weights and not parsed(spec)[0].weights:
-            raise InputError(f"score.weights belongs to Inception, and {stated}; leave it out")
-        self.extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
+        self.extractor = training_extractor(ref, weights, spec)
         kind = kind_of(self.extractor.protocol)
         self.distance = next(each for each in kind.offered if each in FRECHET)
         self.recognises = "recognised" in kind.offered

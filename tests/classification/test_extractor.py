@@ -151,6 +151,10 @@ def test_what_is_recorded_of_a_run_and_opened_again(run, tmp_path):
     assert "mean 0.3; std 0.38" in about["input"]
     assert extractor.spec == f"attnet:{last / 'ema'}"  # of that checkpoint, whatever the run goes on to
     assert recorded_spec("x", about, extractor.spec) == extractor.spec
+    with pytest.raises(
+        InputError, match=rf"x is of features by '{about['name']}', which is no longer at 'gone/ema'; name"
+    ):
+        recorded_spec("x", about, "attnet:gone/ema")
     for spec in (f"attnet:{last}", extractor.spec):
         assert load_extractor(spec).describe() == about
     live = load_extractor(f"attnet:{last / 'model'}").describe()
@@ -274,7 +278,7 @@ def test_samples_are_scored_in_its_features(run, digits, tmp_path, capsys, fails
     assert not (folder / "features").exists()
 
 
-def test_training_scores_in_its_features_and_checks_the_run_first(run, digits, tmp_path, capsys):
+def test_training_scores_in_its_features_and_checks_the_run_first(run, digits, tmp_path, capsys, fails):
     pixels, labels = digits
     real = write_npz(tmp_path / "real.npz", pixels, labels)
     scorer = TrainingScorer(str(real), None, f"attnet:{run}")
@@ -301,5 +305,17 @@ def test_training_scores_in_its_features_and_checks_the_run_first(run, digits, t
             scorer.check(shape, names, 5000)
     scorer.check((1, 8, 8), ["all"], 5000)  # images without classes: none is recognised
     assert scorer(noisy, labels.tolist()).keys() == {"frechet_distance"}
+    # A dry run looks for it, too, and compares it with what the reference states.
+    main(["build-ref", str(real), "--out", str(tmp_path / "own.npz"), "--extractor", f"attnet:{run}"])
+    dry = ("train", "digits", f"run.out={tmp_path / 'new'}", f"score.ref={tmp_path / 'own.npz'}", "--dry-run")
+    main([*dry, "score.every=5", f"score.extractor=attnet:{run}"])
+    last = sorted(run.glob("step-*"))[-1]
+    capsys.readouterr()
+    for words, says in (
+        (["score.every=5", "score.extractor=attnet:nowhere"], "extractor 'attnet:nowhere': no such folder"),
+        (["score.every=5", f"score.extractor=attnet:{last / 'model'}"], "is of features with name"),
+        (["score.every=0", f"score.extractor=attnet:{run}"], "goes with score.every; leave it out, or state"),
+    ):
+        assert says in fails(main, *dry, *words)
     with pytest.raises(InputError, match=r"score\.weights belongs to Inception, and score\.extractor is attnet"):
         TrainingScorer(str(real), "w.pth", f"attnet:{run}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from sit_atconv.scoring import digits
 from sit_atconv.scoring.extractor import (
     DINOV2_SIZE,
     INCEPTION_PROTOCOL,
+    KINDS,
     Extractor,
     default_device,
+    kind_of,
     load_extractor,
     recorded_spec,
     state_digest,
@@ -456,7 +459,7 @@ def test_specs_that_name_nothing(own):
         load_extractor(f"{own}:Means", device="tpu9")
 
 
-def test_what_a_file_states_names_its_extractor_again(encoder_folder, inception_weights):
+def test_what_a_file_states_names_its_extractor_again(encoder_folder, inception_weights, monkeypatch):
     for about, spec, wanted in (
         ({"protocol": INCEPTION_PROTOCOL}, None, "inception"),
         (load_extractor("digits").describe(), None, "digits"),
@@ -464,7 +467,17 @@ def test_what_a_file_states_names_its_extractor_again(encoder_folder, inception_
         ({"protocol": "dinov2-a_vit.tag-1"}, "os:abort", "dinov2:a_vit.tag"),
     ):
         assert recorded_spec("x", about, spec) == wanted
+    strange = {"name": "y", "protocol": "classifier-1"}
+    with pytest.raises(InputError, match="x: extractor protocol 'classifier-1' is of no kind that this version knows"):
+        recorded_spec("x", strange, None)
+    with monkeypatch.context() as patch:  # which needs a model of this library, and is registered by who has one
+        patch.delitem(KINDS, "attnet", raising=False)
+        for call in (partial(load_extractor, "attnet:RUN"), partial(kind_of, "attnet-1")):
+            with pytest.raises(InputError, match=r"register sit_atconv\.classification\.extractor\.ATTNET first, by"):
+                call()
     vit = load_extractor(f"dinov2:local-dir:{encoder_folder}")
+    with pytest.raises(InputError, match=r"x is of features by '.*', which is no longer at 'gone'; name it with ext"):
+        recorded_spec("x", vit.describe(), "dinov2:local-dir:gone")
     again = load_extractor(recorded_spec("x", vit.describe(), vit.spec))
     assert again.describe() == vit.describe()
     assert load_extractor("inception", str(inception_weights)).spec == "inception"
