@@ -290,7 +290,10 @@ def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch)
         assert is_scored(samples, load_table(file)) == is_it, (metrics, listed)
 
 
-def test_a_reference_that_says_whose_features_it_is_of_decides_the_metrics(tmp_path):
+def test_a_reference_that_says_whose_features_it_is_of_decides_the_metrics(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "train_classifier", lambda: (digits.DigitsClassifier().eval(), 0.1))
+    monkeypatch.setattr(table, "_extractor", table._extractor.__wrapped__)  # which would keep that classifier
+
     def write(metrics, protocol, weights=""):
         about = {"name": "x", "protocol": protocol, "weights_sha256": "own"}
         source = {"pixels_sha256": "0", "lossy": False}
@@ -302,10 +305,22 @@ def test_a_reference_that_says_whose_features_it_is_of_decides_the_metrics(tmp_p
         )
         return load_table(tmp_path / "t.yaml")
 
-    for metrics, protocol, wanted, other in (
-        ("frechet_distance, is", "module-a:b", [("module-a:b", "own")], "fid"),
-        ("frechet_distance, recognised", DIGITS, [(DIGITS, None)], "fdd"),
-        ("fdd, kid", "dinov2-a_vit-1", [("dinov2-a_vit-1", "own")], "is"),
+    for metrics, protocol, wanted, other, lacks in (
+        (
+            "frechet_distance, is",
+            "module-a:b",
+            [("module-a:b", "own")],
+            "fid",
+            "'a:b', whose file is not on",
+        ),
+        (
+            "frechet_distance, recognised",
+            DIGITS,
+            [(DIGITS, None)],
+            "fdd",
+            "is of features with name 'x'",
+        ),
+        ("fdd, kid", "dinov2-a_vit-1", [("dinov2-a_vit-1", "own")], "is", "'a_vit'"),
     ):
         assert table.wanted_extractors(write(metrics, protocol)) == wanted
         with pytest.raises(InputError, match=f"metrics='{other}'"):
@@ -314,7 +329,8 @@ def test_a_reference_that_says_whose_features_it_is_of_decides_the_metrics(tmp_p
         with pytest.raises(InputError, match="weights belong to Inception, and ref="):
             table.missing(found, [])
         found.weights = None
-        assert table.missing(found, []) == []
+        (sentence,) = table.missing(found, [])  # another extractor than the reference's, or none
+        assert lacks in sentence
 
 
 def test_what_is_scored_is_scored_of_these_samples_against_this_reference(small, tmp_path):
@@ -336,6 +352,7 @@ def test_what_is_scored_is_scored_of_these_samples_against_this_reference(small,
     }
     for changes, is_it in (
         ({}, True),
+        ({"metrics": dict.fromkeys(names[:2], metric)}, True),  # of a classifier whose accuracy nobody knows
         ({"metrics": dict.fromkeys(names[:1], metric)}, False),
         ({"metrics": dict.fromkeys([*names, "kid"], metric)}, False),
         # Of an earlier version, whose errors or corrected values do not hold.
@@ -559,6 +576,8 @@ def test_a_stated_extractor_decides_the_metrics_and_scores(tmp_path, monkeypatch
     with pytest.raises(InputError, match="weights belong to Inception, and extractor=attnet:"):
         table.missing(write("kid", more="weights: w.pth"), [])
     assert table.missing(write("kid"), []) == []
+    nowhere = "extractor 'attnet:/nowhere': no such folder; give the folder of a run of `sit-atconv classify`"
+    assert table.missing(write("kid", "attnet:/nowhere"), []) == [nowhere]
     commands = []
     monkeypatch.setattr(table, "is_sampled", lambda *_: True)
     monkeypatch.setattr(table, "copy_result", lambda *_: None)
