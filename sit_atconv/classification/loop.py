@@ -52,8 +52,9 @@ def train(
         described = {**describe(recipe, facts), "processes": accelerator.num_processes}
         look = partial(look_at, described=described)
         claimed = claim(recipe.run.out, described, look, must_resume, force)
-        samples = ClassifierSamples(dataset, training, recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
-        held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes)
+        size, settings = recipe.data.image_size, (recipe.train.batch_size, recipe.run.seed, recipe.data.repeats)
+        samples = ClassifierSamples(dataset, training, *settings, size)
+        held_out = HeldOut(held_out, evaluation, accelerator.process_index, accelerator.num_processes, size)
         activities = [Evaluation(recipe, facts, held_out)]
         if announce is not None and is_main():
             begins = told_of(claimed.run, claimed.found, facts.steps)

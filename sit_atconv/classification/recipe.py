@@ -21,6 +21,7 @@ ERASING = When("augment.erasing", lambda augment: augment.erasing > 0)
 MIXED = When("augment.mixup or cutmix", lambda augment: augment.mixup > 0 or augment.cutmix > 0)
 MIXED_BOTH_WAYS = When("both augment.mixup and cutmix", lambda augment: augment.mixup > 0 and augment.cutmix > 0)
 VALIDATED_BY_SPLIT = When("data.kind=hf and no data.held_out", lambda data: data.kind == "hf" and data.held_out is None)
+OF_ANY_SIZE = When("another data.kind than digits", lambda data: data.kind != "digits")
 WARMED_UP = When("train.warmup_epochs", lambda train: train.warmup_epochs > 0)
 
 
@@ -32,6 +33,8 @@ class Data(Loading):
     # as root, of the held-out images; hf: left out, root; none where data.held_out takes them from root
     val_root: str | None = field(default=None, metadata=MUTABLE | PATH)
     val_split: str | None = setting(VALIDATED_BY_SPLIT, "validation")
+    # pixels after the centre crop of `sit-atconv train`, which comes first: to score its samples; null: whole images
+    image_size: int | None = setting(OF_ANY_SIZE, None, limits.PIXELS)
     # of every image of an epoch, each augmented anew, and as many times fewer images in it
     repeats: int = ranged(1, Range(1, 1_000, "an epoch shows as many times fewer images"))
 
@@ -52,8 +55,7 @@ class Data(Loading):
     def open_as(self) -> tuple[config.Data, config.Data]:
         """The training and the held-out images, as `sit_atconv.data` opens all but digits.
 
-        Their size is that of the model's crops, which are cut from the whole image: the one that is stated acts on
-        nothing.
+        What takes their pictures gives `image_size`: the one that is stated here acts on nothing.
         """
         shared = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(Loading)} | {"image_size": 1}
         held_out = {"root": self.val_root or self.root, "split": self.val_split}

@@ -94,17 +94,20 @@ class RepeatAugmented(Shuffled):
 class ClassifierSamples(Samples):
     """Images (C, S, S), augmented and normalised, and labels. What happens to a sample is drawn for (step, sample).
 
-    No thread makes them: timm draws from the generators of the process, which a step draws from too.
+    No thread makes them: timm draws from the generators of the process, which a step draws from too. size: of the
+    centre that is cut from an image before, None for the whole image.
     """
 
-    def __init__(self, dataset: Dataset, transform, batch_size: int, seed: int, repeats: int = 1):
+    def __init__(
+        self, dataset: Dataset, transform, batch_size: int, seed: int, repeats: int = 1, size: int | None = None
+    ):
         number = len(dataset)
         order = Shuffled(number, seed) if repeats == 1 else RepeatAugmented(number, repeats, seed)
         super().__init__(dataset, order, batch_size, seed)
-        self.transform = transform
+        self.transform, self.size = transform, size
 
     def _item(self, index: int) -> tuple[Image.Image, int]:
-        return self.dataset.picture(index)
+        return self.dataset.picture(index, self.size)
 
     def fetch(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
         bad: dict[int, str] = {}
@@ -123,12 +126,12 @@ class ClassifierSamples(Samples):
 
 class HeldOut(Dataset):
     """Held-out images, resized, cropped and normalised, their labels, and their height and width before that; of one
-    process: every `world`-th."""
+    process: every `world`-th. size: as of `ClassifierSamples`; height and width are those after it."""
 
     in_thread = True
 
-    def __init__(self, dataset: Dataset, transform, rank: int = 0, world: int = 1):
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, dataset: Dataset, transform, rank: int = 0, world: int = 1, size: int | None = None):
+        self.dataset, self.transform, self.size = dataset, transform, size
         self.indices = range(rank, len(dataset), world)
 
     def __len__(self) -> int:
@@ -140,7 +143,8 @@ class HeldOut(Dataset):
         None is passed over: an accuracy on the others would be another figure.
         """
         try:
-            items = [self.dataset.picture(index) for index in self.indices[places[0] : places[-1] + 1]]
+            indices = self.indices[places[0] : places[-1] + 1]
+            items = [self.dataset.picture(index, self.size) for index in indices]
         except InputError as error:
             return error, {}
         images, labels = zip(*items, strict=True)

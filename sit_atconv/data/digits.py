@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from sit_atconv.data.images import with_channels
+from sit_atconv.data.images import center_crop, with_channels
 
 
 class Digits(Dataset):
@@ -39,7 +39,8 @@ class Digits(Dataset):
         index, flip = key
         return self.images[index].flip(2) if flip else self.images[index], int(self.labels[index])
 
-    def picture(self, index: int) -> tuple[Image.Image, int]:
-        """The digit as an image, and the label."""
+    def picture(self, index: int, size: int | None = None) -> tuple[Image.Image, int]:
+        """As of every kind."""
         image = Image.fromarray(((self.images[index, 0] + 1) * 127.5).round().byte().numpy())
-        return with_channels(image, self.channels), int(self.labels[index])
+        image = with_channels(image, self.channels)
+        return (image if size is None else center_crop(image, size)), int(self.labels[index])

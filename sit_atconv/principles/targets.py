@@ -203,16 +203,17 @@ def _show_sit(target: Target, data: str | None, num: int, seed: int, vae: str | 
 
 
 def _show_classifier(target: Target, data: str | None, num: int, seed: int) -> tuple:
+    size = None
     if data == "digits":
         dataset = Digits("test")
     elif data is not None and Path(data).is_dir():
         dataset = open_dataset(config.Data(kind="imagefolder", root=data, image_size=1))  # pictures are whole
     else:
         recipe = _recipe_of(target, data, ClassifierRecipe)
-        dataset = open_held_out(recipe.data)
+        dataset, size = open_held_out(recipe.data), recipe.data.image_size
     settings = timm.data.resolve_model_data_config(target.model)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
-    pictures = [dataset.picture(index)[0].convert(mode) for index in _choose(dataset, num, seed)]
+    pictures = [dataset.picture(index, size)[0].convert(mode) for index in _choose(dataset, num, seed)]
     try:
         transform = timm.data.create_transform(**settings)
         return (torch.stack([transform(picture) for picture in pictures]),)

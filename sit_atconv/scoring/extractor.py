@@ -80,9 +80,11 @@ class Extractor:
                 "data.channels=3, or choose another extractor"
             )
         if size is not None and list(size) != list(image_shape[1:]):
+            height, width = image_shape[1:]
+            how = f"with data.image_size={height}" if height == width else "on images of that size"
             raise InputError(
                 f"{name} are of {pixels_told(image_shape[1:])} px, {self.name} is a classifier of images of "
-                f"{pixels_told(size)} px; train one on images of that size, or choose another extractor"
+                f"{pixels_told(size)} px; train one {how}, or choose another extractor"
             )
 
     def check_classes(self, name: str, class_names: Sequence[str] | None, labels: np.ndarray | None = None) -> None:

@@ -18,8 +18,10 @@ from sit_atconv.classification.extractor import ATTNET
 from sit_atconv.classification.loop import train
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import preprocessing, transforms
-from sit_atconv.config import load_recipe
+from sit_atconv.config import Data, load_recipe
+from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.folder import Folder
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
@@ -30,10 +32,14 @@ from sit_atconv.scoring.score import TrainingScorer, score
 TINY = {"depths": [1, 1], "dims": [8, 12], "mlp_ratios": [2, 2], "stem_strides": [2, 1]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register(ATTNET)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a tiny classifier of digits, whose EMA is far from the live weights."""
-    register(ATTNET)
     folder = tmp_path_factory.mktemp("classifier")
     recipe = {
         "run": {"out": str(folder / "run")},
@@ -127,6 +133,13 @@ def test_a_folder_of_timms_form_and_pixels_that_are_not_resized_to_the_bit(tmp_p
     images = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels])
     for name, values in features_of(model, images).items():
         assert torch.equal(extractor(pixels)[name], values), name
+    # Images that are not square: of the long side, the middle; a pixel is off by one level at most, as above.
+    for high, wide in ((20, 12), (12, 20)):
+        oblong = F.interpolate(pixels.float(), (high, wide)).to(torch.uint8)
+        found, wanted = oblong, [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in oblong]
+        for step in extractor._module.steps:
+            found = step(found)
+        assert (found - torch.stack([*map(transform, wanted)])).abs().max() <= 1.01 / 255 / 0.2
     grey = pixels[:, :1]
     for name, values in extractor(grey.repeat(1, 3, 1, 1)).items():
         assert torch.equal(extractor(grey)[name], values), name
@@ -174,6 +187,39 @@ def test_what_is_recorded_of_a_run_and_opened_again(run, tmp_path):
     copy.check_same("x", about)
     with pytest.raises(InputError, match="is of features with name"):
         copy.check_same("x", live)
+
+
+def test_whole_photos_are_cut_as_a_run_on_them_cuts_them(tmp_path, monkeypatch):
+    """data.image_size: of all images, to learn from and held out; so samples of that size are what it has seen."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 16, 3), np.uint8)
+    for index, image in enumerate(pixels):
+        (tmp_path / "images" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[: 20 - index % 3]).save(tmp_path / "images" / "ab"[index % 2] / f"{index:02}.png")
+    recipe = {
+        "run": {"out": str(tmp_path / "run")},
+        "data": {"kind": "imagefolder", "root": str(tmp_path / "images"), "held_out": 0.5, "image_size": 10},
+        "model": {"name": "attnet_xxs", "input_size": 8, "crop_pct": 1.0, "options": TINY},
+        "train": {"epochs": 2, "warmup_epochs": 0, "batch_size": 6},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    taken, picture = [], Folder.picture
+
+    def kept(*which):
+        taken.append(picture(*which))
+        return taken[-1]
+
+    monkeypatch.setattr(Folder, "picture", kept)
+    reset_accelerate()
+    train(load_recipe(tmp_path / "recipe.yaml", (), ClassifierRecipe))
+    cut = open_dataset(Data("imagefolder", str(tmp_path / "images"), image_size=10))
+    seen = {np.asarray(image).tobytes() for image, _ in taken}
+    assert seen == {cut[index, False][0].permute(1, 2, 0).numpy().tobytes() for index in range(12)}
+    extractor = load_extractor(f"attnet:{tmp_path / 'run'}")
+    extractor.check_images("x", (3, 10, 10))
+    with pytest.raises(InputError, match=r"x are of 16 px, .* images of 10 px; train one with data\.image_size=16, or"):
+        extractor.check_images("x", (3, 16, 16))
+    with pytest.raises(InputError, match=r"data\.image_size=8 goes with another data\.kind than digits"):
+        load_recipe("digits_attnet", ["data.image_size=8"], ClassifierRecipe)
 
 
 def test_what_is_no_classifier_is_refused(run, tmp_path):
@@ -271,7 +317,7 @@ def test_samples_are_scored_in_its_features(run, digits, tmp_path, capsys, fails
     large = write_npz(tmp_path / "large.npz", pixels.repeat(1, 1, 2, 2), labels)
     for arguments, says in (
         ((folder, "--ref", ref), "are of 2 classes, and"),
-        ((large, "--ref", ref), "is a classifier of images of 8 px; train one on images of that size"),
+        ((large, "--ref", ref), "is a classifier of images of 8 px; train one with data.image_size=16"),
         ((samples, "--ref", ref, "--extractor", "digits"), "--extractor digits: reference"),
     ):
         assert says in fails(main, "score", *arguments)

@@ -424,6 +424,11 @@ def test_all_that_keeps_metrics_from_being_compared_is_said(make, tmp_path, resu
 def test_a_distance_that_is_no_fid_and_one_of_few_images_are_told(make, tmp_path):
     few = "frechet_distance: 64 features of 500 samples: at least 640 are needed; the distance is biased"
     listed = [{"name": "attnet-1234", "protocol": "attnet-1", "heldout_accuracy": 0.912}]
+    run = training(tmp_path / "run")
+    about = {**listed[0], "heldout_accuracy": None, "warning": few}
+    rows(run / "scores.jsonl", [{"step": 30, "frechet_distance": 2.0, "num": 100, "extractor": about}])
+    text = make(run).text
+    assert f"attnet-1234 (its accuracy on held-out images is not known) is not a FID. Warning: {few}." in text
     page = make(samples(tmp_path / "a", result={"warnings": [few], "extractors": listed}))
     assert f": {few}." in page.text
     assert "The Fréchet distance in features of attnet-1234 (91.2% right on held-out images) is not a FID." in page.text
