@@ -59,7 +59,7 @@ def _take_back(name: str, given, handed: torch.Tensor) -> torch.Tensor:
 def _check_kind(guide) -> None:
     """Raise InputError for a guide that is no model."""
     if isinstance(guide, str | PathLike):
-        raise InputError(f"guide={str(guide)!r} is a place; SiTPipeline.from_run(..., guide=...) loads it")
+        raise InputError(f"guide={str(guide)!r} is a place; give the model in it, as SiTPipeline.from_run does")
     if not (guide is None or isinstance(guide, SiTTransformer2DModel) or is_compiled_module(guide)):
         raise InputError(f"guide is a {type(guide).__name__}; give a SiTTransformer2DModel, or None")
 

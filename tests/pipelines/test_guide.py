@@ -127,7 +127,7 @@ def test_one_that_is_assigned_is_saved_and_on_the_pipelines_device(tmp_path, vae
 @pytest.mark.parametrize(
     ("guide", "says"),
     [
-        ("runs/weak", r"guide='runs/weak' is a place; SiTPipeline.from_run\(..., guide=...\) loads it"),
+        ("runs/weak", "guide='runs/weak' is a place; give the model in it, as SiTPipeline.from_run does"),
         (Path("runs/weak"), "guide='runs/weak' is a place"),
         (torch.nn.Linear(1, 1), "guide is a Linear; give a SiTTransformer2DModel, or None"),
     ],
