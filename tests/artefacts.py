@@ -123,10 +123,11 @@ class Artefacts:
         call("sampling.__main__", "generate", "--ckpt", model, "--num", num, "--out", out, *sampling)
 
     def score(self, ref: str | Path) -> dict:
-        """The metrics of the samples."""
+        """The metrics of the samples, but for those that the recorded commit does not have."""
         out = self.place / "score.json"  # not among the samples, where nothing is to change
         call("eval.__main__", "score", self.samples, "--ref", ref, "--out", out)
-        return json.loads(out.read_text())["metrics"]
+        found = json.loads(out.read_text())["metrics"]
+        return {name: each for name, each in found.items() if name not in ("nearest", "copies")}
 
     def extract(self, out: Path) -> None:
         call("eval.__main__", "extract", self.samples, "--out", out, "--extractor", EXTRACTOR, "--shard", 8)
