@@ -258,6 +258,16 @@ class Train(Optimisation):
     max_steps: int = ranged(400_000, limits.STEPS, mutable=lambda train: train["lr_schedule"] == "constant")
     warmup_steps: int = ranged(0, limits.STEPS_OR_NONE)  # a run that ends before is one of the warm-up alone
     lr_schedule: str = chosen("constant", ("constant", "linear", "cosine"))  # the others go down to 0 at max_steps
+    # what the weights begin from: a run, a checkpoint, a model's folder or a public file; null: they are drawn
+    init: str | None = field(default=None, metadata=MUTABLE | PATH)
+    # parts of the model that are drawn all the same, such as [y_embedder, blocks.3.attn]; whatever does not fit must be
+    # among them, and in a name * stands for any part of it: blocks.*.attn
+    init_anew: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init_anew and self.init is None:
+            raise InputError(f"train.init_anew={self.init_anew} goes with train.init; {idle('train.init_anew', '[]')}")
 
 
 @dataclass
@@ -407,6 +417,11 @@ class Recipe:
         if name := next((name for name, value in stated.items() if value is not None and name not in decided), None):
             key = f"model.{name}"
             raise InputError(f"{key}: with distill.teacher the model is the teacher's copy; {idle(key)}")
+        if self.train.init is not None:
+            raise InputError(
+                f"train.init={self.train.init!r} with distill.teacher: the model begins as the teacher's copy; "
+                f"{idle('train.init')}"
+            )
         if self.repa.encoder is not None:
             raise InputError(
                 "repa.encoder with distill.teacher: one teacher at a time; leave one out, or state it =null"

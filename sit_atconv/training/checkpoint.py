@@ -50,14 +50,20 @@ CODEC_FORM = (
     {"codec": "identity"},
     {"codec": "vae", "vae": str, "sha256": str, "scale": float, "shift": float},
 )
+OPEN_CODEC = {"codec": "open", "channels": POSITIVE}  # of a model that does not say
 RECIPE_FORM = {
     "run?": {"seed?": range(2**64)},
-    "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float},
+    "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float, "init?": (str, None)},
     "model?": {"name?": (str, None)},
     "data?": {"kind?": str},
     "ema?": dict,
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
 }
+# Where the first weights came from, see training.origin.
+INIT_FORM = {
+    "sha256": str, "anew": [str],
+    "from": {"source": str, "which": (str, None), "step": (COUNT, None), "codec": (*CODEC_FORM, OPEN_CODEC)},
+}  # fmt: skip
 MANIFEST_FORM = {
     "step": COUNT,
     "files": {INSIDE: SHA256},
@@ -65,6 +71,7 @@ MANIFEST_FORM = {
     "codec?": CODEC_FORM,
     "data?": {"num_images": POSITIVE, "classes": [str]},
     "images_seen?": COUNT,
+    "init?": (INIT_FORM, None),
 }
 ID2LABEL_FORM = {"id2label?": ({re.compile("[0-9]{1,18}"): str}, None)}
 CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}
@@ -415,6 +422,47 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
     return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files, held)
 
 
+def load_any(path: str | Path) -> Trained:
+    """`load_trained`, in fp32, also of what `sit-atconv convert` reads: a public file, or a folder with one.
+
+    Such a file's model has its EMA where there is one, REPA's time folded into it, and none of its projectors.
+    Raises InputError as both do.
+    """
+    path = Path(path).absolute()
+    if not (path.exists() and _is_public(path)):
+        return load_trained(path)
+    from sit_atconv.convert.public import read_public  # diffusers' DiT, and with it a second
+
+    with told(
+        "", InputError, remedy="what a file leaves open, `sit-atconv convert` takes: name the folder that it writes"
+    ):
+        found = read_public(path, keep_projectors=False)
+    manifest = {"step": None, "codec": _open_codec(found.model)}
+    files = {file.name: sha256(file) for file in found.files}
+    return Trained(path, found.record["weights"], manifest, found.model.float(), files)
+
+
+def _is_public(path: Path) -> bool:
+    """Whether what lies there is for `sit-atconv convert` to read: a file, or a folder of another library's."""
+    if path.is_file():
+        return True
+    folder = path / "transformer" if (path / PIPELINE_INDEX).is_file() else path
+    if (folder / "config.json").is_file():
+        with told(f"checkpoint {str(path)!r} cannot be read", Malformed, OSError):
+            return "_class_name" in (config := read_json(folder / "config.json")) and (
+                config["_class_name"] != SiTTransformer2DModel.__name__
+            )
+    return not (folder / MANIFEST).is_file() and not step_folders(folder) and bool(_weights_in(folder))
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [each for each in folder.iterdir() if each.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+
+
+def _open_codec(model: SiTTransformer2DModel) -> dict[str, Any]:
+    return {"codec": "open", "channels": model.config.in_channels}
+
+
 def read_conversion(folder: Path) -> dict[str, Any]:
     """conversion.json of a converted folder, after comparing the SHA-256 of the folder's files with it.
 
@@ -453,8 +501,7 @@ def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) ->
         loaded = {main_file(folder, variant), *weight_files(folder, variant)}
         mine = [path for path in _model_files(folder) if path in loaded or not path.name.startswith(STEM)]
         files = {path.name: sha256(path) for path in mine}
-    codec = {"codec": "open", "channels": model.config.in_channels}
-    return Trained(folder, which, {"step": None, "codec": codec}, model, files)
+    return Trained(folder, which, {"step": None, "codec": _open_codec(model)}, model, files)
 
 
 def read_options(folder: Path) -> dict[str, Any]:

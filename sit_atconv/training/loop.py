@@ -17,6 +17,7 @@ from sit_atconv.training.facts import check_stated, describe, measured_facts
 from sit_atconv.training.folder import check_place, check_run_folder, claim, told_of
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
+from sit_atconv.training.origin import opened
 from sit_atconv.training.plan import check_preview, plan
 from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import Activity, Trainer
@@ -49,13 +50,15 @@ def train(
         dataset = open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)
         facts = measured_facts(dataset, codec)
+        if origin := opened(recipe):
+            recipe = origin.completed(recipe)
         check_stated(recipe, facts)
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
             raise InputError("score.every needs a scorer, which `sit-atconv train` brings; leave it out")
         kind = objective_of(recipe)
         kind.check_launch(accelerator)
-        objective = kind(recipe, facts)
+        objective = kind(recipe, facts, origin)
         check_preview(recipe, objective.model)
         if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")

@@ -20,6 +20,7 @@ from sit_atconv.training.ema import SAMPLED
 from sit_atconv.training.facts import Facts, check_stated, describe, measured_facts, stated_facts
 from sit_atconv.training.folder import check_run_folder, foreseen
 from sit_atconv.training.objectives import objective_of
+from sit_atconv.training.origin import opened
 from sit_atconv.training.resolved import FROM_DATA, FROM_FLOW, resolved
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def check_preview(recipe: Recipe, model: SiTTransformer2DModel) -> None:
 def dry_run(recipe: Recipe) -> str:
     """The recipe's plan, see `plan`; the model is built on the meta device, data and VAE are not opened if the recipe
     states what they decide. Raises InputError for a recipe that cannot be trained."""
+    if origin := opened(recipe):
+        recipe = origin.completed(recipe)
     stated, dataset, measured, names = stated_facts(recipe), None, {}, None
     # A cache says of which images it is, and a run of these goes on from it.
     if stated is None or (recipe.data.kind == "latents" and Path(recipe.run.out).exists()):
@@ -50,9 +53,10 @@ def dry_run(recipe: Recipe) -> str:
     check_stated(recipe, facts)
     kind = objective_of(recipe)  # imported on no device but the CPU
     with torch.device("meta"):
-        objective = kind(recipe, facts)
+        objective = kind(recipe, facts, origin)
     check_preview(recipe, objective.model)
     described = {"recipe": config.to_dict(resolved(recipe, facts)), **measured}
+    described["init"] = origin and origin.record
     encoded = dataset.index["data"] if dataset is not None and dataset.moments else None
     look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
     return plan(recipe, facts, objective, names, foreseen(recipe.run.out, look, recipe.train.max_steps))

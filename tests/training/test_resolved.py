@@ -23,7 +23,7 @@ FACTS = Facts((4, 8, 6), 3, 12)
 CHOICES = {
     "train.max_grad_norm", "ema.snapshot_every", "repa.encoder", "distill.teacher", "distill.blockwise_lr",
     "checkpoint.keep_every", "score.weights", "latents.vae", "model.name", "data.channels",
-    "latents.precision",
+    "latents.precision", "train.init",
     # left to the model, or of the SDE samplers, see sampling.settings; they may change from start to start
     "preview.epsilon",
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",

@@ -31,7 +31,8 @@ KINDS = (
     Kind("distill:DistillObjective", lambda recipe: recipe.distill.teacher is not None, ("teacher", "distill.teacher")),
     Kind("flow:FlowObjective", lambda recipe: True),
 )
-FROZEN = dict(kind.frozen for kind in KINDS if kind.frozen)
+# What a run is made of beside its recipe, by its name in a manifest and in a recipe: it may lie elsewhere today.
+FROZEN = {"init": "train.init"} | dict(kind.frozen for kind in KINDS if kind.frozen)
 
 
 def objective_of(recipe: Recipe) -> "type[FlowObjective]":

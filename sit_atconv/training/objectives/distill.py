@@ -206,8 +206,8 @@ class DistillObjective(FlowObjective):
     no_fsdp = "distill.teacher is not for FSDP: its layers are called apart from their blocks; use DDP"
     flops_per_image = None  # of a step that trains layers alone it is another one
 
-    def __init__(self, recipe: config.Recipe, facts: Facts):
-        super().__init__(recipe, facts)
+    def __init__(self, recipe: config.Recipe, facts: Facts, origin: None = None):
+        super().__init__(recipe, facts, origin)
         settings = recipe.distill
         self.trained = Distillation(self.model, self.teacher, settings)
         self.weights |= {"output_loss": settings.output_weight, "feature_loss": settings.feature_weight}
