@@ -2,10 +2,9 @@
 
 import argparse
 
-from sit_atconv.commands.options import add_out, add_sampling_options, is_alone, sampling_asked
+from sit_atconv.commands.options import add_out, add_sampling_options, check_model, is_alone, sampling_asked
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.sampling import FORMATS
 from sit_atconv.sampling.samples import check_place
 
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     args.sampling = sampling_asked(args)
     if is_alone():
         check_place(args.out, args.force)
-        check_checkpoint(args.ckpt)
+        check_model(args)
 
     from sit_atconv.sampling.generate import run as generate
 

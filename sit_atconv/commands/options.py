@@ -11,8 +11,9 @@ from typing import Any
 from sit_atconv.config.shipped import set_names
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.errors import add_force
+from sit_atconv.runtime.errors import InputError, add_force
 from sit_atconv.runtime.fields import CHOICES, DEFAULT, HELP, WHEN
+from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.runtime.limits import RANGE, Range
 from sit_atconv.runtime.precision import DTYPES
 from sit_atconv.sampling.settings import Sampling, flag, in_short
@@ -111,6 +112,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, its ema/ folder, or a model"
     )
+    parser.add_argument(
+        "--lora", metavar="PATH",
+        help="run that trained a LoRA, its checkpoint, or adapters as diffusers stores them: added to the weights of "
+        "--ckpt, which may be a public file, too, then",
+    )  # fmt: skip
     add_settings(parser)
     add_number(parser, "--seed", limits.SEED, 0, "noise of image i is drawn from (seed, i)")
     add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
@@ -123,6 +129,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="launch every kernel anew, to find a fault or to save memory; the images are the same (a CPU has no "
         "graphs)",
     )  # fmt: skip
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raise InputError where --ckpt or --lora name nothing in which a model, or adapters of one, may be."""
+    if args.lora is None:
+        check_checkpoint(args.ckpt)
+        return
+    for option in ("ckpt", "lora"):
+        if not os.path.exists(path := getattr(args, option)):
+            raise InputError(f"--{option} {path}: no such file or folder")
 
 
 def sampling_asked(args: argparse.Namespace) -> Sampling:

@@ -8,11 +8,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-from sit_atconv.commands.options import add_number, add_out, add_sampling_options, sampling_asked
+from sit_atconv.commands.options import add_number, add_out, add_sampling_options, check_model, sampling_asked
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.classes import ID, Classes
 from sit_atconv.runtime.errors import InputError, named
-from sit_atconv.runtime.files import REPORT, check_checkpoint, check_out, write_out
+from sit_atconv.runtime.files import REPORT, check_out, write_out
 from sit_atconv.sampling import SCHEDULERS
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--no-cuda-graphs does nothing with --scheduler {args.scheduler}; leave one out")
     args.sampler = args.sampler or "euler"
     args.sampling = sampling_asked(args)
-    check_checkpoint(args.ckpt)
+    check_model(args)
 
     from sit_atconv.runtime.devices import numerics
 
@@ -67,7 +67,7 @@ def _draw(args: argparse.Namespace) -> None:
     from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label, too_large
     from sit_atconv.sampling.setup import setup
 
-    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae)
+    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, lora=args.lora)
     graphs = None
     if args.scheduler:
         from sit_atconv.sampling.schedulers import generate as generate_scheduled

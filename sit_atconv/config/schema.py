@@ -300,6 +300,28 @@ class Repa:
 
 
 @dataclass
+class Lora(Section):
+    """Adapters of linear layers, which are trained in the place of the weights that train.init names."""
+
+    rank: int | None = ranged(None, limits.CHANNELS)  # of an adapter B A; null: none, and the weights are trained
+    # an adapter counts alpha / rank times; null: alpha is the rank
+    alpha: float | None = ranged(None, number(0, 65_536, "at 0 the adapters do nothing", over=True))
+    # names of linear layers, or ends of names, such as [attn.proj, mlp.fc1]; null: all of mixers and MLPs
+    targets: list[str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank is None:
+            for name in ("alpha", "targets"):
+                if (value := getattr(self, name)) is not None:
+                    raise InputError(f"lora.{name}={value} goes with lora.rank; {idle(f'lora.{name}')}")
+        elif self.alpha is None:
+            self.alpha = float(self.rank)
+        if self.targets == []:
+            raise InputError(f"lora.targets=[]: name a linear layer; {idle('lora.targets')}")
+
+
+@dataclass
 class Distill(Section):
     """A teacher whose attention is distilled into ATConv; see training.objectives.distill. The model is then a copy."""
 
@@ -392,6 +414,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     ema: Ema = field(default_factory=Ema)
     repa: Repa = field(default_factory=Repa)
+    lora: Lora = field(default_factory=Lora)
     distill: Distill = field(default_factory=Distill)
     checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
     preview: Preview = field(default_factory=Preview, metadata=MUTABLE)
@@ -401,6 +424,8 @@ class Recipe:
         self._check_codec()
         if self.distill.teacher is not None:
             self._check_distill()
+        if self.lora.rank is not None:
+            self._check_lora()
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
 
@@ -410,6 +435,16 @@ class Recipe:
         if self.latents.codec != "vae" or self.data.kind == "latents":
             return None
         return self.latents.precision or ("fp32" if self.train.precision == "fp32" else "tf32")
+
+    def _check_lora(self) -> None:
+        if self.distill.teacher is not None or self.repa.encoder is not None:
+            key = "distill.teacher" if self.distill.teacher is not None else "repa.encoder"
+            raise InputError(f"lora.rank={self.lora.rank} with {key}: adapters learn the flow alone; {idle(key)}")
+        if self.train.init is None:
+            raise InputError(
+                f"lora.rank={self.lora.rank}: adapters are of a trained model, and train.init is missing; name one, or "
+                "train all weights with lora.rank=null"
+            )
 
     def _check_distill(self) -> None:
         decided = ("sample_size", "in_channels", "num_classes")  # by data and codec, and checked against the teacher

@@ -141,14 +141,14 @@ def check_names(what: str, names: Iterable[str], model: SiTTransformer2DModel) -
 
 
 @torch.no_grad()
-def take_weights(source: SiTTransformer2DModel, target: SiTTransformer2DModel, but: Iterable[str]) -> None:
-    """Give the target the source's weights, all but those that `but` names, see `is_named`.
+def take_weights(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], but: Iterable[str]) -> None:
+    """Copy the tensors of one model into those of another, all but those that `but` names, see `is_named`.
 
-    A position embedding of another shape stays as it was computed. Raises KeyError or RuntimeError for a model of which
+    A position embedding of another shape stays as it was computed. Raises KeyError or RuntimeError for models of which
     `differences` names more than `but` does.
     """
-    but, given = list(but), source.state_dict()
-    for name, tensor in target.state_dict().items():
+    but = list(but)
+    for name, tensor in own.items():
         if is_named(name, but) or (name == POSITION and given[name].shape != tensor.shape):
             continue
         if given[name].shape != tensor.shape:

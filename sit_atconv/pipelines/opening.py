@@ -51,7 +51,8 @@ def open_as(
     trained = load_trained(folder, variant=variant)
     names = [name for name in trained.files if Path(name).match(f"{STEM}*.safetensors")]
     tensors = (each for name in names for each in read_tensors(trained.folder / name, "model")[0].values())
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})  # the narrowest that holds all of them
+    # The narrowest that holds all of them; the sum of a model and its LoRA is in fp32.
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors} or {torch.float32})
     if dtype != torch.float32:
         trained = load_trained(folder, dtype, variant)
     if is_pipeline:

@@ -17,6 +17,7 @@ from sit_atconv.flow.guidance import GuidedVelocity
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
 from sit_atconv.pipelines.from_run import FromRun
+from sit_atconv.pipelines.lora import TakesLora
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.compat.diffusers import execution_device
@@ -55,7 +56,7 @@ def _take_back(name: str, given, handed: torch.Tensor) -> torch.Tensor:
     return given.to(handed)
 
 
-class SiTPipeline(FromRun, DiffusionPipeline):
+class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
     transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in

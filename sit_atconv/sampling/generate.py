@@ -103,7 +103,7 @@ class _Work:
         args = self.args
         check_place(args.out, args.force)
         self.graphs = Graphs() if args.graphs else None
-        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True)
+        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True, lora=args.lora)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)
@@ -167,6 +167,7 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[
         "weights": trained.which,
         "step": trained.manifest["step"],
         "checkpoint_sha256": trained.files,
+        "lora": None if args.lora is None else shown(Path(args.lora)),
         "training": describe_training(ready),
         "versions": library_versions(),
     }

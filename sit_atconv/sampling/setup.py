@@ -12,7 +12,7 @@ from sit_atconv.runtime.devices import resolve_device
 from sit_atconv.runtime.errors import InputError, check_one_process, option
 from sit_atconv.runtime.precision import dtype_of
 from sit_atconv.sampling.settings import Sampling, in_short
-from sit_atconv.training.checkpoint import Trained, load_trained
+from sit_atconv.training.checkpoint import Trained, load_trained, load_with_lora
 
 VAE_BATCH = 16  # images per pass through the decoder
 
@@ -48,18 +48,21 @@ def setup(
     device: str | None = None,
     vae: str | None = None,
     launched: bool = False,
+    lora: str | Path | None = None,
 ) -> Setup:
     """A model and its codec, on the device of this process, and the settings as they are for this model.
 
     ckpt: as `load_trained` takes it. dtype: one of `precision.DTYPES`. device: by default CUDA where there is one.
     vae: folder or hub id of the autoencoder, where it is not the one that the checkpoint names.
+    lora: adapters that are added to the weights, as `load_with_lora` takes them; the model is theirs then.
     launched: as one of the processes of a launch, which it has joined; else there may be one only.
     Raises InputError for a bad checkpoint, setting, device or missing autoencoder.
     """
     if not launched:
         check_one_process()
     where = resolve_device(own_device(device) if launched else device)
-    trained = load_trained(ckpt, dtype_of(dtype))
+    wanted = dtype_of(dtype)
+    trained = load_trained(ckpt, wanted) if lora is None else load_with_lora(ckpt, lora, wanted)
     with in_short():
         sampling = sampling.for_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), vae, VAE_BATCH).to(where)

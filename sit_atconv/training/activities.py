@@ -150,6 +150,7 @@ class Snapshots(Activity):
     def take(self, trainer: Trainer) -> None:
         """Store one. Raises InputError in every process where it cannot be written."""
         averages = trainer.objective.averages
-        checkpoint.check_finite(trainer.step, averages.models.values())
-        tensors = {name: sharding.full_tensors(average) for name, average in averages.models.items()}
+        stored = {part.folder: part.module for part in trainer.objective.parts() if part.folder in averages.models}
+        checkpoint.check_finite(trainer.step, stored.values())
+        tensors = {name: sharding.full_tensors(average) for name, average in stored.items()}
         first(lambda: averages.write_snapshot(trainer.run, trainer.step, tensors, trainer.updates))

@@ -1,7 +1,8 @@
 """Checkpoints: a folder that describes itself, is written atomically, and is proved whole before it is used.
 
     step-0001000/
-        ema/, model/          config.json + safetensors, each loadable with from_pretrained; other averages beside them
+        ema/, model/          config.json + safetensors, each loadable with from_pretrained; other averages beside them.
+                              Of LoRA the adapters, as diffusers stores them, and anew.safetensors, what is drawn anew
         model/projectors.safetensors   where REPA's loss was used
         optimizer.safetensors "<parameter name>.<state name>"; of a sharded run optimizer/, a file per process
         trainer.json          skipped steps, gradient scaler
@@ -14,6 +15,7 @@ can be sampled too, and so can the transformer of a pipeline; the converter's co
 files.
 """
 
+import dataclasses
 import inspect
 import json
 import re
@@ -26,20 +28,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from sit_atconv.models import lora
+from sit_atconv.models.fitting import take_weights
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import files, sharding
 from sit_atconv.runtime.console import say
-from sit_atconv.runtime.errors import InputError, check_choice, reason, said, told
+from sit_atconv.runtime.errors import InputError, check_choice, option, reason, said, told
 from sit_atconv.runtime.files import DiskFull, Lease, check_checkpoint, check_space, lease, sha256
 from sit_atconv.runtime.processes import is_main, raise_together
 from sit_atconv.runtime.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json
-from sit_atconv.runtime.weights import STEM, load_pretrained, main_file, own_variant, variants, weight_files
+from sit_atconv.runtime.weights import STEM, digest_of, load_pretrained, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONVERSION = "conversion.json"
+ANEW = "anew.safetensors"  # beside adapters: what was drawn anew, and is trained as a whole
 PIPELINE_INDEX = "model_index.json"
 DAMAGED = "damaged"  # the suffix of checkpoints that are set aside
 UNFINISHED = re.compile(r"\.step-\d+\.unfinished")
@@ -53,12 +58,14 @@ CODEC_FORM = (
 OPEN_CODEC = {"codec": "open", "channels": POSITIVE}  # of a model that does not say
 RECIPE_FORM = {
     "run?": {"seed?": range(2**64)},
-    "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float, "init?": (str, None)},
+    "train?": {
+        "precision?": str, "batch_size?": POSITIVE, "lr?": float, "init?": (str, None), "init_anew?": [str],
+    },
     "model?": {"name?": (str, None)},
     "data?": {"kind?": str},
     "ema?": dict,
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
-}
+}  # fmt: skip
 # Where the first weights came from, see training.origin.
 INIT_FORM = {
     "sha256": str, "anew": [str],
@@ -87,6 +94,30 @@ def write_pretrained(model: SiTTransformer2DModel, tensors: dict[str, torch.Tens
         whole = SiTTransformer2DModel.from_config(model.config)
     whole.load_state_dict(tensors, strict=True, assign=True)
     whole.save_pretrained(folder)
+
+
+def write_adapted(
+    options: dict[str, Any],
+    rank: int,
+    alpha: float,
+    module: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    folder: Path,
+) -> None:
+    """Write what LoRA trains of a SiT of these options, by peft's names: adapters, and what was drawn anew."""
+    with torch.device("meta"):
+        SiTTransformer2DModel.from_config(options).save_config(folder)
+    adapters = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    lora.write_lora(folder, adapters, rank, alpha)
+    if anew := {name: tensor for name, tensor in tensors.items() if name not in adapters}:
+        save_file(anew, folder / ANEW)
+
+
+def load_adapted_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What `write_adapted` has written there, by peft's names."""
+    adapters = load_file(folder / lora.FILE)
+    named = {name.removeprefix(lora.PREFIX).replace(".weight", ".default.weight"): adapters[name] for name in adapters}
+    return named | load_anew(folder)
 
 
 @dataclass(frozen=True)
@@ -411,15 +442,122 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
     has_model = (path / "config.json").is_file()
     if has_model and not (path.name in ("ema", "model") and path.parent.name.startswith("step-")):
         return _load_model_folder(path, dtype, variant)
-    which = path.name if has_model else "ema"
-    newest = None if has_model else newest_leased(path)
-    folder, held = newest or ((own := path.parent if has_model else path), lease(own / MANIFEST))
+    folder, which, held = _located(path)
     manifest = read_manifest(folder, under=f"{which}/")
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
     present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
     if present != set(files):
         raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
+    if f"{which}/{lora.FILE}" in files:
+        model, files = _load_adapted(folder / which, manifest, files)
+        return Trained(folder, which, manifest, torch.nn.Module.to(model, dtype), files, held)
     return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files, held)
+
+
+def _located(path: Path) -> tuple[Path, str, Lease | None]:
+    """The checkpoint of a run, of itself, or around an ema/ or model/; which of its models; its lease."""
+    has_model = (path / "config.json").is_file()
+    newest = None if has_model else newest_leased(path)
+    folder, held = newest or ((own := path.parent if has_model else path), lease(own / MANIFEST))
+    return folder, path.name if has_model else "ema", held
+
+
+def _load_adapted(
+    folder: Path,
+    manifest: dict[str, Any],
+    files: dict[str, str],
+    base: Trained | None = None,
+    instead: dict[str, torch.Tensor] | None = None,
+) -> tuple[SiTTransformer2DModel, dict[str, str]]:
+    """The model of a LoRA's ema/ or model/, its adapters added to the weights, in fp32; and all that it is made of.
+
+    base: what the adapters are put on; None is what they were trained on, which is to be there and as it was. instead:
+    tensors in the place of those stored, by peft's names.
+    """
+    init = manifest.get("init")
+    if not init:
+        raise _damaged(folder.parent, f"its {MANIFEST} does not say what its LoRA is of")
+    given = base
+    if given is None:
+        remedy = f"name it as {option('ckpt')}, and this run as {option('lora')}"
+        with told(f"checkpoint {str(folder.parent)!r} is a LoRA, and its base is gone", InputError, remedy=remedy):
+            given = load_any(init["from"]["source"])
+    digest = digest_of(given.model.float().state_dict())
+    if digest != init["sha256"]:
+        said = f"{str(folder.parent)!r} is a LoRA of other weights than those of {str(given.folder)!r}"
+        if base is None:
+            raise InputError(f"checkpoint {said}, which have changed; put it on others by {option('lora')}")
+        say(f"warning: {said}")
+    adapters, anew = lora.read_lora(folder), load_anew(folder)
+    if instead is not None:
+        ends = (lora.A, lora.B)
+        pairs = {
+            layer: tuple(instead[f"{layer}{end}".replace(".weight", ".default.weight")] for end in ends)
+            for layer in adapters.pairs
+        }
+        adapters, anew = dataclasses.replace(adapters, pairs=pairs), {name: instead[name] for name in anew}
+    return _adapted(folder, given.model, manifest, adapters, anew), {**files, "base": digest}
+
+
+def model_of_average(folder: Path, manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SiTTransformer2DModel:
+    """The model of a checkpoint's ema/ with other tensors in the place of those that an average there has.
+
+    Raises InputError for tensors that do not fit.
+    """
+    if (folder / lora.FILE).is_file():
+        with told("they do not fit its LoRA", KeyError):
+            return _load_adapted(folder, manifest, {}, instead=tensors)[0]
+    with torch.device("meta"), told(f"checkpoint {str(folder.parent)!r} cannot be read", InputError):
+        model = SiTTransformer2DModel.from_config(read_options(folder))
+    with told("they do not fit its model", RuntimeError, in_full=True):
+        model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+def load_anew(folder: Path) -> dict[str, torch.Tensor]:
+    """What lies beside adapters: the tensors of the parts that were drawn anew."""
+    return load_file(folder / ANEW) if (folder / ANEW).is_file() else {}
+
+
+def _adapted(
+    folder: Path,
+    base: SiTTransformer2DModel,
+    manifest: dict[str, Any],
+    adapters: lora.Lora,
+    anew: dict[str, torch.Tensor],
+) -> SiTTransformer2DModel:
+    """The model that a LoRA's folder tells of: the base's weights, what was drawn anew, and the adapters added."""
+    with told(f"checkpoint {str(folder)!r} cannot be read", InputError, RuntimeError, KeyError):
+        model = SiTTransformer2DModel.from_config(read_options(folder)).eval()
+        own = model.state_dict()
+        drawn = (manifest.get("recipe") or {}).get("train", {}).get("init_anew", [])
+        take_weights(base.state_dict(), own, drawn)
+        model.load_state_dict({**own, **anew})
+        lora.fuse(model, adapters)
+    return model
+
+
+def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
+    """The model of `base`, as `load_any` takes it, with adapters added to its weights.
+
+    adapters: a run of LoRA, its checkpoint, the ema/ or model/ in it, whose classes and codec then are the model's; or
+    a folder or file of adapters in diffusers' form. Raises InputError for either that is not there or damaged, and
+    for adapters of another architecture.
+    """
+    given, path = load_any(base), Path(adapters).absolute()
+    folder, which, held = _located(path)
+    if not (folder / MANIFEST).is_file():
+        found = lora.read_lora(path)
+        lora.fuse(given.model, found)
+        file = path / lora.FILE if path.is_dir() else path
+        given.files["lora"] = sha256(file)
+        return dataclasses.replace(given, model=torch.nn.Module.to(given.model, dtype))
+    manifest = read_manifest(folder, under=f"{which}/")
+    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
+    if f"{which}/{lora.FILE}" not in files:
+        raise InputError(f"LoRA {str(path)!r}: the run trained no LoRA; name it as {option('ckpt')}")
+    model, files = _load_adapted(folder / which, manifest, files, given)
+    return Trained(folder, which, manifest, torch.nn.Module.to(model, dtype), files, held)
 
 
 def load_any(path: str | Path) -> Trained:

@@ -15,8 +15,16 @@ import torch
 from sit_atconv.config import Recipe
 from sit_atconv.flow.path import PATHS
 from sit_atconv.latents.codecs import check_same_codec
-from sit_atconv.models.fitting import MIXER_OPTIONS, check_names, differences, has_positions, is_named, part_of
-from sit_atconv.models.fitting import take_weights as take
+from sit_atconv.models.fitting import (
+    MIXER_OPTIONS,
+    check_names,
+    differences,
+    has_positions,
+    is_named,
+    part_of,
+    take_weights,
+)
+from sit_atconv.models.lora import bare_state
 from sit_atconv.models.sit import SiTTransformer2DModel, mixer_names, options_of
 from sit_atconv.runtime import files, processes
 from sit_atconv.runtime.console import say
@@ -105,7 +113,7 @@ class Origin:
                     f"train.init={self.stated!r}: its weights are others than they were; begin another run"
                 )
         source, self.source = self.source.model, None
-        take(source, model, anew)
+        take_weights(source.state_dict(), bare_state(model), anew)
         if is_main():
             self._tell_of_codec(codec)
             if model.pos_embed is not None and model.pos_embed.shape != source.pos_embed.shape:

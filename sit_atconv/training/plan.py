@@ -71,7 +71,8 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
     model = objective.model
     train = recipe.train
     parameters, macs = count_parameters(model), count_macs(model)
-    trainable = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = parameters - sum(p.numel() for p in model.parameters() if not p.requires_grad)
     epoch = facts.num_images / train.batch_size
     ema = recipe.ema
     copies = len(ema.stds or [SAMPLED])
@@ -88,20 +89,20 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
         + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
         + f"{facts.num_images:,} images in {_classes(facts.num_classes, names)}",
         "memory": f"weights {_size(parameters)}, gradients {_size(trainable)}, optimiser {_size(2 * trainable)}, "
-        f"EMA {_size(copies * parameters)}, all in fp32 whatever the precision (activations come on top"
+        f"EMA {_size(copies * kept)}, all in fp32 whatever the precision (activations come on top"
         f"{objective.besides})",
         "steps per epoch": f"{epoch:.1f} (global batch {train.batch_size})",
         "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
         f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps{longer}; precision {train.precision}",
         "EMA": averages.describe(recipe.ema),
         "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
-        f"{_size((1 + copies) * parameters + 2 * trainable)} each, in {recipe.run.out}",
+        f"{_size((1 + copies) * kept + 2 * trainable)} each, in {recipe.run.out}",
     }
     if ema.snapshot_every:
         taken = train.max_steps // ema.snapshot_every
         rows["EMA snapshots"] = (
-            f"every {ema.snapshot_every:,} steps, {taken:,} of {_size(copies * parameters)} each, "
-            f"{_size(taken * copies * parameters)} at the end"
+            f"every {ema.snapshot_every:,} steps, {taken:,} of {_size(copies * kept)} each, "
+            f"{_size(taken * copies * kept)} at the end"
         )
     rows["run"] = run
     return "\n".join(f"{name:<18} {text}" for name, text in rows.items())

@@ -24,6 +24,7 @@ CHOICES = {
     "train.max_grad_norm", "ema.snapshot_every", "repa.encoder", "distill.teacher", "distill.blockwise_lr",
     "checkpoint.keep_every", "score.weights", "latents.vae", "model.name", "data.channels",
     "latents.precision", "train.init",
+    "lora.rank", "lora.alpha", "lora.targets",
     # left to the model, or of the SDE samplers, see sampling.settings; they may change from start to start
     "preview.epsilon",
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",

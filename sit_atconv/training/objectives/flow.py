@@ -53,7 +53,7 @@ class FlowObjective(Objective):
     `open` comes before training.
     """
 
-    write = staticmethod(write_pretrained)
+    write, load = staticmethod(write_pretrained), staticmethod(load_weights)
     with_image = False  # whether the losses need images besides their latents
     besides = ""  # what a plan says of memory that it does not count
 
@@ -106,7 +106,7 @@ class FlowObjective(Objective):
         self.averages = Averages(self.model, self.recipe.ema)
         if checkpoint is not None:
             for name, average in self.averages.models.items():
-                load_weights(checkpoint / name, average)
+                self.load(checkpoint / name, average)
 
     def _start(self, samples: TrainingSamples) -> None:
         """What a new run does to the weights before its first step."""
@@ -114,7 +114,7 @@ class FlowObjective(Objective):
             self.origin.give(self.model, self.recipe.train.init_anew, self.codec.describe())
 
     def _load(self, checkpoint: Path) -> None:
-        load_weights(checkpoint / "model", self.model)
+        self.load(checkpoint / "model", self.model)
 
     def make_optimizer(self, fused: bool) -> torch.optim.Optimizer:
         return make_optimizer(self.trained, self.recipe.train, fused)
