@@ -505,6 +505,9 @@ def is_sampled(model: Model, sampler: Sampler) -> bool:
     if sampler.vae is not None and (manifest.get("codec") or {}).get("vae") != sampler.vae:
         return False
     try:
+        guided = sampler.guide and checkpoint.load_trained(sampler.guide).files
+        if (manifest.get("guide") or {}).get("checkpoint_sha256") != guided:
+            return False
         return manifest.get("checkpoint_sha256") == checkpoint.load_trained(model.ckpt).files
     except InputError:  # which sampling tells
         return False

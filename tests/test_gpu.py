@@ -97,6 +97,19 @@ def test_samples_are_those_of_the_cpu(mixer, sampler):
     assert (on_cpu.int() - on_gpu.int()).abs().max() <= 1
 
 
+def test_a_guide_is_replayed_beside_the_model_to_the_bit():
+    torch.manual_seed(0)
+    shape = {"patch_size": 2, "depth": 1, "num_heads": 2, "token_mixer": "atconv"}
+    model, guide = (create_model(None, 8, 3, hidden_size=width, **shape).eval().cuda() for width in (32, 16))
+    for parameter in (*model.parameters(), *guide.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    sampling, graphs = Sampling(steps=12, guidance_interval=[0.2, 0.8], guide=guide), Graphs()
+    arguments = (model, [0, 5], torch.tensor([1, 2], device="cuda"), sampling)
+    for _ in range(2):
+        assert torch.equal(sample_latents(*arguments, graphs=graphs)[0], sample_latents(*arguments)[0])
+    assert all(graph.replay for each in (graphs, graphs.beside) for graph in each._graphs.values())
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sampler", ["euler", "rk4", "dopri5", "sde-heun"])

@@ -13,7 +13,7 @@ from conftest import ROOT
 BASE = {"runtime", "version"}
 CORE = BASE | {"config", "flow"}
 SAVED = {"training.checkpoint", "training.ema"}
-DRAWN = {"sampling", "sampling.settings"}
+DRAWN = {"sampling", "sampling.settings", "sampling.trained"}
 DOOR = {"commands", "runtime"}
 ALLOWED = {
     "version": set(),
@@ -31,6 +31,7 @@ ALLOWED = {
     "convert": CORE | {"models", "layers"},
     "training.checkpoint": CORE | {"models", "convert"},
     "training.posthoc": BASE | {"config", "models"} | SAVED,
+    "sampling.trained": BASE | {"models", "sampling.settings", "training.checkpoint"},
     "sampling": CORE | DRAWN | {"models", "layers", "data", "latents", "training.checkpoint"},
     "bench.timing": BASE,
     "bench.results": BASE,
@@ -39,8 +40,8 @@ ALLOWED = {
     "classification": CORE | {"models", "data", "training", "training.checkpoint"},
     "convert.writing": CORE | {"models", "layers", "convert", "training.checkpoint"},
     "convert.__init__": {"runtime", "convert", "convert.writing"},
-    "pipelines": CORE | SAVED | {"models", "latents", "sampling.settings"},
-    "sampling.schedulers": BASE | DRAWN | {"models", "pipelines"},
+    "pipelines": CORE | SAVED | {"models", "latents", "sampling.settings", "sampling.trained"},
+    "sampling.schedulers": BASE | DRAWN | {"flow", "models", "pipelines"},
     "bench": CORE | DRAWN | {"models", "layers", "ops", "bench.timing", "bench.results"},
     "bench.gpu": CORE | SAVED | DRAWN | {
         "models", "layers", "ops", "data", "latents", "training", "bench", "bench.timing", "bench.results",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sit_atconv.commands.options import add_out, add_sampling_options, check_model, is_alone, sampling_asked
+from sit_atconv.commands.options import add_out, add_sampling_options, check_models, is_alone, sampling_asked
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.sampling import FORMATS
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     args.sampling = sampling_asked(args)
     if is_alone():
         check_place(args.out, args.force)
-        check_model(args)
+        check_models(args)
 
     from sit_atconv.sampling.generate import run as generate
 

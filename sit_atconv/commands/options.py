@@ -11,7 +11,7 @@ from typing import Any
 from sit_atconv.config.shipped import set_names
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.errors import InputError, add_force
+from sit_atconv.runtime.errors import InputError, add_force, named
 from sit_atconv.runtime.fields import CHOICES, DEFAULT, HELP, WHEN
 from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.runtime.limits import RANGE, Range
@@ -92,7 +92,9 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Collection[str] = (
         if entry.name in leave_out:
             continue
         said, default = entry.metadata, getattr(plain, entry.name)
-        options = said[RANGE].flag if RANGE in said else {"choices": said[CHOICES]}
+        options = said[RANGE].flag if RANGE in said else {"choices": said[CHOICES]} if CHOICES in said else {}
+        if "path" in said:
+            options |= {"metavar": "PATH"}
         if isinstance(default, list):
             options |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
         acting = said.get(DEFAULT, default)
@@ -131,14 +133,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def check_model(args: argparse.Namespace) -> None:
-    """Raise InputError where --ckpt or --lora name nothing in which a model, or adapters of one, may be."""
+def check_models(args: argparse.Namespace) -> None:
+    """Raise InputError where --ckpt, --lora or --guide name nothing in which a model, or adapters of one, may be."""
     if args.lora is None:
         check_checkpoint(args.ckpt)
-        return
-    for option in ("ckpt", "lora"):
-        if not os.path.exists(path := getattr(args, option)):
-            raise InputError(f"--{option} {path}: no such file or folder")
+    else:
+        for option in ("ckpt", "lora"):
+            if not os.path.exists(path := getattr(args, option)):
+                raise InputError(f"--{option} {path}: no such file or folder")
+    if args.guide is not None:
+        with named(flag("guide")):
+            check_checkpoint(args.guide)
 
 
 def sampling_asked(args: argparse.Namespace) -> Sampling:

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from sit_atconv.commands.options import add_number, add_out, add_sampling_options, check_model, sampling_asked
+from sit_atconv.commands.options import add_number, add_out, add_sampling_options, check_models, sampling_asked
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.classes import ID, Classes
 from sit_atconv.runtime.errors import InputError, named
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--no-cuda-graphs does nothing with --scheduler {args.scheduler}; leave one out")
     args.sampler = args.sampler or "euler"
     args.sampling = sampling_asked(args)
-    check_model(args)
+    check_models(args)
 
     from sit_atconv.runtime.devices import numerics
 
@@ -86,7 +86,7 @@ def _draw(args: argparse.Namespace) -> None:
         )
     labels = labels or [random_label(args.seed, index, classes.number) for index in range(args.num)]
 
-    images, nfe, start = [], 0, time.perf_counter()
+    images, nfe, of_guide, start = [], 0, 0, time.perf_counter()
     with Progress(total=len(labels), desc="sample", unit="image") as bar:
         for first in range(0, len(labels), args.batch):
             part = labels[first : first + args.batch]
@@ -98,10 +98,12 @@ def _draw(args: argparse.Namespace) -> None:
                 raise too_large(args.batch, model.device, "a smaller one", graphs) from None
             images.append(batch)
             nfe += evaluations * len(part)
+            of_guide += evaluations.of_guide * len(part)
             bar.update(len(part))
     seconds = (time.perf_counter() - start) / len(labels)
     columns = len(args.classes) if args.classes else max(1, round(len(labels) ** 0.5))
     names = [(ready.trained.id2label or {}).get(label, "") for label in range(classes.number)]
     captions = [caption_of(label, names) for label in labels]
     write_out(args.out, grid_png(torch.cat(images), columns, captions), force=args.force)
-    print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}, {seconds:.3f} s per image")
+    guides = f" ({of_guide / len(labels):g} of the guide)" if ready.guide else ""
+    print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}{guides}, {seconds:.3f} s per image")

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, of the baselines too")
     add_number(parser, "--rounds", limits.ROUNDS, 10, "measurements of each, in turn")
     add_out(parser, "writes STEM.json, STEM.md and STEM.png", default="runs/speed", metavar="STEM")
-    add_settings(parser, leave_out=("guidance_channels", "guidance_interval", "epsilon"))
+    add_settings(parser, leave_out=("guidance_channels", "guidance_interval", "guide", "epsilon"))
     add_device_options(parser)
 
 

@@ -386,6 +386,8 @@ class Preview(Sampling):
 
     every: int = ranged(10_000, limits.STEPS_OR_NONE)  # steps between two grids of EMA samples; 0 draws none
     num: int = ranged(16, limits.PICTURE)  # images in a grid
+    # autoguidance: a weaker checkpoint of the same latents and classes, as `sit-atconv sample --guide` takes it
+    guide: str | None = field(default=None, metadata=PATH)
 
     def __post_init__(self):
         with named("preview"):

@@ -1,10 +1,10 @@
-"""Classifier-free guidance around a class-conditional network."""
+"""Guidance: away from what a weaker network would do, classifier-free or by another network."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sit_atconv.flow.path import check_name
+from sit_atconv.flow.path import LinearPath, Path, check_name
 from sit_atconv.flow.times import within
 
 if TYPE_CHECKING:
@@ -17,20 +17,43 @@ if TYPE_CHECKING:
 CHANNELS = {"all": slice(None), "first3": slice(0, 3)}
 
 
+class Evaluations(int):
+    """Network evaluations per image, of all networks together; `of_guide`: those of a guide among them."""
+
+    def __new__(cls, every: int = 0, of_guide: int = 0):
+        made = super().__new__(cls, every)
+        made.of_guide = of_guide
+        return made
+
+    def __add__(self, other: int) -> Evaluations:
+        return Evaluations(int(self) + int(other), self.of_guide + getattr(other, "of_guide", 0))
+
+
+ALONE, BOTH_CLASSES, WITH_GUIDE = Evaluations(1), Evaluations(2), Evaluations(2, 1)
+
+
 class GuidedVelocity:
-    """v = v_uncond + scale * (v_cond - v_uncond), as a velocity for the samplers; counts network evaluations.
+    """v = v_weak + scale * (v_strong - v_weak), as a velocity for the samplers; counts network evaluations.
 
-    A score or noise prediction is guided alike: the velocity is affine in it, so guiding before or after the
-    conversion is the same.
+    v_strong is the network's for the class wanted. There are two sources of v_weak, of which one acts:
+    without a guide the network's own for the null class, classifier-free guidance (Ho and Salimans, arXiv 2207.12598),
+    in one batch of twice the size; with a guide that network's for the class wanted, autoguidance (Karras et al., arXiv
+    2406.02507, equation 3, of which D is the data expected at x: on one path, velocities combine as those do).
 
-    network: called with x (B, C, H, W), t (B,) and labels (B,), gives the velocity (B, C, H, W).
+    network: called with x (B, C, H, W), t (B,) and labels (B,), gives its prediction (B, C, H, W).
     labels (B,): the classes wanted. null_label: the class that means "none"; None for a network without one.
-    channels: "all", or "first3" as the public SiT code does (the other channels keep v_cond).
+    channels: "all", or "first3" as the public SiT code does (the other channels keep v_strong).
     interval: guidance acts where t lies `within` it, both ends included, with t = 0 noise and t = 1 data.
+    guide: a weaker network of the same latents and classes, called alike; it needs no null class, nor does `network`.
+    path, prediction, guide_prediction: how what the networks predict becomes a velocity, see `Path.velocity_from`. The
+    two of them may predict different things. A velocity is affine in a prediction, so of one network the predictions
+    are guided, and what comes out is converted.
     Called with x (B, C, H, W) and t, 0-d: of the CPU, it is an argument of a kernel on another device, which waits for
     nothing; of the device, as dopri5's is, it is read where guidance acts.
-    `nfe` is the number of network evaluations per image so far: two where guidance acts, else one.
-    Raises ValueError for guidance without a null class, and for unknown channels.
+    `nfe` is the number of network evaluations per image so far, as `Evaluations`: two where guidance acts, one of them
+    the guide's where there is one; else one. However small a guide is, its evaluation counts one.
+    Raises ValueError for guidance without null class and guide, for a guide that scale 1 leaves idle, and for unknown
+    channels.
     """
 
     def __init__(
@@ -41,25 +64,42 @@ class GuidedVelocity:
         scale: float = 1.0,
         channels: str = "all",
         interval: tuple[float, float] = (0.0, 1.0),
+        guide: Network | None = None,
+        path: Path | None = None,
+        prediction: str = "velocity",
+        guide_prediction: str = "velocity",
     ):
         check_name("channels", channels, CHANNELS)
-        if scale != 1 and null_label is None:
+        if scale != 1 and null_label is None and guide is None:
             raise ValueError(f"guidance scale {scale} needs a null class; this network has none, use scale 1")
+        if scale == 1 and guide is not None:
+            raise ValueError("guidance scale 1 leaves the guide idle; leave it out, or use another scale")
         self.network, self.scale, self.channels, self.interval = network, scale, CHANNELS[channels], interval
+        self.guide, self.path = guide, path or LinearPath()
+        self.prediction, self.guide_prediction = prediction, guide_prediction
         self.labels = labels
-        self.both_labels = None if scale == 1 else labels.repeat(2)
-        if scale != 1:
+        self.both_labels = None
+        if scale != 1 and guide is None:
+            self.both_labels = labels.repeat(2)
             self.both_labels[len(labels) :] = null_label
-        self.nfe = 0
+        self.nfe = Evaluations()
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         times = t.expand(len(x)) if t.device == x.device else x.new_full((len(x),), float(t), dtype=t.dtype)
         if self.scale == 1 or not within(t, self.interval):
-            self.nfe += 1
-            return self.network(x, times, self.labels)
-        self.nfe += 2
-        conditional, unconditional = self.network(x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels).chunk(2)
-        guided = conditional.clone()
-        difference = conditional[:, self.channels] - unconditional[:, self.channels]
-        guided[:, self.channels] = unconditional[:, self.channels] + self.scale * difference
+            self.nfe += ALONE
+            return self.path.velocity_from(self.prediction, self.network(x, times, self.labels), x, t)
+        if self.guide is None:
+            self.nfe += BOTH_CLASSES
+            both = self.network(x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels)
+            return self.path.velocity_from(self.prediction, self._guided(*both.chunk(2)), x, t)
+        self.nfe += WITH_GUIDE
+        strong = self.path.velocity_from(self.prediction, self.network(x, times, self.labels), x, t)
+        weak = self.path.velocity_from(self.guide_prediction, self.guide(x, times, self.labels), x, t)
+        return self._guided(strong, weak)
+
+    def _guided(self, strong: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
+        guided = strong.clone()
+        difference = strong[:, self.channels] - weak[:, self.channels]
+        guided[:, self.channels] = weak[:, self.channels] + self.scale * difference
         return guided

@@ -76,25 +76,35 @@ def _describe(pipeline: SiTPipeline, dtype: torch.dtype) -> str:
     else:
         factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         space = f"latents, {size}, of images of {height * factor} x {width * factor} pixels; the autoencoder is in vae/"
-    mixer = config.token_mixer if isinstance(config.token_mixer, str) else ", ".join(config.token_mixer)
     classes = f"{config.num_classes}" + (" and a null class" if model.null_label is not None else ", no null class")
     rows = {
         "parameters": f"{count_parameters(model):,}, stored in {str(dtype).removeprefix('torch.')}",
         "GMACs per network evaluation": f"{count_macs(model) / 1e9:.4g}",
         "depth, width, patch": f"{config.depth}, {config.hidden_size}, {config.patch_size}",
-        "token mixer": mixer,
+        "token mixer": _mixers(model),
         "generates": space,
         "classes": classes,
         "path, prediction": f"{config.path}, {config.prediction}",
     }
+    if pipeline.guide is not None:
+        mixers = _mixers(pipeline.guide)
+        rows["guide"] = (
+            f"{count_parameters(pipeline.guide):,} parameters, {mixers}, in guide/: guidance is away from this weaker "
+            "model ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507))"
+        )
     return markdown_table(["", ""], rows.items())
+
+
+def _mixers(model: SiTTransformer2DModel) -> str:
+    mixer = model.config.token_mixer
+    return mixer if isinstance(mixer, str) else ", ".join(mixer)
 
 
 def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str]) -> str:
     model = pipeline.transformer
     label = min(1, model.config.num_classes - 1)
     loading = "" if dtype == torch.float32 else f", dtype={dtype}"
-    guidance = 1.5 if model.null_label is not None else 1.0
+    guidance = 1.5 if model.null_label is not None or pipeline.guide is not None else 1.0
     picture = pipeline.vae is not None or model.config.in_channels in (1, 3)
     call = f"class_labels=[{label}], num_inference_steps=50, guidance_scale={guidance}, generator=generator"
     draw = (
@@ -177,7 +187,7 @@ def _limits(pipeline: SiTPipeline, license: str) -> str:
         "The model knows what it was trained on; its samples carry that data's biases.",
         "`pipe.save_pretrained` leaves this code out; `sit-atconv export` puts it in again.",
     ]
-    if model.null_label is None:
+    if model.null_label is None and pipeline.guide is None:
         limits.insert(1, "Trained without class dropout: no guidance (`guidance_scale=1`).")
     if license == "unknown":
         limits.append("The code is under the MIT licence; nobody said what licence the weights are under.")

@@ -2,8 +2,8 @@
 
 model_index.json                  names pipeline.py and, for AutoModel, the transformer's file
 pipeline.py                       SiTPipeline in one file
-transformer/modeling_sit_*.py     operator, layers and model in one file, its hash in its name
-transformer/, scheduler/, vae/    as save_pretrained writes them
+transformer/modeling_sit_*.py     operator, layers and model in one file, its hash in its name; in guide/ too
+transformer/, guide/, scheduler/, vae/    as save_pretrained writes them
 README.md                         a model card
 
 sit-atconv export SRC --out DIR
@@ -73,7 +73,9 @@ def _write(source: Source, folder: Path, name: str, license: str) -> None:
     module = f"modeling_sit_{digest(model_code)}"
 
     source.pipeline.save_pretrained(folder)
-    (folder / "transformer" / f"{module}.py").write_text(model_code)
+    models = [name for name in ("transformer", "guide") if (folder / name).is_dir()]
+    for model in models:
+        (folder / model / f"{module}.py").write_text(model_code)
     (folder / "pipeline.py").write_text(pipeline_code)
     auto_map = {"AutoModel": f"{module}.{MODEL.name}"}
     for path in [folder / PIPELINE_INDEX, *folder.glob("*/config.json")]:
@@ -81,8 +83,8 @@ def _write(source: Source, folder: Path, name: str, license: str) -> None:
         config.pop("_name_or_path", None)  # a path on this machine
         if path.name == PIPELINE_INDEX:
             config["_class_name"] = ["pipeline", PIPELINE.name]
-            config["transformer"] = [module, MODEL.name]
-        if path.name == PIPELINE_INDEX or path.parent.name == "transformer":
+            config |= {model: [module, MODEL.name] for model in models}
+        if path.name == PIPELINE_INDEX or path.parent.name in models:
             # AutoModel reads the index where it is given a subfolder. Else diffusers warns that no class takes the key.
             config |= {"auto_map": auto_map, "_use_default_values": {"auto_map": True}}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

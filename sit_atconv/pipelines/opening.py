@@ -12,15 +12,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.errors import InputError, option, told
 from sit_atconv.runtime.reading import Malformed, read_config, read_json, read_tensors
 from sit_atconv.runtime.weights import STEM, own_variant
+from sit_atconv.sampling.trained import check_weaker, open_guide
 from sit_atconv.training.checkpoint import ID2LABEL_FORM, PIPELINE_INDEX, load_trained
 
 NAME = "SiTPipeline"  # in model_index.json, of what derives from it, too
 INDEX_FORM = {
     "_class_name": (str, [str]), "scheduler": [str, str], "vae?": ([(str, None), (str, None)], None),
-    **ID2LABEL_FORM,
+    "guide?": ([(str, None), (str, None)], None), **ID2LABEL_FORM,
 }  # fmt: skip
 # There are schedulers that take memory and time by the square of their levels.
 SCHEDULER_FORM, MOST_SCHEDULER = {"num_train_timesteps?": range(1, 10_001)}, 1 << 18  # bytes
@@ -36,15 +37,21 @@ class Source:
 
 
 def open_as(
-    kind: type[DiffusionPipeline], source: str | Path, vae: str | None = None, variant: str | None = None
-) -> Source:  # fmt: skip
+    kind: type[DiffusionPipeline],
+    source: str | Path,
+    vae: str | None = None,
+    variant: str | None = None,
+    guide: str | Path | None = None,
+) -> Source:
     """A SiTPipeline: that in a folder of one, exported or not, or around the model of what `load_trained` takes (a
     run's EMA).
 
     kind: SiTPipeline, or a class that derives from it. vae: folder or hub id of the autoencoder, where it does not come
     with the model, or has moved. variant: of the weights, such as "fp16", as `DiffusionPipeline.from_pretrained` takes
-    it: of each part that has it.
-    Raises InputError for a folder that is none of these, is damaged, or needs another autoencoder.
+    it: of each part that has it. guide: of autoguidance, as `load_trained` takes it; the one in a pipeline's folder,
+    where none is named.
+    Raises InputError for a folder that is none of these, is damaged, or needs another autoencoder, and for a guide that
+    does not fit.
     """
     folder = Path(source)
     is_pipeline = (folder / PIPELINE_INDEX).is_file()
@@ -55,13 +62,19 @@ def open_as(
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors} or {torch.float32})
     if dtype != torch.float32:
         trained = load_trained(folder, dtype, variant)
+    weaker = None
+    if guide is not None:
+        called = option("guide", str(guide))
+        weaker = open_guide(guide, called, trained.model, trained.stated("codec"), trained.id2label, dtype).model
+        check_weaker(weaker, trained.model, called)
     if is_pipeline:
-        pipeline = _open_pipeline(kind, folder, trained.model, vae, variant)
+        pipeline = _open_pipeline(kind, folder, trained.model, weaker, vae, variant)
     else:
         codec = reopen_codec(trained.stated("codec"), vae, batch_size=1)
         pipeline = kind(
             trained.model,
             codec.vae if isinstance(codec, VaeCodec) else None,
+            weaker,
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
             id2label=trained.id2label,
         )
@@ -72,6 +85,7 @@ def _open_pipeline(
     kind: type[DiffusionPipeline],
     folder: Path,
     transformer: SiTTransformer2DModel,
+    guide: SiTTransformer2DModel | None,
     vae: str | None,
     variant: str | None,
 ) -> DiffusionPipeline:
@@ -89,6 +103,9 @@ def _open_pipeline(
         scheduler = found.from_config(scheduler_config)
         beside = vae is None and (index.get("vae") or [None])[0] is not None
         vae = folder / "vae" if beside else vae
+    if guide is None and (index.get("guide") or [None])[0] is not None:
+        own = own_variant(folder / "guide", variant)
+        guide = load_trained(folder / "guide", transformer.dtype, own).model
     own = own_variant(folder / "vae", variant) if beside else None
     autoencoder = VaeCodec(str(vae), batch_size=1, variant=own).vae if vae is not None else None
-    return kind(transformer, autoencoder, scheduler=scheduler, id2label=index.get("id2label"))
+    return kind(transformer, autoencoder, guide, scheduler=scheduler, id2label=index.get("id2label"))

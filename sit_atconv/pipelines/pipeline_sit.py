@@ -13,7 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from sit_atconv.flow.guidance import GuidedVelocity
+from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
 from sit_atconv.pipelines.from_run import FromRun
@@ -21,10 +21,10 @@ from sit_atconv.pipelines.lora import TakesLora
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.compat.diffusers import execution_device
-from sit_atconv.runtime.errors import InputError, check_choice
+from sit_atconv.runtime.errors import InputError, check_choice, named
 from sit_atconv.runtime.limits import EVALUATIONS
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
-from sit_atconv.sampling.settings import Sampling
+from sit_atconv.sampling.settings import Sampling, check_guide
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -60,14 +60,16 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
     transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in
-    [-1, 1]. scheduler: a flow-matching one, see `schedulers.check_scheduler`. id2label: names of the classes by id; one
-    with commas stands for each of its parts, as ImageNet's do.
+    [-1, 1]. guide: a weaker SiTTransformer2DModel of the same latents and classes, or None; guidance is then away from
+    it (autoguidance), and not from the null class. scheduler: a flow-matching one, see `schedulers.check_scheduler`.
+    id2label: names of the classes by id; one with commas stands for each of its parts, as ImageNet's do.
     Time: the scheduler's sigma is 1 - t, and what it integrates, noise - data, is minus the velocity.
-    Raises ValueError for a transformer or scheduler that does not fit.
+    Raises ValueError for a transformer, guide or scheduler that does not fit.
     """
 
+    # The guide is in no order: beside the transformer at every step, it stays on the device until the end.
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own type)
+    _optional_components = ["vae", "guide"]  # noqa: RUF012 (diffusers' own type)
     _callback_tensor_inputs = ["latents", "class_labels"]  # noqa: RUF012
     _current_timestep = None
 
@@ -75,6 +77,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         self,
         transformer: SiTTransformer2DModel,
         vae: AutoencoderKL | None = None,
+        guide: SiTTransformer2DModel | None = None,
         *,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
@@ -86,9 +89,10 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                 "transformer with `sit-atconv sample`"
             )
         check_scheduler(scheduler)
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=vae, guide=guide, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self._check_vae()
+        self._check_guide()
         self._classes = Classes(transformer.config.num_classes, id2label, "the pipeline has no id2label")
 
     @property
@@ -103,8 +107,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the null class is evaluated too."""
-        return self._guidance_scale != 1
+        """Whether the null class is evaluated too: where there is guidance, and no guide."""
+        return self._guidance_scale != 1 and self.guide is None
 
     @property
     def num_timesteps(self) -> int:
@@ -117,8 +121,9 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         return self._current_timestep
 
     @property
-    def nfe(self) -> int:
-        """Network evaluations per image in the last run; a guided evaluation counts two."""
+    def nfe(self) -> Evaluations:
+        """Network evaluations per image in the last run; a guided evaluation counts two, of which one is `of_guide`
+        where there is a guide."""
         return self._nfe
 
     @property
@@ -190,7 +195,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
 
         class_labels: ids or names, one or more. num_inference_steps: steps of the scheduler; with
             FlowMatchEulerDiscreteScheduler they are uniform down to 0 unless `sigmas` says otherwise.
-        guidance_scale: 1 is none. guidance_channels: "all" or "first3" as the public SiT code. guidance_interval:
+        guidance_scale: 1 is none. Guidance is away from the pipeline's guide, without one from the null class.
+            guidance_channels: "all" or "first3" as the public SiT code. guidance_interval:
             guidance acts for t in it, t = 0 noise, t = 1 data.
         sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added. They may
             begin lower for `latents` of that level.
@@ -203,15 +209,17 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         Returns ImagePipelineOutput, or a tuple with the images; state and velocity are fp32, the transformer runs in
         its own dtype.
         Warns of a scheduler that is right for distilled models alone.
-        Raises ValueError for bad labels, shapes, choices, schedulers, and for guidance without a null class.
+        Raises ValueError for bad labels, shapes, choices, schedulers, for guidance without null class and guide, and
+        for a guide that does not fit.
         """
         if caution := check_scheduler(self.scheduler):
             warnings.warn(caution, stacklevel=3)  # of the caller: torch.no_grad is between
         self._check_vae()
+        self._check_guide()
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        sampling = Sampling(guidance_scale=guidance_scale).for_model(self.transformer)
+        Sampling(guidance_scale=guidance_scale, guide=self._guide_at(guidance_scale)).for_model(self.transformer)
         # Apart from the scale, which a callback may change: of none, they would do nothing.
-        guided_by = Sampling(guidance_channels=guidance_channels, guidance_interval=guidance_interval)
+        guided_by = Sampling(guidance_channels=guidance_channels, guidance_interval=guidance_interval, guide=self.guide)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         handed_over = callback_on_step_end_tensor_inputs or ()
@@ -223,13 +231,12 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         if output_type == "pil" and self.vae is None and channels not in (1, 3):
             raise InputError(f"latents of {channels} channels are no picture without a vae; use output_type='pt'")
 
-        self._guidance_scale, self._interrupt, self._nfe = guidance_scale, False, 0
+        self._guidance_scale, self._interrupt, self._nfe = guidance_scale, False, Evaluations()
         ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
         given, latents = latents, self.prepare_latents(len(ids), generator, latents)
         class_labels = torch.tensor(ids, device=latents.device)
-        path, prediction = LinearPath(), self.transformer.config.prediction
         timesteps, times = self._schedule(num_inference_steps, sigmas, given is not None)
-        times = times.clamp(*sampling.interval(self.transformer))  # where the prediction gives a velocity
+        times = times.clamp(*guided_by.interval(self.transformer))  # where the predictions give a velocity
         self._num_timesteps = len(timesteps)
         # A list of generators is for schedulers that draw, too.
         draws = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -239,9 +246,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = timestep
-                scales = self._guidance_scale, *guided_by.guidance[1:]
-                guided = GuidedVelocity(self._network, class_labels, self.transformer.null_label, *scales)
-                velocity = path.velocity_from(prediction, guided(latents, t), latents, t)
+                guided = self._guided(class_labels, guided_by)
+                velocity = guided(latents, t)
                 self._nfe += guided.nfe
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]
                 if callback_on_step_end is not None:
@@ -275,6 +281,25 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         if getattr(config, "latents_mean", None) is not None:
             raise InputError("the vae normalises each channel (latents_mean); only scale and shift are known")
 
+    def _check_guide(self) -> None:
+        """Raise InputError for a guide of other latents or classes than the transformer's, or for that one."""
+        if self.guide is not None:
+            with named("guide"):
+                check_guide(self.guide, self.transformer)
+
+    def _guide_at(self, scale: float) -> SiTTransformer2DModel | None:
+        """The guide, where that guidance scale guides."""
+        return None if scale == 1 else self.guide
+
+    def _guided(self, labels: torch.Tensor, guided_by: Sampling) -> GuidedVelocity:
+        """The velocity of a step, by the guidance scale in use."""
+        transformer, guide, scale = self.transformer, self._guide_at(self._guidance_scale), self._guidance_scale
+        by = {"path": LinearPath(), "prediction": transformer.config.prediction}
+        if guide is not None:
+            by |= {"guide": self._network_of(guide), "guide_prediction": guide.config.prediction}
+        scales = scale, *guided_by.guidance[1:]
+        return GuidedVelocity(self._network_of(transformer), labels, transformer.null_label, *scales, **by)
+
     def _check_label_ids(self, ids: torch.Tensor) -> None:
         """Raise InputError for an id that a callback gave and the transformer has no row for."""
         null = self.transformer.null_label
@@ -282,10 +307,13 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         if outside := [label for label in ids.tolist() if not 0 <= label <= last]:
             raise InputError(f"callback_on_step_end gave class id {outside[0]}; this model has ids 0 to {last}")
 
-    def _network(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # Caches keep states of one shape each: batches with and without guidance are contexts of their own.
-        with self.transformer.cache_context(f"batch of {len(x)}"):
-            return self.transformer(x.to(self.transformer.dtype), t, labels, return_dict=False)[0].float()
+    def _network_of(self, model: SiTTransformer2DModel) -> Callable[..., torch.Tensor]:
+        def network(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            # Caches keep states of one shape each: batches with and without guidance are contexts of their own.
+            with model.cache_context(f"batch of {len(x)}"):
+                return model(x.to(model.dtype), t, labels, return_dict=False)[0].float()
+
+        return network
 
     def _schedule(self, steps: int, sigmas: Sequence[float] | None, given: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The scheduler's timesteps, and t = 1 - sigma of each on the CPU. given: the latents were given."""

@@ -16,7 +16,7 @@ from sit_atconv.report.curves import Interval, Series, chart, four_digits, inter
 from sit_atconv.report.markup import Content, Markup, breakable, markup, tag
 from sit_atconv.report.pictures import CLASSES, PER_CLASS, Picture, Shown, grid, preview
 from sit_atconv.report.runs import Match, Run, SampleSet, at
-from sit_atconv.runtime.comparison import flat
+from sit_atconv.runtime.comparison import compared, flat
 from sit_atconv.runtime.files import MARK
 from sit_atconv.scoring.frechet import FRECHET
 from sit_atconv.scoring.result import bars_told, needs, number
@@ -350,11 +350,27 @@ def _drawn(manifest: dict[str, Any]) -> str:
         "Samples" if num is None else f"{_quantity(num)} samples",
         manifest.get("sampler"),
         None if steps is None else f"{steps} steps",
-        None if guidance is None else "no guidance" if guidance == 1 else f"guidance {guidance}",
+        None if guidance is None else "no guidance" if guidance == 1 else _guidance(manifest),
         f"{'EMA' if weights == 'ema' else weights} weights" if weights else None,
         None if step is None else f"training step {_quantity(step)}",
     ]
     return ", ".join(str(part) for part in parts if part) + "."
+
+
+def _guidance(manifest: dict[str, Any]) -> str:
+    """The guidance of samples: its scale, and where it is not plain what guides, when and which channels."""
+    channels, interval, guide = (manifest.get(f"guid{key}") for key in ("ance_channels", "ance_interval", "e"))
+    parts = [f"guidance {manifest['guidance_scale']}"]
+    if isinstance(guide, dict):
+        name = at(guide, "training", "name")
+        parts.append(f"by {'another model' if name is None else name}")
+        if (step := number(guide.get("step"))) is not None:
+            parts.append(f"at its step {_quantity(step)}")
+    if isinstance(interval, list) and interval != [0, 1]:
+        parts.append(f"for t in {' to '.join(_short(each) for each in interval)}")
+    if channels not in (None, "all"):
+        parts.append(f"of {channels}")
+    return " ".join(parts)
 
 
 def _warnings(columns: Sequence[Column]) -> list[str]:
@@ -580,8 +596,8 @@ def _settings(runs: Sequence[Run], columns: Sequence[Column]) -> list[Content]:
     for column in columns:
         if column.samples:
             # What has a place of its own: hashes, versions, and what the training was.
-            own = ("versions", "training", "checkpoint_sha256", "labels")
-            settings = flat({key: value for key, value in column.manifest.items() if key not in own})
+            own = ("versions", "training", "checkpoint_sha256", "labels", "guide.training", "guide.checkpoint_sha256")
+            settings = compared(column.manifest, own)
             title = f"Settings of the samples {column.name}"
             if settings:
                 found.append(_compared(title, "Key", ["Value"], [_coded(settings)], folded=True))

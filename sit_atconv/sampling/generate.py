@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from sit_atconv.models.cost import count_parameters
 from sit_atconv.runtime import processes
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.comparison import differences
@@ -27,6 +26,7 @@ from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
 from sit_atconv.sampling.sampling import generate, noted, too_large
 from sit_atconv.sampling.setup import Setup, setup
+from sit_atconv.sampling.trained import describe_guide, describe_trained
 
 T = TypeVar("T")
 
@@ -92,7 +92,8 @@ class _Work:
                 bar.update(made)
         facts = {"processes": processes.count()}
         manifest = self._first(lambda: self.samples.finish(facts))
-        self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}")
+        guides = f" ({manifest['guide_nfe']:g} of the guide)" if "guide_nfe" in manifest else ""
+        self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}{guides}")
 
     def _say(self, text: str) -> None:
         if processes.is_main():
@@ -133,7 +134,7 @@ class _Work:
         except torch.OutOfMemoryError:
             remedy = "a smaller one, and a new folder"
             raise too_large(self.args.batch, model.device, remedy, self.graphs) from None
-        self.samples.write(number, images, nfe=nfe, seconds=time.perf_counter() - start)
+        self.samples.write(number, images, nfe=nfe, guide_nfe=nfe.of_guide, seconds=time.perf_counter() - start)
         return len(kept)
 
 
@@ -163,35 +164,8 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[
         "device": trained.model.device.type,
         "codec": ready.codec.describe(),
         "uint8_rule": UINT8_RULE,
-        "checkpoint": shown(trained.folder),
-        "weights": trained.which,
-        "step": trained.manifest["step"],
-        "checkpoint_sha256": trained.files,
+        **describe_trained(trained),
         "lora": None if args.lora is None else shown(Path(args.lora)),
-        "training": describe_training(ready),
+        "guide": describe_guide(ready.guide),
         "versions": library_versions(),
-    }
-
-
-def describe_training(ready: Setup) -> dict[str, Any]:
-    """What the checkpoint says of how its model was trained; None where nobody says, as of a converted model.
-
-    name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
-    """
-    trained = ready.trained
-    recipe = trained.manifest.get("recipe")
-    repa = recipe and recipe.get("repa")
-
-    def said(section: str, key: str) -> Any:
-        return recipe and recipe.get(section, {}).get(key)
-
-    return {
-        "name": said("model", "name"),
-        "token_mixer": trained.model.config.token_mixer,
-        "seed": said("run", "seed"),
-        "run": recipe and shown(trained.folder.parent),
-        "images_seen": trained.manifest.get("images_seen"),
-        "precision": said("train", "precision"),
-        "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa and repa["encoder"] else None,
-        "params": count_parameters(trained.model),
     }

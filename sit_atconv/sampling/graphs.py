@@ -58,7 +58,8 @@ class Cuda:
 
 
 class Graphs:
-    """CUDA graphs of one model's network, one for each shape of its input, for as long as this object lives.
+    """CUDA graphs of one model's network, one for each shape of its input, for as long as this object lives; `beside`
+    it those of its guide's network.
 
     A graph reads the weights where they were when it was recorded: they may change in place, and where they lie
     elsewhere, as after `to` or with adapters, the graphs are recorded anew. Take new Graphs for another backend of
@@ -73,9 +74,16 @@ class Graphs:
         self._recorder, self._failed = recorder, False
         self.clear()
 
+    @property
+    def beside(self) -> Graphs:
+        """Those of the network that guides this one's, in memory of their own."""
+        if self._beside is None:
+            self._beside = Graphs(self._recorder)
+        return self._beside
+
     def clear(self) -> None:
-        """Forget all graphs, and the model."""
-        self._model, self._places = None, None
+        """Forget all graphs, and the model, and its guide's."""
+        self._model, self._places, self._beside = None, None, None
         self._forget()
 
     def _forget(self) -> None:

@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
 MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
 BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier versions left of a kill
-RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "seconds": float}
+RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "guide_nfe?": COUNT, "seconds": float}
 # Of the settings: where things lie, which does not decide the images.
-PLACES = {"checkpoint", "codec.vae", "training"}
+PLACES = {"checkpoint", "codec.vae", "training", "guide.checkpoint", "guide.training"}
 SAME_IMAGES = ("0.1.0", "0.2.0")  # versions of this package that draw the same to the bit, see tests/test_bits.py
 
 
@@ -187,11 +187,15 @@ class Samples:
                 for number in range(self.blocks):
                     for path in self._files(number):
                         sync(path)
-            nfe = sum(record["nfe"] * len(self.indices(number)) for number, record in enumerate(records))
+            nfe, of_guide = (
+                sum(record.get(key, 0) * len(self.indices(number)) for number, record in enumerate(records)) / self.num
+                for key in ("nfe", "guide_nfe")
+            )
             seconds = sum(record["seconds"] for record in records)
             manifest = {
                 **self.settings,
-                "nfe": nfe / self.num,
+                "nfe": nfe,
+                **({"guide_nfe": of_guide} if of_guide else {}),
                 "seconds_per_image": seconds / (self.blocks * self.block),
                 "image_shape": records[0]["image_shape"],
                 **facts,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from sit_atconv.flow.guidance import GuidedVelocity
+from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
@@ -96,29 +96,36 @@ def sample_latents(
     seed: int = 0,
     watch: Watch | None = None,
     graphs: Graphs | None = None,
-) -> tuple[torch.Tensor, int]:
+) -> tuple[torch.Tensor, Evaluations]:
     """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
 
     The noise of image i comes from (seed, i) alone, that of a step of an SDE from (seed, i, step).
-    The model runs in its own dtype, on its own device, where `labels` must be; the state is fp32.
-    graphs: on a CUDA device the network is replayed as these CUDA graphs, to the bit the same; they are recorded where
-    they are not yet, and serve further calls with this model. None: every kernel is launched. On a CPU both are one.
+    The model and the guide of `sampling` run in their own dtypes, on the device of the model, where `labels` must be;
+    the state is fp32.
+    graphs: on a CUDA device the networks are replayed as these CUDA graphs, to the bit the same; they are recorded
+    where they are not yet, and serve further calls with these models. None: every kernel is launched. On a CPU both are
+    one.
     The host waits for the device where it records, and with dopri5 alone.
     """
     shape, path, device = (model.config.in_channels, *model.latent_size), PATHS[model.config.path](), model.device
 
-    def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        predicted = model(x.to(model.dtype), t, y, return_dict=False)[0]
-        return predicted.to(torch.float32, copy=True)  # a compiled model may write its next output over this one
+    def network_of(one: SiTTransformer2DModel, graphs: Graphs | None) -> Callable[..., torch.Tensor]:
+        def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            predicted = one(x.to(one.dtype), t, y, return_dict=False)[0]
+            return predicted.to(torch.float32, copy=True)  # a compiled model may write its next output over this one
 
-    if graphs is not None:
-        network = graphs.of(model, network)
-    guided = GuidedVelocity(network, labels, model.null_label, *sampling.guidance)
+        return network if graphs is None else graphs.of(one, network)
+
+    by = {"path": path, "prediction": model.config.prediction}
+    if (guide := sampling.guide_model) is not None:
+        by["guide"] = network_of(guide, graphs and graphs.beside)
+        by["guide_prediction"] = guide.config.prediction
+    guided = GuidedVelocity(network_of(model, graphs), labels, model.null_label, *sampling.guidance, **by)
 
     start, end = sampling.interval(model)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        v = path.velocity_from(model.config.prediction, guided(x, t), x, t)
+        v = guided(x, t)
         if watch is not None:
             watch(guided.nfe, (float(t) - start) / (end - start))
         return v
@@ -143,7 +150,7 @@ def generate(
     kept: int | None = None,
     watch: Watch | None = None,
     graphs: Graphs | None = None,
-) -> tuple[torch.Tensor, int]:
+) -> tuple[torch.Tensor, Evaluations]:
     """Images of the given indices, and the number of network evaluations that each took.
 
     codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others

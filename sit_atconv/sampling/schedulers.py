@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import diffusers
 import torch
 
+from sit_atconv.flow.guidance import Evaluations
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.runtime import draws
@@ -37,14 +38,14 @@ def generate(
     sampling: Sampling,
     seed: int = 0,
     watch: Watch | None = None,
-) -> tuple[torch.Tensor, int]:
+) -> tuple[torch.Tensor, Evaluations]:
     """As `sit_atconv.sampling.sampling.generate`, with `scheduler` instead of the sampler of `sampling`.
 
     The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
     Warns of a scheduler that is right for distilled models alone. Raises InputError for a model that is not of the
     linear path, and for a scheduler that would not draw the model's distribution; NotFinite as there.
     """
-    pipe = SiTPipeline(model, scheduler=scheduler)
+    pipe = SiTPipeline(model, guide=sampling.guide_model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     shape = (model.config.in_channels, *model.latent_size)
 

@@ -1,8 +1,9 @@
 """How images are drawn: the one set of settings, of previews, scores, commands, tables and the pipeline."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sit_atconv.flow.guidance import CHANNELS
@@ -11,8 +12,8 @@ from sit_atconv.flow.samplers import ATOL, RTOL
 from sit_atconv.flow.samplers import SAMPLERS as ODE_SAMPLERS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
 from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval
-from sit_atconv.runtime.errors import InputError, told
-from sit_atconv.runtime.fields import When, chosen, setting, settle
+from sit_atconv.runtime.errors import InputError, named, told
+from sit_atconv.runtime.fields import HELP, PATH, When, chosen, setting, settle
 from sit_atconv.runtime.limits import DIFFUSION_NORM, EPSILON, EVALUATIONS, GUIDANCE, LAST_STEP_SIZE, TIME, ranged
 from sit_atconv.runtime.limits import check as check_ranges
 
@@ -39,7 +40,7 @@ def in_short() -> Iterator[None]:
         yield
     except InputError as error:
         text = str(error)
-        for name in SHORT:
+        for name in (*SHORT, "guide"):
             text = text.replace(f"{name}=", f"{flag(name)}=")
         raise InputError(text) from None
 
@@ -49,6 +50,7 @@ class Sampling:
     """How images are drawn, whichever images they are; each setting says what it does as its `help`.
 
     The settings of an SDE are None for an ODE sampler. Their defaults are those of the public SiT code's evaluation.
+    guide: a checkpoint's place, where settings are stated; the SiT in it, where images are drawn.
     Raises InputError for a value out of range, or one that would do nothing.
     """
 
@@ -56,9 +58,13 @@ class Sampling:
     steps: int = ranged(
         50, EVALUATIONS, help="steps from noise to data, an SDE's last step included; dopri5 sets its own"
     )
-    guidance_scale: float = ranged(1.5, GUIDANCE, help="classifier-free guidance; 1 is none")
+    guidance_scale: float = ranged(1.5, GUIDANCE, help="guidance, classifier-free or by a guide; 1 is none")
     guidance_channels: str = chosen("all", CHANNELS, help="latent channels guided")
     guidance_interval: list[float] = ranged([0.0, 1.0], TIME, help="guidance acts for t in it, t = 0 noise, t = 1 data")
+    guide: Any = field(
+        default=None,
+        metadata=PATH | {HELP: "autoguidance: a weaker model of the same latents and classes, instead of no class"},
+    )
     epsilon: float | None = ranged(
         None, EPSILON,
         help=f"how far t keeps from 0 or 1 where the flow is singular there (default: {SAMPLE_EPSILON:g}; "
@@ -94,6 +100,18 @@ class Sampling:
             value = getattr(self, name)
             if self.guidance_scale == 1 and value != whole:
                 raise InputError(f"{name}={value}: with guidance_scale=1 nothing is guided; leave it out")
+        if isinstance(self.guide, os.PathLike):
+            self.guide = os.fspath(self.guide)
+        if self.guide is not None and self.guidance_scale == 1:
+            stated = f"guide={self.guide}" if isinstance(self.guide, str) else "guide"
+            raise InputError(f"{stated}: with guidance_scale=1 nothing is guided; leave it out")
+
+    @property
+    def guide_model(self) -> "nn.Module | None":
+        """The guide that images are drawn with; None without one. Raises InputError where only its place is known."""
+        if isinstance(self.guide, str):
+            raise InputError(f"guide={self.guide!r} is a place; load it, and give its model to draw with")
+        return self.guide
 
     @property
     def guidance(self) -> tuple[float, str, list[float]]:
@@ -106,12 +124,18 @@ class Sampling:
         return 1 if self.last_step_size is None else 2
 
     def interval(self, model: "nn.Module") -> tuple[float, float]:
-        """The times [t0, t1] between which a SiT is integrated; an SDE's last step goes on from t1.
+        """The times [t0, t1] between which a SiT is integrated, where what it and its guide predict gives a velocity;
+        an SDE's last step goes on from t1.
 
         Raises ValueError where nothing is left of [0, 1].
         """
-        path, last = PATHS[model.config.path](), self.last_step_size or 0.0
-        return sampling_interval(path, model.config.prediction, self.diffusion, last, self._epsilon(model))
+        path, last, epsilon = PATHS[model.config.path](), self.last_step_size or 0.0, self._epsilon(model)
+        networks = [model] if self.guide is None else [model, self.guide_model]
+        starts, ends = zip(
+            *(sampling_interval(path, each.config.prediction, self.diffusion, last, epsilon) for each in networks),
+            strict=True,
+        )
+        return max(starts), min(ends)
 
     def _epsilon(self, model: "nn.Module") -> float:
         if self.epsilon is not None:
@@ -125,10 +149,14 @@ class Sampling:
         Raises InputError when the model cannot be sampled as asked, or something asked would do nothing to it.
         """
         check_path(model)
-        if self.guidance_scale != 1 and model.null_label is None:
+        if self.guide is not None:
+            guide = self.guide_model
+            with named("guide"):
+                check_guide(guide, model)
+        if self.guidance_scale != 1 and model.null_label is None and self.guide is None:
             raise InputError(
                 f"guidance_scale={self.guidance_scale:g} needs a null class, and this model was trained without class "
-                "dropout; use guidance_scale=1"
+                "dropout; use guidance_scale=1, or a guide"
             )
         if self.guidance_channels == "first3" and model.config.in_channels <= 3:
             raise InputError(
@@ -141,8 +169,11 @@ class Sampling:
         return replace(self, epsilon=self._epsilon(model) if singular else None)
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest records: the settings, None where one did not act, and dopri5's tolerances."""
-        settings = {entry.name: getattr(self, entry.name) for entry in fields(Sampling)}
+        """What a manifest records: the settings, None where one did not act, and dopri5's tolerances.
+
+        The guide is told by who loaded it, see `trained.describe_guide`.
+        """
+        settings = {entry.name: getattr(self, entry.name) for entry in fields(Sampling) if entry.name != "guide"}
         if self.guidance_scale == 1:
             settings |= {"guidance_channels": None, "guidance_interval": None}
         if self.sampler == "dopri5":
@@ -157,3 +188,21 @@ def check_path(model: "nn.Module") -> None:
             f"path={model.config.path!r}: a DiT with time 0..999, 999 being noise; our samplers follow {sorted(PATHS)} "
             "from t = 0, noise, to t = 1, data, and cannot draw from it"
         )
+
+
+def check_guide(guide: "nn.Module", model: "nn.Module") -> None:
+    """Raise InputError for a guide of other latents, classes or another path than the model's, or the model itself."""
+    check_path(guide)
+    for what, own, wanted in (
+        ("in_channels", guide.config.in_channels, model.config.in_channels),
+        ("sample_size", list(guide.latent_size), list(model.latent_size)),
+        ("num_classes", guide.config.num_classes, model.config.num_classes),
+        ("path", guide.config.path, model.config.path),
+    ):
+        if own != wanted:
+            raise InputError(
+                f"it has {what}={own}, the model that it is to guide {what}={wanted}; give one that was trained on the "
+                "same latents, classes and path"
+            )
+    if guide is model:
+        raise InputError("it is the model itself, and would change nothing; give a weaker one")

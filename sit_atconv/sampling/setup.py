@@ -1,6 +1,6 @@
 """What a sampling command works with: a trained model and its codec, loaded as its options say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from sit_atconv.runtime.devices import resolve_device
 from sit_atconv.runtime.errors import InputError, check_one_process, option
 from sit_atconv.runtime.precision import dtype_of
 from sit_atconv.sampling.settings import Sampling, in_short
+from sit_atconv.sampling.trained import check_weaker, open_guide
 from sit_atconv.training.checkpoint import Trained, load_trained, load_with_lora
 
 VAE_BATCH = 16  # images per pass through the decoder
@@ -19,11 +20,15 @@ VAE_BATCH = 16  # images per pass through the decoder
 
 @dataclass
 class Setup:
-    """A trained model and its codec, on the device, and the settings asked for, as they are for the model."""
+    """A trained model and its codec, on the device, and the settings asked for, as they are for the model.
+
+    guide: where one was asked for, the model that `sampling` has as its guide.
+    """
 
     trained: Trained
     codec: torch.nn.Module
     sampling: Sampling
+    guide: Trained | None = None
 
 
 def own_device(name: str | None) -> str | None:
@@ -50,22 +55,29 @@ def setup(
     launched: bool = False,
     lora: str | Path | None = None,
 ) -> Setup:
-    """A model and its codec, on the device of this process, and the settings as they are for this model.
+    """A model and its codec, on the device of this process, and the settings as they are for this model; the guide that
+    they name is loaded as the model is.
 
     ckpt: as `load_trained` takes it. dtype: one of `precision.DTYPES`. device: by default CUDA where there is one.
     vae: folder or hub id of the autoencoder, where it is not the one that the checkpoint names.
     lora: adapters that are added to the weights, as `load_with_lora` takes them; the model is theirs then.
     launched: as one of the processes of a launch, which it has joined; else there may be one only.
-    Raises InputError for a bad checkpoint, setting, device or missing autoencoder.
+    Raises InputError for a bad checkpoint, setting, device or missing autoencoder, and for a guide that does not fit.
     """
     if not launched:
         check_one_process()
     where = resolve_device(own_device(device) if launched else device)
-    wanted = dtype_of(dtype)
+    wanted, guide = dtype_of(dtype), None
     trained = load_trained(ckpt, wanted) if lora is None else load_with_lora(ckpt, lora, wanted)
+    if sampling.guide is not None:
+        called = option("guide", sampling.guide)
+        guide = open_guide(sampling.guide, called, trained.model, trained.stated("codec"), trained.id2label, wanted)
+        check_weaker(guide.model, trained.model, called)
+        sampling = replace(sampling, guide=guide.model)
     with in_short():
         sampling = sampling.for_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), vae, VAE_BATCH).to(where)
-    torch.nn.Module.to(trained.model, where)  # diffusers' own loads all of its hooks, and peft
-    check_backend(trained.model, where)
-    return Setup(trained, codec, sampling)
+    for each in filter(None, (trained, guide)):
+        torch.nn.Module.to(each.model, where)  # diffusers' own loads all of its hooks, and peft
+        check_backend(each.model, where)
+    return Setup(trained, codec, sampling, guide)

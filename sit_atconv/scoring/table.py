@@ -137,10 +137,23 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
         "error_bars": named(result["error_bars"]),
         "samples_lossy": result.get("samples_lossy") or None,  # of a reference, its digest tells
         **{key: manifest.get(key) for key in SAMPLED},
+        "guide": _guide(manifest.get("guide")),
         "codec": {key: codec.get(key) for key in ("codec", "sha256", "scale", "shift")},
         # What is known of labels from a file; others follow from rule and count.
         "classes": result.get("class_histogram") if manifest.get("labels_rule") == "file" else None,
     }
+
+
+def _guide(guide: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What two guides must share: as of a method, not the training seed, so that every seed may have its own; of one
+    that nobody trained here, the weights. None of samples that no guide guided."""
+    if guide is None:
+        return None
+    training = guide.get("training") or {}
+    told = {key: training.get(key) for key in (*METHOD, "images_seen")}
+    told["repa"] = bool(told["repa"]) or None
+    told |= {key: guide.get(key) for key in ("prediction", "weights", "step")}
+    return told | {"sha256": guide.get("checkpoint_sha256") if told["images_seen"] is None else None}
 
 
 def _number(name: str, value: Any, needed: bool = False) -> float | None:

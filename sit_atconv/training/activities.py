@@ -14,6 +14,7 @@ from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.runtime.processes import first, gathered, is_main
 from sit_atconv.sampling.sampling import caption_of, generate, grid
 from sit_atconv.training import checkpoint
+from sit_atconv.training.drawing import Drawing
 from sit_atconv.training.ema import SAMPLED, SNAPSHOTS
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
@@ -39,15 +40,15 @@ class Announcement(Activity):
 
 
 class Draws(Activity):
-    """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says.
+    """Images of the sampled average, drawn by all processes together, as the recipe's `preview` says, by `drawing`.
 
     `take` is called every so many steps as the recipe's `section` says.
     """
 
     section: str
 
-    def __init__(self, codec: nn.Module):
-        self.codec = codec
+    def __init__(self, codec: nn.Module, drawing: Drawing):
+        self.codec, self.drawing = codec, drawing
 
     def after_step(self, trainer: Trainer) -> None:
         every = getattr(trainer.recipe, self.section).every
@@ -63,7 +64,7 @@ class Draws(Activity):
         EMA is evaluated by all of them together.
         """
         accelerator, model = trainer.accelerator, trainer.objective.averages.models[SAMPLED]
-        sampling, seed = trainer.recipe.preview, trainer.recipe.run.seed
+        sampling, seed = self.drawing.sampling, trainer.recipe.run.seed
         share = math.ceil(count / accelerator.num_processes)
         first = accelerator.process_index * share
         indices = [min(index, count - 1) for index in range(first, first + share)]
@@ -114,8 +115,8 @@ class Scores(Draws):
 
     section = "score"
 
-    def __init__(self, codec: nn.Module, scorer: Scorer | None):
-        super().__init__(codec)
+    def __init__(self, codec: nn.Module, drawing: Drawing, scorer: Scorer | None):
+        super().__init__(codec, drawing)
         self.scorer = scorer
 
     def open(self, trainer: Trainer) -> None:
@@ -130,7 +131,7 @@ class Scores(Draws):
         images, labels = drawn
         values = first(lambda: self.scorer(images, labels))
         if is_main():
-            sampling = trainer.recipe.preview.for_model(trainer.objective.model).describe()
+            sampling = self.drawing.describe(trainer.objective.model)
             sampling["seed"] = trainer.recipe.run.seed
             self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
             trainer.trackers.log({f"score/{name}": value for name, value in values.items()}, trainer.step)

@@ -13,12 +13,13 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.processes import is_main, lost_ones_told
 from sit_atconv.runtime.signals import StopSignals
 from sit_atconv.training.activities import Announcement, Previews, Scorer, Scores, Snapshots
+from sit_atconv.training.drawing import open_drawing
 from sit_atconv.training.facts import check_stated, describe, measured_facts
 from sit_atconv.training.folder import check_place, check_run_folder, claim, told_of
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
 from sit_atconv.training.origin import opened
-from sit_atconv.training.plan import check_preview, plan
+from sit_atconv.training.plan import plan
 from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import Activity, Trainer
 
@@ -59,13 +60,14 @@ def train(
         kind = objective_of(recipe)
         kind.check_launch(accelerator)
         objective = kind(recipe, facts, origin)
-        check_preview(recipe, objective.model)
+        measured = describe(dataset, codec)
+        drawing = open_drawing(recipe, objective.model, measured["codec"], dataset.class_names).to(accelerator.device)
         if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
         objective.open(codec)
         described = {
             "recipe": config.to_dict(recipe),
-            **describe(dataset, codec),
+            **measured,
             **dict.fromkeys(FROZEN),
             **objective.describe(),
             "processes": accelerator.num_processes,
@@ -73,7 +75,7 @@ def train(
         encoded = dataset.index["data"] if dataset.moments else None
         look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
         claimed = claim(recipe.run.out, described, look, must_resume, force)
-        beside = [Previews(codec), Scores(codec, scorer), Snapshots(), *activities]
+        beside = [Previews(codec, drawing), Scores(codec, drawing, scorer), Snapshots(), *activities]
         if announce is not None and is_main():
             begins = told_of(claimed.run, claimed.found, recipe.train.max_steps)
             beside.append(Announcement(plan(recipe, facts, objective, dataset.class_names, begins), announce))

@@ -14,8 +14,8 @@ from sit_atconv.data import open_dataset
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, options_of
-from sit_atconv.runtime.errors import named
 from sit_atconv.training import ema as averages
+from sit_atconv.training.drawing import open_drawing
 from sit_atconv.training.ema import SAMPLED
 from sit_atconv.training.facts import Facts, check_stated, describe, measured_facts, stated_facts
 from sit_atconv.training.folder import check_run_folder, foreseen
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     from sit_atconv.training.objectives.flow import FlowObjective
 
 NAMED = 5  # classes of which a plan says the name
-
-
-def check_preview(recipe: Recipe, model: SiTTransformer2DModel) -> None:
-    """Raise InputError where previews are to be drawn, and the model cannot be sampled as they say."""
-    if recipe.preview.every:
-        with named("preview"):
-            recipe.preview.for_model(model)
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -54,7 +47,7 @@ def dry_run(recipe: Recipe) -> str:
     kind = objective_of(recipe)  # imported on no device but the CPU
     with torch.device("meta"):
         objective = kind(recipe, facts, origin)
-    check_preview(recipe, objective.model)
+    open_drawing(recipe, objective.model, measured.get("codec"), names)
     described = {"recipe": config.to_dict(resolved(recipe, facts)), **measured}
     described["init"] = origin and origin.record
     encoded = dataset.index["data"] if dataset is not None and dataset.moments else None

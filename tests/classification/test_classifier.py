@@ -244,7 +244,7 @@ def test_schedule_weight_decay_and_averages(classifier_file, monkeypatch):
 
 def test_timm_loads_it_and_finds_the_accuracy_that_was_written(classifier_file):
     shown = {"crop_pct": 0.7, "mean": [0.2], "std": [0.6]}
-    last = run(classifier_file(train={"epochs": 3}, eval={"every_epochs": 3}, model=shown))
+    last = run(classifier_file(train={"epochs": 1}, eval={"every_epochs": 1}, model=shown))
     written = json.loads((last.parent / "evals.jsonl").read_text().splitlines()[-1])
     assert written["num"] == 360
     digits = Digits("test")

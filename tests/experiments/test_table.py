@@ -144,7 +144,8 @@ def test_a_table_is_made_and_only_what_is_missing_is_made_again(small, tmp_path,
     model, sampler = models(load_table(path))[0], plan.samplers[0]
     assert is_sampled(model, sampler)
     manifest = run / "samples/quick/manifest.json"
-    for change in ({"checkpoint_sha256": {}}, {"checkpoint_sha256": None}):
+    guide = {"checkpoint_sha256": {"config.json": "ab" * 32}}  # which the table does not name
+    for change in ({"checkpoint_sha256": {}}, {"checkpoint_sha256": None}, {"guide": guide}):
         content = manifest.read_text()
         manifest.write_text(json.dumps(json.loads(content) | change))
         assert not is_sampled(model, sampler)

@@ -1,11 +1,14 @@
 """Guidance against its formula and golden vectors."""
 
+import json
+from itertools import product
+
 import pytest
 import torch
 from golden_vectors import assert_golden, golden
 
 from sit_atconv import create_model
-from sit_atconv.flow.guidance import GuidedVelocity
+from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import time_grid
@@ -88,3 +91,83 @@ def test_guiding_a_prediction_is_guiding_its_velocity(path, prediction):
     labels, options = torch.tensor([2, 1]), {"null_label": 3, "scale": 2.5, "channels": "first3"}
     before = path.velocity_from(prediction, GuidedVelocity(outputs, labels, **options)(x, t), x, t)
     torch.testing.assert_close(before, GuidedVelocity(velocities, labels, **options)(x, t), rtol=1e-4, atol=1e-5)
+
+
+def strong(x, t, labels):
+    """A prediction of state, time and label."""
+    return x.sin() + t.reshape(-1, 1, 1, 1) * (1 + labels.reshape(-1, 1, 1, 1))
+
+
+def weak(x, t, labels):
+    return 0.3 * x.cos() - t.reshape(-1, 1, 1, 1) * (2 + labels.reshape(-1, 1, 1, 1))
+
+
+def velocity_of(path, prediction, output, x, t):
+    """The velocity by the definitions of the path alone: x = alpha data + sigma noise, score = -noise / sigma."""
+    if prediction == "velocity":
+        return output
+    noise = output if prediction == "noise" else -path.sigma(t) * output
+    return path.d_alpha(t) * (x - path.sigma(t) * noise) / path.alpha(t) + path.d_sigma(t) * noise
+
+
+@pytest.mark.parametrize("channels", ["all", "first3"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("prediction", "guide_prediction"), [*product(("velocity", "score", "noise"), repeat=2)])
+def test_a_guide_is_guided_away_from_as_a_velocity(path, prediction, guide_prediction, channels):
+    path, t = PATHS[path](), torch.tensor(0.4, dtype=torch.float64)
+    x = torch.randn(2, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, scale, seen = torch.tensor([2, 1]), 2.5, []
+
+    def guide(*inputs):
+        seen.append(inputs)
+        return weak(*inputs)
+
+    guided = GuidedVelocity(
+        strong, labels, None, scale, channels, (0.4, 0.7), guide, path, prediction, guide_prediction
+    )
+    own = velocity_of(path, prediction, strong(x, t.expand(2), labels), x, t)
+    other = velocity_of(path, guide_prediction, weak(x, t.expand(2), labels), x, t)
+    expected = other + scale * (own - other)
+    if channels == "first3":
+        expected[:, 3:] = own[:, 3:]
+    torch.testing.assert_close(guided(x, t), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(seen[0][2], labels)  # the class wanted, and never the null class
+    assert (guided.nfe, guided.nfe.of_guide) == (2, 1)
+
+
+def test_beyond_its_interval_a_guide_is_not_evaluated():
+    labels, x = torch.tensor([2]), torch.ones(1, 4, 1, 1)
+    guided = GuidedVelocity(strong, labels, 3, 2.0, interval=(0.25, 0.5), guide=weak)
+    for number in (0.0, 0.25, 0.4, 0.5, 0.75):
+        t = torch.tensor(number)
+        own, other = (network(x, t.expand(1), labels) for network in (strong, weak))
+        expected = 2 * own - other if 0.25 <= number <= 0.5 else own
+        torch.testing.assert_close(guided(x, t), expected)
+    assert (guided.nfe, guided.nfe.of_guide) == (5 + 3, 3)
+
+
+def test_of_one_network_the_null_class_is_its_guide():
+    """Classifier-free guidance is autoguidance by the network's own null class; the batch is one of twice the size."""
+    x, t, labels, sizes = torch.randn(2, 4, 2, 2), torch.tensor(0.3), torch.tensor([0, 2]), []
+
+    def network(x, t, labels):
+        sizes.append(len(x))
+        return strong(x, t, labels)
+
+    def unconditional(x, t, labels):
+        return strong(x, t, torch.full_like(labels, 3))
+
+    free, auto = (GuidedVelocity(network, labels, 3, 1.7, guide=guide) for guide in (None, unconditional))
+    torch.testing.assert_close(free(x, t), auto(x, t))
+    assert sizes == [4, 2]
+    assert (free.nfe, free.nfe.of_guide, auto.nfe, auto.nfe.of_guide) == (2, 0, 2, 1)
+
+
+def test_a_guide_that_would_be_idle_is_refused():
+    with pytest.raises(ValueError, match="leaves the guide idle"):
+        GuidedVelocity(strong, torch.tensor([1]), 3, 1.0, guide=weak)
+
+
+def test_counts_of_evaluations_add_up():
+    total = Evaluations() + Evaluations(2, 1) + 3 + Evaluations(2)
+    assert (total, total.of_guide, json.dumps(total)) == (7, 1, "7")

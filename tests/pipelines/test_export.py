@@ -48,9 +48,9 @@ torch.set_num_threads({threads})
 """
 
 
-def pipeline(scheduler=FlowMatchEulerDiscreteScheduler, vae=None, names=NAMES, **options) -> SiTPipeline:
+def pipeline(scheduler=FlowMatchEulerDiscreteScheduler, vae=None, names=NAMES, seed=0, **options) -> SiTPipeline:
     """A pipeline whose images are not grey."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = {"patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 2}
     model = create_model(None, **{"sample_size": 8, "num_classes": 5, **shape, **options})
     for parameter in model.parameters():
@@ -134,6 +134,33 @@ def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child)
     )
     lines = [line for line in re.split(r"[\r\n]", said) if line and not line.startswith("Loading pipeline")]
     assert lines == []  # no warning either
+
+
+@pytest.mark.slow
+def test_an_export_takes_its_guide_along(child, tmp_path):
+    pipe = pipeline(class_dropout_prob=0.0)
+    pipe.register_modules(guide=pipeline(seed=1, hidden_size=16, depth=1, class_dropout_prob=0.0).transformer)
+    pipe.save_pretrained(tmp_path / "saved")
+    export(open_source(tmp_path / "saved"), tmp_path / "out")
+    torch.save(draw(pipe), tmp_path / "images.pt")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| guide | " in card
+    assert "guidance_scale=1.5" in card
+    assert "no guidance" not in card
+    child(
+        f"""
+        folder = sys.argv[1]
+        pipe = DiffusionPipeline.from_pretrained(f"{{folder}}/out", trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(["goldfish", 3], generator=torch.Generator().manual_seed(1), **{CALL}).images
+        assert torch.equal(images, torch.load(f"{{folder}}/images.pt", weights_only=True))
+        assert (pipe.nfe, pipe.nfe.of_guide) == (6, 3)
+        """,
+        tmp_path,
+    )
+    # and what was exported is a source again
+    assert main([str(tmp_path / "out"), "--out", str(tmp_path / "again")]) is None
+    assert (tmp_path / "again/guide/config.json").is_file()
 
 
 def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, child, tmp_path):

@@ -463,8 +463,8 @@ def test_call_signature_and_components(make_pipe):
     } <= optional
     assert "class_labels" in parameters
     assert "class_labels" not in optional
-    assert make_pipe().components.keys() == {"transformer", "vae", "scheduler"}
-    assert SiTPipeline._optional_components == ["vae"]
+    assert make_pipe().components.keys() == {"transformer", "vae", "guide", "scheduler"}
+    assert SiTPipeline._optional_components == ["vae", "guide"]
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

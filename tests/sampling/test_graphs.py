@@ -112,6 +112,23 @@ def test_replayed_samples_are_the_eager_ones_to_the_bit(model, sampling):
     assert graphs._device.replayed > 0
 
 
+def test_a_guide_is_replayed_beside_the_model(model):
+    torch.manual_seed(1)
+    guide = create_model(None, 8, 3, patch_size=2, in_channels=4, hidden_size=8, depth=1, num_heads=2).eval()
+    for parameter in guide.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    sampling = Sampling("euler", steps=2 * WARM_UPS, guidance_interval=[0.3, 1.0], guide=guide)
+    graphs = Graphs(Recorder)
+    for indices in (INDICES, [8, 1]):
+        replayed = sample_latents(model, indices, LABELS, sampling, graphs=graphs)[0]
+        assert torch.equal(replayed, sample_latents(model, indices, LABELS, sampling)[0])
+    both, guided = (graphs, graphs.beside), 4  # of t = 0, 1/6 ... 5/6
+    assert [each._device.eager for each in both] == [WARM_UPS, WARM_UPS]
+    assert [each._device.replayed for each in both] == [4 * WARM_UPS - WARM_UPS, 2 * guided - WARM_UPS]
+    graphs.clear()
+    assert graphs.beside._graphs == {}
+
+
 def test_graphs_serve_other_noise_labels_and_weights_and_record_once_a_shape(model):
     graphs, sampling = Graphs(Recorder), Sampling("euler", steps=WARM_UPS + 2)
 

@@ -122,6 +122,14 @@ def test_replayed_steps_wait_for_nothing(cuda, sampler):
     sample(cuda, shallow(), Sampling(sampler, steps=5, **GUIDED), Graphs(Recorder))
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+def test_steps_with_a_guide_wait_for_nothing(cuda, prediction, replayed):
+    sampling = Sampling(steps=5, **GUIDED, guide=cuda.moved(shallow(prediction=prediction)))
+    assert sample(cuda, shallow(), sampling, Graphs(Recorder) if replayed else None)[-1][0] == 5 + 3
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("path", PATHS)
 def test_paths_predictions_and_diffusions_wait_for_nothing(cuda, path, prediction):

@@ -320,6 +320,36 @@ def test_settings_are_told_as_they_are_meant(result):
     assert "| SiT-XL/2 | not recorded | - |" in mixed
 
 
+def guide(which, **training):
+    trained = {**TRAINING, "name": "SiT-S/2", "repa": None, "seed": which, "images_seen": 25_600, **training}
+    return {
+        "checkpoint": f"at {which}", "weights": "ema", "step": 100, "prediction": "velocity",
+        "checkpoint_sha256": {"x": f"guide {which}"}, "training": trained,
+    }  # fmt: skip
+
+
+def test_what_a_guide_guided_is_told_from_what_none_did(result):
+    scale = {"samples_manifest__guidance_scale": 2.0}
+    plain, guided = result(**scale), result(seed=1, samples_manifest__guide=guide(0), **scale)
+    with pytest.raises(InputError, match=r"has guide -, .* guide name SiT-S/2"):
+        tabulate([plain, guided])
+    mixed = to_markdown(tabulate([plain, guided], mix=True))
+    assert cells(mixed, "model")[1] == "guide"
+    assert "| SiT-XL/2 | - |" in mixed
+    assert "| SiT-XL/2 | name SiT-S/2, " in mixed
+    # Every training seed may have a guide of its own seed; another kind of guide is another way of drawing.
+    again = result(seed=2, samples_manifest__guide=guide(5), **scale)
+    table = tabulate([guided, again])
+    assert [row["seeds"] for row in table["rows"]] == [[1, 2]]
+    assert "; guide name SiT-S/2, token_mixer attention, params 675100000, " in to_markdown(table)
+    for other in (guide(5, params=3), guide(5, images_seen=1), {**guide(5), "step": 7}):
+        with pytest.raises(InputError, match="such scores cannot be compared"):
+            tabulate([guided, result(seed=3, samples_manifest__guide=other, **scale)])
+    unknown = [result(seed=each, samples_manifest__guide={**guide(each), "training": None}, **scale) for each in (1, 2)]
+    with pytest.raises(InputError, match=r"has guide sha256 x guide 1, .* guide sha256 x guide 2"):
+        tabulate(unknown)
+
+
 def test_a_model_that_nobody_trained_here_is_given_its_name(result):
     bare = {"samples_manifest__training": None, "samples_manifest__step": None}
     released, ours = result(**bare), result({"fid": 18.0, "is": 99.0}, **bare)

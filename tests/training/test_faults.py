@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe
+from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe, slowly
 
 import train_sit
 from sit_atconv.config import load_recipe
@@ -73,7 +73,7 @@ def wait_for_step(process: subprocess.Popen, step: int) -> bytes:
     return seen
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1, *slowly([0])])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_the_run_goes_on(recipe_file, tmp_path, workers):
     path = recipe_file(
         train={"max_steps": 100, "lr_schedule": "linear"}, checkpoint={"every": 70}, data={"workers": workers}
@@ -94,7 +94,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_run_goes_on(recipe_file
     assert [row["step"] for row in log_rows(tmp_path / "run")] == list(range(1, 101))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, *slowly([signal.SIGHUP])])
 def test_a_signal_that_took_the_terminal_with_it_saves_too(recipe_file, tmp_path, number):
     path = recipe_file(train={"max_steps": 3000}, checkpoint={"every": 3000})
     process = subprocess.Popen([*TELLING, str(path)], stderr=subprocess.PIPE)
