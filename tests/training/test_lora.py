@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,3 +366,45 @@ def test_a_file_of_other_adapters_is_refused_in_one_line(recipe, base, tmp_path,
     with pytest.raises(InputError) as refusal:
         load_with_lora(base, tmp_path / "x.safetensors")
     assert says in str(refusal.value)
+
+
+def test_gradient_checkpointing_and_parts_of_a_batch_change_nothing(recipe, tmp_path):
+    plain = run_recipe(recipe, f"run.out={tmp_path / 'plain'}", "train.max_steps=3")
+    other = run_recipe(
+        recipe, "train.max_steps=3", "train.gradient_checkpointing=true", "train.gradient_accumulation_steps=2"
+    )
+    losses = [[row["loss"] for row in log_rows(each.parent)] for each in (plain, other)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    own, others = read_lora(plain / "model"), read_lora(other / "model")
+    for name, pair in own.pairs.items():
+        for a, b in zip(pair, others.pairs[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_fsdp_is_refused_with_the_reason():
+    with pytest.raises(InputError, match=r"lora\.rank is not for FSDP.*use DDP"):
+        LoraObjective.check_launch(SimpleNamespace(is_fsdp2=True))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(process_server, recipe, tmp_path):
+    stated = ["train.init_anew=[y_embedder]", "train.max_steps=12", "train.lr=1e-4"]
+    single = run_recipe(recipe, f"run.out={tmp_path / 'single'}", *stated)
+    for steps in (7, 12):
+        words = [recipe, *stated, f"run.out={tmp_path / 'two'}", f"train.max_steps={steps}"]
+        codes, said = process_server("train_sit", tmp_path, words, {}, {})
+        assert codes == [0, 0], said
+    losses = [[row["loss"] for row in log_rows(run)] for run in (single.parent, tmp_path / "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(
+        output(load_trained(tmp_path / "two").model), output(load_trained(single).model), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager(recipe, tmp_path):
+    plain = run_recipe(recipe, f"run.out={tmp_path / 'plain'}", "train.max_steps=3")
+    compiled = run_recipe(recipe, "train.max_steps=3", "train.compile=true")
+    torch.testing.assert_close(
+        output(load_trained(compiled).model), output(load_trained(plain).model), rtol=1e-3, atol=1e-4
+    )

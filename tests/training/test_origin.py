@@ -355,6 +355,20 @@ def test_the_recipe_takes_the_options_of_its_source_and_is_stored_with_them(reci
         ))  # fmt: skip
 
 
+@pytest.mark.slow
+def test_two_processes_begin_as_one(process_server, recipe_file, tmp_path):
+    source, path = made(tmp_path / "mine", token_mixer="attention"), recipe_file(train={"lr": 1e-4})
+    stated = [f"train.init={source}", "train.init_anew=[blocks.1.attn]"]
+    single = run_recipe(path, f"run.out={tmp_path / 'single'}", *stated)
+    for steps in (5, 8):
+        words = [path, *stated, f"run.out={tmp_path / 'two'}", f"train.max_steps={steps}"]
+        codes, said = process_server("train_sit", tmp_path, words, {}, {})
+        assert codes == [0, 0], said
+        shutil.rmtree(source, ignore_errors=True)
+    losses = [[row["loss"] for row in log_rows(run)] for run in (single.parent, tmp_path / "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_plan_tells_where_the_weights_come_from(recipe_file, tmp_path):
     source = run_recipe(recipe_file("first"), f"run.out={tmp_path / 'first'}", "train.max_steps=1")
     recipe = load_recipe(recipe_file(), [f"train.init={source.parent}", "train.init_anew=[blocks.*.attn,y_embedder]"])
