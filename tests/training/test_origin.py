@@ -70,7 +70,7 @@ def sources(tmp_path_factory):
         json.dumps({
             "run": {"out": str(folder / "run")}, "data": {"kind": "digits"}, "preview": {"every": 0},
             "model": {"patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "token_mixer": "hybrid"},
-            "train": {"max_steps": 2, "batch_size": 8, "lr": 0.01}, "ema": {"decay": 0.5},
+            "train": {"max_steps": 5, "batch_size": 8, "lr": 0.01}, "ema": {"decay": 0.5},
         })
     )  # fmt: skip
     last = run_recipe(recipe)
@@ -115,7 +115,7 @@ def test_a_run_begins_from_every_form_of_source_to_the_bit(recipe_file, sources,
     record = objective.describe()["init"]
     assert record["sha256"] == digest_of(tensors)
     assert record["anew"] == []
-    assert record["from"]["step"] == (2 if form in ("run", "checkpoint", "ema", "model") else None)
+    assert record["from"]["step"] == (5 if form in ("run", "checkpoint", "ema", "model") else None)
     which = {"alone": None, "model": "model", "pipeline": None, "transformer": None, "exported": None, "bare": None}
     assert record["from"]["which"] == which.get(form, None if form == "ema.safetensors" else "ema")
 
