@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sit_atconv import config
 from sit_atconv.commands import parser_of
-from sit_atconv.commands.options import add_number, sampling_asked
+from sit_atconv.commands.options import add_number, register_extractors, sampling_asked
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.npz import UNREADABLE, arrays_of
 from sit_atconv.runtime import limits
@@ -44,13 +44,11 @@ from sit_atconv.sampling import FORMATS, generate
 from sit_atconv.sampling.labels import RULES, sample_labels
 from sit_atconv.sampling.samples import MANIFEST
 from sit_atconv.sampling.settings import SAMPLERS, SHORT, Sampling, flag
-from sit_atconv.scoring import DIGITS
-from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, inception_weights, kind_of, load_extractor
+from sit_atconv.scoring import DIGITS, GIVES
+from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, Kind, inception_weights, kind_of, load_extractor, parsed
 from sit_atconv.scoring.features import INDEX, is_features
-from sit_atconv.scoring.manifold import NEAREST
-from sit_atconv.scoring.refs import recorded_extractor, reference_spec
+from sit_atconv.scoring.refs import check_recorded, recorded_extractor, reference_spec
 from sit_atconv.scoring.result import RESULT, sound
-from sit_atconv.scoring.score import OFFERED
 from sit_atconv.scoring.sources import from_arrays, open_source
 from sit_atconv.training import checkpoint
 from sit_atconv.training.resolved import resolved
@@ -58,8 +56,6 @@ from sit_atconv.training.resolved import resolved
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
 FULL = {short: name for name, short in SHORT.items()}
-# What a metric of `score --metrics` puts in a result, where that is not the metric itself.
-GIVES = {"pr": [*NEAREST], "recognised": ["recognised", "classifier_heldout_accuracy"]}
 
 
 @dataclass
@@ -134,6 +130,7 @@ class Table:
     metrics: list[str] = MISSING  # as `score --metrics` takes them
     ref_url: str | None = None  # where the reference can be had
     weights: str | None = None  # of Inception; left out, torch's hub cache
+    extractor: str | None = None  # as `score --extractor` takes it; left out, what the reference implies
     format: str = "png"
     entries: list[Entry] = MISSING
     samplers: list[Sampler] = MISSING
@@ -146,9 +143,9 @@ class Table:
         check_choice("format", self.format, FORMATS)
         if not self.metrics:
             raise InputError("metrics=[]: give at least one")
-        kind = kind_of_reference(self.ref)
+        kind = kind_of_table(self)
         for metric in self.metrics:
-            check_choice("metrics", metric, OFFERED[kind] + ["fdd"] * (kind == "inception"))
+            check_choice("metrics", metric, [*kind.offered, *["fdd"] * (kind.name == "inception")])
         for what in ("entries", "samplers"):
             names = [each.name for each in getattr(self, what)]
             if not names or len(set(names)) < len(names):
@@ -240,7 +237,7 @@ def is_scored(samples: Path, table: Table) -> bool:
         return (
             result["samples_manifest_sha256"] == sha256(samples / "manifest.json")
             and _extractors(result, table) == wanted_extractors(table)
-            and set(result["metrics"]) == {name for metric in table.metrics for name in GIVES.get(metric, [metric])}
+            and set(result["metrics"]) == wanted_metrics(table)
             and result["reference"]["sha256"] == reference_digest(table.ref)
             and sound(result)["metrics"] == result["metrics"]
         )
@@ -248,39 +245,52 @@ def is_scored(samples: Path, table: Table) -> bool:
         return False
 
 
-def kind_of_reference(ref: str) -> str:
-    """The kind of extractor that scores against a reference, see `sit_atconv.scoring.refs.reference_spec`."""
-    found = recorded_extractor(ref)
-    return kind_of(found[0]["protocol"]) if found else reference_spec(ref)
+def kind_of_table(table: Table) -> Kind:
+    """The kind of extractor that a table is scored by: the stated one, else what its reference implies, see
+    `sit_atconv.scoring.refs.reference_spec`. Raises InputError where the reference is of another kind's features."""
+    register_extractors()
+    if table.extractor is not None:
+        check_recorded(table.ref, table.extractor, f"extractor={table.extractor}")
+        return parsed(table.extractor)[0]
+    found = recorded_extractor(table.ref)
+    return kind_of(found[0]["protocol"]) if found else parsed(reference_spec(table.ref))[0]
+
+
+def wanted_metrics(table: Table) -> set[str]:
+    """The numbers that a result of a table holds."""
+    found = {name for metric in table.metrics for name in GIVES.get(metric, [metric])}
+    if table.extractor is not None and _described(table.extractor).get("heldout_accuracy") is None:
+        found.discard("classifier_heldout_accuracy")
+    return found
 
 
 def wanted_extractors(table: Table) -> list[tuple[str, str | None]]:
     """Protocol and SHA-256 of the weights of the extractors that the metrics take, in their order in a result; the
     digits' classifier is trained on the spot."""
-    kind = kind_of_reference(table.ref)
+    kind = kind_of_table(table).name
     if kind == "digits":
         return [(DIGITS, None)]
     if kind != "inception":
-        about, _ = recorded_extractor(table.ref)
+        about = _described(table.extractor) if table.extractor is not None else recorded_extractor(table.ref)[0]
         return [(about["protocol"], about.get("weights_sha256"))]
     found = []
     if table.metrics != ["fdd"]:
         found.append((INCEPTION_PROTOCOL, sha256(inception_weights(table.weights))))
     if "fdd" in table.metrics:
-        found.append(_dinov2())
+        stated = _described("dinov2")
+        found.append((stated["protocol"], stated["weights_sha256"]))
     return found
 
 
 def _extractors(result: dict[str, Any], table: Table) -> list[tuple[str, str | None]]:
-    if kind_of_reference(table.ref) == "digits":
+    if kind_of_table(table).name == "digits":
         return [(result["protocol"], None)]
     return [(each["protocol"], each["weights_sha256"]) for each in result["extractors"]]
 
 
 @cache
-def _dinov2() -> tuple[str, str]:
-    stated = load_extractor("dinov2", device="cpu").describe()
-    return stated["protocol"], stated["weights_sha256"]
+def _described(spec: str) -> dict[str, Any]:
+    return load_extractor(spec, device="cpu").describe()
 
 
 @cache
@@ -310,16 +320,14 @@ def missing(table: Table, wanted: list[Model]) -> list[str]:
     Raises InputError for weights that nothing takes.
     """
     found = []
-    if table.ref == "digits":
-        if table.weights:
-            raise InputError("weights belong to Inception, and ref=digits has a classifier of its own; leave them out")
-    elif (kind := kind_of_reference(table.ref)) != "inception":
-        if table.weights:
-            raise InputError(f"weights belong to Inception, and ref={table.ref} is of {kind} features; leave them out")
-    else:
-        if not Path(table.ref).exists():
-            source = f"download {table.ref_url} to that place" if table.ref_url else "put it there"
-            found.append(f"reference {table.ref!r} is not there; {source}, or name another as ref")
+    kind = kind_of_table(table)
+    if table.weights and not kind.weights:
+        said = f"ref={table.ref}" if table.extractor is None else f"extractor={table.extractor}"
+        raise InputError(f"weights belong to Inception, and {said} is of {kind.name} features; leave them out")
+    if table.ref != "digits" and not Path(table.ref).exists():
+        source = f"download {table.ref_url} to that place" if table.ref_url else "put it there"
+        found.append(f"reference {table.ref!r} is not there; {source}, or name another as ref")
+    if kind.weights:
         try:
             inception_weights(table.weights)
         except InputError as error:
@@ -420,7 +428,8 @@ def make(table: Table, wanted: list[Model], run: Runner) -> None:
                 run(["-m", "sampling", "generate", *generate_words(table, model, sampler)], shared=True)
             if not is_scored(samples, table):
                 score = ["-m", "eval", "score", str(samples), "--ref", table.ref, "--metrics", ",".join(table.metrics)]
-                run([*score, *(["--weights", table.weights] if table.weights else [])], shared=True)
+                score += ["--weights", table.weights] if table.weights else []
+                run([*score, *(["--extractor", table.extractor] if table.extractor else [])], shared=True)
             target = raw / f"{model.label}-{sampler.name}.json"
             print(f"# {samples / 'metrics.json'} is copied to {target}", flush=True)
             if not run.dry:

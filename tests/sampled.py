@@ -6,6 +6,19 @@ from sit_atconv.data.samples import TrainingSamples
 from sit_atconv.runtime.errors import InputError
 
 
+class Scorer:
+    """Scores of training by a function of images and labels, with the face of what `sit-atconv train` brings."""
+
+    def __init__(self, function):
+        self.function, self.checked, self.about = function, [], {"name": "x"}
+
+    def check(self, *run):
+        self.checked.append(run)
+
+    def __call__(self, images, labels):
+        return self.function(images, labels)
+
+
 def sampled(
     dataset, latent_shape, batch_size, seed=0, drop=0.0, posterior=False, with_image=False, flow=None, **data
 ) -> TrainingSamples:

@@ -213,7 +213,8 @@ def test_every_key_and_option_that_is_named_exists(page):
     }
     for code in inline(page):
         key = re.match(rf"((?:{SECTIONS})\.[a-z_]+)(?:=|$)", code)
-        assert key is None or key[1] in KEYS or page == "files", code  # where it is a module's function
+        other = page == "files" or code.endswith(".jsonl")  # a module's function, or a file
+        assert key is None or key[1] in KEYS or other, code
         if code.startswith("--") and code != "--":
             assert re.split("[ =]", code)[0] in flags, code
 
@@ -332,7 +333,10 @@ FEWER = {
     r"^train imagefolder": "train.max_steps=1 train.batch_size=2 train.precision=fp32 data.workers=0 model.depth=1 "
     "preview.every=0 ema.decay=0.9",
     r"^train imagefolder run.out=runs/own": "preview.every=1 preview.num=3 preview.steps=2",
+    r"^train pixels32": "train.max_steps=1 train.batch_size=2 data.held_out=0.25 model.depth=1 preview.every=0",
     r"^classify digits": "train.batch_size=2 train.epochs=0.8128 train.warmup_epochs=0 model.input_size=16",
+    r"^classify small": "train.batch_size=2 train.epochs=0.5 train.warmup_epochs=0 data.workers=0 "
+    "data.held_out=0.25",
     r"^(sample|generate) ": "--steps 2",
     r"^generate ": "--num 40",
     r"^likelihood ": "--num 2 --steps 2 --sampler euler",
@@ -444,7 +448,7 @@ def downloads(vae_folder: Path) -> None:
 
 def before(page: str, vae_folder: Path) -> None:
     """Make in the current folder what a page takes for there."""
-    if page in ("README", "training", "principles", "scoring"):
+    if page in ("README", "training", "principles", "scoring", "attnet"):
         images(vae_folder)
     if page == "interop":
         downloads(vae_folder)
@@ -452,13 +456,12 @@ def before(page: str, vae_folder: Path) -> None:
         small_dit().save_pretrained("DiT-XL-2-256")
     elif page == "attnet":
         save_file(public_attnet(), "attnet_t2.safetensors")
+        shutil.copytree("IMAGES", "TRAIN")
     elif page == "scoring":
         scored()
         scored("digits-attention")
-        for copy_of_images in ("SAMPLES", "TRAIN", "HELD_OUT"):
+        for copy_of_images in ("SAMPLES", "TRAIN"):
             shutil.copytree("IMAGES", copy_of_images)
-        classes = {"num_classes": 3}  # of a classifier, as timm stores it
-        timm.models.save_for_hf(timm.create_model("attnet_xxs", **classes), Path("CLASSIFIER"), model_config=classes)
     elif page in ("sampling", "eval/README"):
         scored()
     elif page == "principles":
@@ -474,6 +477,7 @@ RUN = [
 LEFT = {  # more of what the steps leave behind
     "interop": ("digits-ema.pt", "sit-pipeline-for-all/README.md"),
     "swap": ("DiT-XL-2-256-atconv/config.json", "atconv-delta.safetensors", "runs/distilled"),
+    "scoring": ("own.npz", "colours.npz", "SAMPLES/metrics.json"),
     "principles": ("runs/principles/fields.png", "runs/principles/attnet/routing.png"),
     "attnet": ("runs/digits_attnet/step-0000584/ema/config.json",),
     "training": ("runs/scored/scores.jsonl", "averaged/config.json", "runs/own/previews/step-0000001.png"),

@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import reset_accelerate
 from PIL import Image, ImageFile
+from sampled import Scorer
 
 from sit_atconv import create_model
 from sit_atconv.classification import train as train_classifier
@@ -90,10 +91,10 @@ def test_training(same, recipe_file):
 
     path = recipe_file(preview={"every": 4, "steps": 1, "num": 2}, score={"every": 4, "num": 2})
     with same() as before:
-        train(load_recipe(path), scorer=scorer)
+        train(load_recipe(path), scorer=Scorer(scorer))
     assert seen == [before["streams"][:2]] * 2
     with same(InputError):
-        train(load_recipe(path, ["train.max_steps=9", "train.lr=1e-2"]), scorer=scorer)
+        train(load_recipe(path, ["train.max_steps=9", "train.lr=1e-2"]), scorer=Scorer(scorer))
 
 
 def test_training_that_stops(same, recipe_file, monkeypatch):

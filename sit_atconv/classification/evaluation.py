@@ -16,14 +16,17 @@ from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, told
-from sit_atconv.runtime.processes import agree, is_main, raise_together
+from sit_atconv.runtime.processes import agree, gathered, is_main, raise_together
 from sit_atconv.runtime.reading import COUNT, POSITIVE, Malformed, read_rows
 from sit_atconv.training.log import Log
 from sit_atconv.training.trainer import Activity, Trainer
 
 EVALS = "evals.jsonl"
 FIGURE = (float, None)  # None where it is not finite
-EVAL_FORM = {"step": COUNT, "num": POSITIVE, "ema_loss": FIGURE, "ema_top1": FIGURE, "model_top1": FIGURE}
+EVAL_FORM = {
+    "step": COUNT, "num": POSITIVE, "ema_loss": FIGURE, "ema_top1": FIGURE, "model_top1": FIGURE,
+    "image_size?": ([POSITIVE, POSITIVE], None),
+}  # fmt: skip
 
 
 class Evaluation(Activity):
@@ -34,6 +37,7 @@ class Evaluation(Activity):
 
     def __init__(self, recipe: ClassifierRecipe, facts: Facts, held_out: HeldOut):
         self.recipe, self.facts, self.held_out = recipe, facts, held_out
+        self.sizes: set[tuple[int, int]] = set()  # (H, W) of the images before they are resized; two where they differ
 
     def open(self, trainer: Trainer) -> None:
         self.log = Log(trainer.run / EVALS, trainer.step)
@@ -56,10 +60,12 @@ class Evaluation(Activity):
         except InputError:
             trainer.keep_trained()
             raise
+        sizes = set().union(*gathered(self.sizes))
+        size = list(*sizes) if len(sizes) == 1 else None
         if is_main():
             for name in [name for name in ("model", "ema") if row[f"{name}_loss"] is None]:
                 say(f"warning: step {trainer.step}, {name}/: the loss of held-out images is not finite; no accuracy")
-            self.log.write(row | {"num": self.facts.held_out})
+            self.log.write(row | {"num": self.facts.held_out, "image_size": size})
         trainer.trackers.log({f"eval/{key}": value for key, value in row.items()}, trainer.step)
 
     @torch.no_grad()
@@ -75,6 +81,8 @@ class Evaluation(Activity):
         model.eval()
         try:
             for batch in TrainingBatches(self.held_out, places, self.recipe.data, device.type == "cuda"):
+                if len(self.sizes) < 2:
+                    self.sizes |= {*map(tuple, batch["size"].unique(dim=0)[:2].tolist())}
                 image, label = batch["image"].to(device), batch["label"].to(device)
                 with accelerator.autocast():
                     logits = model(image).float()
@@ -94,6 +102,12 @@ class Evaluation(Activity):
 def last_evaluation(run: Path) -> dict[str, Any] | None:
     """What a run has written of its last evaluation, None of one that has made none. Raises InputError where that
     cannot be read."""
+    return next(reversed(evaluations(run)), None)
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """What a run has written of its evaluations, in their order. image_size: [H, W] of all held-out images, None where
+    they differ. Raises InputError where that cannot be read."""
     remedy = "take that line away, and the same command evaluates anew"
     with told(f"{str(run / EVALS)!r} cannot be read", OSError, Malformed, remedy=remedy):
-        return next(reversed(read_rows(run / EVALS, EVAL_FORM)), None)
+        return read_rows(run / EVALS, EVAL_FORM)

@@ -103,7 +103,8 @@ def look_at(run: Path, described: dict[str, Any]) -> Found:
 def describe(recipe: ClassifierRecipe, facts: Facts) -> dict[str, Any]:
     """What a manifest says of a recipe with all that it runs with, and of its images."""
     data = {"num_images": facts.num_images, "classes": list(facts.class_names)}
-    return {"recipe": config.to_dict(recipe), "data": data}
+    counted = {} if recipe.data.held_out is None else {"held_out": facts.held_out}
+    return {"recipe": config.to_dict(recipe), "data": data | counted}
 
 
 def dry_run(recipe: ClassifierRecipe) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sit_atconv import config
-from sit_atconv.config import HUB, PARTS, Checkpoint, Loading, Optimisation, Run
+from sit_atconv.config import PARTS, Checkpoint, Loading, Optimisation, Run
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.fields import MUTABLE, PATH, Section, When, chosen, setting
@@ -20,6 +20,7 @@ COLOUR, GREY = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,), (0.5,))
 ERASING = When("augment.erasing", lambda augment: augment.erasing > 0)
 MIXED = When("augment.mixup or cutmix", lambda augment: augment.mixup > 0 or augment.cutmix > 0)
 MIXED_BOTH_WAYS = When("both augment.mixup and cutmix", lambda augment: augment.mixup > 0 and augment.cutmix > 0)
+VALIDATED_BY_SPLIT = When("data.kind=hf and no data.held_out", lambda data: data.kind == "hf" and data.held_out is None)
 WARMED_UP = When("train.warmup_epochs", lambda train: train.warmup_epochs > 0)
 
 
@@ -28,15 +29,23 @@ class Data(Loading):
     """The images: those to learn from, and those held out."""
 
     kind: str = chosen("digits", DATA_KINDS)
-    # as root, of the held-out images; hf: left out, root
+    # as root, of the held-out images; hf: left out, root; none where data.held_out takes them from root
     val_root: str | None = field(default=None, metadata=MUTABLE | PATH)
-    val_split: str | None = setting(HUB, "validation")
+    val_split: str | None = setting(VALIDATED_BY_SPLIT, "validation")
     # of every image of an epoch, each augmented anew, and as many times fewer images in it
     repeats: int = ranged(1, Range(1, 1_000, "an epoch shows as many times fewer images"))
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_needed("root", "val_root", but=("hf", "val_root"))
+        if self.held_out is None:
+            self._check_needed("root", "val_root", but=("hf", "val_root"))
+        else:
+            self._check_needed("root", but=("hf", "val_root"))
+            if self.val_root is not None:
+                raise InputError(
+                    f"data.val_root={self.val_root} beside data.held_out={self.held_out:g}, which holds out images of "
+                    "data.root; leave one out, or state it =null"
+                )
         if self.label_key == "":
             raise InputError("data.label_key='': a classifier needs classes; name their column")
 

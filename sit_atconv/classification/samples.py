@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from sit_atconv.classification.recipe import ClassifierRecipe, Data, Model
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.held_out import split
 from sit_atconv.data.order import Shuffled
 from sit_atconv.data.samples import Batch, Samples
 from sit_atconv.runtime import draws
@@ -28,16 +29,28 @@ def open_datasets(data: Data) -> tuple[Dataset, Dataset]:
 
     Raises InputError when they are not there, or not of the same classes.
     """
-    if data.kind == "digits":
-        return Digits("train", data.channels), Digits("test", data.channels)
-    learnt_from, shown = data.open_as()
-    train = open_dataset(learnt_from)
-    with named("the held-out images (data.val_root, data.val_split)"):
-        held_out = open_dataset(shown)
+    if data.held_out is not None:
+        return split(_open_learnt_from(data), data.held_out)
+    train, held_out = _open_learnt_from(data), open_held_out(data)
     if train.class_names != held_out.class_names:
         strange = sorted({*train.class_names} ^ {*held_out.class_names})[:3] or "their order"
         raise InputError(f"data.root={data.root!r} and the held-out images are of different classes: {strange}")
     return train, held_out
+
+
+def open_held_out(data: Data) -> Dataset:
+    """The held-out images alone. Raises InputError when they are not there."""
+    if data.held_out is not None:
+        return split(_open_learnt_from(data), data.held_out)[1]
+    if data.kind == "digits":
+        return Digits("test", data.channels)
+    with named("the held-out images (data.val_root, data.val_split)"):
+        return open_dataset(data.open_as()[1])
+
+
+def _open_learnt_from(data: Data) -> Dataset:
+    """The images to learn from, those that `data.held_out` holds out among them."""
+    return Digits("train", data.channels) if data.kind == "digits" else open_dataset(data.open_as()[0])
 
 
 def seed_generators(seed: int, stream: Stream, *index: int) -> None:
@@ -109,7 +122,8 @@ class ClassifierSamples(Samples):
 
 
 class HeldOut(Dataset):
-    """Held-out images, resized, cropped and normalised, and their labels; of one process: every `world`-th."""
+    """Held-out images, resized, cropped and normalised, their labels, and their height and width before that; of one
+    process: every `world`-th."""
 
     in_thread = True
 
@@ -130,7 +144,11 @@ class HeldOut(Dataset):
         except InputError as error:
             return error, {}
         images, labels = zip(*items, strict=True)
-        return {"image": torch.stack([self.transform(image) for image in images]), "label": torch.tensor(labels)}, {}
+        return {
+            "image": torch.stack([self.transform(image) for image in images]),
+            "label": torch.tensor(labels),
+            "size": torch.tensor([(image.height, image.width) for image in images]),
+        }, {}
 
 
 def _mend_posterize(transform) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone
+from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone, register_extractors
 from sit_atconv.runtime.errors import add_force
 from sit_atconv.runtime.files import check_out
 from sit_atconv.scoring.sources import check_root, check_there
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from sit_atconv.scoring.extractor import load_extractor
     from sit_atconv.scoring.refs import build_reference, reference_spec
 
+    register_extractors()
     spec = args.extractor or reference_spec(args.images, args.overrides)  # of images, Inception
     extractor = load_extractor(spec, args.weights, args.device)
     meta = build_reference(

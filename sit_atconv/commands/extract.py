@@ -2,7 +2,7 @@
 
 import argparse
 
-from sit_atconv.commands.options import add_extractor_arguments, is_alone
+from sit_atconv.commands.options import add_extractor_arguments, is_alone, register_extractors
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.claims import check_place
 from sit_atconv.runtime.errors import add_force
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from sit_atconv.scoring.extractor import load_extractor
     from sit_atconv.scoring.sources import open_source
 
+    register_extractors()
     extractor = load_extractor(args.extractor, args.weights, args.device)
     source = open_source(args.source, args.allow_lossy, args.overrides)
     features = features_of(source, extractor, args.shard, args.batch, args.out, force=args.force)

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", **limits.IMAGES.flag, required=True, help="the first N images of the split")
     parser.add_argument(
         "--split", choices=("test", "train"), default="test",
-        help="held-out images, which the digits have, or those that the model was trained on (default: test)",
+        help="held-out images, by data.held_out or of the digits, or those that the model trained on (default: test)",
     )  # fmt: skip
     probes = limits.Range(1, 10_000, "each is a backward pass in every network call")
     add_number(parser, "--probes", probes, 1, "random probes per image")

@@ -127,6 +127,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add_device_options(parser)
     parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks (torch.compile): some minutes first, faster then"
+    )
+    parser.add_argument(
         "--no-cuda-graphs", dest="graphs", action="store_false",
         help="launch every kernel anew, to find a fault or to save memory; the images are the same (a CPU has no "
         "graphs)",
@@ -168,7 +171,8 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, default: str | None
     )
     parser.add_argument(
         "--extractor", default=default, metavar="SPEC",
-        help='inception, digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", or '
+        help='inception, digits, dinov2, "dinov2:NAME" of timm, "dinov2:local-dir:FOLDER", "attnet:RUN" with '
+        "the folder of a run of `classify`, or one of its checkpoints, for a classifier of your own, or "
         '"package.module:callable" for a module of your own '
         f"(default: {default or 'what the file or features record; digits for the digits; inception for images'})",
     )  # fmt: skip
@@ -178,6 +182,14 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, default: str | None
     )
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--allow-lossy", action="store_true", help="let JPEG and WebP in")
+
+
+def register_extractors() -> None:
+    """Have the scoring know the extractors that need a model of this library, which it does not see itself."""
+    from sit_atconv.classification.extractor import ATTNET
+    from sit_atconv.scoring.extractor import register
+
+    register(ATTNET)
 
 
 def add_features_argument(parser: argparse.ArgumentParser) -> None:

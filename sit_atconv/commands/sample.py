@@ -67,7 +67,7 @@ def _draw(args: argparse.Namespace) -> None:
     from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label, too_large
     from sit_atconv.sampling.setup import setup
 
-    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, lora=args.lora)
+    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, lora=args.lora)
     graphs = None
     if args.scheduler:
         from sit_atconv.sampling.schedulers import generate as generate_scheduled

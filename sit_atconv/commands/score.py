@@ -4,11 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone
+from sit_atconv.commands.options import add_extractor_arguments, add_features_argument, is_alone, register_extractors
+from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, add_force
 from sit_atconv.runtime.files import check_out, write_out
 from sit_atconv.scoring import STREAMS
-from sit_atconv.scoring.result import RESULT, bars_told
+from sit_atconv.scoring.result import RESULT, bars_told, features_told
 from sit_atconv.scoring.sources import check_root, check_there
 
 GOES_ON = True
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     from sit_atconv.scoring.score import score, table
 
+    register_extractors()
     scored = score(
         args.samples, args.ref, args.metrics, args.extractor, args.weights, args.dinov2, args.device, args.batch,
         args.allow_lossy, args.features, args.overrides,
@@ -55,7 +57,10 @@ def run(args: argparse.Namespace) -> None:
     result, notes = scored
     write_out(out, json.dumps(result, indent=1, allow_nan=False), force=args.force, ours=RESULT)
     print(table(result["metrics"], result["error_bars"]["upper_bound"]))
-    for note in notes:
-        print(note)
+    for warning in result["warnings"]:
+        say(f"warning: {warning}")
+    for note in (features_told(result["metrics"], result["extractors"]), *notes):
+        if note is not None:
+            print(note)
     print(bars_told(result["error_bars"]))
     print(f"written to {out}")

@@ -5,7 +5,7 @@ The recipe is one of `sit-atconv recipes`, by its name, or a YAML file.
 
 import argparse
 
-from sit_atconv.commands.options import add_recipe, add_training_mode, pasted, tell_plan
+from sit_atconv.commands.options import add_recipe, add_training_mode, pasted, register_extractors, tell_plan
 from sit_atconv.config import load_recipe
 
 
@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> None:
         check_place(recipe.run.out, args.force)
         scorer = None
         if recipe.score.every and is_main():  # alone: the others need neither reference nor weights
-            from sit_atconv.scoring.score import training_scorer
+            from sit_atconv.scoring.score import TrainingScorer
 
-            scorer = training_scorer(recipe.score.ref, recipe.score.weights)
+            register_extractors()
+            scorer = TrainingScorer(recipe.score.ref, recipe.score.weights, recipe.score.extractor)
         last = train(recipe, must_resume=args.resume, scorer=scorer, force=args.force, announce=tell_plan)
         report = f"trained to step {recipe.train.max_steps:,}; sample with: {pasted('sample', '--ckpt', str(last))}"
         if step_of(last) < recipe.train.max_steps:

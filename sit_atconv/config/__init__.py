@@ -22,10 +22,11 @@ from sit_atconv.config.schema import (
     Run,
     Score,
     Train,
+    Validation,
 )
 
 __all__ = [
     "DATA_KINDS", "HUB", "PARTS", "Checkpoint", "Data", "Distill", "Ema", "Flow", "Latents", "Loading", "Lora", "Model",
-    "Optimisation", "Preview", "Recipe", "Repa", "Run", "Score", "Train", "differences", "load_recipe",
-    "make_recipe", "to_dict",
+    "Optimisation", "Preview", "Recipe", "Repa", "Run", "Score", "Train", "Validation", "differences",
+    "load_recipe", "make_recipe", "to_dict",
 ]  # fmt: skip

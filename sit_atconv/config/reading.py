@@ -5,7 +5,9 @@ import functools
 import json
 import math
 import reprlib
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -18,6 +20,7 @@ from sit_atconv.config.shipped import base_path, default_out, recipe_path, set_n
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.errors import MOST, InputError, check_choice, said, told
+from sit_atconv.runtime.fields import WHEN, When
 from sit_atconv.runtime.reading import check_literal, entries, read_yaml
 
 Schema = TypeVar("Schema")
@@ -42,6 +45,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
     keys it takes over and its own win against: a recipe's file, of which no message tells the content. Nothing is
     worked out: "${...}" is refused.
     overrides: each is `key=value`, or the name of a set of keys that comes with the package; later ones win.
+    What is laid over a file may take back a choice that other keys of the file go with, such as latents.codec=vae:
+    these keys go with it.
     """
     overrides = [word for override in overrides for word in _words(override)]
     for override in overrides:
@@ -53,11 +58,38 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), s
         laid_over = OmegaConf.from_dotlist([_as_text(override, schema) for override in overrides])
         check_literal(OmegaConf.to_container(laid_over))
         _check_renamed(OmegaConf.to_container(OmegaConf.create(stated)), OmegaConf.to_container(laid_over))
-        stated = OmegaConf.merge(stated, laid_over)
-        keys = OmegaConf.to_container(stated)
+        keys = _laid_over(stated, laid_over, schema)
         if isinstance(run := keys.setdefault("run", {}), dict):
             run.setdefault("out", default_out(place, keys.get("model")))
     return make_recipe(keys, schema)
+
+
+def _laid_over(below: Any, above: Any, schema: type) -> dict[str, Any]:
+    """The keys below with those above over them, without those below that went with a choice (`fields.When`) there and
+    do nothing beside the one above."""
+    below, above, merged = (
+        OmegaConf.to_container(each) for each in map(OmegaConf.create, (below, above, OmegaConf.merge(below, above)))
+    )
+    for section in dataclasses.fields(schema):
+        old, new, both = (keys.get(section.name) for keys in (below, above, merged))
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            continue
+        for entry in dataclasses.fields(section.type):
+            when = entry.metadata.get(WHEN)
+            if when is not None and entry.name in old and entry.name not in new:
+                with suppress(TypeError):  # of a value that is refused later
+                    if _holds(when, section.type, old) and not _holds(when, section.type, both):
+                        del both[entry.name]
+    return merged
+
+
+def _holds(when: When, section: type, stated: dict[str, Any]) -> bool:
+    """Whether a setting does anything beside what is stated of its section, and the defaults of the rest."""
+    defaults = {
+        entry.name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        for entry in dataclasses.fields(section)
+    }
+    return when.holds(SimpleNamespace(**defaults | {str(key): value for key, value in stated.items()}))
 
 
 def _words(override: str) -> list[str]:
@@ -130,7 +162,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...], schema: type) -> Any:
     below = base_path(base, path) if isinstance(base, str) else None
     if below is None:
         raise InputError(f"{where}: base={base!r}: give a recipe's name, or the path of its file, which ends in .yaml")
-    return OmegaConf.merge(_read_with_base(below, (*above, place), schema), stated)
+    return _laid_over(_read_with_base(below, (*above, place), schema), stated, schema)
 
 
 def _check_base(where: str, stated: Any, schema: type) -> None:

@@ -25,6 +25,7 @@ from sit_atconv.sampling.settings import Sampling
 DATA_KINDS = ("digits", "imagefolder", "zip", "lmdb", "hf", "npz", "latents")
 MAX_PIXELS = 178_956_970
 PARTS = Range(1, "batch_size", "each takes a share of the batch")
+HELD_OUT = number(0, 0.5, "it is the smaller part of the images, and of a share of 0 there is none", over=True)
 CLIPPING = number(
     1e-6, 1e6, "AdamW adds 1e-8 to a gradient's size: clipped to less it trains nothing; left out, none is clipped"
 )
@@ -66,6 +67,8 @@ class Loading(Section):
     worker_timeout: float = ranged(
         600.0, number(1, 86_400, "a batch may take a second, and nobody waits a day"), **MUTABLE
     )
+    # share of every class that is kept from training, by the order of the images; null: none
+    held_out: float | None = ranged(None, HELD_OUT)
     # of the images: how many may turn out unreadable before training stops
     max_bad_share: float = ranged(0.001, limits.SHARE, **MUTABLE)
     # of an image: a larger one counts as unreadable before it is decoded
@@ -118,7 +121,7 @@ class Data(Loading):
     # every image once an epoch, or every class equally often
     sampling: str = chosen("natural", ("natural", "balanced"))
     flip: bool = False  # mirror half of the images
-    # checked against the data; lets --dry-run work without them
+    # of all images, held-out ones too; checked against the data; lets --dry-run work without them, if none is held out
     num_images: int | None = ranged(None, Range(1, 10**9, "the order of an epoch is held in memory"), **MUTABLE)
     # where a loss needs the images: their root today, if it has moved
     source: str | None = setting(CACHED, **MUTABLE, **PATH)
@@ -130,6 +133,8 @@ class Data(Loading):
         self._check_needed("root", "image_size", but=("latents", "image_size"))
         if self.streaming and self.sampling == "balanced":
             raise InputError("data.sampling=balanced needs to reach every image; leave data.streaming out")
+        if self.streaming and self.held_out is not None:
+            raise InputError(f"data.held_out={self.held_out:g} needs to reach every image; leave data.streaming out")
 
 
 @dataclass
@@ -138,19 +143,13 @@ class Latents(Section):
 
     codec: str = chosen("identity", ("identity", "vae"))  # pixels are the latents, or a diffusers AutoencoderKL's are
     # hub id or local folder; a cache of latents (data.kind=latents) needs it for decoding alone
-    vae: str | None = field(default=None, metadata=MUTABLE | PATH)
+    vae: str | None = setting(VAE, **MUTABLE, **PATH)
     batch_size: int = ranged(16, limits.BATCH, **MUTABLE)  # images per pass through the VAE
     # of the VAE where it encodes: tf32 concerns CUDA, bf16 is autocast. null: in training fp32 with
     # train.precision=fp32, tf32 with any other; in `sit-atconv encode` fp32
     precision: str | None = setting(
         VAE, choices=("fp32", "tf32", "bf16"), mutable=lambda latents: latents["precision"] is None
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.codec == "identity" and self.vae is not None:
-            said = f"latents.codec=identity with latents.vae={self.vae}: pixels take no vae"
-            raise InputError(f"{said}; state latents.vae=null")
 
 
 @dataclass
@@ -402,6 +401,19 @@ class Score(Section):
     num: int = ranged(1000, Range(2, 100_000, "all of them are held in memory, and a spread needs two"))  # images
     ref: str = field(default="digits", metadata=PATH)  # as `sit-atconv score --ref` takes it
     weights: str | None = field(default=None, metadata=PATH)  # Inception weights; left out, torch's hub cache
+    # as `sit-atconv score --extractor` takes it, such as attnet:RUN; null: what score.ref records, digits for the
+    # digits, inception for images
+    extractor: str | None = None
+
+
+@dataclass
+class Validation(Section):
+    """The loss of the sampled average on held-out images (data.held_out) while training."""
+
+    every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two validations; 0 makes none
+    # held-out images at most, evenly spread over them; null: all
+    num: int | None = ranged(None, Range(1, 10_000_000, "each has a loss in memory"))
+    batch_size: int = ranged(64, limits.BATCH)  # of every process
 
 
 @dataclass
@@ -421,6 +433,7 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
     preview: Preview = field(default_factory=Preview, metadata=MUTABLE)
     score: Score = field(default_factory=Score, metadata=MUTABLE)
+    validation: Validation = field(default_factory=Validation, metadata=MUTABLE)
 
     def __post_init__(self):
         self._check_codec()
@@ -430,6 +443,11 @@ class Recipe:
             self._check_lora()
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
+        if self.validation.every and self.data.held_out is None:
+            raise InputError(
+                f"validation.every={self.validation.every} is of held-out images, and there are none: state "
+                "data.held_out=0.1, or validation.every=0"
+            )
 
     @property
     def encoding_precision(self) -> str | None:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from sit_atconv.config import Recipe
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.order import MAX_ATTEMPTS, Balanced, InOrder, Shuffled
+from sit_atconv.flow.times import TimeSampling
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
@@ -16,6 +17,7 @@ from sit_atconv.runtime.errors import InputError
 # Times are computed in multiples of this many: torch rounds what is left over from its vectors another way, and t must
 # not depend on the size of a batch.
 TIMES_AT_ONCE = 64
+VALIDATION_SEED = 0  # of every run: the losses of two are of the same noise
 
 Batch = dict[str, torch.Tensor]
 
@@ -140,7 +142,7 @@ class TrainingSamples(Samples):
         batch = {
             "image": torch.stack(images),
             "label": torch.from_numpy(labels),
-            "t": self._times(self._uniform(indices)),
+            "t": times(self.time, self._uniform(indices)),
             "noise": draws.normal_batch(self.latent_shape, self.seed, Stream.NOISE, indices),
         }
         if self.posterior:
@@ -153,17 +155,93 @@ class TrainingSamples(Samples):
         uniform = draws.uniform_batch(self.seed, Stream.TIME, indices)
         if not self.stratified:
             return uniform
-        within = (indices[:, 1] + uniform.astype(np.float64)) / self.batch_size
-        return np.minimum(within.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
-
-    def _times(self, uniform: np.ndarray) -> torch.Tensor:
-        padded = np.zeros(-(-len(uniform) // TIMES_AT_ONCE) * TIMES_AT_ONCE, np.float32)
-        padded[: len(uniform)] = uniform
-        return self.time(torch.from_numpy(padded))[: len(uniform)].clone()
+        return within_parts(indices[:, 1], uniform, self.batch_size)
 
     def _item(self, index: int, flip: bool = False) -> tuple:
         item = self.dataset[index, flip]
         return (*item, self.dataset.pixels(index, flip)) if self.pixels else item
+
+
+class ValidationSamples(Dataset):
+    """What the loss of held-out images is computed from: the same at every validation, and in every run of them.
+
+    dataset: the held-out images. latent_shape (C, H, W), posterior: as of TrainingSamples. time: how t is drawn. num:
+    images at most, evenly spread over all; None is all.
+    Noise, posterior and t belong to the held-out image, not to run.seed, a step or a process. t is stratified over the
+    images: of n, each has another of n equal parts of the distribution, in a random order. No image is mirrored, and no
+    label dropped.
+    Items, by the place among the chosen images: as of TrainingSamples. An image that cannot be read is zeros.
+    """
+
+    in_thread = True
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        latent_shape: tuple[int, int, int],
+        time: TimeSampling,
+        posterior: bool = False,
+        num: int | None = None,
+    ):
+        count = len(dataset) if num is None else min(num, len(dataset))
+        self.dataset, self.latent_shape, self.posterior = dataset, latent_shape, posterior
+        self.images = np.arange(count) * len(dataset) // count
+        order = draws.generator(VALIDATION_SEED, Stream.VALIDATION, 0, count).permutation(count)
+        uniform = draws.uniform_batch(VALIDATION_SEED, Stream.VALIDATION, _of(1, self.images))
+        self.t = times(time, within_parts(order, uniform, count))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, places: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
+        """The batch of these places, and what is wrong with images, by place; or an error, as of `Samples.fetch`."""
+        images, bad, items = self.images[places], {}, []
+        for place, image in zip(places, images.tolist(), strict=True):
+            try:
+                items.append(self.dataset[image, False][0])
+            except Unreadable as error:
+                bad[place] = str(error)
+                items.append(None)
+            except InputError as error:
+                return error, bad
+        blank = next((torch.zeros_like(item) for item in items if item is not None), None)
+        blank = self._blank() if blank is None else blank
+        batch = {
+            "image": torch.stack([blank if item is None else item for item in items]),
+            "label": torch.from_numpy(self.dataset.labels[images].astype(np.int64)),
+            "t": self.t[list(places)],
+            "noise": self._normal(2, images),
+        }
+        if self.posterior:
+            batch["posterior"] = self._normal(3, images)
+        return batch, bad
+
+    def _normal(self, what: int, images: np.ndarray) -> torch.Tensor:
+        return draws.normal_batch(self.latent_shape, VALIDATION_SEED, Stream.VALIDATION, _of(what, images))
+
+    def _blank(self) -> torch.Tensor:
+        """What stands for an item where none of a batch can be read."""
+        if self.dataset.moments:
+            return torch.zeros(2 * self.latent_shape[0], *self.latent_shape[1:])
+        return torch.zeros(self.dataset.channels, self.dataset.image_size, self.dataset.image_size, dtype=torch.uint8)
+
+
+def _of(what: int, images: np.ndarray) -> np.ndarray:
+    """The indices (N, 2) of draws of the stream VALIDATION."""
+    return np.stack([np.full(len(images), what), images], 1)
+
+
+def within_parts(parts: np.ndarray, uniform: np.ndarray, count: int) -> np.ndarray:
+    """Numbers in [0, 1), fp32 (N,): in the given of `count` equal parts, where in it by numbers in [0, 1)."""
+    within = (parts + uniform.astype(np.float64)) / count
+    return np.minimum(within.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
+
+
+def times(time: TimeSampling, uniform: np.ndarray) -> torch.Tensor:
+    """t of numbers in [0, 1), fp32 (N,), each the same whatever others there are."""
+    padded = np.zeros(-(-len(uniform) // TIMES_AT_ONCE) * TIMES_AT_ONCE, np.float32)
+    padded[: len(uniform)] = uniform
+    return time(torch.from_numpy(padded))[: len(uniform)].clone()
 
 
 class RankPositions:

@@ -52,6 +52,10 @@ class IdentityCodec(nn.Module):
         """(C, H, W) of the latent of a square image."""
         return channels, image_size, image_size
 
+    def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the image that a latent is decoded to."""
+        return latent_shape
+
     def encode(self, images: torch.Tensor, posterior: torch.Tensor | None = None) -> torch.Tensor:
         """images (B, C, H, W), levels or in [-1, 1] -> those in [-1, 1]; there is no posterior to draw from."""
         return in_range(images)
@@ -119,6 +123,11 @@ class VaeCodec(nn.Module):
             )
         return self.vae.config.latent_channels, image_size // factor, image_size // factor
 
+    def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the image that a latent is decoded to."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.out_channels, latent_shape[1] * factor, latent_shape[2] * factor
+
     def _parts(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """x (B, C, H, W) in parts of a pass each, and the weights, laid out for its device."""
         layout = torch.channels_last if x.device.type == "cuda" else torch.preserve_format
@@ -182,15 +191,22 @@ class CachedCodec(nn.Module):
         """(C, H, W) of a latent, which the cache has settled."""
         return self.shape
 
+    def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the image that a latent is decoded to. Raises InputError as `decode`."""
+        return self._decoder().image_shape(latent_shape)
+
     def encode(self, moments: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
         """moments (B, 2C, h, w) of the cache, posterior: standard normal (B, C, h, w) -> latents (B, C, h, w)."""
         return draw_latents(moments, posterior, self.description["scale"], self.description["shift"])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (B, C, h, w) -> images (B, 3, H, W). Raises InputError where the recipe names no autoencoder."""
+        return self._decoder().decode(latents)
+
+    def _decoder(self) -> VaeCodec:
         if self.vae is None:
             raise InputError(f"latents.vae is missing: decoding takes the cache's, {self.description['vae']!r}")
-        return self.vae.decode(latents)
+        return self.vae
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of the codec: the same as if its autoencoder had encoded the images just now."""

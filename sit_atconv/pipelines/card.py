@@ -155,10 +155,11 @@ def _training(manifest: dict[str, Any]) -> str:
         raise InputError(f"the checkpoint's manifest.json: {fault}; give another checkpoint")
     recipe, data, versions = manifest["recipe"], manifest["data"], manifest["versions"]
     train = recipe["train"]
+    held_out = f", {data['held_out']} more held out" if "held_out" in data else ""
     trained_with = ", ".join(f"{name} {versions[name]}" for name in ("sit_atconv", "torch", "diffusers"))
     facts = {
         "steps": f"{manifest['step']}, batch {train['batch_size']}, {manifest['images_seen']} images seen",
-        "data": f"{recipe['data']['kind']}, {data['num_images']} images, {len(data['classes'])} classes",
+        "data": f"{recipe['data']['kind']}, {data['num_images']} images{held_out}, {len(data['classes'])} classes",
         "optimiser": f"AdamW, learning rate {train['lr']:g}",
         "precision": train["precision"],
         "weights": f"EMA, {ema.describe(config.make_recipe(recipe['ema'], config.Ema, stored=True))}",

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 import sit_atconv.models.attnet  # noqa: F401 (registers the family with timm)
 from sit_atconv import config
 from sit_atconv.classification.recipe import ClassifierRecipe
+from sit_atconv.classification.samples import open_held_out
 from sit_atconv.config import load_recipe, make_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
@@ -208,8 +209,7 @@ def _show_classifier(target: Target, data: str | None, num: int, seed: int) -> t
         dataset = open_dataset(config.Data(kind="imagefolder", root=data, image_size=1))  # pictures are whole
     else:
         recipe = _recipe_of(target, data, ClassifierRecipe)
-        digits = recipe.data.kind == "digits"
-        dataset = Digits("test", recipe.data.channels) if digits else open_dataset(recipe.data.open_as()[1])
+        dataset = open_held_out(recipe.data)
     settings = timm.data.resolve_model_data_config(target.model)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
     pictures = [dataset.picture(index)[0].convert(mode) for index in _choose(dataset, num, seed)]

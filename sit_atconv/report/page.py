@@ -18,24 +18,18 @@ from sit_atconv.report.pictures import CLASSES, PER_CLASS, Picture, Shown, grid,
 from sit_atconv.report.runs import Match, Run, SampleSet, at
 from sit_atconv.runtime.comparison import compared, flat
 from sit_atconv.runtime.files import MARK
+from sit_atconv.scoring import METRICS
 from sit_atconv.scoring.frechet import FRECHET
-from sit_atconv.scoring.result import bars_told, needs, number
+from sit_atconv.scoring.result import bars_told, features_told, needs, number
 
 STYLE = Path(__file__).with_name("style.css")
 UNMEASURED = tag("span", "not measured", class_="none")
 UNRECORDED = tag("span", "not recorded", class_="none")
-# What a metric is called, and which way it gets better.
-METRICS = {
-    "fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "fdd": ("FD-DINOv2", "lower"),
-    "frechet_distance": ("Fréchet distance", "lower"), "is": ("Inception score", "higher"),
-    "precision": ("Precision", "higher"), "recall": ("Recall", "higher"), "density": ("Density", "higher"),
-    "coverage": ("Coverage", "higher"), "kid": ("KID", "lower"), "recognised": ("Recognised", "higher"),
-    "classifier_heldout_accuracy": ("Classifier on held-out images", None),
-}  # fmt: skip
 CURVES = {
     "loss": "Training loss", "repa_loss": "REPA loss", "grad_norm": "Gradient norm", "lr": "Learning rate",
     "update_ratio": "Update ratio |Δw| / |w|", "images_per_second": "Training images per second",
 }  # fmt: skip
+SECONDS = "second of training"
 TOLD = 12  # differences at most that a warning tells
 
 
@@ -221,26 +215,40 @@ def _key_facts(run: Run) -> dict[str, Content]:
     step = _first(last.get("step"), run.checkpoint.get("step"), *(manifest.get("step") for manifest in manifests))
     goal = run.recipe.get("train.max_steps")
     images = at(run.checkpoint, "data", "num_images")
-    data = run.recipe.get("data.kind")
+    data, kept = run.recipe.get("data.kind"), number(at(run.checkpoint, "data", "held_out"))
+    held_out = "" if kept is None else f", {kept:,} more held out"
     trained = _quantity(step)
     if number(step) is not None and number(goal) is not None and goal != step:
         trained = f"{trained} of {_quantity(goal)}"
     losses = [row["loss"] for row in run.log if number(row.get("loss")) is not None]
     model = _first(run.recipe.get("model.name"), training("name"), "SiT of own sizes" if run.recipe else None)
+    validated = {}
+    if run.validation:
+        validated["Latest validation loss"] = _validated(run.validation[-1])
     seen = _first(last.get("images_seen"), run.checkpoint.get("images_seen"), training("images_seen"))
     return {
         "Model": _fact(model),
         "Token mixer": _fact(_first(run.recipe.get("model.token_mixer"), training("token_mixer"))),
         "Parameters": _number_of(_first(run.params, training("params"))),
-        "Data": _fact(f"{data}, {images:,} images" if number(images) is not None and data else data),
+        "Data": _fact(f"{data}, {images:,} images{held_out}" if number(images) is not None and data else data),
         "Steps": trained,
         "Images seen": _quantity(seen),
         "Batch size": _quantity(run.recipe.get("train.batch_size")),
         "Precision": _fact(_first(run.recipe.get("train.precision"), training("precision"))),
         "Seed": _fact(_first(run.recipe.get("run.seed"), training("seed"))),
         "Latest loss": _quantity(losses[-1] if losses else None),
+        **validated,
         "Sample sets": _quantity(len(run.sets)),
     }
+
+
+def _validated(row: Mapping[str, Any]) -> Content:
+    """A loss of held-out images with its standard error over them."""
+    loss, images = number(row.get("loss")), number(row.get("num"))
+    if loss is None:
+        return UNMEASURED
+    value, error = _with_error(loss, number(row.get("loss_se")))
+    return value + ("" if error is None else f" ± {error}") + ("" if images is None else f", {images:,} images")
 
 
 def _samples(columns: Sequence[Column], share: float) -> list[Content]:
@@ -383,6 +391,7 @@ def _warnings(columns: Sequence[Column]) -> list[str]:
                 f"{column.name}: its metrics.json is of other samples than those that lie here now (another manifest); "
                 "score them again."
             )
+        found += [f"{column.name}: {warning}." for warning in column.metrics.get("warnings", [])]
     facts = [flat(column.samples.facts) for column in scored]
     names = dict.fromkeys(name for each in facts for name in each)
     differing = [name for name in names if any(each.get(name) != facts[0].get(name) for each in facts)]
@@ -434,7 +443,11 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
         if one
         else ""
     )
-    return [_table(caption, head, rows, "measured"), tag("p", text, class_="soft")]
+    told = [
+        features_told(each["metrics"], each.get("extractors") or ()) for each in (c.metrics for c in columns) if each
+    ]
+    told = [f"{each[0].upper()}{each[1:]}. " for each in dict.fromkeys(told) if each is not None]
+    return [_table(caption, head, rows, "measured"), tag("p", *map(breakable, told), text, class_="soft")]
 
 
 def _estimate(column: Column, name: str) -> Interval:
@@ -479,6 +492,7 @@ def _training(runs: Sequence[Run]) -> list[Content]:
         middles = [((place + 0.5) / len(bins), number(value)) for place, value in enumerate(bins)]
         by_time.append(Series(run.name, index, middles))
     charts.insert(1, _curve("Loss by time, at the latest report", by_time, "t (0 noise, 1 data)"))
+    charts[1:1] = _more_losses(trained)
     names = dict.fromkeys(
         key for _, run in trained for row in run.scores for key, value in row.items()
         if key not in ("step", "num") and (value is None or type(value) in (int, float))
@@ -488,12 +502,27 @@ def _training(runs: Sequence[Run]) -> list[Content]:
         title = METRICS.get(key, (key, None))[0]
         scores.append(_curve(title, [_series(index, run, run.scores, key) for index, run in trained]))
     return [
-        tag("h3", "Curves from log.jsonl"),
+        tag("h3", "Curves from log.jsonl and validation.jsonl"),
         tag("div", charts, class_="charts"),
         tag("h3", "Scores while training"),
         tag("p", _scoring(trained), class_="soft") if names else tag("p", "Scores while training: ", UNMEASURED, "."),
         tag("div", scores, class_="charts") if scores else None,
     ]
+
+
+def _more_losses(trained: Sequence[tuple[int, Run]]) -> list[Markup]:
+    """The loss of held-out images, and both losses over the seconds that the steps took, as far as runs have them."""
+    validated = any(run.validation for _, run in trained)
+    over_steps = [_series(index, run, run.validation, "loss") for index, run in trained]
+    charts = [_curve("Validation loss", over_steps)] if validated else []
+    for title, logs in (
+        ("Training loss over time", [(index, run, run.log) for index, run in trained]),
+        ("Validation loss over time", [(index, run, run.validation) for index, run in trained]),
+    ):
+        series = [_series(index, run, rows, "loss", "seconds") for index, run, rows in logs]
+        if any(each.values for each in series):
+            charts.append(_curve(title, series, SECONDS))
+    return charts
 
 
 def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
@@ -502,13 +531,27 @@ def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
         for _, run in trained
         if run.scores
     ]
+    ways = [
+        (name, way + _features_of(run))
+        for (name, way), run in zip(ways, (run for _, run in trained if run.scores), strict=True)
+    ]
     same = len({way for _, way in ways}) == 1
     told = ways[0][1] if same else " ".join(f"{name}: {way}" for name, way in ways)
     return f"Of the EMA, as it was then. {told}"
 
 
-def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str) -> Series:
-    return Series(run.name, index, [(row["step"], number(row.get(key))) for row in rows])
+def _features_of(run: Run) -> str:
+    """Whose features the newest score of a run is in, where its distance is no FID and the run says so."""
+    last = run.scores[-1]
+    told = features_told(last, [_mapping(last.get("extractor"))]) if last.get("extractor") else None
+    return "" if told is None else f" {told[0].upper()}{told[1:]}."
+
+
+def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str, over: str = "step") -> Series:
+    """The values of a key over those of another, of the rows that have this one."""
+    places = [number(row.get(over)) for row in rows]
+    points = [(x, number(row.get(key))) for x, row in zip(places, rows, strict=True) if x is not None]
+    return Series(run.name, index, points)
 
 
 def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:

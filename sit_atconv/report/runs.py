@@ -23,8 +23,8 @@ from sit_atconv.scoring.table import comparable
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 LOOKED_FOR = (
-    "log.jsonl, scores.jsonl, recipe.yaml, previews/step-*.png, step-*/manifest.json and samples/*/manifest.json of a "
-    "run, or manifest.json, metrics.json and images of samples"
+    "log.jsonl, scores.jsonl, validation.jsonl, recipe.yaml, previews/step-*.png, step-*/manifest.json and "
+    "samples/*/manifest.json of a run, or manifest.json, metrics.json and images of samples"
 )
 Row = dict[str, Any]
 
@@ -88,6 +88,7 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     log: list[Row] = field(default_factory=list)
     scores: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     checkpoint_folder: Path | None = None
     preview: tuple[Path, int] | None = None
@@ -158,12 +159,12 @@ def _read(folder: Path, name: str) -> Run:
         for path in sorted((folder / "samples").glob("*/"))
         if any((path / file).is_file() for file in (MANIFEST, METRICS, SETTINGS))
     ]
-    log, scores = _read_rows(folder / "log.jsonl"), _read_rows(folder / "scores.jsonl")
-    if not (recipe or checkpoints or previews or sets or log or scores):
+    logs = [_read_rows(folder / f"{name}.jsonl") for name in ("log", "scores", "validation")]
+    if not (recipe or checkpoints or previews or sets or any(logs)):
         if not _holds_images(folder):
             raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
         return Run(name, [_read_set(folder)])
-    run = Run(name, sets, folder, flat(recipe), log, scores)
+    run = Run(name, sets, folder, flat(recipe), *logs)
     if checkpoints:
         run.checkpoint, run.checkpoint_folder = _read_manifest(checkpoints[-1] / MANIFEST), checkpoints[-1]
         run.params = _parameters(checkpoints[-1], run.checkpoint)

@@ -90,7 +90,8 @@ class _Work:
                 made = sum(self._each(lambda mine=mine: sum(self._make(number, bar) for number in mine)))
                 self.done += made
                 bar.update(made)
-        facts = {"processes": processes.count()}
+        names = self.ready.trained.id2label
+        facts = {"processes": processes.count(), "class_names": names and [names[label] for label in sorted(names)]}
         manifest = self._first(lambda: self.samples.finish(facts))
         guides = f" ({manifest['guide_nfe']:g} of the guide)" if "guide_nfe" in manifest else ""
         self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}{guides}")
@@ -104,7 +105,9 @@ class _Work:
         args = self.args
         check_place(args.out, args.force)
         self.graphs = Graphs() if args.graphs else None
-        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, launched=True, lora=args.lora)
+        self.ready = setup(
+            args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True, lora=args.lora
+        )
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)
@@ -146,6 +149,7 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         "labels_rule": labels_rule(args.labels),
         "block": min(args.batch, args.num),
         "dtype": args.dtype,
+        "compile": args.compile or None,  # earlier versions did not, and recorded nothing
         "seed": args.seed,
         **args.sampling.describe(),
     }

@@ -5,11 +5,12 @@ import json
 import math
 
 import torch
+from torch.utils.data import Dataset
 
 from sit_atconv.config import make_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
-from sit_atconv.data.folder import Folder
+from sit_atconv.data.held_out import describe_parts, split
 from sit_atconv.data.images import in_range
 from sit_atconv.flow.likelihood import LEVEL_8_BIT, bits_per_dim, log_likelihood
 from sit_atconv.flow.path import PATHS
@@ -29,9 +30,10 @@ from sit_atconv.training.checkpoint import Trained, load_trained
 LEVELS = {"digits": 1 / 8}  # between two neighbouring grey levels, in [-1, 1]; of image files LEVEL_8_BIT
 
 
-def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
+def real_images(trained: Trained, which: str) -> tuple[Dataset, float]:
     """The images of a checkpoint's recipe, and the distance of their grey levels.
 
+    which: "train", those that it trains on; "test", those that `data.held_out` keeps from that, or else digits' own.
     Raises InputError for a latent model or one outside a run, for held-out images that there are not, and where the
     images changed.
     """
@@ -41,14 +43,15 @@ def real_images(trained: Trained, split: str) -> tuple[Digits | Folder, float]:
     if codec != "identity":
         raise InputError("the likelihood of latents is not that of images; give the checkpoint of a pixel model")
     data = make_recipe(trained.stated("recipe"), stored=True).data
-    if split == "test":
+    level = LEVELS.get(data.kind, LEVEL_8_BIT)
+    if which == "test" and data.held_out is None:
         if data.kind != "digits":
             raise InputError(f"{option('split', 'test')}: data.kind={data.kind} holds no images back; use train")
-        return Digits("test", data.channels), LEVELS["digits"]
-    dataset = open_dataset(data)
-    if trained.stated("data") != {"num_images": len(dataset), "classes": list(dataset.class_names)}:
+        return Digits("test", data.channels), level
+    train, held_out = split(open_dataset(data), data.held_out)
+    if trained.stated("data") != describe_parts(train, held_out):
         raise InputError(f"data.root={data.root!r}: the images are not those that the model was trained on")
-    return dataset, LEVELS.get(data.kind, LEVEL_8_BIT)
+    return (train if which == "train" else held_out), level
 
 
 @numerics()

@@ -8,7 +8,7 @@ import torch
 from sit_atconv.latents.codecs import reopen_codec
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.runtime import processes
-from sit_atconv.runtime.devices import resolve_device
+from sit_atconv.runtime.devices import import_compiler, resolve_device
 from sit_atconv.runtime.errors import InputError, check_one_process, option
 from sit_atconv.runtime.precision import dtype_of
 from sit_atconv.sampling.settings import Sampling, in_short
@@ -52,6 +52,7 @@ def setup(
     dtype: str = "fp32",
     device: str | None = None,
     vae: str | None = None,
+    compiled: bool = False,
     launched: bool = False,
     lora: str | Path | None = None,
 ) -> Setup:
@@ -61,6 +62,7 @@ def setup(
     ckpt: as `load_trained` takes it. dtype: one of `precision.DTYPES`. device: by default CUDA where there is one.
     vae: folder or hub id of the autoencoder, where it is not the one that the checkpoint names.
     lora: adapters that are added to the weights, as `load_with_lora` takes them; the model is theirs then.
+    compiled: whether the blocks of model and guide are compiled, as the first images are drawn: each kind once a shape.
     launched: as one of the processes of a launch, which it has joined; else there may be one only.
     Raises InputError for a bad checkpoint, setting, device or missing autoencoder, and for a guide that does not fit.
     """
@@ -80,4 +82,7 @@ def setup(
     for each in filter(None, (trained, guide)):
         torch.nn.Module.to(each.model, where)  # diffusers' own loads all of its hooks, and peft
         check_backend(each.model, where)
+        if compiled:
+            import_compiler()
+            each.model.compile_repeated_blocks()
     return Setup(trained, codec, sampling, guide)

@@ -27,14 +27,17 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions, lock, resolved, sha256, write_atomic
 from sit_atconv.runtime.reading import Malformed, read_json
 from sit_atconv.scoring import BATCH, FOLDER, REMEDY, SHARD
-from sit_atconv.scoring.extractor import Extractor
+from sit_atconv.scoring.extractor import BESIDE, Extractor
 from sit_atconv.scoring.features import INDEX, Features, read_head, shard_name
 from sit_atconv.scoring.sources import Source, begun_as, class_histogram, open_source
 
 T = TypeVar("T")
 AHEAD = 3  # batches that are read before they are wanted
 # Of the settings: what moves no feature beyond rounding, and where images and weights lay.
-NOT_COMPARED = ("batch", "device", "versions", "source.path", "source.data.root", "source.manifest", "extractor_spec")
+NOT_COMPARED = (
+    "batch", "device", "versions", "source.path", "source.data.root", "source.manifest", "source.class_names",
+    "extractor_spec", *(f"extractor.{name}" for name in BESIDE),
+)  # fmt: skip
 
 
 def read_as(source: dict[str, Any]) -> list[str]:
@@ -60,7 +63,7 @@ def features_of(
     limits.BATCH.check("batch=", batch)
     source = path if isinstance(path, Source) else open_source(path)
     out = resolved(out if out is not None else default_folder(source.place, extractor, root), FOLDER)
-    extractor.check_images(source.name, source.image_shape)
+    extractor.check_source(source)
     with ExitStack() as held, processes.lost_ones_told():
         processes.join()
 
@@ -106,10 +109,12 @@ def default_folder(path: Path, extractor: Extractor, root: str | None = None) ->
         parent = Path(root) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
     else:
         parent = path / "features" if path.is_dir() else path.with_suffix(".features")
-    plain, own = parent / extractor.name, extractor.describe()
-    if begun_as(plain).get("extractor", own) == own:
+    own = {key: value for key, value in extractor.describe().items() if key not in BESIDE}
+    plain = parent / extractor.name
+    there = begun_as(plain).get("extractor", own)
+    if isinstance(there, dict) and {key: value for key, value in there.items() if key not in BESIDE} == own:
         return plain
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(extractor.describe(), sort_keys=True).encode()).hexdigest()
     return parent / f"{extractor.name}-{digest[:8]}"
 
 

@@ -1,4 +1,7 @@
-"""From uint8 images to features: one call for Inception, DINOv2, the digits' classifier, or a module of one's own."""
+"""From uint8 images to features: one call for Inception, DINOv2, the digits' classifier, or a module of one's own.
+
+Each is a `Kind`, and so is what other parts of the package `register`: an extractor that needs a model of this library.
+"""
 
 import importlib
 import inspect
@@ -6,29 +9,34 @@ import io
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sit_atconv.data.images import ONE_CLASS
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, option, ran_out, said, told
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.hooks import recorded
 from sit_atconv.runtime.processes import local_rank
 from sit_atconv.runtime.weights import digest_of
-from sit_atconv.scoring import DIGITS, digits
+from sit_atconv.scoring import DIGITS, INCEPTION, digits
 
-INCEPTION_PROTOCOL = "adm-inception-1"
+INCEPTION_PROTOCOL = f"{INCEPTION}1"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
-KINDS = ("inception", "digits", "dinov2")
 OWN = re.compile(r"\w+(\.\w+)*:\w+")
 Streams = dict[str, torch.Tensor]
+# Of what an extractor is described by: what decides no feature, since the weights do, and may be unknown of a copy.
+BESIDE = ("heldout_accuracy", "image_size")
+NAMED = 3  # class names that a message tells
 
 
 class Extractor:
@@ -37,7 +45,8 @@ class Extractor:
     name: short, also of its folder. protocol: what two scores must share to be compared. streams: the dimension of
     each stream by its name; of a module of one's own they are known after its first images. image_shape: (C, H, W)
     where only images of that shape are taken. module: uint8 (B, C, H, W) -> the streams, or the pool alone. about: what
-    else `describe` records. spec: what `load_extractor` makes it of again, None where it is not known.
+    else `describe` records; of a classifier `class_names`, and where they are known `channels`, `image_size` [H, W] and
+    `heldout_accuracy`. spec: what `load_extractor` makes it of again, None where it is not known.
 
     Runs in eval mode and fp32, without autocast or TF32 (cuDNN's, and that of matrix products), whatever was set, which
     is as it was afterwards; cuDNN takes deterministic algorithms. So equal batches give equal bits on one machine.
@@ -64,13 +73,54 @@ class Extractor:
             raise InputError(
                 f"{name} are {tuple(image_shape)}, {self.name} takes {self.image_shape}; choose another extractor"
             )
+        channels, size = self._about.get("channels"), self._about.get("image_size")
+        if channels == 1 and image_shape[0] != 1:
+            raise InputError(
+                f"{name} have {image_shape[0]} channels, {self.name} is a classifier of grey images; train one with "
+                "data.channels=3, or choose another extractor"
+            )
+        if size is not None and list(size) != list(image_shape[1:]):
+            raise InputError(
+                f"{name} are of {pixels_told(image_shape[1:])} px, {self.name} is a classifier of images of "
+                f"{pixels_told(size)} px; train one on images of that size, or choose another extractor"
+            )
+
+    def check_classes(self, name: str, class_names: Sequence[str] | None, labels: np.ndarray | None = None) -> None:
+        """Raise InputError where images are of other classes than this classifier knows, as far as both are known.
+
+        name: of the images. class_names: theirs, in the order of their ids; numbers from 0 on are no names, and their
+        number alone is compared. labels: their ids, (N,).
+        """
+        own, theirs = self._about.get("class_names"), class_names
+        if own is None:
+            return
+        if theirs is not None and tuple(theirs) == ONE_CLASS:  # of images without classes
+            theirs = None
+        numbered = any(list(names) == [*map(str, range(len(names)))] for names in (own, theirs or ()))
+        if theirs is not None and (len(theirs) != len(own) if numbered else list(theirs) != list(own)):
+            strange = sorted({*theirs} ^ {*own})[:NAMED]
+            told = f"such as {', '.join(map(repr, strange))}" if strange else "in another order"
+            raise InputError(
+                f"{name} are of {len(theirs)} classes, and {self.name} is a classifier of {len(own)} others, {told}; "
+                "train a classifier of these classes, or choose another extractor"
+            )
+        if labels is not None and len(labels) and int(labels.max()) >= len(own):
+            raise InputError(
+                f"{name}: label {int(labels.max())} is beyond the {len(own)} classes of {self.name}; train a "
+                "classifier of these classes, or choose another extractor"
+            )
+
+    def check_source(self, source: Any) -> None:
+        """Raise InputError where the images of a `Source` are of another shape or of other classes than this takes."""
+        self.check_images(source.name, source.image_shape)
+        self.check_classes(source.name, source.class_names, source.labels)
 
     def check_same(self, name: str, stated: dict[str, Any]) -> None:
         """Raise InputError where features were made by another extractor. name: of what states it; stated: what
         `describe` gave then."""
         own = self.describe()
         for key in own | stated:
-            if own.get(key) != stated.get(key):
+            if key not in BESIDE and own.get(key) != stated.get(key):
                 raise InputError(
                     f"{name} is of features with {key} {stated.get(key)!r}, the extractor has {own.get(key)!r}; state "
                     "the one that made them, or make them anew"
@@ -96,7 +146,7 @@ class Extractor:
                 every_rank=True,
             ) from None
         except Exception as error:  # a module of one's own is anybody's code
-            if kind_of(self.protocol) != "module" or ran_out(error):
+            if not kind_of(self.protocol).foreign or ran_out(error):
                 raise
             with told(f"extractor {self.spec} failed on images {tuple(pixels.shape[1:])}", Exception, every_rank=True):
                 raise
@@ -138,36 +188,76 @@ def _true_fp32(device: torch.device) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of extractor.
+
+    name: what a spec begins with. protocol: what its protocols begin with. offered: the metrics in its features, in the
+    order of a result. open: (what follows the colon of a spec, the file of weights or None, the device) -> Extractor.
+    argument: what may follow the colon, in words, None where nothing may; needed: whether it must.
+    weights: whether a file of weights may be given. on_cpu: whether it runs on the CPU unless told.
+    foreign: whether its code is the user's, so that whatever it raises is told in one line.
+    recorded: (what begins an error, what `Extractor.describe` gave, the spec that was stored, None by earlier versions)
+    -> the spec of an extractor that a file states; None where that is the name alone.
+    """
+
+    name: str
+    protocol: str
+    offered: tuple[str, ...]
+    open: Callable[[str, str | None, torch.device], Extractor]
+    argument: str | None = None
+    needed: bool = False
+    weights: bool = False
+    on_cpu: bool = False
+    foreign: bool = False
+    recorded: Callable[[str, dict[str, Any], str | None], str] | None = None
+
+
+KINDS: dict[str, Kind] = {}
+MODULE = "module"  # the kind of a spec that begins with no kind's name
+
+
+def register(kind: Kind) -> None:
+    """Have `load_extractor` know a kind of extractor by its name."""
+    KINDS[kind.name] = kind
+
+
+def parsed(spec: str) -> tuple[Kind, str]:
+    """The kind of the extractor that a spec names, and what follows. Raises InputError for a spec that is none."""
+    name, _, rest = spec.partition(":")
+    named = KINDS.keys() - {MODULE}
+    if name not in named and ("." in name or rest):
+        return KINDS[MODULE], spec
+    check_choice('extractor (or "package.module:callable")', name, named)
+    kind = KINDS[name]
+    if rest and kind.argument is None:
+        raise InputError(f"extractor={spec!r}: {name} takes no {rest!r}; leave it out")
+    if not rest and kind.needed:
+        raise InputError(f"extractor={spec!r}: give {name}:{kind.argument}")
+    return kind, rest
+
+
 def load_extractor(spec: str, weights: str | None = None, device: str | torch.device | None = None) -> Extractor:
     """The extractor that `spec` names.
 
     spec: "inception"; "digits"; "dinov2", or "dinov2:NAME" with a ViT of timm by name or "local-dir:FOLDER", as timm's
-    `save_for_hf` writes it; or "package.module:callable", which gives an nn.Module of one's own for uint8 (B, C, H, W)
-    -> (B, D) or a dict of such. That code is run as it is.
+    `save_for_hf` writes it; "attnet:RUN" with a run of `sit-atconv classify`, once
+    `sit_atconv.classification.extractor.ATTNET` is registered; or "package.module:callable", which gives an nn.Module
+    of one's own for uint8 (B, C, H, W) -> (B, D) or a dict of such. That code is run as it is.
     weights: the file of Inception's (default: torch's hub cache). device: default CUDA where there is one (the one of
     this process's local rank), but the CPU for the digits.
     Raises InputError for what is not there or does not fit.
     """
-    kind, _, rest = spec.partition(":")
-    if weights is not None and spec != "inception":
+    kind, rest = parsed(spec)
+    if weights is not None and not kind.weights:
         raise InputError(f"{option('weights')} belongs to Inception, and the extractor is {spec!r}; leave it out")
-    if kind in KINDS or not ("." in kind or rest):
-        check_choice('extractor (or "package.module:callable")', kind, KINDS)
-        if rest and kind != "dinov2":
-            raise InputError(f"extractor={spec!r}: {kind} takes no {rest!r}; leave it out")
     where = device if isinstance(device, torch.device) else resolve_device(device or default_device(spec))
-    if kind == "inception":
-        return _inception(inception_weights(weights), where)
-    if kind == "digits":
-        return _digits(where)
-    return _dinov2(rest or DINOV2, where) if kind == "dinov2" else _own(spec, where)
+    return kind.open(rest, weights, where)
 
 
-def kind_of(protocol: str) -> str:
-    """What an extractor of this protocol is: "inception", "digits", "dinov2", or "module" for one's own."""
-    if protocol == INCEPTION_PROTOCOL:
-        return "inception"
-    return next((kind for kind in KINDS[1:] if protocol.startswith(f"{kind}-")), "module")
+def kind_of(protocol: str) -> Kind:
+    """What an extractor of this protocol is: that of modules of one's own where no other kind has such protocols."""
+    return next((kind for kind in KINDS.values() if protocol.startswith(kind.protocol)), KINDS[MODULE])
 
 
 def recorded_spec(where: str, about: dict[str, Any], spec: str | None) -> str:
@@ -177,14 +267,17 @@ def recorded_spec(where: str, about: dict[str, Any], spec: str | None) -> str:
     versions. A module of one's own is taken where its file is the recorded one, and is the user's and no library's:
     a file of features must not choose what is run. Raises InputError where it is not.
     """
-    protocol = about["protocol"]
-    kind = kind_of(protocol)
-    if kind == "dinov2":
-        stated = isinstance(spec, str) and spec.startswith("dinov2:")
-        return spec if stated else f"dinov2:{protocol.removeprefix('dinov2-').rpartition('-')[0]}"
-    if kind != "module":
-        return kind
-    own = protocol.removeprefix("module-")
+    kind = kind_of(about["protocol"])
+    return kind.name if kind.recorded is None else kind.recorded(where, about, spec)
+
+
+def _recorded_dinov2(where: str, about: dict[str, Any], spec: str | None) -> str:
+    stated = isinstance(spec, str) and spec.startswith("dinov2:")
+    return spec if stated else f"dinov2:{about['protocol'].removeprefix('dinov2-').rpartition('-')[0]}"
+
+
+def _recorded_module(where: str, about: dict[str, Any], spec: str | None) -> str:
+    own = about["protocol"].removeprefix("module-")
     file = _module_file(own.partition(":")[0]) if OWN.fullmatch(own) else None
     if file is None or about.get("source_sha256") != sha256(file):
         state = "is not on PYTHONPATH" if file is None else "was changed since, or is a library's"
@@ -207,7 +300,7 @@ def _module_file(name: str) -> Path | None:
 
 def default_device(spec: str) -> str:
     """Where an extractor runs unless told: CUDA where there is one, the digits' small classifier on the CPU."""
-    if spec == "digits" or not torch.cuda.is_available():
+    if parsed(spec)[0].on_cpu or not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{local_rank()}"
 
@@ -244,9 +337,10 @@ def inception_weights(path: str | None) -> Path:
     return weights
 
 
-def _inception(weights: Path, device: torch.device) -> Extractor:
+def _inception(_: str, file: str | None, device: torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    weights = inception_weights(file)
     try:
         # torch-fidelity would unpickle the file without restraint; it gets tensors that were read safely instead.
         safe = io.BytesIO()
@@ -266,7 +360,7 @@ def _inception(weights: Path, device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
-def _digits(device: torch.device) -> Extractor:
+def _digits(_: str, __: None, device: torch.device) -> Extractor:
     classifier, accuracy = digits.train_classifier()
     return Extractor(
         "digits", DIGITS, classifier, {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
@@ -289,11 +383,12 @@ class _ClassToken(nn.Module):
         return self.vit.forward_features((images.expand(-1, 3, -1, -1) - self.mean) / self.std)[:, 0]
 
 
-def _dinov2(name: str, device: torch.device) -> Extractor:
+def _dinov2(stated: str, _: None, device: torch.device) -> Extractor:
     from timm.models.vision_transformer import VisionTransformer
 
     from sit_atconv.runtime.vit import is_rgb, load_vit
 
+    name = stated or DINOV2
     where = f"extractor 'dinov2:{name}'"
     vit, file = load_vit(name, where, "dinov2:")
     whole = isinstance(vit, VisionTransformer) and is_rgb(vit)
@@ -312,7 +407,7 @@ def _dinov2(name: str, device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
-def _own(spec: str, device: torch.device) -> Extractor:
+def _own(spec: str, _: None, device: torch.device) -> Extractor:
     where = f"extractor={spec!r}"
     if not OWN.fullmatch(spec):
         raise InputError(f"{where}: give package.module:callable")
@@ -343,6 +438,36 @@ def _own(spec: str, device: torch.device) -> Extractor:
     )  # fmt: skip
 
 
+def pixels_told(size: Sequence[int]) -> str:
+    """Height and width of images in words, as one number where they are square."""
+    height, width = size
+    return f"{height}" if height == width else f"{width} x {height}"
+
+
 def state_digest(module: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and values of a module's state, and of the buffers outside it."""
     return digest_of({**dict(module.named_buffers()), **module.state_dict()})
+
+
+# "fdd" beside Inception is asked for by its name, and is another extractor's.
+register(
+    Kind(
+        "inception", INCEPTION, ("fid", "sfid", "is", "pr", "kid", "nearest"), _inception, weights=True
+    )
+)  # fmt: skip
+register(
+    Kind(
+        "dinov2", "dinov2-", ("fdd", "pr", "kid", "nearest"), _dinov2, "NAME", recorded=_recorded_dinov2,
+    )
+)  # fmt: skip
+register(
+    Kind(
+        "digits", "digits-", ("frechet_distance", "is", "pr", "kid", "nearest", "recognised"), _digits, on_cpu=True
+    )
+)  # fmt: skip
+register(
+    Kind(
+        MODULE, "module-", ("frechet_distance", "is", "pr", "kid", "nearest"), _own, "callable", foreign=True,
+        recorded=_recorded_module,
+    )
+)  # fmt: skip

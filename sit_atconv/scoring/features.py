@@ -24,6 +24,7 @@ FORM = {
     "source": {
         "pixels_sha256": SHA256, "labels_sha256": (SHA256, None), "lossy": object, "manifest": (dict, None),
         "manifest_sha256": (SHA256, None), "background?": re.compile(r"[#\w(),.% ]{1,40}", re.ASCII), "data?": dict,
+        "class_names?": ([str], None),
     },
 }  # fmt: skip
 

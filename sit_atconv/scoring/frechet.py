@@ -27,6 +27,16 @@ def correction_needs(features: int) -> int:
     return PER_FEATURE * features
 
 
+def too_few(features: int, samples: int, reference: int | None) -> str | None:
+    """What is to be said of a Fréchet distance in so many features where a side has less than 10 images a feature, with
+    which it is biased; None where both have as many. reference: images, None where nobody says how many."""
+    needed, sides = correction_needs(features), ((samples, "samples"), (reference, "reference images"))
+    few = [f"{n:,} {what}" for n, what in sides if n is not None and n < needed]
+    if not few:
+        return None
+    return f"{features:,} features of {' and '.join(few)}: at least {needed:,} are needed; the distance is biased"
+
+
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), of means (D,) and covariances (D, D) (Dowson and Landau 1982).
 

@@ -1,5 +1,6 @@
 """Precision, recall, density and coverage: how samples and real images lie among each other's nearest neighbours."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -56,7 +57,7 @@ def manifold_scores(
         density = torch.zeros(len(fake), dtype=torch.int64, device=device)
         closest = torch.full((len(real), groups), torch.inf, dtype=torch.float64)
         recalled = torch.zeros(len(real), len(cases), dtype=torch.bool)
-        for rows, group, columns, distances in _tiles(real, fake, runs, device, bar):
+        for rows, group, columns, distances in tiles(real, fake, runs, device, bar):
             own = radii[rows].to(device)
             precise[columns] |= (distances <= own[:, closed - 1, None]).any(0)
             density[columns] += (distances < own[:, opened - 1, None]).sum(0)
@@ -79,13 +80,17 @@ def manifold_scores(
     return {name: (value[0].item(), value[1:].tolist()) for name, value in values.items()}
 
 
-def _tiles(rows: torch.Tensor, columns: torch.Tensor, runs: list[slice], device, bar):
+def blocks(n: int) -> Iterator[slice]:
+    """The images 0 to n - 1 in parts of a tile's side."""
+    return (slice(start, min(start + TILE, n)) for start in range(0, n, TILE))
+
+
+def tiles(rows: torch.Tensor, columns: torch.Tensor, runs: list[slice], device, bar):
     """(rows, number of the run, columns, squared distances (rows, columns) in float64), tile by tile.
 
     The tiles of a set with itself say inf for an image and itself.
     """
-    for start in range(0, len(rows), TILE):
-        part = slice(start, min(start + TILE, len(rows)))
+    for part in blocks(len(rows)):
         a = rows[part].to(device, torch.float64)
         for number, run in enumerate(runs):
             for first in range(run.start, run.stop, TILE):
@@ -101,7 +106,7 @@ def _tiles(rows: torch.Tensor, columns: torch.Tensor, runs: list[slice], device,
 def _nearest(features: torch.Tensor, runs: list[slice], k: int, device, bar) -> torch.Tensor:
     """The k smallest squared distances of each image to those of each run, (N, runs, k), ascending; inf where fewer."""
     result = torch.full((len(features), len(runs), k), torch.inf, dtype=torch.float64)
-    for rows, number, _, distances in _tiles(features, features, runs, device, bar):
+    for rows, number, _, distances in tiles(features, features, runs, device, bar):
         found = distances.topk(min(k, distances.shape[1]), dim=1, largest=False).values.cpu()
         merged = torch.cat([result[rows, number], found], 1)
         result[rows, number] = merged.topk(k, dim=1, largest=False).values.sort(1).values

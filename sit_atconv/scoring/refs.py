@@ -20,7 +20,7 @@ from sit_atconv.scoring import BATCH
 from sit_atconv.scoring.extract import (
     features_of,
 )
-from sit_atconv.scoring.extractor import KINDS, OWN, Extractor, kind_of, recorded_spec
+from sit_atconv.scoring.extractor import KINDS, MODULE, OWN, Extractor, kind_of, parsed, pixels_told, recorded_spec
 from sit_atconv.scoring.features import INDEX, Features, Held, check_no_parent, held, is_features
 from sit_atconv.scoring.moments import Moments, stream_sums
 from sit_atconv.scoring.sources import check_overrides, from_arrays, is_recipe, open_source, recipe_data
@@ -120,11 +120,11 @@ def read_reference(
         return _of_statistics(path, statistics, extractor, batch, samples, root)
     else:
         source = open_source(path, allow_lossy, overrides)
-        _check_shape(name, source.image_shape, samples)
+        check_shape(name, source.image_shape, samples)
         features = features_of(source, extractor, batch=batch, root=root)
         digest = features.info["source"]["pixels_sha256"]
     extractor.check_same(f"reference {name!r}", features.info["extractor"])
-    _check_shape(name, features.image_shape, samples)
+    check_shape(name, features.image_shape, samples)
     return _of_features(name, features, features.info, digest)
 
 
@@ -158,24 +158,24 @@ def reference_spec(ref: str, overrides: Sequence[str] = ()) -> str:
     return "inception" if found is None else recorded_spec(f"reference {ref!r}", *found)
 
 
-def check_recorded(ref: str, spec: str) -> None:
+def check_recorded(ref: str, spec: str, key: str | None = None) -> None:
     """Raise InputError where a reference says that its features are of another kind of extractor than `spec`; those of
-    one kind are compared once they are loaded."""
-    found, kind = recorded_extractor(ref), spec.partition(":")[0]
-    if found is None or (kind not in KINDS and not OWN.fullmatch(spec)):  # which is no extractor
+    one kind are compared once they are loaded. key: what begins the error, by default the option."""
+    found, (kind, _) = recorded_extractor(ref), parsed(spec)
+    if found is None or (kind is KINDS[MODULE] and not OWN.fullmatch(spec)):  # which is no extractor
         return
-    if kind_of(found[0]["protocol"]) != (kind if kind in KINDS else "module"):
+    if kind_of(found[0]["protocol"]) is not kind:
         raise InputError(
-            f"{option('extractor', spec)}: reference {ref!r} is of features with name {found[0]['name']!r}; leave the "
-            f"option out, or build a reference of {spec}"
+            f"{key or option('extractor', spec)}: reference {ref!r} is of features with name {found[0]['name']!r}; "
+            f"leave the option out, or build a reference of {spec}"
         )
 
 
 def _digits(extractor: Extractor, batch: int, samples: Sequence[int] | None) -> Reference:
     digits = Digits("train")
     source = from_arrays(to_uint8(digits.images), digits.labels, "reference 'digits'")
-    extractor.check_images(source.name, source.image_shape)
-    _check_shape("digits", source.image_shape, samples)
+    extractor.check_source(source)
+    check_shape("digits", source.image_shape, samples)
     about = {"extractor": extractor.describe(), "source": source.describe()}
     return _of_features("digits train split", held(source, extractor, batch), about, source.digest())
 
@@ -229,7 +229,7 @@ def _of_statistics(
     meta, moments = _statistics(name, arrays, extractor)
     shape, features, extract = (tuple(meta["image_shape"]) if meta else None), None, None
     if meta:
-        _check_shape(name, shape, samples)
+        check_shape(name, shape, samples)
         if "pool" in arrays:
             pool, dim = arrays["pool"], len(moments["pool"].mu)
             with _readable(name):
@@ -240,7 +240,7 @@ def _of_statistics(
     elif "arr_0" in arrays:
         source = open_source(path)
         shape = source.image_shape
-        _check_shape(name, shape, samples)
+        check_shape(name, shape, samples)
 
         def extract() -> dict[str, np.ndarray]:
             extracted = features_of(source, extractor, batch=batch, root=root)
@@ -307,17 +307,12 @@ def _read_meta(name: str, array: Array) -> dict[str, Any]:
         raise InputError(f"reference {name!r}: its meta is damaged ({error}); build it anew with build-ref") from None
 
 
-def _check_shape(name: str, image_shape: tuple[int, int, int], samples: Sequence[int] | None) -> None:
+def check_shape(name: str, image_shape: tuple[int, int, int], samples: Sequence[int] | None) -> None:
     if samples is not None and image_shape[1:] != tuple(samples[1:]):
         raise InputError(
-            f"reference {name!r} is of {_pixels(image_shape)} px images, the samples {_pixels(samples)}; compare what "
-            "has one resolution"
+            f"reference {name!r} is of {pixels_told(image_shape[1:])} px images, the samples "
+            f"{pixels_told(samples[1:])}; compare what has one resolution"
         )
-
-
-def _pixels(image_shape: Sequence[int]) -> str:
-    height, width = image_shape[1:]
-    return str(height) if height == width else f"{width} x {height}"
 
 
 def build_reference(
@@ -363,10 +358,14 @@ def build_reference(
     return meta
 
 
-def read_moments(path: Path, extractor: Extractor) -> Moments | None:
-    """The pool's moments of an npz, checked as `read_reference` does, without a look at images; None of all else.
+def read_moments(path: Path, extractor: Extractor) -> tuple[Moments, int | None, tuple[int, int, int] | None] | None:
+    """The pool's moments of an npz, checked as `read_reference` does, without a look at images; the number of images
+    behind them and their shape (C, H, W), where it says so. None of all else.
 
     It works in one process alone, as a trainer needs it. Raises InputError.
     """
     arrays = _read_statistics(path)
-    return None if arrays is None else _statistics(shown(path), arrays, extractor)[1]["pool"]
+    if arrays is None:
+        return None
+    meta, moments = _statistics(shown(path), arrays, extractor)
+    return moments["pool"], meta.get("n"), (tuple(meta["image_shape"]) if meta else None)

@@ -1,6 +1,6 @@
 """What is certain in a result of `sit-atconv score`, whatever version of this package wrote it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from sit_atconv.runtime.errors import MOST, InputError
 from sit_atconv.runtime.files import made_here
 from sit_atconv.runtime.reading import fault_of
-from sit_atconv.scoring import DIGITS
+from sit_atconv.scoring import DIGITS, INCEPTION
 from sit_atconv.scoring.frechet import PER_FEATURE, correction_needs
 from sit_atconv.scoring.jackknife import GROUPS, Design, design_of
 
@@ -84,6 +84,21 @@ def bars_told(error_bars: dict[str, Any]) -> str:
 def named(error_bars: dict[str, Any]) -> str:
     """What two results must share of their error bars to stand side by side."""
     return f"{error_bars['design'] or 'none'}{', an upper bound' * error_bars['upper_bound']}"
+
+
+def features_told(metrics: Iterable[str], extractors: Iterable[Mapping[str, Any]]) -> str | None:
+    """Whose features the Fréchet distances among metrics are in, and how good a classifier that is, where they are no
+    FID; None where all are, or there are none. extractors: as a result lists them."""
+    if not {"fdd", "frechet_distance"} & set(metrics):
+        return None
+    told = []
+    for each in extractors:
+        if not str(each.get("protocol")).startswith(INCEPTION):
+            accuracy = number(each.get("heldout_accuracy"))
+            told.append(
+                f"{each.get('name')}" + ("" if accuracy is None else f" ({accuracy:.1%} right on held-out images)")
+            )
+    return f"the Fréchet distance in features of {' and '.join(dict.fromkeys(told))} is not a FID" if told else None
 
 
 def needs(images: int) -> str:

@@ -1,7 +1,7 @@
 """Score samples against a reference: numbers with error bars, and all that is needed to repeat them, as JSON."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,35 +11,31 @@ import numpy as np
 import torch
 from torch import nn
 
+from sit_atconv.data.images import ONE_CLASS
+from sit_atconv.runtime.console import say
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, option
 from sit_atconv.runtime.files import library_versions, shown
 from sit_atconv.runtime.processes import is_main, leave, together
-from sit_atconv.scoring import BATCH, STREAMS
+from sit_atconv.scoring import BATCH, GIVES, METRICS, STREAMS
+from sit_atconv.scoring.copying import copying_scores, doubles
 from sit_atconv.scoring.extract import (
     features_of,
     read_as,
 )
-from sit_atconv.scoring.extractor import Extractor, default_device, kind_of, load_extractor
+from sit_atconv.scoring.extractor import Extractor, default_device, kind_of, load_extractor, parsed
 from sit_atconv.scoring.features import Features, Held, check_no_parent, held, is_features
-from sit_atconv.scoring.frechet import FRECHET, correction_needs, frechet_distances
+from sit_atconv.scoring.frechet import FRECHET, correction_needs, frechet_distances, too_few
 from sit_atconv.scoring.inception_score import inception_scores
 from sit_atconv.scoring.jackknife import Estimate, design_of, jackknife
 from sit_atconv.scoring.kernel import kernel_distance
 from sit_atconv.scoring.manifold import NEAREST, manifold_scores
 from sit_atconv.scoring.moments import GroupSums, Moments, stream_sums
-from sit_atconv.scoring.refs import Reference, check_recorded, read_moments, read_reference, reference_spec
+from sit_atconv.scoring.refs import Reference, check_recorded, check_shape, read_moments, read_reference, reference_spec
 from sit_atconv.scoring.result import needs
 from sit_atconv.scoring.sources import Source, check_root, from_arrays, open_source
 
-OFFERED = {
-    "inception": ["fid", "sfid", "is", "pr", "kid"],
-    "dinov2": ["fdd", "pr", "kid"],
-    "digits": ["frechet_distance", "is", "pr", "kid", "recognised"],
-    "module": ["frechet_distance", "is", "pr", "kid"],
-}
-# What comes of it, in the order of a result.
-NAMES = (*FRECHET, "is", *NEAREST, "kid", "recognised", "classifier_heldout_accuracy")
+ASKED_AS = {given: asked for asked, given_by in GIVES.items() for given in given_by}
 
 Metric = dict[str, float | None]  # of a result: value, se and corrected, and perhaps corrected_needs
 
@@ -85,7 +81,7 @@ def score(
     cannot be scored.
     """
     names = [each.strip() for each in metrics.split(",")] if metrics is not None else []
-    asked = list(dict.fromkeys("pr" if each in NEAREST else each for each in names))
+    asked = list(dict.fromkeys(ASKED_AS.get(each, each) for each in names))
     for each in asked:
         check_choice(option("metrics"), each, STREAMS)
     check_root(root)
@@ -100,7 +96,7 @@ def score(
     elif extractor is not None:
         check_recorded(ref, extractor)
     wanted = [(_main_extractor(source, ref, extractor, weights, device), asked)]
-    if "fdd" in asked and kind_of(wanted[0][0].protocol) == "inception":
+    if "fdd" in asked and kind_of(wanted[0][0].protocol).name == "inception":
         if isinstance(source, Features):
             raise InputError(f"fdd: {samples!r} are features of Inception; score the images, or features of DINOv2")
         others = [each for each in asked if each != "fdd"]
@@ -115,19 +111,23 @@ def score(
     design = design_of(main.features.n, info["class_histogram"], (about["manifest"] or {}).get("labels_rule"))
     groups = design.group_ids(main.features.labels, main.features.n)
     estimates: dict[str, Metric] = {}
+    warnings = []
     for one in passes:
         for metric in one.metrics:
             if metric in FRECHET:
+                real = one.reference.moments[STREAMS[metric]]
+                if few := too_few(len(real.mu), one.features.n, one.reference.n):
+                    warnings.append(f"{metric}: {few}")
                 sums = together(partial(stream_sums, one.features, STREAMS[metric], groups, shared=True)).all_reduce()
                 if is_main():
-                    estimates[metric] = frechet_metric(sums, one.reference.moments[STREAMS[metric]])
+                    estimates[metric] = frechet_metric(sums, real)
     leave()
     if not is_main():
         return None
     for one in passes:
         estimates |= other_metrics(one.metrics, one.features, one.reference, groups, one.extractor.device)
-    if "recognised" in estimates:
-        accuracy = main.extractor.describe()["heldout_accuracy"]
+    accuracy = main.extractor.describe().get("heldout_accuracy")
+    if "recognised" in estimates and accuracy is not None:
         estimates["classifier_heldout_accuracy"] = Estimate(accuracy, None, None)._asdict()
     for name, each in estimates.items():
         if not all(math.isfinite(value) for value in each.values() if isinstance(value, float)):
@@ -139,7 +139,8 @@ def score(
     return {
         "protocol": main.extractor.protocol,
         "n": main.features.n,
-        "metrics": {name: estimates[name] for name in NAMES if name in estimates},
+        "metrics": {name: estimates[name] for name in METRICS if name in estimates},
+        "warnings": warnings,
         "class_histogram": info["class_histogram"],
         "reference": main.reference.describe(),
         "extractors": [one.extractor.describe() for one in passes],
@@ -184,7 +185,7 @@ def _main_extractor(source, ref: str, spec: str | None, weights: str | None, dev
     if isinstance(source, Features):
         extractor.check_same(str(source.path), source.info["extractor"])
     else:
-        extractor.check_images(source.name, source.image_shape)
+        extractor.check_source(source)
         if not extractor.streams:  # of a module of one's own: what it gives decides which metrics there are
             together(lambda: extractor(next(source.batches(0, 1))))
     return extractor
@@ -195,7 +196,7 @@ def _prepare(
     allow_lossy: bool, root: str | None, overrides: Sequence[str],
 ) -> _Pass:  # fmt: skip
     """The reference is read first: it may not do."""
-    offered = OFFERED[kind_of(extractor.protocol)]
+    offered = list(kind_of(extractor.protocol).offered)
     for metric in asked:
         if metric not in offered:
             same = next(each for each in offered if each in FRECHET)
@@ -231,11 +232,16 @@ def _check(metric: str, samples: Source | Features, extractor: Extractor, refere
         reference.need(stream, metric)
     if metric == "recognised" and samples.labels is None:
         raise InputError(f"{metric}: samples without labels; give them in manifest.json, or as arr_1 of the npz")
-    if metric in ("pr", "kid"):
-        found = min(samples.n, len(reference.need_features(stream, metric)))
-        fewest = max(NEAREST.values()) + 1 if metric == "pr" else 2
+    if metric in ("pr", "kid", "nearest"):
+        real = reference.need_features(stream, metric)
+        found, fewest = min(samples.n, len(real)), max(NEAREST.values()) + 1 if metric == "pr" else 2
         if found < fewest:
             raise InputError(f"{metric}: {found} images, and it takes {fewest}; leave {metric} out, or give more")
+        if metric == "nearest" and 2 * (number := doubles(real)) > len(real):
+            raise InputError(
+                f"{metric}: {number} of {len(real)} reference images equal another one; leave {metric} out, or leave "
+                "doubles out of the reference"
+            )
 
 
 def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:
@@ -255,11 +261,13 @@ def other_metrics(
     values = {}
     if "is" in metrics:
         values["is"] = inception_scores(features.batches("logits"), groups)
-    if {"pr", "kid"} & set(metrics):
+    if {"pr", "kid", "nearest"} & set(metrics):
         sets = reference.features["pool"], features.load("pool")
         where = "cpu" if device.type == "mps" else device  # which has no float64
         if "pr" in metrics:
             values |= manifold_scores(*sets, groups, where, progress)
+        if "nearest" in metrics:
+            values |= copying_scores(*sets, groups, where, progress)
         if "kid" in metrics:
             kid = kernel_distance(*sets, groups, where, progress)
             values["kid"] = kid.full, kid.deleted
@@ -284,31 +292,63 @@ def _recognised(features: Features | Held, groups: np.ndarray) -> tuple[float, l
     return hits.mean(), [hits[groups != group].mean() for group in range(number)] if number > 1 else []
 
 
-def training_scorer(ref: str, weights: str | None) -> Callable[[torch.Tensor, Sequence[int]], dict[str, float]]:
+class TrainingScorer:
     """What scores images while a model trains: called with uint8 images (N, C, H, W) and labels, gives numbers by name.
 
-    These are the Fréchet distance and, of digits, the share recognised, which alone looks at the labels. All of it is
-    in memory, of one process, and asks nothing of the others.
-    ref, weights: as the command takes them. Raises InputError for what cannot be compared with.
+    These are the Fréchet distance and, where the extractor is a classifier of the images' classes, the share
+    recognised, which alone looks at the labels. All of it is in memory, of one process, and asks nothing of the others.
+    ref, weights, spec: as the command takes them, the latter as its extractor. about: name, protocol and digest of the
+    weights of the extractor. Raises InputError for what cannot be compared with.
     """
-    spec = reference_spec(ref)
-    if weights and spec != "inception":
-        raise InputError(f"score.weights belongs to Inception, and score.ref={ref} is of {spec}; leave it out")
-    extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
-    kind = kind_of(extractor.protocol)
-    distance = next(each for each in OFFERED[kind] if each in FRECHET)
-    if ref == "digits" or is_features(ref):
-        moments = read_reference(ref, extractor).need("pool", distance)
-    elif (moments := read_moments(Path(ref), extractor)) is None:
-        moments = stream_sums(held(open_source(ref), extractor, BATCH), "pool").moments()
 
-    def scores(pixels: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
-        source = from_arrays(pixels, labels, "samples")
-        extractor.check_images(source.name, source.image_shape)
-        features = held(source, extractor, BATCH)
-        values = {distance: frechet_metric(stream_sums(features, "pool"), moments)["value"]}
-        if kind == "digits":
+    def __init__(self, ref: str, weights: str | None = None, spec: str | None = None):
+        stated = f"score.ref={ref} is of {reference_spec(ref)}" if spec is None else f"score.extractor is {spec}"
+        if spec is not None:
+            check_recorded(ref, spec, f"score.extractor={spec}")
+        spec = spec or reference_spec(ref)
+        if weights and not parsed(spec)[0].weights:
+            raise InputError(f"score.weights belongs to Inception, and {stated}; leave it out")
+        self.extractor = load_extractor(spec, weights, torch.device(default_device(spec)))
+        kind = kind_of(self.extractor.protocol)
+        self.distance = next(each for each in kind.offered if each in FRECHET)
+        self.recognises = "recognised" in kind.offered
+        self.ref = ref
+        if ref == "digits" or is_features(ref):
+            reference = read_reference(ref, self.extractor)
+            self.moments, self.n = reference.need("pool", self.distance), reference.n
+            self.image_shape = reference.image_shape
+        elif (found := read_moments(Path(ref), self.extractor)) is not None:
+            self.moments, self.n, self.image_shape = found
+        else:
+            source = open_source(ref)
+            self.extractor.check_source(source)
+            self.moments = stream_sums(held(source, self.extractor, BATCH), "pool").moments()
+            self.n, self.image_shape = source.n, source.image_shape
+        described = self.extractor.describe()
+        self.about = {
+            key: described[key]
+            for key in ("name", "protocol", "weights_sha256", "heldout_accuracy")
+            if key in described
+        }
+
+    def check(self, image_shape: tuple[int, int, int], class_names: Sequence[str], num: int) -> None:
+        """Raise InputError where images (C, H, W) of these classes are not for the extractor or the reference; warn
+        where `num` of them are few."""
+        name = "the images of this run"
+        self.extractor.check_images(name, image_shape)
+        self.extractor.check_classes(name, class_names)
+        self.recognises &= tuple(class_names) != ONE_CLASS
+        if self.image_shape is not None:
+            check_shape(self.ref, self.image_shape, image_shape)
+        if few := too_few(len(self.moments.mu), num, self.n):
+            say(f"warning: scores while training, {self.distance}: {few}")
+
+    def __call__(self, images: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
+        """The scores of uint8 images (N, C, H, W) by name."""
+        source = from_arrays(images, labels, "samples")
+        self.extractor.check_source(source)
+        features = held(source, self.extractor, BATCH)
+        values = {self.distance: frechet_metric(stream_sums(features, "pool"), self.moments)["value"]}
+        if self.recognises:
             values["recognised"] = float(_recognised(features, np.zeros(features.n, np.int64))[0])
         return values
-
-    return scores

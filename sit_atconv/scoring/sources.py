@@ -38,8 +38,9 @@ MOST_BATCH = 1 << 32  # bytes of a batch
 class Source:
     """n images of one size, uint8, by index, with what is known of them.
 
-    n: at least 2. image_shape: (C, H, W), C 1 or 3. labels: class ids, int64 (n,), or None. manifest: of the samples
-    command, or None. place: a path that is of these images alone, None of those in memory.
+    n: at least 2. image_shape: (C, H, W), C 1 or 3. labels: class ids, int64 (n,), or None. class_names: by id, None
+    where nobody says. manifest: of the samples command, or None. place: a path that is of these images alone, None of
+    those in memory.
     lossy: whether images that lost something (JPEG, WebP) were read. background: the colour that transparent ones were
     composited on, None where none was read. data: of a recipe, which images there are.
     A subclass has `_read`. One thread at a time may read.
@@ -75,6 +76,7 @@ class Source:
             elif stated is not None and not np.array_equal(labels, np.asarray(stated)):
                 raise InputError(f"{name}: arr_1 and the manifest's labels differ; make the samples again")
         self.labels = None if labels is None else _check_labels(name, labels, n)
+        self.class_names = (self.manifest or {}).get("class_names")
 
     def _note(self, reader: Reader) -> None:
         self.lossy |= reader.lossy is not None
@@ -124,9 +126,10 @@ class Source:
     def describe(self) -> dict[str, Any]:
         """What a result records: name, digest of the pixels, labels' digest, and the manifest but for its labels.
 
-        Also `background` and `data`, where there is something to say.
+        Also `background`, `data` and `class_names`, where there is something to say.
         """
-        manifest = self.manifest and {key: value for key, value in self.manifest.items() if key != "labels"}
+        own = ("labels", "class_names")
+        manifest = self.manifest and {key: value for key, value in self.manifest.items() if key not in own}
         about = {
             "path": self.name,
             "pixels_sha256": self.digest(),
@@ -135,7 +138,7 @@ class Source:
             "manifest": manifest,
             "manifest_sha256": self.manifest_sha256,
         }
-        read_as = {"background": self.background, "data": self.data}
+        read_as = {"background": self.background, "data": self.data, "class_names": self.class_names}
         return about | {key: value for key, value in read_as.items() if value is not None}
 
 
@@ -168,7 +171,7 @@ def open_source(path: str | Path, allow_lossy: bool = False, overrides: Sequence
     npz: `arr_0`, uint8 (N, H, W, C), stored or compressed, and perhaps labels `arr_1`, integers (N,).
     Folder with manifest.json: its samples.npz, or one image file per index, which is the number in the file's name.
     Any other folder: its image files, subfolders too, in the order of their paths.
-    Recipe (.yaml): its training images, at its size, none mirrored. overrides: key=value, laid over it.
+    Recipe (.yaml): the images that it trains on, at its size, none mirrored. overrides: key=value, laid over it.
     allow_lossy: let JPEG and WebP in, which a recipe's images may be anyway.
     Raises InputError for anything else, and for images that break a rule of `Source`.
     """
@@ -273,30 +276,35 @@ class _Npz(Source):
 
 
 class _Recipe(Source):
-    """The training images of a recipe, read by threads a batch at a time."""
+    """The images that a recipe trains on, without those that it holds out, read by threads a batch at a time."""
 
     def __init__(self, path: Path, overrides: Sequence[str]):
         from sit_atconv.data import describe_images, open_dataset
+        from sit_atconv.data.held_out import split
 
         data = recipe_data(path, overrides)
         if data.streaming:
             raise InputError("data.streaming=true: scores need to reach every image; leave it out")
+        share = data.held_out
         if data.kind == "latents":
             if data.source is None:  # where a record says that they lie is not opened
                 raise InputError(f"{str(path)!r}: data.kind=latents: say with data.source=PLACE where its images lie")
             cache = open_dataset(dataclasses.replace(data, verify=False))
-            data, self._dataset = cache.images_data, cache.images()
+            data, images = cache.images_data, cache.images()
         else:
-            self._dataset = open_dataset(data)
+            images = open_dataset(data)
+        self._reader = getattr(images, "reader", None)  # where there are files
+        self._dataset, _ = split(images, share)
         if len(bad := np.flatnonzero(self._dataset.labels < 0)):
             self._dataset[bad[0], False]  # raises: it cannot be read
-        self.data = describe_images(data)
+        self.data = describe_images(data) | ({} if share is None else {"held_out": share})
         shape = (self._dataset.channels, self._dataset.image_size, self._dataset.image_size)
         which = hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
         super().__init__(
             f"images of {str(path)!r}", len(self._dataset), shape, self._dataset.labels, None,
             path.with_name(f"{path.stem}-{which[:8]}.yaml"),
         )  # fmt: skip
+        self.class_names = list(self._dataset.class_names)
         self._threads = _threads()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
@@ -304,8 +312,8 @@ class _Recipe(Source):
 
         images = torch.stack([*self._threads.map(lambda index: self._dataset[index, False][0], range(start, stop))])
         images = images if images.dtype == torch.uint8 else to_uint8(images)  # of digits
-        if (reader := getattr(self._dataset, "reader", None)) is not None:  # else there are no files
-            self._note(reader)
+        if self._reader is not None:
+            self._note(self._reader)
         return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -380,7 +388,10 @@ def _by_index(name: str, files: list[Path], num: int) -> list[Path]:
     return [by_index[index] for index in range(num)]
 
 
-MANIFEST_FORM = {"num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE, None), "labels_rule?": (str, None)}
+MANIFEST_FORM = {
+    "num": POSITIVE, "labels": (list, None), "image_shape?": (SHAPE, None), "labels_rule?": (str, None),
+    "class_names?": ([str], None),
+}  # fmt: skip
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

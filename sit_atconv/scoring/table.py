@@ -11,7 +11,8 @@ from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import made_here, sha256
 from sit_atconv.runtime.markdown import markdown_table, plain
 from sit_atconv.runtime.reading import read_json, read_yaml
-from sit_atconv.scoring.result import bars_told, named, needs, number, reading, sound
+from sit_atconv.scoring import METRICS
+from sit_atconv.scoring.result import bars_told, features_told, named, needs, number, reading, sound
 
 TABLE = made_here("common", "differs", "rows", "published", "claimed")
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -25,6 +26,7 @@ SAMPLED = (
 FORM = {
     **dict.fromkeys(("protocol", "n", "image_shape", "extractors", "groups", "class_histogram"), object),
     "metrics": {str: {"se": object, "corrected": object}}, "reference": {"name": str, "sha256": str},
+    "warnings?": [str],
     "samples_manifest": {"training?": ({"name?": (str, None), "token_mixer?": (str, [str], None)}, None)},
 }  # fmt: skip
 NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
@@ -70,6 +72,8 @@ def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
         "common": {key: value for key, value in facts[0].items() if key not in differs},
         "differs": differs,
         "error_bars": list(dict.fromkeys(result["error_bars"] for result in results)),
+        "told": list(dict.fromkeys(result["told"] for result in results if result["told"] is not None)),
+        "warnings": list(dict.fromkeys(warning for result in results for warning in result["warnings"])),
         "rows": [_row(group, differs) for group in rows.values()],
         "published": figures,
         "claimed": claims,
@@ -97,6 +101,8 @@ def _read(file: str) -> dict[str, Any]:
             found = {
                 "facts": comparable(stored, manifest),
                 "error_bars": bars_told(stored["error_bars"]),
+                "told": features_told(stored["metrics"], stored["extractors"]),
+                "warnings": stored.get("warnings", []),
                 "upper_bound": stored["error_bars"]["upper_bound"],
                 "metrics": {
                     metric: {
@@ -269,7 +275,7 @@ def markdown(table: dict[str, Any]) -> str:
     common, rows, differs = table["common"], table["rows"], table["differs"]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     corrected = [n for n in names if any((row["metrics"].get(n) or {}).get("corrected") is not None for row in rows)]
-    shown = {name: plain(name.replace("_", " ")) for name in names}
+    shown = {name: plain(METRICS.get(name, (name.replace("_", " "),))[0]) for name in names}
     head = ["model", *differs, "params (M)", "step", "NFE", "seeds", *shown.values()]
     head += [f"{shown[name]}, corrected" for name in corrected]
     lacking = dict.fromkeys(
@@ -287,7 +293,8 @@ def markdown(table: dict[str, Any]) -> str:
         "seed. Corrected: without the part of the bias that is proportional to 1/N; the reference's own sampling error "
         "is in neither.",
         "",
-        *(f"{plain(sentence[0].upper() + sentence[1:])}." for sentence in table["error_bars"]),
+        *(f"{plain(sentence[0].upper() + sentence[1:])}." for sentence in table["told"] + table["error_bars"]),
+        *(f"**Warning: {plain(warning)}.**" for warning in table["warnings"]),
         *(f"{shown[name]}, corrected: {needs(images)}." for name, images in lacking),
         "",
         f"Common to all rows: {'; '.join(_common(table))}.",
@@ -347,6 +354,8 @@ def _fact(key: str, value: Any) -> str:
     if isinstance(value, dict):
         told = {name: _fact(name, inner) for name, inner in value.items() if inner is not None}
         return ", ".join(f"{name} {text}" for name, text in told.items() if text)
+    if key == "class_names":
+        return f"{len(value)}"
     if isinstance(value, list):
         return (" to " if key == "guidance_interval" else " x ").join(_fact(key, each) for each in value)
     text = str(value)

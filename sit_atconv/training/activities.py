@@ -1,29 +1,43 @@
-"""What a run does beside its steps, when it is due: previews, scores, snapshots."""
+"""What a run does beside its steps, when it is due: previews, scores, validations, snapshots."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
+from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.data.samples import ValidationSamples
 from sit_atconv.runtime import sharding
 from sit_atconv.runtime.console import say
-from sit_atconv.runtime.errors import reason
+from sit_atconv.runtime.errors import InputError, reason
 from sit_atconv.runtime.files import clear_leftovers, png, step_name, write_atomic
 from sit_atconv.runtime.pictures import NotFinite
-from sit_atconv.runtime.processes import first, gathered, is_main
+from sit_atconv.runtime.processes import first, gathered, is_main, raise_together
 from sit_atconv.sampling.sampling import caption_of, generate, grid
 from sit_atconv.training import checkpoint
 from sit_atconv.training.drawing import Drawing
 from sit_atconv.training.ema import SAMPLED, SNAPSHOTS
-from sit_atconv.training.log import Log
+from sit_atconv.training.log import TIME_BINS, Log
+from sit_atconv.training.objectives.objective import Forward
 from sit_atconv.training.trainer import Activity, Trainer
 
-PREVIEWS = "previews"
+PREVIEWS, VALIDATION = "previews", "validation.jsonl"
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
 
-# From uint8 images (N, C, H, W) and their labels to scores by name.
-Scorer = Callable[[torch.Tensor, list[int]], dict[str, float]]
+
+class Scorer(Protocol):
+    """What scores images while a model trains. about: what it is, as a line of scores.jsonl states it."""
+
+    about: dict[str, Any]
+
+    def check(self, image_shape: tuple[int, int, int], class_names: Sequence[str], num: int) -> None:
+        """Raise InputError where `num` images (C, H, W) of these classes cannot be scored."""
+
+    def __call__(self, images: torch.Tensor, labels: list[int]) -> dict[str, float]:
+        """Scores by name, of uint8 images (N, C, H, W) and their labels."""
 
 
 class Announcement(Activity):
@@ -133,8 +147,87 @@ class Scores(Draws):
         if is_main():
             sampling = self.drawing.describe(trainer.objective.model)
             sampling["seed"] = trainer.recipe.run.seed
-            self.log.write({"step": trainer.step, **values, "num": len(images), "sampling": sampling})
+            about = {"num": len(images), "extractor": self.scorer.about, "sampling": sampling}
+            self.log.write({"step": trainer.step, **values, **about})
             trainer.trackers.log({f"score/{name}": value for name, value in values.items()}, trainer.step)
+
+
+class Validations(Activity):
+    """The loss of the sampled average on held-out images every `validation.every` steps, and after the last one, in
+    validation.jsonl. samples: of these images."""
+
+    def __init__(self, samples: ValidationSamples):
+        self.samples, self.warned = samples, False
+
+    def open(self, trainer: Trainer) -> None:
+        self.log = Log(trainer.run / VALIDATION, trainer.step)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % trainer.recipe.validation.every and trainer.step != trainer.objective.steps:
+            return
+        trainer.settle()
+        try:
+            losses, bad = self.losses(trainer)
+        except InputError:
+            trainer.keep_trained()
+            raise
+        row = {"step": trainer.step, "seconds": trainer.seconds, **self.figures(losses, bad), "bad_images": len(bad)}
+        if is_main():
+            if bad and not self.warned:
+                some = f"{len(bad)} of {len(losses)} held-out images are left out of the validation loss"
+                say(f"warning: step {trainer.step}: {some}, at first: {next(iter(bad.values()))}")
+                self.warned = True
+            if row["num"] and row["loss"] is None:
+                say(f"warning: step {trainer.step}: the loss of held-out images is not finite")
+            self.log.write(row)
+        trainer.trackers.log({f"validation/{name}": value for name, value in row.items()}, trainer.step)
+
+    @torch.no_grad()
+    def losses(self, trainer: Trainer) -> tuple[np.ndarray, dict[int, str]]:
+        """The loss of every image, fp64 (N,), and by their places what is wrong with those that cannot be read.
+
+        The processes share the images out, and each evaluates equally often: a sharded EMA is evaluated by all of them
+        together. Raises InputError in every process where the dataset is gone.
+        """
+        accelerator, objective, settings = trainer.accelerator, trainer.objective, trainer.recipe.validation
+        forward = Forward(objective.averages.models[SAMPLED], accelerator.autocast, trainer.step, 0)
+        number = len(self.samples)
+        share = math.ceil(number / accelerator.num_processes)
+        begin = accelerator.process_index * share
+        places = [min(place, number - 1) for place in range(begin, begin + share)]
+        parts = [places[start : start + settings.batch_size] for start in range(0, share, settings.batch_size)]
+        batches = TrainingBatches(self.samples, parts, trainer.recipe.data, accelerator.device.type == "cuda")
+        found = []
+        for _ in parts:
+            batch, fault = None, None
+            try:
+                batch = next(batches)
+            except InputError as error:
+                fault = InputError(f"held out: {error}")
+            raise_together(fault)
+            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+            found.append(objective.held_out_loss(batch, forward).double())
+        together = gathered((torch.cat(found).tolist(), batches.pop_bad()))
+        losses = np.concatenate([losses for losses, _ in together])[:number]
+        return losses, dict(sorted({place: what for _, bad in together for place, what in bad.items()}.items()))
+
+    def figures(self, losses: np.ndarray, bad: Collection[int]) -> dict[str, Any]:
+        """The mean of the losses (N,) but those of `bad` places, its standard error over the images, the means by
+        bins of t, and how many images they are of; None for a mean of none, or one that is not finite."""
+        there = np.setdiff1d(np.arange(len(losses)), [*bad])
+        losses, t = losses[there], self.samples.t.numpy()[there]
+        bins = np.clip((t * TIME_BINS).astype(int), 0, TIME_BINS - 1)
+        error = losses.std(ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+        by_time = [_mean(losses[bins == each]) for each in range(TIME_BINS)]
+        return {"loss": _mean(losses), "loss_se": _finite(error), "loss_by_time": by_time, "num": len(losses)}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return _finite(values.mean()) if len(values) else None
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 class Snapshots(Activity):

@@ -79,6 +79,7 @@ MANIFEST_FORM = {
     "data?": {"num_images": POSITIVE, "classes": [str]},
     "images_seen?": COUNT,
     "init?": (INIT_FORM, None),
+    "seconds?": (float, None),
 }
 ID2LABEL_FORM = {"id2label?": ({re.compile("[0-9]{1,18}"): str}, None)}
 CONVERSION_FORM = {"files": {FILE: SHA256}, "weights?": (str, None), "form?": object, "dtype?": object}
@@ -412,6 +413,41 @@ class Trained:
         return self.manifest[name]
 
 
+@dataclass
+class Stored:
+    """A model in a checkpoint: the checkpoint's folder, which of its models ("ema" or "model"), its manifest, the
+    SHA-256 of the model's files, and a lease of the checkpoint while this is there."""
+
+    folder: Path
+    which: str
+    manifest: dict[str, Any]
+    files: dict[str, str]
+    lease: Lease | None = field(repr=False, compare=False)
+
+
+def stored_model(path: Path) -> Stored:
+    """The model that a path means, whatever its class: the ema/ of a run's newest checkpoint or of a checkpoint, or an
+    ema/ or model/ folder of one.
+
+    Raises Damaged where there is none, or where it is not as its manifest says, by the SHA-256 of its files.
+    """
+    has_model = (path / "config.json").is_file()
+    which = path.name if has_model else "ema"
+    newest = None if has_model else newest_leased(path)
+    folder, held = newest or ((own := path.parent if has_model else path), lease(own / MANIFEST))
+    manifest = read_manifest(folder, under=f"{which}/")
+    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
+    present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
+    if present != set(files):
+        raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
+    return Stored(folder, which, manifest, files, held)
+
+
+def is_in_checkpoint(path: Path) -> bool:
+    """Whether a folder of a model is one of a checkpoint's."""
+    return path.name in ("ema", "model") and path.parent.name.startswith("step-")
+
+
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
 
@@ -440,63 +476,58 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
             trained.manifest["codec"]["vae"] = str(path / "vae")
         return trained
     has_model = (path / "config.json").is_file()
-    if has_model and not (path.name in ("ema", "model") and path.parent.name.startswith("step-")):
+    if has_model and not is_in_checkpoint(path):
         return _load_model_folder(path, dtype, variant)
-    folder, which, held = _located(path)
-    manifest = read_manifest(folder, under=f"{which}/")
-    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
-    present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
-    if present != set(files):
-        raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
-    if f"{which}/{lora.FILE}" in files:
-        model, files = _load_adapted(folder / which, manifest, files)
-        return Trained(folder, which, manifest, torch.nn.Module.to(model, dtype), files, held)
-    return Trained(folder, which, manifest, _load_model(folder / which, dtype, variant), files, held)
+    stored = stored_model(path)
+    if f"{stored.which}/{lora.FILE}" in stored.files:
+        return _load_adapted(stored, dtype)
+    model = _load_model(stored.folder / stored.which, dtype, variant)
+    return Trained(stored.folder, stored.which, stored.manifest, model, stored.files, stored.lease)
 
 
-def _located(path: Path) -> tuple[Path, str, Lease | None]:
-    """The checkpoint of a run, of itself, or around an ema/ or model/; which of its models; its lease."""
-    has_model = (path / "config.json").is_file()
-    newest = None if has_model else newest_leased(path)
-    folder, held = newest or ((own := path.parent if has_model else path), lease(own / MANIFEST))
-    return folder, path.name if has_model else "ema", held
+def _load_adapted(stored: Stored, dtype: torch.dtype, base: Trained | None = None) -> Trained:
+    """The model of a LoRA in a checkpoint, its adapters added to the weights.
+
+    base: what the adapters are put on; None is what they were trained on, which is to be there and as it was.
+    """
+    folder = stored.folder / stored.which
+    model, digest = _adapted(folder, stored.manifest, lora.read_lora(folder), load_anew(folder), base)
+    files = {**stored.files, "base": digest}
+    model = torch.nn.Module.to(model, dtype)
+    return Trained(stored.folder, stored.which, stored.manifest, model, files, stored.lease)
 
 
-def _load_adapted(
+def _adapted(
     folder: Path,
     manifest: dict[str, Any],
-    files: dict[str, str],
+    adapters: lora.Lora,
+    anew: dict[str, torch.Tensor],
     base: Trained | None = None,
-    instead: dict[str, torch.Tensor] | None = None,
-) -> tuple[SiTTransformer2DModel, dict[str, str]]:
-    """The model of a LoRA's ema/ or model/, its adapters added to the weights, in fp32; and all that it is made of.
-
-    base: what the adapters are put on; None is what they were trained on, which is to be there and as it was. instead:
-    tensors in the place of those stored, by peft's names.
-    """
-    init = manifest.get("init")
+) -> tuple[SiTTransformer2DModel, str]:
+    """The model that a LoRA's ema/ or model/ tells of, in fp32: the base's weights, what was drawn anew, and the
+    adapters added; and the SHA-256 of the base. base: as `_load_adapted` takes it."""
+    init, run = manifest.get("init"), str(folder.parent)
     if not init:
         raise _damaged(folder.parent, f"its {MANIFEST} does not say what its LoRA is of")
     given = base
     if given is None:
         remedy = f"name it as {option('ckpt')}, and this run as {option('lora')}"
-        with told(f"checkpoint {str(folder.parent)!r} is a LoRA, and its base is gone", InputError, remedy=remedy):
+        with told(f"checkpoint {run!r} is a LoRA, and its base is gone", InputError, remedy=remedy):
             given = load_any(init["from"]["source"])
     digest = digest_of(given.model.float().state_dict())
     if digest != init["sha256"]:
-        said = f"{str(folder.parent)!r} is a LoRA of other weights than those of {str(given.folder)!r}"
+        said = f"{run!r} is a LoRA of other weights than those of {str(given.folder)!r}"
         if base is None:
             raise InputError(f"checkpoint {said}, which have changed; put it on others by {option('lora')}")
         say(f"warning: {said}")
-    adapters, anew = lora.read_lora(folder), load_anew(folder)
-    if instead is not None:
-        ends = (lora.A, lora.B)
-        pairs = {
-            layer: tuple(instead[f"{layer}{end}".replace(".weight", ".default.weight")] for end in ends)
-            for layer in adapters.pairs
-        }
-        adapters, anew = dataclasses.replace(adapters, pairs=pairs), {name: instead[name] for name in anew}
-    return _adapted(folder, given.model, manifest, adapters, anew), {**files, "base": digest}
+    with told(f"checkpoint {run!r} cannot be read", InputError, RuntimeError, KeyError):
+        model = SiTTransformer2DModel.from_config(read_options(folder)).eval()
+        own = model.state_dict()
+        drawn = (manifest.get("recipe") or {}).get("train", {}).get("init_anew", [])
+        take_weights(given.model.state_dict(), own, drawn)
+        model.load_state_dict({**own, **anew})
+        lora.fuse(model, adapters)
+    return model, digest
 
 
 def model_of_average(folder: Path, manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SiTTransformer2DModel:
@@ -505,8 +536,11 @@ def model_of_average(folder: Path, manifest: dict[str, Any], tensors: dict[str, 
     Raises InputError for tensors that do not fit.
     """
     if (folder / lora.FILE).is_file():
+        adapters, ends = lora.read_lora(folder), [end.replace(".weight", ".default.weight") for end in (lora.A, lora.B)]
         with told("they do not fit its LoRA", KeyError):
-            return _load_adapted(folder, manifest, {}, instead=tensors)[0]
+            pairs = {layer: tuple(tensors[f"{layer}{end}"] for end in ends) for layer in adapters.pairs}
+            anew = {name: tensors[name] for name in load_anew(folder)}
+        return _adapted(folder, manifest, dataclasses.replace(adapters, pairs=pairs), anew)[0]
     with torch.device("meta"), told(f"checkpoint {str(folder.parent)!r} cannot be read", InputError):
         model = SiTTransformer2DModel.from_config(read_options(folder))
     with told("they do not fit its model", RuntimeError, in_full=True):
@@ -519,24 +553,6 @@ def load_anew(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / ANEW) if (folder / ANEW).is_file() else {}
 
 
-def _adapted(
-    folder: Path,
-    base: SiTTransformer2DModel,
-    manifest: dict[str, Any],
-    adapters: lora.Lora,
-    anew: dict[str, torch.Tensor],
-) -> SiTTransformer2DModel:
-    """The model that a LoRA's folder tells of: the base's weights, what was drawn anew, and the adapters added."""
-    with told(f"checkpoint {str(folder)!r} cannot be read", InputError, RuntimeError, KeyError):
-        model = SiTTransformer2DModel.from_config(read_options(folder)).eval()
-        own = model.state_dict()
-        drawn = (manifest.get("recipe") or {}).get("train", {}).get("init_anew", [])
-        take_weights(base.state_dict(), own, drawn)
-        model.load_state_dict({**own, **anew})
-        lora.fuse(model, adapters)
-    return model
-
-
 def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
     """The model of `base`, as `load_any` takes it, with adapters added to its weights.
 
@@ -545,19 +561,14 @@ def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = 
     for adapters of another architecture.
     """
     given, path = load_any(base), Path(adapters).absolute()
-    folder, which, held = _located(path)
-    if not (folder / MANIFEST).is_file():
-        found = lora.read_lora(path)
-        lora.fuse(given.model, found)
-        file = path / lora.FILE if path.is_dir() else path
-        given.files["lora"] = sha256(file)
-        return dataclasses.replace(given, model=torch.nn.Module.to(given.model, dtype))
-    manifest = read_manifest(folder, under=f"{which}/")
-    files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
-    if f"{which}/{lora.FILE}" not in files:
-        raise InputError(f"LoRA {str(path)!r}: the run trained no LoRA; name it as {option('ckpt')}")
-    model, files = _load_adapted(folder / which, manifest, files, given)
-    return Trained(folder, which, manifest, torch.nn.Module.to(model, dtype), files, held)
+    if (path / MANIFEST).is_file() or is_in_checkpoint(path) or step_folders(path):
+        stored = stored_model(path)
+        if f"{stored.which}/{lora.FILE}" not in stored.files:
+            raise InputError(f"LoRA {str(path)!r}: the run trained no LoRA; name it as {option('ckpt')}")
+        return _load_adapted(stored, dtype, given)
+    lora.fuse(given.model, lora.read_lora(path))
+    given.files["lora"] = sha256(path / lora.FILE if path.is_dir() else path)
+    return dataclasses.replace(given, model=torch.nn.Module.to(given.model, dtype))
 
 
 def load_any(path: str | Path) -> Trained:

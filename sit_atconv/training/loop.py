@@ -7,12 +7,13 @@ from pathlib import Path
 from sit_atconv import config
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
+from sit_atconv.data.held_out import split
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.runtime.devices import check_bf16, numerics
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.processes import is_main, lost_ones_told
+from sit_atconv.runtime.processes import first, is_main, lost_ones_told
 from sit_atconv.runtime.signals import StopSignals
-from sit_atconv.training.activities import Announcement, Previews, Scorer, Scores, Snapshots
+from sit_atconv.training.activities import Announcement, Previews, Scorer, Scores, Snapshots, Validations
 from sit_atconv.training.drawing import open_drawing
 from sit_atconv.training.facts import check_stated, describe, measured_facts
 from sit_atconv.training.folder import check_place, check_run_folder, claim, told_of
@@ -49,18 +50,21 @@ def train(
         if recipe.encoding_precision == "bf16":
             check_bf16("latents.precision=bf16", accelerator.device)
         dataset = open_dataset(recipe.data)
+        training, held_out = split(dataset, recipe.data.held_out)
         codec = open_codec(recipe.latents, dataset)
-        facts = measured_facts(dataset, codec)
+        facts = measured_facts(training, codec, held_out)
         if origin := opened(recipe):
             recipe = origin.completed(recipe)
         check_stated(recipe, facts)
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
             raise InputError("score.every needs a scorer, which `sit-atconv train` brings; leave it out")
+        if recipe.score.every:
+            first(lambda: scorer.check(codec.image_shape(facts.latent_shape), dataset.class_names, recipe.score.num))
         kind = objective_of(recipe)
         kind.check_launch(accelerator)
         objective = kind(recipe, facts, origin)
-        measured = describe(dataset, codec)
+        measured = describe(training, codec, held_out)
         drawing = open_drawing(recipe, objective.model, measured["codec"], dataset.class_names).to(accelerator.device)
         if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
@@ -76,8 +80,10 @@ def train(
         look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
         claimed = claim(recipe.run.out, described, look, must_resume, force)
         beside = [Previews(codec, drawing), Scores(codec, drawing, scorer), Snapshots(), *activities]
+        if recipe.validation.every:
+            beside.append(Validations(objective.make_validation_samples(held_out)))
         if announce is not None and is_main():
             begins = told_of(claimed.run, claimed.found, recipe.train.max_steps)
             beside.append(Announcement(plan(recipe, facts, objective, dataset.class_names, begins), announce))
-        samples = objective.make_samples(dataset)
+        samples = objective.make_samples(training)
         return Trainer(accelerator, recipe, claimed, objective, samples, beside).run_to_the_end(signals)

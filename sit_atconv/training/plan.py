@@ -11,6 +11,7 @@ import torch
 from sit_atconv import config
 from sit_atconv.config import Recipe
 from sit_atconv.data import open_dataset
+from sit_atconv.data.held_out import split
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.models.cost import count_macs, count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel, options_of
@@ -40,8 +41,9 @@ def dry_run(recipe: Recipe) -> str:
         # A plan needs no proof of what is in a cache.
         dataset = open_dataset(dataclasses.replace(recipe.data, verify=recipe.data.kind != "latents"))
     if stated is None:
-        codec = open_codec(recipe.latents, dataset)
-        facts, measured, names = measured_facts(dataset, codec), describe(dataset, codec), dataset.class_names
+        codec, names = open_codec(recipe.latents, dataset), dataset.class_names
+        training, held_out = split(dataset, recipe.data.held_out)
+        facts, measured = measured_facts(training, codec, held_out), describe(training, codec, held_out)
     facts = stated or facts
     check_stated(recipe, facts)
     kind = objective_of(recipe)  # imported on no device but the CPU
@@ -80,7 +82,7 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
         "latent" if recipe.latents.codec == "vae" else "pixels": " x ".join(map(str, facts.latent_shape)),
         "data": f"{recipe.data.kind}, "
         + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
-        + f"{facts.num_images:,} images in {_classes(facts.num_classes, names)}",
+        + f"{facts.all_images:,} images{_held_out(facts)} in {_classes(facts.num_classes, names)}",
         "memory": f"weights {_size(parameters)}, gradients {_size(trainable)}, optimiser {_size(2 * trainable)}, "
         f"EMA {_size(copies * kept)}, all in fp32 whatever the precision (activations come on top"
         f"{objective.besides})",
@@ -97,6 +99,9 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
             f"every {ema.snapshot_every:,} steps, {taken:,} of {_size(copies * kept)} each, "
             f"{_size(taken * copies * kept)} at the end"
         )
+    if recipe.validation.every:
+        number = min(facts.held_out, recipe.validation.num or facts.held_out)
+        rows["validation"] = f"every {recipe.validation.every:,} steps, of {number:,} held-out images"
     rows["run"] = run
     return "\n".join(f"{name:<18} {text}" for name, text in rows.items())
 
@@ -109,6 +114,10 @@ def _model(recipe: Recipe, model: SiTTransformer2DModel) -> str:
     preset, stated = options_of(name), recipe.model.options()
     changed = [key for key in stated if key not in (*FROM_FLOW, *FROM_DATA) and stated[key] != preset[key]]
     return ", ".join([name, *(f"{key}={stated[key]}" for key in changed)])
+
+
+def _held_out(facts: Facts) -> str:
+    return f", {facts.held_out:,} held out," if facts.held_out else ""
 
 
 def _classes(number: int, names: Sequence[str] | None) -> str:

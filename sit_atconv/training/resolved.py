@@ -28,7 +28,7 @@ def resolved(recipe: Recipe, facts: Facts | None = None, made: Mapping[str, Any]
         channels, height, width = facts.latent_shape
         size = height if height == width else [height, width]
         decided |= zip(FROM_DATA, (size, channels, facts.num_classes), strict=True)
-        data = replace(data, num_images=facts.num_images)
+        data = replace(data, num_images=facts.all_images)
     latents = replace(recipe.latents, precision=recipe.encoding_precision)
     model = replace(recipe.model, **{**decided, **recipe.model.options()})
     return replace(recipe, data=data, latents=latents, model=model)

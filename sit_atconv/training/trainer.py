@@ -102,9 +102,12 @@ class Trainer:
         self.images_here = 0  # seen by this process since this start
         self.pending: Pending | None = None
         self.figures: dict[str, Any] = {}  # of the newest step that is settled, as a report has them
+        # spent in steps since the run began, over all its starts; None where an earlier version began it, and kept none
+        self.seconds: float | None = 0.0
         self.last = None
         if claimed.found:
             self.last, self.step = claimed.found[0], claimed.found[1]["step"]
+            self.seconds = claimed.found[1].get("seconds")
             self._tell_of_threads(claimed.found[1].get("threads"))
         self.images_before = self.step * recipe.train.batch_size
         self._place(samples)
@@ -166,7 +169,10 @@ class Trainer:
                 reports = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == total
                 self._optimize(batches, reports)
                 bar.update()
-                steps, seconds = steps + 1, seconds + time.perf_counter() - start
+                spent = time.perf_counter() - start
+                steps, seconds = steps + 1, seconds + spent
+                if self.seconds is not None:
+                    self.seconds += spent
                 if reports:
                     row = self._report(steps, seconds, waited)
                     losses = [name for name in self.objective.weights if row[name] is not None]
@@ -382,6 +388,7 @@ class Trainer:
         row = {
             "step": self.step,
             "images_seen": self.images_before + int(accelerator.reduce(here, "sum")),
+            "seconds": self.seconds,
             **self.means.row(self.means.reduced(accelerator)),
             **self.figures,
             "skipped": self.skipped,
@@ -420,7 +427,7 @@ class Trainer:
             "bad": {str(index): self.bad[index] for index in sorted(self.bad)},
         }
         images = self.step * self.recipe.train.batch_size
-        facts = {"images_seen": images, **self.described}
+        facts = {"images_seen": images, "seconds": self.seconds, **self.described}
         objective, optimizer = self.objective, self.optimizer.optimizer
         parts = objective.parts()
         self.last = checkpoint.save(self.run, self.step, parts, objective.trained, optimizer, trainer, facts)

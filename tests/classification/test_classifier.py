@@ -26,17 +26,20 @@ import train_attnet
 from sit_atconv.classification import objective
 from sit_atconv.classification.loop import train
 from sit_atconv.classification.objective import ClassificationObjective
-from sit_atconv.classification.plan import facts_of
+from sit_atconv.classification.plan import dry_run, facts_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import (
     ClassifierSamples,
     RepeatAugmented,
     open_datasets,
+    open_held_out,
     preprocessing,
     transforms,
 )
 from sit_atconv.config import load_recipe
+from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.held_out import split
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
@@ -338,6 +341,32 @@ def test_folders_of_pictures_with_all_augmentation(classifier_file, pictures):
     assert config["pretrained_cfg"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
 
 
+def test_held_out_images_of_one_folder_are_those_of_a_sit_of_it(classifier_file, recipe_file, pictures, tmp_path):
+    data = {"kind": "imagefolder", "root": str(pictures / "train"), "held_out": 0.25}
+    path = classifier_file(data=data)
+    recipe = load_recipe(path, (), ClassifierRecipe)
+    learnt, shown = open_datasets(recipe.data)
+    same = split(open_dataset(load_recipe(recipe_file("sit", data=data | {"image_size": 16})).data), 0.25)
+    for part, other, indices in (
+        (shown, same[1], [3, 7, 11, 15, 19, 23]),
+        (learnt, same[0], [index for index in range(24) if index % 4 != 3]),
+    ):
+        assert part.indices.tolist() == other.indices.tolist() == indices
+        assert [part.name(place) for place in range(len(part))] == [other.name(place) for place in range(len(part))]
+    samples = ClassifierSamples(learnt, lambda picture: torch.zeros(1), 8, seed=0)
+    assert {samples.order.index(position) for position in range(72)} == set(range(18))
+    plan = dry_run(recipe)
+    assert "18 images of 2 classes, 6 held out" in plan
+    last = run(path)
+    assert json.loads((last / "manifest.json").read_text())["data"] == {
+        "num_images": 18, "classes": ["blue", "red"], "held_out": 6,
+    }  # fmt: skip
+    assert json.loads((last.parent / "evals.jsonl").read_text().splitlines()[-1])["num"] == 6
+    assert open_held_out(recipe.data).indices.tolist() == shown.indices.tolist()
+    digits = load_recipe(classifier_file(data={"held_out": 0.1}), (), ClassifierRecipe)
+    assert [len(part) for part in open_datasets(digits.data)] == [1437 - 139, 139]
+
+
 def test_a_hub_dataset_with_columns_of_its_own(classifier_file, pictures, tmp_path, fails, capsys):
     datasets = pytest.importorskip("datasets")
 
@@ -443,6 +472,14 @@ def test_bad_input_costs_one_line_and_nothing_else(classifier_file, fails, tmp_p
         (["data.repeats=0"], "at least 1"),
         (["data.root=/nowhere"], "has its own; leave it out"),
         (folders, "data.val_root is missing"),
+        (
+            [*folders, "data.val_root=x", "data.held_out=0.1"],
+            "data.val_root=x beside data.held_out=0.1, which holds out images of data.root; leave one out",
+        ),
+        (
+            ["data.kind=hf", "data.root=x", "data.held_out=0.1", "data.val_split=test"],
+            "data.val_split=test goes with data.kind=hf and no data.held_out",
+        ),
         ([*folders, f"data.val_root={tmp_path / 'one'}"], "of different classes: ['blue', 'green', 'red']"),
         (["--resume"], "there is no checkpoint"),
     ):

@@ -75,7 +75,7 @@ def nulls(recipe) -> set[str]:
 
 # Nulls that are a choice of their own, or of what lies where.
 CHOICES = {
-    "data.root", "data.val_root", "data.channels", "augment.auto_augment", "train.max_grad_norm",
+    "data.root", "data.val_root", "data.channels", "data.held_out", "augment.auto_augment", "train.max_grad_norm",
     "checkpoint.keep_every", "model.options.layer_scale",
 }  # fmt: skip
 ON_HUB = {f"data.{name}" for name in ("split", "val_split", "subset", "revision", "image_key", "label_key")}

@@ -77,6 +77,29 @@ def test_a_recipe_takes_over_its_base_and_wins_against_it(recipe_file, tmp_path)
     assert "base" not in to_dict(recipe)
 
 
+def test_a_choice_that_is_laid_over_takes_what_went_with_the_other_one_along(recipe_file, tmp_path):
+    recipe_file(
+        latents={"codec": "vae", "vae": "somewhere", "precision": "bf16"}, ema={"decay": 0.5},
+        data={"kind": "imagefolder", "root": "x", "image_size": 8},
+    )  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    pixels = load_recipe(path, ["latents.codec=identity"])
+    assert (pixels.latents.vae, pixels.latents.precision) == (None, None)
+    assert load_recipe(path, ["ema.kind=power"]).ema.decay is None
+    (tmp_path / "over.yaml").write_text("base: recipe.yaml\nlatents: {codec: identity}")
+    assert load_recipe(tmp_path / "over.yaml").latents.vae is None
+    assert load_recipe(tmp_path / "over.yaml", ["latents.codec=vae", "latents.vae=y"]).latents.vae == "y"
+    kept = load_recipe(path, ["latents.batch_size=3", "ema.kind=warmup"])
+    assert (kept.latents.vae, kept.latents.precision, kept.ema.decay) == ("somewhere", "bf16", 0.5)
+    for overrides, says in (  # what one and the same layer says
+        (["latents.codec=identity", "latents.vae=y"], "latents.vae=y goes with latents.codec=vae"),
+        (["ema.kind=power", "ema.decay=0.5"], "ema.decay=0.5 goes with ema.kind=constant or warmup"),
+        (["data.split=test"], "data.split=test goes with data.kind=hf"),
+    ):
+        with pytest.raises(InputError, match=says):
+            load_recipe(path, overrides)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -166,7 +189,10 @@ def test_overrides_are_typed_and_win(recipe_file):
             {"latents": {"codec": "vae"}},
             "latents.vae=null: a vae codec takes a vae; name it, or train on pixels",
         ),
-        ({"latents": {"vae": "x"}}, "latents.vae=x: pixels take no vae; state latents.vae=null"),
+        (
+            {"latents": {"vae": "x"}},
+            "latents.vae=x goes with latents.codec=vae; leave it out, or state latents.vae=null",
+        ),
         ({"latents": {"precision": "bf16"}}, "latents.precision=bf16 goes with latents.codec=vae; leave it out, or"),
         ({"latents": {"codec": "vae", "vae": "x", "precision": "fp16"}}, "latents.precision='fp16'"),
         (
@@ -248,7 +274,7 @@ def test_every_key_that_is_not_said_to_may_not_change():
         for key in keys:
             changed = {**stated, section: {**keys, key: "changed"}}
             name = f"{section}.{key}"
-            free = name in may or section in ("checkpoint", "preview", "score")
+            free = name in may or section in ("checkpoint", "preview", "score", "validation")
             found = comparison.differences(before, changed, mutable_keys(changed))
             assert [text.partition(":")[0] for text in found] == ([] if free else [name])
         assert [text.partition(":")[0] for text in differences(stated, changed)] == ([] if free else [name])

@@ -22,6 +22,7 @@ from sit_atconv.data import DATASETS, database, open_dataset
 from sit_atconv.data.archive import Zip
 from sit_atconv.data.database import Lmdb
 from sit_atconv.data.folder import Folder
+from sit_atconv.data.held_out import split
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
@@ -120,6 +121,23 @@ def test_the_same_images_are_the_same_tensors(kind, folder, tmp_path):
             assert torch.equal(image, expected[index, flip][0])
             assert type(label) is int
             assert label == expected[index, flip][1] == dataset.labels[order[index]]
+
+
+@pytest.mark.parametrize("kind", ["npz", *(kind for kind in KINDS if kind != "hf imagefolder")])
+def test_every_kind_holds_out_the_same_images(kind, folder, tmp_path):
+    whole = Folder(str(folder), kinds.SIZE)
+    if kind == "npz":
+        pixels = np.stack([whole[index, False][0].permute(1, 2, 0) for index in range(9)])
+        np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=whole.labels)
+        data = Data("npz", str(tmp_path / "a.npz"), kinds.SIZE)
+    else:
+        data = written(kind, folder, tmp_path)
+    train, held_out = (pickle.loads(pickle.dumps(part)) for part in split(open_dataset(data), 0.5))
+    for part, indices in ((held_out, [1, 4, 6, 8]), (train, [0, 2, 3, 5, 7])):  # every other one of 3, 4 and 2
+        assert part.labels.tolist() == whole.labels[indices].tolist()
+        for place, index in enumerate(indices):
+            assert all(torch.equal(part[place, flip][0], whole[index, flip][0]) for flip in (False, True))
+            assert part.picture(place)[1] == whole.labels[index]
 
 
 def match(dataset, expected) -> list[int]:

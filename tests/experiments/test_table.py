@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ROOT, reset_accelerate
+from timm.models import save_for_hf
 
 import train_sit
 from eval.__main__ import main as evaluate
@@ -22,6 +24,7 @@ from sit_atconv import config
 from sit_atconv.commands import parser_of
 from sit_atconv.commands.options import sampling_asked
 from sit_atconv.data.digits import Digits
+from sit_atconv.models import attnet  # noqa: F401 (registers the family with timm)
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
@@ -258,7 +261,7 @@ def test_what_was_scored_by_other_weights_is_scored_again(tmp_path, monkeypatch)
     (samples / "manifest.json").write_text("{}")
     weights.write_bytes(b"weights")
     np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
-    monkeypatch.setattr(table, "_dinov2", lambda: ("dinov2-x-1", "vit"))
+    monkeypatch.setattr(table, "_described", lambda _: {"protocol": "dinov2-x-1", "weights_sha256": "vit"})
     file = tmp_path / "t.yaml"
     own = {"protocol": "adm-inception-1", "weights_sha256": sha256(weights)}
     vit = {"protocol": "dinov2-x-1", "weights_sha256": "vit"}
@@ -526,3 +529,46 @@ def test_missing_inception_weights_are_named_before_anything_runs(tmp_path, fail
 def test_a_table_that_is_not_there_is_named():
     with pytest.raises(InputError, match="see experiments/tables"):
         load_table(ROOT / "nowhere.yaml")
+
+
+def test_a_stated_extractor_decides_the_metrics_and_scores(tmp_path, monkeypatch):
+    """A classifier of one's own against a folder of images, which imply Inception."""
+    model = timm.create_model("attnet_xxs", in_chans=1, num_classes=3, depths=[1], dims=[8], mlp_ratios=[2])
+    config = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}
+    save_for_hf(model, str(tmp_path / "classifier"), safe_serialization=True, data_config=config)
+    np.savez(tmp_path / "real.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    spec = f"attnet:{tmp_path / 'classifier'}"
+
+    def write(metrics, extractor=spec, more=""):
+        (tmp_path / "t.yaml").write_text(
+            f"out: o\nruns: r\nnum: 20\nref: {tmp_path / 'real.npz'}\nmetrics: [{metrics}]\nextractor: {extractor}\n"
+            f"{more}\nentries: [{{name: a, ckpts: [x]}}]\nsamplers: [{{name: s, sampler: euler, cfg: 1.5}}]\n"
+        )
+        return load_table(tmp_path / "t.yaml")
+
+    plan = write("frechet_distance, pr, nearest, recognised")
+    digest = sha256(tmp_path / "classifier/model.safetensors")
+    assert table.wanted_extractors(plan) == [("attnet-1", digest)]
+    assert table.wanted_metrics(plan) == {
+        "frechet_distance", "precision", "recall", "density", "coverage", "nearest", "copies", "recognised",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="metrics='fid'"):
+        write("fid")
+    with pytest.raises(InputError, match="did you mean 'attnet'"):
+        write("kid", "attnett")
+    with pytest.raises(InputError, match="weights belong to Inception, and extractor=attnet:"):
+        table.missing(write("kid", more="weights: w.pth"), [])
+    assert table.missing(write("kid"), []) == []
+    commands = []
+    monkeypatch.setattr(table, "is_sampled", lambda *_: True)
+    monkeypatch.setattr(table, "copy_result", lambda *_: None)
+
+    class Run:
+        processes, dry = 1, True
+
+        def __call__(self, words, shared=False):
+            commands.append(words)
+
+    table.make(plan, table.models(plan), Run())
+    (words,) = (words for words in commands if "score" in words)
+    assert words[-2:] == ["--extractor", spec]

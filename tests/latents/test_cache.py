@@ -10,6 +10,7 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 from sampled import sampled
@@ -93,6 +94,30 @@ def test_training_from_a_cache_is_training_from_the_images_and_needs_no_autoenco
     found, expected = ([row["loss"] for row in log] for log in logs)
     assert len(found) == 8
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_cache_holds_out_the_images_that_their_folder_does_and_validates_as_it(recipe, tmp_path):
+    """Of a cache of all images, made by a recipe that holds some out."""
+    recipe.data.held_out, recipe.validation.every, recipe.train.max_steps = 0.4, 1, 2
+    index = encode(recipe, tmp_path / "cache", "fp32", SHARD)
+    assert (index["num_images"], index["data"].get("held_out")) == (IMAGES, None)
+    rows = []
+    for name, stated in (("online", recipe), ("cached", cached(recipe, tmp_path / "cache"))):
+        stated.run.out = str(tmp_path / name)
+        data = json.loads((train(stated) / "manifest.json").read_text())["data"]
+        assert data == {"num_images": 7, "classes": ["cat", "dog"], "held_out": 4}
+        rows.append([json.loads(line) for line in (tmp_path / name / "validation.jsonl").read_text().splitlines()])
+    losses = [[row["loss"] for row in each] for each in rows]
+    assert [row["num"] for row in rows[1]] == [4, 4]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    # By the source of images, too, which are those of the training part.
+    path = tmp_path / "cached.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict(cached(recipe, tmp_path / "cache", source=recipe.data.root))))
+    source, whole = open_source(path), open_dataset(recipe.data)
+    kept = [2, 4, 7, 9]  # at 0.4 of five and six: the third and fifth, the third and fifth
+    assert (source.n, source.data["held_out"]) == (7, 0.4)
+    expected = [whole[index, False][0] for index in range(IMAGES) if index not in kept]
+    assert torch.equal(next(source.batches(size=7)), torch.stack(expected))
 
 
 def test_the_commands_encode_and_train_with_previews(recipe_path, tmp_path, capsys):

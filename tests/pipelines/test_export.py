@@ -371,13 +371,15 @@ def test_a_manifest_of_others_writes_nothing_else_into_the_card():
     evil = "x\n# head\n- <script>alert(1)</script> [a](http://b)"
     manifest = {
         "recipe": {"train": {"batch_size": 1, "lr": 1.0, "precision": evil}, "data": {"kind": evil}, "ema": {}},
-        "data": {"num_images": evil, "classes": []}, "step": 1, "images_seen": 1,
+        "data": {"num_images": evil, "classes": [], "held_out": evil}, "step": 1, "images_seen": 1,
         "versions": dict.fromkeys(("sit_atconv", "torch", "diffusers"), evil),
     }  # fmt: skip
     text = _training(manifest)
     assert len(text.splitlines()) == 6
     assert all(line.startswith("- ") for line in text.splitlines())
     assert "<script" not in text
+    manifest["data"] |= {"num_images": 18, "held_out": 6}
+    assert ", 18 images, 6 more held out, 0 classes" in _training(manifest)
     assert "[a](" not in text.replace("\\[", "(")
 
 

@@ -123,7 +123,7 @@ def test_a_page_shows_what_the_files_say(make, tmp_path):
     run = training(tmp_path / "a-run")
     folder = samples(run / "samples" / "euler20")
     page = make(run)
-    assert page.row("Fréchet distance")[0] == "242 ± 15corrected 227"
+    assert page.row("Fréchet distance (not a FID)")[0] == "242 ± 15corrected 227"
     assert page.row("Images per second") == ["40"]  # the median, not the mean
     assert page.row("TFLOP per second") == ["2"]
     assert page.row("Most memory") == ["2 GiB"]
@@ -141,8 +141,38 @@ def test_a_page_shows_what_the_files_say(make, tmp_path):
         assert text in page.text
     labels = [each.get("aria-label", "") for each in page.all("svg")]
     assert "Training loss over step: a-run from 1.5 to 1, least 1, greatest 1.5" in labels
-    assert any(label.startswith("Fréchet distance over step: a-run from 227.5") for label in labels)
+    assert any(label.startswith("Fréchet distance (not a FID) over step: a-run from 227.5") for label in labels)
     assert "other samples" not in page.text
+
+
+def test_losses_of_held_out_images_and_losses_over_seconds_are_drawn_where_a_run_has_them(make, tmp_path):
+    old, new = training(tmp_path / "old"), training(tmp_path / "new", losses=(2.0, 1.5, 1.25))
+    page = make(old)
+    assert "Validation loss" not in page.text
+    assert "over time" not in page.text
+    for index, line in enumerate(log := [json.loads(line) for line in (new / "log.jsonl").read_text().splitlines()]):
+        line["seconds"] = None if index == 0 else 2.5 * index  # the first one by an earlier version
+    rows(new / "log.jsonl", log)
+    validation = [
+        {"step": 20, "seconds": 2.5, "loss": 1.75, "loss_se": 0.0125, "num": 7000},
+        {"step": 30, "seconds": 5.0, "loss": 1.5, "loss_se": 0.0125, "num": 7000},
+    ]
+    rows(new / "validation.jsonl", validation)
+    manifest = json.loads((new / "step-0000030" / "manifest.json").read_text())
+    manifest["data"]["held_out"] = 7000
+    recipe = yaml.safe_load((new / "recipe.yaml").read_text()) | {"data": {"kind": "zip"}}
+    (new / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (new / "step-0000030" / "manifest.json").write_text(json.dumps(manifest))
+    labels = [each.get("aria-label", "") for each in make(old, new).all("svg")]
+    for label in (
+        "Validation loss over step: new from 1.75 to 1.5, least 1.5, greatest 1.75",
+        "Training loss over time over second of training: new from 1.5 to 1.25, least 1.25, greatest 1.5",
+        "Validation loss over time over second of training: new from 1.75 to 1.5, least 1.5, greatest 1.75",
+    ):
+        assert label in labels
+    page = make(new)
+    for text in ("1.5 at second 5", "1.500 ± 0.013, 7,000 images", "zip, 1,437 images, 7,000 more held out"):
+        assert text in page.text
 
 
 def test_the_grid_has_the_first_samples_of_each_class_in_their_order(make, tmp_path):
@@ -272,7 +302,7 @@ def test_runs_side_by_side(make, tmp_path):
         ["train.lr", "0.002", "0.001"],
     ]
     assert sorted(row for row in table if len(row) == 2) == [["run.seed", "3"], ["train.max_steps", "90"]]
-    assert page.row("Fréchet distance")[:2] == ["242 ± 15corrected 227"] * 2
+    assert page.row("Fréchet distance (not a FID)")[:2] == ["242 ± 15corrected 227"] * 2
     (curve,) = [
         each["aria-label"] for each in page.all("svg") if each.get("aria-label", "").startswith("Training loss")
     ]
@@ -322,8 +352,8 @@ def test_of_two_runs_that_differ_in_everything_each_has_what_is_its_own(make, tm
         "least 100, greatest 5000",
         "Loss by time, at the latest report over t (0 noise, 1 data): first from 1 to 0.5, least 0.5, greatest 1; "
         "second from 4 to 2, least 2, greatest 4",
-        "Fréchet distance over step: first from 227.5 to 227.5, least 227.5, greatest 227.5; second from 99.5 to 99.5, "
-        "least 99.5, greatest 99.5",
+        "Fréchet distance (not a FID) over step: first from 227.5 to 227.5, least 227.5, greatest 227.5; second "
+        "from 99.5 to 99.5, least 99.5, greatest 99.5",
     ):
         assert told in labels
     for label in ("Training loss", "Loss by time"):
@@ -340,8 +370,8 @@ def test_of_two_runs_that_differ_in_everything_each_has_what_is_its_own(make, tm
     assert page.row("NFE") == ["40", "80"]
     assert page.row("Latest loss") == ["1", "7"]
     assert page.row("Token mixer") == ["atconv", "attention"]
-    assert page.row("Fréchet distance")[:2] == ["242 ± 15corrected 227", "130.0 ± 5.0corrected 120.0"]
-    strip = drawn(page, "Fréchet distance: ")
+    assert page.row("Fréchet distance (not a FID)")[:2] == ["242 ± 15corrected 227", "130.0 ± 5.0corrected 120.0"]
+    strip = drawn(page, "Fréchet distance (not a FID): ")
     kinds = [each.get("class") for each in strip]
     for number in (0, 1):
         assert [kinds.count(f"{what} s{number}") for what in ("error", "corrected", "dot")] == [2, 1, 1]
@@ -352,7 +382,13 @@ def test_of_two_runs_that_differ_in_everything_each_has_what_is_its_own(make, tm
 
 
 def test_which_way_a_metric_gets_better_is_said(make, tmp_path):
-    lower = {"fid": "FID", "sfid": "sFID", "fdd": "FD-DINOv2", "frechet_distance": "Fréchet distance", "kid": "KID"}
+    lower = {
+        "fid": "FID",
+        "sfid": "sFID",
+        "fdd": "FD-DINOv2 (not a FID)",
+        "frechet_distance": "Fréchet distance (not a FID)",
+        "kid": "KID",
+    }
     higher = {"is": "Inception score", "precision": "Precision", "recall": "Recall", "density": "Density",
               "coverage": "Coverage", "recognised": "Recognised"}  # fmt: skip
     metrics = {name: {"value": 1.0, "se": 0.1, "corrected": None} for name in [*lower, *higher]}
@@ -385,6 +421,14 @@ def test_all_that_keeps_metrics_from_being_compared_is_said(make, tmp_path, resu
     assert f"These metrics were not measured in the same way and cannot be compared: {told}" in page.text
 
 
+def test_a_distance_that_is_no_fid_and_one_of_few_images_are_told(make, tmp_path):
+    few = "frechet_distance: 64 features of 500 samples: at least 640 are needed; the distance is biased"
+    listed = [{"name": "attnet-1234", "protocol": "attnet-1", "heldout_accuracy": 0.912}]
+    page = make(samples(tmp_path / "a", result={"warnings": [few], "extractors": listed}))
+    assert f": {few}." in page.text
+    assert "The Fréchet distance in features of attnet-1234 (91.2% right on held-out images) is not a FID." in page.text
+
+
 def test_how_sure_a_number_is_stands_beside_it(make, tmp_path):
     bound = {"design": "random", "groups": 10, "upper_bound": True, "why": "classes are unknown"}
     few = {"frechet_distance": {"value": 242.0843, "se": 15.2366, "corrected": None, "corrected_needs": 640}}
@@ -393,7 +437,7 @@ def test_how_sure_a_number_is_stands_beside_it(make, tmp_path):
         samples(tmp_path / "b", result={"metrics": few}),
     )
     page = make(first, second)
-    assert page.row("Fréchet distance")[:2] == [
+    assert page.row("Fréchet distance (not a FID)")[:2] == [
         "242 ± ≤ 15corrected ≥ 227",
         "242 ± 15corrected needs N >= 640 images for 64 features",
     ]
@@ -404,7 +448,7 @@ def test_how_sure_a_number_is_stands_beside_it(make, tmp_path):
 
 def test_errors_of_earlier_versions_are_left_out_where_they_do_not_hold(make, tmp_path):
     page = make(samples(tmp_path / "a", result={"error_bars": None}))
-    assert page.row("Fréchet distance")[0] == "242.1corrected not measured"
+    assert page.row("Fréchet distance (not a FID)")[0] == "242.1corrected not measured"
     assert "(no error bars: those of an earlier version do not fit how the images were drawn; score" in page.text
 
 
@@ -521,7 +565,9 @@ def test_a_broken_file_is_an_error_and_the_old_page_stays(make, tmp_path, damage
 
 def test_a_folder_with_nothing_to_report_is_an_error_that_says_what_was_looked_for(make, tmp_path):
     (tmp_path / "empty" / "samples" / "x").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"looked for log.jsonl, scores.jsonl, recipe.yaml, .*metrics.json"):
+    with pytest.raises(
+        InputError, match=r"looked for log.jsonl, scores.jsonl, validation.jsonl, recipe.yaml, .*metrics.json"
+    ):
         make(tmp_path / "empty")
     with pytest.raises(InputError, match="is no folder"):
         make(tmp_path / "nowhere")

@@ -184,15 +184,15 @@ def test_a_kernel_is_no_larger_than_the_grid(recipe_file, kernel, patch, most):
 @pytest.mark.parametrize(
     ("overrides", "others", "remedy"),
     [
-        (["latents.codec=identity"], [], "latents.vae=null"),
+        (["latents.codec=identity", "latents.vae=x"], [], "latents.vae=null"),
         (["data.split=train"], [], "data.split=null"),
         (
             ["data.kind=digits"],
-            ["data.image_size=null", "latents.codec=identity", "latents.vae=null"],
+            ["data.image_size=null", "latents.codec=identity"],
             "data.root=null",
         ),
         (["flow.time_std=2"], [], "flow.time_std=null"),
-        (["ema.kind=power"], [], "ema.decay=null"),
+        (["ema.kind=power", "ema.decay=0.9"], [], "ema.decay=null"),
         (["data.streaming=true"], [], "data.streaming=false"),
         (["flow.loss_weight=velocity"], [], "flow.loss_weight=none"),
         (["data.verify=false"], [], "data.verify=true"),

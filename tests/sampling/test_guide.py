@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_recipe
@@ -177,6 +178,42 @@ def test_a_guide_is_loaded_as_the_model_is(run):
     assert ready.guide.model.dtype == torch.bfloat16
     assert ready.guide.lease is not None
     assert not ready.guide.model.training
+
+
+@pytest.mark.parametrize("option", [[], ["--compile"]], ids=["as it is", "compiled"])
+def test_the_blocks_of_model_and_guide_are_compiled_where_that_is_asked_for(run, tmp_path, monkeypatch, option):
+    compiled = []
+    monkeypatch.setattr(SiTTransformer2DModel, "compile_repeated_blocks", lambda model, **how: compiled.append(model))
+    options = [
+        "--ckpt",
+        str(run),
+        "--guide",
+        str(run / "step-0000002"),
+        "--cfg",
+        "2",
+        "--steps",
+        "2",
+        "--num",
+        "2",
+        *option,
+    ]
+    sample.main([*options, "--out", str(tmp_path / "grid.png")])
+    sampling(["generate", *options, "--out", str(tmp_path / "set")])
+    assert len({id(model) for model in compiled}) == (4 if option else 0)
+    manifest = json.loads((tmp_path / "set/manifest.json").read_text())
+    assert manifest["compile"] is (True if option else None)
+
+
+@pytest.mark.slow
+def test_compiled_images_differ_by_rounding(run, tmp_path, capsys):
+    options = ["generate", "--ckpt", str(run), "--guide", str(run / "step-0000002"), "--cfg", "2", "--num", "4"]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        sampling([*options, "--steps", "5", "--format", "npz", "--out", str(tmp_path / name), *more])
+    plain, compiled = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("plain", "compiled"))
+    assert abs(plain - compiled).max() <= 1
+    with pytest.raises(SystemExit):
+        sampling([*options, "--steps", "5", "--format", "npz", "--out", str(tmp_path / "plain"), "--compile"])
+    assert "compile: null -> true" in capsys.readouterr().err
 
 
 def test_samples_record_their_guide_and_are_continued_with_it_alone(run, tmp_path, capsys):

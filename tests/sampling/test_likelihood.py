@@ -12,7 +12,7 @@ from PIL import Image
 import train_sit
 from sampling.__main__ import main as sampling
 from sit_atconv import SiTTransformer2DModel
-from sit_atconv.config import load_recipe
+from sit_atconv.config import Data, load_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.images import in_range
@@ -21,6 +21,7 @@ from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import time_grid
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
+from sit_atconv.sampling.likelihood import real_images
 from sit_atconv.training.checkpoint import load_trained
 
 
@@ -177,6 +178,18 @@ def test_it_refuses(fails, run_folder, tmp_path, options, says):
     out = tmp_path / "likelihood.json"
     assert says in fails(sampling, "likelihood", "--ckpt", run_folder, "--out", out, *options)
     assert not out.exists()
+
+
+def test_what_a_recipe_holds_out_is_its_test_split(tmp_path, recipe_file, image_folder):
+    data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8, "held_out": 0.25}
+    train_sit.main([str(recipe_file(data=data)), "train.max_steps=1"])
+    trained = load_trained(str(tmp_path / "run"))
+    whole = open_dataset(Data("imagefolder", str(image_folder), 8))
+    for which, indices in (("test", [3, 7, 11]), ("train", [0, 1, 2, 4, 5, 6, 8, 9, 10])):
+        part, level = real_images(trained, which)
+        assert level == 1 / 127.5
+        images = torch.stack([part[place, False][0] for place in range(len(part))])
+        assert torch.equal(images, torch.stack([whole[index, False][0] for index in indices]))
 
 
 def test_it_refuses_where_there_are_no_such_images(fails, tmp_path, recipe_file, vae_folder, capsys):

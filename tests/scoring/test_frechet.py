@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from sit_atconv.scoring.frechet import frechet_distance, frechet_distances
+from sit_atconv.scoring.frechet import frechet_distance, frechet_distances, too_few
 from sit_atconv.scoring.moments import Moments, moments
 
 
@@ -113,3 +113,15 @@ def test_it_takes_less_than_a_matrix_square_root():
         for task in (lambda: frechet_distance(*a, *b), lambda: scipy.linalg.sqrtm(a.sigma @ b.sigma))
     )
     assert own < theirs
+
+
+def test_a_distance_of_few_images_on_either_side_is_told():
+    needed = "at least 640 are needed; the distance is biased"
+    assert too_few(64, 640, 640) is None
+    assert too_few(64, 640, None) is None
+    assert too_few(64, 639, 10_000) == f"64 features of 639 samples: {needed}"
+    assert too_few(64, 10_000, 500) == f"64 features of 500 reference images: {needed}"
+    assert too_few(64, 500, 500) == f"64 features of 500 samples and 500 reference images: {needed}"
+    assert too_few(2048, 5000, None) == (
+        "2,048 features of 5,000 samples: at least 20,480 are needed; the distance is biased"
+    )

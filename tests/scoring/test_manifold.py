@@ -84,7 +84,7 @@ def test_close_images_far_from_the_origin_keep_their_neighbours():
 
 def test_squared_distances_are_as_exact_as_stated():
     real, fake = (torch.from_numpy(x) for x in sets(50, 40, dim=64, offset=100.0))
-    tiles = manifold._tiles(real, fake, [slice(0, 40)], "cpu", manifold.Progress(disable=True))
+    tiles = manifold.tiles(real, fake, [slice(0, 40)], "cpu", manifold.Progress(disable=True))
     _, _, _, found = next(tiles)
     exact = distances(real.numpy(), fake.numpy()) ** 2
     scale = real.double().square().sum(1)[:, None] + fake.double().square().sum(1)

@@ -17,7 +17,7 @@ from sit_atconv.scoring import digits
 from sit_atconv.scoring.extract import default_folder, features_of
 from sit_atconv.scoring.extractor import load_extractor
 from sit_atconv.scoring.refs import read_reference, reference_spec
-from sit_atconv.scoring.score import score, training_scorer
+from sit_atconv.scoring.score import TrainingScorer, score
 from sit_atconv.scoring.sources import open_source
 
 SIZE, N = 8, 12
@@ -82,6 +82,14 @@ def test_it_is_what_training_sees_at_its_size_and_not_mirrored(recipe, folder):
         assert source.digest() == hashlib.sha256(pixels.tobytes()).hexdigest()
         parts = list(source.batches(3, 8, 2))
         assert torch.equal(torch.cat(parts), torch.from_numpy(pixels[3:8]).permute(0, 3, 1, 2))
+
+
+def test_it_lacks_what_the_recipe_holds_out(recipe, folder):
+    source = open_source(recipe, overrides=[f"data.image_size={SIZE}", "data.held_out=0.34"])
+    pixels = np.delete(trained_on(folder), [2, 5, 8, 11], 0)  # every third of six and six
+    assert (source.n, source.labels.tolist(), source.data["held_out"]) == (8, [0] * 4 + [1] * 4, 0.34)
+    assert source.digest() == hashlib.sha256(pixels.tobytes()).hexdigest()
+    assert source.place != open_source(recipe, overrides=[f"data.image_size={SIZE}"]).place  # of its features
 
 
 def test_a_reference_says_what_it_was_made_from(recipe, folder, own, tmp_path, capsys):
@@ -174,7 +182,7 @@ def test_a_recipe_of_digits_is_the_digits(tmp_path, monkeypatch):
     for metric, value in results[1]["metrics"].items():
         assert results[0]["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5), metric
     assert results[0]["reference"]["sha256"] == results[1]["reference"]["sha256"]
-    scorers = [training_scorer(str(ref), None) for ref in (recipe, "digits")]
+    scorers = [TrainingScorer(str(ref), None) for ref in (recipe, "digits")]
     images = torch.from_numpy(rng.integers(0, 256, (40, 1, 8, 8), np.uint8))
     values = [scorer(images, [0] * 40)["frechet_distance"] for scorer in scorers]
     assert values[0] == pytest.approx(values[1], rel=1e-5)

@@ -260,7 +260,7 @@ def test_another_extractors_are_refused(images, own, extractor, tmp_path, fails,
         assert "is of features with weights_sha256" in refusal(path, other)
     with pytest.raises(InputError, match="is of features with weights_sha256"):
         read_moments(tmp_path / "ref.npz", other)
-    assert read_moments(tmp_path / "ref.npz", extractor).mu.shape == (7,)
+    assert read_moments(tmp_path / "ref.npz", extractor)[0].mu.shape == (7,)
     capsys.readouterr()
     message = fails(evaluate, "build-ref", folder, "--out", tmp_path / "x.npz", "--extractor", f"{own}:Other")
     assert "is of features with name" in message

@@ -23,7 +23,8 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.scoring import digits
-from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, Extractor, load_extractor
+from sit_atconv.scoring.copying import copying_scores
+from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, KINDS, Extractor, load_extractor
 from sit_atconv.scoring.features import Features
 from sit_atconv.scoring.frechet import frechet_distance
 from sit_atconv.scoring.inception_score import inception_scores
@@ -31,7 +32,7 @@ from sit_atconv.scoring.jackknife import counted_off, jackknife
 from sit_atconv.scoring.kernel import kernel_distance
 from sit_atconv.scoring.manifold import NEAREST, manifold_scores
 from sit_atconv.scoring.moments import moments
-from sit_atconv.scoring.score import OFFERED, table, training_scorer
+from sit_atconv.scoring.score import TrainingScorer, table
 
 N, M = 63, 50
 OWN = """
@@ -137,7 +138,9 @@ def test_every_number_is_that_of_all_features_at_once(inception, samples, images
     result = read(samples.with_suffix(".metrics.json"))
     fake, real, groups = streams_of(made(N, 1)), streams_of(made(M, 2)), counted_off(np.arange(N) % 4, N, 16)
     found = {name: (metric["value"], metric["se"], metric["corrected"]) for name, metric in result["metrics"].items()}
-    assert list(found) == ["fid", "sfid", "is", "precision", "recall", "density", "coverage", "kid"]
+    assert list(found) == [
+        "fid", "sfid", "is", "precision", "recall", "density", "coverage", "kid", "nearest", "copies",
+    ]  # fmt: skip
     for name, stream in (("fid", "pool"), ("sfid", "spatial")):
         expected = by_hand(fake[stream], real[stream], groups)
         assert found[name][:2] == pytest.approx(expected[:2], rel=1e-4)
@@ -148,6 +151,8 @@ def test_every_number_is_that_of_all_features_at_once(inception, samples, images
     for name, (value, deleted) in manifold_scores(real["pool"], fake["pool"], groups).items():
         assert found[name][:2] == pytest.approx((value, jackknife(value, deleted).se), rel=1e-4)
     kid = kernel_distance(real["pool"], fake["pool"], groups)
+    for name, (value, deleted) in copying_scores(real["pool"], fake["pool"], groups).items():
+        assert found[name][:2] == pytest.approx((value, jackknife(value, deleted).se), rel=1e-4)
     error = np.hypot(jackknife(kid.full, kid.deleted).se, kid.subset_se)
     assert error > kid.subset_se > 0
     assert found["kid"][:2] == pytest.approx((kid.value, error), rel=1e-4)
@@ -309,6 +314,7 @@ def test_what_the_reference_does_not_allow_is_left_out_and_said(inception, sampl
         "sfid",
         "pr",
         "kid",
+        "nearest",
     ]
     assert "has no mu_s and sigma_s" in out
     assert (
@@ -345,7 +351,9 @@ def test_fid_and_fdd_are_of_two_extractors_in_one_result(inception, samples, ima
     assert (one["protocol"], list(one["metrics"]), len(one["extractors"])) == ("dinov2-small-1", ["fdd"], 1)
     assert one["metrics"]["fdd"]["value"] == pytest.approx(both["metrics"]["fdd"]["value"], rel=1e-6)
     score(samples, "--ref", images, "--extractor", "dinov2", "--out", tmp_path / "all.json")
-    assert list(read(tmp_path / "all.json")["metrics"]) == ["fdd", "precision", "recall", "density", "coverage", "kid"]
+    assert list(read(tmp_path / "all.json")["metrics"]) == [
+        "fdd", "precision", "recall", "density", "coverage", "kid", "nearest", "copies",
+    ]  # fmt: skip
     score(samples, "--ref", images, "--extractor", "inception", "--metrics", "fdd", "--out", tmp_path / "again.json")
     assert list(read(tmp_path / "again.json")["metrics"]) == ["fdd"]
 
@@ -368,7 +376,7 @@ def test_a_module_of_ones_own(own, samples, images, capsys):
 @pytest.mark.parametrize("ref", ["npz", "images", "features"])
 def test_metrics_are_those_of_the_streams_that_ones_own_module_gives(own, samples, images, tmp_path, capsys, ref):
     """Whatever is there already: no image of theirs may have been through the module when the metrics are chosen."""
-    for name, wanted in (("Pool", ["frechet_distance", *NEAREST, "kid"]), ("Logits", ["is"])):
+    for name, wanted in (("Pool", ["frechet_distance", *NEAREST, "kid", "nearest", "copies"]), ("Logits", ["is"])):
         spec, place = ("--extractor", f"{own}:{name}"), images
         if ref == "npz" and name == "Pool":
             place = tmp_path / "ref.npz"
@@ -380,7 +388,7 @@ def test_metrics_are_those_of_the_streams_that_ones_own_module_gives(own, sample
         score(samples, "--ref", place, *spec)
         assert list(read(samples.with_suffix(".metrics.json"))["metrics"]) == wanted
         said = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
-        assert said == [each for each in OFFERED["module"] if each not in [*wanted, *["pr"] * (name == "Pool")]]
+        assert said == [each for each in KINDS["module"].offered if each not in [*wanted, *["pr"] * (name == "Pool")]]
 
 
 def test_a_reference_says_whose_features_it_is_of(own, samples, images, tmp_path, capsys, fails):
@@ -396,10 +404,10 @@ def test_a_reference_says_whose_features_it_is_of(own, samples, images, tmp_path
         assert found["protocol"] == f"module-{spec}"
         assert values(found) == pytest.approx(expected, rel=1e-6)
         pixels = torch.from_numpy(made(N, 1)).permute(0, 3, 1, 2)
-        trained = training_scorer(str(each), None)(pixels, [0] * N)
+        trained = TrainingScorer(str(each), None)(pixels, [0] * N)
         assert trained == {"frechet_distance": pytest.approx(expected["frechet_distance"], rel=1e-5)}
         with pytest.raises(InputError, match=f"belongs to Inception, and score.ref={each} is of {spec}"):
-            training_scorer(str(each), "weights.pth")
+            TrainingScorer(str(each), "weights.pth")
         capsys.readouterr()
         for other in ("inception", "digits", "dinov2"):
             says = fails(evaluate, "score", samples, "--ref", each, "--extractor", other)
@@ -548,7 +556,7 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(inception, own,
         ((samples, "--ref", images, "--metrics", "recognised"), "'recognised' is none of extractor inception"),
         (
             (samples, "--ref", images, "--extractor", "dinov2", "--metrics", "fid"),
-            "; its Fréchet distance is fdd; choose from ['fdd', 'pr', 'kid']",
+            "; its Fréchet distance is fdd; choose from ['fdd', 'pr', 'kid', 'nearest']",
         ),
         ((samples, "--ref", images, "--dinov2", "a_vit"), "--dinov2 a_vit: nothing asks for it"),
         ((samples, "--ref", tmp_path / "nowhere"), "no such file"),
@@ -664,7 +672,7 @@ def test_training_scores_digits_as_the_command_does(held_out, tmp_path, classifi
     expected = values(read(tmp_path / "real.metrics.json"))
     there = sorted(tmp_path.rglob("*"))
     request.getfixturevalue("alone")
-    found = training_scorer("digits", None)(pixels, labels.tolist())
+    found = TrainingScorer("digits", None)(pixels, labels.tolist())
     assert found == pytest.approx({name: expected[name] for name in ("frechet_distance", "recognised")}, rel=1e-6)
     assert {type(value) for value in found.values()} == {float}
     assert sorted(tmp_path.rglob("*")) == there
@@ -692,7 +700,7 @@ def test_training_scores_in_inceptions_features_in_memory(inception, images, tmp
     np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma, arr_0=made(9, 5))
     there = sorted(tmp_path.rglob("*"))
     for ref in (images, tmp_path / "ref.npz"):
-        assert training_scorer(str(ref), None)(pixels, [0] * N) == expected
+        assert TrainingScorer(str(ref), None)(pixels, [0] * N) == expected
     assert sorted(tmp_path.rglob("*")) == there
     np.savez(tmp_path / "nan.npz", mu=mu * np.nan, sigma=sigma)
     np.savez(tmp_path / "flat.npz", mu=mu, sigma=mu)
@@ -706,9 +714,9 @@ def test_training_scores_in_inceptions_features_in_memory(inception, images, tmp
         ("no", "no such"),
     ):
         with pytest.raises(InputError, match=says):
-            training_scorer(str(tmp_path / ref), None)
+            TrainingScorer(str(tmp_path / ref), None)
     with pytest.raises(InputError, match=r"score\.weights belongs to Inception"):
-        training_scorer("digits", "weights.pth")
+        TrainingScorer("digits", "weights.pth")
 
 
 @pytest.mark.slow

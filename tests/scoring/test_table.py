@@ -11,6 +11,10 @@ from conftest import unmarked
 
 from eval.__main__ import main as evaluate
 from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.markdown import plain
+from sit_atconv.scoring import METRICS
+from sit_atconv.scoring.frechet import FRECHET
+from sit_atconv.scoring.result import features_told
 from sit_atconv.scoring.table import markdown as to_markdown
 from sit_atconv.scoring.table import tabulate
 
@@ -119,7 +123,7 @@ def test_how_sure_a_number_is_is_said(result, tmp_path):
     evaluate(["table", str(few), "--out", str(tmp_path / "t.md")])
     text = (tmp_path / "t.md").read_text()
     assert cells(text, "SiT-XL/2")[5:] == ["17.00 [0.10]", "100.00 [0.10]"]
-    assert "fid, corrected: needs N >= 20,480 images for 2,048 features." in text
+    assert "FID, corrected: needs N >= 20,480 images for 2,048 features." in text
 
 
 BARS = {"design": "random", "groups": 10, "upper_bound": False, "why": "classes are unknown"}
@@ -466,3 +470,26 @@ def test_names_of_others_do_nothing_in_the_table(result):
     assert text.count("&lt;script&gt;") >= 6
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+
+
+def test_a_distance_that_is_no_fid_is_called_so_and_warnings_are_repeated(result, tmp_path):
+    """Whatever the extractor: only Inception's distances are FIDs."""
+    other = {"name": "attnet-12345678", "protocol": "attnet-1", "weights_sha256": "ab", "heldout_accuracy": 0.912}
+    other["class_names"] = ["a", "b", "c"]
+    score = {"value": 3.0, "se": 0.1, "corrected": None}
+    few = "frechet_distance: 64 features of 500 samples: at least 640 are needed; the distance is biased"
+    file = result(protocol="attnet-1", extractors=[other], metrics={"frechet_distance": score}, warnings=[few])
+    table = tabulate([file])
+    text = to_markdown(table)
+    assert "| Fréchet distance (not a FID) |" in text
+    assert "The Fréchet distance in features of attnet-12345678 (91.2% right on held-out images) is not a FID." in text
+    assert table["warnings"] == [few]
+    assert f"**Warning: {plain(few)}.**" in text
+    assert "class_names 3" in text
+    assert "not a FID" not in to_markdown(tabulate([result()]))
+    assert features_told(
+        ["fdd", "fid"], [{"protocol": "adm-inception-1"}, {"name": "v", "protocol": "dinov2-v-1"}]
+    ) == ("the Fréchet distance in features of v is not a FID")
+    for name, (label, _) in METRICS.items():
+        assert ("FID" in label) == (name in FRECHET), name
+        assert ("not a FID" in label) == (name in ("fdd", "frechet_distance")), name

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits, log_rows, reset_accelerate, run_recipe, slowly
+from sampled import Scorer
 
 import train_sit
 from sit_atconv.config import load_recipe
@@ -433,7 +434,8 @@ def test_a_preview_or_score_that_is_not_finite_is_left_out_with_a_line(
     monkeypatch.setattr(IdentityCodec, "decode", broken)
     path = recipe_file(preview={"every": 2, "steps": 2, "num": 4}, score={"every": 4, "num": 12})
     reset_accelerate()
-    drawn = loop.train(load_recipe(path), scorer=lambda images, labels: scored.append(len(images)) or {"mean": 1.0})
+    scorer = Scorer(lambda images, labels: scored.append(len(images)) or {"mean": 1.0})
+    drawn = loop.train(load_recipe(path), scorer=scorer)
     assert_same_bits(plain, drawn)
     assert sorted(file.name for file in (tmp_path / "run/previews").iterdir()) == [
         f"step-000000{step}.png" for step in (2, 6, 8)
@@ -457,8 +459,12 @@ def test_previews_and_scores_do_not_touch_what_is_trained(recipe_file, tmp_path)
         return {"mean": float(torch.rand(1))}
 
     path = recipe_file(preview={"every": 2, "steps": 2, "num": 4}, score={"every": 4, "num": 12})
-    drawn = loop.train(load_recipe(path), scorer=scorer)
+    brought = Scorer(scorer)
+    drawn = loop.train(load_recipe(path), scorer=brought)
     assert_same_bits(plain, drawn)
+    assert brought.checked == [((1, 8, 8), tuple("0123456789"), 12)]
     assert calls == [((12, 1, 8, 8), torch.uint8, [index % 10 for index in range(12)])] * 2
     scores = [json.loads(line) for line in Path(drawn.parent, "scores.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["num"]) for row in scores] == [(4, 12), (8, 12)]
+    assert [(row["step"], row["num"], row["extractor"]) for row in scores] == [
+        (4, 12, {"name": "x"}), (8, 12, {"name": "x"}),
+    ]  # fmt: skip

@@ -101,9 +101,12 @@ def test_a_sharded_run_is_the_same_run(recipe_file, tmp_path, aligned, encoder_f
         "ema": {"kind": "power", "snapshot_every": 20, "decay": None},
         "preview": {"every": 20, "num": 5, "steps": 2},
         "checkpoint": {"every": 10},
+        "data": {"held_out": 0.02},
+        "validation": {"every": 10, "batch_size": 3},
     }
     if aligned:
-        sections["data"] = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8, "flip": True}
+        folder = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8, "flip": True}
+        sections["data"] = folder | {"held_out": 0.25}
         sections["repa"] = {"encoder": f"local-dir:{encoder_folder}", "depth": 1, "projector_dim": 12}
     recipe = recipe_file(**sections)
     single = run_recipe(recipe, f"run.out={tmp_path / 'single'}")
@@ -114,6 +117,13 @@ def test_a_sharded_run_is_the_same_run(recipe_file, tmp_path, aligned, encoder_f
     launch(4, recipe, changing, "train.max_steps=32", "train.gradient_accumulation_steps=1", **sharded)
     last = run_recipe(recipe, changing)
     assert_same_run(log_rows(single.parent), log_rows(tmp_path / "changing"))
+    validated = [(run / "validation.jsonl").read_text().splitlines() for run in (single.parent, tmp_path / "changing")]
+    one, other = ([json.loads(line) for line in lines] for lines in validated)
+    assert [(row["step"], row["num"]) for row in other if row["step"] != 32] == [
+        (row["step"], row["num"]) for row in one
+    ]
+    for a, b in zip(one, (row for row in other if row["step"] != 32), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
     for name in ("ema", "ema-0.100", "model"):
         whole, parts = weights(single, name), weights(last, name)
         assert all(torch.allclose(whole[key], parts[key], rtol=1e-4, atol=1e-6) for key in whole), name

@@ -23,10 +23,9 @@ FACTS = Facts((4, 8, 6), 3, 12)
 CHOICES = {
     "train.max_grad_norm", "ema.snapshot_every", "repa.encoder", "distill.teacher", "distill.blockwise_lr",
     "checkpoint.keep_every", "score.weights", "latents.vae", "model.name", "data.channels",
-    "latents.precision", "train.init",
-    "lora.rank", "lora.alpha", "lora.targets",
+    "latents.precision", "train.init", "lora.rank", "lora.alpha", "lora.targets", "data.held_out", "validation.num",
     # left to the model, or of the SDE samplers, see sampling.settings; they may change from start to start
-    "preview.epsilon",
+    "preview.epsilon", "preview.guide",
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",
 }  # fmt: skip
 ON_HUB = {"data.split", "data.subset", "data.revision", "data.image_key", "data.label_key", "data.shuffle_buffer"}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sit_atconv.config import Recipe
-from sit_atconv.data.samples import Batch, TrainingSamples
+from sit_atconv.data.samples import Batch, TrainingSamples, ValidationSamples
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.models.cost import count_macs
@@ -98,6 +98,11 @@ class FlowObjective(Objective):
         shape, drop = self.facts.latent_shape, self.model.config.class_dropout_prob
         return TrainingSamples(dataset, shape, self.recipe, drop, self.codec.draws_posterior, self.with_image)
 
+    def make_validation_samples(self, held_out: Dataset) -> ValidationSamples:
+        """What `held_out_loss` is taken of: as many of the held-out images as the recipe says."""
+        shape, times, number = self.facts.latent_shape, self.recipe.flow.times(), self.recipe.validation.num
+        return ValidationSamples(held_out, shape, times, self.codec.draws_posterior, number)
+
     def begin(self, samples: TrainingSamples, checkpoint: Path | None) -> None:
         if checkpoint is None:
             self._start(samples)
@@ -137,10 +142,15 @@ class FlowObjective(Objective):
         return learning_rate(step, self.recipe.train)
 
     def losses(self, batch: Batch, forward: Forward) -> list[torch.Tensor | None]:
+        return [self.held_out_loss(batch, forward)]
+
+    def held_out_loss(self, batch: Batch, forward: Forward) -> torch.Tensor:
+        """(B,): the flow loss of a SiT, the trained one or an average of it, which all objectives validate."""
+
         def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return forward(x, t, batch["label"], return_dict=False)[0]
 
-        return [self.flow_loss(network, self.encode(batch), batch)]
+        return self.flow_loss(network, self.encode(batch), batch)
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """The latents (B, C, H, W) of a batch, fp32; an autoencoder computes in `latents.precision`."""
