@@ -46,6 +46,7 @@ def test_the_promised_recipes_ship():
     }
     assert {path.stem for path in RECIPES} == published | {
         "digits_sit", "digits_sit_atconv", "digits_sit_hybrid", "digits_distill", "imagefolder_small",
+        "fashion",
     }  # fmt: skip
 
 
