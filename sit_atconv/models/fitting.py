@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sit_atconv.models.lora import bare_state
 from sit_atconv.models.sit import SiTTransformer2DModel, mixer_names
 from sit_atconv.runtime.errors import check_choice
 
@@ -71,7 +72,7 @@ def differences(source: SiTTransformer2DModel, target: SiTTransformer2DModel) ->
     """What keeps the target from going on from all of the source's weights; empty where all of them fit.
 
     Either those of the whole, or, of one architecture, those of parts, in the order of the target's. Either model may
-    be on the meta device.
+    be on the meta device, and the target may have adapters.
     """
     theirs, ours = dict(source.config), dict(target.config)
     if whole := _of_the_whole(theirs, ours):
@@ -86,7 +87,7 @@ def differences(source: SiTTransformer2DModel, target: SiTTransformer2DModel) ->
         said.setdefault("num_classes", "a null class on one side alone")
     found: dict[str, Difference] = {}
     shapes = {name: tensor.shape for name, tensor in source.state_dict().items()}
-    for name, tensor in target.state_dict().items():
+    for name, tensor in bare_state(target).items():
         part, index = part_of(name), _block_of(name)
         if part == POSITION or part in found:
             continue

@@ -19,6 +19,7 @@ from sit_atconv.runtime.errors import InputError, check_choice
 from sit_atconv.runtime.reading import parse_json, read_tensors
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+ANEW = "anew.safetensors"  # beside the file: tensors of the model that were trained as a whole, which diffusers ignores
 METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header
 PREFIX = "transformer."  # by which a pipeline knows whose adapters they are
 A, B, BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer"
@@ -76,6 +77,15 @@ def write_lora(folder: Path, tensors: Mapping[str, torch.Tensor], rank: int, alp
     said = {"r": rank, "lora_alpha": alpha, "target_modules": layers}
     said = {f"{PREFIX}{key}": value for key, value in said.items()}
     save_file(plain, folder / FILE, {METADATA: json.dumps(said, sort_keys=True)})
+
+
+def check_whole(file: Path) -> None:
+    """Raise InputError where adapters alone are not what was trained, and the model would be another."""
+    if file.with_name(ANEW).is_file():
+        raise InputError(
+            f"LoRA {str(file)!r}: {ANEW} beside it holds parts that were drawn anew and trained as a whole; take the "
+            "run or its checkpoint, which has both"
+        )
 
 
 def read_lora(path: Path) -> Lora:

@@ -1,6 +1,9 @@
 """What diffusers' pipelines offer for LoRAs, for one whose transformer alone has any."""
 
+from pathlib import Path
 from typing import Any
+
+from sit_atconv.models.lora import FILE, check_whole
 
 
 class TakesLora:
@@ -10,8 +13,11 @@ class TakesLora:
         """Put the adapters of a folder, a file, a repository of the Hub, or of tensors by name, on the transformer.
 
         source: such as the ema/ of a run's checkpoint. Names begin with "transformer.". options: as diffusers'
-        `load_lora_adapter` takes them.
+        `load_lora_adapter` takes them. Raises InputError for a LoRA with parts that were drawn anew: make the pipeline
+        by `from_run` then.
         """
+        if isinstance(source, str | Path):
+            check_whole(Path(source) / FILE if Path(source).is_dir() else Path(source))
         options.setdefault("use_safetensors", True)
         self.transformer.load_lora_adapter(source, adapter_name=adapter_name, **options)
 

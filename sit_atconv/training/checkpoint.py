@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sit_atconv.models import lora
-from sit_atconv.models.fitting import take_weights
+from sit_atconv.models.fitting import differences, is_named, take_weights
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import files, sharding
 from sit_atconv.runtime.console import say
@@ -44,7 +44,6 @@ from sit_atconv.runtime.weights import STEM, digest_of, load_pretrained, main_fi
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONVERSION = "conversion.json"
-ANEW = "anew.safetensors"  # beside adapters: what was drawn anew, and is trained as a whole
 PIPELINE_INDEX = "model_index.json"
 DAMAGED = "damaged"  # the suffix of checkpoints that are set aside
 UNFINISHED = re.compile(r"\.step-\d+\.unfinished")
@@ -69,7 +68,9 @@ RECIPE_FORM = {
 # Where the first weights came from, see training.origin.
 INIT_FORM = {
     "sha256": str, "anew": [str],
-    "from": {"source": str, "which": (str, None), "step": (COUNT, None), "codec": (*CODEC_FORM, OPEN_CODEC)},
+    "from": {
+        "source": str, "which": (str, None), "step": (COUNT, None), "codec": (*CODEC_FORM, OPEN_CODEC), "model": dict,
+    },
 }  # fmt: skip
 MANIFEST_FORM = {
     "step": COUNT,
@@ -111,7 +112,7 @@ def write_adapted(
     adapters = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     lora.write_lora(folder, adapters, rank, alpha)
     if anew := {name: tensor for name, tensor in tensors.items() if name not in adapters}:
-        save_file(anew, folder / ANEW)
+        save_file(anew, folder / lora.ANEW)
 
 
 def load_adapted_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -522,8 +523,10 @@ def _adapted(
         say(f"warning: {said}")
     with told(f"checkpoint {run!r} cannot be read", InputError, RuntimeError, KeyError):
         model = SiTTransformer2DModel.from_config(read_options(folder)).eval()
-        own = model.state_dict()
-        drawn = (manifest.get("recipe") or {}).get("train", {}).get("init_anew", [])
+        own, drawn = model.state_dict(), (manifest.get("recipe") or {}).get("train", {}).get("init_anew", [])
+        if wrong := [each for each in differences(given.model, model) if not is_named(each.part, drawn)]:
+            told_of = ", ".join(f"{each.part} ({each.said})" if each.part else each.said for each in wrong)
+            raise InputError(f"it is a LoRA of another architecture than that of {str(given.folder)!r}: {told_of}")
         take_weights(given.model.state_dict(), own, drawn)
         model.load_state_dict({**own, **anew})
         lora.fuse(model, adapters)
@@ -550,7 +553,7 @@ def model_of_average(folder: Path, manifest: dict[str, Any], tensors: dict[str, 
 
 def load_anew(folder: Path) -> dict[str, torch.Tensor]:
     """What lies beside adapters: the tensors of the parts that were drawn anew."""
-    return load_file(folder / ANEW) if (folder / ANEW).is_file() else {}
+    return load_file(folder / lora.ANEW) if (folder / lora.ANEW).is_file() else {}
 
 
 def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
@@ -566,8 +569,10 @@ def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = 
         if f"{stored.which}/{lora.FILE}" not in stored.files:
             raise InputError(f"LoRA {str(path)!r}: the run trained no LoRA; name it as {option('ckpt')}")
         return _load_adapted(stored, dtype, given)
-    lora.fuse(given.model, lora.read_lora(path))
-    given.files["lora"] = sha256(path / lora.FILE if path.is_dir() else path)
+    file = path / lora.FILE if path.is_dir() else path
+    lora.check_whole(file)
+    lora.fuse(given.model, lora.read_lora(file))
+    given.files["lora"] = sha256(file)
     return dataclasses.replace(given, model=torch.nn.Module.to(given.model, dtype))
 
 

@@ -30,7 +30,7 @@ from sit_atconv.runtime import files, processes
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, named
 from sit_atconv.runtime.processes import is_main
-from sit_atconv.runtime.reading import spelt
+from sit_atconv.runtime.reading import as_stored, spelt
 from sit_atconv.runtime.weights import digest_of
 from sit_atconv.training.checkpoint import Trained, load_any, read_manifest, step_folders
 from sit_atconv.training.resolved import FROM_DATA, FROM_FLOW
@@ -42,13 +42,13 @@ MOST_NAMED = 6  # parts that a plan and a model card name
 class Origin:
     """The source of a run's first weights.
 
-    stated: as the recipe says it. options: of the source's model, by the names of SiTTransformer2DModel. record: what
-    a manifest says of it, without the parts that are drawn anew. source: the model itself; None where the run has begun
-    already, and is told by its manifest.
+    stated: as the recipe says it. record: what a manifest says of it, without the parts that are drawn anew. source:
+    the model itself; None where the run has begun already, and is told by its manifest. options: of the source's model.
     """
 
-    def __init__(self, stated: str, options: Mapping[str, Any], record: dict[str, Any], source: Trained | None):
-        self.stated, self.options, self.record, self.source = stated, options, record, source
+    def __init__(self, stated: str, record: dict[str, Any], source: Trained | None = None):
+        self.stated, self.record, self.source = stated, record, source
+        self.options = {**options_of(None), **record["from"]["model"]}
 
     def completed(self, recipe: Recipe) -> Recipe:
         """The recipe with the source's options in the place of its model's nulls, where it names no preset.
@@ -73,27 +73,31 @@ class Origin:
     def check(self, recipe: Recipe, model: SiTTransformer2DModel) -> None:
         """Record what is drawn anew. Raises InputError where the source is of another architecture, something does not
         fit that `train.init_anew` does not name, or that names what is not there."""
-        anew, where = recipe.train.init_anew, f"train.init={self.stated!r}"
+        anew = recipe.train.init_anew
         check_names("train.init_anew", anew, model)
         if self.source is not None:
-            found = differences(self.source.model, model)
-            if wrong := [each for each in found if not each.part]:
-                stated = " ".join(_as_key(*each.option) for each in wrong)
-                raise InputError(
-                    f"{where} is of another architecture: {', '.join(each.said for each in wrong)}; state {stated}, or "
-                    "begin with another"
-                )
-            if lost := [each for each in found if not is_named(each.part, anew)]:
-                names = [*anew, *(each.part for each in lost)]
-                options = dict(each.option for each in lost if each.option is not None)
-                instead = "".join(f" {_as_key(*option)}" for option in options.items())
-                raise InputError(
-                    f"{where}: what does not fit has to be drawn anew: "
-                    f"{', '.join(f'{each.part} ({each.said})' for each in lost)}; state "
-                    f"train.init_anew=[{','.join(names)}]{f', or{instead} as there' if instead else ''}"
-                )
+            self._check_fits(recipe, model)
         drawn = (part_of(name) for name in model.state_dict() if is_named(name, anew))
         self.record = {**self.record, "anew": list(dict.fromkeys(drawn))}
+
+    def _check_fits(self, recipe: Recipe, model: SiTTransformer2DModel) -> None:
+        anew, where = recipe.train.init_anew, f"train.init={self.stated!r}"
+        found = differences(self.source.model, model)
+        if wrong := [each for each in found if not each.part]:
+            stated = " ".join(_as_key(*each.option) for each in wrong)
+            raise InputError(
+                f"{where} is of another architecture: {', '.join(each.said for each in wrong)}; state {stated}, or "
+                "begin with another"
+            )
+        if lost := [each for each in found if not is_named(each.part, anew)]:
+            names = [*anew, *(each.part for each in lost)]
+            options = dict(each.option for each in lost if each.option is not None)
+            instead = "".join(f" {_as_key(*option)}" for option in options.items())
+            raise InputError(
+                f"{where}: what does not fit has to be drawn anew: "
+                f"{', '.join(f'{each.part} ({each.said})' for each in lost)}; state "
+                f"train.init_anew=[{','.join(names)}]{f', or{instead} as there' if instead else ''}"
+            )
 
     def row(self) -> str:
         """What a plan says of it."""
@@ -101,19 +105,22 @@ class Origin:
         of = ", ".join(filter(None, (which, None if step is None else f"step {step:,}")))
         return f"{self.stated}{f' ({of})' if of else ''}; {told_of_anew(self.record['anew'])}"
 
-    def give(self, model: SiTTransformer2DModel, anew: list[str], codec: Mapping[str, Any]) -> None:
+    def give(self, recipe: Recipe, model: SiTTransformer2DModel, codec: Mapping[str, Any]) -> None:
         """Put the source's weights into the model, all but what is drawn anew, and say where its codec was another.
 
-        codec: as the run's own describes itself. The source is let go of.
+        codec: as the run's own describes itself. The source is let go of. Raises InputError where a run that has begun
+        already needs its source, and that is gone, has changed, or does not fit.
         """
         if self.source is None:
             record, self.source = read(self.record["from"]["source"])
             if record["sha256"] != self.record["sha256"]:
                 raise InputError(
-                    f"train.init={self.stated!r}: its weights are others than they were; begin another run"
+                    f"train.init={self.stated!r}: its weights are others than those that run.out={recipe.run.out!r} "
+                    "began with; choose another run.out"
                 )
+            self._check_fits(recipe, model)
         source, self.source = self.source.model, None
-        take_weights(source.state_dict(), bare_state(model), anew)
+        take_weights(source.state_dict(), bare_state(model), recipe.train.init_anew)
         if is_main():
             self._tell_of_codec(codec)
             if model.pos_embed is not None and model.pos_embed.shape != source.pos_embed.shape:
@@ -152,16 +159,10 @@ def opened(recipe: Recipe) -> Origin | None:
     stated = recipe.train.init
     if stated is None:
         return None
-    origin = processes.together(lambda: _recorded(recipe) or _of(stated))
+    origin = processes.together(lambda: _recorded(recipe) or Origin(stated, *read(stated)))
     if len(set(processes.gathered(origin.record["sha256"]))) > 1:
         raise InputError(f"train.init={stated!r}: the processes read different weights; name a checkpoint that stays")
     return origin
-
-
-def _of(stated: str) -> Origin:
-    record, source = read(stated)
-    options = {name: source.model.config[name] for name in options_of(None)}
-    return Origin(stated, options, record, source)
 
 
 def _recorded(recipe: Recipe) -> Origin | None:
@@ -172,9 +173,8 @@ def _recorded(recipe: Recipe) -> Origin | None:
         except InputError:  # which is told where the run is taken
             continue
         record, stored = manifest.get("init"), manifest.get("recipe") or {}
-        if record and stored.get("train", {}).get("init") == recipe.train.init and "model" in stored:
-            options = {**stored["model"], **{name: None for name in FROM_FLOW}}
-            return Origin(recipe.train.init, options, record, None)
+        if record and stored.get("train", {}).get("init") == recipe.train.init:
+            return Origin(recipe.train.init, record)
     return None
 
 
@@ -195,5 +195,6 @@ def read(stated: str) -> tuple[dict[str, Any], Trained]:
         "which": source.which,
         "step": step,
         "codec": source.manifest["codec"],
+        "model": as_stored({name: source.model.config[name] for name in options_of(None)}),
     }
     return {"sha256": digest_of(source.model.state_dict()), "from": place}, source

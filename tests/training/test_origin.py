@@ -17,6 +17,7 @@ from sit_atconv.convert import convert, export_public, load_public
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.layers.embedders import sincos_position_embedding
 from sit_atconv.models.fitting import PART, differences, is_named, part_of
+from sit_atconv.models.sit import options_of
 from sit_atconv.pipelines.exporting import export, open_source
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.markdown import plain
@@ -296,7 +297,10 @@ def test_the_averages_begin_there_and_the_optimiser_anew(recipe_file, tmp_path):
     assert manifest["step"] == 1
     assert manifest["init"] == {
         "sha256": digest_of(theirs), "anew": [],
-        "from": {"source": str(source), "which": None, "step": None, "codec": {"codec": "open", "channels": 1}},
+        "from": {
+            "source": str(source), "which": None, "step": None, "codec": {"codec": "open", "channels": 1},
+            "model": {name: SiTTransformer2DModel.load_config(source)[name] for name in options_of(None)},
+        },
     }  # fmt: skip
 
 

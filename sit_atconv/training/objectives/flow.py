@@ -116,7 +116,7 @@ class FlowObjective(Objective):
     def _start(self, samples: TrainingSamples) -> None:
         """What a new run does to the weights before its first step."""
         if self.origin is not None:
-            self.origin.give(self.model, self.recipe.train.init_anew, self.codec.describe())
+            self.origin.give(self.recipe, self.model, self.codec.describe())
 
     def _load(self, checkpoint: Path) -> None:
         self.load(checkpoint / "model", self.model)

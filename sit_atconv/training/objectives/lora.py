@@ -64,14 +64,19 @@ class LoraObjective(FlowObjective):
     def __init__(self, recipe: config.Recipe, facts: Facts, origin: Origin):
         super().__init__(recipe, facts, origin)
         self.macs, anew = count_macs(self.model), recipe.train.init_anew
-        self.layers = [each for each in targets(self.model, recipe.lora.targets) if not is_named(each, anew)]
+        drawn = {name for name in self.model.state_dict() if is_named(name, anew)}
+        # A layer of which one tensor is drawn anew has no adapter: what is trained as a whole needs none.
+        self.layers = [
+            each for each in targets(self.model, recipe.lora.targets)
+            if drawn.isdisjoint((f"{each}.weight", f"{each}.bias"))
+        ]  # fmt: skip
         if not self.layers:
             raise InputError(
                 f"lora.targets={recipe.lora.targets} are all drawn anew, and trained as a whole; name others"
             )
         attach(self.model, self.layers, recipe.lora, recipe.run.seed)
         for name, parameter in self.model.named_parameters():
-            if is_named(name, anew):
+            if name in drawn:
                 parameter.requires_grad_()
         self.names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
