@@ -58,8 +58,10 @@ def targets(model: nn.Module, stated: Iterable[str] | None) -> list[str]:
     if stated is None:
         return [name for name in names if name.startswith("blocks.") and name.split(".")[2] in PARTS]
     ends = {".".join(name.split(".")[count:]) for name in names for count in range(name.count(".") + 1)}
+    of_any_block = {re.sub(r"^blocks\.\d+\.", "", name) for name in names}
     for each in stated:
-        check_choice("lora.targets", each, sorted(ends))
+        if each not in ends:
+            check_choice("lora.targets", each, names if each.startswith("blocks.") else of_any_block)
     return [name for name in names if any(f".{name}".endswith(f".{each}") for each in stated)]
 
 

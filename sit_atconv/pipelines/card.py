@@ -141,7 +141,10 @@ beside the libraries above; with the package `sit_atconv` installed, its `SiTTra
 
 # What a card tells of a checkpoint's training.
 TOLD = {
-    "recipe": {"train": {"batch_size": POSITIVE, "lr": float, "precision": str}, "data": {"kind": str}, "ema": dict},
+    "recipe": {
+        "train": {"batch_size": POSITIVE, "lr": float, "precision": str}, "data": {"kind": str}, "ema": dict,
+        "lora?": {"rank": (POSITIVE, None), "alpha": (float, None)},
+    },
     "data": {"num_images": object, "classes": list}, "step": COUNT, "images_seen": COUNT,
     "versions": {"sit_atconv": str, "torch": str, "diffusers": str}, "init?": (INIT_FORM, None),
 }  # fmt: skip
@@ -164,9 +167,17 @@ def _training(manifest: dict[str, Any]) -> str:
         "precision": train["precision"],
         "weights": f"EMA, {ema.describe(config.make_recipe(recipe['ema'], config.Ema, stored=True))}",
         "began from": _origin(manifest.get("init")),
+        "LoRA": _lora(recipe.get("lora")),
         "trained with": trained_with,
     }
     return "\n".join(f"- {name}: {plain(value)}" for name, value in facts.items() if value)
+
+
+def _lora(lora: dict[str, Any] | None) -> str:
+    """What was trained in the place of all weights; "" where they were."""
+    if not lora or lora["rank"] is None:
+        return ""
+    return f"rank {lora['rank']}, alpha {lora['alpha']:g}, added to the weights that it began from"
 
 
 def _origin(init: dict[str, Any] | None) -> str:

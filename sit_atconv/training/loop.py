@@ -55,6 +55,7 @@ def train(
         facts = measured_facts(training, codec, held_out)
         if origin := opened(recipe):
             recipe = origin.completed(recipe)
+            origin.tell_of_classes(recipe, dataset.class_names)
         check_stated(recipe, facts)
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():

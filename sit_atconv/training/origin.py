@@ -7,7 +7,7 @@ those of the source that fit, see `models.fitting`. What does not fit stays as i
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,16 @@ class Origin:
                 f"{where}: what does not fit has to be drawn anew: "
                 f"{', '.join(f'{each.part} ({each.said})' for each in lost)}; state "
                 f"train.init_anew=[{','.join(names)}]{f', or{instead} as there' if instead else ''}"
+            )
+
+    def tell_of_classes(self, recipe: Recipe, names: Sequence[str]) -> None:
+        """Say where labels of the source, whose embeddings are kept, are those of other classes here."""
+        theirs = {} if self.source is None or is_named("y_embedder", recipe.train.init_anew) else self.source.id2label
+        other = next((label for label, name in enumerate(names) if (theirs or {}).get(label, name) != name), None)
+        if other is not None and len(theirs) == len(names) and is_main():
+            say(
+                f"warning: train.init={self.stated!r}: class {other} is {theirs[other]!r} there, {names[other]!r} here "
+                "and begins with its embedding; train.init_anew=[y_embedder] draws all of them anew"
             )
 
     def row(self) -> str:

@@ -245,13 +245,58 @@ def test_parts_drawn_anew_are_trained_with_it_and_stored(recipe, base, tmp_path,
     assert not torch.equal(model.state_dict()["blocks.1.attn.proj.bias"], theirs["blocks.1.attn.proj.bias"])
 
 
+def test_one_tensor_of_a_layer_drawn_anew_is_trained_and_stored(recipe):
+    """Such a layer has no adapter: beside one the tensor would stay as it was drawn, and nobody would store it."""
+    anew = "train.init_anew=[blocks.0.mlp.fc1.weight,blocks.1.attn.x_proj.bias]"
+    objective = objective_of(recipe, anew)
+    names = {name for name in objective.names if "lora_" not in name}
+    assert names == {"blocks.0.mlp.fc1.weight", "blocks.1.attn.x_proj.bias"}
+    assert {"blocks.0.mlp.fc1", "blocks.1.attn.x_proj"}.isdisjoint(objective.layers)
+    last = run_recipe(recipe, anew, "train.max_steps=2")
+    assert load_file(last / "model" / "anew.safetensors").keys() == names
+    objective.begin(None, last)
+    again = output(load_trained(last / "model").model)
+    torch.testing.assert_close(output(objective.model), again, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_alone_are_refused_where_more_was_trained(recipe, base, tmp_path):
+    last = run_recipe(recipe, "train.init_anew=[y_embedder]", "train.max_steps=1")
+    shutil.copytree(last / "ema", tmp_path / "copied")
+    for each in (last / "ema" / FILE, tmp_path / "copied"):
+        with pytest.raises(InputError, match=r"anew\.safetensors beside it holds parts that were drawn anew"):
+            load_with_lora(base, each)
+    pipe = SiTPipeline.from_run(base)
+    for each in (last / "ema", last / "ema" / FILE):
+        with pytest.raises(InputError, match=r"anew\.safetensors beside it holds parts"):
+            pipe.load_lora_weights(each)
+    assert torch.equal(output(load_with_lora(base, last / "ema").model), output(load_trained(last).model))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"num_heads": 4}, r"blocks\.0\.attn \(num_heads 4 there, 2 here\)"),
+        ({"depth": 4}, "depth 4 there, 2 here"),
+        ({"hidden_size": 32}, "hidden_size 32 there, 16 here"),
+        ({"num_classes": 5}, r"y_embedder \(num_classes 5 there, 10 here\)"),
+    ],
+)
+def test_a_lora_of_another_architecture_is_refused(recipe, tmp_path, options, says):
+    """Whatever fits by its shapes, as with other heads or more blocks, would be another function."""
+    last = run_recipe(recipe, "train.max_steps=1")
+    with pytest.raises(InputError, match=rf"it is a LoRA of another architecture than that of '.*other': .*{says}"):
+        load_with_lora(made(tmp_path / "other", **options), last)
+
+
 def test_export_is_the_sum_and_needs_no_peft(recipe, tmp_path):
     last = run_recipe(recipe, "train.max_steps=3")
     wanted = output(load_trained(last).model)
     export(open_source(last.parent), tmp_path / "out")
     exported = SiTTransformer2DModel.from_pretrained(tmp_path / "out/transformer", use_safetensors=True)
     assert torch.equal(output(exported), wanted)
-    assert "began from: base" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "began from: base" in card
+    assert "LoRA: rank 3, alpha 6, added to the weights that it began from" in card
     export_public(last.parent, tmp_path / "public.safetensors")
     assert torch.equal(
         load_file(tmp_path / "public.safetensors")["blocks.0.mlp.fc1.weight"], exported.blocks[0].mlp.fc1.weight
@@ -292,7 +337,7 @@ def test_the_commands_draw_from_it(recipe, base, tmp_path):
     words = ["--num", "2", "--steps", "2", "--out", str(tmp_path / "samples")]
     sampling(["generate", "--ckpt", str(base), "--lora", str(last.parent), *words])
     manifest = json.loads((tmp_path / "samples/manifest.json").read_text())
-    assert manifest["settings"]["lora"].endswith("run") if "settings" in manifest else manifest["lora"].endswith("run")
+    assert manifest["lora"].endswith("run")
 
 
 def test_targets_are_names_or_ends_of_names(base):
@@ -304,10 +349,12 @@ def test_targets_are_names_or_ends_of_names(base):
     ]
     assert targets(model, ["linear"]) == ["final_layer.linear"]
     assert set(linears(model)) >= {"t_embedder.mlp.0", "blocks.1.attn.kernel_gen", "final_layer.linear"}
-    with pytest.raises(InputError, match=r"lora\.targets='attn\.to_q'"):
-        targets(model, ["attn.to_q"])
+    with pytest.raises(InputError, match=r"lora\.targets='to_q': choose from \['adaLN_modulation\.1', .*'mlp\.fc2', "):
+        targets(model, ["to_q"])
     with pytest.raises(InputError, match=r"lora\.targets='mlp\.fc3': did you mean 'mlp\.fc[12]'"):
         targets(model, ["mlp.fc3"])
+    with pytest.raises(InputError, match=r"did you mean 'blocks\.0\.mlp\.fc[12]'"):
+        targets(model, ["blocks.0.mlp.fc3"])
 
 
 def test_the_plan_counts_what_is_trained(recipe, recipe_file, base):

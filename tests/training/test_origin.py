@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import assert_same_bits, log_rows, run_recipe, weights
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe
 from sit_atconv.convert import convert, export_public, load_public
+from sit_atconv.data.digits import Digits
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.layers.embedders import sincos_position_embedding
 from sit_atconv.models.fitting import PART, differences, is_named, part_of
@@ -22,6 +24,7 @@ from sit_atconv.pipelines.exporting import export, open_source
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.markdown import plain
 from sit_atconv.runtime.weights import digest_of
+from sit_atconv.training import train
 from sit_atconv.training.checkpoint import load_trained
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import FlowObjective, build_model
@@ -318,6 +321,39 @@ def test_a_run_goes_on_to_the_bit_without_its_source(recipe_file, tmp_path):
     assert [row["loss"] for row in log_rows(parts.parent)] == [row["loss"] for row in log_rows(whole.parent)]
 
 
+def test_what_the_source_decided_stays_when_it_is_gone(recipe_file, tmp_path):
+    """Of a recipe that leaves the model to its source: plan and resumed run know it from the manifest, not by the
+    defaults of a model; and what the recipe stated beside it stays stated."""
+    source, path = made(tmp_path / "mine", token_mixer="attention", pos_embed=True), tmp_path / "open.yaml"
+    recipe = yaml.safe_load(recipe_file().read_text())
+    path.write_text(yaml.safe_dump({key: section for key, section in recipe.items() if key != "model"}))
+    stated = [f"train.init={source}", "model.depth=3", "train.init_anew=[blocks.2,blocks.0.attn]"]
+    whole = run_recipe(path, *stated, f"run.out={tmp_path / 'whole'}")
+    run_recipe(path, *stated, "train.max_steps=3", "checkpoint.every=2")
+    shutil.rmtree(source)
+    plan = dry_run(load_recipe(path, stated))
+    assert "goes on from step 3 of 8" in plan
+    assert f"init               {source}; drawn anew: blocks.0.attn, blocks.2.attn" in plan
+    assert_same_bits(whole, last := run_recipe(path, *stated))
+    config = SiTTransformer2DModel.load_config(last / "ema")
+    assert (config["hidden_size"], config["depth"], config["patch_size"], config["pos_embed"]) == (16, 3, 2, True)
+    with pytest.raises(InputError, match=r"model\.depth: 3 -> 2"):
+        run_recipe(path, stated[0], "train.init_anew=[blocks.0.attn]")
+    with pytest.raises(InputError, match=r"mine'.*no such folder"):
+        run_recipe(path, *stated, f"run.out={tmp_path / 'new'}")
+
+
+def test_by_force_another_run_begins_from_the_source_and_is_held_against_it(recipe_file, tmp_path):
+    source, path = made(tmp_path / "mine", token_mixer="attention"), recipe_file(model={"token_mixer": "attention"})
+    stated = [f"train.init={source}", "train.max_steps=1"]
+    run_recipe(path, *stated)
+    with pytest.raises(InputError, match=r"blocks\.2 \(not there\); state train\.init_anew=\[blocks\.2\]"):
+        train(load_recipe(path, [*stated, "model.depth=3"]), force=True)
+    last = train(load_recipe(path, [*stated, "train.lr=1e-9"]), force=True)
+    theirs = SiTTransformer2DModel.from_pretrained(source).state_dict()
+    assert all((tensor - theirs[name]).abs().max() < 2e-9 for name, tensor in weights(last, "model").items())
+
+
 def test_another_source_is_another_run(recipe_file, tmp_path):
     source, other = made(tmp_path / "mine"), made(tmp_path / "other", scale=0.2)
     path = recipe_file(model={"token_mixer": "attention"})
@@ -392,6 +428,15 @@ def test_other_latents_are_said(recipe_file, tmp_path, capsys, monkeypatch):
         'train.init was trained on other latents: {"codec": "identity", "scale": 1.0, "shift": 0.0} there, '
         '{"codec": "vae", "vae": "sd", "scale": 0.5, "shift": 0.0} here'
     ) in capsys.readouterr().err
+
+
+def test_classes_of_other_names_are_said_where_their_embeddings_are_kept(recipe_file, tmp_path, capsys, monkeypatch):
+    source = run_recipe(recipe_file("first"), f"run.out={tmp_path / 'first'}", "train.max_steps=1")
+    monkeypatch.setattr(Digits, "class_names", (*"012", "drei", *"456789"))
+    for number, (anew, said) in enumerate((("[]", True), ("[y_embedder]", False))):
+        stated = (f"train.init={source}", f"train.init_anew={anew}", "train.max_steps=1")
+        run_recipe(recipe_file(), *stated, f"run.out={tmp_path / str(number)}")
+        assert ("class 3 is '3' there, 'drei' here" in capsys.readouterr().err) == said
 
 
 def test_the_card_says_where_it_came_from(recipe_file, tmp_path):
