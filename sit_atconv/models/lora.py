@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sit_atconv.runtime.adapters import ADAPTERS
 from sit_atconv.runtime.errors import InputError, check_choice
 from sit_atconv.runtime.reading import parse_json, read_tensors
 
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-ANEW = "anew.safetensors"  # beside the file: tensors of the model that were trained as a whole, which diffusers ignores
 METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header
 PREFIX = "transformer."  # by which a pipeline knows whose adapters they are
 A, B, BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer"
@@ -78,16 +77,7 @@ def write_lora(folder: Path, tensors: Mapping[str, torch.Tensor], rank: int, alp
     layers = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in plain})
     said = {"r": rank, "lora_alpha": alpha, "target_modules": layers}
     said = {f"{PREFIX}{key}": value for key, value in said.items()}
-    save_file(plain, folder / FILE, {METADATA: json.dumps(said, sort_keys=True)})
-
-
-def check_whole(file: Path) -> None:
-    """Raise InputError where adapters alone are not what was trained, and the model would be another."""
-    if file.with_name(ANEW).is_file():
-        raise InputError(
-            f"LoRA {str(file)!r}: {ANEW} beside it holds parts that were drawn anew and trained as a whole; take the "
-            "run or its checkpoint, which has both"
-        )
+    save_file(plain, folder / ADAPTERS, {METADATA: json.dumps(said, sort_keys=True)})
 
 
 def read_lora(path: Path) -> Lora:
@@ -96,9 +86,9 @@ def read_lora(path: Path) -> Lora:
     Without metadata alpha is the rank, as diffusers has it. Raises InputError for a file that is damaged or holds more
     than pairs of A and B.
     """
-    file = path / FILE if path.is_dir() else path
+    file = path / ADAPTERS if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"LoRA {str(path)!r}: no such file, or folder with {FILE}")
+        raise InputError(f"LoRA {str(path)!r}: no such file, or folder with {ADAPTERS}")
     tensors, header = read_tensors(file, "LoRA")
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     layers = list(dict.fromkeys(name.removesuffix(A) for name in tensors if name.endswith(A)))

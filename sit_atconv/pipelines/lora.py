@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sit_atconv.models.lora import FILE, check_whole
+from sit_atconv.runtime.adapters import ADAPTERS, check_whole
 
 
 class TakesLora:
@@ -17,7 +17,7 @@ class TakesLora:
         by `from_run` then.
         """
         if isinstance(source, str | Path):
-            check_whole(Path(source) / FILE if Path(source).is_dir() else Path(source))
+            check_whole(Path(source) / ADAPTERS if Path(source).is_dir() else Path(source))
         options.setdefault("use_safetensors", True)
         self.transformer.load_lora_adapter(source, adapter_name=adapter_name, **options)
 

@@ -34,6 +34,7 @@ from sit_atconv.models import lora
 from sit_atconv.models.fitting import differences, is_named, take_weights
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import files, sharding
+from sit_atconv.runtime.adapters import ADAPTERS, ANEW, check_whole
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, check_choice, option, reason, said, told
 from sit_atconv.runtime.files import DiskFull, Lease, check_checkpoint, check_space, lease, sha256
@@ -112,12 +113,12 @@ def write_adapted(
     adapters = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     lora.write_lora(folder, adapters, rank, alpha)
     if anew := {name: tensor for name, tensor in tensors.items() if name not in adapters}:
-        save_file(anew, folder / lora.ANEW)
+        save_file(anew, folder / ANEW)
 
 
 def load_adapted_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """What `write_adapted` has written there, by peft's names."""
-    adapters = load_file(folder / lora.FILE)
+    adapters = load_file(folder / ADAPTERS)
     named = {name.removeprefix(lora.PREFIX).replace(".weight", ".default.weight"): adapters[name] for name in adapters}
     return named | load_anew(folder)
 
@@ -480,7 +481,7 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
     if has_model and not is_in_checkpoint(path):
         return _load_model_folder(path, dtype, variant)
     stored = stored_model(path)
-    if f"{stored.which}/{lora.FILE}" in stored.files:
+    if f"{stored.which}/{ADAPTERS}" in stored.files:
         return _load_adapted(stored, dtype)
     model = _load_model(stored.folder / stored.which, dtype, variant)
     return Trained(stored.folder, stored.which, stored.manifest, model, stored.files, stored.lease)
@@ -526,7 +527,10 @@ def _adapted(
         own, drawn = model.state_dict(), (manifest.get("recipe") or {}).get("train", {}).get("init_anew", [])
         if wrong := [each for each in differences(given.model, model) if not is_named(each.part, drawn)]:
             told_of = ", ".join(f"{each.part} ({each.said})" if each.part else each.said for each in wrong)
-            raise InputError(f"it is a LoRA of another architecture than that of {str(given.folder)!r}: {told_of}")
+            raise InputError(
+                f"it is a LoRA of another architecture than that of {str(given.folder)!r}: {told_of}; give the model "
+                "that it was trained on"
+            )
         take_weights(given.model.state_dict(), own, drawn)
         model.load_state_dict({**own, **anew})
         lora.fuse(model, adapters)
@@ -538,7 +542,7 @@ def model_of_average(folder: Path, manifest: dict[str, Any], tensors: dict[str, 
 
     Raises InputError for tensors that do not fit.
     """
-    if (folder / lora.FILE).is_file():
+    if (folder / ADAPTERS).is_file():
         adapters, ends = lora.read_lora(folder), [end.replace(".weight", ".default.weight") for end in (lora.A, lora.B)]
         with told("they do not fit its LoRA", KeyError):
             pairs = {layer: tuple(tensors[f"{layer}{end}"] for end in ends) for layer in adapters.pairs}
@@ -553,7 +557,7 @@ def model_of_average(folder: Path, manifest: dict[str, Any], tensors: dict[str, 
 
 def load_anew(folder: Path) -> dict[str, torch.Tensor]:
     """What lies beside adapters: the tensors of the parts that were drawn anew."""
-    return load_file(folder / lora.ANEW) if (folder / lora.ANEW).is_file() else {}
+    return load_file(folder / ANEW) if (folder / ANEW).is_file() else {}
 
 
 def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
@@ -566,11 +570,11 @@ def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = 
     given, path = load_any(base), Path(adapters).absolute()
     if (path / MANIFEST).is_file() or is_in_checkpoint(path) or step_folders(path):
         stored = stored_model(path)
-        if f"{stored.which}/{lora.FILE}" not in stored.files:
+        if f"{stored.which}/{ADAPTERS}" not in stored.files:
             raise InputError(f"LoRA {str(path)!r}: the run trained no LoRA; name it as {option('ckpt')}")
         return _load_adapted(stored, dtype, given)
-    file = path / lora.FILE if path.is_dir() else path
-    lora.check_whole(file)
+    file = path / ADAPTERS if path.is_dir() else path
+    check_whole(file)
     lora.fuse(given.model, lora.read_lora(file))
     given.files["lora"] = sha256(file)
     return dataclasses.replace(given, model=torch.nn.Module.to(given.model, dtype))

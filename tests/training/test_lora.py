@@ -16,8 +16,9 @@ from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe, make_recipe
 from sit_atconv.convert import export_public
 from sit_atconv.latents.codecs import IdentityCodec
-from sit_atconv.models.lora import FILE, fuse, linears, read_lora, targets
+from sit_atconv.models.lora import fuse, linears, read_lora, targets
 from sit_atconv.pipelines.exporting import export, open_source
+from sit_atconv.runtime.adapters import ADAPTERS
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.training.checkpoint import load_trained, load_with_lora
@@ -143,7 +144,7 @@ def test_the_base_has_no_gradient_and_stays(recipe, base):
 
 def test_a_checkpoint_is_small_and_opened_with_its_base(recipe, base):
     last = run_recipe(recipe, "train.max_steps=4")
-    assert sorted(path.name for path in (last / "ema").iterdir()) == ["config.json", FILE]
+    assert sorted(path.name for path in (last / "ema").iterdir()) == ["config.json", ADAPTERS]
     state = load_file(last / "optimizer.safetensors")
     assert {name.rpartition(".")[0].split(".lora_")[1] for name in state} == {"A.default.weight", "B.default.weight"}
     model = load_trained(last.parent).model
@@ -182,7 +183,7 @@ def test_a_run_goes_on_to_the_bit(recipe, tmp_path):
     run_recipe(recipe, "train.max_steps=3", "checkpoint.every=2")
     run_recipe(recipe, "train.max_steps=5")
     parts = run_recipe(recipe)
-    names = ("ema/" + FILE, "model/" + FILE, "optimizer.safetensors")
+    names = ("ema/" + ADAPTERS, "model/" + ADAPTERS, "optimizer.safetensors")
     assert [sha256(parts / name) for name in names] == [sha256(whole / name) for name in names]
     kept = [[row[key] for key in ("step", "loss", "grad_norm")] for row in log_rows(parts.parent)]
     assert kept == [[row[key] for key in ("step", "loss", "grad_norm")] for row in log_rows(whole.parent)]
@@ -235,7 +236,7 @@ def test_parts_drawn_anew_are_trained_with_it_and_stored(recipe, base, tmp_path,
     assert load_file(last / "ema" / "anew.safetensors").keys() == set(whole)
     run_recipe(recipe, anew, f"run.out={tmp_path / 'parts'}", "train.max_steps=1")
     parts = run_recipe(recipe, anew, f"run.out={tmp_path / 'parts'}", "train.max_steps=3")
-    for name in ("ema/anew.safetensors", f"ema/{FILE}", "model/anew.safetensors", "optimizer.safetensors"):
+    for name in ("ema/anew.safetensors", f"ema/{ADAPTERS}", "model/anew.safetensors", "optimizer.safetensors"):
         assert sha256(parts / name) == sha256(last / name), name
     model = load_trained(last).model
     stored = load_file(last / "ema" / "anew.safetensors")
@@ -262,11 +263,11 @@ def test_one_tensor_of_a_layer_drawn_anew_is_trained_and_stored(recipe):
 def test_adapters_alone_are_refused_where_more_was_trained(recipe, base, tmp_path):
     last = run_recipe(recipe, "train.init_anew=[y_embedder]", "train.max_steps=1")
     shutil.copytree(last / "ema", tmp_path / "copied")
-    for each in (last / "ema" / FILE, tmp_path / "copied"):
+    for each in (last / "ema" / ADAPTERS, tmp_path / "copied"):
         with pytest.raises(InputError, match=r"anew\.safetensors beside it holds parts that were drawn anew"):
             load_with_lora(base, each)
     pipe = SiTPipeline.from_run(base)
-    for each in (last / "ema", last / "ema" / FILE):
+    for each in (last / "ema", last / "ema" / ADAPTERS):
         with pytest.raises(InputError, match=r"anew\.safetensors beside it holds parts"):
             pipe.load_lora_weights(each)
     assert torch.equal(output(load_with_lora(base, last / "ema").model), output(load_trained(last).model))
@@ -327,7 +328,7 @@ def test_the_commands_draw_from_it(recipe, base, tmp_path):
     pictures = []
     for number, words in enumerate((
         ["--ckpt", last.parent], ["--ckpt", base, "--lora", last.parent], ["--ckpt", public, "--lora", last / "ema"],
-        ["--ckpt", base, "--lora", last / "ema" / FILE], ["--ckpt", base],
+        ["--ckpt", base, "--lora", last / "ema" / ADAPTERS], ["--ckpt", base],
     )):  # fmt: skip
         out = tmp_path / f"{number}.png"
         sample.main([*map(str, words), "--steps", "2", "--classes", "3", "4", "--out", str(out)])
@@ -338,6 +339,9 @@ def test_the_commands_draw_from_it(recipe, base, tmp_path):
     sampling(["generate", "--ckpt", str(base), "--lora", str(last.parent), *words])
     manifest = json.loads((tmp_path / "samples/manifest.json").read_text())
     assert manifest["lora"].endswith("run")
+    sampling(["generate", "--ckpt", str(public), "--lora", str(last / "ema"), *words])  # the same, from elsewhere
+    with pytest.raises(SystemExit):
+        sampling(["generate", "--ckpt", str(base), *words])
 
 
 def test_targets_are_names_or_ends_of_names(base):
