@@ -1,10 +1,10 @@
 """python -m experiments.finetune: fine-tuning against training from nothing, on digits, at equal steps.
 
-Two tasks. classes: digits 5 to 9 as new classes, for a model of digits 0 to 4. mixer: ATConv in half of the blocks of
-a model that has attention, on all digits. Each is done from nothing, from the trained model (`train.init`), and by LoRA
-on it. The arms of a task take the same number of steps, beyond which the trained model has had its own. Writes to OUT a
-table and raw JSON. Every arm is a run of train_sit.py in RUNS, with its held-out loss in result.json; a run that is
-there is not trained again.
+Two tasks. classes: digits 5 to 9 as new classes, for a model of digits 0 to 4. mixer: ATConv in two of the five blocks
+of a model that has attention, on all digits. Each is done from nothing, from the trained model (`train.init`), and by
+LoRA on it, of rank 8 and with four times the learning rate. The arms of a task take equally many steps; those of the
+trained model are not counted. Writes to OUT a table and raw JSON. Every arm is a run of train_sit.py in RUNS, with its
+held-out loss in result.json; a run that is there is not trained again.
 """
 
 import io

@@ -182,7 +182,8 @@ def sigkill(drill: Drill, runs: int) -> Row:
     repeated = max((entry["reached"] - entry["resumed_from"] for entry in done), default=0)
     seen = f"{len(done)} of {runs} end with the same bits (killed in {phases})"
     lost = f"nothing; up to {repeated} steps repeated"
-    return Row(drill.subject.script, "SIGKILL", runs, "; ".join([seen, *failures[:3]]), lost, not failures)
+    fault = "SIGKILL" if drill.subject.faults else f"SIGKILL, {drill.subject.name}"
+    return Row(drill.subject.script, fault, runs, "; ".join([seen, *failures[:3]]), lost, not failures)
 
 
 def sigterm(drill: Drill) -> str:
