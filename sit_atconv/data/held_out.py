@@ -64,13 +64,14 @@ def split(dataset: Dataset, share: float | None) -> tuple[Dataset, Part | None]:
     counts = np.bincount(dataset.labels[dataset.labels >= 0], minlength=len(dataset.class_names))
     kept = np.bincount(dataset.labels[held_out], minlength=len(dataset.class_names))
     if len(empty := np.flatnonzero((counts > 0) & (kept == 0))):
-        number = int(counts[empty[0]])
+        least = empty[np.argmin(counts[empty])]  # a share that does for it does for the others
+        number = int(counts[least])
         more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
         enough = math.ceil(100 / number) / 100
         remedy = "give it more" if number < 2 else f"state {enough:g} or more, or give it more"
         raise InputError(
             f"data.held_out={share:g} holds out none of the {number} images of class "
-            f"{dataset.class_names[empty[0]]!r}{more}; {remedy}"
+            f"{dataset.class_names[least]!r}{more}; {remedy}"
         )
     return Part(dataset, np.flatnonzero(~held_out)), Part(dataset, np.flatnonzero(held_out))
 

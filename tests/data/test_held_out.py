@@ -67,8 +67,9 @@ def test_both_parts_are_the_dataset_and_none_is_in_both():
 @pytest.mark.parametrize(
     ("counts", "share", "says"),
     [
-        ((20, 9, 3), 0.1, r"data.held_out=0.1 holds out none of the 9 images of class 'dog' \(and 1 more classes\); "
-                          "state 0.12 or more"),
+        ((20, 9, 3), 0.1, r"data.held_out=0.1 holds out none of the 3 images of class 'owl' \(and 1 more classes\); "
+                          "state 0.34 or more"),
+        ((20, 1, 9), 0.1, r"none of the 1 images of class 'dog' \(and 1 more classes\); give it more"),
         ((3, 30, 30), 0.33, "none of the 3 images of class 'cat'; state 0.34 or more, or give it more"),
         ((30, 30, 1), 0.5, "none of the 1 images of class 'owl'; give it more"),
     ],
@@ -77,7 +78,7 @@ def test_a_share_that_leaves_a_class_without_held_out_images_is_refused(counts, 
     with pytest.raises(InputError, match=says):
         split(Numbered(np.repeat([0, 1, 2], counts)), share)
     if "0.34" in says:  # the remedy is one
-        assert len(split(Numbered(np.repeat([0, 1, 2], counts)), 0.34)[1]) == 1 + 2 * 10
+        assert split(Numbered(np.repeat([0, 1, 2], counts)), 0.34)[1]
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
@@ -111,7 +112,7 @@ def expected_batch(images, count, shape):
     return torch.tensor(t, dtype=torch.float32), noise, posterior
 
 
-@pytest.mark.parametrize(("num", "images"), [(None, range(12)), (5, [0, 2, 4, 7, 9]), (13, range(12))])
+@pytest.mark.parametrize(("num", "images"), [(None, range(12)), (5, [0, 1, 5, 6, 10]), (13, range(12))])
 def test_what_a_validation_is_made_of_belongs_to_the_image_alone(num, images):
     dataset = Numbered(np.arange(12) % 3)
     shape, count = (2, 4, 4), len(images)
@@ -128,6 +129,14 @@ def test_what_a_validation_is_made_of_belongs_to_the_image_alone(num, images):
     for place in (0, count - 1):  # in a batch of another size, too
         alone = samples.__getitems__([place])[0]
         assert all(torch.equal(value[0], batch[key][place]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize("labels", [np.arange(2000) % 10, np.repeat(np.arange(10), 200)])
+def test_images_of_a_validation_are_evenly_spread_over_the_classes_in_turn_or_one_after_the_other(labels):
+    chosen = ValidationSamples(Numbered(labels), (1, 1, 1), TimeSampling(), num=100).images
+    assert np.bincount(labels[chosen]).tolist() == [10] * 10
+    for label in range(10):
+        assert np.flatnonzero(labels == label).tolist()[::20] == chosen[labels[chosen] == label].tolist()
 
 
 def test_times_are_those_of_the_recipe_and_of_no_class():
