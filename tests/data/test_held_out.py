@@ -9,7 +9,7 @@ from sampled import sampled
 
 from sit_atconv.config import Data, load_recipe, make_recipe
 from sit_atconv.data import open_dataset
-from sit_atconv.data.held_out import Part, is_held_out, split
+from sit_atconv.data.held_out import Part, is_held_out, split, tell_of_share
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.samples import ValidationSamples
 from sit_atconv.flow.times import TimeSampling
@@ -187,6 +187,17 @@ def test_a_plan_says_how_many_are_held_out_and_counts_epochs_without_them(image_
 def test_what_cannot_be_held_out_or_validated_is_refused(stated, says):
     with pytest.raises(InputError, match=says):
         make_recipe({"run": {"out": "x"}, **stated})
+
+
+def test_a_model_that_has_learnt_what_a_run_holds_out_is_told_of(capsys):
+    for stored, share, told in (
+        ({}, 0.1, "null"), ({"held_out": None}, 0.1, "null"), ({"held_out": 0.2}, 0.1, "0.2"),
+        ({"held_out": 0.1}, 0.1, None), ({"held_out": 0.2}, None, None), ({}, None, None), (None, 0.1, None),
+    ):  # fmt: skip
+        tell_of_share("distill.teacher='x'", {"recipe": {"data": stored}} if stored is not None else {}, share)
+        said = capsys.readouterr().err
+        assert said.startswith(f"warning: distill.teacher='x' was trained with data.held_out={told}, and") == bool(told)
+        assert bool(said) == bool(told)
 
 
 def test_digits_hold_out_some_of_their_training_images(tmp_path):
