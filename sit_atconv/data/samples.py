@@ -163,10 +163,11 @@ class TrainingSamples(Samples):
 
 
 class ValidationSamples(Dataset):
-    """What the loss of held-out images is computed from: the same at every validation, and in every run of them.
+    """What the loss of held-out images is computed from: the same at every validation, and in every run of the same
+    dataset, time and num.
 
     dataset: the held-out images. latent_shape (C, H, W), posterior: as of TrainingSamples. time: how t is drawn. num:
-    images at most, evenly spread over those of every class, with a share of each as it has of all; None is all.
+    images at most, evenly spread over those of every class; None is all.
     Noise, posterior and t belong to the held-out image, not to run.seed, a step or a process. t is stratified over the
     images: of n, each has another of n equal parts of the distribution, in a random order. No image is mirrored, and no
     label dropped.
