@@ -347,7 +347,8 @@ FEWER = {
     "preview.every=0 ema.decay=0.9",
     r"^train pixels32": "train.max_steps=1 train.batch_size=2 data.held_out=0.25 model.depth=1 preview.every=0",
     r"^classify digits": "train.batch_size=2 train.epochs=0.8128 train.warmup_epochs=0 model.input_size=16",
-    r"^train mine.yaml": "train.max_steps=1 train.batch_size=2 model.depth=1 preview.num=3 preview.steps=2 preview.every=1",
+    r"^train mine.yaml": "train.max_steps=1 train.batch_size=2 model.depth=1 preview.num=3 preview.steps=2 "
+    "preview.every=1",
     r"^classify small": "train.batch_size=2 train.epochs=0.5 train.warmup_epochs=0 data.workers=0 "
     "data.held_out=0.25",
     r"^(sample|generate) ": "--steps 2",

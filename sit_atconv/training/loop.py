@@ -11,7 +11,7 @@ from sit_atconv.data.held_out import split
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.runtime.devices import check_bf16, numerics
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.processes import first, is_main, lost_ones_told
+from sit_atconv.runtime.processes import first, is_main, lost_ones_told, together
 from sit_atconv.runtime.signals import StopSignals
 from sit_atconv.training.activities import Announcement, Previews, Scorer, Scores, Snapshots, Validations
 from sit_atconv.training.drawing import open_drawing
@@ -62,7 +62,10 @@ def train(
         kind.check_launch(accelerator)
         objective = kind(recipe, facts)
         measured = describe(training, codec, held_out)
-        drawing = open_drawing(recipe, objective.model, measured["codec"], dataset.class_names).to(accelerator.device)
+        opening = partial(open_drawing, recipe, objective.model, measured["codec"], dataset.class_names)
+        drawing = together(opening)  # where the guide's run is being trained, one process may fail alone
+        drawing.check_shared()
+        drawing.to(accelerator.device)
         if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
         objective.open(codec)
