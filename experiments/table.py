@@ -42,8 +42,9 @@ from sit_atconv.runtime.reading import as_stored, read_json, read_yaml
 from sit_atconv.runtime.signals import ENDING, handled
 from sit_atconv.sampling import FORMATS, generate
 from sit_atconv.sampling.labels import RULES, sample_labels
-from sit_atconv.sampling.samples import MANIFEST
+from sit_atconv.sampling.samples import MANIFEST, PLACES
 from sit_atconv.sampling.settings import SAMPLERS, SHORT, Sampling, flag
+from sit_atconv.sampling.trained import describe_guide
 from sit_atconv.scoring import DIGITS, GIVES
 from sit_atconv.scoring.extractor import INCEPTION_PROTOCOL, Kind, inception_weights, kind_of, load_extractor, parsed
 from sit_atconv.scoring.features import INDEX, is_features
@@ -55,7 +56,9 @@ from sit_atconv.training.resolved import resolved
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
+SEED = "{seed}"  # in a text that each training seed has its own of
 FULL = {short: name for name, short in SHORT.items()}
+CURVES = ("curves.md", "curves.json", "curves.png")  # what experiments.curves writes beside the tables
 
 
 @dataclass
@@ -87,7 +90,10 @@ class Entry:
 
 @dataclass
 class Sampler(Sampling):
-    """Options of `python -m sampling generate`: how images are drawn, and which; as SHORT calls them."""
+    """Options of `python -m sampling generate`: how images are drawn, and which; as SHORT calls them.
+
+    guide: as `--guide` takes it; {seed} in it stands for the training seed of the model that it guides.
+    """
 
     sampler: str = chosen(MISSING, SAMPLERS)
     guidance_scale: float = MISSING
@@ -109,6 +115,12 @@ class Sampler(Sampling):
             limits.BATCH.check("batch=", self.batch)
             if self.labels not in RULES and not Path(self.labels).is_file():
                 raise InputError(f"labels={self.labels!r}: no such file; choose from {list(RULES)} or give a file")
+
+    def of(self, model: "Model") -> "Sampler":
+        """The sampler of one model, with its training seed in the guide's place."""
+        if self.guide is None or model.recipe is None:
+            return self
+        return dataclasses.replace(self, guide=self.guide.replace(SEED, str(model.recipe.run.seed)))
 
     def options(self) -> list[str]:
         words = []
@@ -150,6 +162,13 @@ class Table:
             names = [each.name for each in getattr(self, what)]
             if not names or len(set(names)) < len(names):
                 raise InputError(f"{what} {names}: give at least one, and each a name of its own")
+        seedless = next((entry.name for entry in self.entries if entry.recipe is None), None)
+        for sampler in self.samplers:
+            if seedless is not None and SEED in (sampler.guide or ""):
+                raise InputError(
+                    f"sampler {sampler.name!r}: guide={sampler.guide}: {SEED} stands for the seed of a recipe, and "
+                    f"entry {seedless!r} has ckpts; name one guide for all"
+                )
 
 
 def load_table(path: Path) -> Table:
@@ -206,7 +225,7 @@ def models(table: Table) -> list[Model]:
     for entry in table.entries:
         for seed in entry.seeds:
             run = Path(table.runs) / f"{entry.name}-seed{seed}"
-            overrides = [override.replace("{seed}", str(seed)) for override in entry.overrides]
+            overrides = [override.replace(SEED, str(seed)) for override in entry.overrides]
             words = [entry.recipe, *overrides, f"run.seed={seed}", f"run.out={run}"]
             recipe = config.load_recipe(words[0], words[1:])
             found.append(Model(run.name, entry.method, run, run / "samples", words, recipe))
@@ -332,11 +351,37 @@ def missing(table: Table, wanted: list[Model]) -> list[str]:
             inception_weights(table.weights)
         except InputError as error:
             found.append(str(error).replace("--weights", "weights"))
-    return found + [
+    elif kind.needed or (table.extractor is not None and not kind.on_cpu):
+        try:
+            _described(table.extractor or reference_spec(table.ref))
+        except InputError as error:
+            found.append(str(error).replace("--extractor", "extractor"))
+    found += [
         f"checkpoint {str(model.ckpt)!r} is not there; train or convert it to that place, or name another in ckpts"
         for model in wanted
         if model.recipe is None and not model.ckpt.is_dir()
     ]
+    for sampler in table.samplers:
+        for place in dict.fromkeys(sampler.of(model).guide for model in wanted):
+            try:
+                with named(f"sampler {sampler.name!r}: guide"):
+                    find_guide(place, wanted)
+            except InputError as error:
+                found.append(str(error))
+    return found
+
+
+def find_guide(place: str | None, wanted: list[Model]) -> dict[str, Any] | None:
+    """What samples record of a guide; None without one, and of one in a run that the table has yet to train.
+
+    Raises InputError where there is none.
+    """
+    coming = place is not None and any(
+        Path(place).resolve().is_relative_to(model.ckpt.resolve()) and not is_trained(model)
+        for model in wanted
+        if model.recipe is not None
+    )
+    return None if place is None or coming else describe_guide(checkpoint.load_trained(place))
 
 
 class Runner:
@@ -404,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(lacking[0])
     for sampler in table.samplers:
         for model in wanted:
-            check_samples(table, model, sampler)
+            check_samples(table, model, sampler, wanted)
     make(table, wanted, Runner(args.processes, args.dry_run))
     for sentence in lacking:
         print(f"# {sentence}")
@@ -445,6 +490,7 @@ def leftovers(table: Table, wanted: list[Model]) -> list[Path]:
     """Files among the results that this table does not write, as of an entry or a sampler that it had before."""
     out, samplers = Path(table.out), [sampler.name for sampler in table.samplers]
     written = {out / f"{name}{suffix}" for name in samplers for suffix in (".md", ".json")}
+    written |= {out / name for name in CURVES}
     written |= {out / "raw" / f"{model.label}-{name}.json" for name in samplers for model in wanted}
     there = [*out.glob("*.md"), *out.glob("*.json"), *(out / "raw").glob("*.json")]
     return sorted(path for path in there if path not in written)
@@ -467,7 +513,7 @@ def copy_result(source: Path, target: Path) -> None:
 def generate_words(table: Table, model: Model, sampler: Sampler) -> list[str]:
     """Options of `python -m sampling generate`."""
     words = ["--ckpt", str(model.ckpt), "--num", str(table.num), "--format", table.format]
-    return [*words, *sampler.options(), "--out", str(model.samples / sampler.name)]
+    return [*words, *sampler.of(model).options(), "--out", str(model.samples / sampler.name)]
 
 
 def stored_settings(samples: Path) -> tuple[dict[str, Any], bool] | None:
@@ -484,8 +530,11 @@ def stored_settings(samples: Path) -> tuple[dict[str, Any], bool] | None:
     return None
 
 
-def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
-    """Raise InputError where samples are there that were begun with settings other than the table's."""
+def check_samples(table: Table, model: Model, sampler: Sampler, wanted: list[Model]) -> None:
+    """Raise InputError where samples are there that were begun with settings other than the table's, or another guide.
+
+    wanted: all models of the table, of which some may be guides that are yet to be trained.
+    """
     samples = model.samples / sampler.name
     if (stored := stored_settings(samples)) is None:
         return
@@ -498,7 +547,12 @@ def check_samples(table: Table, model: Model, sampler: Sampler) -> None:
         del known["epsilon"]
     if model.recipe is not None:
         known["step"] = model.recipe.train.max_steps
-    if changed := differences({key: stored[0].get(key) for key in known}, as_stored(known)):
+    guide = sampler.of(model).guide
+    with suppress(InputError):  # one that is not there is told by `missing`
+        found = find_guide(guide, wanted)
+        if found is not None or guide is None or stored[0].get("guide") is None:
+            known["guide"] = found or guide
+    if changed := differences({key: stored[0].get(key) for key in known}, as_stored(known), PLACES):
         raise InputError(
             f"{str(samples)!r} has samples with other settings than the table's, {changed[0]}; give sampler "
             f"{sampler.name!r} another name, or remove {str(samples)!r}"
@@ -514,7 +568,8 @@ def is_sampled(model: Model, sampler: Sampler) -> bool:
     if sampler.vae is not None and (manifest.get("codec") or {}).get("vae") != sampler.vae:
         return False
     try:
-        guided = sampler.guide and checkpoint.load_trained(sampler.guide).files
+        guide = sampler.of(model).guide
+        guided = guide and checkpoint.load_trained(guide).files
         if (manifest.get("guide") or {}).get("checkpoint_sha256") != guided:
             return False
         return manifest.get("checkpoint_sha256") == checkpoint.load_trained(model.ckpt).files

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 import sit_atconv.models.attnet  # noqa: F401, its names of timm
 from experiments import front_page
+from experiments.data import CLASSES, SIDE
 from sit_atconv import ATConv, SiTTransformer2DModel, swap_attention
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.commands import COMMANDS, parser_of
@@ -180,8 +181,20 @@ def test_every_block_is_of_a_kind_that_is_tested(page):
     assert {block.language for block in blocks(page)} <= {"bash", "python", "yaml"}
 
 
+def write_recipe(block: Block) -> str:
+    """Write a block of YAML to the file that its first line names, in the current folder; the name."""
+    (name,) = re.findall(r"\A# (\w+\.yaml)\n", block.text)
+    Path(name).write_text(block.text)
+    return name
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_line_is_one_that_its_command_takes(page, monkeypatch):
+def test_every_command_line_is_one_that_its_command_takes(page, tmp_path, monkeypatch):
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        if block.language == "yaml":
+            write_recipe(block)
     for line in lines(page):
         with monkeypatch.context() as patch:
             check(line, patch)
@@ -332,9 +345,10 @@ FEWER = {
     "preview.every=0",
     r"^train imagefolder": "train.max_steps=1 train.batch_size=2 train.precision=fp32 data.workers=0 model.depth=1 "
     "preview.every=0 ema.decay=0.9",
-    r"^train imagefolder run.out=runs/own": "preview.every=1 preview.num=3 preview.steps=2",
     r"^train pixels32": "train.max_steps=1 train.batch_size=2 data.held_out=0.25 model.depth=1 preview.every=0",
     r"^classify digits": "train.batch_size=2 train.epochs=0.8128 train.warmup_epochs=0 model.input_size=16",
+    r"^train mine.yaml": "train.max_steps=1 train.batch_size=2 model.depth=1 preview.num=3 preview.steps=2 "
+    "preview.every=1",
     r"^classify small": "train.batch_size=2 train.epochs=0.5 train.warmup_epochs=0 data.workers=0 "
     "data.held_out=0.25",
     r"^(sample|generate) ": "--steps 2",
@@ -427,6 +441,16 @@ def images(vae_folder: Path) -> None:
     shutil.copytree(vae_folder, "VAE")
 
 
+def clothes() -> None:
+    """data/fashion/train: noise in the folders of Fashion-MNIST, ten images each."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(100):
+        folder = Path("data/fashion/train") / CLASSES[index % 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (SIDE, SIDE), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:05}.png")
+
+
 def classifier() -> None:
     """The AttNet run that docs/attnet.md trains."""
     run("sit-atconv classify digits_attnet run.out=runs/digits_attnet", Path())
@@ -450,6 +474,8 @@ def before(page: str, vae_folder: Path) -> None:
     """Make in the current folder what a page takes for there."""
     if page in ("README", "training", "principles", "scoring", "attnet"):
         images(vae_folder)
+    elif page == "own_images":
+        clothes()
     if page == "interop":
         downloads(vae_folder)
     elif page == "swap":
@@ -471,7 +497,7 @@ def before(page: str, vae_folder: Path) -> None:
 
 
 RUN = [
-    *slowly(["README", "training", "sampling", "scoring", "attnet", "principles", "eval/README"]),
+    *slowly(["README", "own_images", "training", "sampling", "scoring", "attnet", "principles", "eval/README"]),
     "interop", "swap", "operator",
 ]  # fmt: skip
 LEFT = {  # more of what the steps leave behind
@@ -480,7 +506,8 @@ LEFT = {  # more of what the steps leave behind
     "scoring": ("own.npz", "colours.npz", "SAMPLES/metrics.json"),
     "principles": ("runs/principles/fields.png", "runs/principles/attnet/routing.png"),
     "attnet": ("runs/digits_attnet/step-0000584/ema/config.json",),
-    "training": ("runs/scored/scores.jsonl", "averaged/config.json", "runs/own/previews/step-0000001.png"),
+    "training": ("runs/scored/scores.jsonl", "averaged/config.json"),
+    "own_images": ("runs/mine/previews/step-0000001.png", "runs/mine/samples/first/metrics.json", "mine-for-all"),
 }
 
 
@@ -496,9 +523,7 @@ def test_a_page_runs_in_its_order(page, tmp_path, vae_folder, monkeypatch):
             if name := re.match(r"# (\w+\.py)\n", block.text):
                 Path(name[1]).write_text(block.text)
         elif block.language == "yaml":
-            (name,) = re.findall(r"\A# (\w+\.yaml)\n", block.text)
-            Path(name).write_text(block.text)
-            assert load_recipe(name).train.max_steps == 20_000
+            load_recipe(write_recipe(block))
         for line in lines_of(block):
             if not left_out(line):
                 run(line, tmp_path)

@@ -65,6 +65,7 @@ def _draw(args: argparse.Namespace) -> None:
     from sit_atconv.runtime.console import Progress
     from sit_atconv.sampling.graphs import Graphs
     from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label, too_large
+    from sit_atconv.sampling.settings import in_short
     from sit_atconv.sampling.setup import setup
 
     ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, lora=args.lora)
@@ -93,7 +94,8 @@ def _draw(args: argparse.Namespace) -> None:
             indices = range(first, first + len(part))
             model, watch = ready.trained.model, noted(bar, len(part))
             try:
-                batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
+                with in_short():
+                    batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
             except torch.OutOfMemoryError:
                 raise too_large(args.batch, model.device, "a smaller one", graphs) from None
             images.append(batch)

@@ -411,7 +411,7 @@ class Validation(Section):
     """The loss of the sampled average on held-out images (data.held_out) while training."""
 
     every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two validations; 0 makes none
-    # held-out images at most, evenly spread over them; null: all
+    # held-out images at most, evenly spread over those of every class; null: all
     num: int | None = ranged(None, Range(1, 10_000_000, "each has a loss in memory"))
     batch_size: int = ranged(64, limits.BATCH)  # of every process
 

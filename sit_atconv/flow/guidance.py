@@ -28,6 +28,8 @@ class Evaluations(int):
     def __add__(self, other: int) -> Evaluations:
         return Evaluations(int(self) + int(other), self.of_guide + getattr(other, "of_guide", 0))
 
+    __radd__ = __add__  # of sum(), which begins with 0
+
 
 ALONE, BOTH_CLASSES, WITH_GUIDE = Evaluations(1), Evaluations(2), Evaluations(2, 1)
 

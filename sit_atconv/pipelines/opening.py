@@ -1,20 +1,19 @@
 """From a folder to a pipeline: of a run, a checkpoint, a model alone, or a pipeline, exported or not."""
 
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime.errors import InputError, option, told
-from sit_atconv.runtime.reading import Malformed, read_config, read_json, read_tensors
-from sit_atconv.runtime.weights import STEM, own_variant
+from sit_atconv.runtime.reading import Malformed, read_config, read_json
+from sit_atconv.runtime.weights import own_variant
 from sit_atconv.sampling.trained import check_weaker, open_guide
 from sit_atconv.training.checkpoint import ID2LABEL_FORM, PIPELINE_INDEX, load_trained
 
@@ -49,36 +48,37 @@ def open_as(
     kind: SiTPipeline, or a class that derives from it. vae: folder or hub id of the autoencoder, where it does not come
     with the model, or has moved. variant: of the weights, such as "fp16", as `DiffusionPipeline.from_pretrained` takes
     it: of each part that has it. guide: of autoguidance, as `load_trained` takes it; the one in a pipeline's folder,
-    where none is named.
+    where none is named. Transformer and guide each have the narrowest dtype that holds their weights on disk.
     Raises InputError for a folder that is none of these, is damaged, or needs another autoencoder, and for a guide that
     does not fit.
     """
     folder = Path(source)
     is_pipeline = (folder / PIPELINE_INDEX).is_file()
-    trained = load_trained(folder, variant=variant)
-    names = [name for name in trained.files if Path(name).match(f"{STEM}*.safetensors")]
-    tensors = (each for name in names for each in read_tensors(trained.folder / name, "model")[0].values())
-    # The narrowest that holds all of them; the sum of a model and its LoRA is in fp32.
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors} or {torch.float32})
-    if dtype != torch.float32:
-        trained = load_trained(folder, dtype, variant)
-    weaker = None
+    trained, weaker = load_trained(folder, None, variant), None
     if guide is not None:
         called = option("guide", str(guide))
-        weaker = open_guide(guide, called, trained.model, trained.stated("codec"), trained.id2label, dtype).model
+        weaker = open_guide(guide, called, trained.model, trained.stated("codec"), trained.id2label, None).model
         check_weaker(weaker, trained.model, called)
     if is_pipeline:
         pipeline = _open_pipeline(kind, folder, trained.model, weaker, vae, variant)
     else:
         codec = reopen_codec(trained.stated("codec"), vae, batch_size=1)
-        pipeline = kind(
-            trained.model,
-            codec.vae if isinstance(codec, VaeCodec) else None,
-            weaker,
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-            id2label=trained.id2label,
-        )
-    return Source(pipeline, trained.manifest, dtype)
+        vae = codec.vae if isinstance(codec, VaeCodec) else None
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        pipeline = _made(kind, trained.model, vae, weaker, scheduler, trained.id2label)
+    return Source(pipeline, trained.manifest, trained.model.dtype)
+
+
+def _made(
+    kind: type[DiffusionPipeline],
+    transformer: SiTTransformer2DModel,
+    vae: AutoencoderKL | None,
+    guide: SiTTransformer2DModel | None,
+    scheduler: SchedulerMixin,
+    id2label: dict | None,
+) -> DiffusionPipeline:
+    by = {} if guide is None else {"guide": guide}  # what derives from SiTPipeline may take none
+    return kind(transformer, vae, scheduler=scheduler, id2label=id2label, **by)
 
 
 def _open_pipeline(
@@ -105,7 +105,7 @@ def _open_pipeline(
         vae = folder / "vae" if beside else vae
     if guide is None and (index.get("guide") or [None])[0] is not None:
         own = own_variant(folder / "guide", variant)
-        guide = load_trained(folder / "guide", transformer.dtype, own).model
+        guide = load_trained(folder / "guide", None, own).model
     own = own_variant(folder / "vae", variant) if beside else None
     autoencoder = VaeCodec(str(vae), batch_size=1, variant=own).vae if vae is not None else None
-    return kind(transformer, autoencoder, guide, scheduler=scheduler, id2label=index.get("id2label"))
+    return _made(kind, transformer, autoencoder, guide, scheduler, index.get("id2label"))

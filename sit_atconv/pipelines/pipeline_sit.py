@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral
+from os import PathLike
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
 from sit_atconv.flow.path import LinearPath
@@ -56,13 +57,22 @@ def _take_back(name: str, given, handed: torch.Tensor) -> torch.Tensor:
     return given.to(handed)
 
 
+def _check_kind(guide) -> None:
+    """Raise InputError for a guide that is no model."""
+    if isinstance(guide, str | PathLike):
+        raise InputError(f"guide={str(guide)!r} is a place; give the model in it, as SiTPipeline.from_run does")
+    if not (guide is None or isinstance(guide, SiTTransformer2DModel) or is_compiled_module(guide)):
+        raise InputError(f"guide is a {type(guide).__name__}; give a SiTTransformer2DModel, or None")
+
+
 class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
     transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in
     [-1, 1]. guide: a weaker SiTTransformer2DModel of the same latents and classes, or None; guidance is then away from
-    it (autoguidance), and not from the null class. scheduler: a flow-matching one, see `schedulers.check_scheduler`.
-    id2label: names of the classes by id; one with commas stands for each of its parts, as ImageNet's do.
+    it (autoguidance), and not from the null class. One that is assigned later goes to the pipeline's device.
+    scheduler: a flow-matching one, see `schedulers.check_scheduler`. id2label: names of the classes by id; one with
+    commas stands for each of its parts, as ImageNet's do.
     Time: the scheduler's sigma is 1 - t, and what it integrates, noise - data, is minus the velocity.
     Raises ValueError for a transformer, guide or scheduler that does not fit.
     """
@@ -72,6 +82,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     _optional_components = ["vae", "guide"]  # noqa: RUF012 (diffusers' own type)
     _callback_tensor_inputs = ["latents", "class_labels"]  # noqa: RUF012
     _current_timestep = None
+    guide = None  # in a class derived from this one that takes none
 
     def __init__(
         self,
@@ -89,11 +100,25 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                 "transformer with `sit-atconv sample`"
             )
         check_scheduler(scheduler)
-        self.register_modules(transformer=transformer, vae=vae, guide=guide, scheduler=scheduler)
+        _check_kind(guide)
+        modules = {"transformer": transformer, "vae": vae, "guide": guide, "scheduler": scheduler}
+        taken = inspect.signature(type(self)).parameters
+        self.register_modules(**{name: module for name, module in modules.items() if name in taken})
         self.register_to_config(id2label=id2label)
         self._check_vae()
         self._check_guide()
         self._classes = Classes(transformer.config.num_classes, id2label, "the pipeline has no id2label")
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "guide":
+            _check_kind(value)
+        given = name in self._optional_components and name in vars(self) and value is not None
+        if given and self.config[name][0] is None:
+            self.register_modules(**{name: value})  # which comes back; the index would say that there is none still
+            return
+        if given and name == "guide":
+            value.to(execution_device(self))
+        super().__setattr__(name, value)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -209,8 +234,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         Returns ImagePipelineOutput, or a tuple with the images; state and velocity are fp32, the transformer runs in
         its own dtype.
         Warns of a scheduler that is right for distilled models alone.
-        Raises ValueError for bad labels, shapes, choices, schedulers, for guidance without null class and guide, and
-        for a guide that does not fit.
+        Raises ValueError for bad labels, shapes, choices, schedulers, for guidance without null class and guide, for an
+        interval of guidance that no step lies in, and for a guide that does not fit.
         """
         if caution := check_scheduler(self.scheduler):
             warnings.warn(caution, stacklevel=3)  # of the caller: torch.no_grad is between
@@ -236,7 +261,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         given, latents = latents, self.prepare_latents(len(ids), generator, latents)
         class_labels = torch.tensor(ids, device=latents.device)
         timesteps, times = self._schedule(num_inference_steps, sigmas, given is not None)
-        times = times.clamp(*guided_by.interval(self.transformer))  # where the predictions give a velocity
+        if guidance_scale != 1:
+            guided_by.check_acts(times.clamp(*guided_by.interval(self.transformer)))
         self._num_timesteps = len(timesteps)
         # A list of generators is for schedulers that draw, too.
         draws = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -247,7 +273,9 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                     continue
                 self._current_timestep = timestep
                 guided = self._guided(class_labels, guided_by)
-                velocity = guided(latents, t)
+                # Where the predictions of those that act give a velocity.
+                acting = Sampling(guide=self._guide_at(self._guidance_scale))
+                velocity = guided(latents, t.clamp(*acting.interval(self.transformer)))
                 self._nfe += guided.nfe
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]
                 if callback_on_step_end is not None:

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -503,11 +504,23 @@ def _training(runs: Sequence[Run]) -> list[Content]:
         scores.append(_curve(title, [_series(index, run, run.scores, key) for index, run in trained]))
     return [
         tag("h3", "Curves from log.jsonl and validation.jsonl"),
+        tag("p", unlike, class_="soft") if (unlike := _validated_unlike([run for _, run in trained])) else None,
         tag("div", charts, class_="charts"),
         tag("h3", "Scores while training"),
         tag("p", _scoring(trained), class_="soft") if names else tag("p", "Scores while training: ", UNMEASURED, "."),
         tag("div", scores, class_="charts") if scores else None,
     ]
+
+
+def _validated_unlike(runs: Sequence[Run]) -> str | None:
+    """A warning where validation losses are not all of equally many images, and so of different ones."""
+    stated = {run.name: sorted({number(row.get("num")) for row in run.validation} - {None}) for run in runs}
+    if len({num for nums in stated.values() for num in nums}) < 2:
+        return None
+    told = "; ".join(
+        f"{name} of {' and of '.join(f'{num:,}' for num in nums)}" for name, nums in stated.items() if nums
+    )
+    return f"Validation losses are of different images, and cannot be compared: {told}."
 
 
 def _more_losses(trained: Sequence[tuple[int, Run]]) -> list[Markup]:
@@ -526,25 +539,23 @@ def _more_losses(trained: Sequence[tuple[int, Run]]) -> list[Markup]:
 
 
 def _scoring(trained: Sequence[tuple[int, Run]]) -> str:
-    ways = [
-        (run.name, _drawn({"num": run.scores[-1].get("num"), **_mapping(run.scores[-1].get("sampling"))}))
-        for _, run in trained
-        if run.scores
-    ]
-    ways = [
-        (name, way + _features_of(run))
-        for (name, way), run in zip(ways, (run for _, run in trained if run.scores), strict=True)
-    ]
+    ways = [(run.name, _ways(run.scores)) for _, run in trained if run.scores]
     same = len({way for _, way in ways}) == 1
     told = ways[0][1] if same else " ".join(f"{name}: {way}" for name, way in ways)
     return f"Of the EMA, as it was then. {told}"
 
 
-def _features_of(run: Run) -> str:
-    """Whose features the newest score of a run is in, where its distance is no FID and the run says so."""
-    last = run.scores[-1]
-    told = features_told(last, [_mapping(last.get("extractor"))]) if last.get("extractor") else None
-    return "" if told is None else f" {told[0].upper()}{told[1:]}."
+def _ways(scores: Sequence[dict[str, Any]]) -> str:
+    """How the images of a run's scores were made; where that changed, as on a resume, from which step on each."""
+    ways = [(way, next(rows).get("step")) for way, rows in groupby(scores, _way)]
+    return " ".join(f"From step {_quantity(step)}: {way}" for way, step in ways) if len(ways) > 1 else ways[0][0]
+
+
+def _way(score: dict[str, Any]) -> str:
+    """How the images of a score were made, and whose features it is in, where its distance is no FID and says so."""
+    told = features_told(score, [_mapping(score.get("extractor"))]) if score.get("extractor") else None
+    features = "" if told is None else f" {told[0].upper()}{told[1:]}."
+    return _drawn({"num": score.get("num"), **_mapping(score.get("sampling"))}) + features
 
 
 def _series(index: int, run: Run, rows: Sequence[dict[str, Any]], key: str, over: str = "step") -> Series:

@@ -25,6 +25,7 @@ from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
 from sit_atconv.sampling.sampling import generate, noted, too_large
+from sit_atconv.sampling.settings import in_short
 from sit_atconv.sampling.setup import Setup, setup
 from sit_atconv.sampling.trained import describe_guide, describe_trained
 
@@ -108,6 +109,8 @@ class _Work:
         self.ready = setup(
             args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True, lora=args.lora
         )
+        with in_short():
+            self.ready.sampling.check_acts_on(self.ready.trained.model)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)

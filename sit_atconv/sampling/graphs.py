@@ -65,13 +65,14 @@ class Graphs:
     elsewhere, as after `to` or with adapters, the graphs are recorded anew. Take new Graphs for another backend of
     attention, other scales of adapters and other switches of precision: the graphs do not see them.
     The graphs share their memory, which they hold until `clear` is called, or this object is gone.
-    After a recording that failed nothing more is recorded or replayed: CUDA may take it to be under way still.
+    After a recording that failed, of either network, nothing more is recorded or replayed, also after `clear`: CUDA may
+    take it to be under way still.
 
     recorder: what records; a test takes another one.
     """
 
     def __init__(self, recorder: type[Cuda] = Cuda):
-        self._recorder, self._failed = recorder, False
+        self._recorder, self._faults = recorder, []  # of recordings, shared with `beside`
         self.clear()
 
     @property
@@ -79,6 +80,7 @@ class Graphs:
         """Those of the network that guides this one's, in memory of their own."""
         if self._beside is None:
             self._beside = Graphs(self._recorder)
+            self._beside._faults = self._faults
         return self._beside
 
     def clear(self) -> None:
@@ -96,7 +98,7 @@ class Graphs:
         tells, with the first error, and from then on all runs as it is. Where a recording would not do what the calls
         do, see `can_record`, this is the network itself. Raises ValueError for another model than before.
         """
-        if self._failed or not can_record(model, self._recorder.kind):
+        if self._faults or not can_record(model, self._recorder.kind):
             return network
         if self._model not in (None, model):
             raise ValueError("these graphs are of another model; take new ones")
@@ -106,7 +108,8 @@ class Graphs:
         self._model, self._places = model, places
 
         def replayed(*inputs: torch.Tensor) -> torch.Tensor:
-            if self._failed:
+            if self._faults:
+                self._forget()
                 return network(*inputs)
             if self._device is None:
                 self._device = self._recorder(inputs[0].device)
@@ -116,7 +119,7 @@ class Graphs:
             graph = self._graphs[key]
             if graph.calls == WARM_UPS and (fault := graph.record(network, inputs)):
                 warnings.warn(f"sampling goes on without CUDA graphs: {said(fault)}", stacklevel=2)
-                self._failed = True
+                self._faults.append(fault)
                 self._forget()
                 return network(*inputs)
             return graph(network, inputs)

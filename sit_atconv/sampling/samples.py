@@ -54,6 +54,7 @@ BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier ver
 RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "guide_nfe?": COUNT, "seconds": float}
 # Of the settings: where things lie, which does not decide the images.
 PLACES = {"checkpoint", "codec.vae", "lora", "training", "guide.checkpoint", "guide.training"}
+SAMPLES_MARK = {"num", "block", "format", "labels"}  # keys of the settings of samples, by every version
 SAME_IMAGES = ("0.1.0", "0.2.0")  # versions of this package that draw the same to the bit, see tests/test_bits.py
 
 
@@ -195,7 +196,7 @@ class Samples:
             manifest = {
                 **self.settings,
                 "nfe": nfe,
-                **({"guide_nfe": of_guide} if of_guide else {}),
+                **({"guide_nfe": of_guide} if self.settings.get("guide") else {}),
                 "seconds_per_image": seconds / (self.blocks * self.block),
                 "image_shape": records[0]["image_shape"],
                 **facts,
@@ -223,7 +224,7 @@ class Samples:
     def _is_begun(self) -> bool:
         """Whether there is a settings.json, and it is one of samples."""
         try:
-            return self.settings.keys() <= read_json(self.path / SETTINGS).keys()
+            return read_json(self.path / SETTINGS).keys() >= SAMPLES_MARK
         except (OSError, Malformed):
             return False
 

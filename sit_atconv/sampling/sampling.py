@@ -157,10 +157,12 @@ def generate(
     fill the batch up. watch: told of each evaluation.
     graphs: see `sample_latents`; dopri5 shares its step size over the batch. Decoding is fp32.
     Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
-    Raises InputError for a label out of range, or settings that do not fit the model, see `Sampling.for_model`;
+    Raises InputError for a label out of range, settings that do not fit the model, see `Sampling.for_model`, and
+    guidance that never acts;
     NotFinite where latents or images that are wanted are not finite.
     """
     sampling = sampling.for_model(model)
+    sampling.check_acts_on(model)
     check_labels(labels, model.config.num_classes)
     wanted = torch.tensor(labels, device=model.device)
     latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch, graphs)

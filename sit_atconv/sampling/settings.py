@@ -1,7 +1,7 @@
 """How images are drawn: the one set of settings, of previews, scores, commands, tables and the pipeline."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -10,19 +10,22 @@ from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import ATOL, RTOL
 from sit_atconv.flow.samplers import SAMPLERS as ODE_SAMPLERS
-from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE_SAMPLERS
-from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval
+from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
+from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval, time_grid, within
 from sit_atconv.runtime.errors import InputError, named, told
 from sit_atconv.runtime.fields import HELP, PATH, When, chosen, setting, settle
 from sit_atconv.runtime.limits import DIFFUSION_NORM, EPSILON, EVALUATIONS, GUIDANCE, LAST_STEP_SIZE, TIME, ranged
 from sit_atconv.runtime.limits import check as check_ranges
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 SAMPLERS = (*ODE_SAMPLERS, *SDE_SAMPLERS)
-SDE = When(f"sampler={' or '.join(SDE_SAMPLERS)}", lambda sampling: sampling.sampler in SDE_SAMPLERS)
-LAST_STEP = When(f"{SDE.text} and a last_step", lambda sampling: SDE.holds(sampling) and sampling.last_step != "none")
+OF_SDE = When(f"sampler={' or '.join(SDE_SAMPLERS)}", lambda sampling: sampling.sampler in SDE_SAMPLERS)
+LAST_STEP = When(
+    f"{OF_SDE.text} and a last_step", lambda sampling: OF_SDE.holds(sampling) and sampling.last_step != "none"
+)
 
 # What a setting is called on a command line and in a table, where that is not its name.
 SHORT = {"guidance_scale": "cfg", "guidance_channels": "cfg_channels", "guidance_interval": "cfg_interval"}
@@ -70,12 +73,12 @@ class Sampling:
         help=f"how far t keeps from 0 or 1 where the flow is singular there (default: {SAMPLE_EPSILON:g}; "
         f"{SBDM_EPSILON:g} for sbdm where alpha vanishes)",
     )  # fmt: skip
-    diffusion: str | None = setting(SDE, "sigma", choices=DIFFUSIONS, help="the form of w(t)")
+    diffusion: str | None = setting(OF_SDE, "sigma", choices=DIFFUSIONS, help="the form of w(t)")
     diffusion_norm: float | None = setting(
-        SDE, 1.0, DIFFUSION_NORM,
+        OF_SDE, 1.0, DIFFUSION_NORM,
         help="w(t) is multiplied by it; the form decreasing is w(t) = (norm cos(pi t) + 1)^2 / 4",
     )  # fmt: skip
-    last_step: str | None = setting(SDE, "mean", choices=LAST_STEPS, help="the last step, which draws no noise")
+    last_step: str | None = setting(OF_SDE, "mean", choices=LAST_STEPS, help="the last step, which draws no noise")
     last_step_size: float | None = setting(
         LAST_STEP, 0.04, LAST_STEP_SIZE, help="the last step goes from t = 1 - size to 1"
     )
@@ -167,6 +170,39 @@ class Sampling:
         if self.epsilon is not None and not singular:
             raise InputError(f"epsilon={self.epsilon:g} would do nothing: no end is singular here; leave it out")
         return replace(self, epsilon=self._epsilon(model) if singular else None)
+
+    def check_acts(self, times: Iterable[float]) -> None:
+        """Raise InputError where guidance is asked for, and its interval holds none of the times of evaluation."""
+        if self.guidance_scale != 1 and not any(within(t, self.guidance_interval) for t in times):
+            raise InputError(
+                f"guidance_interval={self.guidance_interval}: no step evaluates the model at a time in it, so nothing "
+                "would be guided; widen it, take more steps, or guidance_scale=1"
+            )
+
+    def check_acts_on(self, model: "nn.Module") -> None:
+        """`check_acts`, at the times at which the sampler evaluates a SiT; dopri5 chooses its own as it goes."""
+        if self.sampler != "dopri5":
+            self.check_acts(self._times(model))
+
+    def _times(self, model: "nn.Module") -> "list[torch.Tensor]":
+        """The times at which the sampler, whose steps are given, evaluates the velocity: those that it asks for when it
+        integrates nought."""
+        import torch
+
+        nought, times = torch.zeros(1), []
+
+        def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            times.append(t)
+            return x
+
+        grid = time_grid(*self.interval(model), self.steps - (self.last_step_size is not None))
+        if self.sampler in ODE_SAMPLERS:
+            ODE_SAMPLERS[self.sampler](velocity, nought, grid)
+        else:
+            sde = SDE(PATHS[model.config.path](), self.diffusion, self.diffusion_norm)
+            SDE_SAMPLERS[self.sampler](velocity, nought, grid, sde, lambda step: nought)
+            last_step(self.last_step, velocity, nought, grid[-1], sde)
+        return times
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records: the settings, None where one did not act, and dopri5's tolerances.

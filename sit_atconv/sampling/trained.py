@@ -61,13 +61,13 @@ def open_guide(
     model: SiTTransformer2DModel,
     codec: dict[str, Any] | None = None,
     classes: Mapping[int, str] | Sequence[str] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Trained:
     """The guide at `place`, which is taken as `load_trained` takes it, frozen, on the CPU, held against what it guides.
 
     called: what the guide is called in a message. model: what is to be guided. codec: that of the latents, as a codec
-    describes itself. classes: their names by id. None, and a codec that is open: nobody knows, nothing is compared.
-    dtype: of the weights in memory.
+    describes itself. classes: their names by id. None, and a codec that is open: nobody knows, nothing is compared;
+    nor is a name that is only the id. dtype: of the weights in memory, as `load_trained` takes it.
     Raises InputError where there is no model, and for other latents, classes, codec or another path than the model's.
     """
     with named(called):
@@ -93,14 +93,23 @@ def _check_codec(own: dict[str, Any] | None, wanted: dict[str, Any] | None) -> N
 def _check_classes(own: dict[int, str] | None, wanted: Mapping[int, str] | Sequence[str] | None) -> None:
     wanted = wanted if isinstance(wanted, Mapping) else dict(enumerate(wanted or ()))
     for label, name in (own or {}).items():
-        if wanted.get(label, name) != name:
-            raise InputError(f"its class {label} is {name!r}, the model's {wanted[label]!r}; {SAME} classes")
+        if str(label) not in (name, stated := wanted.get(label, name)) and stated != name:
+            raise InputError(
+                f"its class {label} is {name!r}, the model's {stated!r}; {SAME} classes, or, where both mean the same, "
+                "a copy of the guide's folder ema/, which names no classes"
+            )
 
 
 def check_weaker(guide: SiTTransformer2DModel, model: SiTTransformer2DModel, called: str) -> None:
     """Raise InputError for a guide of the weights of the model, which would change nothing."""
     own, others = guide.state_dict(), model.state_dict()
-    if own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own):
+    if own.keys() == others.keys() and all(_same(own[name], others[name]) for name in own):
         raise InputError(
             f"{called}: it has the weights of the model itself, and would change nothing; give a weaker one"
         )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers, or one is the other in a narrower dtype."""
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(a.to(narrow), b.to(narrow))

@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, check_choice, option, reason, said, told
 from sit_atconv.runtime.files import DiskFull, Lease, check_checkpoint, check_space, lease, sha256
 from sit_atconv.runtime.processes import is_main, raise_together
-from sit_atconv.runtime.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json
+from sit_atconv.runtime.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json, read_tensors
 from sit_atconv.runtime.weights import STEM, digest_of, load_pretrained, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
@@ -450,12 +451,13 @@ def is_in_checkpoint(path: Path) -> bool:
     return path.name in ("ema", "model") and path.parent.name.startswith("step-")
 
 
-def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Trained:
+def load_trained(path: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> Trained:
     """The EMA model of a run folder (its newest checkpoint) or a checkpoint, or the one in an ema/ or model/ folder.
 
     Also a model folder on its own, such as a converted one, or the transformer in a pipeline's folder, whose
-    autoencoder is the codec's unless another is named. dtype: of the weights in memory. variant: of those on disk, such
-    as "fp16", as diffusers takes it: of a pipeline's parts, those that have it.
+    autoencoder is the codec's unless another is named. dtype: of the weights in memory; None: the narrowest that holds
+    all of those on disk; of a LoRA fp32, as its sum is. variant: of those on disk, such as "fp16", as diffusers takes
+    it: of a pipeline's parts, those that have it.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
     try:
@@ -465,7 +467,7 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32, variant: 
         raise InputError(f"checkpoint {str(path)!r}: {what}; make it readable") from None
 
 
-def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Trained:
+def _load_trained(path: Path, dtype: torch.dtype | None, variant: str | None) -> Trained:
     check_checkpoint(path)
     if (path / PIPELINE_INDEX).is_file():
         # A variant that other parts of the pipeline have may be one that the transformer has not.
@@ -487,7 +489,7 @@ def _load_trained(path: Path, dtype: torch.dtype, variant: str | None) -> Traine
     return Trained(stored.folder, stored.which, stored.manifest, model, stored.files, stored.lease)
 
 
-def _load_adapted(stored: Stored, dtype: torch.dtype, base: Trained | None = None) -> Trained:
+def _load_adapted(stored: Stored, dtype: torch.dtype | None, base: Trained | None = None) -> Trained:
     """The model of a LoRA in a checkpoint, its adapters added to the weights.
 
     base: what the adapters are put on; None is what they were trained on, which is to be there and as it was.
@@ -495,7 +497,7 @@ def _load_adapted(stored: Stored, dtype: torch.dtype, base: Trained | None = Non
     folder = stored.folder / stored.which
     model, digest = _adapted(folder, stored.manifest, lora.read_lora(folder), load_anew(folder), base)
     files = {**stored.files, "base": digest}
-    model = torch.nn.Module.to(model, dtype)
+    model = torch.nn.Module.to(model, dtype or torch.float32)
     return Trained(stored.folder, stored.which, stored.manifest, model, files, stored.lease)
 
 
@@ -650,7 +652,7 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
 
 
-def _load_model_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Trained:
+def _load_model_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Trained:
     if (folder / CONVERSION).is_file():
         record = read_conversion(folder)
         model, which, files = _load_model(folder, dtype, variant), record.get("weights"), record["files"]
@@ -675,10 +677,13 @@ def read_options(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_model(folder: Path, dtype: torch.dtype, variant: str | None) -> SiTTransformer2DModel:
+def _load_model(folder: Path, dtype: torch.dtype | None, variant: str | None) -> SiTTransformer2DModel:
     with told(f"checkpoint {str(folder)!r} cannot be read", InputError, OSError):
         read_options(folder)
-        weight_files(folder, variant)  # which says what is there instead
+        weights = weight_files(folder, variant)  # which says what is there instead
+        if dtype is None:
+            tensors = (each for file in weights for each in read_tensors(file, "model")[0].values())
+            dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
         return load_pretrained(SiTTransformer2DModel, folder, variant, dtype=dtype).eval()
 
 

@@ -10,7 +10,9 @@ import torch
 from sit_atconv.config import Preview, Recipe
 from sit_atconv.layers.atconv import check_backend
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.runtime.errors import named
+from sit_atconv.runtime.errors import InputError, named
+from sit_atconv.runtime.files import shown
+from sit_atconv.runtime.processes import gathered
 from sit_atconv.sampling.trained import describe_guide, open_guide
 from sit_atconv.training.checkpoint import Trained
 
@@ -28,6 +30,14 @@ class Drawing:
             torch.nn.Module.to(self.guide.model, device)
             check_backend(self.guide.model, device)
         return self
+
+    def check_shared(self) -> None:
+        """Raise InputError in every process where they have loaded different guides, such as of a run that is being
+        trained. Collective."""
+        files = gathered(self.guide and self.guide.files)
+        if any(other != files[0] for other in files):
+            place = shown(self.guide.folder)
+            raise InputError(f"preview.guide: the processes found different weights in {place!r}; name one that stays")
 
     def describe(self, model: SiTTransformer2DModel) -> dict[str, Any]:
         """What a log says of images that are drawn from the model."""
@@ -54,5 +64,5 @@ def open_drawing(
             guide = open_guide(sampling.guide, f"preview.guide={sampling.guide!r}", model, codec, classes)
         sampling = dataclasses.replace(sampling, guide=guide.model)
     with named("preview"):
-        sampling.for_model(model)
+        sampling.for_model(model).check_acts_on(model)
     return Drawing(sampling, guide)

@@ -11,7 +11,7 @@ from sit_atconv.data.held_out import split
 from sit_atconv.latents.codecs import open_codec
 from sit_atconv.runtime.devices import check_bf16, numerics
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.processes import first, is_main, lost_ones_told
+from sit_atconv.runtime.processes import first, is_main, lost_ones_told, together
 from sit_atconv.runtime.signals import StopSignals
 from sit_atconv.training.activities import Announcement, Previews, Scorer, Scores, Snapshots, Validations
 from sit_atconv.training.drawing import open_drawing
@@ -55,7 +55,7 @@ def train(
         facts = measured_facts(training, codec, held_out)
         if origin := opened(recipe):
             recipe = origin.completed(recipe)
-            origin.tell_of_classes(recipe, dataset.class_names)
+            origin.tell_of_data(recipe, dataset.class_names)
         check_stated(recipe, facts)
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
@@ -66,7 +66,10 @@ def train(
         kind.check_launch(accelerator)
         objective = kind(recipe, facts, origin)
         measured = describe(training, codec, held_out)
-        drawing = open_drawing(recipe, objective.model, measured["codec"], dataset.class_names).to(accelerator.device)
+        opening = partial(open_drawing, recipe, objective.model, measured["codec"], dataset.class_names)
+        drawing = together(opening)  # where the guide's run is being trained, one process may fail alone
+        drawing.check_shared()
+        drawing.to(accelerator.device)
         if accelerator.is_fsdp2 and recipe.preview.sampler == "dopri5" and recipe.preview.every + recipe.score.every:
             raise InputError("preview.sampler=dopri5 takes steps of its own in every process, FSDP needs equal ones")
         objective.open(codec)

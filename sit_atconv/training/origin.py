@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sit_atconv.config import Recipe
+from sit_atconv.data.held_out import tell_of_share
 from sit_atconv.flow.path import PATHS
 from sit_atconv.latents.codecs import check_same_codec
 from sit_atconv.models.fitting import (
@@ -99,8 +100,11 @@ class Origin:
                 f"train.init_anew=[{','.join(names)}]{f', or{instead} as there' if instead else ''}"
             )
 
-    def tell_of_classes(self, recipe: Recipe, names: Sequence[str]) -> None:
-        """Say where labels of the source, whose embeddings are kept, are those of other classes here."""
+    def tell_of_data(self, recipe: Recipe, names: Sequence[str]) -> None:
+        """Say where labels of the source, whose embeddings are kept, are those of other classes here, and where it was
+        trained with another share held out. names: of the classes. A run that goes on has said so."""
+        if self.source is not None:
+            tell_of_share(f"train.init={self.stated!r}", self.source.manifest, recipe.data.held_out)
         theirs = {} if self.source is None or is_named("y_embedder", recipe.train.init_anew) else self.source.id2label
         other = next((label for label, name in enumerate(names) if (theirs or {}).get(label, name) != name), None)
         if other is not None and len(theirs) == len(names) and is_main():

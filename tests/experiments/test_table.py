@@ -20,7 +20,7 @@ from eval.__main__ import main as evaluate
 from experiments import table
 from experiments.table import is_sampled, is_scored, is_trained, load_table, main, models, reference_digest
 from sampling.__main__ import main as sampling
-from sit_atconv import config
+from sit_atconv import config, create_model
 from sit_atconv.commands import parser_of
 from sit_atconv.commands.options import sampling_asked
 from sit_atconv.data.digits import Digits
@@ -28,9 +28,10 @@ from sit_atconv.models import attnet  # noqa: F401 (registers the family with ti
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.runtime.pictures import to_uint8
-from sit_atconv.sampling import generate
+from sit_atconv.sampling import generate, trained
 from sit_atconv.scoring import DIGITS, digits
 from sit_atconv.scoring.sources import from_arrays
+from sit_atconv.training.checkpoint import load_trained
 
 TABLES = sorted((ROOT / "experiments/tables").glob("*.yaml"))
 COMMANDS = {"train_sit.py": train_sit.main, "sampling": sampling, "eval": evaluate}
@@ -185,7 +186,7 @@ def test_samples_of_other_settings_are_told_before_anything_runs(small, tmp_path
     plan = load_table(path)
     settings = {**stated(table.generate_words(plan, models(plan)[2], plan.samplers[0])), "labels": [0] * 20, "step": 2}
     (samples / ("manifest.json" if complete else "settings.json")).write_text(json.dumps(settings))
-    table.check_samples(plan, models(plan)[2], plan.samplers[0])
+    table.check_samples(plan, models(plan)[2], plan.samplers[0], models(plan))
     path.write_text(path.read_text().replace(old, new))
     message = fails(main, path)
     assert f"{str(samples)!r} has samples with other settings than the table's, {says}; " in message
@@ -203,7 +204,7 @@ def test_a_file_of_labels_is_compared_with_those_of_the_samples(small, tmp_path,
     plan = load_table(path)
     settings = stated(table.generate_words(plan, models(plan)[0], plan.samplers[0]))
     (samples / "manifest.json").write_text(json.dumps({**settings, "labels": [1] * 20, "step": 2}))
-    table.check_samples(plan, models(plan)[0], plan.samplers[0])
+    table.check_samples(plan, models(plan)[0], plan.samplers[0], models(plan))
     file.write_text("1\n" * 19 + "2\n")
     assert "labels.19: 1 -> 2; give sampler 'quick'" in fails(main, path)
     (samples / "manifest.json").write_text("{")
@@ -215,7 +216,15 @@ def test_what_a_table_no_longer_has_is_named_and_left(small, tmp_path, capsys):
     path.write_text(path.read_text().replace("  - {name: a", "  #").replace("b, ", "b, "))
     out = tmp_path / "results"
     (out / "raw").mkdir(parents=True)
-    for name in ("raw/a-seed0-quick.json", "raw/b-seed5-quick.json", "slow.md", "slow.json", "quick.md", "notes.txt"):
+    for name in (
+        "raw/a-seed0-quick.json",
+        "raw/b-seed5-quick.json",
+        "slow.md",
+        "slow.json",
+        "quick.md",
+        "notes.txt",
+        *table.CURVES,
+    ):
         (out / name).write_text("{}")
     main([str(path), "--dry-run"])
     named = [line for line in capsys.readouterr().out.splitlines() if "is of nothing in this table" in line]
@@ -499,6 +508,7 @@ def test_the_first_command_that_fails_ends_it(small, monkeypatch, capsys):
         ("samplers: [{name: s, sampler: euler, cfg: 1, seed: -1}]", "sampler 's': seed=-1: must be at least 0"),
         ("samplers: [{name: s, sampler: euler, cfg: 1e30}]", "sampler 's': guidance_scale=1e+30: must be at least"),
         ("samplers: [{name: s, sampler: euler, guidance_scale: 1}]", "table key='guidance_scale'"),
+        ("samplers: [{name: s, sampler: euler, cfg: 2, guide: 'x-{seed}'}]", "{seed} stands for the seed of a recipe"),
         ("weights: x", "weights belong to Inception"),
         ("- 1", "is to be a mapping"),
     ],
@@ -524,6 +534,56 @@ def test_missing_inception_weights_are_named_before_anything_runs(tmp_path, fail
     message = fails(main, tmp_path / "t.yaml")
     assert "w.pth" in message
     assert "https://" in message
+
+
+def weaker_in(folder, seed=1) -> str:
+    torch.manual_seed(seed)
+    create_model(None, 8, 10, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=2).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_guide_that_is_not_there_is_named_before_anything_runs(small, tmp_path, fails, capsys):
+    path, lines = small
+    text, runs = path.read_text(), tmp_path / "runs"
+    place = tmp_path / "guides/{seed}"
+    path.write_text(text.replace("cfg: 1.0", f"cfg: 2.0, guide: '{place}'"))
+    weaker_in(tmp_path / "guides/0")
+    weaker_in(tmp_path / "guides/1")
+    said = fails(main, path)  # of seed 5 there is none
+    assert f"error: sampler 'quick': guide: checkpoint '{tmp_path}/guides/5': no such folder" in said
+    assert lines == []
+    main([str(path), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert all(f"--guide {tmp_path}/guides/{seed} " in shown for seed in (0, 1, 5))
+    assert "# sampler 'quick': guide: checkpoint" in shown
+    # a guide may be a run of this table
+    path.write_text(text.replace("cfg: 1.0", f"cfg: 2.0, guide: {runs}/b-seed5").replace("- {name: a", "- {name: c"))
+    assert table.missing(load_table(path), models(load_table(path))) == []
+    path.write_text(path.read_text().replace("b-seed5", "b-seed6"))
+    assert "b-seed6': no such folder" in table.missing(load_table(path), models(load_table(path)))[0]
+
+
+def test_samples_by_another_guide_are_told_before_anything_runs(small, tmp_path, fails):
+    path, lines = small
+    guides = [weaker_in(tmp_path / f"guides/{seed}", seed) for seed in (0, 1, 5)]
+    path.write_text(path.read_text().replace("cfg: 1.0", f"cfg: 2.0, guide: '{tmp_path}/guides/{{seed}}'"))
+    plan = load_table(path)
+    for model, guide in zip(models(plan), guides, strict=True):
+        words = table.generate_words(plan, model, plan.samplers[0])
+        assert words[words.index("--guide") + 1] == guide
+        (model.samples / "quick").mkdir(parents=True)
+        recorded = trained.describe_guide(load_trained(guide))
+        settings = {**stated(words), "labels": [0] * 20, "step": 2, "guide": recorded}
+        (model.samples / "quick/manifest.json").write_text(json.dumps(settings))
+        table.check_samples(plan, model, plan.samplers[0], models(plan))
+    moved = shutil.move(tmp_path / "guides/5", tmp_path / "elsewhere")  # which is no other guide
+    shutil.copytree(moved, tmp_path / "guides/5")
+    table.check_samples(plan, model, plan.samplers[0], models(plan))
+    weaker_in(tmp_path / "guides/5", 6)
+    assert "other settings than the table's, guide.checkpoint_sha256.diffusion_pytorch_model" in fails(main, path)
+    path.write_text(path.read_text().replace(f", guide: '{tmp_path}/guides/{{seed}}'", ""))
+    assert 'guide.prediction: "velocity" -> null' in fails(main, path)
+    assert lines == []
 
 
 def test_a_table_that_is_not_there_is_named():
@@ -559,6 +619,8 @@ def test_a_stated_extractor_decides_the_metrics_and_scores(tmp_path, monkeypatch
     with pytest.raises(InputError, match="weights belong to Inception, and extractor=attnet:"):
         table.missing(write("kid", more="weights: w.pth"), [])
     assert table.missing(write("kid"), []) == []
+    (lacking,) = table.missing(write("kid", "attnet:nowhere"), [])
+    assert lacking.startswith("extractor 'attnet:nowhere': no such folder; give the folder of a run of")
     commands = []
     monkeypatch.setattr(table, "is_sampled", lambda *_: True)
     monkeypatch.setattr(table, "copy_result", lambda *_: None)

@@ -43,6 +43,11 @@ def test_both_ends_of_the_interval_are_guided(steps, interval, guided):
     assert velocity.nfe == steps + guided
 
 
+def test_sums_of_evaluations_keep_those_of_the_guide():
+    for found in (sum([Evaluations(2, 1), Evaluations(3, 1)]), 3 + Evaluations(2, 2), Evaluations(2, 2) + 3):
+        assert (found, found.of_guide) == (5, 2)
+
+
 def test_scale_one_is_the_conditional_network_alone():
     calls = []
 

@@ -119,6 +119,22 @@ def test_samples_say_what_guided_them_and_when(make, tmp_path):
     assert "guide.checkpoint_sha256" not in page.text
 
 
+def test_scores_say_from_which_step_on_their_images_were_made_otherwise(make, tmp_path):
+    run = training(tmp_path / "a")
+    guide = {"checkpoint": "runs/weak", "step": 1200, "training": {"name": "SiT-S/2"}}
+    plain, guided = ({"sampler": "euler", "steps": 20, "guidance_scale": 2.0, "guide": each} for each in (None, guide))
+    ways = [plain, plain, guided, guided | {"guidance_interval": [0.5, 1.0]}]
+    scores = [{"step": 10 * step, "mean": 1.0, "num": 1000, "sampling": way} for step, way in enumerate(ways, 1)]
+    rows(run / "scores.jsonl", scores)
+    told = "1,000 samples, euler, 20 steps, guidance 2.0"
+    assert (
+        f"From step 10: {told}. From step 30: {told} by SiT-S/2 at its step 1,200. "
+        f"From step 40: {told} by SiT-S/2 at its step 1,200 for t in 0.5 to 1.0."
+    ) in make(run).text
+    rows(run / "scores.jsonl", scores[:2])
+    assert f"Of the EMA, as it was then. {told}." in make(run).text
+
+
 def test_a_page_shows_what_the_files_say(make, tmp_path):
     run = training(tmp_path / "a-run")
     folder = samples(run / "samples" / "euler20")
@@ -173,6 +189,10 @@ def test_losses_of_held_out_images_and_losses_over_seconds_are_drawn_where_a_run
     page = make(new)
     for text in ("1.5 at second 5", "1.500 ± 0.013, 7,000 images", "zip, 1,437 images, 7,000 more held out"):
         assert text in page.text
+    assert "cannot be compared" not in make(old, new).text
+    rows(old / "validation.jsonl", [{"step": 20, "seconds": 2.5, "loss": 1.0, "num": num} for num in (70, 1000)])
+    unlike = "of different images, and cannot be compared: old of 70 and of 1,000; new of 7,000."
+    assert unlike in make(old, new).text
 
 
 def test_the_grid_has_the_first_samples_of_each_class_in_their_order(make, tmp_path):

@@ -211,6 +211,38 @@ def test_a_recording_that_fails_is_told_and_the_last(model):
     assert graphs.of(model, model) is model
 
 
+@pytest.mark.parametrize("refused", [1, 2], ids=["of the model", "of its guide"])
+def test_after_a_recording_that_fails_neither_network_is_recorded_or_replayed(model, refused):
+    torch.manual_seed(1)
+    guide = create_model(None, 8, 3, patch_size=2, in_channels=4, hidden_size=8, depth=1, num_heads=2).eval()
+    counted = {"recordings": 0, "replays": 0}
+
+    class Once(Recorder):
+        def record(self, call):
+            counted["recordings"] += 1
+            if counted["recordings"] == refused:
+                raise RuntimeError("refused")
+            replay, result = super().record(call)
+
+            def counting() -> None:
+                counted["replays"] += 1
+                replay()
+
+            return counting, result
+
+    sampling, graphs = Sampling("euler", steps=9, guide=guide), Graphs(Once)
+    with pytest.warns(UserWarning, match="without CUDA graphs: refused$") as told:
+        drawn = sample_latents(model, INDICES, LABELS, sampling, graphs=graphs)[0]
+    assert len(told) == 1
+    assert torch.equal(drawn, sample_latents(model, INDICES, LABELS, sampling)[0])
+    assert counted == {"recordings": refused, "replays": refused - 1}  # the model's own, before its guide's failed
+    assert graphs._graphs == graphs.beside._graphs == {}
+    for _ in range(2):
+        assert graphs.of(model, model) is model
+        assert graphs.beside.of(guide, guide) is guide
+        graphs.clear()
+
+
 def test_the_error_of_the_call_is_told_and_not_that_of_the_end(model):
     calls = []
 

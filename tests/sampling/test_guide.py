@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from sampling.__main__ import main as sampling
-from sit_atconv import SiTTransformer2DModel, create_model
+from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.sampling import trained
+from sit_atconv.sampling.samples import Samples
 from sit_atconv.sampling.sampling import generate, sample_latents
 from sit_atconv.sampling.schedulers import generate as generate_scheduled
 from sit_atconv.sampling.schedulers import make_scheduler
@@ -113,7 +114,10 @@ def test_a_guide_that_would_do_nothing_is_refused():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run on digits of four steps, with checkpoints after two and four; without class dropout."""
-    folder = tmp_path_factory.mktemp("guide")
+    return trained_in(tmp_path_factory.mktemp("guide"))
+
+
+def trained_in(folder, *overrides):
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"run: {{out: {folder}/run, seed: 3}}\n"
@@ -121,7 +125,7 @@ def run(tmp_path_factory):
         "train: {max_steps: 4, batch_size: 4, lr: 0.01}\nema: {decay: 0.5}\npreview: {every: 0}\n"
         "checkpoint: {every: 2}\n"
     )
-    run_recipe(recipe)
+    run_recipe(recipe, *overrides)
     return folder / "run"
 
 
@@ -141,13 +145,24 @@ def altered(run, folder, **changes):
     [
         ({"codec__codec": "vae", "codec__vae": "x", "codec__sha256": "ab" * 32},
          "its latents are of a codec with codec=vae, the model's of one with codec=identity; give a guide that"),
-        ({"data__classes": [*"012345678", "ten"]}, "its class 9 is 'ten', the model's '9'; give a guide that was"),
+        ({"data__classes": [*"abcdefghix"]}, "its class 9 is 'x', the model's 'j'; give a guide that was trained on"),
     ],
 )  # fmt: skip
 def test_a_guide_of_another_codec_or_of_other_classes_is_refused(run, tmp_path, changes, says):
-    guide = altered(run, tmp_path / "step-0000002", **changes)
-    with pytest.raises(InputError, match=f"^guide='{guide}': {says}"):
-        setup(run, Sampling(guide=str(guide)))
+    named = altered(run, tmp_path / "named", data__classes=[*"abcdefghij"])
+    guide = altered(run, tmp_path / "guide", **changes)
+    for opens in (lambda: setup(named, Sampling(guide=str(guide))), lambda: SiTPipeline.from_run(named, guide=guide)):
+        with pytest.raises(InputError, match=f"^guide='{guide}': {says}"):
+            opens()
+
+
+def test_a_name_that_is_only_the_id_is_no_other_name():
+    unknown = ({1: "ox"}, None), (None, ["ape"]), ({1: "ox"}, {0: "ape"})
+    for own, model in (({0: "0", 1: "ox"}, {0: "ape", 1: "1"}), *unknown):
+        trained._check_classes(own, model)
+    for own, model in (({1: "0"}, {1: "ox"}), ({1: "ox"}, {1: "0"})):
+        with pytest.raises(InputError, match="give a guide that was trained on the same classes, or, where both mean"):
+            trained._check_classes(own, model)
 
 
 def test_a_codec_is_told_by_its_weights_scale_and_shift_and_not_by_its_place():
@@ -178,6 +193,13 @@ def test_a_guide_is_loaded_as_the_model_is(run):
     assert ready.guide.model.dtype == torch.bfloat16
     assert ready.guide.lease is not None
     assert not ready.guide.model.training
+
+
+def test_a_guide_goes_to_the_models_device(run, monkeypatch):
+    monkeypatch.setattr("sit_atconv.sampling.setup.resolve_device", lambda name: torch.device("meta"))
+    ready = setup(run, Sampling(guide=str(run / "step-0000002")))
+    for model in (ready.trained.model, ready.sampling.guide):
+        assert {each.device.type for each in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("option", [[], ["--compile"]], ids=["as it is", "compiled"])
@@ -234,22 +256,90 @@ def test_samples_record_their_guide_and_are_continued_with_it_alone(run, tmp_pat
 
     shutil.copytree(run, tmp_path / "moved")  # the same guide, elsewhere
     assert draw("a", "--guide", str(tmp_path / "moved/step-0000002"), "--cfg-interval", "0.5", "1") == manifest
-    shutil.copytree(tmp_path / "moved/step-0000002/ema", tmp_path / "other")
-    weights = tmp_path / "other/diffusion_pytorch_model.safetensors"
-    save_file({name: 1.5 * each for name, each in load_file(weights).items()}, weights, {"format": "pt"})
-    for name in ("begun", "settings"):
-        (tmp_path / name).mkdir()
-    settings = {key: value for key, value in manifest.items() if key not in ("nfe", "guide_nfe", "seconds_per_image")}
-    (tmp_path / "begun/settings.json").write_text(json.dumps(settings))
+    other = trained_in(tmp_path, "run.seed=4")  # a guide that differs in its weights alone
+    measured = ("nfe", "guide_nfe", "seconds_per_image", "image_shape", "processes", "class_names")
+    settings = {key: value for key, value in manifest.items() if key not in measured}
+    (tmp_path / "begun").mkdir()
+    begun = tmp_path / "begun/settings.json"
+    begun.write_text(json.dumps(settings))
+    capsys.readouterr()
     with pytest.raises(SystemExit):
-        draw("begun", "--guide", str(tmp_path / "other"), "--cfg-interval", "0.5", "1")
+        draw("begun", "--guide", str(other / "step-0000002"), "--cfg-interval", "0.5", "1")
     said = capsys.readouterr().err
-    assert "holds samples with other settings, guide.weights" in said
+    assert "holds samples with other settings, guide.checkpoint_sha256.ema/diffusion_pytorch_model.safe" in said
     assert said.count("\n") == 1
-    (tmp_path / "begun/settings.json").write_text(json.dumps(settings | {"guide": None}))
+    begun.write_text(json.dumps(settings | {"guide": None}))
     with pytest.raises(SystemExit):
         draw("begun", "--guide", str(guide), "--cfg-interval", "0.5", "1")
     assert 'other settings, guide.prediction: null -> "velocity"' in capsys.readouterr().err
+    begun.write_text(json.dumps(settings))
+    draw("begun", "--guide", str(tmp_path / "moved/step-0000002"), "--cfg-interval", "0.5", "1")
+    for name in (f"{index:06}.png" for index in range(6)):
+        assert (tmp_path / "begun" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_a_folder_that_was_begun_before_there_were_guides_is_completed(run, tmp_path):
+    words = ["generate", "--ckpt", str(run), "--num", "2", "--steps", "1", "--cfg", "1", "--out", str(tmp_path / "a")]
+    sampling(words)
+    measured = ("nfe", "seconds_per_image", "image_shape", "processes", "class_names", "guide", "compile")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    (tmp_path / "a/settings.json").write_text(json.dumps({k: v for k, v in manifest.items() if k not in measured}))
+    (tmp_path / "a/manifest.json").unlink()
+    sampling(words)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"000000.png", "000001.png", "manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("interval", "acts", "settings"),
+    [
+        ([0.8, 0.9], False, {}),
+        ([0.8, 0.9], True, {"steps": 5}),
+        ([0.8, 1.0], False, {}),  # Euler's last evaluation is at t = 0.75,
+        ([0.8, 1.0], True, {"sampler": "heun"}),  # Heun's at t = 1,
+        ([0.8, 0.9], True, {"sampler": "euler-maruyama", "last_step_size": 0.1}),  # a last step's where it begins
+        ([0.8, 0.85], False, {"sampler": "euler-maruyama", "last_step_size": 0.1}),
+        ([0.8, 0.85], True, {"sampler": "dopri5"}),  # dopri5 chooses its own
+    ],
+)
+@pytest.mark.parametrize("by_guide", [True, False])
+def test_guidance_that_no_step_lies_in_is_refused(interval, acts, settings, by_guide):
+    model, guide = made(class_dropout_prob=0.1), made(1) if by_guide else None
+    asked = Sampling(**{"steps": 4, "guidance_scale": 2.0, "guidance_interval": interval, "guide": guide} | settings)
+
+    def draw(sampling):
+        return generate(model, IdentityCodec(), [3, 8], LABELS, sampling)[1]
+
+    if acts:
+        plain = draw(replace(asked, guidance_scale=1.0, guide=None, guidance_interval=[0.0, 1.0]))
+        assert draw(asked) > plain or asked.sampler == "dopri5"
+        return
+    with pytest.raises(InputError, match=r"guidance_interval=\[0.8, .*\]: no step evaluates the model at a time in"):
+        draw(asked)
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        (sample.main, []),
+        (sample.main, ["--scheduler", "flow-match-euler"]),
+        (lambda words: sampling(["generate", *words]), []),
+    ],
+)
+def test_commands_call_an_interval_as_they_do(run, tmp_path, fails, command, more):
+    words = ["--ckpt", run, "--guide", run / "step-0000002", "--cfg", 2, "--num", 2, "--steps", 4, *more]
+    said = fails(command, *words, "--cfg-interval", 0.8, 0.9, "--out", tmp_path / "out.png")
+    assert said.startswith("error: --cfg-interval=[0.8, 0.9]: no step evaluates the model at a time in it, so nothing")
+    assert "or --cfg=1" in said
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_samples_that_their_guide_never_guided_say_so(tmp_path):
+    settings = {"num": 1, "block": 1, "format": "png", "labels": [0], "guide": {"step": 1}}
+    samples = Samples(tmp_path / "a", settings)
+    samples.claim()
+    samples.write(0, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), nfe=3, guide_nfe=0, seconds=1.0)
+    assert samples.finish({})["guide_nfe"] == 0
+    samples.close()
 
 
 def test_what_is_unguided_says_so_and_no_more(run, tmp_path):

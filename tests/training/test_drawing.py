@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import log_rows, reset_accelerate, run_recipe
 from PIL import Image
+from sampled import Scorer
 
 from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.config import load_recipe
@@ -16,6 +17,7 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.sampling.sampling import generate, grid
 from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training import train
+from sit_atconv.training.drawing import Drawing, open_drawing
 from sit_atconv.training.plan import dry_run
 
 
@@ -39,10 +41,10 @@ def drawing(guide: str) -> dict:
     return {"every": 8, "num": 4, "steps": 2, "guidance_scale": 2.0, "guide": guide}
 
 
-def test_previews_and_scores_are_guided_by_the_recipes_guide(recipe_file, tmp_path, weaker):
+def test_previews_and_scores_are_guided_by_the_recipes_guide(recipe_file, tmp_path, weaker, monkeypatch):
     guide, scored = weaker(), []
 
-    def scorer(images, labels):
+    def score(images, labels):
         scored.append(images)
         return {"mean": float(images.float().mean())}
 
@@ -50,7 +52,10 @@ def test_previews_and_scores_are_guided_by_the_recipes_guide(recipe_file, tmp_pa
     recipe = recipe_file(
         preview=drawing(guide), score={"every": 8, "num": 4}, model={"class_dropout_prob": 0.0}, train={"lr": 0.01}
     )
-    last = train(load_recipe(recipe), scorer=scorer)
+    moved, move = [], Drawing.to
+    monkeypatch.setattr(Drawing, "to", lambda own, device: (moved.append(device), move(own, device))[1])
+    last = train(load_recipe(recipe), scorer=Scorer(score))
+    assert moved == [torch.device("cpu")]
     model = SiTTransformer2DModel.from_pretrained(last / "ema").eval()
     other = SiTTransformer2DModel.from_pretrained(guide).eval()
     settings = Sampling(steps=2, guidance_scale=2.0, guide=other)
@@ -91,19 +96,57 @@ def test_a_guide_that_does_not_fit_is_refused_before_the_first_step(recipe_file,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_guide_of_other_classes_than_the_datas_is_refused(recipe_file, tmp_path):
-    last = run_recipe(recipe_file(), "train.max_steps=1")
-    shutil.move(last, tmp_path / "step-0000001")
-    manifest = json.loads((tmp_path / "step-0000001/manifest.json").read_text())
-    manifest["data"]["classes"][3] = "three"
-    (tmp_path / "step-0000001/manifest.json").write_text(json.dumps(manifest))
+@pytest.mark.parametrize(
+    ("section", "facts", "says"),
+    [
+        ("data", {"classes": ["a", "b", "x"]}, "its class 2 is 'x', the model's 'c'; give a guide that was trained on"),
+        (
+            "codec",
+            {"codec": "vae", "vae": "x", "sha256": "ab" * 32},
+            "with codec=vae, the model's of one with codec=id",
+        ),
+    ],
+)
+def test_a_guide_of_other_classes_or_another_codec_is_refused(
+    recipe_file, image_folder, tmp_path, section, facts, says
+):
+    data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8}
+    own = {"data": data, "latents": {"codec": "identity"}}
+    last = run_recipe(recipe_file(**own), "train.max_steps=1")
+    guide = shutil.move(last, tmp_path / "step-0000001")
+    manifest = json.loads((guide / "manifest.json").read_text())
+    manifest[section] |= facts
+    (guide / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(InputError, match=r"preview.guide='.*': its class 3 is 'three', the model's '3'"):
-        run_recipe(recipe_file(preview=drawing(str(tmp_path / "step-0000001"))))
+    recipe = recipe_file(**own, preview=drawing(str(guide)))
+    for start in (run_recipe, lambda path: dry_run(load_recipe(path))):
+        with pytest.raises(InputError, match=f"preview.guide='{guide}': .*{says}"):
+            start(recipe)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_guide_that_guides_nothing_is_refused(recipe_file, weaker):
+def test_processes_that_found_different_guides_are_stopped(recipe_file, tmp_path, weaker, monkeypatch):
+    monkeypatch.setattr("sit_atconv.training.drawing.gathered", lambda files: [files, files | {"config.json": "other"}])
+    with pytest.raises(
+        InputError, match=r"preview.guide: the processes found different weights in '.*weaker'; name one"
+    ):
+        run_recipe(recipe_file(preview=drawing(weaker())))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_guide_moves_to_a_device(recipe_file, weaker):
+    recipe = load_recipe(recipe_file(preview=drawing(weaker())))
+    model = create_model(None, 8, 10, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2)
+    moved = open_drawing(recipe, model).to(torch.device("meta"))
+    assert {each.device.type for each in moved.sampling.guide.parameters()} == {"meta"}
+
+
+def test_a_guide_that_guides_nothing_is_refused(recipe_file, tmp_path, weaker):
+    recipe = recipe_file(preview={**drawing(weaker()), "guidance_interval": [0.6, 0.9]})
+    for start in (run_recipe, lambda path: dry_run(load_recipe(path))):
+        with pytest.raises(InputError, match=r"^preview: guidance_interval=\[0.6, 0.9\]: no step evaluates the model"):
+            start(recipe)
+    assert not (tmp_path / "run").exists()
     path = recipe_file(preview={**drawing(weaker()), "guidance_scale": 1.0})
     with pytest.raises(InputError, match=r"preview: guide=.*weaker: with guidance_scale=1 nothing is guided"):
         load_recipe(path)

@@ -433,10 +433,13 @@ def test_other_latents_are_said(recipe_file, tmp_path, capsys, monkeypatch):
 def test_classes_of_other_names_are_said_where_their_embeddings_are_kept(recipe_file, tmp_path, capsys, monkeypatch):
     source = run_recipe(recipe_file("first"), f"run.out={tmp_path / 'first'}", "train.max_steps=1")
     monkeypatch.setattr(Digits, "class_names", (*"012", "drei", *"456789"))
-    for number, (anew, said) in enumerate((("[]", True), ("[y_embedder]", False))):
-        stated = (f"train.init={source}", f"train.init_anew={anew}", "train.max_steps=1")
+    for number, (anew, said, share) in enumerate((("[]", True, "0.1"), ("[y_embedder]", False, "null"))):
+        stated = (f"train.init={source}", f"train.init_anew={anew}", f"data.held_out={share}", "train.max_steps=1")
         run_recipe(recipe_file(), *stated, f"run.out={tmp_path / str(number)}")
-        assert ("class 3 is '3' there, 'drei' here" in capsys.readouterr().err) == said
+        told = capsys.readouterr().err
+        assert ("class 3 is '3' there, 'drei' here" in told) == said
+        shares = f"train.init='{source}' was trained with data.held_out=null, and this run has data.held_out=0.1"
+        assert (shares in told) == (share == "0.1")
 
 
 def test_the_card_says_where_it_came_from(recipe_file, tmp_path):
