@@ -97,6 +97,7 @@ class System:
     steps: Callable[[Any], int]  # of a recipe's run
     figures: dict[str, str]  # by their keys in result.json, what they are
     resolved: Callable[[Any], Any]  # a recipe, as its run stores it
+    measured: Callable[[Path, Any], dict[str, float]]  # the figures of an arm's run
 
     def changes(self, stored: dict[str, Any], recipe: Any) -> list[str]:
         """What keeps the run of a stored recipe from being that of this one, see `config.differences`."""
@@ -112,36 +113,13 @@ class System:
         return [self.script, self.recipe, *self.overrides, *options, *own]
 
 
-SYSTEMS = (
-    System(
-        "sit",
-        "train_sit.py",
-        Recipe,
-        "experiments/recipes/digits_sit_atconv.yaml",
-        "model.",
-        ("train.max_steps=300", "checkpoint.every=300", "preview.every=0"),
-        lambda recipe: recipe.train.max_steps,
-        {"loss": "held-out flow loss"},
-        resolved,
-    ),
-    System(
-        "attnet",
-        "train_attnet.py",
-        ClassifierRecipe,
-        "experiments/recipes/digits_attnet.yaml",
-        "model.options.",
-        ("train.epochs=6", "eval.every_epochs=6", "checkpoint.every=1000"),
-        lambda recipe: steps_of(recipe, recipe.train.epochs, len(Digits("train"))),
-        {"loss": "held-out cross-entropy", "top1": "top-1 (%)"},
-        resolved_classifier,
-    ),
-)
-
-
 @torch.no_grad()
-def flow_figures(run: Path) -> dict[str, float]:
-    """Of a SiT's EMA: its loss over the held-out digits, at times and with noise that are the same for every run."""
-    model, digits = checkpoint.load_trained(run).model, Digits("test")
+def flow_figures(run: Path, digits: Digits | None = None) -> dict[str, float]:
+    """Of a SiT's EMA: its loss over the held-out digits, at times and with noise that are the same for every run.
+
+    digits: others, of which `images` (N, 1, 8, 8) and `labels` (N,) are looked at.
+    """
+    model, digits = checkpoint.load_trained(run).model, digits or Digits("test")
     labels, path, prediction = torch.tensor(digits.labels), PATHS[model.config.path](), model.config.prediction
     total = 0.0
 
@@ -149,7 +127,7 @@ def flow_figures(run: Path) -> dict[str, float]:
         return model(x, t, labels, return_dict=False)[0]
 
     for part in range(TIMES):
-        indices = np.stack([np.arange(len(digits)), np.full(len(digits), part)], 1)
+        indices = np.stack([np.arange(len(labels)), np.full(len(labels), part)], 1)
         noise = draws.normal_batch((1, 8, 8), 0, Stream.NOISE, indices)
         t = (part + torch.from_numpy(draws.uniform_batch(0, Stream.TIME, indices)).float()) / TIMES
         losses = flow_loss(network, path, digits.images, noise, t, prediction)
@@ -161,6 +139,34 @@ def classifier_figures(run: Path) -> dict[str, float]:
     """Of an AttNet's EMA, as its run has written them at its end."""
     row = last_evaluation(run) or {}
     return {"loss": row.get("ema_loss"), "top1": row.get("ema_top1")}
+
+
+SYSTEMS = (
+    System(
+        "sit",
+        "train_sit.py",
+        Recipe,
+        "experiments/recipes/digits_sit_atconv.yaml",
+        "model.",
+        ("train.max_steps=300", "checkpoint.every=300", "preview.every=0"),
+        lambda recipe: recipe.train.max_steps,
+        {"loss": "held-out flow loss"},
+        resolved,
+        lambda run, arm: flow_figures(run),
+    ),
+    System(
+        "attnet",
+        "train_attnet.py",
+        ClassifierRecipe,
+        "experiments/recipes/digits_attnet.yaml",
+        "model.options.",
+        ("train.epochs=6", "eval.every_epochs=6", "checkpoint.every=1000"),
+        lambda recipe: steps_of(recipe, recipe.train.epochs, len(Digits("train"))),
+        {"loss": "held-out cross-entropy", "top1": "top-1 (%)"},
+        resolved_classifier,
+        lambda run, arm: classifier_figures(run),
+    ),
+)
 
 
 def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict | None:
@@ -185,7 +191,7 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
     manifest = found[1] if found else {"step": 0}
     if manifest["step"] != system.steps(recipe):
         raise InputError(f"{shlex.join(words)} was stopped at step {manifest['step']:,}; the same command goes on")
-    figures = flow_figures(folder) if system.name == "sit" else classifier_figures(folder)
+    figures = system.measured(folder, arm)
     if lost := [name for name, value in figures.items() if value is None or not math.isfinite(value)]:
         raise InputError(f"{shlex.join(words)}: {lost[0]} of its EMA is not finite; look at {str(folder)!r}")
     weights = {name: digest for name, digest in manifest["files"].items() if name.startswith("ema/")}

@@ -2,7 +2,7 @@
 
 FILE is a YAML file of experiments.table, whose runs are trained already. OUT gets curves.md, curves.json and
 curves.png: the loss of held-out images over steps and over the seconds that were spent in steps. A time is fair only
-where the runs had the machine for themselves, or shared it alike.
+where the runs had the machine for themselves, or shared it alike, and their learning rate is constant.
 """
 
 import math
@@ -13,31 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from experiments.table import Model, Table, load_table, models
+from experiments.table import CURVES, Model, Table, is_trained, load_table, models
+from sit_atconv import config
 from sit_atconv.bench.results import Results
-from sit_atconv.bench.timing import device_name
-from sit_atconv.runtime.errors import ArgumentParser, InputError, add_force, command
-from sit_atconv.runtime.files import figure_png, library_versions, named
+from sit_atconv.runtime.comparison import differences
+from sit_atconv.runtime.errors import ArgumentParser, InputError, add_force, command, told
+from sit_atconv.runtime.files import figure_png
 from sit_atconv.runtime.markdown import markdown_table
-from sit_atconv.runtime.reading import read_rows
+from sit_atconv.runtime.reading import COUNT, read_rows
 from sit_atconv.training.activities import VALIDATION
 
 KEYS = ("table", "runs", "seconds")  # of the JSON
-Points = tuple[np.ndarray, np.ndarray]
+ROW = {"step": COUNT, "seconds": (float, None), "loss": (float, None), "num": COUNT}  # of the log
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss of held-out images of one run. steps, seconds, losses: (N,), of its validations in their order."""
+    """The loss of `num` held-out images of one run. steps, seconds, losses: (N,), of its validations in their order."""
 
+    label: str
     entry: str
     seed: int
     steps: np.ndarray
     seconds: np.ndarray
     losses: np.ndarray
     batch: int
+    num: int
 
     @property
     def images_per_second(self) -> float:
@@ -45,33 +47,64 @@ class Curve:
         return self.steps[-1] * self.batch / self.seconds[-1]
 
     def at(self, seconds: float) -> float:
-        """The loss at a time, by the straight line between the validations around it."""
+        """The loss at a time, by the straight line between the validations around it. Raises InputError for a time
+        that no validation comes before."""
+        if seconds < self.seconds[0]:
+            raise InputError(
+                f"run {self.label!r} has its first loss at {self.seconds[0]:.4g} s, and is to be compared at "
+                f"{seconds:.4g} s, where another ends; train both with a lower validation.every"
+            )
         return float(np.interp(seconds, self.seconds, self.losses))
 
 
 def read_curve(model: Model, entry: str) -> Curve:
-    """The curve of a run of a table. Raises InputError where it has none, or one without its end."""
+    """The curve of a run of a table. Raises InputError where the run is not the table's, or has no whole curve."""
     file, recipe = model.ckpt / VALIDATION, model.recipe
+    if not is_trained(model):
+        raise InputError(f"{str(model.ckpt)!r} is no run of the table's recipe that has ended; make the table first")
     if not file.is_file():
-        raise InputError(f"{str(file)!r} is not there; make the table first, with data.held_out and validation.every")
-    rows = [row for row in read_rows(file) if row.get("loss") is not None]
+        raise InputError(f"{str(file)!r} is not there; train the run anew, with data.held_out and validation.every")
+    with told(f"{str(file)!r} is damaged", InputError, OSError, remedy="train the run anew"):
+        rows = read_rows(file, ROW)
     if not rows or rows[-1]["step"] != recipe.train.max_steps:
-        raise InputError(f"{str(file)!r} does not reach step {recipe.train.max_steps:,}; make the table first")
-    if any(row.get("seconds") is None for row in rows):
+        last = f"step {recipe.train.max_steps:,}"
+        raise InputError(f"{str(file)!r} has no line of {last}; train the run anew, with validation.every to its end")
+    if rows[-1]["loss"] is None:
+        raise InputError(f"{str(file)!r}: the last loss is not finite, and cannot be compared; take the entry out")
+    if any(row["seconds"] is None for row in rows):
         raise InputError(f"{str(file)!r} says no seconds; train the run anew")
-    columns = (np.array([row[key] for row in rows], float) for key in ("step", "seconds", "loss"))
-    return Curve(entry, recipe.run.seed, *columns, recipe.train.batch_size)
+    if len(nums := {row["num"] for row in rows}) > 1:
+        raise InputError(f"{str(file)!r} has losses of {min(nums):,} images and of {max(nums):,}; train the run anew")
+    found = [row for row in rows if row["loss"] is not None]
+    columns = (np.array([row[key] for row in found], float) for key in ("step", "seconds", "loss"))
+    return Curve(model.label, entry, recipe.run.seed, *columns, recipe.train.batch_size, nums.pop())
 
 
 def curves_of(table: Table) -> list[Curve]:
-    """Those of all runs that a table trains. Raises InputError where there are none, or they differ in length."""
+    """Those of all runs that a table trains. Raises InputError where there are none, or they cannot be compared."""
     entries = {f"{entry.name}-seed{seed}": entry.name for entry in table.entries for seed in entry.seeds}
-    found = [read_curve(model, entries[model.label]) for model in models(table) if model.recipe is not None]
-    if not found:
+    trained = [model for model in models(table) if model.recipe is not None]
+    if not trained:
         raise InputError("the table trains no run; give entries with a recipe")
-    if len({(curve.steps[-1], curve.batch) for curve in found}) > 1:
-        raise InputError("the runs of the table differ in train.max_steps or train.batch_size; give them the same")
+    stated = [_compared(model.recipe) for model in trained]
+    for model, each in zip(trained, stated, strict=True):
+        if changed := differences(stated[0], each):
+            both = f"runs {trained[0].label!r} and {model.label!r}"
+            raise InputError(f"{both} cannot be compared: {changed[0]}; give them the same")
+    found = [read_curve(model, entries[model.label]) for model in trained]
+    if other := next((curve for curve in found if curve.num != found[0].num), None):
+        raise InputError(
+            f"runs {found[0].label!r} and {other.label!r} cannot be compared: their losses are of {found[0].num:,} and "
+            f"of {other.num:,} images; train them anew, with one validation.num"
+        )
     return found
+
+
+def _compared(recipe: config.Recipe) -> dict[str, Any]:
+    """What runs must have in common, so that their losses are of the same images, noises, times and steps."""
+    stored = config.to_dict(recipe)
+    train = {key: stored["train"][key] for key in ("max_steps", "batch_size")}
+    return {"train": train, **{section: stored[section] for section in ("data", "latents", "flow")}}
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -143,17 +176,16 @@ def main(argv: list[str] | None = None) -> None:
     add_force(parser)
     args = parser.parse_args(argv)
     table = load_table(Path(args.file))
-    written = Results(named(Path(table.out) / "curves", ".md", ".json", ".png"), args.force, *KEYS)
+    written = Results([Path(table.out) / name for name in CURVES], args.force, *KEYS)
     curves = curves_of(table)
     text, seconds = report(curves)
     note = (
         "Mean ± standard error over seeds; differences are within a seed. Losses are of the EMA on held-out images. "
-        "Equal time: the seconds of the run that ended first, spent in training steps alone, on this machine."
+        "Equal time: the seconds of the run that ended first, spent in steps alone. It is fair where all runs had the "
+        "machine alike, and a constant train.lr_schedule: a falling rate is lowest in the run that ends first."
     )
     facts: dict[str, Any] = {
         "table": Path(args.file).name,
-        "device": device_name(torch.device("cpu")),
-        "versions": library_versions(),
         "seconds": seconds,
         "runs": [
             {

@@ -66,6 +66,7 @@ NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
 SEED = "{seed}"  # in a text that each training seed has its own of
 FULL = {short: name for name, short in SHORT.items()}
+CURVES = ("curves.md", "curves.json", "curves.png")  # what experiments.curves writes beside the tables
 
 
 @dataclass
@@ -507,6 +508,7 @@ def leftovers(table: Table, wanted: list[Model]) -> list[Path]:
     """Files among the results that this table does not write, as of an entry or a sampler that it had before."""
     out, samplers = Path(table.out), [sampler.name for sampler in table.samplers]
     written = {out / f"{name}{suffix}" for name in samplers for suffix in (".md", ".json")}
+    written |= {out / name for name in CURVES}
     written |= {out / "raw" / f"{model.label}-{name}.json" for name in samplers for model in wanted}
     there = [*out.glob("*.md"), *out.glob("*.json"), *(out / "raw").glob("*.json")]
     return sorted(path for path in there if path not in written)

@@ -1,12 +1,13 @@
 """make drill: runs of every command that meet every fault there is, compared to the bit with one that was left alone.
 
-    python -m experiments.drill [sit|scores|attnet|commands] [--runs 30] [--out runs/drill]
+    python -m experiments.drill [sit|scores|init|mixer|lora|attnet|commands] [--runs 30] [--out runs/drill]
 
-Runs of train_sit.py and train_attnet.py are killed with SIGKILL at random moments of their steps, previews, scores, EMA
-snapshots, evaluations and checkpoint writes, and run again. Then single faults: signals, a full disk, NaNs, damaged
-checkpoints, other people's files, a deleted shard of a cache of latents, deleted images. The other commands are killed
-before a random change of a file or at a random time, and meet a full disk and other people's files. Prints a table of
-what was done and lost, and exits with status 1 where something was.
+Runs of train_sit.py (from nothing, from the weights of another model, of LoRA) and of train_attnet.py are killed with
+SIGKILL at random moments of their steps, previews, scores, EMA snapshots, evaluations and checkpoint writes, and run
+again. Then single faults: signals, a full disk, NaNs, damaged checkpoints, other people's files, a deleted shard of a
+cache of latents, deleted images. The other commands are killed before a random change of a file or at a random time,
+and meet a full disk and other people's files. Prints a table of what was done and lost, and exits with status 1 where
+something was.
 """
 
 import json
@@ -63,7 +64,7 @@ class Drill:
         """A drill on a recipe, all in a folder."""
         out.mkdir(parents=True, exist_ok=True)
         file = out / "recipe.yaml"
-        file.write_text(yaml.safe_dump({**recipe, "run": {"out": str(out / "run")}}))
+        file.write_text(yaml.safe_dump({**recipe, "run": {**recipe.get("run", {}), "out": str(out / "run")}}))
         return cls(subject, out, file)
 
     def train(self, run: Path, *overrides: str) -> Ended:
@@ -181,7 +182,8 @@ def sigkill(drill: Drill, runs: int) -> Row:
     repeated = max((entry["reached"] - entry["resumed_from"] for entry in done), default=0)
     seen = f"{len(done)} of {runs} end with the same bits (killed in {phases})"
     lost = f"nothing; up to {repeated} steps repeated"
-    return Row(drill.subject.script, "SIGKILL", runs, "; ".join([seen, *failures[:3]]), lost, not failures)
+    fault = "SIGKILL" if drill.subject.faults else f"SIGKILL, {drill.subject.name}"
+    return Row(drill.subject.script, fault, runs, "; ".join([seen, *failures[:3]]), lost, not failures)
 
 
 def sigterm(drill: Drill) -> str:
@@ -407,9 +409,14 @@ OWN_FAULTS: dict[str, dict[str, Callable[[Drill], str]]] = {
 def drilled(name: str, out: Path, runs: int) -> list[Row]:
     """All faults made on a subject, in a folder of its own."""
     subject = SUBJECTS[name]
-    drill = Drill.on(subject, subject.recipe, out)
+    recipe = subject.recipe
+    if subject.source is not None:
+        source = Drill.on(subject, subject.source, out / "source")
+        source.train(source.out / "run").expect(0)
+        recipe = {**recipe, "train": {**recipe["train"], "init": str(source.out / "run")}}
+    drill = Drill.on(subject, recipe, out)
     rows = [sigkill(drill, runs)]
-    others = {} if name == "scores" else FAULTS | OWN_FAULTS[name]  # scores: of the same command
+    others = FAULTS | OWN_FAULTS[name] if subject.faults else {}
     for fault, make in Progress(others.items(), desc=f"{subject.script}: other faults", unit="fault"):
         rows.append(row_of(subject.script, fault, partial(make, drill)))
     return rows

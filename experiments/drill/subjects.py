@@ -24,6 +24,8 @@ class Subject:
     timeless: tuple[str, ...]  # of a log's row: what does not depend on the clock or the machine
     bare: tuple[str, ...]  # overrides: one average, and nothing on the disk but logs and the newest checkpoint
     splits: bool  # whether two processes take the steps that one takes, to rounding
+    faults: bool = True  # whether it meets other faults than SIGKILL, too; else those of its command are another's
+    source: dict[str, Any] | None = None  # recipe, but for run, of what its weights begin from, see train.init
 
 
 SIT = Subject(
@@ -59,6 +61,22 @@ SCORES = replace(
     recipe={**SIT.recipe, "preview": {"every": 0, "steps": 2}, "score": {"every": 6, "num": 40}},
     phases={"step": STEP, "score": f"{ACTIVITIES}:Scores.take"},
     killed_in=("score", "checkpoint", "step"),
+    faults=False,
+)
+INIT = replace(
+    SIT,
+    name="init",
+    faults=False,
+    source={**SIT.recipe, "train": {**SIT.recipe["train"], "max_steps": 4}, "run": {"seed": 1}},
+)
+MIXER = replace(
+    INIT,
+    name="mixer",
+    recipe={**SIT.recipe, "train": {**SIT.recipe["train"], "init_anew": ["blocks.1.attn"]}},
+    source={**INIT.source, "model": {**SIT.recipe["model"], "token_mixer": "attention"}},
+)
+LORA = replace(
+    MIXER, name="lora", recipe={**MIXER.recipe, "lora": {"rank": 4}}, weights="pytorch_lora_weights.safetensors"
 )
 ATTNET = Subject(
     name="attnet",
@@ -87,4 +105,4 @@ ATTNET = Subject(
     bare=("checkpoint.keep_last=1", "checkpoint.keep_every=null"),
     splits=False,  # each process has batch statistics of its own
 )  # fmt: skip
-SUBJECTS = {each.name: each for each in (SIT, SCORES, ATTNET)}
+SUBJECTS = {each.name: each for each in (SIT, SCORES, INIT, MIXER, LORA, ATTNET)}

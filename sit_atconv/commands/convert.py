@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     elif not Path(args.source).exists():
         raise InputError(f"checkpoint {args.source!r}: no such file or folder")
 
-    from sit_atconv.convert.public import convert, export_public
+    from sit_atconv.convert.writing import convert, export_public
 
     if args.to == "public":
         export_public(args.source, args.out, form=args.form, variant=args.variant, force=args.force)

@@ -11,7 +11,7 @@ from typing import Any
 from sit_atconv.config.shipped import set_names
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.errors import add_force, named
+from sit_atconv.runtime.errors import InputError, add_force, named
 from sit_atconv.runtime.fields import CHOICES, DEFAULT, HELP, WHEN
 from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.runtime.limits import RANGE, Range
@@ -114,6 +114,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt", required=True, metavar="PATH", help="run folder, checkpoint, its ema/ folder, or a model"
     )
+    parser.add_argument(
+        "--lora", metavar="PATH",
+        help="run that trained a LoRA, its checkpoint, or adapters as diffusers stores them: added to the weights of "
+        "--ckpt, which may be a public file, too, then",
+    )  # fmt: skip
     add_settings(parser)
     add_number(parser, "--seed", limits.SEED, 0, "noise of image i is drawn from (seed, i)")
     add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
@@ -132,8 +137,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Raise InputError where --ckpt or --guide is no folder."""
-    check_checkpoint(args.ckpt)
+    """Raise InputError where --ckpt, --lora or --guide name nothing in which a model, or adapters of one, may be."""
+    if args.lora is None:
+        check_checkpoint(args.ckpt)
+    else:
+        for option in ("ckpt", "lora"):
+            if not os.path.exists(path := getattr(args, option)):
+                raise InputError(f"--{option} {path}: no such file or folder")
     if args.guide is not None:
         with named(flag("guide")):
             check_checkpoint(args.guide)

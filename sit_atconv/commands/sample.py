@@ -68,7 +68,7 @@ def _draw(args: argparse.Namespace) -> None:
     from sit_atconv.sampling.settings import in_short
     from sit_atconv.sampling.setup import setup
 
-    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile)
+    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, lora=args.lora)
     graphs = None
     if args.scheduler:
         from sit_atconv.sampling.schedulers import generate as generate_scheduled

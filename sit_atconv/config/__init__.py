@@ -13,6 +13,7 @@ from sit_atconv.config.schema import (
     Flow,
     Latents,
     Loading,
+    Lora,
     Model,
     Optimisation,
     Preview,
@@ -25,7 +26,7 @@ from sit_atconv.config.schema import (
 )
 
 __all__ = [
-    "DATA_KINDS", "HUB", "PARTS", "Checkpoint", "Data", "Distill", "Ema", "Flow", "Latents", "Loading", "Model",
+    "DATA_KINDS", "HUB", "PARTS", "Checkpoint", "Data", "Distill", "Ema", "Flow", "Latents", "Loading", "Lora", "Model",
     "Optimisation", "Preview", "Recipe", "Repa", "Run", "Score", "Train", "Validation", "differences",
     "load_recipe", "make_recipe", "to_dict",
 ]  # fmt: skip

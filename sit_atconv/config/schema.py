@@ -258,6 +258,16 @@ class Train(Optimisation):
     max_steps: int = ranged(400_000, limits.STEPS, mutable=lambda train: train["lr_schedule"] == "constant")
     warmup_steps: int = ranged(0, limits.STEPS_OR_NONE)  # a run that ends before is one of the warm-up alone
     lr_schedule: str = chosen("constant", ("constant", "linear", "cosine"))  # the others go down to 0 at max_steps
+    # what the weights begin from: a run, a checkpoint, a model's folder or a public file; null: they are drawn
+    init: str | None = field(default=None, metadata=MUTABLE | PATH)
+    # parts of the model that are drawn all the same, such as [y_embedder, blocks.3.attn]; whatever does not fit must be
+    # among them, and in a name * stands for any part of it: blocks.*.attn
+    init_anew: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init_anew and self.init is None:
+            raise InputError(f"train.init_anew={self.init_anew} goes with train.init; {idle('train.init_anew', '[]')}")
 
 
 @dataclass
@@ -287,6 +297,28 @@ class Repa:
     depth: int = ranged(8, limits.BLOCKS)  # the block (1-based) whose tokens are compared
     weight: float = ranged(0.5, limits.WEIGHT)  # of this loss
     projector_dim: int = ranged(2048, limits.CHANNELS)  # width inside the projector
+
+
+@dataclass
+class Lora(Section):
+    """Adapters of linear layers, which are trained in the place of the weights that train.init names."""
+
+    rank: int | None = ranged(None, limits.CHANNELS)  # of an adapter B A; null: none, and the weights are trained
+    # an adapter counts alpha / rank times; null: alpha is the rank
+    alpha: float | None = ranged(None, number(0, 65_536, "at 0 the adapters do nothing", over=True))
+    # names of linear layers, or ends of names, such as [attn.proj, mlp.fc1]; null: all of mixers and MLPs
+    targets: list[str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank is None:
+            for name in ("alpha", "targets"):
+                if (value := getattr(self, name)) is not None:
+                    raise InputError(f"lora.{name}={value} goes with lora.rank; {idle(f'lora.{name}')}")
+        elif self.alpha is None:
+            self.alpha = float(self.rank)
+        if self.targets == []:
+            raise InputError(f"lora.targets=[]: name a linear layer; {idle('lora.targets')}")
 
 
 @dataclass
@@ -380,7 +412,7 @@ class Validation(Section):
     """The loss of the sampled average on held-out images (data.held_out) while training."""
 
     every: int = ranged(0, limits.STEPS_OR_NONE)  # steps between two validations; 0 makes none
-    # held-out images at most, evenly spread over them; null: all
+    # held-out images at most, evenly spread over those of every class; null: all
     num: int | None = ranged(None, Range(1, 10_000_000, "each has a loss in memory"))
     batch_size: int = ranged(64, limits.BATCH)  # of every process
 
@@ -397,6 +429,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     ema: Ema = field(default_factory=Ema)
     repa: Repa = field(default_factory=Repa)
+    lora: Lora = field(default_factory=Lora)
     distill: Distill = field(default_factory=Distill)
     checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
     preview: Preview = field(default_factory=Preview, metadata=MUTABLE)
@@ -407,6 +440,8 @@ class Recipe:
         self._check_codec()
         if self.distill.teacher is not None:
             self._check_distill()
+        if self.lora.rank is not None:
+            self._check_lora()
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
         if self.validation.every and self.data.held_out is None:
@@ -422,12 +457,27 @@ class Recipe:
             return None
         return self.latents.precision or ("fp32" if self.train.precision == "fp32" else "tf32")
 
+    def _check_lora(self) -> None:
+        if self.distill.teacher is not None or self.repa.encoder is not None:
+            key = "distill.teacher" if self.distill.teacher is not None else "repa.encoder"
+            raise InputError(f"lora.rank={self.lora.rank} with {key}: adapters learn the flow alone; {idle(key)}")
+        if self.train.init is None:
+            raise InputError(
+                f"lora.rank={self.lora.rank}: adapters are of a trained model, and train.init is missing; name one, or "
+                "train all weights with lora.rank=null"
+            )
+
     def _check_distill(self) -> None:
         decided = ("sample_size", "in_channels", "num_classes")  # by data and codec, and checked against the teacher
         stated = {"name": self.model.name, **self.model.options()}
         if name := next((name for name, value in stated.items() if value is not None and name not in decided), None):
             key = f"model.{name}"
             raise InputError(f"{key}: with distill.teacher the model is the teacher's copy; {idle(key)}")
+        if self.train.init is not None:
+            raise InputError(
+                f"train.init={self.train.init!r} with distill.teacher: the model begins as the teacher's copy; "
+                f"{idle('train.init')}"
+            )
         if self.repa.encoder is not None:
             raise InputError(
                 "repa.encoder with distill.teacher: one teacher at a time; leave one out, or state it =null"

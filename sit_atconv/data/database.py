@@ -51,7 +51,7 @@ class Lmdb(EncodedImages):
             with told(f"{str(names)!r} cannot be read", OSError, UnicodeDecodeError):
                 class_names = [line.strip() for line in names.read_text().splitlines() if line.strip()]
         else:
-            class_names = [str(label) for label in range(self.labels.max() + 1)]
+            class_names = [str(label) for label in range(self._stored.max() + 1)]
         super().__init__(image_size, class_names, reader)
         if not class_names:
             self.encoded(0)  # raises: none can be read
@@ -69,7 +69,12 @@ class Lmdb(EncodedImages):
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """The label of every record, -1 of one that cannot be read."""
+        """The label of every record, -1 of one that cannot be read, or is of none of the classes."""
+        return np.where(self._stored < len(self.class_names), self._stored, -1)
+
+    @cached_property
+    def _stored(self) -> np.ndarray:
+        """The label that every record states, -1 of one that cannot be read."""
         labels = np.full(len(self), -1)
         bar = Progress(range(len(self)), desc="labels", unit="image", delay=2, leave=False, disable=not is_main())
         for index in bar:

@@ -1,13 +1,16 @@
 """The images of a dataset that training never sees: which they are, and both parts as datasets of their own."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.processes import is_main
 
 
 class Part(Dataset):
@@ -64,13 +67,14 @@ def split(dataset: Dataset, share: float | None) -> tuple[Dataset, Part | None]:
     counts = np.bincount(dataset.labels[dataset.labels >= 0], minlength=len(dataset.class_names))
     kept = np.bincount(dataset.labels[held_out], minlength=len(dataset.class_names))
     if len(empty := np.flatnonzero((counts > 0) & (kept == 0))):
-        number = int(counts[empty[0]])
+        least = empty[np.argmin(counts[empty])]  # a share that does for it does for the others
+        number = int(counts[least])
         more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
         enough = math.ceil(100 / number) / 100
         remedy = "give it more" if number < 2 else f"state {enough:g} or more, or give it more"
         raise InputError(
             f"data.held_out={share:g} holds out none of the {number} images of class "
-            f"{dataset.class_names[empty[0]]!r}{more}; {remedy}"
+            f"{dataset.class_names[least]!r}{more}; {remedy}"
         )
     return Part(dataset, np.flatnonzero(~held_out)), Part(dataset, np.flatnonzero(held_out))
 
@@ -79,3 +83,19 @@ def describe_parts(train: Dataset, held_out: Dataset | None) -> dict[str, Any]:
     """What a manifest says of a run's images: how many it trains on, their classes, and how many are held out."""
     counted = {} if held_out is None else {"held_out": len(held_out)}
     return {"num_images": len(train), "classes": list(train.class_names), **counted}
+
+
+def tell_of_share(source: str, manifest: Mapping[str, Any], share: float | None) -> None:
+    """Warn where a model that a run begins with, or learns from, was trained with another share held out than that of
+    the run: of the same images, it has learnt some that are held out here.
+
+    source: the setting that names the model. manifest: the model's; where it has no recipe, nobody knows.
+    """
+    stored = manifest.get("recipe")
+    if share is None or not stored or (theirs := stored.get("data", {}).get("held_out")) == share or not is_main():
+        return
+    shown = "null" if theirs is None else f"{theirs:g}"
+    say(
+        f"warning: {source} was trained with data.held_out={shown}, and this run has data.held_out={share:g}: if the "
+        "images are the same, it has learnt some that are held out here, and their loss is too low"
+    )

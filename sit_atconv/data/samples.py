@@ -163,10 +163,11 @@ class TrainingSamples(Samples):
 
 
 class ValidationSamples(Dataset):
-    """What the loss of held-out images is computed from: the same at every validation, and in every run of them.
+    """What the loss of held-out images is computed from: the same at every validation, and in every run of the same
+    dataset, time and num.
 
     dataset: the held-out images. latent_shape (C, H, W), posterior: as of TrainingSamples. time: how t is drawn. num:
-    images at most, evenly spread over all; None is all.
+    images at most, evenly spread over those of every class; None is all.
     Noise, posterior and t belong to the held-out image, not to run.seed, a step or a process. t is stratified over the
     images: of n, each has another of n equal parts of the distribution, in a random order. No image is mirrored, and no
     label dropped.
@@ -185,7 +186,8 @@ class ValidationSamples(Dataset):
     ):
         count = len(dataset) if num is None else min(num, len(dataset))
         self.dataset, self.latent_shape, self.posterior = dataset, latent_shape, posterior
-        self.images = np.arange(count) * len(dataset) // count
+        by_class = np.argsort(dataset.labels, kind="stable")
+        self.images = np.sort(by_class[np.arange(count) * len(dataset) // count])
         order = draws.generator(VALIDATION_SEED, Stream.VALIDATION, 0, count).permutation(count)
         uniform = draws.uniform_batch(VALIDATION_SEED, Stream.VALIDATION, _of(1, self.images))
         self.t = times(time, within_parts(order, uniform, count))

@@ -1,5 +1,6 @@
 """The model card of an exported pipeline: what the model is, how it is used, where it comes from."""
 
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sit_atconv.runtime.files import library_versions
 from sit_atconv.runtime.markdown import markdown_table, plain
 from sit_atconv.runtime.reading import COUNT, POSITIVE, fault_of
 from sit_atconv.training import ema
+from sit_atconv.training.checkpoint import INIT_FORM
 
 HEADER = """---
 license: {license}
@@ -139,9 +141,12 @@ beside the libraries above; with the package `sit_atconv` installed, its `SiTTra
 
 # What a card tells of a checkpoint's training.
 TOLD = {
-    "recipe": {"train": {"batch_size": POSITIVE, "lr": float, "precision": str}, "data": {"kind": str}, "ema": dict},
+    "recipe": {
+        "train": {"batch_size": POSITIVE, "lr": float, "precision": str}, "data": {"kind": str}, "ema": dict,
+        "lora?": {"rank": (POSITIVE, None), "alpha": (float, None)},
+    },
     "data": {"num_images": object, "classes": list}, "step": COUNT, "images_seen": COUNT,
-    "versions": {"sit_atconv": str, "torch": str, "diffusers": str},
+    "versions": {"sit_atconv": str, "torch": str, "diffusers": str}, "init?": (INIT_FORM, None),
 }  # fmt: skip
 
 
@@ -161,9 +166,29 @@ def _training(manifest: dict[str, Any]) -> str:
         "optimiser": f"AdamW, learning rate {train['lr']:g}",
         "precision": train["precision"],
         "weights": f"EMA, {ema.describe(config.make_recipe(recipe['ema'], config.Ema, stored=True))}",
+        "began from": _origin(manifest.get("init")),
+        "LoRA": _lora(recipe.get("lora")),
         "trained with": trained_with,
     }
-    return "\n".join(f"- {name}: {plain(value)}" for name, value in facts.items())
+    return "\n".join(f"- {name}: {plain(value)}" for name, value in facts.items() if value)
+
+
+def _lora(lora: dict[str, Any] | None) -> str:
+    """What was trained in the place of all weights; "" where they were."""
+    if not lora or lora["rank"] is None:
+        return ""
+    return f"rank {lora['rank']}, alpha {lora['alpha']:g}, added to the weights that it began from"
+
+
+def _origin(init: dict[str, Any] | None) -> str:
+    """Where the first weights came from, by the last names of its place; "" where they were drawn."""
+    if init is None:
+        return ""
+    place, step = PurePath(init["from"]["source"]), init["from"]["step"]
+    name = place.name if step is None else place.parent.parent.name
+    told = [name, *([] if step is None else [f"step {step}"]), init["from"]["which"], f"SHA-256 {init['sha256']}"]
+    anew = f"; drawn anew: {', '.join(init['anew'])}" if init["anew"] else ""
+    return f"{', '.join(filter(None, told))}{anew}"
 
 
 def _limits(pipeline: SiTPipeline, license: str) -> str:

@@ -18,6 +18,7 @@ from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
 from sit_atconv.pipelines.from_run import FromRun
+from sit_atconv.pipelines.lora import TakesLora
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.compat.diffusers import execution_device
@@ -64,7 +65,7 @@ def _check_kind(guide) -> None:
         raise InputError(f"guide is a {type(guide).__name__}; give a SiTTransformer2DModel, or None")
 
 
-class SiTPipeline(FromRun, DiffusionPipeline):
+class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     """Samples a SiT with diffusers' flow-matching schedulers.
 
     transformer: a SiTTransformer2DModel of the linear path. vae: an AutoencoderKL, or None for a model of pixels in

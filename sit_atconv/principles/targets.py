@@ -19,6 +19,7 @@ from sit_atconv.classification.samples import open_held_out
 from sit_atconv.config import load_recipe, make_recipe
 from sit_atconv.data import open_dataset
 from sit_atconv.data.digits import Digits
+from sit_atconv.data.held_out import split
 from sit_atconv.data.order import Shuffled
 from sit_atconv.flow.path import PATHS
 from sit_atconv.latents.codecs import check_same_codec, open_codec, reopen_codec
@@ -151,7 +152,8 @@ def show(target: Target, data: str | None, num: int, seed: int, vae: str | None 
     """The target with `num` images, taken at random by `seed`, its labels and noise; the facts say which.
 
     data: "digits", a folder of images in folders by class, or a recipe; None is the recipe of the target's manifest.
-    Of digits the held-out ones are taken, of a classifier's recipe the held-out images, of a SiT's those it names.
+    Of digits the held-out ones are taken, of a classifier's recipe the held-out images, of a SiT's those that
+    `data.held_out` holds out, or else all that it names.
     vae: where the autoencoder of a SiT lies, if not where it was.
     Raises InputError where no data are named, or they do not fit.
     """
@@ -178,6 +180,8 @@ def _show_sit(target: Target, data: str | None, num: int, seed: int, vae: str | 
         recipe.latents.vae = vae or recipe.latents.vae
         dataset = Digits("test", recipe.data.channels) if recipe.data.kind == "digits" else open_dataset(recipe.data)
         codec = open_codec(recipe.latents, dataset)
+        if recipe.data.kind != "digits":
+            dataset = split(dataset, recipe.data.held_out)[1] or dataset
         if target.facts["codec"]["codec"] != "open":
             check_same_codec(target.facts["codec"], codec.describe())
     else:

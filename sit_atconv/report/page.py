@@ -502,11 +502,23 @@ def _training(runs: Sequence[Run]) -> list[Content]:
         scores.append(_curve(title, [_series(index, run, run.scores, key) for index, run in trained]))
     return [
         tag("h3", "Curves from log.jsonl and validation.jsonl"),
+        tag("p", unlike, class_="soft") if (unlike := _validated_unlike([run for _, run in trained])) else None,
         tag("div", charts, class_="charts"),
         tag("h3", "Scores while training"),
         tag("p", _scoring(trained), class_="soft") if names else tag("p", "Scores while training: ", UNMEASURED, "."),
         tag("div", scores, class_="charts") if scores else None,
     ]
+
+
+def _validated_unlike(runs: Sequence[Run]) -> str | None:
+    """A warning where validation losses are not all of equally many images, and so of different ones."""
+    stated = {run.name: sorted({number(row.get("num")) for row in run.validation} - {None}) for run in runs}
+    if len({num for nums in stated.values() for num in nums}) < 2:
+        return None
+    told = "; ".join(
+        f"{name} of {' and of '.join(f'{num:,}' for num in nums)}" for name, nums in stated.items() if nums
+    )
+    return f"Validation losses are of different images, and cannot be compared: {told}."
 
 
 def _more_losses(trained: Sequence[tuple[int, Run]]) -> list[Markup]:

@@ -122,6 +122,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {
         f"{name}.{key}": value.detach()
         for name, parameter in module.named_parameters()
+        if parameter.requires_grad
         for key, value in optimizer.state[parameter].items()
     }
 
@@ -159,7 +160,7 @@ def load_optimizer(
     stored = reader.read_metadata().state_dict_metadata
     if not stored:
         return
-    parameters = dict(module.named_parameters())
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     tensors, states = {}, {}
     for key, found in stored.items():
         name, _, field = key.rpartition(".")

@@ -18,7 +18,7 @@ from sit_atconv.runtime.comparison import differences
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.files import library_versions
+from sit_atconv.runtime.files import library_versions, shown
 from sit_atconv.runtime.pictures import UINT8_RULE
 from sit_atconv.runtime.signals import Interrupted, Interruptions
 from sit_atconv.sampling.graphs import Graphs
@@ -106,7 +106,9 @@ class _Work:
         args = self.args
         check_place(args.out, args.force)
         self.graphs = Graphs() if args.graphs else None
-        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True)
+        self.ready = setup(
+            args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True, lora=args.lora
+        )
         with in_short():
             self.ready.sampling.check_acts_on(self.ready.trained.model)
         config, block = self.ready.trained.model.config, stated(args)["block"]
@@ -170,6 +172,7 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[
         "codec": ready.codec.describe(),
         "uint8_rule": UINT8_RULE,
         **describe_trained(trained),
+        "lora": None if args.lora is None else shown(Path(args.lora)),
         "guide": describe_guide(ready.guide),
         "versions": library_versions(),
     }

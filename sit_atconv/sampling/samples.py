@@ -53,7 +53,7 @@ MANIFEST, BLOCKS, NPZ = "manifest.json", "blocks", "samples.npz"
 BLOCK_FILE = re.compile(r"\d{6,}\.(json|npy)(\.tmp)?")  # .tmp: what earlier versions left of a kill
 RECORD_FORM = {"image_shape": [POSITIVE], "sha256": SHA256, "nfe": COUNT, "guide_nfe?": COUNT, "seconds": float}
 # Of the settings: where things lie, which does not decide the images.
-PLACES = {"checkpoint", "codec.vae", "training", "guide.checkpoint", "guide.training"}
+PLACES = {"checkpoint", "codec.vae", "lora", "training", "guide.checkpoint", "guide.training"}
 SAMPLES_MARK = {"num", "block", "format", "labels"}  # keys of the settings of samples, by every version
 SAME_IMAGES = ("0.1.0", "0.2.0")  # versions of this package that draw the same to the bit, see tests/test_bits.py
 

@@ -13,7 +13,7 @@ from sit_atconv.runtime.errors import InputError, check_one_process, option
 from sit_atconv.runtime.precision import dtype_of
 from sit_atconv.sampling.settings import Sampling, in_short
 from sit_atconv.sampling.trained import check_weaker, open_guide
-from sit_atconv.training.checkpoint import Trained, load_trained
+from sit_atconv.training.checkpoint import Trained, load_trained, load_with_lora
 
 VAE_BATCH = 16  # images per pass through the decoder
 
@@ -54,12 +54,14 @@ def setup(
     vae: str | None = None,
     compiled: bool = False,
     launched: bool = False,
+    lora: str | Path | None = None,
 ) -> Setup:
     """A model and its codec, on the device of this process, and the settings as they are for this model; the guide that
     they name is loaded as the model is.
 
     ckpt: as `load_trained` takes it. dtype: one of `precision.DTYPES`. device: by default CUDA where there is one.
     vae: folder or hub id of the autoencoder, where it is not the one that the checkpoint names.
+    lora: adapters that are added to the weights, as `load_with_lora` takes them; the model is theirs then.
     compiled: whether the blocks of model and guide are compiled, as the first images are drawn: each kind once a shape.
     launched: as one of the processes of a launch, which it has joined; else there may be one only.
     Raises InputError for a bad checkpoint, setting, device or missing autoencoder, and for a guide that does not fit.
@@ -67,13 +69,11 @@ def setup(
     if not launched:
         check_one_process()
     where = resolve_device(own_device(device) if launched else device)
-    trained = load_trained(ckpt, dtype_of(dtype))
-    guide = None
+    wanted, guide = dtype_of(dtype), None
+    trained = load_trained(ckpt, wanted) if lora is None else load_with_lora(ckpt, lora, wanted)
     if sampling.guide is not None:
         called = option("guide", sampling.guide)
-        guide = open_guide(
-            sampling.guide, called, trained.model, trained.stated("codec"), trained.id2label, dtype_of(dtype)
-        )
+        guide = open_guide(sampling.guide, called, trained.model, trained.stated("codec"), trained.id2label, wanted)
         check_weaker(guide.model, trained.model, called)
         sampling = replace(sampling, guide=guide.model)
     with in_short():

@@ -177,7 +177,7 @@ class Validations(Activity):
                 some = f"{len(bad)} of {len(losses)} held-out images are left out of the validation loss"
                 say(f"warning: step {trainer.step}: {some}, at first: {next(iter(bad.values()))}")
                 self.warned = True
-            if row["num"] and row["loss"] is None:
+            if row["num"] and not math.isfinite(row["loss"]):
                 say(f"warning: step {trainer.step}: the loss of held-out images is not finite")
             self.log.write(row)
         trainer.trackers.log({f"validation/{name}": value for name, value in row.items()}, trainer.step)
@@ -213,21 +213,17 @@ class Validations(Activity):
 
     def figures(self, losses: np.ndarray, bad: Collection[int]) -> dict[str, Any]:
         """The mean of the losses (N,) but those of `bad` places, its standard error over the images, the means by
-        bins of t, and how many images they are of; None for a mean of none, or one that is not finite."""
+        bins of t, and how many images they are of; None for a mean of none."""
         there = np.setdiff1d(np.arange(len(losses)), [*bad])
         losses, t = losses[there], self.samples.t.numpy()[there]
         bins = np.clip((t * TIME_BINS).astype(int), 0, TIME_BINS - 1)
-        error = losses.std(ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+        error = float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None
         by_time = [_mean(losses[bins == each]) for each in range(TIME_BINS)]
-        return {"loss": _mean(losses), "loss_se": _finite(error), "loss_by_time": by_time, "num": len(losses)}
+        return {"loss": _mean(losses), "loss_se": error, "loss_by_time": by_time, "num": len(losses)}
 
 
 def _mean(values: np.ndarray) -> float | None:
-    return _finite(values.mean()) if len(values) else None
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return float(values.mean()) if len(values) else None
 
 
 class Snapshots(Activity):
@@ -244,6 +240,7 @@ class Snapshots(Activity):
     def take(self, trainer: Trainer) -> None:
         """Store one. Raises InputError in every process where it cannot be written."""
         averages = trainer.objective.averages
-        checkpoint.check_finite(trainer.step, averages.models.values())
-        tensors = {name: sharding.full_tensors(average) for name, average in averages.models.items()}
+        stored = {part.folder: part.module for part in trainer.objective.parts() if part.folder in averages.models}
+        checkpoint.check_finite(trainer.step, stored.values())
+        tensors = {name: sharding.full_tensors(average) for name, average in stored.items()}
         first(lambda: averages.write_snapshot(trainer.run, trainer.step, tensors, trainer.updates))

@@ -1,7 +1,8 @@
 """Checkpoints: a folder that describes itself, is written atomically, and is proved whole before it is used.
 
     step-0001000/
-        ema/, model/          config.json + safetensors, each loadable with from_pretrained; other averages beside them
+        ema/, model/          config.json + safetensors, each loadable with from_pretrained; other averages beside them.
+                              Of LoRA the adapters, as diffusers stores them, and anew.safetensors, what is drawn anew
         model/projectors.safetensors   where REPA's loss was used
         optimizer.safetensors "<parameter name>.<state name>"; of a sharded run optimizer/, a file per process
         trainer.json          skipped steps, gradient scaler
@@ -14,6 +15,7 @@ can be sampled too, and so can the transformer of a pipeline; the converter's co
 files.
 """
 
+import dataclasses
 import inspect
 import json
 import re
@@ -27,16 +29,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from sit_atconv.models import lora
+from sit_atconv.models.fitting import differences, is_named, take_weights
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import files, sharding
+from sit_atconv.runtime.adapters import ADAPTERS, ANEW, check_whole
 from sit_atconv.runtime.console import say
-from sit_atconv.runtime.errors import InputError, check_choice, reason, said, told
+from sit_atconv.runtime.errors import InputError, check_choice, option, reason, said, told
 from sit_atconv.runtime.files import DiskFull, Lease, check_checkpoint, check_space, lease, sha256
 from sit_atconv.runtime.processes import is_main, raise_together
 from sit_atconv.runtime.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json, read_tensors
-from sit_atconv.runtime.weights import STEM, load_pretrained, main_file, own_variant, variants, weight_files
+from sit_atconv.runtime.weights import STEM, digest_of, load_pretrained, main_file, own_variant, variants, weight_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -51,14 +56,24 @@ CODEC_FORM = (
     {"codec": "identity"},
     {"codec": "vae", "vae": str, "sha256": str, "scale": float, "shift": float},
 )
+OPEN_CODEC = {"codec": "open", "channels": POSITIVE}  # of a model that does not say
 RECIPE_FORM = {
     "run?": {"seed?": range(2**64)},
-    "train?": {"precision?": str, "batch_size?": POSITIVE, "lr?": float},
+    "train?": {
+        "precision?": str, "batch_size?": POSITIVE, "lr?": float, "init?": (str, None), "init_anew?": [str],
+    },
     "model?": {"name?": (str, None)},
     "data?": {"kind?": str},
     "ema?": dict,
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
-}
+}  # fmt: skip
+# Where the first weights came from, see training.origin.
+INIT_FORM = {
+    "sha256": str, "anew": [str],
+    "from": {
+        "source": str, "which": (str, None), "step": (COUNT, None), "codec": (*CODEC_FORM, OPEN_CODEC), "model": dict,
+    },
+}  # fmt: skip
 MANIFEST_FORM = {
     "step": COUNT,
     "files": {INSIDE: SHA256},
@@ -66,6 +81,7 @@ MANIFEST_FORM = {
     "codec?": CODEC_FORM,
     "data?": {"num_images": POSITIVE, "classes": [str]},
     "images_seen?": COUNT,
+    "init?": (INIT_FORM, None),
     "seconds?": (float, None),
 }
 ID2LABEL_FORM = {"id2label?": ({re.compile("[0-9]{1,18}"): str}, None)}
@@ -82,6 +98,30 @@ def write_pretrained(model: SiTTransformer2DModel, tensors: dict[str, torch.Tens
         whole = SiTTransformer2DModel.from_config(model.config)
     whole.load_state_dict(tensors, strict=True, assign=True)
     whole.save_pretrained(folder)
+
+
+def write_adapted(
+    options: dict[str, Any],
+    rank: int,
+    alpha: float,
+    module: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    folder: Path,
+) -> None:
+    """Write what LoRA trains of a SiT of these options, by peft's names: adapters, and what was drawn anew."""
+    with torch.device("meta"):
+        SiTTransformer2DModel.from_config(options).save_config(folder)
+    adapters = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    lora.write_lora(folder, adapters, rank, alpha)
+    if anew := {name: tensor for name, tensor in tensors.items() if name not in adapters}:
+        save_file(anew, folder / ANEW)
+
+
+def load_adapted_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What `write_adapted` has written there, by peft's names."""
+    adapters = load_file(folder / ADAPTERS)
+    named = {name.removeprefix(lora.PREFIX).replace(".weight", ".default.weight"): adapters[name] for name in adapters}
+    return named | load_anew(folder)
 
 
 @dataclass(frozen=True)
@@ -416,8 +456,8 @@ def load_trained(path: str | Path, dtype: torch.dtype | None = torch.float32, va
 
     Also a model folder on its own, such as a converted one, or the transformer in a pipeline's folder, whose
     autoencoder is the codec's unless another is named. dtype: of the weights in memory; None: the narrowest that holds
-    all of those on disk. variant: of those on disk, such as "fp16", as diffusers takes it: of a pipeline's parts, those
-    that have it.
+    all of those on disk; of a LoRA fp32, as its sum is. variant: of those on disk, such as "fp16", as diffusers takes
+    it: of a pipeline's parts, those that have it.
     Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
     """
     try:
@@ -443,8 +483,144 @@ def _load_trained(path: Path, dtype: torch.dtype | None, variant: str | None) ->
     if has_model and not is_in_checkpoint(path):
         return _load_model_folder(path, dtype, variant)
     stored = stored_model(path)
+    if f"{stored.which}/{ADAPTERS}" in stored.files:
+        return _load_adapted(stored, dtype)
     model = _load_model(stored.folder / stored.which, dtype, variant)
     return Trained(stored.folder, stored.which, stored.manifest, model, stored.files, stored.lease)
+
+
+def _load_adapted(stored: Stored, dtype: torch.dtype | None, base: Trained | None = None) -> Trained:
+    """The model of a LoRA in a checkpoint, its adapters added to the weights.
+
+    base: what the adapters are put on; None is what they were trained on, which is to be there and as it was.
+    """
+    folder = stored.folder / stored.which
+    model, digest = _adapted(folder, stored.manifest, lora.read_lora(folder), load_anew(folder), base)
+    files = {**stored.files, "base": digest}
+    model = torch.nn.Module.to(model, dtype or torch.float32)
+    return Trained(stored.folder, stored.which, stored.manifest, model, files, stored.lease)
+
+
+def _adapted(
+    folder: Path,
+    manifest: dict[str, Any],
+    adapters: lora.Lora,
+    anew: dict[str, torch.Tensor],
+    base: Trained | None = None,
+) -> tuple[SiTTransformer2DModel, str]:
+    """The model that a LoRA's ema/ or model/ tells of, in fp32: the base's weights, what was drawn anew, and the
+    adapters added; and the SHA-256 of the base. base: as `_load_adapted` takes it."""
+    init, run = manifest.get("init"), str(folder.parent)
+    if not init:
+        raise _damaged(folder.parent, f"its {MANIFEST} does not say what its LoRA is of")
+    given = base
+    if given is None:
+        remedy = f"name it as {option('ckpt')}, and this run as {option('lora')}"
+        with told(f"checkpoint {run!r} is a LoRA, and its base is gone", InputError, remedy=remedy):
+            given = load_any(init["from"]["source"])
+    digest = digest_of(given.model.float().state_dict())
+    if digest != init["sha256"]:
+        said = f"{run!r} is a LoRA of other weights than those of {str(given.folder)!r}"
+        if base is None:
+            raise InputError(f"checkpoint {said}, which have changed; put it on others by {option('lora')}")
+        say(f"warning: {said}")
+    with told(f"checkpoint {run!r} cannot be read", InputError, RuntimeError, KeyError):
+        model = SiTTransformer2DModel.from_config(read_options(folder)).eval()
+        own, drawn = model.state_dict(), (manifest.get("recipe") or {}).get("train", {}).get("init_anew", [])
+        if wrong := [each for each in differences(given.model, model) if not is_named(each.part, drawn)]:
+            told_of = ", ".join(f"{each.part} ({each.said})" if each.part else each.said for each in wrong)
+            raise InputError(
+                f"it is a LoRA of another architecture than that of {str(given.folder)!r}: {told_of}; give the model "
+                "that it was trained on"
+            )
+        take_weights(given.model.state_dict(), own, drawn)
+        model.load_state_dict({**own, **anew})
+        lora.fuse(model, adapters)
+    return model, digest
+
+
+def model_of_average(folder: Path, manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SiTTransformer2DModel:
+    """The model of a checkpoint's ema/ with other tensors in the place of those that an average there has.
+
+    Raises InputError for tensors that do not fit.
+    """
+    if (folder / ADAPTERS).is_file():
+        adapters, ends = lora.read_lora(folder), [end.replace(".weight", ".default.weight") for end in (lora.A, lora.B)]
+        with told("they do not fit its LoRA", KeyError):
+            pairs = {layer: tuple(tensors[f"{layer}{end}"] for end in ends) for layer in adapters.pairs}
+            anew = {name: tensors[name] for name in load_anew(folder)}
+        return _adapted(folder, manifest, dataclasses.replace(adapters, pairs=pairs), anew)[0]
+    with torch.device("meta"), told(f"checkpoint {str(folder.parent)!r} cannot be read", InputError):
+        model = SiTTransformer2DModel.from_config(read_options(folder))
+    with told("they do not fit its model", RuntimeError, in_full=True):
+        model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+def load_anew(folder: Path) -> dict[str, torch.Tensor]:
+    """What lies beside adapters: the tensors of the parts that were drawn anew."""
+    return load_file(folder / ANEW) if (folder / ANEW).is_file() else {}
+
+
+def load_with_lora(base: str | Path, adapters: str | Path, dtype: torch.dtype = torch.float32) -> Trained:
+    """The model of `base`, as `load_any` takes it, with adapters added to its weights.
+
+    adapters: a run of LoRA, its checkpoint, the ema/ or model/ in it, whose classes and codec then are the model's; or
+    a folder or file of adapters in diffusers' form. Raises InputError for either that is not there or damaged, and
+    for adapters of another architecture.
+    """
+    given, path = load_any(base), Path(adapters).absolute()
+    if (path / MANIFEST).is_file() or is_in_checkpoint(path) or step_folders(path):
+        stored = stored_model(path)
+        if f"{stored.which}/{ADAPTERS}" not in stored.files:
+            raise InputError(f"LoRA {str(path)!r}: the run trained no LoRA; name it as {option('ckpt')}")
+        return _load_adapted(stored, dtype, given)
+    file = path / ADAPTERS if path.is_dir() else path
+    check_whole(file)
+    lora.fuse(given.model, lora.read_lora(file))
+    given.files["lora"] = sha256(file)
+    return dataclasses.replace(given, model=torch.nn.Module.to(given.model, dtype))
+
+
+def load_any(path: str | Path) -> Trained:
+    """`load_trained`, in fp32, also of what `sit-atconv convert` reads: a public file, or a folder with one.
+
+    Such a file's model has its EMA where there is one, REPA's time folded into it, and none of its projectors.
+    Raises InputError as both do.
+    """
+    path = Path(path).absolute()
+    if not (path.exists() and _is_public(path)):
+        return load_trained(path)
+    from sit_atconv.convert.public import read_public  # diffusers' DiT, and with it a second
+
+    with told(
+        "", InputError, remedy="what a file leaves open, `sit-atconv convert` takes: name the folder that it writes"
+    ):
+        found = read_public(path, keep_projectors=False)
+    manifest = {"step": None, "codec": _open_codec(found.model)}
+    files = {file.name: sha256(file) for file in found.files}
+    return Trained(path, found.record["weights"], manifest, found.model.float(), files)
+
+
+def _is_public(path: Path) -> bool:
+    """Whether what lies there is for `sit-atconv convert` to read: a file, or a folder of another library's."""
+    if path.is_file():
+        return True
+    folder = path / "transformer" if (path / PIPELINE_INDEX).is_file() else path
+    if (folder / "config.json").is_file():
+        with told(f"checkpoint {str(path)!r} cannot be read", Malformed, OSError):
+            return "_class_name" in (config := read_json(folder / "config.json")) and (
+                config["_class_name"] != SiTTransformer2DModel.__name__
+            )
+    return not (folder / MANIFEST).is_file() and not step_folders(folder) and bool(_weights_in(folder))
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [each for each in folder.iterdir() if each.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+
+
+def _open_codec(model: SiTTransformer2DModel) -> dict[str, Any]:
+    return {"codec": "open", "channels": model.config.in_channels}
 
 
 def read_conversion(folder: Path) -> dict[str, Any]:
@@ -485,8 +661,7 @@ def _load_model_folder(folder: Path, dtype: torch.dtype | None, variant: str | N
         loaded = {main_file(folder, variant), *weight_files(folder, variant)}
         mine = [path for path in _model_files(folder) if path in loaded or not path.name.startswith(STEM)]
         files = {path.name: sha256(path) for path in mine}
-    codec = {"codec": "open", "channels": model.config.in_channels}
-    return Trained(folder, which, {"step": None, "codec": codec}, model, files)
+    return Trained(folder, which, {"step": None, "codec": _open_codec(model)}, model, files)
 
 
 def read_options(folder: Path) -> dict[str, Any]:

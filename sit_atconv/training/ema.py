@@ -71,7 +71,7 @@ class Averages:
 
     models: name of a checkpoint's folder -> averaged fp32 copy, in eval mode and without gradients. "ema" is the first
     and what gets sampled; with kind "power" it has the first of the stds, and those that follow are named like
-    "ema-0.100". Buffers are copied.
+    "ema-0.100". Buffers are copied; parameters that are frozen in the model are the model's own.
     """
 
     def __init__(self, model: nn.Module, settings: config.Ema):
@@ -81,7 +81,11 @@ class Averages:
             self.stds = {SAMPLED: first, **{_width_name(std): std for std in others}}
         parameters = {name: gamma_of(std) for name, std in self.stds.items()} or {SAMPLED: settings.decay}
         self.decays = {name: partial(DECAYS[settings.kind], each) for name, each in parameters.items()}
-        self.models = {name: copy.deepcopy(model).float().eval().requires_grad_(False) for name in self.decays}
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        self.models = {
+            name: copy.deepcopy(model, {id(each): each for each in frozen}).float().eval().requires_grad_(False)
+            for name in self.decays
+        }
         self._followed: nn.Module | None = None  # what `_pairs` are of: to find them takes longer than to move them
         self._pairs: dict[str, tuple[Pairs, Pairs]] = {}
 
@@ -154,7 +158,7 @@ def _paired(own: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> Pairs
         target, source = local(tensor.detach()), local(new[name].detach())
         if target.shape != source.shape:  # which foreach would broadcast where it can
             raise ValueError(f"EMA: {name} is {tuple(source.shape)} here, the average's {tuple(target.shape)}")
-    return [(tensor, new[name]) for name, tensor in own.items()]
+    return [(tensor, new[name]) for name, tensor in own.items() if tensor is not new[name]]
 
 
 def _tensors(pairs: Pairs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

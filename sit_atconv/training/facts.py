@@ -26,7 +26,7 @@ class Facts:
         return self.num_images + self.held_out
 
 
-def measured_facts(train: Dataset, codec, held_out: Dataset | None = None) -> Facts:
+def measured_facts(train: Dataset, codec, held_out: Dataset | None) -> Facts:
     """The facts of an opened dataset's parts, see `data.held_out.split`, and of a codec.
 
     Raises InputError when the codec does not take such images.
@@ -35,7 +35,7 @@ def measured_facts(train: Dataset, codec, held_out: Dataset | None = None) -> Fa
     return Facts(shape, len(train.class_names), len(train), 0 if held_out is None else len(held_out))
 
 
-def describe(train: Dataset, codec, held_out: Dataset | None = None) -> dict[str, Any]:
+def describe(train: Dataset, codec, held_out: Dataset | None) -> dict[str, Any]:
     """What a manifest says of an opened dataset's parts, and of a codec."""
     return {"data": describe_parts(train, held_out), "codec": codec.describe()}
 

@@ -14,6 +14,7 @@ from sit_atconv.config import Recipe
 from sit_atconv.data import IMAGE_KEYS
 from sit_atconv.latents.codecs import check_same_codec
 from sit_atconv.runtime import files, processes
+from sit_atconv.runtime.comparison import differences
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import LEFTOVER, LOCK
@@ -210,7 +211,9 @@ def check_run_folder(
         if "codec" in described:
             check_same_codec(manifest.get("codec", {}), described["codec"])
         for part, name in FROZEN.items():
-            if part in described and manifest.get(part) != described[part]:
+            # Where the first weights lay is told, and may be another place today.
+            pair = {part: manifest.get(part)}, {part: described.get(part)}
+            if part in described and differences(*pair, {f"{part}.from"}):
                 stated = attrgetter(name)(recipe)
                 raise InputError(f"{name}={stated!r} is not the one of run.out={str(run)!r}: other weights")
     return found

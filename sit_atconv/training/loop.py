@@ -19,6 +19,7 @@ from sit_atconv.training.facts import check_stated, describe, measured_facts
 from sit_atconv.training.folder import check_place, check_run_folder, claim, told_of
 from sit_atconv.training.launch import make_accelerator
 from sit_atconv.training.objectives import FROZEN, objective_of
+from sit_atconv.training.origin import opened
 from sit_atconv.training.plan import plan
 from sit_atconv.training.resolved import resolved
 from sit_atconv.training.trainer import Activity, Trainer
@@ -52,6 +53,9 @@ def train(
         training, held_out = split(dataset, recipe.data.held_out)
         codec = open_codec(recipe.latents, dataset)
         facts = measured_facts(training, codec, held_out)
+        if origin := opened(recipe):
+            recipe = origin.completed(recipe)
+            origin.tell_of_data(recipe, dataset.class_names)
         check_stated(recipe, facts)
         recipe = resolved(recipe, facts)
         if recipe.score.every and scorer is None and is_main():
@@ -60,7 +64,7 @@ def train(
             first(lambda: scorer.check(codec.image_shape(facts.latent_shape), dataset.class_names, recipe.score.num))
         kind = objective_of(recipe)
         kind.check_launch(accelerator)
-        objective = kind(recipe, facts)
+        objective = kind(recipe, facts, origin)
         measured = describe(training, codec, held_out)
         opening = partial(open_drawing, recipe, objective.model, measured["codec"], dataset.class_names)
         drawing = together(opening)  # where the guide's run is being trained, one process may fail alone

@@ -19,11 +19,11 @@ def learning_rate(step: int, train: Train) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, train: Train, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone, never on vectors such as biases and `difference_control`.
+    """AdamW of what is not frozen; weight decay on matrices alone, never on vectors such as biases.
 
     fused: one kernel for many tensors, which a CPU has too.
     """
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -21,6 +21,7 @@ from sit_atconv.training.ema import SAMPLED
 from sit_atconv.training.facts import Facts, check_stated, describe, measured_facts, stated_facts
 from sit_atconv.training.folder import check_run_folder, foreseen
 from sit_atconv.training.objectives import objective_of
+from sit_atconv.training.origin import opened
 from sit_atconv.training.resolved import FROM_DATA, FROM_FLOW, resolved
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ NAMED = 5  # classes of which a plan says the name
 def dry_run(recipe: Recipe) -> str:
     """The recipe's plan, see `plan`; the model is built on the meta device, data and VAE are not opened if the recipe
     states what they decide. Raises InputError for a recipe that cannot be trained."""
+    if origin := opened(recipe):
+        recipe = origin.completed(recipe)
     stated, dataset, measured, names = stated_facts(recipe), None, {}, None
     # A cache says of which images it is, and a run of these goes on from it.
     if stated is None or (recipe.data.kind == "latents" and Path(recipe.run.out).exists()):
@@ -45,9 +48,10 @@ def dry_run(recipe: Recipe) -> str:
     check_stated(recipe, facts)
     kind = objective_of(recipe)  # imported on no device but the CPU
     with torch.device("meta"):
-        objective = kind(recipe, facts)
+        objective = kind(recipe, facts, origin)
     open_drawing(recipe, objective.model, measured.get("codec"), names)
     described = {"recipe": config.to_dict(resolved(recipe, facts)), **measured}
+    described["init"] = origin and origin.record
     encoded = dataset.index["data"] if dataset is not None and dataset.moments else None
     look = partial(check_run_folder, recipe=recipe, described=described, encoded=encoded)
     return plan(recipe, facts, objective, names, foreseen(recipe.run.out, look, recipe.train.max_steps))
@@ -62,7 +66,8 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
     model = objective.model
     train = recipe.train
     parameters, macs = count_parameters(model), count_macs(model)
-    trainable = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = parameters - sum(p.numel() for p in model.parameters() if not p.requires_grad)
     epoch = facts.num_images / train.batch_size
     ema = recipe.ema
     copies = len(ema.stds or [SAMPLED])
@@ -79,20 +84,20 @@ def plan(recipe: Recipe, facts: Facts, objective: "FlowObjective", names: Sequen
         + (f"{recipe.data.image_size} px; " if recipe.data.image_size else "")
         + f"{facts.all_images:,} images{_held_out(facts)} in {_classes(facts.num_classes, names)}",
         "memory": f"weights {_size(parameters)}, gradients {_size(trainable)}, optimiser {_size(2 * trainable)}, "
-        f"EMA {_size(copies * parameters)}, all in fp32 whatever the precision (activations come on top"
+        f"EMA {_size(copies * kept)}, all in fp32 whatever the precision (activations come on top"
         f"{objective.besides})",
         "steps per epoch": f"{epoch:.1f} (global batch {train.batch_size})",
         "schedule": f"{train.max_steps:,} steps = {train.max_steps / epoch:.1f} epochs; lr {train.lr:g} "
         f"{train.lr_schedule}{decay}, warm-up {train.warmup_steps:,} steps{longer}; precision {train.precision}",
         "EMA": averages.describe(recipe.ema),
         "checkpoints": f"every {recipe.checkpoint.every:,} steps, the last {recipe.checkpoint.keep_last} kept, "
-        f"{_size((1 + copies) * parameters + 2 * trainable)} each, in {recipe.run.out}",
+        f"{_size((1 + copies) * kept + 2 * trainable)} each, in {recipe.run.out}",
     }
     if ema.snapshot_every:
         taken = train.max_steps // ema.snapshot_every
         rows["EMA snapshots"] = (
-            f"every {ema.snapshot_every:,} steps, {taken:,} of {_size(copies * parameters)} each, "
-            f"{_size(taken * copies * parameters)} at the end"
+            f"every {ema.snapshot_every:,} steps, {taken:,} of {_size(copies * kept)} each, "
+            f"{_size(taken * copies * kept)} at the end"
         )
     if recipe.validation.every:
         number = min(facts.held_out, recipe.validation.num or facts.held_out)

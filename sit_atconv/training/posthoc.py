@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, named, told
 from sit_atconv.runtime.files import check_out, new_path
@@ -139,11 +138,9 @@ def write_model(run: Path, std: float, step: int | None, out: Path, force: bool 
     if newest is None:
         raise InputError(f"run {str(run)!r} has no checkpoint yet, which says what the model is; train on to one")
     folder, _lease = newest
-    checkpoint.read_manifest(folder, under=f"{SAMPLED}/config.json")
-    with torch.device("meta"), named(f"checkpoint {str(folder)!r} cannot be read"):
-        model = SiTTransformer2DModel.from_config(checkpoint.read_options(folder / SAMPLED))
-    with told(f"the snapshots of {str(run)!r} do not fit its model", RuntimeError, in_full=True):
-        model.load_state_dict(combine(found), strict=True, assign=True)
+    manifest, tensors = checkpoint.read_manifest(folder, under=f"{SAMPLED}/config.json"), combine(found)
+    with named(f"the snapshots of {str(run)!r}"):
+        model = checkpoint.model_of_average(folder / SAMPLED, manifest, tensors)
     record = {
         "made_by": "sit_atconv.posthoc",
         "weights": SAMPLED,

@@ -9,7 +9,7 @@ from sampled import sampled
 
 from sit_atconv.config import Data, load_recipe, make_recipe
 from sit_atconv.data import open_dataset
-from sit_atconv.data.held_out import Part, is_held_out, split
+from sit_atconv.data.held_out import Part, is_held_out, split, tell_of_share
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.samples import ValidationSamples
 from sit_atconv.flow.times import TimeSampling
@@ -67,8 +67,9 @@ def test_both_parts_are_the_dataset_and_none_is_in_both():
 @pytest.mark.parametrize(
     ("counts", "share", "says"),
     [
-        ((20, 9, 3), 0.1, r"data.held_out=0.1 holds out none of the 9 images of class 'dog' \(and 1 more classes\); "
-                          "state 0.12 or more"),
+        ((20, 9, 3), 0.1, r"data.held_out=0.1 holds out none of the 3 images of class 'owl' \(and 1 more classes\); "
+                          "state 0.34 or more"),
+        ((20, 1, 9), 0.1, r"none of the 1 images of class 'dog' \(and 1 more classes\); give it more"),
         ((3, 30, 30), 0.33, "none of the 3 images of class 'cat'; state 0.34 or more, or give it more"),
         ((30, 30, 1), 0.5, "none of the 1 images of class 'owl'; give it more"),
     ],
@@ -77,7 +78,7 @@ def test_a_share_that_leaves_a_class_without_held_out_images_is_refused(counts, 
     with pytest.raises(InputError, match=says):
         split(Numbered(np.repeat([0, 1, 2], counts)), share)
     if "0.34" in says:  # the remedy is one
-        assert len(split(Numbered(np.repeat([0, 1, 2], counts)), 0.34)[1]) == 1 + 2 * 10
+        assert split(Numbered(np.repeat([0, 1, 2], counts)), 0.34)[1]
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
@@ -111,7 +112,7 @@ def expected_batch(images, count, shape):
     return torch.tensor(t, dtype=torch.float32), noise, posterior
 
 
-@pytest.mark.parametrize(("num", "images"), [(None, range(12)), (5, [0, 2, 4, 7, 9]), (13, range(12))])
+@pytest.mark.parametrize(("num", "images"), [(None, range(12)), (5, [0, 1, 5, 6, 10]), (13, range(12))])
 def test_what_a_validation_is_made_of_belongs_to_the_image_alone(num, images):
     dataset = Numbered(np.arange(12) % 3)
     shape, count = (2, 4, 4), len(images)
@@ -128,6 +129,14 @@ def test_what_a_validation_is_made_of_belongs_to_the_image_alone(num, images):
     for place in (0, count - 1):  # in a batch of another size, too
         alone = samples.__getitems__([place])[0]
         assert all(torch.equal(value[0], batch[key][place]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize("labels", [np.arange(2000) % 10, np.repeat(np.arange(10), 200)])
+def test_images_of_a_validation_are_evenly_spread_over_the_classes_in_turn_or_one_after_the_other(labels):
+    chosen = ValidationSamples(Numbered(labels), (1, 1, 1), TimeSampling(), num=100).images
+    assert np.bincount(labels[chosen]).tolist() == [10] * 10
+    for label in range(10):
+        assert np.flatnonzero(labels == label).tolist()[::20] == chosen[labels[chosen] == label].tolist()
 
 
 def test_times_are_those_of_the_recipe_and_of_no_class():
@@ -178,6 +187,17 @@ def test_a_plan_says_how_many_are_held_out_and_counts_epochs_without_them(image_
 def test_what_cannot_be_held_out_or_validated_is_refused(stated, says):
     with pytest.raises(InputError, match=says):
         make_recipe({"run": {"out": "x"}, **stated})
+
+
+def test_a_model_that_has_learnt_what_a_run_holds_out_is_told_of(capsys):
+    for stored, share, told in (
+        ({}, 0.1, "null"), ({"held_out": None}, 0.1, "null"), ({"held_out": 0.2}, 0.1, "0.2"),
+        ({"held_out": 0.1}, 0.1, None), ({"held_out": 0.2}, None, None), ({}, None, None), (None, 0.1, None),
+    ):  # fmt: skip
+        tell_of_share("distill.teacher='x'", {"recipe": {"data": stored}} if stored is not None else {}, share)
+        said = capsys.readouterr().err
+        assert said.startswith(f"warning: distill.teacher='x' was trained with data.held_out={told}, and") == bool(told)
+        assert bool(said) == bool(told)
 
 
 def test_digits_hold_out_some_of_their_training_images(tmp_path):

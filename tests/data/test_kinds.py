@@ -25,6 +25,7 @@ from sit_atconv.data.folder import Folder
 from sit_atconv.data.held_out import split
 from sit_atconv.data.images import Unreadable
 from sit_atconv.data.loading import TrainingBatches
+from sit_atconv.data.order import Balanced
 from sit_atconv.data.samples import RankPositions
 from sit_atconv.runtime.errors import InputError
 
@@ -410,6 +411,12 @@ def test_lmdb_names_a_bad_record(folder, tmp_path, record, reason):
     assert dataset[8, False][1] == 2
     with pytest.raises(Unreadable, match=reason):
         dataset[9, False]
+    readable = record == (b"x", 1)  # its label; one beyond the classes is of none of them, wherever they are counted
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 1 if readable else -1]
+    assert [part.indices.tolist() for part in split(dataset, 0.5)] == [[0, 2, 3, 5, 7, 9], [1, 4, 6, 8]]
+    assert {Balanced(dataset.labels, dataset.class_names, 0).index(place) for place in range(45)} == {
+        *range(9 + readable)
+    }
 
 
 def test_lmdb_names_a_missing_record(folder, tmp_path):

@@ -6,6 +6,9 @@ import pytest
 import yaml
 
 from experiments import curves
+from experiments.table import load_table, models
+from sit_atconv.config import to_dict
+from sit_atconv.training.resolved import resolved
 
 STEPS = [10, 20, 30]
 # Of every run, the seconds and the losses at STEPS.
@@ -18,14 +21,11 @@ RUNS = {
 
 
 @pytest.fixture
-def table(tmp_path):
-    """A table of two entries and two seeds, whose runs have logs alone."""
+def table(tmp_path, monkeypatch):
+    """A table of two entries and two seeds, whose runs have logs, and in the place of a checkpoint its manifest."""
     for name, (seconds, losses) in RUNS.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
-        rows = [
-            dict(zip(("step", "seconds", "loss"), row, strict=True)) for row in zip(STEPS, seconds, losses, strict=True)
-        ]
-        write(tmp_path, name, rows)
+        write(tmp_path, name, [row(*each) for each in zip(STEPS, seconds, losses, strict=True)])
     entries = [
         {"name": name, "recipe": "digits", "seeds": [0, 1], "overrides": ["train.max_steps=30", "train.batch_size=6"]}
         for name in ("attention", "atconv")
@@ -35,7 +35,16 @@ def table(tmp_path):
         "entries": entries, "samplers": [{"name": "euler", "sampler": "euler", "steps": 2, "cfg": 1.0}],
     }  # fmt: skip
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(content))
+    for model in models(load_table(tmp_path / "table.yaml")):
+        manifest = {"step": 30, "recipe": to_dict(resolved(model.recipe))}
+        (model.ckpt / "manifest.json").write_text(json.dumps(manifest))
+    newest = lambda run: (run, json.loads((run / "manifest.json").read_text()))  # noqa: E731
+    monkeypatch.setattr("experiments.table.checkpoint.newest_valid", newest)
     return tmp_path
+
+
+def row(step, seconds, loss, num=200):
+    return {"step": step, "seconds": seconds, "loss": loss, "num": num}
 
 
 def write(folder, run, rows):
@@ -60,26 +69,46 @@ def test_losses_at_equal_steps_and_at_equal_time(table):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        (None, "is not there; make the table first, with data.held_out"),
-        ([{"step": 20, "seconds": 1, "loss": 0.5}], "does not reach step 30; make the table first"),
-        ([{"step": 30, "seconds": None, "loss": 0.5}], "says no seconds; train the run anew"),
+        (None, "is not there; train the run anew, with data.held_out"),
+        ([row(20, 1, 0.5)], "has no line of step 30; train the run anew, with validation.every to its end"),
+        ([], "has no line of step 30"),
+        ([row(30, None, 0.5)], "says no seconds; train the run anew"),
+        ([row(20, 1, 0.5), row(30, 2, None)], "the last loss is not finite, and cannot be compared; take"),
+        ([row(20, 1, 0.5), {"loss": 0.5}, row(30, 2, 0.5)], "line 2: step is missing; train the run anew"),
+        ([row(20, 1, 0.5, 100), row(30, 2, 0.5)], "has losses of 100 images and of 200; train the run anew"),
+        ([row(30, 2, 0.5, 100)], "'attention-seed0' and 'atconv-seed1' cannot be compared: their losses are of 200"),
+        ([row(30, 6, 0.5)], "run 'atconv-seed1' has its first loss at 6 s, and is to be compared at 3 s, where another "
+                            "ends; train both with a lower validation.every"),
     ],
-)
-def test_a_run_without_its_curve_is_one_line(table, capsys, rows, says):
+)  # fmt: skip
+def test_a_run_without_a_curve_to_compare_is_one_line(table, capsys, rows, says):
+    log = table / "runs/atconv-seed1/validation.jsonl"
     if rows is None:
-        (table / "runs/atconv-seed1/validation.jsonl").unlink()
+        log.unlink()
     else:
         write(table, "atconv-seed1", rows)
     with pytest.raises(SystemExit):
         curves.main([str(table / "table.yaml")])
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said
+    assert repr(str(log)) in said or "'atconv-seed1'" in said
     assert not (table / "out").exists()
 
 
-def test_runs_of_different_length_are_not_compared(table, capsys):
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.batch_size=3", "train.batch_size: 6 -> 3"),
+        ("train.max_steps=20", "train.max_steps: 30 -> 20"),
+        ("data.held_out=0.3", "data.held_out: null -> 0.3"),
+        ("flow.prediction=noise", 'flow.prediction: "velocity" -> "noise"'),
+        ("model.depth=2", "is no run of the table's recipe that has ended; make the table first"),  # nor was it trained
+    ],
+)
+def test_runs_that_differ_and_those_of_another_recipe_are_not_compared(table, capsys, override, says):
     content = yaml.safe_load((table / "table.yaml").read_text())
-    content["entries"][1]["overrides"] = ["train.max_steps=30", "train.batch_size=3"]
+    content["entries"][1]["overrides"].append(override)
     (table / "table.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(SystemExit):
         curves.main([str(table / "table.yaml")])
-    assert "differ in train.max_steps or train.batch_size; give them the same" in capsys.readouterr().err
+    assert says in capsys.readouterr().err

@@ -216,7 +216,15 @@ def test_what_a_table_no_longer_has_is_named_and_left(small, tmp_path, capsys):
     path.write_text(path.read_text().replace("  - {name: a", "  #").replace("b, ", "b, "))
     out = tmp_path / "results"
     (out / "raw").mkdir(parents=True)
-    for name in ("raw/a-seed0-quick.json", "raw/b-seed5-quick.json", "slow.md", "slow.json", "quick.md", "notes.txt"):
+    for name in (
+        "raw/a-seed0-quick.json",
+        "raw/b-seed5-quick.json",
+        "slow.md",
+        "slow.json",
+        "quick.md",
+        "notes.txt",
+        *table.CURVES,
+    ):
         (out / name).write_text("{}")
     main([str(path), "--dry-run"])
     named = [line for line in capsys.readouterr().out.splitlines() if "is of nothing in this table" in line]

@@ -57,7 +57,7 @@ def losses(recipe, positions) -> torch.Tensor:
     """Flow losses of an untrained model at these positions of training."""
     dataset = open_dataset(recipe.data)
     codec = open_codec(recipe.latents, dataset)
-    facts = measured_facts(dataset, codec)
+    facts = measured_facts(dataset, codec, None)
     model = build_model(recipe, facts)
     torch.manual_seed(0)
     for parameter in model.parameters():  # it starts with a last layer of zeros, whose losses see half of everything

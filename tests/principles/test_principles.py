@@ -19,6 +19,7 @@ from experiments.principles import main
 from sit_atconv import SiTTransformer2DModel, swap_attention
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.folder import Folder
+from sit_atconv.data.images import in_range
 from sit_atconv.latents.codecs import VaeCodec
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.attention import Attention
@@ -392,6 +393,18 @@ def test_a_recipe_or_the_checkpoints_own_is_taken_for_data(run):
     for target in (own, named):
         assert torch.equal(target.images, digits.images)
         assert torch.equal(target.labels, digits.labels)
+
+
+def test_a_sit_whose_recipe_holds_images_out_is_shown_those(image_folder, recipe_file, tmp_path):
+    data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8, "held_out": 0.5}
+    SiTTransformer2DModel(
+        sample_size=8, in_channels=3, hidden_size=8, depth=1, num_heads=1, num_classes=3, token_mixer="atconv"
+    ).save_pretrained(tmp_path / "model")
+    target = show(load(str(tmp_path / "model")), str(recipe_file(data=data)), 6, 0)
+    whole = Folder(str(image_folder), 8)
+    order = draws.generator(0, Stream.ORDER, 0).permutation(6)
+    expected = [in_range(whole[int(np.arange(1, 12, 2)[place]), False][0]) for place in order]
+    assert torch.equal(target.images, torch.stack(expected))
 
 
 def test_a_latent_model_is_shown_a_folder_through_its_autoencoder(tmp_path, vae_folder, fails):

@@ -189,6 +189,10 @@ def test_losses_of_held_out_images_and_losses_over_seconds_are_drawn_where_a_run
     page = make(new)
     for text in ("1.5 at second 5", "1.500 ± 0.013, 7,000 images", "zip, 1,437 images, 7,000 more held out"):
         assert text in page.text
+    assert "cannot be compared" not in make(old, new).text
+    rows(old / "validation.jsonl", [{"step": 20, "seconds": 2.5, "loss": 1.0, "num": num} for num in (70, 1000)])
+    unlike = "of different images, and cannot be compared: old of 70 and of 1,000; new of 7,000."
+    assert unlike in make(old, new).text
 
 
 def test_the_grid_has_the_first_samples_of_each_class_in_their_order(make, tmp_path):

@@ -12,7 +12,7 @@ import sample
 import train_attnet
 import train_sit
 from eval.__main__ import main as evaluate
-from experiments import ablation, distill_swap, error_bars, schedulers, table
+from experiments import ablation, distill_swap, error_bars, finetune, schedulers, table
 from experiments.bench import attnet, cache, loop, op, swap
 from experiments.drill.__main__ import main as drill
 from experiments.principles import main as principles
@@ -32,7 +32,7 @@ SCHEMAS = {"sit": Recipe, "classifier": ClassifierRecipe}
 COMMANDS = [
     train_sit.main, train_attnet.main, distill_swap.main, sample.main, sampling, evaluate, convert, export, latents,
     posthoc.main, table.main, ablation.main, error_bars.main, schedulers.main, principles, drill, attnet.main,
-    cache.main, loop.main, op.main, swap.main,
+    cache.main, finetune.main, loop.main, op.main, swap.main,
 ]  # fmt: skip
 
 

@@ -335,6 +335,8 @@ def test_the_plan_of_a_distillation(recipe, teacher, capsys):
     assert one == f"{teacher}; 1 of 3 layers to ATConv, started by copy_vo: {ATTENTIONS[1]}"
     control = planned("distill.control=true", "distill.init=random", "distill.exclude=[blocks.0]")["teacher"]
     assert control == f"{teacher}; 2 of 3 layers to fresh attention (a control): {', '.join(ATTENTIONS[1:])}"
+    distill_swap.main([str(recipe), "data.held_out=0.1", "--dry-run"])
+    assert "was trained with data.held_out=null, and this run has data.held_out=0.1" in capsys.readouterr().err
 
 
 def test_from_cached_latents_as_from_their_images(recipe_file, image_folder, vae_folder, tmp_path):

@@ -22,8 +22,8 @@ FACTS = Facts((4, 8, 6), 3, 12)
 # Nulls that are a choice of their own, or of what lies where.
 CHOICES = {
     "train.max_grad_norm", "ema.snapshot_every", "repa.encoder", "distill.teacher", "distill.blockwise_lr",
-    "checkpoint.keep_every", "score.weights", "latents.vae", "model.name", "data.channels",
-    "latents.precision", "data.held_out", "validation.num", "score.extractor",
+    "checkpoint.keep_every", "score.weights", "score.extractor", "latents.vae", "model.name", "data.channels",
+    "latents.precision", "train.init", "lora.rank", "lora.alpha", "lora.targets", "data.held_out", "validation.num",
     # left to the model, or of the SDE samplers, see sampling.settings; they may change from start to start
     "preview.epsilon", "preview.guide",
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",

@@ -95,12 +95,27 @@ def test_training_is_the_same_to_the_bit_with_it_and_no_global_generator_moves(r
         kept.append(torch.equal(before[0], after[0]) and before[1:] == after[1:])
 
     monkeypatch.setattr(activities.Validations, "after_step", watched)
-    last = run_recipe(recipe_file(**LOUD), "validation.every=1", f"run.out={tmp_path / 'with'}")
+    for steps in (3, 6):  # also over a stop
+        options = (f"train.max_steps={steps}", "validation.every=1", f"run.out={tmp_path / 'with'}")
+        last = run_recipe(recipe_file(**LOUD), *options)
     assert kept == [True] * 6
     assert_same_bits(without, last)
     for one, other in zip(log_rows(without.parent), log_rows(last.parent), strict=True):
         assert {key: one[key] for key in ("loss", "grad_norm")} == {key: other[key] for key in ("loss", "grad_norm")}
     assert not (tmp_path / "without" / "validation.jsonl").exists()
+
+
+def test_the_loss_is_computed_in_the_precision_of_the_run_and_of_what_loader_processes_read(recipe_file, digits):
+    """One image at a time, so that bf16 rounds alike."""
+    options = ("train.precision=bf16", "validation.batch_size=1", "data.workers=1", "train.max_steps=4")
+    last = run_recipe(recipe_file(**LOUD), *options)
+    model = SiTTransformer2DModel.from_pretrained(last / "ema").eval()
+    exact = losses_by_hand(model, digits, by_class(digits.labels, 0.02))[0].mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses_by_hand(model, digits, by_class(digits.labels, 0.02))[0].mean()
+    (row,) = rows_of(last.parent)
+    assert abs(rounded - exact) > 1e-5 * exact
+    assert row["loss"] == pytest.approx(rounded, rel=1e-6)
 
 
 def test_runs_of_other_seeds_hold_out_and_validate_the_same(recipe_file, tmp_path, monkeypatch):

@@ -29,9 +29,11 @@ class Kind:
 KINDS = (
     Kind("repa:RepaObjective", lambda recipe: recipe.repa.encoder is not None, ("encoder", "repa.encoder")),
     Kind("distill:DistillObjective", lambda recipe: recipe.distill.teacher is not None, ("teacher", "distill.teacher")),
+    Kind("lora:LoraObjective", lambda recipe: recipe.lora.rank is not None),
     Kind("flow:FlowObjective", lambda recipe: True),
 )
-FROZEN = dict(kind.frozen for kind in KINDS if kind.frozen)
+# What a run is made of beside its recipe, by its name in a manifest and in a recipe: it may lie elsewhere today.
+FROZEN = {"init": "train.init"} | dict(kind.frozen for kind in KINDS if kind.frozen)
 
 
 def objective_of(recipe: Recipe) -> "type[FlowObjective]":

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sit_atconv import config
+from sit_atconv.data.held_out import tell_of_share
 from sit_atconv.data.samples import Batch, TrainingSamples
 from sit_atconv.layers.attention import Attention
 from sit_atconv.models.sit import SiTTransformer2DModel
@@ -28,7 +29,8 @@ from sit_atconv.training.objectives.objective import Forward
 def load_teacher(recipe: config.Recipe, latent_shape: tuple[int, int, int], num_classes: int) -> SiTTransformer2DModel:
     """The model that `distill.teacher` names, frozen. Raises InputError where it does not fit data and flow."""
     with torch.device("cpu"):
-        teacher = load_trained(recipe.distill.teacher).model.requires_grad_(False)
+        trained = load_trained(recipe.distill.teacher)
+    teacher = trained.model.requires_grad_(False)
     channels, height, width = latent_shape
     for what, own, wanted in (
         ("in_channels", teacher.config.in_channels, channels),
@@ -42,6 +44,7 @@ def load_teacher(recipe: config.Recipe, latent_shape: tuple[int, int, int], num_
                 f"distill.teacher={recipe.distill.teacher!r} has {what} {own!r}, data, codec and flow say {wanted!r}; "
                 "give a teacher that was trained on them"
             )
+    tell_of_share(f"distill.teacher={recipe.distill.teacher!r}", trained.manifest, recipe.data.held_out)
     return teacher
 
 
@@ -206,8 +209,8 @@ class DistillObjective(FlowObjective):
     no_fsdp = "distill.teacher is not for FSDP: its layers are called apart from their blocks; use DDP"
     flops_per_image = None  # of a step that trains layers alone it is another one
 
-    def __init__(self, recipe: config.Recipe, facts: Facts):
-        super().__init__(recipe, facts)
+    def __init__(self, recipe: config.Recipe, facts: Facts, origin: None = None):
+        super().__init__(recipe, facts, origin)
         settings = recipe.distill
         self.trained = Distillation(self.model, self.teacher, settings)
         self.weights |= {"output_loss": settings.output_weight, "feature_loss": settings.feature_weight}

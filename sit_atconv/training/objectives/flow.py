@@ -23,6 +23,7 @@ from sit_atconv.training.ema import Averages
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.objective import Forward, Objective
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
+from sit_atconv.training.origin import Origin
 
 
 def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
@@ -48,38 +49,41 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
 class FlowObjective(Objective):
     """The flow-matching loss of a SiT, see `flow_loss`. Other objectives of latents add to it.
 
-    A plan makes it on the meta device. `open` comes before training.
+    origin: of `train.init`, whose options the recipe has, see `Origin.completed`. A plan makes it on the meta device.
+    `open` comes before training.
     """
 
-    write = staticmethod(write_pretrained)
+    write, load = staticmethod(write_pretrained), staticmethod(load_weights)
     with_image = False  # whether the losses need images besides their latents
     besides = ""  # what a plan says of memory that it does not count
 
-    def __init__(self, recipe: Recipe, facts: Facts):
+    def __init__(self, recipe: Recipe, facts: Facts, origin: Origin | None = None):
         if recipe.data.source is not None and not self.with_image:
             raise InputError(
                 f"data.source={recipe.data.source!r}: only a loss that looks at images needs them; "
                 f"{idle('data.source')}, or name repa.encoder"
             )
-        self.recipe, self.facts = recipe, facts
+        self.recipe, self.facts, self.origin = recipe, facts, origin
         self.path = PATHS[recipe.flow.path]()
         self.steps, self.weights = recipe.train.max_steps, {"loss": 1.0}
         self.model = self.trained = self._make_model()
+        if origin is not None:
+            origin.check(recipe, self.model)
 
     def _make_model(self) -> SiTTransformer2DModel:
         return build_model(self.recipe, self.facts)
 
     def rows(self) -> dict[str, str]:
         """What a plan says of this objective alone: text by name."""
-        return {}
+        return {} if self.origin is None else {"init": self.origin.row()}
 
     def open(self, codec: nn.Module) -> None:
         """Take the codec of images and latents, and load what a plan does without."""
         self.codec = codec
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest records of frozen networks, by their names in `objectives.FROZEN`."""
-        return {}
+        """What a manifest records of other networks, by their names in `objectives.FROZEN`."""
+        return {} if self.origin is None else {"init": self.origin.record}
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -107,13 +111,15 @@ class FlowObjective(Objective):
         self.averages = Averages(self.model, self.recipe.ema)
         if checkpoint is not None:
             for name, average in self.averages.models.items():
-                load_weights(checkpoint / name, average)
+                self.load(checkpoint / name, average)
 
     def _start(self, samples: TrainingSamples) -> None:
         """What a new run does to the weights before its first step."""
+        if self.origin is not None:
+            self.origin.give(self.recipe, self.model, self.codec.describe())
 
     def _load(self, checkpoint: Path) -> None:
-        load_weights(checkpoint / "model", self.model)
+        self.load(checkpoint / "model", self.model)
 
     def make_optimizer(self, fused: bool) -> torch.optim.Optimizer:
         return make_optimizer(self.trained, self.recipe.train, fused)

@@ -24,6 +24,7 @@ from sit_atconv.training.checkpoint import Part
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.objectives.objective import Forward
+from sit_atconv.training.origin import Origin
 
 
 class ImageEncoder(nn.Module):
@@ -116,8 +117,8 @@ class RepaObjective(FlowObjective):
     with_image = True
     besides = "; REPA's projectors and encoder come on top"
 
-    def __init__(self, recipe: config.Recipe, facts: Facts):
-        super().__init__(recipe, facts)
+    def __init__(self, recipe: config.Recipe, facts: Facts, origin: Origin | None = None):
+        super().__init__(recipe, facts, origin)
         self.weights["repa_loss"] = recipe.repa.weight
         if recipe.repa.depth > len(self.model.blocks):
             raise InputError(
@@ -130,7 +131,7 @@ class RepaObjective(FlowObjective):
         self.trained = align(self.model, self.encoder, self.recipe.repa, self.recipe.run.seed)
 
     def describe(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.describe()}
+        return {**super().describe(), "encoder": self.encoder.describe()}
 
     @property
     def frozen(self) -> list[nn.Module]:
