@@ -75,10 +75,12 @@ def of_classes(split: str, classes: range) -> Digits:
 
 
 def write_digits(file: Path, classes: range) -> None:
-    """Training digits of those classes as an npz, `data.kind=npz`."""
+    """Training digits of those classes as an npz, `data.kind=npz`. Raises InputError where another file is there."""
     digits, stored = of_classes("train", classes), io.BytesIO()
     pixels = ((digits.images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     np.savez(stored, arr_0=pixels, arr_1=digits.labels.astype(np.int64))
+    if file.exists() and file.read_bytes() != stored.getvalue():
+        raise InputError(f"{str(file)!r} is not what this experiment writes there; move it, or name other --runs")
     write_atomic(file, stored.getvalue())
 
 

@@ -16,7 +16,7 @@ import sampling.__main__ as sampling
 import train_attnet
 import train_sit
 from eval.__main__ import main as evaluate
-from experiments import ablation, error_bars, principles, schedulers
+from experiments import ablation, error_bars, finetune, principles, schedulers
 from experiments.bench import attnet, cache, loop, op, swap
 from sit_atconv import create_model, posthoc
 from sit_atconv.convert import __main__ as convert
@@ -65,6 +65,7 @@ STEMS = ("speed", "bench.op", "bench.swap", "bench.cache")  # which add the endi
 FOLDERS = {  # commands with a fixed name in a folder
     "attnet": (attnet.main, ["--device", "cpu"], "cost.md"),
     "ablation": (ablation.main, [], "sit.png"),
+    "finetune": (finetune.main, [], "finetune.md"),
     "error_bars": (error_bars.main, [], "error_bars.md"),
     "schedulers": (schedulers.main, [], "schedulers.json"),
     "principles": (principles.main, ["attnet_t2"], "fields.png"),

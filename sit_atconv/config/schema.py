@@ -258,7 +258,8 @@ class Train(Optimisation):
     max_steps: int = ranged(400_000, limits.STEPS, mutable=lambda train: train["lr_schedule"] == "constant")
     warmup_steps: int = ranged(0, limits.STEPS_OR_NONE)  # a run that ends before is one of the warm-up alone
     lr_schedule: str = chosen("constant", ("constant", "linear", "cosine"))  # the others go down to 0 at max_steps
-    # what the weights begin from: a run, a checkpoint, a model's folder or a public file; null: they are drawn
+    # what the weights begin from: a run, a checkpoint, a model's folder or a public file; null: they are drawn; what
+    # is named may move, not change
     init: str | None = field(default=None, metadata=MUTABLE | PATH)
     # parts of the model that are drawn all the same, such as [y_embedder, blocks.3.attn]; whatever does not fit must be
     # among them, and in a name * stands for any part of it: blocks.*.attn
@@ -303,8 +304,9 @@ class Repa:
 class Lora(Section):
     """Adapters of linear layers, which are trained in the place of the weights that train.init names."""
 
-    rank: int | None = ranged(None, limits.CHANNELS)  # of an adapter B A; null: none, and the weights are trained
-    # an adapter counts alpha / rank times; null: alpha is the rank
+    # of the adapters, such as 8; null: no LoRA, all weights are trained
+    rank: int | None = ranged(None, limits.CHANNELS)
+    # the adapters count alpha / rank times; null: alpha is the rank
     alpha: float | None = ranged(None, number(0, 65_536, "at 0 the adapters do nothing", over=True))
     # names of linear layers, or ends of names, such as [attn.proj, mlp.fc1]; null: all of mixers and MLPs
     targets: list[str] | None = None

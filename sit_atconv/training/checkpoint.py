@@ -515,7 +515,7 @@ def _adapted(
         raise _damaged(folder.parent, f"its {MANIFEST} does not say what its LoRA is of")
     given = base
     if given is None:
-        remedy = f"name it as {option('ckpt')}, and this run as {option('lora')}"
+        remedy = f"put it back there, or draw from both: it as {option('ckpt')}, this run as {option('lora')}"
         with told(f"checkpoint {run!r} is a LoRA, and its base is gone", InputError, remedy=remedy):
             given = load_any(init["from"]["source"])
     digest = digest_of(given.model.float().state_dict())

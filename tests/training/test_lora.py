@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from sampling.__main__ import main as sampling
-from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model
+from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model, swap_attention
 from sit_atconv.config import load_recipe, make_recipe
 from sit_atconv.convert import export_public
 from sit_atconv.latents.codecs import IdentityCodec
@@ -197,7 +197,9 @@ def test_a_base_that_moved_is_stated_anew_and_another_is_refused(recipe, base, t
     model.x_embedder.proj.bias.data += 1
     model.save_pretrained(other)
     shutil.move(base, tmp_path / "moved")
-    with pytest.raises(InputError, match=r"is a LoRA, and its base is gone: .*name it as ckpt, and this run as lora"):
+    with pytest.raises(
+        InputError, match=r"its base is gone: .*put it back there, or draw from both: it as ckpt, this "
+    ):
         load_trained(last)
     with pytest.raises(InputError, match="no such folder"):
         run_recipe(recipe)
@@ -342,6 +344,32 @@ def test_the_commands_draw_from_it(recipe, base, tmp_path):
     sampling(["generate", "--ckpt", str(public), "--lora", str(last / "ema"), *words])  # the same, from elsewhere
     with pytest.raises(SystemExit):
         sampling(["generate", "--ckpt", str(base), *words])
+
+
+def test_a_swapped_model_is_trained_too_and_all_that_looks_at_a_run_sees_the_sum(recipe_file, tmp_path):
+    """The adapters of both mixers, the held-out loss, a preview guided by the base, and the run as a guide."""
+    swapped = SiTTransformer2DModel.from_pretrained(made(tmp_path / "attention", token_mixer="attention"))
+    swap_attention(swapped, select="even", init="random")
+    swapped.save_pretrained(tmp_path / "swapped")
+    path = recipe_file(
+        model={"token_mixer": ["atconv", "attention"]}, data={"held_out": 0.1}, lora={"rank": 2},
+        train={"init": str(tmp_path / "swapped"), "max_steps": 2}, validation={"every": 1, "num": 8},
+        preview={"every": 2, "num": 2, "steps": 2, "guide": str(tmp_path / "swapped")},
+    )  # fmt: skip
+    last = run_recipe(path)
+    model = load_trained(last).model
+    layers = load_file(last / "ema" / ADAPTERS).keys()
+    for names in OF_MIXERS.values():
+        assert any(names[0] in layer for layer in layers)
+    losses = [json.loads(line)["loss"] for line in (last.parent / "validation.jsonl").read_text().splitlines()]
+    assert len(losses) == 2
+    assert losses[0] != losses[1]
+    assert (last.parent / "previews/step-0000002.png").is_file()
+    assert not torch.equal(output(model), output(swapped.eval()))
+    words = ["--guide", str(last), "--cfg", "2", "--num", "2", "--steps", "2"]
+    sampling(["generate", "--ckpt", str(tmp_path / "swapped"), *words, "--out", str(tmp_path / "samples")])
+    guide = json.loads((tmp_path / "samples/manifest.json").read_text())["guide"]
+    assert guide["checkpoint_sha256"] == load_trained(last).files
 
 
 def test_targets_are_names_or_ends_of_names(base):

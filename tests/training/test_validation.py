@@ -19,6 +19,7 @@ from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.training import activities, trainer
+from sit_atconv.training.checkpoint import load_trained
 from sit_atconv.training.log import for_trackers
 
 
@@ -249,7 +250,7 @@ def test_trackers_get_the_figures():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", slowly(["repa", "distill"]))
+@pytest.mark.parametrize("kind", slowly(["repa", "lora", "distill"]))
 def test_other_objectives_validate_the_flow_loss_of_their_average(
     kind, recipe_file, image_folder, encoder_folder, tmp_path
 ):
@@ -258,6 +259,10 @@ def test_other_objectives_validate_the_flow_loss_of_their_average(
     if kind == "repa":
         sections["repa"] = {"encoder": f"local-dir:{encoder_folder}", "depth": 1, "projector_dim": 12}
         path = recipe_file(**sections)
+    elif kind == "lora":
+        base = run_recipe(recipe_file("base", **sections), f"run.out={tmp_path / 'base'}")
+        sections["train"] = {"max_steps": 3, "init": str(base)}
+        path = recipe_file(**sections, lora={"rank": 2})
     else:
         teacher = run_recipe(recipe_file("teacher", **sections), f"run.out={tmp_path / 'teacher'}")
         path = recipe_file(**sections)
@@ -267,7 +272,7 @@ def test_other_objectives_validate_the_flow_loss_of_their_average(
         path.write_text(yaml.safe_dump(stated))
     last = run_recipe(path)
     dataset = Folder(str(image_folder), 8)
-    model = SiTTransformer2DModel.from_pretrained(last / "ema").eval()
+    model = load_trained(last).model
     losses, _ = losses_by_hand(model, dataset, by_class(dataset.labels, 0.5))
     row = rows_of(last.parent)[-1]
     assert row["step"] == 3
