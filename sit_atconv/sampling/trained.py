@@ -36,9 +36,15 @@ def describe_training(trained: Trained) -> dict[str, Any]:
     """What the checkpoint says of how its model was trained; None where nobody says, as of a converted model.
 
     name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
+    init: of a run that began from a checkpoint, the parts that were drawn anew. lora: of a run of LoRA, its rank and
+    alpha; of adapters from a file, which says nothing of their training, its SHA-256.
     """
-    recipe = trained.manifest.get("recipe")
-    repa = recipe and recipe.get("repa")
+    recipe, init = trained.manifest.get("recipe"), trained.manifest.get("init")
+    repa, lora = ((recipe or {}).get(section) or {} for section in ("repa", "lora"))
+    if "lora" in trained.files:
+        added = {"sha256": trained.files["lora"]}
+    else:
+        added = {key: lora[key] for key in ("rank", "alpha")} if lora.get("rank") else None
 
     def said(section: str, key: str) -> Any:
         return recipe and recipe.get(section, {}).get(key)
@@ -50,7 +56,9 @@ def describe_training(trained: Trained) -> dict[str, Any]:
         "run": recipe and shown(trained.folder.parent),
         "images_seen": trained.manifest.get("images_seen"),
         "precision": said("train", "precision"),
-        "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa and repa["encoder"] else None,
+        "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa.get("encoder") else None,
+        "init": init and {"anew": init["anew"]},
+        "lora": added,
         "params": count_parameters(trained.model),
     }
 

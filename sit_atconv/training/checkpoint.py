@@ -66,6 +66,7 @@ RECIPE_FORM = {
     "data?": {"kind?": str},
     "ema?": dict,
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
+    "lora?": {"rank": (POSITIVE, None), "alpha": (float, None)},
 }  # fmt: skip
 # Where the first weights came from, see training.origin.
 INIT_FORM = {
