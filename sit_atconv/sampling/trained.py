@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sit_atconv.latents.codecs import differing
 from sit_atconv.models.cost import count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime.errors import InputError, named
@@ -88,14 +89,11 @@ def open_guide(
 
 
 def _check_codec(own: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
-    if None in (own, wanted) or "open" in (own["codec"], wanted["codec"]):
-        return
-    for key in ("codec", "sha256", "scale", "shift"):
-        if own.get(key) != wanted.get(key):
-            raise InputError(
-                f"its latents are of a codec with {key}={own.get(key)}, the model's of one with {key}="
-                f"{wanted.get(key)}; {SAME} codec"
-            )
+    if key := differing(own, wanted):
+        raise InputError(
+            f"its latents are of a codec with {key}={own.get(key)}, the model's of one with {key}={wanted.get(key)}; "
+            f"{SAME} codec"
+        )
 
 
 def _check_classes(own: dict[int, str] | None, wanted: Mapping[int, str] | Sequence[str] | None) -> None:
