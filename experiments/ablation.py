@@ -23,14 +23,13 @@ import numpy as np
 import torch
 
 from experiments.ablation_plot import draw
-from sit_atconv import config
 from sit_atconv.bench.results import Results
 from sit_atconv.classification.evaluation import last_evaluation
 from sit_atconv.classification.plan import steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
-from sit_atconv.classification.resolved import resolved as resolved_classifier
+from sit_atconv.classification.resolved import resolved
 from sit_atconv.commands.options import add_out
-from sit_atconv.config import Recipe, load_recipe
+from sit_atconv.config import Recipe, differences, load_recipe, to_dict
 from sit_atconv.data.digits import Digits
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
@@ -44,7 +43,7 @@ from sit_atconv.runtime.files import library_versions, made_here, named, write_o
 from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.reading import COUNT, Malformed, read_json
 from sit_atconv.training import checkpoint
-from sit_atconv.training.resolved import resolved
+from sit_atconv.training.resolved import changes
 
 TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]
 RESULT = "result.json"
@@ -96,12 +95,8 @@ class System:
     overrides: tuple[str, ...]
     steps: Callable[[Any], int]  # of a recipe's run
     figures: dict[str, str]  # by their keys in result.json, what they are
-    resolved: Callable[[Any], Any]  # a recipe, as its run stores it
+    changes: Callable[[dict[str, Any], Any], list[str]]  # what keeps the run of a stored recipe from being this one's
     measured: Callable[[Path, Any], dict[str, float]]  # the figures of an arm's run
-
-    def changes(self, stored: dict[str, Any], recipe: Any) -> list[str]:
-        """What keeps the run of a stored recipe from being that of this one, see `config.differences`."""
-        return config.differences(stored, config.to_dict(self.resolved(recipe)), self.schema, self.resolved)
 
     def folder(self, runs: Path, arm: Arm, seed: int) -> Path:
         return runs / f"{self.name}-{arm.name}-seed{seed}"
@@ -151,7 +146,7 @@ SYSTEMS = (
         ("train.max_steps=300", "checkpoint.every=300", "preview.every=0"),
         lambda recipe: recipe.train.max_steps,
         {"loss": "held-out flow loss"},
-        resolved,
+        changes,
         lambda run, arm: flow_figures(run),
     ),
     System(
@@ -163,7 +158,7 @@ SYSTEMS = (
         ("train.epochs=6", "eval.every_epochs=6", "checkpoint.every=1000"),
         lambda recipe: steps_of(recipe, recipe.train.epochs, len(Digits("train"))),
         {"loss": "held-out cross-entropy", "top1": "top-1 (%)"},
-        resolved_classifier,
+        lambda stored, recipe: differences(stored, to_dict(resolved(recipe)), ClassifierRecipe, resolved),
         lambda run, arm: classifier_figures(run),
     ),
 )

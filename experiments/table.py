@@ -60,7 +60,8 @@ from sit_atconv.scoring.refs import check_recorded, recorded_extractor, referenc
 from sit_atconv.scoring.result import RESULT, sound
 from sit_atconv.scoring.sources import from_arrays, open_source
 from sit_atconv.training import checkpoint
-from sit_atconv.training.resolved import resolved
+from sit_atconv.training.origin import opened
+from sit_atconv.training.resolved import changes
 
 NAME = re.compile(r"\w[\w.+-]*")  # of files
 SETTLED = ("run.out", "run.seed")  # what a table decides of a recipe
@@ -252,7 +253,7 @@ def is_trained(model: Model) -> bool:
     return (
         found is not None
         and found[1]["step"] == model.recipe.train.max_steps
-        and not config.differences(found[1]["recipe"], config.to_dict(resolved(model.recipe)), complete=resolved)
+        and not changes(found[1]["recipe"], model.recipe)
     )
 
 
@@ -378,7 +379,23 @@ def missing(table: Table, wanted: list[Model]) -> list[str]:
                     find_guide(place, wanted)
             except InputError as error:
                 found.append(str(error))
+    for number, model in enumerate(wanted):
+        init = model.recipe and model.recipe.train.init
+        if init is not None and not is_trained(model) and not is_coming(init, wanted[:number]):
+            try:
+                opened(model.recipe)
+            except InputError as error:
+                found.append(f"{model.label}: {error}")
     return found
+
+
+def is_coming(place: str, wanted: list[Model]) -> bool:
+    """Whether a place lies in a run that the table has yet to train."""
+    return any(
+        Path(place).resolve().is_relative_to(model.ckpt.resolve()) and not is_trained(model)
+        for model in wanted
+        if model.recipe is not None
+    )
 
 
 def find_guide(place: str | None, wanted: list[Model]) -> dict[str, Any] | None:
@@ -386,12 +403,7 @@ def find_guide(place: str | None, wanted: list[Model]) -> dict[str, Any] | None:
 
     Raises InputError where there is none.
     """
-    coming = place is not None and any(
-        Path(place).resolve().is_relative_to(model.ckpt.resolve()) and not is_trained(model)
-        for model in wanted
-        if model.recipe is not None
-    )
-    return None if place is None or coming else describe_guide(checkpoint.load_trained(place))
+    return None if place is None or is_coming(place, wanted) else describe_guide(checkpoint.load_trained(place))
 
 
 def check_extractor(table: Table) -> None:

@@ -31,7 +31,7 @@ ALLOWED = {
     "convert": CORE | {"models", "layers"},
     "training.checkpoint": CORE | {"models", "convert"},
     "training.posthoc": BASE | {"config", "models"} | SAVED,
-    "sampling.trained": BASE | {"models", "sampling.settings", "training.checkpoint"},
+    "sampling.trained": BASE | {"models", "latents", "sampling.settings", "training.checkpoint"},
     "sampling": CORE | DRAWN | {"models", "layers", "data", "latents", "training.checkpoint"},
     "bench.timing": BASE,
     "bench.results": BASE,

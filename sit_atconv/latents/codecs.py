@@ -4,7 +4,7 @@ Images to encode are levels, uint8, or in [-1, 1], see `sit_atconv.data.images.i
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -260,14 +260,23 @@ def _named_codec(channels: int, vae: str | None, batch_size: int) -> IdentityCod
     return codec
 
 
+def differing(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str | None:
+    """The first key by which two descriptions are of different codecs: by weights, scale or shift, not by path.
+
+    None where they are of the same, and where one is open, or None since nobody knows.
+    """
+    if None in (one, other) or "open" in (one.get("codec"), other.get("codec")):
+        return None
+    return next((key for key in ("codec", "sha256", "scale", "shift") if one.get(key) != other.get(key)), None)
+
+
 def check_same_codec(then: dict[str, Any], now: dict[str, Any], owner: str = "this checkpoint") -> None:
-    """Raise InputError when two descriptions are of different codecs: by weights, scale or shift, not by path.
+    """Raise InputError when two descriptions are of different codecs, see `differing`.
 
     owner: of what `then` was recorded, for the message.
     """
-    for key in ("codec", "sha256", "scale", "shift"):
-        if then.get(key) != now.get(key):
-            raise InputError(
-                f"latents.vae={now.get('vae')!r} is not the autoencoder of {owner}: {key} is {now.get(key)}, "
-                f"was {then.get(key)}"
-            )
+    if key := differing(then, now):
+        raise InputError(
+            f"latents.vae={now.get('vae')!r} is not the autoencoder of {owner}: {key} is {now.get(key)}, was "
+            f"{then.get(key)}"
+        )

@@ -182,8 +182,7 @@ def _show_sit(target: Target, data: str | None, num: int, seed: int, vae: str | 
         codec = open_codec(recipe.latents, dataset)
         if recipe.data.kind != "digits":
             dataset = split(dataset, recipe.data.held_out)[1] or dataset
-        if target.facts["codec"]["codec"] != "open":
-            check_same_codec(target.facts["codec"], codec.describe())
+        check_same_codec(target.facts["codec"], codec.describe())
     else:
         codec = reopen_codec(target.facts["codec"], vae, batch_size=8)
         factor = 2 ** (len(codec.vae.config.block_out_channels) - 1) if codec.draws_posterior else 1

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sit_atconv.data.images import is_image
+from sit_atconv.runtime.adapters import ADAPTERS
 from sit_atconv.runtime.claims import SETTINGS
 from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.errors import InputError, told
@@ -195,11 +196,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _parameters(checkpoint: Path, manifest: dict[str, Any]) -> int | None:
     """How many numbers the EMA's weights are, by the shapes in their files' headers; None where a file is not there,
-    as in a copy of a run without its weights."""
+    as in a copy of a run without its weights, and of a LoRA, whose files are a part of its model."""
     names = manifest.get("files")
     names = sorted(str(name) for name in names) if isinstance(names, dict) else []
     files = [checkpoint / name for name in names if re.fullmatch(r"ema/[^/\\]+\.safetensors", name)]
-    if not files or not all(file.is_file() for file in files):
+    if not files or f"ema/{ADAPTERS}" in names or not all(file.is_file() for file in files):
         return None
     shapes = (read_shapes(file, "checkpoint file", "take the checkpoint away") for file in files)
     return sum(math.prod(shape) for each in shapes for shape in each.values())

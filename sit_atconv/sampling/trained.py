@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sit_atconv.latents.codecs import differing
 from sit_atconv.models.cost import count_parameters
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime.errors import InputError, named
@@ -36,9 +37,15 @@ def describe_training(trained: Trained) -> dict[str, Any]:
     """What the checkpoint says of how its model was trained; None where nobody says, as of a converted model.
 
     name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
+    init: of a run that began from a checkpoint, the parts that were drawn anew. lora: of a run of LoRA, its rank and
+    alpha; of adapters from a file, which says nothing of their training, its SHA-256.
     """
-    recipe = trained.manifest.get("recipe")
-    repa = recipe and recipe.get("repa")
+    recipe, init = trained.manifest.get("recipe"), trained.manifest.get("init")
+    repa, lora = ((recipe or {}).get(section) or {} for section in ("repa", "lora"))
+    if "lora" in trained.files:
+        added = {"sha256": trained.files["lora"]}
+    else:
+        added = {key: lora[key] for key in ("rank", "alpha")} if lora.get("rank") else None
 
     def said(section: str, key: str) -> Any:
         return recipe and recipe.get(section, {}).get(key)
@@ -50,7 +57,9 @@ def describe_training(trained: Trained) -> dict[str, Any]:
         "run": recipe and shown(trained.folder.parent),
         "images_seen": trained.manifest.get("images_seen"),
         "precision": said("train", "precision"),
-        "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa and repa["encoder"] else None,
+        "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa.get("encoder") else None,
+        "init": init and {"anew": init["anew"]},
+        "lora": added,
         "params": count_parameters(trained.model),
     }
 
@@ -80,14 +89,11 @@ def open_guide(
 
 
 def _check_codec(own: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
-    if None in (own, wanted) or "open" in (own["codec"], wanted["codec"]):
-        return
-    for key in ("codec", "sha256", "scale", "shift"):
-        if own.get(key) != wanted.get(key):
-            raise InputError(
-                f"its latents are of a codec with {key}={own.get(key)}, the model's of one with {key}="
-                f"{wanted.get(key)}; {SAME} codec"
-            )
+    if key := differing(own, wanted):
+        raise InputError(
+            f"its latents are of a codec with {key}={own.get(key)}, the model's of one with {key}={wanted.get(key)}; "
+            f"{SAME} codec"
+        )
 
 
 def _check_classes(own: dict[int, str] | None, wanted: Mapping[int, str] | Sequence[str] | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,11 +32,12 @@ FORM = {
 }  # fmt: skip
 NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
 # Of the training; with step and images seen, what a row is of.
-METHOD = ("name", "token_mixer", "params", "precision", "repa")
+METHOD = ("name", "token_mixer", "params", "precision", "repa", "init", "lora")
 
 TOLD, LONGEST = 8, 40  # facts that a refusal names, and characters of each
 TEXTS = ("model", "seeds", "conditions", "source")  # columns
-REPA = " + REPA"  # on the name of a method that was trained with it
+# Of METHOD, what stands on the name of a method that was trained so.
+MARKS = {"repa": " + REPA", "init": " + train.init", "lora": " + LoRA"}
 
 
 def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
@@ -95,9 +97,8 @@ def _read(file: str) -> dict[str, Any]:
                 for key in keys
             }
             method = {key: training.get(key) for key in METHOD}
-            called = (
-                name or f"{method['name'] or _mixer(method['token_mixer']) or 'unnamed'}{REPA * bool(method['repa'])}"
-            )
+            marks = "".join(mark for key, mark in MARKS.items() if method[key])
+            called = name or f"{method['name'] or _mixer(method['token_mixer']) or 'unnamed'}{marks}"
             found = {
                 "facts": comparable(stored, manifest),
                 "error_bars": bars_told(stored["error_bars"]),
@@ -241,8 +242,9 @@ def _std(values: list[float | None]) -> float | None:
 def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
     """Published figures of the results' methods and of the attention models that those stand against, and claims."""
     stated = read_yaml(PUBLISHED)
+    marks = re.compile(f"({'|'.join(map(re.escape, MARKS.values()))})+$")
     names = {
-        result["method"]["method"].removesuffix(REPA)
+        marks.sub("", result["method"]["method"])
         for result in results
         if all(result["facts"][key] == stated[key] for key in ("protocol", "image_shape", "n"))
     }
@@ -357,7 +359,7 @@ def _fact(key: str, value: Any) -> str:
     if key == "class_names":
         return f"{len(value)}"
     if isinstance(value, list):
-        return (" to " if key == "guidance_interval" else " x ").join(_fact(key, each) for each in value)
+        return (" to " if key == "guidance_interval" else " x ").join(_fact(key, each) for each in value) or "nothing"
     text = str(value)
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 

@@ -15,7 +15,7 @@ from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, reason
 from sit_atconv.runtime.files import clear_leftovers, png, step_name, write_atomic
 from sit_atconv.runtime.pictures import NotFinite
-from sit_atconv.runtime.processes import first, gathered, is_main, raise_together
+from sit_atconv.runtime.processes import agree, first, gathered, is_main, raise_together
 from sit_atconv.sampling.sampling import caption_of, generate, grid
 from sit_atconv.training import checkpoint
 from sit_atconv.training.drawing import Drawing
@@ -161,6 +161,12 @@ class Validations(Activity):
 
     def open(self, trainer: Trainer) -> None:
         self.log = Log(trainer.run / VALIDATION, trainer.step)
+
+    def begin(self, trainer: Trainer) -> None:
+        # A validation that failed ended the run after the checkpoint of its step.
+        (missing,) = agree(is_main() and self.log.last != trainer.step)
+        if missing and trainer.step:
+            self.after_step(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % trainer.recipe.validation.every and trainer.step != trainer.objective.steps:

@@ -66,6 +66,7 @@ RECIPE_FORM = {
     "data?": {"kind?": str},
     "ema?": dict,
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
+    "lora?": {"rank": (POSITIVE, None), "alpha": (float, None)},
 }  # fmt: skip
 # Where the first weights came from, see training.origin.
 INIT_FORM = {
@@ -458,7 +459,8 @@ def load_trained(path: str | Path, dtype: torch.dtype | None = torch.float32, va
     autoencoder is the codec's unless another is named. dtype: of the weights in memory; None: the narrowest that holds
     all of those on disk; of a LoRA fp32, as its sum is. variant: of those on disk, such as "fp16", as diffusers takes
     it: of a pipeline's parts, those that have it.
-    Raises InputError when there is none or it is damaged. Nothing in it is executed: JSON and safetensors alone.
+    Raises InputError when there is none or it is damaged, and for a variant of a LoRA. Nothing in it is executed: JSON
+    and safetensors alone.
     """
     try:
         return _load_trained(Path(path).absolute(), dtype, variant)
@@ -484,6 +486,11 @@ def _load_trained(path: Path, dtype: torch.dtype | None, variant: str | None) ->
         return _load_model_folder(path, dtype, variant)
     stored = stored_model(path)
     if f"{stored.which}/{ADAPTERS}" in stored.files:
+        if variant is not None:
+            raise InputError(
+                f"{option('variant', variant)}: checkpoint {str(path)!r} is a LoRA, whose weights are added up in "
+                "fp32 and are no variant; leave it out"
+            )
         return _load_adapted(stored, dtype)
     model = _load_model(stored.folder / stored.which, dtype, variant)
     return Trained(stored.folder, stored.which, stored.manifest, model, stored.files, stored.lease)

@@ -15,7 +15,7 @@ import torch
 from sit_atconv.config import Recipe
 from sit_atconv.data.held_out import tell_of_share
 from sit_atconv.flow.path import PATHS
-from sit_atconv.latents.codecs import check_same_codec
+from sit_atconv.latents.codecs import differing
 from sit_atconv.models.fitting import (
     MIXER_OPTIONS,
     check_names,
@@ -143,11 +143,7 @@ class Origin:
 
     def _tell_of_codec(self, codec: Mapping[str, Any]) -> None:
         then = self.record["from"]["codec"]
-        if then["codec"] == "open":
-            return
-        try:
-            check_same_codec(then, codec)
-        except InputError:
+        if differing(then, codec):
             there, here = (json.dumps({key: each[key] for key in TOLD if key in each}) for each in (then, codec))
             say(f"warning: train.init was trained on other latents: {there} there, {here} here")
 

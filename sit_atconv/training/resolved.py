@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sit_atconv.config import Recipe
+from sit_atconv.config import Recipe, differences, to_dict
 from sit_atconv.models.sit import options_of
 from sit_atconv.training.facts import Facts
 
@@ -32,3 +32,13 @@ def resolved(recipe: Recipe, facts: Facts | None = None, made: Mapping[str, Any]
     latents = replace(recipe.latents, precision=recipe.encoding_precision)
     model = replace(recipe.model, **{**decided, **recipe.model.options()})
     return replace(recipe, data=data, latents=latents, model=model)
+
+
+def changes(stored: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What keeps the run of a stored recipe from being that of this one, see `config.differences`.
+
+    Options of the model that `train.init` decides are as the run had them: what they are now, its source alone knows.
+    """
+    decided = recipe.train.init is not None and recipe.model.name is None
+    wanted = resolved(recipe, made=stored.get("model", {}) if decided else {})
+    return differences(stored, to_dict(wanted), complete=resolved)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from conftest import ROOT, reset_accelerate
 from timm.models import save_for_hf
 
@@ -601,6 +602,33 @@ def test_samples_by_another_guide_are_told_before_anything_runs(small, tmp_path,
     path.write_text(path.read_text().replace(f", guide: '{tmp_path}/guides/{{seed}}'", ""))
     assert 'guide.prediction: "velocity" -> null' in fails(main, path)
     assert lines == []
+
+
+def test_a_run_with_the_options_of_its_source_is_known_again_and_the_source_looked_for(small, tmp_path, fails):
+    path, lines = small
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"model": {}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shape = {"patch_size": 2, "in_channels": 1, "hidden_size": 8, "depth": 1, "num_heads": 2, "learn_sigma": False}
+    source, entries = tmp_path / "source", path.read_text()
+    path.write_text(entries.replace("seeds: [0, 1]", f"seeds: [0, 1], overrides: [train.init={source}]"))
+    wanted = models(load_table(path))
+    assert f"a-seed0: train.init={str(source)!r}: " in fails(main, path)
+    assert lines == []
+    options = {"token_mixer": "atconv", "pool": "grid", "class_dropout_prob": 0.0}
+    create_model(None, 8, 10, **shape, **options).save_pretrained(source)
+    assert table.missing(load_table(path), wanted) == []
+    COMMANDS["train_sit.py"](wanted[0].train)
+    assert [is_trained(model) for model in wanted] == [True, False, False]
+    for override, same in (("model.pool=grid", True), ("model.pool=raster", False), ("train.init=null", False)):
+        stated = config.load_recipe(wanted[0].train[0], [*wanted[0].train[1:], override])
+        assert is_trained(dataclasses.replace(wanted[0], recipe=stated)) == same
+    shutil.rmtree(source)  # which is there for the run that has ended, and for no other
+    assert [said.partition(":")[0] for said in table.missing(load_table(path), wanted)] == ["a-seed1"]
+    # A source may be a run that is trained before.
+    for run, coming in (("a-seed1", True), ("b-seed5", False)):
+        text = entries.replace("seeds: [0, 1]", f"seeds: [1, 2], overrides: [train.init={tmp_path / 'runs' / run}]")
+        plan = load_table((path.write_text(text), path)[1])
+        assert any(said.startswith("a-seed2: ") for said in table.missing(plan, models(plan))) != coming
 
 
 def test_a_table_that_is_not_there_is_named():

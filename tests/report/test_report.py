@@ -803,6 +803,13 @@ def test_parameters_are_those_of_the_checkpoints_average(make, tmp_path):
     assert "Parameters 118 " in make(run).text
     second.unlink()
     assert "Parameters 1,234,567 " in make(run).text
+    lora = weigh(training(tmp_path / "b"), ema=[(3, 4)])  # adapters, and what was drawn anew beside them
+    path = lora / "step-0000030/manifest.json"
+    path.write_text(path.read_text().replace("ema/weights.safetensors", "ema/pytorch_lora_weights.safetensors"))
+    (path.parent / "ema/weights.safetensors").rename(path.parent / "ema/pytorch_lora_weights.safetensors")
+    assert "Parameters not recorded " in make(lora).text
+    samples(lora / "samples" / "x")
+    assert "Parameters 1,234,567 " in make(lora).text
     second.write_bytes(b"x" * 100)
     with pytest.raises(InputError, match=r"checkpoint file '.*weights-2\.safetensors' is cut or damaged"):
         make(run)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import run_recipe
 from PIL import Image
+from safetensors.torch import save_file
 
 import sample
 from sampling.__main__ import main as sampling
@@ -26,7 +27,7 @@ from sit_atconv import SiTTransformer2DModel, create_model
 from sit_atconv.flow.path import PATHS
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.files import library_versions
+from sit_atconv.runtime.files import library_versions, sha256
 from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.sampling import SCHEDULERS, samples
 from sit_atconv.sampling import generate as generate_command
@@ -448,14 +449,19 @@ def test_the_manifest_says_how_the_model_was_trained(run_folder, tmp_path):
     assert training == {
         "name": None, "token_mixer": "atconv", "seed": 3, "run": str(run_folder), "images_seen": 8,
         "precision": "fp32", "params": sum(tensor.numel() for tensor in model.state_dict().values()), "repa": None,
+        "init": None, "lora": None,
     }  # fmt: skip
     manifest = run_folder / "step-0000002" / "manifest.json"
     stated = json.loads(manifest.read_text())
     stated["recipe"]["repa"] |= {"encoder": "dinov2_vitb14", "depth": 1, "weight": 0.25}
+    stated["recipe"]["lora"] |= {"rank": 4, "alpha": 8.0}
+    base = {"source": "base", "which": "ema", "step": 1, "codec": stated["codec"], "model": stated["recipe"]["model"]}
+    stated["init"] = {"sha256": "ab" * 32, "from": base, "anew": ["y_embedder"]}
     manifest.write_text(json.dumps(stated))
     sampling(["generate", "--ckpt", str(run_folder), "--num", "1", "--steps", "1", "--out", str(tmp_path / "repa")])
     training = json.loads((tmp_path / "repa" / "manifest.json").read_text())["training"]
     assert training["repa"] == {"encoder": "dinov2_vitb14", "depth": 1, "weight": 0.25}
+    assert (training["init"], training["lora"]) == ({"anew": ["y_embedder"]}, {"rank": 4, "alpha": 8.0})
     lively_model().save_pretrained(tmp_path / "model")
     command = ["generate", "--ckpt", str(tmp_path / "model"), "--num", "1", "--steps", "1"]
     sampling([*command, "--out", str(tmp_path / "b")])
@@ -463,6 +469,13 @@ def test_the_manifest_says_how_the_model_was_trained(run_folder, tmp_path):
     assert training.pop("params") > 0
     assert training.pop("token_mixer") == "hybrid"
     assert set(training.values()) == {None}
+    linear = lively_model().blocks[0].mlp.fc1
+    adapters = {f"blocks.0.mlp.fc1.lora_{part}.weight": torch.ones(shape)
+                for part, shape in (("A", (1, linear.in_features)), ("B", (linear.out_features, 1)))}  # fmt: skip
+    save_file(adapters, tmp_path / "adapters.safetensors")
+    sampling([*command, "--lora", str(tmp_path / "adapters.safetensors"), "--out", str(tmp_path / "lora")])
+    training = json.loads((tmp_path / "lora" / "manifest.json").read_text())["training"]
+    assert training["lora"] == {"sha256": sha256(tmp_path / "adapters.safetensors")}
 
 
 @pytest.fixture

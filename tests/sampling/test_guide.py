@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from sampling.__main__ import main as sampling
 from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model
-from sit_atconv.latents.codecs import IdentityCodec
+from sit_atconv.latents.codecs import IdentityCodec, check_same_codec, differing
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
@@ -169,9 +169,15 @@ def test_a_codec_is_told_by_its_weights_scale_and_shift_and_not_by_its_place():
     vae = {"codec": "vae", "vae": "here", "sha256": "ab" * 32, "scale": 0.5, "shift": 0.0}
     for own in (vae | {"vae": "there"}, {"codec": "open", "channels": 4}, None):
         trained._check_codec(own, vae)
+        assert differing(own, vae) is differing(vae, own) is None
+    assert differing({"codec": "identity", "scale": 1.0, "shift": 0.0}, vae) == differing({}, vae) == "codec"
     for key, value in (("sha256", "cd" * 32), ("scale", 0.6), ("shift", 0.1)):
         with pytest.raises(InputError, match=f"a codec with {key}={value}, the model's of one with {key}={vae[key]}"):
             trained._check_codec(vae | {key: value}, vae)
+        with pytest.raises(
+            InputError, match=f"not the autoencoder of this checkpoint: {key} is {vae[key]}, was {value}"
+        ):
+            check_same_codec(vae | {key: value}, vae)
 
 
 def test_the_model_itself_under_another_name_is_no_guide(run, tmp_path):

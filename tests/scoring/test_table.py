@@ -81,6 +81,24 @@ def test_a_model_trained_with_repa_is_a_method_of_its_own(result, tmp_path):
     assert {figure["model"] for figure in tabulate(files[1:])["published"]} == {name}
 
 
+def test_a_model_that_began_from_a_checkpoint_and_a_lora_are_methods_of_their_own(result):
+    """Whatever their seeds: each seed may have a base of its own."""
+    begun = [{"anew": []}, {"anew": ["y_embedder"]}, {"anew": []}, {"anew": []}, None, None]
+    lora = [None, None, {"rank": 4, "alpha": 8.0}, {"rank": 8, "alpha": 8.0}, {"sha256": "aa" * 32}, None]
+    kinds = [
+        {"samples_manifest__training__init": one, "samples_manifest__training__lora": other}
+        for one, other in zip(begun, lora, strict=True)
+    ]
+    files = [result(seed=seed, **kind) for seed, kind in enumerate(kinds)]
+    files += [result(seed=9, **kinds[0]), result(seed=9)]  # the last as an earlier version wrote it, without both
+    table = tabulate(files)
+    assert [(row["method"].removeprefix("SiT-XL/2"), row["seeds"]) for row in table["rows"]] == [
+        (" + train.init", [0, 9]), (" + train.init", [1]), (" + train.init + LoRA", [2]), (" + train.init + LoRA", [3]),
+        (" + LoRA", [4]), ("", [5, 9]),
+    ]  # fmt: skip
+    assert {figure["model"] for figure in tabulate(files[3:4])["published"]} == {"SiT-XL/2"}
+
+
 def test_a_row_is_mean_and_spread_over_training_seeds(result, tmp_path, capsys):
     fids = [17.0, 17.5, 18.3]
     errors, corrected = [0.1, 0.2, 0.6], [16.0, 17.3, 17.4]
@@ -346,9 +364,12 @@ def test_what_a_guide_guided_is_told_from_what_none_did(result):
     table = tabulate([guided, again])
     assert [row["seeds"] for row in table["rows"]] == [[1, 2]]
     assert "; guide name SiT-S/2, token_mixer attention, params 675100000, " in to_markdown(table)
-    for other in (guide(5, params=3), guide(5, images_seen=1), {**guide(5), "step": 7}):
+    begun = [guide(5, init={"anew": []}), guide(5, lora={"rank": 4, "alpha": 8.0})]
+    for other in (guide(5, params=3), guide(5, images_seen=1), {**guide(5), "step": 7}, *begun):
         with pytest.raises(InputError, match="such scores cannot be compared"):
             tabulate([guided, result(seed=3, samples_manifest__guide=other, **scale)])
+    with pytest.raises(InputError, match=r"has guide init -, .* guide init anew nothing"):
+        tabulate([guided, result(seed=3, samples_manifest__guide=begun[0], **scale)])
     unknown = [result(seed=each, samples_manifest__guide={**guide(each), "training": None}, **scale) for each in (1, 2)]
     with pytest.raises(InputError, match=r"has guide sha256 x guide 1, .* guide sha256 x guide 2"):
         tabulate(unknown)

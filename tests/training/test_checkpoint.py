@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sit_atconv import create_model
 from sit_atconv.layers.projectors import Projectors, write_projectors
 from sit_atconv.runtime import files, sharding
+from sit_atconv.runtime.adapters import ADAPTERS
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import sha256
 from sit_atconv.training import checkpoint
@@ -527,6 +528,13 @@ def test_load_trained_takes_the_ema_unless_the_model_folder_is_named(tmp_path):
         assert not trained.model.training
         assert all(torch.equal(value, expected[name]) for name, value in trained.model.state_dict().items())
         assert set(trained.files) == {f"{which}/config.json", f"{which}/diffusion_pytorch_model.safetensors"}
+    with pytest.raises(InputError, match=r"no diffusion_pytorch_model\.fp16\.safetensors, and there are no variants"):
+        checkpoint.load_trained(tmp_path, variant="fp16")
+    adapters, manifest = folder / "ema" / ADAPTERS, folder / "manifest.json"
+    (folder / "ema/diffusion_pytorch_model.safetensors").rename(adapters)
+    manifest.write_text(manifest.read_text().replace("ema/diffusion_pytorch_model.safetensors", f"ema/{ADAPTERS}"))
+    with pytest.raises(InputError, match=r"^variant='fp16': checkpoint '.*' is a LoRA, .* no variant; leave it out"):
+        checkpoint.load_trained(tmp_path, variant="fp16")
 
 
 def test_paths_that_are_no_checkpoint(tmp_path):

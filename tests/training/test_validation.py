@@ -175,19 +175,31 @@ def test_an_unreadable_held_out_image_is_left_out_counted_and_said_once(recipe_f
 
 @pytest.mark.slow
 def test_held_out_images_that_are_gone_end_the_run_after_a_checkpoint(recipe_file, image_folder, monkeypatch):
+    """And the next start makes up for the validation, also after the last step."""
     data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8, "held_out": 0.5}
-    path = recipe_file(data=data, validation={"every": 3}, checkpoint={"every": 100})
-    encoded = Folder.encoded
+    path = recipe_file(data=data, validation={"every": 3}, checkpoint={"every": 100}, train={"max_steps": 4})
+    whole, elsewhere = run_recipe(path, f"run.out={path.parent / 'whole'}").parent, image_folder.with_name("elsewhere")
+    encoded, run, times = Folder.encoded, path.parent / "run", []
 
     def gone(self, index):
         if index in by_class(self.labels, 0.5):
-            image_folder.rename(image_folder.with_name("elsewhere"))
+            times.append(index)
+            if len(times) in (1, 8):  # the first of six images, and after these and a step the first again
+                image_folder.rename(elsewhere)
         return encoded(self, index)
 
     monkeypatch.setattr(Folder, "encoded", gone)
-    with pytest.raises(InputError, match=r"held out: data.root=.* is no longer there; bring it back"):
+    for step, found in ((3, []), (4, [3])):
+        with pytest.raises(InputError, match=r"held out: data.root=.* is no longer there; bring it back"):
+            run_recipe(path)
+        elsewhere.rename(image_folder)
+        assert (run / f"step-000000{step}" / "manifest.json").is_file()
+        assert [row["step"] for row in rows_of(run)] == found
+    for _ in range(2):  # once is enough
         run_recipe(path)
-    assert (path.parent / "run" / "step-0000003" / "manifest.json").is_file()
+        for one, other in zip(rows_of(run), rows_of(whole), strict=True):
+            assert {**one, "seconds": None} == {**other, "seconds": None}
+    assert len(times) == 1 + 6 + 1 + 6
 
 
 @pytest.mark.slow
