@@ -39,6 +39,7 @@ def test_the_numbers_of_streams_stay():
         "MIX": 15,
         "DROP_PATH": 16,
         "GROUPS": 17,
+        "VALIDATION": 18,
     }  # fmt: skip
 
 
