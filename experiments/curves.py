@@ -162,6 +162,8 @@ def draw(curves: Sequence[Curve]) -> bytes:
                 label=curve.entry if first else None,
             )  # fmt: skip
         axes.set(xlabel=label, yscale="log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
     left.set_ylabel("loss of held-out images, EMA")
     left.legend(fontsize="small")
