@@ -37,11 +37,12 @@ def describe_training(trained: Trained) -> dict[str, Any]:
     """What the checkpoint says of how its model was trained; None where nobody says, as of a converted model.
 
     name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
+    distill: of a run with a teacher, which of its attentions were replaced, and whether by attention.
     init: of a run that began from a checkpoint, the parts that were drawn anew. lora: of a run of LoRA, its rank and
     alpha; of adapters from a file, which says nothing of their training, its SHA-256.
     """
     recipe, init = trained.manifest.get("recipe"), trained.manifest.get("init")
-    repa, lora = ((recipe or {}).get(section) or {} for section in ("repa", "lora"))
+    repa, distill, lora = ((recipe or {}).get(section) or {} for section in ("repa", "distill", "lora"))
     if "lora" in trained.files:
         added = {"sha256": trained.files["lora"]}
     else:
@@ -58,6 +59,7 @@ def describe_training(trained: Trained) -> dict[str, Any]:
         "images_seen": trained.manifest.get("images_seen"),
         "precision": said("train", "precision"),
         "repa": {key: repa[key] for key in ("encoder", "depth", "weight")} if repa.get("encoder") else None,
+        "distill": {key: distill[key] for key in ("select", "control")} if distill.get("teacher") else None,
         "init": init and {"anew": init["anew"]},
         "lora": added,
         "params": count_parameters(trained.model),

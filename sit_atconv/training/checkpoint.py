@@ -66,6 +66,7 @@ RECIPE_FORM = {
     "data?": {"kind?": str},
     "ema?": dict,
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
+    "distill?": {"teacher": (str, None), "select": object, "control": bool},
     "lora?": {"rank": (POSITIVE, None), "alpha": (float, None)},
 }  # fmt: skip
 # Where the first weights came from, see training.origin.
