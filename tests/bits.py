@@ -89,6 +89,7 @@ def recorded(inputs: Path, out: Path) -> dict[str, str | list[str]]:
         found[f"64 images, {name}"] = digest(*sorted(images.rglob("*.png")))
         call("-m", "eval", "score", images, "--ref", "digits", "--out", out / f"{name}.json")
         metrics = json.loads((out / f"{name}.json").read_text())["metrics"]
+        metrics = {key: each for key, each in metrics.items() if key not in ("nearest", "copies")}  # both are new
         found[f"scores, {name}"] = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
     return found
 
