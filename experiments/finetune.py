@@ -107,7 +107,10 @@ def tuning(steps: int) -> Tuning:
         "train.warmup_steps=0", "train.lr=1e-3", "ema.kind=warmup",
     )  # fmt: skip
     first = replace(SYSTEMS[0], name="finetune", recipe="digits", overrides=overrides)
-    measured = lambda run, arm: flow_figures(run, of_classes("test", arm.digits))  # noqa: E731 (a field)
+
+    def measured(run: Path, arm: Arm) -> dict[str, float]:
+        return flow_figures(run, of_classes("test", arm.digits))
+
     return Tuning(**{**vars(first), "measured": measured})
 
 

@@ -16,10 +16,9 @@ from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, told
-from sit_atconv.runtime.processes import agree, gathered, is_main, raise_together
+from sit_atconv.runtime.processes import gathered, is_main, raise_together
 from sit_atconv.runtime.reading import COUNT, POSITIVE, Malformed, read_rows
-from sit_atconv.training.log import Log
-from sit_atconv.training.trainer import Activity, Trainer
+from sit_atconv.training.trainer import Measured, Trainer
 
 EVALS = "evals.jsonl"
 FIGURE = (float, None)  # None where it is not finite
@@ -29,24 +28,17 @@ EVAL_FORM = {
 }  # fmt: skip
 
 
-class Evaluation(Activity):
+class Evaluation(Measured):
     """Evaluates every `Facts.eval_every` steps and after the last one, into evals.jsonl.
 
     held_out: this process's part of the images.
     """
 
+    file = EVALS
+
     def __init__(self, recipe: ClassifierRecipe, facts: Facts, held_out: HeldOut):
         self.recipe, self.facts, self.held_out = recipe, facts, held_out
         self.sizes: set[tuple[int, int]] = set()  # (H, W) of the images before they are resized; two where they differ
-
-    def open(self, trainer: Trainer) -> None:
-        self.log = Log(trainer.run / EVALS, trainer.step)
-
-    def begin(self, trainer: Trainer) -> None:
-        # An evaluation that failed ended the run after the checkpoint of its step.
-        (missing,) = agree(is_main() and self.log.last != trainer.step)
-        if missing and trainer.step:
-            self.after_step(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % self.facts.eval_every and trainer.step != self.facts.steps:

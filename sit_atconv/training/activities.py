@@ -15,14 +15,14 @@ from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, reason
 from sit_atconv.runtime.files import clear_leftovers, png, step_name, write_atomic
 from sit_atconv.runtime.pictures import NotFinite
-from sit_atconv.runtime.processes import agree, first, gathered, is_main, raise_together
+from sit_atconv.runtime.processes import first, gathered, is_main, raise_together
 from sit_atconv.sampling.sampling import caption_of, generate, grid
 from sit_atconv.training import checkpoint
 from sit_atconv.training.drawing import Drawing
 from sit_atconv.training.ema import SAMPLED, SNAPSHOTS
 from sit_atconv.training.log import TIME_BINS, Log
 from sit_atconv.training.objectives.objective import Forward
-from sit_atconv.training.trainer import Activity, Trainer
+from sit_atconv.training.trainer import Activity, Measured, Trainer
 
 PREVIEWS, VALIDATION = "previews", "validation.jsonl"
 SCORE_BLOCK = 100  # images drawn at once for a score, by each process
@@ -152,21 +152,14 @@ class Scores(Draws):
             trainer.trackers.log({f"score/{name}": value for name, value in values.items()}, trainer.step)
 
 
-class Validations(Activity):
+class Validations(Measured):
     """The loss of the sampled average on held-out images every `validation.every` steps, and after the last one, in
     validation.jsonl. samples: of these images."""
 
+    file = VALIDATION
+
     def __init__(self, samples: ValidationSamples):
         self.samples, self.warned = samples, False
-
-    def open(self, trainer: Trainer) -> None:
-        self.log = Log(trainer.run / VALIDATION, trainer.step)
-
-    def begin(self, trainer: Trainer) -> None:
-        # A validation that failed ended the run after the checkpoint of its step.
-        (missing,) = agree(is_main() and self.log.last != trainer.step)
-        if missing and trainer.step:
-            self.after_step(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % trainer.recipe.validation.every and trainer.step != trainer.objective.steps:

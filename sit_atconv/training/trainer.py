@@ -71,6 +71,23 @@ class Activity:
         """
 
 
+class Measured(Activity):
+    """Figures of held-out images in a file of their own. file: its name in the run folder.
+
+    Where they failed, the run ended after the checkpoint of their step; the next start makes up for them.
+    """
+
+    file: str
+
+    def open(self, trainer: "Trainer") -> None:
+        self.log = Log(trainer.run / self.file, trainer.step)
+
+    def begin(self, trainer: "Trainer") -> None:
+        (missing,) = processes.agree(processes.is_main() and self.log.last != trainer.step)
+        if missing and trainer.step:
+            self.after_step(trainer)
+
+
 class Trainer:
     """A run of an objective's steps, from nothing or from a checkpoint, with what is to be done beside them.
 

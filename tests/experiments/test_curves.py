@@ -38,7 +38,10 @@ def table(tmp_path, monkeypatch):
     for model in models(load_table(tmp_path / "table.yaml")):
         manifest = {"step": 30, "recipe": to_dict(resolved(model.recipe))}
         (model.ckpt / "manifest.json").write_text(json.dumps(manifest))
-    newest = lambda run: (run, json.loads((run / "manifest.json").read_text()))  # noqa: E731
+
+    def newest(run):
+        return run, json.loads((run / "manifest.json").read_text())
+
     monkeypatch.setattr("experiments.table.checkpoint.newest_valid", newest)
     return tmp_path
 
