@@ -38,6 +38,7 @@ LOGIT_NORMAL = When("flow.time_sampling=logit-normal", lambda flow: flow.time_sa
 ONE_DECAY = When("ema.kind=constant or warmup", lambda ema: ema.kind != "power")
 SCORED = When("score.every", lambda score: score.every > 0)
 POWER = When("ema.kind=power", lambda ema: ema.kind == "power")
+MEANFLOW = When("meanflow.share", lambda meanflow: meanflow.share is not None)
 
 
 @dataclass
@@ -366,6 +367,47 @@ class Distill(Section):
 
 
 @dataclass
+class Meanflow(Section):
+    """The average velocity between two times, learned in the place of the velocity: images by one step, or few.
+
+    Both times are drawn as the section flow says, the smaller is t; see sit_atconv.flow.meanflow.
+    """
+
+    # of the samples, with two different times, such as 0.25; the others learn the velocity. null: no MeanFlow
+    share: float | None = ranged(
+        None, number(0, 1, "without two different times nothing but the flow is learned", over=True)
+    )
+    # p: the squared error e of a sample is weighed by 1 / (e + offset)^p
+    power: float | None = setting(
+        MEANFLOW, 1.0, number(0, 4, "beyond it the samples of the smallest error alone count")
+    )
+    offset: float | None = setting(MEANFLOW, 1e-3, number(0, 1e6, "errors of 0 are divided by it", over=True))
+    # guidance that is learned: the target's velocity is omega v + kappa u(class) + (1 - omega - kappa) u(no class); the
+    # scale is omega / (1 - kappa), and 1 is none
+    omega: float | None = setting(MEANFLOW, 1.0, number(0, 100, "it is the share of the sample's velocity", over=True))
+    kappa: float | None = setting(MEANFLOW, 0.0, number(0, 1, "the scale is omega / (1 - kappa)", under=True))
+    # what the change of the average velocity is taken along: the target's velocity (sample), or the network's own
+    tangent: str | None = setting(MEANFLOW, "sample", choices=("sample", "network"))
+    # a trained flow, as `sit-atconv sample --ckpt` takes it: its velocity in the place of the sample's, guided by omega
+    teacher: str | None = setting(MEANFLOW, None, **MUTABLE, **PATH)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher is not None:
+            for name, needed in (("kappa", 0), ("tangent", "sample")):
+                if (value := getattr(self, name)) != needed:
+                    raise InputError(
+                        f"meanflow.{name}={value} with meanflow.teacher: the velocity is the teacher's alone; "
+                        f"{idle(f'meanflow.{name}')}"
+                    )
+
+    @property
+    def scale(self) -> float:
+        """The scale of guidance that is learned; 1 is none."""
+        return 1.0 if self.share is None else self.omega / (1 - self.kappa)
+
+
+@dataclass
 class Checkpoint(Section):
     """How often the run is saved, and how much of it is kept."""
 
@@ -433,6 +475,7 @@ class Recipe:
     repa: Repa = field(default_factory=Repa)
     lora: Lora = field(default_factory=Lora)
     distill: Distill = field(default_factory=Distill)
+    meanflow: Meanflow = field(default_factory=Meanflow)
     checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=MUTABLE)
     preview: Preview = field(default_factory=Preview, metadata=MUTABLE)
     score: Score = field(default_factory=Score, metadata=MUTABLE)
@@ -444,6 +487,8 @@ class Recipe:
             self._check_distill()
         if self.lora.rank is not None:
             self._check_lora()
+        if self.meanflow.share is not None:
+            self._check_meanflow()
         if self.score.every and self.score.ref == "digits" and self.data.kind != "digits":
             raise InputError(f"score.ref=digits scores digits, and data.kind={self.data.kind}; give images or an npz")
         if self.validation.every and self.data.held_out is None:
@@ -467,6 +512,21 @@ class Recipe:
             raise InputError(
                 f"lora.rank={self.lora.rank}: adapters are of a trained model, and train.init is missing; name one, or "
                 "train all weights with lora.rank=null"
+            )
+
+    def _check_meanflow(self) -> None:
+        said = f"meanflow.share={self.meanflow.share:g}"
+        others = {
+            "distill.teacher": self.distill.teacher,
+            "repa.encoder": self.repa.encoder,
+            "lora.rank": self.lora.rank,
+        }
+        if key := next((key for key, value in others.items() if value is not None), None):
+            raise InputError(f"{said} with {key}: one objective at a time; {idle(key)}, or {idle('meanflow.share')}")
+        if self.flow.prediction != "velocity":
+            raise InputError(
+                f"{said} with flow.prediction={self.flow.prediction}: what is averaged is a velocity; "
+                f"{idle('flow.prediction', 'velocity')}"
             )
 
     def _check_distill(self) -> None:

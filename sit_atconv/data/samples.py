@@ -96,7 +96,9 @@ class TrainingSamples(Samples):
     posterior: whether the codec draws from a posterior and wants noise for it.
     with_image: the image is needed besides the moments that a dataset gives in its place.
     Items: image (C, H, W) as the dataset gives it, label, t, noise, if wanted posterior (both of the latent's shape),
-    and pixels (C, H, W) where the image is something else.
+    and pixels (C, H, W) where the image is something else. For average velocities t is the smaller of two times, and
+    there is s, the larger one of so many samples as the recipe says, evenly spread over a batch, and t of the others;
+    and apart (n,), the places of those in the batch, which may be none.
     """
 
     in_thread = True
@@ -121,6 +123,7 @@ class TrainingSamples(Samples):
         self.latent_shape, self.drop, self.posterior = latent_shape, drop, posterior
         self.flip, self.stratified, self.time = recipe.data.flip, recipe.flow.time_stratified, recipe.flow.times()
         self.pixels = with_image and dataset.moments
+        self.share = recipe.meanflow.share
 
     def fetch(self, positions: Sequence[int]) -> tuple[Batch | InputError, dict[int, str]]:
         indices = self._indices(positions)
@@ -142,7 +145,7 @@ class TrainingSamples(Samples):
         batch = {
             "image": torch.stack(images),
             "label": torch.from_numpy(labels),
-            "t": times(self.time, self._uniform(indices)),
+            **self._times(indices),
             "noise": draws.normal_batch(self.latent_shape, self.seed, Stream.NOISE, indices),
         }
         if self.posterior:
@@ -150,6 +153,16 @@ class TrainingSamples(Samples):
         if pixels:
             batch["pixels"] = torch.stack(pixels[0])
         return batch, bad
+
+    def _times(self, indices: np.ndarray) -> Batch:
+        t = times(self.time, self._uniform(indices))
+        if self.share is None:
+            return {"t": t}
+        end = times(self.time, draws.uniform_batch(self.seed, Stream.END_TIME, indices))
+        t, s = torch.minimum(t, end), torch.maximum(t, end)
+        among = indices[:, 1].astype(np.float64)
+        apart = torch.from_numpy(np.floor((among + 1) * self.share) > np.floor(among * self.share))
+        return {"t": t, "s": torch.where(apart, s, t), "apart": apart.nonzero()[:, 0]}
 
     def _uniform(self, indices: np.ndarray) -> np.ndarray:
         uniform = draws.uniform_batch(self.seed, Stream.TIME, indices)

@@ -18,6 +18,7 @@ from sit_atconv.runtime.errors import check_choice
 
 PART = re.compile(r"blocks\.\d+\.\w+|final_layer\.\w+|\w+")
 POSITION = "pos_embed"
+INTERVAL = "r_embedder"  # of average velocities; it begins at zero, as that of a velocity is
 # What decides the function of a mixer beside its weights.
 MIXER_OPTIONS = {
     "attention": ("num_heads", "qk_norm"),
@@ -59,6 +60,8 @@ def _of_the_whole(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Di
         found.append(_of_option("", "mlp_ratio", theirs["mlp_ratio"], ours["mlp_ratio"]))
     if ours["depth"] < theirs["depth"]:
         found.append(_of_option("", "depth", theirs["depth"], ours["depth"]))
+    if theirs["use_meanflow"] and not ours["use_meanflow"]:
+        found.append(Difference("", "average velocities (MeanFlow) there, velocities here"))
     if has_positions(theirs) != has_positions(ours):
         found.append(_of_option("", POSITION, has_positions(theirs), has_positions(ours)))
     return found
@@ -89,7 +92,7 @@ def differences(source: SiTTransformer2DModel, target: SiTTransformer2DModel) ->
     shapes = {name: tensor.shape for name, tensor in source.state_dict().items()}
     for name, tensor in bare_state(target).items():
         part, index = part_of(name), _block_of(name)
-        if part == POSITION or part in found:
+        if part == POSITION or part in found or (part == INTERVAL and name not in shapes):
             continue
         if index is not None and index >= len(mixers):
             part = f"blocks.{index}"
@@ -145,12 +148,15 @@ def check_names(what: str, names: Iterable[str], model: SiTTransformer2DModel) -
 def take_weights(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], but: Iterable[str]) -> None:
     """Copy the tensors of one model into those of another, all but those that `but` names, see `is_named`.
 
-    A position embedding of another shape stays as it was computed. Raises KeyError or RuntimeError for models of which
+    A position embedding of another shape stays as it was computed, and the embedding of the interval of an average
+    velocity as it was drawn where they have none. Raises KeyError or RuntimeError for models of which
     `differences` names more than `but` does.
     """
     but = list(but)
     for name, tensor in own.items():
         if is_named(name, but) or (name == POSITION and given[name].shape != tensor.shape):
+            continue
+        if part_of(name) == INTERVAL and name not in given:
             continue
         if given[name].shape != tensor.shape:
             raise RuntimeError(f"{name} is {tuple(given[name].shape)} there, {tuple(tensor.shape)} here")

@@ -1,6 +1,7 @@
 """SiT: a flow-matching transformer over a latent grid, with attention, ATConv or both as token mixers."""
 
 import inspect
+import math
 import reprlib
 import sys
 from typing import Any
@@ -67,6 +68,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
     pool, routing, inhibition, kernel_size, activation: see `ATConv`. num_heads, qk_norm: see `Attention`.
     path, prediction: what the output means, for whatever samples from the model: "velocity", "score" or "noise" on the
         "linear", "gvp" or "vp" path, or on "ddpm" (see MODEL_PATHS). They change nothing in `forward`.
+    use_meanflow: the output is the average velocity between two times, see `flow.meanflow`; an embedding of their
+        distance is added to that of t. It starts at zero, so that the output is that of the model without it.
+    trained_guidance: the scale of guidance that a MeanFlow model's output has without any; 1 is none.
     Parameter names are those of the public checkpoints. Raises InputError (a ValueError) for values that do not fit.
     """
 
@@ -76,6 +80,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
     _skip_layerwise_casting_patterns = (
         "x_embedder",
         "t_embedder",
+        "r_embedder",
         "y_embedder",
         "norm",
         "adaLN_modulation",
@@ -105,6 +110,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         qk_norm: bool = False,
         path: str = "linear",
         prediction: str = "velocity",
+        use_meanflow: bool = False,
+        trained_guidance: float = 1.0,
     ):
         super().__init__()
         sides = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
@@ -124,6 +131,16 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         check_choice("pos_embed", pos_embed, ("auto", True, False))
         check_choice("path", path, MODEL_PATHS)
         check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("use_meanflow", use_meanflow, (True, False))
+        if use_meanflow and (path not in PATHS or prediction != "velocity"):
+            raise InputError(
+                f"use_meanflow with path={path!r} and prediction={prediction!r}: average velocities are of "
+                "prediction='velocity' on a flow's path; choose these, or leave use_meanflow out"
+            )
+        if not (isinstance(trained_guidance, int | float) and math.isfinite(trained_guidance) and trained_guidance > 0):
+            raise InputError(f"trained_guidance={trained_guidance!r:.40}: give a positive number; 1 is none")
+        if trained_guidance != 1 and not use_meanflow:
+            raise InputError(f"trained_guidance={trained_guidance:g}: only a MeanFlow model has it; leave it out")
         if not (isinstance(class_dropout_prob, int | float) and 0 <= class_dropout_prob < 1):
             raise InputError(f"class_dropout_prob={reprlib.repr(class_dropout_prob)}: choose a share in [0, 1)")
         grid = self.grid
@@ -142,6 +159,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
+        self.r_embedder = TimestepEmbedder(hidden_size) if use_meanflow else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
         self.register_buffer("pos_embed", sincos_position_embedding(grid, hidden_size) if present else None)
 
@@ -187,8 +205,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
 
     def reset_parameters(self) -> None:
         """Draw the starting weights of SiT: xavier-uniform linears, adaLN and output layer at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("r_embedder"):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -198,7 +216,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         modulations = [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
-        for linear in [*modulations, self.final_layer.linear]:
+        zero = [*modulations, self.final_layer.linear]
+        if self.r_embedder is not None:  # at last: all others are drawn as those of the model without it
+            nn.init.normal_(self.r_embedder.mlp[0].weight, std=0.02)
+            nn.init.zeros_(self.r_embedder.mlp[0].bias)
+            zero.append(self.r_embedder.mlp[2])
+        for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -208,19 +231,25 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor,
         return_dict: bool = True,
+        timestep_r: torch.Tensor | float | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Velocity at (x_t, t, label).
 
         hidden_states: x_t (B, in_channels, H, W), H and W multiples of the patch size.
         timestep: t in [0, 1], a number, a 0-d tensor or (B,). class_labels: (B,) int64 in [0, num_classes], where
         num_classes is the null class of a model that has one. A CUDA device waits for none of these, unless the tensor
-        (B,) of times or of labels lies elsewhere; in a CUDA graph all three are tensors of the device.
-        Returns `sample` = velocity (B, in_channels, H, W). Raises ValueError when shapes do not fit the configuration.
+        (B,) of times or of labels lies elsewhere; in a CUDA graph all are tensors of the device.
+        timestep_r: of a MeanFlow model alone, the time in [t, 1] that the average velocity leads to, as `timestep` is
+        given; None is t itself, where the average velocity is the velocity.
+        Returns `sample` = velocity (B, in_channels, H, W), or the average one. Raises ValueError when shapes do not fit
+        the configuration, and for a `timestep_r` of another model.
         """
         batch, channels, height, width = hidden_states.shape
         if channels != self.config.in_channels:
             raise ValueError(f"hidden_states has {channels} channels; this model takes {self.config.in_channels}")
         grid = self._grid(height, width)
+        if timestep_r is not None and self.r_embedder is None:
+            raise ValueError("timestep_r is for a MeanFlow model (use_meanflow), and this is none; leave it out")
         t = _times(timestep, batch, hidden_states.device)
 
         # Under autocast the input is fp32 and the convolution's output is not: the residual stream keeps the input's.
@@ -228,6 +257,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         if self.pos_embed is not None:
             x = x + self._position_embedding(grid).to(x.dtype).unflatten(1, grid)
         c = self.t_embedder(t, x.dtype) + self.y_embedder(class_labels)
+        if self.r_embedder is not None:
+            r = t if timestep_r is None else _times(timestep_r, batch, hidden_states.device)
+            c = c + self.r_embedder(r - t, x.dtype)
         # Compiled blocks: one graph for the model's own grid, and one for all the others.
         foreign_grid = not torch.compiler.is_compiling() and not self._is_own(grid)
         for block in self.blocks:

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     DROP_PATH = 16  # (step, micro-batch): which residual branches and features are dropped
     GROUPS = 17  # (): order in which scored images are counted off into the groups of their error bars
     VALIDATION = 18  # (what, held-out image): t, noise and posterior of its loss; (0, images): which part of t each has
+    END_TIME = 19  # (step, sample): the second time of an average velocity
 
 
 def generator(seed: int, stream: Stream, *index: int) -> np.random.Generator:

@@ -8,8 +8,9 @@ from sit_atconv.config import Recipe, differences, to_dict
 from sit_atconv.models.sit import options_of
 from sit_atconv.training.facts import Facts
 
-# Options of a model that follow from the section flow, and from data and codec.
-FROM_FLOW, FROM_DATA = ("path", "prediction"), ("sample_size", "in_channels", "num_classes")
+# Options of a model that follow from the sections flow and meanflow, and from data and codec.
+FROM_FLOW = ("path", "prediction", "use_meanflow", "trained_guidance")
+FROM_DATA = "sample_size", "in_channels", "num_classes"
 
 
 def resolved(recipe: Recipe, facts: Facts | None = None, made: Mapping[str, Any] = {}) -> Recipe:

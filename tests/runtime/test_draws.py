@@ -40,6 +40,7 @@ def test_the_numbers_of_streams_stay():
         "DROP_PATH": 16,
         "GROUPS": 17,
         "VALIDATION": 18,
+        "END_TIME": 19,
     }  # fmt: skip
 
 

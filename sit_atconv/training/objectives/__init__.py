@@ -30,6 +30,11 @@ KINDS = (
     Kind("repa:RepaObjective", lambda recipe: recipe.repa.encoder is not None, ("encoder", "repa.encoder")),
     Kind("distill:DistillObjective", lambda recipe: recipe.distill.teacher is not None, ("teacher", "distill.teacher")),
     Kind("lora:LoraObjective", lambda recipe: recipe.lora.rank is not None),
+    Kind(
+        "meanflow:MeanFlowObjective",
+        lambda recipe: recipe.meanflow.share is not None,
+        ("meanflow_teacher", "meanflow.teacher"),
+    ),
     Kind("flow:FlowObjective", lambda recipe: True),
 )
 # What a run is made of beside its recipe, by its name in a manifest and in a recipe: it may lie elsewhere today.

@@ -38,6 +38,8 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
         "num_classes": facts.num_classes,
         "path": recipe.flow.path,
         "prediction": recipe.flow.prediction,
+        "use_meanflow": recipe.meanflow.share is not None,
+        "trained_guidance": recipe.meanflow.scale,
     }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.run.seed)
