@@ -266,7 +266,8 @@ def test_every_key_that_is_not_said_to_may_not_change():
     may = {
         "run.out", "run.log_every", "run.trackers", "train.max_steps", "train.max_skipped", "data.root", "data.source",
         "data.verify", "data.workers", "data.worker_timeout", "data.max_bad_share", "data.max_pixels", "latents.vae",
-        "latents.batch_size", "repa.encoder", "distill.teacher", "meanflow.teacher", "train.init", "train.gradient_accumulation_steps",
+        "latents.batch_size", "repa.encoder", "distill.teacher", "train.init", "train.gradient_accumulation_steps",
+        "meanflow.teacher",
         "train.gradient_checkpointing", "train.compile", "ema.snapshot_every", "data.num_images", "model.sample_size",
         "model.in_channels", "model.num_classes",
     }  # fmt: skip
