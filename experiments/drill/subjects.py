@@ -78,6 +78,13 @@ MIXER = replace(
 LORA = replace(
     MIXER, name="lora", recipe={**MIXER.recipe, "lora": {"rank": 4}}, weights="pytorch_lora_weights.safetensors"
 )
+MEANFLOW = replace(
+    SIT,
+    name="meanflow",
+    faults=False,
+    recipe={**SIT.recipe, "meanflow": {"share": 0.5, "omega": 1.2, "kappa": 0.3}},
+    timeless=(*SIT.timeless, "squared_error"),
+)
 ATTNET = Subject(
     name="attnet",
     script="train_attnet.py",
@@ -105,4 +112,4 @@ ATTNET = Subject(
     bare=("checkpoint.keep_last=1", "checkpoint.keep_every=null"),
     splits=False,  # each process has batch statistics of its own
 )  # fmt: skip
-SUBJECTS = {each.name: each for each in (SIT, SCORES, INIT, MIXER, LORA, ATTNET)}
+SUBJECTS = {each.name: each for each in (SIT, SCORES, INIT, MIXER, LORA, MEANFLOW, ATTNET)}

@@ -61,7 +61,7 @@ def _of_the_whole(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Di
     if ours["depth"] < theirs["depth"]:
         found.append(_of_option("", "depth", theirs["depth"], ours["depth"]))
     if theirs["use_meanflow"] and not ours["use_meanflow"]:
-        found.append(Difference("", "average velocities (MeanFlow) there, velocities here"))
+        found.append(Difference("", "average velocities (MeanFlow) there, velocities here", ("use_meanflow", True)))
     if has_positions(theirs) != has_positions(ours):
         found.append(_of_option("", POSITION, has_positions(theirs), has_positions(ours)))
     return found

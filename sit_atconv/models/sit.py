@@ -159,7 +159,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.r_embedder = TimestepEmbedder(hidden_size) if use_meanflow else None
+        with torch.random.fork_rng(devices=[]):  # all other weights are drawn as those of the model without it
+            self.r_embedder = TimestepEmbedder(hidden_size) if use_meanflow else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
         self.register_buffer("pos_embed", sincos_position_embedding(grid, hidden_size) if present else None)
 
@@ -217,7 +218,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         modulations = [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
         zero = [*modulations, self.final_layer.linear]
-        if self.r_embedder is not None:  # at last: all others are drawn as those of the model without it
+        if self.r_embedder is not None:
             nn.init.normal_(self.r_embedder.mlp[0].weight, std=0.02)
             nn.init.zeros_(self.r_embedder.mlp[0].bias)
             zero.append(self.r_embedder.mlp[2])

@@ -157,6 +157,8 @@ def told_of_anew(anew: list[str]) -> str:
 
 def _as_key(option: str, value: Any) -> str:
     """An option of the model as a recipe states it."""
+    if option == "use_meanflow":
+        return "meanflow.share=0.25"
     section = "flow" if option in FROM_FLOW else "model"
     return f"{section}.{option}={value if isinstance(value, str) else json.dumps(value)}"
 

@@ -3,6 +3,8 @@
 Models need what is looked up at import, and exported pipelines look it up too; the rest is looked up when it is used.
 """
 
+import importlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType
@@ -29,6 +31,14 @@ set_forward_grad_enabled = forward_ad._set_fwd_grad_enabled
 
 # torch 2.11, 2.14: whether tangents are switched on, as torch.is_grad_enabled tells of gradients.
 is_forward_grad_enabled = torch._C._is_fwd_grad_enabled
+
+
+# torch 2.11, 2.14: what the first tensor with a tangent loads, and warns the user of what torch itself does there.
+def load_forward_mode() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
 
 # torch 2.11, 2.14: asks tensors among arguments of any kind, and sees through the wrappers of torch.func.
 any_requires_grad = torch._C._any_requires_grad

@@ -16,6 +16,7 @@ from sit_atconv.data.samples import Batch
 from sit_atconv.flow.meanflow import Guidance, change, meanflow_errors, weigh
 from sit_atconv.layers.attention import Attention
 from sit_atconv.models.cost import count_macs
+from sit_atconv.runtime.compat.torch import load_forward_mode
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.processes import is_main
@@ -68,6 +69,7 @@ class MeanFlowObjective(FlowObjective):
 
     def open(self, codec: nn.Module) -> None:
         super().open(codec)
+        load_forward_mode()
         if self.with_attention and is_main():
             say(f"attention: {MATH_KERNEL}")
 
