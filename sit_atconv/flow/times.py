@@ -100,7 +100,8 @@ def time_grid(
     dtype: fp32 where it is None. On the CPU: a loop over it costs a device no synchronisation.
     grid: one of GRIDS, or the steps + 1 times themselves, which rise from 0 to 1. shift: see `shifted`. Both are of
     [0, 1], which is mapped onto the interval then.
-    Raises ValueError for an unknown grid, times that do not rise from 0 to 1, and another number of them.
+    Raises ValueError for an unknown grid, times that do not rise from 0 to 1, another number of them, and times that
+    the dtype does not tell apart.
     """
     import torch
 
@@ -117,6 +118,8 @@ def time_grid(
     t = shifted(t, shift)
     times = (start + (end - start) * t if start < end else end + (start - end) * t.flip(0)).to(dtype or torch.float32)
     times[0], times[-1] = start, end  # the sum misses it by rounding
+    if not (times.diff() * (end - start) > 0).all():
+        raise ValueError(f"two of its times are the same number in {times.dtype}")
     return times
 
 
