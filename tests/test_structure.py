@@ -33,6 +33,7 @@ ALLOWED = {
     "training.posthoc": BASE | {"config", "models"} | SAVED,
     "sampling.trained": BASE | {"models", "latents", "sampling.settings", "training.checkpoint"},
     "sampling": CORE | DRAWN | {"models", "layers", "data", "latents", "training.checkpoint"},
+    "sampling.generate": CORE | DRAWN | {"sampling.schedulers"},
     "bench.timing": BASE,
     "bench.results": BASE,
     "swap": CORE | {"bench.timing", "ops", "layers", "models"},
@@ -54,8 +55,8 @@ ALLOWED = {
     },
     "commands": CORE | SAVED | DRAWN | {
         "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing", "data",
-        "latents", "pipelines", "principles", "report", "sampling.schedulers", "scoring", "training",
-        "training.posthoc",
+        "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring",
+        "training", "training.posthoc",
     },
     "__main__": DOOR,
     "posthoc": DOOR,

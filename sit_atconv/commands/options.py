@@ -12,11 +12,12 @@ from sit_atconv.config.shipped import set_names
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError, add_force, named
-from sit_atconv.runtime.fields import CHOICES, DEFAULT, HELP, WHEN
+from sit_atconv.runtime.fields import CHOICES, DEFAULT, FLAG, HELP, WHEN
 from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.runtime.limits import RANGE, Range
 from sit_atconv.runtime.precision import DTYPES
-from sit_atconv.sampling.settings import Sampling, flag, in_short
+from sit_atconv.sampling import SCHEDULERS
+from sit_atconv.sampling.settings import LAST_STEP, OF_SDE, Sampling, flag, in_short
 from sit_atconv.scoring import BATCH
 
 
@@ -93,13 +94,14 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Collection[str] = (
             continue
         said, default = entry.metadata, getattr(plain, entry.name)
         options = said[RANGE].flag if RANGE in said else {"choices": said[CHOICES]} if CHOICES in said else {}
+        options |= said.get(FLAG, {})
         if "path" in said:
             options |= {"metavar": "PATH"}
         if isinstance(default, list):
             options |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
         acting = said.get(DEFAULT, default)
         shown = "" if acting is None else f" (default: {_text(acting)})"
-        (of_sde if WHEN in said else parser).add_argument(
+        (of_sde if said.get(WHEN) in (OF_SDE, LAST_STEP) else parser).add_argument(
             flag(entry.name), dest=entry.name, **options, default=default, help=f"{said[HELP]}{shown}"
         )
 
@@ -120,6 +122,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--ckpt, which may be a public file, too, then",
     )  # fmt: skip
     add_settings(parser)
+    parser.add_argument(
+        "--scheduler", choices=SCHEDULERS, help="a diffusers scheduler in the place of --sampler; --steps are its steps"
+    )
+    parser.set_defaults(sampler=None)  # told from one that was asked for
     add_number(parser, "--seed", limits.SEED, 0, "noise of image i is drawn from (seed, i)")
     add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
     parser.add_argument(
@@ -151,10 +157,16 @@ def check_models(args: argparse.Namespace) -> None:
 
 def sampling_asked(args: argparse.Namespace) -> Sampling:
     """The settings that `add_settings` read. Raises InputError for a value that cannot be, or does nothing."""
+    asked = {entry.name: vars(args)[entry.name] for entry in dataclasses.fields(Sampling) if entry.name in args}
+    if scheduler := getattr(args, "scheduler", None):
+        for name, plain in (("sampler", None), ("start", None), ("epsilon", None), ("grid", Sampling.grid)):
+            if (value := asked[name]) != plain:
+                words = " ".join(map(str, value if isinstance(value, list) else [value]))
+                raise InputError(f"{flag(name)} {words} does nothing with --scheduler {scheduler}; leave one out")
+        if not args.graphs:
+            raise InputError(f"--no-cuda-graphs does nothing with --scheduler {scheduler}; leave one out")
     with in_short():
-        return Sampling(
-            **{entry.name: vars(args)[entry.name] for entry in dataclasses.fields(Sampling) if entry.name in args}
-        )
+        return Sampling(**asked | {"sampler": asked["sampler"] or Sampling.sampler})
 
 
 def add_extractor_arguments(parser: argparse.ArgumentParser, default: str | None = "inception") -> None:

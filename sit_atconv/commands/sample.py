@@ -5,7 +5,6 @@ Each image has the name of its class below it.
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 
 from sit_atconv.commands.options import add_number, add_out, add_sampling_options, check_models, sampling_asked
@@ -13,7 +12,6 @@ from sit_atconv.runtime import limits
 from sit_atconv.runtime.classes import ID, Classes
 from sit_atconv.runtime.errors import InputError, named
 from sit_atconv.runtime.files import REPORT, check_out, write_out
-from sit_atconv.sampling import SCHEDULERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", **limits.PICTURE.flag, default=1, help="with --classes: rows of the grid, one image per class each"
     )
-    parser.add_argument(
-        "--scheduler", choices=SCHEDULERS, help="a diffusers scheduler in the place of --sampler; --steps are its steps"
-    )
-    parser.set_defaults(sampler=None)  # told from one that was asked for
     add_out(parser, "PNG file (default: grid.png)", default="grid.png")
 
 
@@ -43,13 +37,6 @@ def run(args: argparse.Namespace) -> None:
     ids = [int(word) for word in args.classes or () if ID.fullmatch(word)]
     limits.CLASS_ID.check("--classes ", ids)
     check_out(args.out, force=args.force, ours=REPORT)
-    if args.scheduler and args.sampler:
-        raise InputError(f"--sampler {args.sampler} does nothing with --scheduler {args.scheduler}; leave one out")
-    if args.scheduler and args.epsilon is not None:
-        raise InputError(f"--epsilon {args.epsilon:g} does nothing with --scheduler {args.scheduler}; leave one out")
-    if args.scheduler and not args.graphs:
-        raise InputError(f"--no-cuda-graphs does nothing with --scheduler {args.scheduler}; leave one out")
-    args.sampler = args.sampler or "euler"
     args.sampling = sampling_asked(args)
     check_models(args)
 
@@ -64,20 +51,15 @@ def _draw(args: argparse.Namespace) -> None:
 
     from sit_atconv.runtime.console import Progress
     from sit_atconv.sampling.graphs import Graphs
-    from sit_atconv.sampling.sampling import caption_of, generate, grid_png, noted, random_label, too_large
+    from sit_atconv.sampling.sampling import caption_of, grid_png, noted, random_label, too_large
+    from sit_atconv.sampling.schedulers import drawing
     from sit_atconv.sampling.settings import in_short
     from sit_atconv.sampling.setup import setup
 
     ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, lora=args.lora)
-    graphs = None
-    if args.scheduler:
-        from sit_atconv.sampling.schedulers import generate as generate_scheduled
-        from sit_atconv.sampling.schedulers import make_scheduler
-
-        draw = partial(generate_scheduled, make_scheduler(args.scheduler, ready.trained.model))
-    else:
-        graphs = Graphs() if args.graphs else None
-        draw = partial(generate, graphs=graphs)
+    graphs = Graphs() if args.graphs and not args.scheduler else None
+    with in_short():
+        draw = drawing(args.scheduler, ready.trained.model, ready.sampling, graphs)
     classes = Classes(ready.trained.model.config.num_classes, ready.trained.id2label)
     with named("--classes"):
         labels = args.rows * [classes.read(word) for word in args.classes or ()]
@@ -94,8 +76,7 @@ def _draw(args: argparse.Namespace) -> None:
             indices = range(first, first + len(part))
             model, watch = ready.trained.model, noted(bar, len(part))
             try:
-                with in_short():
-                    batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
+                batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
             except torch.OutOfMemoryError:
                 raise too_large(args.batch, model.device, "a smaller one", graphs) from None
             images.append(batch)

@@ -210,7 +210,7 @@ class Flow(Section):
     time_std: float | None = setting(LOGIT_NORMAL, 1.0, number(0.001, 100, "t would be one value, or 0 and 1 alone"))
     time_stratified: bool = False  # one t from every equal part of a batch's distribution, for less noise in the loss
     # s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise
-    time_shift: float = ranged(1.0, number(0.001, 1_000, "nearly all t would lie at one end"))
+    time_shift: float = ranged(1.0, limits.TIME_SHIFT)
 
     def __post_init__(self):
         super().__post_init__()

@@ -34,6 +34,23 @@ class Evaluations(int):
 ALONE, BOTH_CLASSES, WITH_GUIDE = Evaluations(1), Evaluations(2), Evaluations(2, 1)
 
 
+class Reuse:
+    """Guidance that is evaluated at every `every`-th evaluation; what it adds is remembered for those between.
+
+    Of the evaluations in the interval the first is guided afresh, and then each `every`-th. Those between evaluate
+    v_strong alone, and take v_strong - v_weak from the last that was guided afresh. A stage of a Runge-Kutta method is
+    an evaluation like any other.
+    """
+
+    def __init__(self, every: int = 1):
+        self.every, self.count, self.difference = every, 0, None
+
+    def due(self) -> bool:
+        """Whether the next evaluation is guided afresh; counts it."""
+        self.count += 1
+        return (self.count - 1) % self.every == 0
+
+
 class GuidedVelocity:
     """v = v_weak + scale * (v_strong - v_weak), as a velocity for the samplers; counts network evaluations.
 
@@ -48,9 +65,11 @@ class GuidedVelocity:
     channels: "all", or "first3" as the public SiT code does (the other channels keep v_strong).
     interval: guidance acts where t lies `within` it, both ends included, with t = 0 noise and t = 1 data.
     guide: a weaker network of the same latents and classes, called alike; it needs no null class, nor does `network`.
+    reuse: where guidance is not to be evaluated every time; whoever guides each step by an object of its own hands the
+    same to all.
     path, prediction, guide_prediction: how what the networks predict becomes a velocity, see `Path.velocity_from`. The
     two of them may predict different things. A velocity is affine in a prediction, so of one network the predictions
-    are guided, and what comes out is converted.
+    are guided, and what comes out is converted, unless a difference of velocities is to be reused.
     Called with x (B, C, H, W), t, 0-d, and s of an average velocity, 0-d too. A time of the CPU is an argument of a
     kernel on another device, which waits for nothing; of the device, as dopri5's is, it is read where guidance acts.
     `nfe` is the number of network evaluations per image so far, as `Evaluations`: two where guidance acts, one of them
@@ -71,6 +90,7 @@ class GuidedVelocity:
         path: Path | None = None,
         prediction: str = "velocity",
         guide_prediction: str = "velocity",
+        reuse: Reuse | None = None,
     ):
         check_name("channels", channels, CHANNELS)
         if scale != 1 and null_label is None and guide is None:
@@ -80,7 +100,7 @@ class GuidedVelocity:
         self.network, self.scale, self.channels, self.interval = network, scale, CHANNELS[channels], interval
         self.guide, self.path = guide, path or LinearPath()
         self.prediction, self.guide_prediction = prediction, guide_prediction
-        self.labels = labels
+        self.labels, self.reuse = labels, reuse or Reuse()
         self.both_labels = None
         if scale != 1 and guide is None:
             self.both_labels = labels.repeat(2)
@@ -89,17 +109,24 @@ class GuidedVelocity:
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor | None = None) -> torch.Tensor:
         times, end = _of_all(t, x), () if s is None else (_of_all(s, x),)
-        if self.scale == 1 or not within(t, self.interval):
+        acts = self.scale != 1 and within(t, self.interval)
+        if not (acts and self.reuse.due()):
             self.nfe += ALONE
-            return self.path.velocity_from(self.prediction, self.network(x, times, self.labels, *end), x, t)
+            strong = self.path.velocity_from(self.prediction, self.network(x, times, self.labels, *end), x, t)
+            return self._guided(strong, strong - self.reuse.difference) if acts else strong
         if self.guide is None:
             self.nfe += BOTH_CLASSES
-            both_ends = (each.repeat(2) for each in end)
-            both = self.network(x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels, *both_ends)
-            return self.path.velocity_from(self.prediction, self._guided(*both.chunk(2)), x, t)
-        self.nfe += WITH_GUIDE
-        strong = self.path.velocity_from(self.prediction, self.network(x, times, self.labels), x, t)
-        weak = self.path.velocity_from(self.guide_prediction, self.guide(x, times, self.labels), x, t)
+            both = (x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels, *(each.repeat(2) for each in end))
+            strong, weak = self.network(*both).chunk(2)
+            if self.reuse.every == 1:
+                return self.path.velocity_from(self.prediction, self._guided(strong, weak), x, t)
+            strong, weak = (self.path.velocity_from(self.prediction, each, x, t) for each in (strong, weak))
+        else:
+            self.nfe += WITH_GUIDE
+            strong = self.path.velocity_from(self.prediction, self.network(x, times, self.labels), x, t)
+            weak = self.path.velocity_from(self.guide_prediction, self.guide(x, times, self.labels), x, t)
+        if self.reuse.every > 1:
+            self.reuse.difference = strong - weak
         return self._guided(strong, weak)
 
     def _guided(self, strong: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING
+
+from sit_atconv.flow.path import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,17 +50,74 @@ TABLEAUX = {
 def runge_kutta(tableau: Tableau, velocity: Velocity, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """One step of the method per interval of `times`: len(tableau.c) evaluations each."""
     for t, t_next in pairwise(times):
-        h, slopes = t_next - t, []
-        for c, a in zip(tableau.c, tableau.a, strict=True):
-            # lerp meets t_next exactly where c = 1
-            slopes.append(velocity(_move(x, h, a, slopes), t.lerp(t_next, c)))
-        x = _move(x, h, tableau.b, slopes)
+        x, _ = _stages(tableau, velocity, x, t, t_next)
     return x
 
 
-def _move(x: torch.Tensor, h: torch.Tensor, weights: Sequence[float], slopes: Sequence[torch.Tensor]) -> torch.Tensor:
+def _stages(
+    tableau: Tableau, velocity: Velocity, x: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x at t_next by one step of the method, and the velocity at t."""
+    h, slopes = t_next - t, []
+    for c, a in zip(tableau.c, tableau.a, strict=True):
+        # lerp meets t_next exactly where c = 1
+        slopes.append(velocity(moved(x, h, a, slopes), t.lerp(t_next, c)))
+    return moved(x, h, tableau.b, slopes), slopes[0]
+
+
+def moved(x: torch.Tensor, h: torch.Tensor, weights: Sequence[float], slopes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """x + h sum_i weights[i] slopes[i]; x (B, ...) and slopes alike, h 0-d."""
     terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight]
     return x + h * sum(terms) if terms else x
+
+
+STARTS = ("lower", "rk")  # of Adams-Bashforth
+BEGUN_BY = {2: "heun", 3: "heun3", 4: "rk4"}  # with start=rk, by the order
+
+
+def adams_weights(times: Sequence[float], end: float) -> list[float]:
+    """b_i of x(end) = x(times[-1]) + h sum_i b_i v(times[i]), where h = end - times[-1], times in order.
+
+    b_i is the integral of the Lagrange polynomial that is 1 at times[i] and 0 at the other times, over the step and by
+    its length: exact for any distances (Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, III.5).
+    """
+    h = end - times[-1]
+    nodes = [(t - times[-1]) / h for t in times]  # the step goes from 0 to 1
+    weights = []
+    for i, node in enumerate(nodes):
+        others = nodes[:i] + nodes[i + 1 :]
+        powers = [1.0]  # of prod (s - other), by rising power
+        for other in others:
+            powers = [up - other * same for up, same in zip([0.0, *powers], [*powers, 0.0], strict=True)]
+        integral = sum(factor / (power + 1) for power, factor in enumerate(powers))
+        weights.append(integral / prod(node - other for other in others))
+    return weights
+
+
+def adams_bashforth(
+    order: int, velocity: Velocity, x: torch.Tensor, times: torch.Tensor, start: str = "lower"
+) -> torch.Tensor:
+    """Adams-Bashforth: every step integrates the polynomial through the last `order` velocities, on any times.
+
+    start: of the first order - 1 steps, which have fewer velocities behind them. "lower" takes those that there are: an
+    evaluation for every step, but the first is Euler's, so the whole is of order 2 on equal steps, whatever `order` is.
+    "rk" takes a Runge-Kutta method of the same order: `order` evaluations for each of these steps.
+    Each item has velocities of its own.
+    Raises ValueError for fewer steps than `order`, of which none would have it, and for an unknown start.
+    """
+    check_name("start", start, STARTS)
+    if len(times) - 1 < order:
+        raise ValueError(f"{len(times) - 1} steps: Adams-Bashforth of order {order} needs at least {order}")
+    moments, slopes = times.tolist(), []  # of fp64
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        if start == "rk" and step < order - 1:
+            x, slope = _stages(TABLEAUX[BEGUN_BY[order]], velocity, x, t, t_next)
+            slopes = [*slopes, slope]
+            continue
+        slopes = [*slopes, velocity(x, t)][-order:]
+        weights = adams_weights(moments[step + 1 - len(slopes) : step + 1], moments[step + 1])
+        x = moved(x, t_next - t, weights, slopes)
+    return x
 
 
 def dopri5(
@@ -95,7 +155,9 @@ def dopri5(
         return x.new_full(x.shape, float("nan"))
 
 
+ADAMS = {f"adams{order}": order for order in BEGUN_BY}
 SAMPLERS: dict[str, Sampler] = {
     **{name: partial(runge_kutta, tableau) for name, tableau in TABLEAUX.items()},
+    **{name: partial(adams_bashforth, order) for name, order in ADAMS.items()},
     "dopri5": dopri5,
 }

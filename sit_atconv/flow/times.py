@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sit_atconv.flow.path import PREDICTIONS, Path, check_name
@@ -16,6 +19,13 @@ SAMPLE_EPSILON = 1e-3  # how far sampling keeps from an end where it must
 SBDM_EPSILON = 0.04
 TIME_TOLERANCE = 1e-6  # a time of a grid in fp32 misses the number that it stands for by some 1e-7
 TIME_SAMPLINGS = ("uniform", "logit-normal")
+# Of a sampler: t in [0, 1] after the share u of the steps.
+GRIDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": lambda u: u,
+    # sin^2(pi u / 2): dense at both ends, while a shift makes any grid dense at one. The first step is of the order of
+    # N^-2, so Euler's method there leaves order 4 to Adams-Bashforth.
+    "cosine": lambda u: (1 - (math.pi * u).cos()) / 2,
+}
 
 
 def training_interval(path: Path, prediction: str) -> tuple[float, float]:
@@ -63,14 +73,54 @@ def _interval(path: Path, singular_start: bool, singular_end: bool, epsilon: flo
     return epsilon if singular_start else 0.0, 1 - epsilon if singular_end else 1.0
 
 
-def time_grid(start: float, end: float, steps: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`steps` equal intervals from start to end, in either direction: steps + 1 times (public SiT code counts these).
+def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """t in [0, 1] whose noise level 1 - t is mapped to s (1 - t) / (1 + (s - 1) (1 - t)), where s = shift > 0.
+
+    Over 1 is nearer to the noise; the ends stay.
+    """
+    return t / (t + shift * (1 - t))
+
+
+def check_grid(grid: Sequence[float]) -> None:
+    """Raise ValueError unless the times rise from 0 to 1."""
+    if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or not all(a < b for a, b in pairwise(grid)):
+        raise ValueError("times of a grid must rise strictly, from 0 to 1")
+
+
+def time_grid(
+    start: float,
+    end: float,
+    steps: int,
+    dtype: torch.dtype | None = None,
+    grid: str | Sequence[float] = "uniform",
+    shift: float = 1.0,
+) -> torch.Tensor:
+    """The times of `steps` steps from start to end, in either direction: steps + 1 (public SiT code counts these).
 
     dtype: fp32 where it is None. On the CPU: a loop over it costs a device no synchronisation.
+    grid: one of GRIDS, or the steps + 1 times themselves, which rise from 0 to 1. shift: see `shifted`. Both are of
+    [0, 1], which is mapped onto the interval then.
+    Raises ValueError for an unknown grid, times that do not rise from 0 to 1, another number of them, and times that
+    the dtype does not tell apart.
     """
     import torch
 
-    return torch.linspace(start, end, steps + 1, dtype=dtype or torch.float32)
+    if grid == "uniform" and shift == 1:
+        return torch.linspace(start, end, steps + 1, dtype=dtype or torch.float32)
+    if isinstance(grid, str):
+        check_name("grid", grid, GRIDS)
+        t = GRIDS[grid](torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    else:
+        check_grid(grid)
+        if len(grid) != steps + 1:
+            raise ValueError(f"{steps} steps: the grid has the times of {len(grid) - 1}")
+        t = torch.tensor(grid, dtype=torch.float64)
+    t = shifted(t, shift)
+    times = (start + (end - start) * t if start < end else end + (start - end) * t.flip(0)).to(dtype or torch.float32)
+    times[0], times[-1] = start, end  # the sum misses it by rounding
+    if not (times.diff() * (end - start) > 0).all():
+        raise ValueError(f"two of its times are the same number in {times.dtype}")
+    return times
 
 
 def within(t: torch.Tensor | float, interval: tuple[float, float]) -> bool:
@@ -85,7 +135,7 @@ class TimeSampling:
 
     kind: "uniform", t = u; or "logit-normal", t = sigmoid(mean + std N(0, 1)), so a larger mean is nearer to the data;
     mean and std act there alone, and may be None elsewhere.
-    shift s > 0: maps the noise level 1 - t to s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to the noise.
+    shift > 0: see `shifted`.
     interval: [0, 1] is mapped onto it at last.
     Raises ValueError for another kind.
     """
@@ -106,6 +156,6 @@ class TimeSampling:
             from torch.special import ndtri
 
             t = (self.mean + self.std * ndtri(t)).sigmoid()
-        t = t / (t + self.shift * (1 - t))
+        t = shifted(t, self.shift)
         start, end = self.interval
         return (start + (end - start) * t).float()

@@ -57,6 +57,12 @@ def export(source: Source, out: str | Path, license: str = "unknown", force: boo
     Raises InputError when `out` exists or cannot be written, or the license is no identifier.
     """
     check_target(out, license, force)
+    scheduler = type(source.pipeline.scheduler)
+    if scheduler.__module__.startswith("sit_atconv."):
+        raise InputError(
+            f"the pipeline's scheduler {scheduler.__name__} is of this package, without which an export works; save "
+            "the pipeline with one of diffusers, such as FlowMatchEulerDiscreteScheduler, and export that"
+        )
     with new_path(out, force=force) as unfinished:
         _write(source, unfinished, unfinished.name, license)
 

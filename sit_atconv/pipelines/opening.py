@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from sit_atconv.latents.codecs import VaeCodec, reopen_codec
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.pipelines.adams import FlowMatchAdamsScheduler
 from sit_atconv.runtime.errors import InputError, option, told
 from sit_atconv.runtime.reading import Malformed, read_config, read_json
 from sit_atconv.runtime.weights import own_variant
@@ -98,8 +99,10 @@ def _open_pipeline(
             raise InputError(f"{str(folder)!r} is a {index['_class_name']}; give a {NAME}")
         scheduler_config = read_config(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FORM, MOST_SCHEDULER)
         library, name = index["scheduler"]
-        if library != "diffusers" or not issubclass(found := getattr(diffusers, name, object), SchedulerMixin):
-            raise InputError(f"{str(folder)!r}: the scheduler {name} is not one of diffusers")
+        own = [library, name] == [FlowMatchAdamsScheduler.__module__, FlowMatchAdamsScheduler.__name__]
+        found = FlowMatchAdamsScheduler if own else getattr(diffusers, name, object)
+        if not own and (library != "diffusers" or not issubclass(found, SchedulerMixin)):
+            raise InputError(f"{str(folder)!r}: the scheduler {name} is not one of diffusers, and not ours")
         scheduler = found.from_config(scheduler_config)
         beside = vae is None and (index.get("vae") or [None])[0] is not None
         vae = folder / "vae" if beside else vae

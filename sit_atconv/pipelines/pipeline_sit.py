@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
-from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
+from sit_atconv.flow.guidance import Evaluations, GuidedVelocity, Reuse
 from sit_atconv.flow.path import LinearPath
 from sit_atconv.models.sit import SiTTransformer2DModel  # model_index.json names this module: it must be loaded
 from sit_atconv.pipelines.from_run import FromRun
@@ -215,6 +215,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_every: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """Images of the classes asked for: num_images_per_prompt of each, those of one class together.
 
@@ -223,7 +224,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             otherwise.
         guidance_scale: 1 is none; by default 1.5, and 1 of a MeanFlow transformer. Guidance is away from the
             pipeline's guide, without one from the null class. guidance_channels: "all" or "first3" as the public SiT
-            code. guidance_interval: guidance acts for t in it, t = 0 noise, t = 1 data.
+            code. guidance_interval: guidance acts for t in it, t = 0 noise, t = 1 data. guidance_every: of the
+            evaluations there it is evaluated at every so many, and reused between, see `flow.guidance.Reuse`.
         sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added. They may
             begin lower for `latents` of that level.
         generator: for the noise, one per image or one for all. latents: that noise itself, (images, C, H, W).
@@ -249,7 +251,12 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         guidance_scale = fitting.guidance_scale
         num_inference_steps = fitting.steps if num_inference_steps is None else num_inference_steps
         # Apart from the scale, which a callback may change: of none, they would do nothing.
-        guided_by = Sampling(guidance_channels=guidance_channels, guidance_interval=guidance_interval, guide=self.guide)
+        guided_by = Sampling(
+            guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
+            guide=self.guide,
+        )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         handed_over = callback_on_step_end_tensor_inputs or ()
@@ -264,7 +271,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         self._guidance_scale, self._interrupt, self._nfe = guidance_scale, False, Evaluations()
         ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
         given, latents = latents, self.prepare_latents(len(ids), generator, latents)
-        class_labels = torch.tensor(ids, device=latents.device)
+        class_labels, reuse = torch.tensor(ids, device=latents.device), Reuse(guidance_every)
         timesteps, times = self._schedule(num_inference_steps, sigmas, given is not None)
         if guidance_scale != 1:
             guided_by.check_acts(times.clamp(*guided_by.interval(self.transformer)))
@@ -279,7 +286,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = timestep
-                guided = self._guided(class_labels, guided_by)
+                guided = self._guided(class_labels, guided_by, reuse)
                 # Where the predictions of those that act give a velocity.
                 acting = Sampling(guide=self._guide_at(self._guidance_scale))
                 velocity = guided(latents, t.clamp(*acting.interval(self.transformer)), s)
@@ -290,6 +297,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                     chosen = {name: handed[name] for name in handed_over}
                     returned = callback_on_step_end(self, step, timestep, chosen) or {}
                     taken = handed | returned
+                    if "class_labels" in returned:  # what guidance added was of others
+                        reuse = Reuse(guidance_every)
                     latents, class_labels = (_take_back(name, taken[name], old) for name, old in handed.items())
                     if "class_labels" in chosen.keys() | returned.keys():  # reading them, the host waits for a device
                         self._check_label_ids(class_labels)
@@ -327,10 +336,10 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         """The guide, where that guidance scale guides."""
         return None if scale == 1 else self.guide
 
-    def _guided(self, labels: torch.Tensor, guided_by: Sampling) -> GuidedVelocity:
+    def _guided(self, labels: torch.Tensor, guided_by: Sampling, reuse: Reuse) -> GuidedVelocity:
         """The velocity of a step, by the guidance scale in use."""
         transformer, guide, scale = self.transformer, self._guide_at(self._guidance_scale), self._guidance_scale
-        by = {"path": LinearPath(), "prediction": transformer.config.prediction}
+        by = {"path": LinearPath(), "prediction": transformer.config.prediction, "reuse": reuse}
         if guide is not None:
             by |= {"guide": self._network_of(guide), "guide_prediction": guide.config.prediction}
         scales = scale, *guided_by.guidance[1:]

@@ -1,4 +1,4 @@
-"""Which of diffusers' schedulers, with which settings, sample the distribution of a model of the linear flow.
+"""Which schedulers, diffusers' and our own, with which settings, sample the distribution of a model of the linear flow.
 
 sigma = 1 - t: 1 is noise, 0 is data. Everything here is decided before the first network evaluation.
 """
@@ -21,6 +21,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from sit_atconv.pipelines.adams import FlowMatchAdamsScheduler
 from sit_atconv.runtime.errors import InputError, told
 
 LEAST_START = 0.998  # what is drawn is noise, of sigma 1: begun at 1 - e, the spread of the images is up to e off
@@ -75,11 +76,20 @@ DPM = (
 )
 OF_FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 RULES = dict.fromkeys(OF_FLOWS, FLOW) | {UniPCMultistepScheduler: UNIPC, DPMSolverMultistepScheduler: DPM}
+RULES[FlowMatchAdamsScheduler] = ()  # it takes no others
 # Options with no rule of their own. They make the noise levels, which are checked themselves, ...
 LEVELS = {"num_train_timesteps", "shift", "flow_shift", "shift_terminal", "timestep_spacing"}
 LEVELS |= {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max"}
 # ... or choose among steps that all lead to the distribution, or are warned of, ...
-STEPS = {"solver_type", "lower_order_final", "euler_at_final", "disable_corrector", "stochastic_sampling"}
+STEPS = {
+    "solver_order",
+    "start",
+    "solver_type",
+    "lower_order_final",
+    "euler_at_final",
+    "disable_corrector",
+    "stochastic_sampling",
+}
 # ... or do nothing here.
 IDLE = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "upscale_mode"}
 IDLE |= {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "lambda_min_clipped"}
@@ -99,6 +109,7 @@ def check_scheduler(scheduler: SchedulerMixin, average: bool = False) -> str | N
     if kind is None:
         raise InputError(
             f"scheduler {name} is not one for flow matching; use FlowMatchEulerDiscreteScheduler, "
+            "FlowMatchAdamsScheduler of sit_atconv.pipelines.adams, "
             "FlowMatchHeunDiscreteScheduler or FlowMatchLCMScheduler, or UniPCMultistepScheduler or "
             "DPMSolverMultistepScheduler with use_flow_sigmas=True, prediction_type='flow_prediction'"
         )
@@ -162,7 +173,8 @@ def set_steps(
         asked = {"num_inference_steps": steps} if sigmas is None else {"sigmas": np.array(sigmas, dtype=np.float64)}
         scheduler.set_timesteps(**asked, device=device)
     levels = scheduler.sigmas.cpu()
-    distinct = levels.unique_consecutive() if scheduler.order == 2 else levels  # Heun's method visits each twice
+    again = scheduler.order == 2 or isinstance(scheduler, FlowMatchAdamsScheduler)  # Runge-Kutta visits levels twice
+    distinct = levels.unique_consecutive() if again else levels
     if not (levels[0] <= 1 and levels[-1] == 0 and (distinct.diff() < 0).all()):
         shown = ", ".join(f"{level:.3g}" for level in distinct[:3].tolist())
         raise InputError(

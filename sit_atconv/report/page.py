@@ -360,7 +360,7 @@ def _drawn(manifest: dict[str, Any]) -> str:
     num, steps, step = (number(manifest.get(key)) for key in ("num", "steps", "step"))
     parts = [
         "Samples" if num is None else f"{_quantity(num)} samples",
-        manifest.get("sampler"),
+        manifest.get("sampler") or manifest.get("scheduler"),
         None if steps is None else f"{steps} steps",
         None if guidance is None else "no guidance" if guidance == 1 else _guidance(manifest),
         f"{'EMA' if weights == 'ema' else weights} weights" if weights else None,

@@ -19,6 +19,7 @@ from sit_atconv.runtime.limits import RANGE, Range, declared
 MUTABLE = {"mutable": True}
 PATH = {"path": True}  # in whose text ~ stands for the home folder; a shell leaves it standing after a `=`
 WHEN, DEFAULT, CHOICES, HELP = "when", "default", "choices", "help"
+FLAG = "flag"  # how `add_argument` takes it, where that does not follow from range, choices and default
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 FORMATS = ("png", "npz")  # of a folder of samples
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-# diffusers' schedulers that follow our path: {name: (class, options)}
+# diffusers' schedulers that follow our path: {name: (class, options, its option of the time shift)}
 SCHEDULERS = {
-    "flow-match-euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "flow-match-heun": ("FlowMatchHeunDiscreteScheduler", {}),
-    "flow-match-lcm": ("FlowMatchLCMScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", FLOW),
-    "dpm++": ("DPMSolverMultistepScheduler", FLOW),
+    "flow-match-euler": ("FlowMatchEulerDiscreteScheduler", {}, "shift"),
+    "flow-match-heun": ("FlowMatchHeunDiscreteScheduler", {}, "shift"),
+    "flow-match-lcm": ("FlowMatchLCMScheduler", {}, "shift"),
+    "unipc": ("UniPCMultistepScheduler", FLOW, "flow_shift"),
+    "dpm++": ("DPMSolverMultistepScheduler", FLOW, "flow_shift"),
 }

@@ -24,8 +24,9 @@ from sit_atconv.runtime.signals import Interrupted, Interruptions
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
-from sit_atconv.sampling.sampling import generate, noted, too_large
-from sit_atconv.sampling.settings import in_short
+from sit_atconv.sampling.sampling import noted, too_large
+from sit_atconv.sampling.schedulers import drawing
+from sit_atconv.sampling.settings import Sampling, in_short
 from sit_atconv.sampling.setup import Setup, setup
 from sit_atconv.sampling.trained import describe_guide, describe_trained
 
@@ -105,12 +106,12 @@ class _Work:
         """Load what the options name; the settings of the samples."""
         args = self.args
         check_place(args.out, args.force)
-        self.graphs = Graphs() if args.graphs else None
+        self.graphs = Graphs() if args.graphs and not args.scheduler else None
         self.ready = setup(
             args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True, lora=args.lora
         )
         with in_short():
-            self.ready.sampling.check_acts_on(self.ready.trained.model)
+            self.draw = drawing(args.scheduler, self.ready.trained.model, self.ready.sampling, self.graphs)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)
@@ -134,9 +135,7 @@ class _Work:
         try:
             model, seed = ready.trained.model, self.args.seed
             watch = noted(bar, len(kept) * processes.count())  # the others are about as far
-            images, nfe = generate(
-                model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch, self.graphs
-            )
+            images, nfe = self.draw(model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch)
         except torch.OutOfMemoryError:
             remedy = "a smaller one, and a new folder"
             raise too_large(self.args.batch, model.device, remedy, self.graphs) from None
@@ -154,8 +153,12 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "compile": args.compile or None,  # earlier versions did not, and recorded nothing
         "seed": args.seed,
-        **args.sampling.describe(),
+        **_describe_sampling(args.sampling, args.scheduler),
     }
+
+
+def _describe_sampling(sampling: Sampling, scheduler: str | None) -> dict[str, Any]:
+    return sampling.describe() | {"scheduler": scheduler} | ({} if scheduler is None else {"sampler": None})
 
 
 def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[
     return {
         **stated(args),
         "labels": labels,
-        **ready.sampling.describe(),
+        **_describe_sampling(ready.sampling, args.scheduler),
         "path": trained.model.config.path,
         "prediction": trained.model.config.prediction,
         "time_interval": ready.sampling.interval(trained.model),

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
+from sit_atconv.flow.guidance import Evaluations, GuidedVelocity, Reuse
 from sit_atconv.flow.meanflow import jump
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
-from sit_atconv.flow.times import time_grid
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.classes import check_id
@@ -119,7 +118,7 @@ def sample_latents(
 
         return network if graphs is None else graphs.of(one, network)
 
-    by = {"path": path, "prediction": model.config.prediction}
+    by = {"path": path, "prediction": model.config.prediction, "reuse": Reuse(sampling.guidance_every)}
     if (guide := sampling.guide_model) is not None:
         by["guide"] = network_of(guide, graphs and graphs.beside)
         by["guide_prediction"] = guide.config.prediction
@@ -133,12 +132,12 @@ def sample_latents(
             watch(guided.nfe, (float(t) - start) / (end - start))
         return v
 
-    times = time_grid(start, end, sampling.steps - (sampling.last_step_size is not None))
+    times = sampling.times(model)
     x = brought(noise(shape, seed, Stream.SAMPLE_NOISE, indices), device)
     if model.config.use_meanflow:
         return jump(velocity, x, times), guided.nfe
     if sampling.sampler in SAMPLERS:
-        return SAMPLERS[sampling.sampler](velocity, x, times), guided.nfe
+        return sampling.solver(velocity, x, times), guided.nfe
     sde = SDE(path, sampling.diffusion, sampling.diffusion_norm)
     with steps_ahead(partial(noise, shape, seed, Stream.SAMPLE_STEP, indices), len(times) - 1, device) as draw:
         x = SDE_SAMPLERS[sampling.sampler](velocity, x, times, sde, draw)

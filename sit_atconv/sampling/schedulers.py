@@ -1,6 +1,8 @@
 """Images through diffusers' flow-matching schedulers in the place of our samplers."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import diffusers
 import torch
@@ -8,24 +10,49 @@ import torch
 from sit_atconv.flow.guidance import Evaluations
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
+from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.sampling import SCHEDULERS
+from sit_atconv.sampling import sampling as own
+from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.noise import noise
 from sit_atconv.sampling.sampling import Watch, render
 from sit_atconv.sampling.settings import Sampling
 
 
-def make_scheduler(name: str, model: SiTTransformer2DModel) -> diffusers.SchedulerMixin:
-    """The scheduler of that name, one of SCHEDULERS. Raises InputError for a model that is not of the linear path."""
+def make_scheduler(name: str, model: SiTTransformer2DModel, time_shift: float = 1.0) -> diffusers.SchedulerMixin:
+    """The scheduler of that name, one of SCHEDULERS. time_shift: of its noise levels, as `flow.times.shifted` means it.
+
+    Raises InputError for a model that is not of the linear path.
+    """
     if model.config.path != "linear":
         raise InputError(
             f"{option('scheduler', name)}: diffusers' schedulers follow the linear path, this model is of path="
             f"{model.config.path!r}; leave it out"
         )
-    scheduler, options = SCHEDULERS[name]
-    return getattr(diffusers, scheduler)(**options)
+    scheduler, options, shift = SCHEDULERS[name]
+    return getattr(diffusers, scheduler)(**options, **{shift: time_shift})
+
+
+def drawing(
+    name: str | None, model: SiTTransformer2DModel, sampling: Sampling, graphs: Graphs | None = None
+) -> Callable[..., tuple[torch.Tensor, Evaluations]]:
+    """How images are drawn from `model` with these settings, which are for it: called as `generate` of
+    `sit_atconv.sampling.sampling`, without the graphs.
+
+    name: of the scheduler in the place of the sampler; None for the sampler.
+    Raises InputError for guidance that never acts, and for a scheduler that cannot draw so.
+    """
+    if name is None:
+        sampling.check_acts_on(model)
+        return partial(own.generate, graphs=graphs)
+    scheduler = make_scheduler(name, model, sampling.time_shift)
+    check_scheduler(scheduler)
+    levels = set_steps(copy.copy(scheduler), sampling.steps)
+    sampling.check_acts((1 - levels).clamp(*sampling.interval(model)))
+    return partial(generate, scheduler)
 
 
 @torch.no_grad()
@@ -37,6 +64,7 @@ def generate(
     labels: Sequence[int],
     sampling: Sampling,
     seed: int = 0,
+    kept: int | None = None,
     watch: Watch | None = None,
 ) -> tuple[torch.Tensor, Evaluations]:
     """As `sit_atconv.sampling.sampling.generate`, with `scheduler` instead of the sampler of `sampling`.
@@ -63,7 +91,8 @@ def generate(
         sampling.guidance_interval,
         latents=noise(shape, seed, Stream.SAMPLE_NOISE, indices),
         generator=[torch.Generator().manual_seed(int(seed)) for seed in drawing],
+        guidance_every=sampling.guidance_every,
         output_type="latent",
         callback_on_step_end=after_step,
     ).images
-    return render(codec, latents, model.dtype, indices), pipe.nfe
+    return render(codec, latents, model.dtype, indices, kept), pipe.nfe

@@ -1,37 +1,67 @@
 """How images are drawn: the one set of settings, of previews, scores, commands, tables and the pipeline."""
 
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.path import PATHS
-from sit_atconv.flow.samplers import ATOL, RTOL
+from sit_atconv.flow.samplers import ADAMS, ATOL, RTOL, STARTS
 from sit_atconv.flow.samplers import SAMPLERS as ODE_SAMPLERS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
-from sit_atconv.flow.times import SAMPLE_EPSILON, SBDM_EPSILON, sampling_interval, time_grid, within
+from sit_atconv.flow.times import (
+    GRIDS,
+    SAMPLE_EPSILON,
+    SBDM_EPSILON,
+    check_grid,
+    sampling_interval,
+    time_grid,
+    within,
+)
 from sit_atconv.runtime.errors import InputError, named, told
-from sit_atconv.runtime.fields import HELP, PATH, When, chosen, setting, settle
-from sit_atconv.runtime.limits import DIFFUSION_NORM, EPSILON, EVALUATIONS, GUIDANCE, LAST_STEP_SIZE, TIME, ranged
+from sit_atconv.runtime.fields import FLAG, HELP, PATH, When, chosen, setting, settle
+from sit_atconv.runtime.limits import (
+    DIFFUSION_NORM,
+    EPSILON,
+    EVALUATIONS,
+    EVERY,
+    GUIDANCE,
+    LAST_STEP_SIZE,
+    TIME,
+    TIME_SHIFT,
+    ranged,
+)
 from sit_atconv.runtime.limits import check as check_ranges
+from sit_atconv.runtime.reading import MOST_YAML, read_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from sit_atconv.flow.samplers import Sampler
 
 SAMPLERS = (*ODE_SAMPLERS, *SDE_SAMPLERS)
 OF_SDE = When(f"sampler={' or '.join(SDE_SAMPLERS)}", lambda sampling: sampling.sampler in SDE_SAMPLERS)
 LAST_STEP = When(
     f"{OF_SDE.text} and a last_step", lambda sampling: OF_SDE.holds(sampling) and sampling.last_step != "none"
 )
+OF_ADAMS = When(f"sampler={' or '.join(ADAMS)}", lambda sampling: sampling.sampler in ADAMS)
 
 # Steps and guidance where none are asked for.
 OF_FLOW, OF_AVERAGE = (50, 1.5), (1, 1.0)
 
 # What a setting is called on a command line and in a table, where that is not its name.
-SHORT = {"guidance_scale": "cfg", "guidance_channels": "cfg_channels", "guidance_interval": "cfg_interval"}
+SHORT = {
+    "guidance_scale": "cfg", "guidance_channels": "cfg_channels", "guidance_interval": "cfg_interval",
+    "guidance_every": "cfg_every",
+}  # fmt: skip
+# With these values a setting changes nothing. LATER: those that earlier versions did not have; records say None there.
+PLAIN = {"guidance_channels": "all", "guidance_interval": [0, 1]}
+LATER = {"grid": "uniform", "time_shift": 1, "guidance_every": 1}
 
 
 def flag(name: str) -> str:
@@ -92,6 +122,27 @@ class Sampling:
     last_step_size: float | None = setting(
         LAST_STEP, 0.04, LAST_STEP_SIZE, help="the last step goes from t = 1 - size to 1"
     )
+    start: str | None = setting(
+        OF_ADAMS, "lower", choices=STARTS,
+        help="the first steps, before there are enough velocities: of a lower order, or by a Runge-Kutta method of the "
+        "same order, with as many evaluations",
+    )  # fmt: skip
+    grid: Any = field(
+        default="uniform",
+        metadata={
+            HELP: f"the times of the steps: {', '.join(GRIDS)}, a file with a time a line, or the times, which rise "
+            "from 0 to 1 and say how many steps there are",
+            FLAG: {"nargs": "+", "metavar": "GRID"},
+        },
+    )
+    time_shift: float = ranged(
+        1.0,
+        TIME_SHIFT,
+        help="s: noise level 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)); over 1 is nearer to noise",
+    )
+    guidance_every: int = ranged(
+        1, EVERY, help="guidance is evaluated at every so many evaluations of its interval, and reused between"
+    )
 
     def __post_init__(self):
         check_ranges(Sampling, vars(self))
@@ -100,7 +151,13 @@ class Sampling:
     def _settle(self) -> None:
         """Put what None stands for in its place, and check all but ranges."""
         settle("", self)
+        self._settle_grid()
         if self.steps is not None and self.steps < self.least_steps:
+            if self.sampler in ADAMS:
+                needed = (
+                    f"{self.sampler} with start={self.start} needs at least {self.least_steps}, as many as its order"
+                )
+                raise InputError(f"steps={self.steps}: {needed}; take more, or a lower order")
             raise InputError(f"steps={self.steps}: must be at least 2 with a last step, which is one of them")
         interval = self.guidance_interval
         if not (isinstance(interval, list | tuple) and len(interval) == 2 and interval[0] <= interval[1]):
@@ -109,10 +166,13 @@ class Sampling:
                 "t = 1 data)"
             )
         self.guidance_interval = list(interval)
-        for name, whole in (("guidance_channels", "all"), ("guidance_interval", [0, 1])):
-            value = getattr(self, name)
-            if self.guidance_scale == 1 and value != whole:
-                raise InputError(f"{name}={value}: with guidance_scale=1 nothing is guided; leave it out")
+        for held, names, why in (
+            (self.guidance_scale == 1, (*PLAIN, "guidance_every"), "with guidance_scale=1 nothing is guided"),
+            (self.sampler == "dopri5", LATER, "dopri5 chooses its own times"),
+        ):
+            for name in names if held else ():
+                if (value := getattr(self, name)) != (PLAIN | LATER)[name]:
+                    raise InputError(f"{name}={value}: {why}; leave it out")
         if isinstance(self.guide, os.PathLike):
             self.guide = os.fspath(self.guide)
         if self.guide is not None and self.guidance_scale == 1:
@@ -129,6 +189,39 @@ class Sampling:
             guidance_scale=scale if self.guidance_scale is None else self.guidance_scale,
         )
 
+    def _settle_grid(self) -> None:
+        """Put the times of a file in the place of its name, and their number in that of the steps."""
+        stated = self.grid[0] if isinstance(self.grid, list | tuple) and len(self.grid) == 1 else self.grid
+        if stated in tuple(GRIDS):
+            self.grid = stated
+            return
+        called, times = f"grid={reprlib.repr(stated) if isinstance(stated, list) else stated}", stated
+        if isinstance(stated, str | os.PathLike):
+            remedy = f"choose from {list(GRIDS)}, or give a file with a time a line"
+            with told(called, OSError, remedy=remedy), told(called, ValueError, remedy="give a time a line"):
+                times = read_bytes(os.path.expanduser(stated), MOST_YAML).decode("utf-8-sig").split()
+        with told(called, TypeError, ValueError, remedy="give times such as 0 0.1 0.4 1"):
+            times = [float(t) for t in times]
+            check_grid(times)
+        steps = len(times) - 1 + (self.last_step_size is not None)
+        if self.steps not in (None, steps):
+            raise InputError(f"steps={self.steps}: grid has the times of {steps}; leave one of them out")
+        self.grid, self.steps = times, steps
+
+    @property
+    def solver(self) -> "Sampler":
+        """The ODE sampler, which begins as `start` says."""
+        sampler = ODE_SAMPLERS[self.sampler]
+        return sampler if self.start is None else partial(sampler, start=self.start)
+
+    def times(self, model: "nn.Module") -> "torch.Tensor":
+        """The times of the steps on a SiT; an SDE's last step goes on from the last of them.
+
+        Raises ValueError where nothing is left of [0, 1], and for times that fp32 does not tell apart.
+        """
+        steps = self.steps - (self.last_step_size is not None)
+        return time_grid(*self.interval(model), steps, grid=self.grid, shift=self.time_shift)
+
     @property
     def guide_model(self) -> "nn.Module | None":
         """The guide that images are drawn with; None without one. Raises InputError where only its place is known."""
@@ -143,8 +236,8 @@ class Sampling:
 
     @property
     def least_steps(self) -> int:
-        """How few steps there can be: one, and the last step of an SDE."""
-        return 1 if self.last_step_size is None else 2
+        """How few steps there can be: one, and the last step of an SDE; the order of an Adams sampler."""
+        return ADAMS.get(self.sampler, 1 if self.last_step_size is None else 2)
 
     def interval(self, model: "nn.Module") -> tuple[float, float]:
         """The times [t0, t1] between which a SiT is integrated, where what it and its guide predict gives a velocity;
@@ -201,6 +294,8 @@ class Sampling:
             )
         with told("", ValueError, remedy="make the last step or epsilon smaller"):
             singular = self.interval(model) != (0, 1 - (self.last_step_size or 0))
+        with told("grid", ValueError, remedy="take fewer steps, or a time_shift nearer to 1"):
+            self.times(model)
         if self.epsilon is not None and not singular:
             raise InputError(f"epsilon={self.epsilon:g} would do nothing: no end is singular here; leave it out")
         return replace(self, epsilon=self._epsilon(model) if singular else None)
@@ -229,9 +324,9 @@ class Sampling:
             times.append(t)
             return x
 
-        grid = time_grid(*self.interval(model), self.steps - (self.last_step_size is not None))
+        grid = self.times(model)
         if self.sampler in ODE_SAMPLERS:
-            ODE_SAMPLERS[self.sampler](velocity, nought, grid)
+            self.solver(velocity, nought, grid)
         else:
             sde = SDE(PATHS[model.config.path](), self.diffusion, self.diffusion_norm)
             SDE_SAMPLERS[self.sampler](velocity, nought, grid, sde, lambda step: nought)
@@ -244,6 +339,7 @@ class Sampling:
         The guide is told by who loaded it, see `trained.describe_guide`.
         """
         settings = {entry.name: getattr(self, entry.name) for entry in fields(Sampling) if entry.name != "guide"}
+        settings |= {name: None for name, plain in LATER.items() if settings[name] == plain}
         if self.guidance_scale == 1:
             settings |= {"guidance_channels": None, "guidance_interval": None}
         if self.sampler == "dopri5":

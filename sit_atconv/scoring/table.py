@@ -20,8 +20,9 @@ PUBLISHED = Path(__file__).with_name("published.yaml")
 PUBLISHED_METRICS = ("fid", "sfid", "is", "precision", "recall")
 # Facts of the samples without which two results cannot be told apart: how they were drawn, decoded and rounded.
 SAMPLED = (
-    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "diffusion", "diffusion_norm",
-    "last_step", "last_step_size", "epsilon", "rtol", "atol", "labels_rule", "weights", "dtype", "uint8_rule",
+    "sampler", "steps", "start", "grid", "time_shift", "guidance_scale", "guidance_channels", "guidance_interval",
+    "guidance_every", "diffusion", "diffusion_norm", "last_step", "last_step_size", "epsilon", "rtol", "atol",
+    "labels_rule", "weights", "dtype", "uint8_rule",
 )  # fmt: skip
 # Of a result, what every one states, and what a table needs besides.
 FORM = {
@@ -146,6 +147,7 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
         "error_bars": named(result["error_bars"]),
         "samples_lossy": result.get("samples_lossy") or None,  # of a reference, its digest tells
         **{key: manifest.get(key) for key in SAMPLED},
+        "sampler": manifest.get("sampler") or manifest.get("scheduler"),  # which takes its place
         "guide": _guide(manifest.get("guide")),
         "codec": {key: codec.get(key) for key in ("codec", "sha256", "scale", "shift")},
         # What is known of labels from a file; others follow from rule and count.
@@ -361,7 +363,8 @@ def _fact(key: str, value: Any) -> str:
     if key == "class_names":
         return f"{len(value)}"
     if isinstance(value, list):
-        return (" to " if key == "guidance_interval" else " x ").join(_fact(key, each) for each in value) or "nothing"
+        between = {"guidance_interval": " to ", "grid": " "}.get(key, " x ")
+        return between.join(_fact(key, each) for each in value) or "nothing"
     text = str(value)
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 

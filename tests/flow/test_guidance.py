@@ -8,7 +8,7 @@ import torch
 from golden_vectors import assert_golden, golden
 
 from sit_atconv import create_model
-from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
+from sit_atconv.flow.guidance import Evaluations, GuidedVelocity, Reuse
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.times import time_grid
@@ -176,3 +176,30 @@ def test_a_guide_that_would_be_idle_is_refused():
 def test_counts_of_evaluations_add_up():
     total = Evaluations() + Evaluations(2, 1) + 3 + Evaluations(2)
     assert (total, total.of_guide, json.dumps(total)) == (7, 1, "7")
+
+
+@pytest.mark.parametrize("guide", [None, weak], ids=["null class", "guide"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+def test_between_the_evaluations_of_guidance_its_last_difference_is_reused(guide, prediction):
+    path, labels, x = PATHS["linear"](), torch.tensor([2, 0]), torch.randn(2, 4, 1, 1, dtype=torch.float64)
+
+    def velocities(t):
+        own = velocity_of(path, prediction, strong(x, t.expand(2), labels), x, t)
+        if guide is None:
+            return own, velocity_of(path, prediction, strong(x, t.expand(2), torch.full_like(labels, 3)), x, t)
+        return own, weak(x, t.expand(2), labels)
+
+    reuse, nfe = Reuse(3), Evaluations()
+    every = {"channels": "first3", "interval": (0.15, 0.65), "guide": guide, "prediction": prediction, "reuse": reuse}
+    # t = 0.1 and 0.7 are outside; 0.2 and 0.5 are guided afresh, the others with the difference of the last one.
+    for number, scale in ((0.1, 2.5), (0.2, 2.5), (0.3, 2.5), (0.4, 4.0), (0.5, 2.5), (0.6, 2.5), (0.7, 2.5)):
+        t = torch.tensor(number, dtype=torch.float64)
+        guided = GuidedVelocity(strong, labels, 3, scale, **every)  # one of a step, as the pipeline has it
+        own, other = velocities(t)
+        if number in (0.2, 0.5):
+            difference = own - other
+        if number not in (0.1, 0.7):
+            own[:, :3] += (scale - 1) * difference[:, :3]
+        torch.testing.assert_close(guided(x, t), own, rtol=1e-12, atol=1e-12)
+        nfe += guided.nfe
+    assert (nfe, nfe.of_guide) == (7 + 2, 0 if guide is None else 2)

@@ -1,17 +1,20 @@
 """The ODE samplers against closed forms and torchdiffeq."""
 
 import math
+from functools import partial
+from itertools import pairwise
 
 import gaussian_flow
+import numpy as np
 import pytest
 import torch
 from torchdiffeq import odeint
 
-from sit_atconv.flow.path import LinearPath
-from sit_atconv.flow.samplers import SAMPLERS, dopri5
+from sit_atconv.flow.path import GVPPath, LinearPath
+from sit_atconv.flow.samplers import ADAMS, SAMPLERS, adams_weights, dopri5
 from sit_atconv.flow.times import time_grid
 
-STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4}
+STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "adams2": 1, "adams3": 1, "adams4": 1}
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4}
 
 
@@ -114,3 +117,93 @@ def test_noise_becomes_data_of_the_right_distribution(name, tolerance):
     path = LinearPath()
     end = SAMPLERS[name](lambda x, t: gaussian_flow.velocity(path, x, t), x, time_grid(0, 1, 40))
     torch.testing.assert_close(end, gaussian_flow.MEAN + gaussian_flow.STD * x, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module", params=[LinearPath(), GVPPath()], ids=lambda path: type(path).__name__)
+def mixture(request):
+    """Three Gaussians, whose velocity is a formula: error(sampler, steps, ...) the root mean square of the end's."""
+    path, means, stds = request.param, torch.tensor([-1.2, 0.1, 1.5]).double(), torch.tensor([0.4, 0.35, 0.5]).double()
+    noise = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64)
+
+    def velocity(x, t):
+        x = x[:, None]
+        variance = (path.alpha(t) * stds).square() + path.sigma(t).square()
+        log_share = -(x - path.alpha(t) * means).square() / (2 * variance) - variance.log() / 2
+        slope = (path.d_alpha(t) * path.alpha(t) * stds.square() + path.d_sigma(t) * path.sigma(t)) / variance
+        return (log_share.softmax(1) * (path.d_alpha(t) * means + slope * (x - path.alpha(t) * means))).sum(1)
+
+    def end(sampler, *grid):
+        return sampler(velocity, noise, time_grid(0, 1, *grid))
+
+    true = end(SAMPLERS["rk4"], 1200, torch.float64)
+    return lambda sampler, steps, *grid: (
+        (end(sampler, steps, torch.float64, *grid) - true).square().mean().sqrt().item()
+    )
+
+
+@pytest.mark.parametrize("grid", [("uniform",), ("uniform", 1.5), ("cosine",)], ids=str)
+@pytest.mark.parametrize(("name", "order"), ADAMS.items())
+def test_adams_started_by_runge_kutta_has_its_order(mixture, name, order, grid):
+    coarse, fine = (mixture(partial(SAMPLERS[name], start="rk"), steps, *grid) for steps in (320, 640))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "order"), ADAMS.items())
+def test_adams_started_by_lower_orders_is_of_order_two_but_on_a_grid_that_is_dense_there(mixture, name, order):
+    for grid, expected in (("uniform", 2), ("cosine", order)):
+        coarse, fine = (mixture(SAMPLERS[name], steps, grid) for steps in (320, 640))
+        assert math.log2(coarse / fine) == pytest.approx(expected, abs=0.1), grid
+    # At equal evaluations, as few as one takes.
+    for nfe in (12, 16, 24):
+        ours, euler, heun = (
+            mixture(SAMPLERS[name], nfe),
+            mixture(SAMPLERS["euler"], nfe),
+            mixture(SAMPLERS["heun"], nfe // 2),
+        )
+        assert ours < min(euler, 1.2 * heun)
+        assert name != "adams4" or mixture(SAMPLERS[name], nfe, "cosine") < 0.6 * min(euler, heun)
+
+
+def test_weights_of_equal_steps_are_the_textbooks():
+    for times, end, expected in (
+        ([0.3], 0.4, [1]),
+        ([0.0, 1.0], 2.0, [-1 / 2, 3 / 2]),
+        ([3.0, 2.0, 1.0], 0.0, [5 / 12, -16 / 12, 23 / 12]),
+        ([0.0, 0.5, 1.0, 1.5], 2.0, [-9 / 24, 37 / 24, -59 / 24, 55 / 24]),
+    ):
+        assert adams_weights(times, end) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("start", ["lower", "rk"])
+@pytest.mark.parametrize(("name", "order"), ADAMS.items())
+def test_adams_integrates_the_polynomial_through_the_last_velocities(name, order, start):
+    times = torch.tensor([0.1, 0.15, 0.4, 0.45, 0.6, 0.9, 1.0], dtype=torch.float64)
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def velocity(x, t):
+        return (x * 3).sin() * t
+
+    state, known = x.numpy(), []
+    for step, (t, t_next) in enumerate(pairwise(times.tolist())):
+        known = [*known, (t, velocity(torch.tensor(state), t).numpy())][-order:]
+        if start == "rk" and step < order - 1:
+            method = {2: "heun", 3: "heun3", 4: "rk4"}[order]
+            state = SAMPLERS[method](velocity, torch.tensor(state), times[step : step + 2]).numpy()
+            continue
+        moments, slopes = zip(*known, strict=True)
+        fit = np.polynomial.polynomial.polyfit(moments, np.stack(slopes).reshape(len(known), -1), len(known) - 1)
+        whole = [np.polynomial.polynomial.polyval(each, np.polynomial.polynomial.polyint(fit)) for each in (t, t_next)]
+        state = state + (whole[1] - whole[0]).reshape(state.shape)
+    asked = []
+    end = SAMPLERS[name](lambda x, t: asked.append(t) or velocity(x, t), x, times, start=start)
+    torch.testing.assert_close(end, torch.tensor(state), rtol=0, atol=1e-9)
+    assert len(asked) == (6 if start == "lower" else (order - 1) * order + 6 - (order - 1))
+    # Each item has velocities of its own: alone it is the same to the bit.
+    assert torch.equal(SAMPLERS[name](velocity, x[1:2], times, start=start), end[1:2])
+
+
+def test_adams_of_too_few_steps_is_refused():
+    with pytest.raises(ValueError, match="2 steps: Adams-Bashforth of order 3 needs at least 3"):
+        SAMPLERS["adams3"](lambda x, t: x, torch.ones(1), time_grid(0, 1, 2))
+    with pytest.raises(ValueError, match=r"start='half': choose from \['lower', 'rk'\]"):
+        SAMPLERS["adams3"](lambda x, t: x, torch.ones(1), time_grid(0, 1, 3), start="half")

@@ -1,5 +1,7 @@
 """Intervals against the table of the method, and the distribution of t against its quantiles."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,29 @@ def test_a_grid_ends_exactly_at_its_ends():
     times = time_grid(0.25, 1.0, 3)
     assert times.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert torch.equal(time_grid(1.0, 0.25, 3), times.flip(0))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (0.25, 0.96)])
+@pytest.mark.parametrize("grid", ["uniform", "cosine", [0, 0.1, 0.3, 0.35, 0.8, 1]], ids=str)
+def test_a_grid_is_the_unit_intervals_shifted_and_mapped_onto_its_own(grid, start, end):
+    times = time_grid(start, end, 5, torch.float64, grid, shift=3.0)
+    u = np.linspace(0, 1, 6)
+    t = {"uniform": u, "cosine": np.sin(np.pi * u / 2) ** 2}[grid] if isinstance(grid, str) else np.array(grid)
+    noise_level = 3 * (1 - t) / (1 + 2 * (1 - t))
+    np.testing.assert_allclose(times, start + (end - start) * (1 - noise_level), atol=1e-12)
+    assert (times[0], times[-1]) == (start, end)
+    assert torch.equal(time_grid(end, start, 5, torch.float64, grid, shift=3.0), times.flip(0))
+    assert time_grid(start, end, 5, grid=grid, shift=3.0).dtype == torch.float32
+
+
+def test_what_is_no_grid_is_refused():
+    for grid in ([0, 0.5], [0.1, 1], [0, 0.6, 0.6, 1], [0, 0.7, 0.4, 1], [0], [0, math.nan, 1]):
+        with pytest.raises(ValueError, match="rise strictly, from 0 to 1"):
+            time_grid(0, 1, len(grid) - 1, grid=grid)
+    with pytest.raises(ValueError, match="3 steps: the grid has the times of 2"):
+        time_grid(0, 1, 3, grid=[0, 0.5, 1])
+    with pytest.raises(ValueError, match=r"grid='cosin': choose from \['cosine', 'uniform'\]"):
+        time_grid(0, 1, 3, grid="cosin")
 
 
 def test_uniform_is_the_number_itself_to_the_bit():
