@@ -55,8 +55,8 @@ class GuidedVelocity:
     """v = v_weak + scale * (v_strong - v_weak), as a velocity for the samplers; counts network evaluations.
 
     v_strong is the network's for the class wanted. There are two sources of v_weak, of which one acts:
-    without a guide the network's own for the null class, classifier-free guidance (Ho and Salimans, arXiv 2207.12598),
-    in one batch of twice the size; with a guide that network's for the class wanted, autoguidance (Karras et al., arXiv
+    without a guide the network's own for the null class, classifier-free guidance (Ho and Salimans, arXiv 2207.12598);
+    with a guide that network's for the class wanted, autoguidance (Karras et al., arXiv
     2406.02507, equation 3, of which D is the data expected at x: on one path, velocities combine as those do).
 
     network: called with x (B, C, H, W), t (B,) and labels (B,), gives its prediction (B, C, H, W). One of average
@@ -67,6 +67,7 @@ class GuidedVelocity:
     guide: a weaker network of the same latents and classes, called alike; it needs no null class, nor does `network`.
     reuse: where guidance is not to be evaluated every time; whoever guides each step by an object of its own hands the
     same to all.
+    batches: without a guide, 1 for both classes in one batch of twice the size, 2 for one after the other.
     path, prediction, guide_prediction: how what the networks predict becomes a velocity, see `Path.velocity_from`. The
     two of them may predict different things. A velocity is affine in a prediction, so of one network the predictions
     are guided, and what comes out is converted, unless a difference of velocities is to be reused.
@@ -91,6 +92,7 @@ class GuidedVelocity:
         prediction: str = "velocity",
         guide_prediction: str = "velocity",
         reuse: Reuse | None = None,
+        batches: int = 1,
     ):
         check_name("channels", channels, CHANNELS)
         if scale != 1 and null_label is None and guide is None:
@@ -101,7 +103,7 @@ class GuidedVelocity:
         self.guide, self.path = guide, path or LinearPath()
         self.prediction, self.guide_prediction = prediction, guide_prediction
         self.labels, self.reuse = labels, reuse or Reuse()
-        self.both_labels = None
+        self.batches, self.both_labels = batches, None
         if scale != 1 and guide is None:
             self.both_labels = labels.repeat(2)
             self.both_labels[len(labels) :] = null_label
@@ -116,8 +118,7 @@ class GuidedVelocity:
             return self._guided(strong, strong - self.reuse.difference) if acts else strong
         if self.guide is None:
             self.nfe += BOTH_CLASSES
-            both = (x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels, *(each.repeat(2) for each in end))
-            strong, weak = self.network(*both).chunk(2)
+            strong, weak = self._both_classes(x, times, end)
             if self.reuse.every == 1:
                 return self.path.velocity_from(self.prediction, self._guided(strong, weak), x, t)
             strong, weak = (self.path.velocity_from(self.prediction, each, x, t) for each in (strong, weak))
@@ -128,6 +129,13 @@ class GuidedVelocity:
         if self.reuse.every > 1:
             self.reuse.difference = strong - weak
         return self._guided(strong, weak)
+
+    def _both_classes(self, x: torch.Tensor, times: torch.Tensor, end: tuple[torch.Tensor, ...]):
+        """What the network predicts for the classes wanted, and for none."""
+        if self.batches == 2:
+            return (self.network(x, times, labels, *end) for labels in self.both_labels.chunk(2))
+        both = (x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels, *(each.repeat(2) for each in end))
+        return self.network(*both).chunk(2)
 
     def _guided(self, strong: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
         guided = strong.clone()

@@ -216,6 +216,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_every: int = 1,
+        guidance_batches: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """Images of the classes asked for: num_images_per_prompt of each, those of one class together.
 
@@ -226,6 +227,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             pipeline's guide, without one from the null class. guidance_channels: "all" or "first3" as the public SiT
             code. guidance_interval: guidance acts for t in it, t = 0 noise, t = 1 data. guidance_every: of the
             evaluations there it is evaluated at every so many, and reused between, see `flow.guidance.Reuse`.
+            guidance_batches: 1 is class and no class in one batch, 2 one after the other, with half of the memory.
         sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added. They may
             begin lower for `latents` of that level.
         generator: for the noise, one per image or one for all. latents: that noise itself, (images, C, H, W).
@@ -255,6 +257,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             guidance_channels=guidance_channels,
             guidance_interval=guidance_interval,
             guidance_every=guidance_every,
+            guidance_batches=guidance_batches,
             guide=self.guide,
         )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -340,6 +343,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         """The velocity of a step, by the guidance scale in use."""
         transformer, guide, scale = self.transformer, self._guide_at(self._guidance_scale), self._guidance_scale
         by = {"path": LinearPath(), "prediction": transformer.config.prediction, "reuse": reuse}
+        by["batches"] = guided_by.guidance_batches
         if guide is not None:
             by |= {"guide": self._network_of(guide), "guide_prediction": guide.config.prediction}
         scales = scale, *guided_by.guidance[1:]

@@ -119,6 +119,7 @@ def sample_latents(
         return network if graphs is None else graphs.of(one, network)
 
     by = {"path": path, "prediction": model.config.prediction, "reuse": Reuse(sampling.guidance_every)}
+    by["batches"] = sampling.guidance_batches
     if (guide := sampling.guide_model) is not None:
         by["guide"] = network_of(guide, graphs and graphs.beside)
         by["guide_prediction"] = guide.config.prediction

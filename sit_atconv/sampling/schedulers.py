@@ -92,6 +92,7 @@ def generate(
         latents=noise(shape, seed, Stream.SAMPLE_NOISE, indices),
         generator=[torch.Generator().manual_seed(int(seed)) for seed in drawing],
         guidance_every=sampling.guidance_every,
+        guidance_batches=sampling.guidance_batches,
         output_type="latent",
         callback_on_step_end=after_step,
     ).images

@@ -33,6 +33,7 @@ from sit_atconv.runtime.limits import (
     LAST_STEP_SIZE,
     TIME,
     TIME_SHIFT,
+    Range,
     ranged,
 )
 from sit_atconv.runtime.limits import check as check_ranges
@@ -57,11 +58,12 @@ OF_FLOW, OF_AVERAGE = (50, 1.5), (1, 1.0)
 # What a setting is called on a command line and in a table, where that is not its name.
 SHORT = {
     "guidance_scale": "cfg", "guidance_channels": "cfg_channels", "guidance_interval": "cfg_interval",
-    "guidance_every": "cfg_every",
+    "guidance_every": "cfg_every", "guidance_batches": "cfg_batches",
 }  # fmt: skip
 # With these values a setting changes nothing. LATER: those that earlier versions did not have; records say None there.
 PLAIN = {"guidance_channels": "all", "guidance_interval": [0, 1]}
-LATER = {"grid": "uniform", "time_shift": 1, "guidance_every": 1}
+LATER = {"grid": "uniform", "time_shift": 1, "guidance_every": 1, "guidance_batches": 1}
+OF_TIMES, OF_GUIDANCE = ("grid", "time_shift", "guidance_every"), (*PLAIN, "guidance_every", "guidance_batches")
 
 
 def flag(name: str) -> str:
@@ -143,6 +145,11 @@ class Sampling:
     guidance_every: int = ranged(
         1, EVERY, help="guidance is evaluated at every so many evaluations of its interval, and reused between"
     )
+    guidance_batches: int = ranged(
+        1,
+        Range(1, 2, "there is one of both classes, or one of each"),
+        help="of an evaluation without a guide: 1 of class and no class together, or 2 with half of the memory",
+    )
 
     def __post_init__(self):
         check_ranges(Sampling, vars(self))
@@ -167,8 +174,9 @@ class Sampling:
             )
         self.guidance_interval = list(interval)
         for held, names, why in (
-            (self.guidance_scale == 1, (*PLAIN, "guidance_every"), "with guidance_scale=1 nothing is guided"),
-            (self.sampler == "dopri5", LATER, "dopri5 chooses its own times"),
+            (self.guidance_scale == 1, OF_GUIDANCE, "with guidance_scale=1 nothing is guided"),
+            (self.sampler == "dopri5", OF_TIMES, "dopri5 chooses its own times"),
+            (self.guide is not None, ("guidance_batches",), "model and guide have a batch each"),
         ):
             for name in names if held else ():
                 if (value := getattr(self, name)) != (PLAIN | LATER)[name]:

@@ -21,7 +21,8 @@ PUBLISHED_METRICS = ("fid", "sfid", "is", "precision", "recall")
 # Facts of the samples without which two results cannot be told apart: how they were drawn, decoded and rounded.
 SAMPLED = (
     "sampler", "steps", "start", "grid", "time_shift", "guidance_scale", "guidance_channels", "guidance_interval",
-    "guidance_every", "diffusion", "diffusion_norm", "last_step", "last_step_size", "epsilon", "rtol", "atol",
+    "guidance_every", "guidance_batches", "diffusion", "diffusion_norm", "last_step", "last_step_size", "epsilon",
+    "rtol", "atol",
     "labels_rule", "weights", "dtype", "uint8_rule",
 )  # fmt: skip
 # Of a result, what every one states, and what a table needs besides.

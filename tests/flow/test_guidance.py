@@ -26,6 +26,23 @@ def test_guidance_formula_and_channels(channels, expected):
     assert output[0].flatten().tolist() == expected  # 0 + 3 * (2 - 0)
 
 
+def test_the_classes_go_in_one_batch_or_in_two():
+    batches = {1: [], 2: []}
+    for number, seen in batches.items():
+
+        def counted(x, t, labels, s, seen=seen):
+            seen.append((labels.tolist(), t.tolist(), s.tolist()))
+            return network(x, t, labels)
+
+        velocity = GuidedVelocity(counted, torch.tensor([2, 3]), null_label=0, scale=3.0, batches=number)
+        output = velocity(torch.zeros(2, 1, 1, 1), torch.tensor(0.5), torch.tensor(0.75))
+        assert output.flatten().tolist() == [6, 9]
+        assert velocity.nfe == 2
+    ends = [0.5] * 4, [0.75] * 4
+    assert batches[1] == [([2, 3, 0, 0], *ends)]
+    assert batches[2] == [([2, 3], *(each[:2] for each in ends)), ([0, 0], *(each[:2] for each in ends))]
+
+
 def test_guidance_interval_is_in_t_and_saves_evaluations():
     velocity = GuidedVelocity(network, torch.tensor([2]), null_label=0, scale=3.0, interval=(0.25, 0.5))
     outputs = [velocity(torch.zeros(1, 1, 1, 1), torch.tensor(t)).item() for t in (0.0, 0.25, 0.5, 0.75)]
