@@ -98,7 +98,7 @@ def _words(override: str) -> list[str]:
         return [override]
     path = set_path(override)
     if path is None:
-        sets = ", ".join(set_names())
+        sets = " or ".join(set_names())
         raise InputError(f"override {override!r} is not of the form key=value, and no set of keys, as {sets} is")
     return [f"{key}={json.dumps(value)}" for key, value in flat(read_yaml(path)).items()]
 

@@ -290,8 +290,9 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                     continue
                 self._current_timestep = timestep
                 guided = self._guided(class_labels, guided_by, reuse)
-                # Where the predictions of those that act give a velocity.
-                acting = Sampling(guide=self._guide_at(self._guidance_scale))
+                # Where the predictions of those that act give a velocity; a callback may have changed the scale.
+                acting = Sampling(guidance_scale=self._guidance_scale, guide=self._guide_at(self._guidance_scale))
+                acting = acting.for_model(self.transformer)
                 velocity = guided(latents, t.clamp(*acting.interval(self.transformer)), s)
                 self._nfe += guided.nfe
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]

@@ -451,7 +451,8 @@ def test_a_key_is_listed_with_its_default_its_comment_and_when_it_acts():
         "data.max_bad_share=0.001 (*)  # of the images: how many may turn out unreadable before training stops",
         "train.betas=[0.9, 0.999]  # of AdamW",
         "data.shuffle_buffer=null  # images in the buffer; only with data.streaming=true, where null means 10000",
-        "preview.guidance_channels=all (*)  # latent channels guided; one of all, first3",
+        "preview.guidance_scale=null (*)  # guidance, classifier-free or by a guide; 1 is none (default: 1.5; 1 of a "
+        "MeanFlow model)",
         "preview.guide=null (*)  # autoguidance: a weaker checkpoint of the same latents and classes, as "
         "`sit-atconv sample --guide` takes it",
         "data.sampling=natural  # every image once an epoch, or every class equally often; one of natural, balanced",

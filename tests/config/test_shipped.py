@@ -1,5 +1,7 @@
 """The recipes that come with the package: found by name, printed whole, and where their runs lie."""
 
+import dataclasses
+
 import pytest
 
 from sit_atconv.classification.recipe import ClassifierRecipe
@@ -75,6 +77,20 @@ def test_the_fast_set_goes_over_every_recipe(name):
     assert (fast.train.precision, fast.train.compile) == ("bf16", not stated)
     fast.train.precision, fast.train.compile = plain.train.precision, plain.train.compile
     assert to_dict(fast) == to_dict(plain)
+
+
+@pytest.mark.parametrize("name", OF_SIT)
+def test_the_meanflow_set_goes_over_every_recipe_of_a_flow(name):
+    """With one step, unguided, whatever the recipe draws of a flow; its times are those of its paper."""
+    if name == "digits_distill":
+        with pytest.raises(InputError, match=r"meanflow\.share=0\.25 with distill\.teacher: one objective at a time"):
+            load_recipe(name, [*STATED.get(name, []), "meanflow"])
+        return
+    plain, made = (load_recipe(name, [*over, *STATED.get(name, [])]) for over in ([], ["meanflow"]))
+    assert (made.preview.steps, made.preview.guidance_scale, made.meanflow.share) == (None, None, 0.25)
+    assert (made.flow.time_sampling, made.flow.time_mean, made.flow.time_std) == ("logit-normal", 0.4, 1.0)
+    same = dataclasses.replace(made, flow=plain.flow, meanflow=plain.meanflow, preview=plain.preview)
+    assert to_dict(same) == to_dict(plain)
 
 
 def test_of_sets_and_keys_the_later_one_wins():

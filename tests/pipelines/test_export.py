@@ -67,8 +67,9 @@ def draw(pipe) -> torch.Tensor:
 def exported(tmp_path_factory):
     """A folder with an export for every mixer and what each draws."""
     folder = tmp_path_factory.mktemp("exported")
-    for mixer in MIXERS:
-        pipe = pipeline(token_mixer=mixer)
+    for mixer in ("average", *MIXERS):
+        options = {"token_mixer": "hybrid", "use_meanflow": True} if mixer == "average" else {"token_mixer": mixer}
+        pipe = pipeline(**options)
         pipe.save_pretrained(folder / "saved" / mixer)
         export(open_source(folder / "saved" / mixer), folder / mixer)
         torch.save(draw(pipe), folder / f"{mixer}.pt")
@@ -97,7 +98,7 @@ def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child)
         f"""
         folder = sys.argv[1]
         sys.modules["triton"] = None  # neither is that installed
-        for mixer in {MIXERS}:
+        for mixer in {("average", *MIXERS)}:
             pipe = DiffusionPipeline.from_pretrained(f"{{folder}}/{{mixer}}", trust_remote_code=True)
             pipe.set_progress_bar_config(disable=True)
             assert type(pipe).__name__ == "SiTPipeline"
@@ -105,6 +106,8 @@ def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child)
             assert torch.equal(image, torch.load(f"{{folder}}/{{mixer}}.pt", weights_only=True)), mixer
             assert pipe.get_label_ids("tinca TINCA") == [0]
             assert pipe.nfe == 6
+            pipe([1], output_type="latent")
+            assert pipe.nfe == (1 if mixer == "average" else 100)  # as it fits the transformer
         # and it asks the same of a scheduler and of an interval
         transformer, scheduler = pipe.transformer, pipe.scheduler
         pipe([1], num_inference_steps=50, guidance_interval=(0.2, 1), output_type="latent")

@@ -84,13 +84,18 @@ class Ending(Recorder):
             raise RuntimeError("capture was invalidated")
 
 
-@pytest.fixture
-def model():
+def made(**options):
     torch.manual_seed(0)
-    model = create_model(None, 8, 3, patch_size=2, in_channels=4, hidden_size=16, depth=2, num_heads=2).eval()
+    sizes = {"patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    model = create_model(None, 8, 3, **sizes | options).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@pytest.fixture
+def model():
+    return made()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,14 @@ def test_replayed_samples_are_the_eager_ones_to_the_bit(model, sampling):
     assert torch.equal(replayed, eager)
     assert nfe == same
     assert graphs._device.replayed > 0
+
+
+def test_replayed_average_velocities_lead_to_the_same_times():
+    average, graphs = made(use_meanflow=True), Graphs(Recorder)
+    sampling = Sampling(steps=WARM_UPS + 3, guidance_scale=2.0)
+    replayed = sample_latents(average, INDICES, LABELS, sampling, graphs=graphs)[0]
+    assert torch.equal(replayed, sample_latents(average, INDICES, LABELS, sampling)[0])
+    assert graphs._device.replayed == 3
 
 
 def test_a_guide_is_replayed_beside_the_model(model):

@@ -83,19 +83,21 @@ def test_a_model_trained_with_repa_is_a_method_of_its_own(result, tmp_path):
 
 def test_models_that_began_from_others_are_methods_of_their_own(result):
     """Whatever their seeds: each seed may have a base of its own."""
-    begun = [{"anew": []}, {"anew": ["y_embedder"]}, {"anew": []}, {"anew": []}, None, None, None]
-    lora = [None, None, {"rank": 4, "alpha": 8.0}, {"rank": 8, "alpha": 8.0}, {"sha256": "aa" * 32}, None, None]
-    distill = [*[None] * 6, {"select": "all", "control": False}]
+    begun = [{"anew": []}, {"anew": ["y_embedder"]}, {"anew": []}, {"anew": []}, None, None, None, None]
+    lora = [None, None, {"rank": 4, "alpha": 8.0}, {"rank": 8, "alpha": 8.0}, {"sha256": "aa" * 32}, None, None, None]
+    distill = [*[None] * 6, {"select": "all", "control": False}, None]
+    meanflow = [*[None] * 7, {"share": 0.25, "guidance": 2.0, "tangent": "sample", "teacher": False}]
+    sections = ("init", "lora", "distill", "meanflow")
     kinds = [
-        {f"samples_manifest__training__{key}": one for key, one in zip(("init", "lora", "distill"), each, strict=True)}
-        for each in zip(begun, lora, distill, strict=True)
+        {f"samples_manifest__training__{key}": one for key, one in zip(sections, each, strict=True)}
+        for each in zip(begun, lora, distill, meanflow, strict=True)
     ]
     files = [result(seed=seed, **kind) for seed, kind in enumerate(kinds)]
     files += [result(seed=9, **kinds[0]), result(seed=9)]  # the last as an earlier version wrote it, without both
     table = tabulate(files)
     assert [(row["method"].removeprefix("SiT-XL/2"), row["seeds"]) for row in table["rows"]] == [
         (" + train.init", [0, 9]), (" + train.init", [1]), (" + train.init + LoRA", [2]), (" + train.init + LoRA", [3]),
-        (" + LoRA", [4]), ("", [5, 9]), (" + distill", [6]),
+        (" + LoRA", [4]), ("", [5, 9]), (" + distill", [6]), (" + MeanFlow", [7]),
     ]  # fmt: skip
     assert {figure["model"] for figure in tabulate(files[3:4])["published"]} == {"SiT-XL/2"}
 
