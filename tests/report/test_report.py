@@ -111,6 +111,10 @@ def test_samples_say_what_guided_them_and_when(make, tmp_path):
         "d": ({"guide": guide, "guidance_interval": [0, 0.5]},
               "guidance 1.5 by SiT-S/2 at its step 1,200 for t in 0 to 0.5, EMA"),
         "e": ({"guide": guide | {"training": {}, "step": None}}, "guidance 1.5 by another model, EMA"),
+        "f": ({"sampler": None, "scheduler": "unipc", "time_shift": 2.0, "guidance_every": 3},
+              "unipc, 20 steps, time shift 2.0, guidance 1.5 at one of 3 evaluations, EMA"),
+        "g": ({"sampler": "adams3", "start": "rk", "grid": "cosine"},
+              "adams3, 20 steps, on the grid cosine, started by rk, guidance 1.5, EMA"),
     }  # fmt: skip
     for name, (changes, text) in told.items():
         page = make(samples(tmp_path / name, **changes))
