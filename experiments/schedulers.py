@@ -59,6 +59,7 @@ MULTISTEP = [
 ACCEPTED = {
     FlowMatchAdamsScheduler: [
         *({"solver_order": order, "start": start} for order in (2, 3, 4) for start in STARTS),
+        *({"solver_order": order, "corrected": True} for order in (2, 3)),
         {"shift": 3.0}, {"shift": 0.5}, {"num_train_timesteps": 10},
     ],
     FlowMatchEulerDiscreteScheduler: EULER,

@@ -6,7 +6,7 @@ import torch
 from experiments.schedulers import make_pipe
 from sit_atconv import SiTPipeline, create_model
 from sit_atconv.flow.guidance import GuidedVelocity, Reuse
-from sit_atconv.flow.samplers import SAMPLERS
+from sit_atconv.flow.samplers import ADAMS, SAMPLERS
 from sit_atconv.flow.times import time_grid
 from sit_atconv.pipelines.adams import FlowMatchAdamsScheduler
 from sit_atconv.pipelines.exporting import export, open_source
@@ -21,7 +21,7 @@ def pipe():
     model = create_model(None, 4, 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, in_channels=2)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    pipe = SiTPipeline(model.eval(), scheduler=FlowMatchAdamsScheduler(3, "rk", 2.0))
+    pipe = SiTPipeline(model.eval(), scheduler=FlowMatchAdamsScheduler(3, start="rk", shift=2.0))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -38,12 +38,13 @@ def guided(pipe, every=1):
 
 
 @pytest.mark.parametrize("start", ["lower", "rk"])
-@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize("name", ADAMS)
 @pytest.mark.parametrize(("every", "shift"), [(1, 1.0), (3, 3.0)])
-def test_the_scheduler_is_the_sampler(pipe, order, start, every, shift):
-    pipe.scheduler, velocity = FlowMatchAdamsScheduler(order, start, shift), guided(pipe, every)
+def test_the_scheduler_is_the_sampler(pipe, name, start, every, shift):
+    order, corrected = ADAMS[name]
+    pipe.scheduler, velocity = FlowMatchAdamsScheduler(order, corrected, start, shift), guided(pipe, every)
     with torch.no_grad():
-        end = SAMPLERS[f"adams{order}"](velocity, NOISE, time_grid(0, 1, 6, shift=shift), start=start)
+        end = SAMPLERS[name](velocity, NOISE, time_grid(0, 1, 6, shift=shift), start=start)
     torch.testing.assert_close(draw(pipe, guidance_every=every), end, rtol=1e-5, atol=5e-6)
     assert pipe.nfe == velocity.nfe
     assert pipe.num_timesteps == (6 if start == "lower" else 6 + (order - 1) ** 2)
@@ -59,8 +60,9 @@ def test_stated_noise_levels_are_followed_from_where_they_begin(pipe):
     torch.testing.assert_close(draw(pipe, 1, sigmas=sigmas), end, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_goes_on_from_what_a_callback_gives(pipe):
-    pipe.scheduler, velocity, jump = FlowMatchAdamsScheduler(2), guided(pipe), torch.full_like(NOISE, 0.3)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_step_goes_on_from_what_a_callback_gives(pipe, corrected):
+    pipe.scheduler, velocity, jump = FlowMatchAdamsScheduler(2, corrected), guided(pipe), torch.full_like(NOISE, 0.3)
 
     def moved(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"] + jump} if step == 1 else {}
@@ -69,8 +71,12 @@ def test_a_step_goes_on_from_what_a_callback_gives(pipe):
         first = velocity(NOISE, torch.tensor(0.0))
         x = NOISE + first / 3
         second = velocity(x, torch.tensor(1 / 3))
-        x = x + (1.5 * second - 0.5 * first) / 3 + jump
-        x = x + (1.5 * velocity(x, torch.tensor(2 / 3)) - 0.5 * second) / 3
+        before = NOISE + (first + second) / 6 if corrected else x
+        x = before + (1.5 * second - 0.5 * first) / 3 + jump
+        third = velocity(x, torch.tensor(2 / 3))
+        if corrected:
+            x = before + (5 * third + 8 * second - first) / 36 + jump
+        x = x + (1.5 * third - 0.5 * second) / 3
     torch.testing.assert_close(draw(pipe, 3, callback_on_step_end=moved), x, rtol=1e-4, atol=1e-5)
 
 
