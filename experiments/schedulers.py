@@ -1,4 +1,4 @@
-"""python -m experiments.schedulers: every setting of diffusers' schedulers against a flow of which all is known.
+"""python -m experiments.schedulers: every setting of the pipeline's schedulers against a flow of which all is known.
 
 The data are Gaussian, so their velocity is a formula and the pipeline must draw their mean and standard deviation.
 Writes results/schedulers/schedulers.json and schedulers.md.
@@ -24,6 +24,8 @@ from diffusers import (
 from sit_atconv import SiTPipeline, SiTTransformer2DModel
 from sit_atconv.bench.results import Results
 from sit_atconv.commands.options import add_out
+from sit_atconv.flow.samplers import STARTS
+from sit_atconv.pipelines.adams import FlowMatchAdamsScheduler
 from sit_atconv.pipelines.schedulers import check_scheduler
 from sit_atconv.runtime.errors import ArgumentParser, InputError, command
 from sit_atconv.runtime.files import named
@@ -55,6 +57,11 @@ MULTISTEP = [
     {"trained_betas": [0.01] * 1000}, {"num_train_timesteps": 2000},
 ]  # fmt: skip
 ACCEPTED = {
+    FlowMatchAdamsScheduler: [
+        *({"solver_order": order, "start": start} for order in (2, 3, 4) for start in STARTS),
+        *({"solver_order": order, "corrected": True} for order in (2, 3)),
+        {"shift": 3.0}, {"shift": 0.5}, {"num_train_timesteps": 10},
+    ],
     FlowMatchEulerDiscreteScheduler: EULER,
     FlowMatchHeunDiscreteScheduler: [{}, {"shift": 3.0}, {"shift": 0.5}, {"num_train_timesteps": 100}],
     FlowMatchLCMScheduler: LCM,
@@ -82,6 +89,7 @@ NO_MULTISTEP = [
     {"flow_shift": 1e6}, {"num_train_timesteps": 10}, {"timestep_spacing": "else"},
 ]  # fmt: skip
 REFUSED = {
+    FlowMatchAdamsScheduler: [{"shift": 25.0}],
     FlowMatchEulerDiscreteScheduler: [*NO_FLOW, {"shift": 25.0}, {"shift_terminal": 0.1}],
     FlowMatchHeunDiscreteScheduler: [{"shift": 12.0}, {"num_train_timesteps": 10}],
     FlowMatchLCMScheduler: [*NO_FLOW, {"scale_factors": [0.5]}],
@@ -202,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     files = Results(named(args.out / "schedulers", ".json", ".md"), args.force, "scheduler", "options")
     measured = list(rows())
     stated = "[\n" + ",\n".join(map(json.dumps, measured)) + "\n]\n"
-    files.write(stated, f"# diffusers' schedulers against a closed form\n\n{table(measured)}\n")
+    files.write(stated, f"# The pipeline's schedulers against a closed form\n\n{table(measured)}\n")
     refused = sum("refused" in row for row in measured)
     print(f"{len(measured) - refused} settings measured, {refused} refused: {args.out}")
 

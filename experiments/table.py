@@ -43,7 +43,7 @@ from sit_atconv.runtime.signals import ENDING, handled
 from sit_atconv.sampling import FORMATS, generate
 from sit_atconv.sampling.labels import RULES, sample_labels
 from sit_atconv.sampling.samples import MANIFEST, PLACES
-from sit_atconv.sampling.settings import SAMPLERS, SHORT, Sampling, flag
+from sit_atconv.sampling.settings import LATER, SAMPLERS, SHORT, Sampling, flag
 from sit_atconv.sampling.trained import describe_guide
 from sit_atconv.scoring import DIGITS, GIVES
 from sit_atconv.scoring.extractor import (
@@ -135,7 +135,7 @@ class Sampler(Sampling):
         words = []
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if entry.name != "name" and value is not None:
+            if entry.name != "name" and value is not None and value != LATER.get(entry.name):
                 words += [flag(entry.name), *map(str, value if isinstance(value, list) else [value])]
         return words
 

@@ -3,7 +3,7 @@
 import argparse
 
 from sit_atconv.commands.options import add_device, add_number, add_out
-from sit_atconv.flow.samplers import ADAMS, SAMPLERS
+from sit_atconv.flow.samplers import LEAST_STEPS, SAMPLERS
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError, check_one_process
 from sit_atconv.runtime.files import check_checkpoint, check_out
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the likelihood of every image, and print the mean."""
     check_one_process()
-    if args.steps < (least := ADAMS.get(args.sampler, 1)):
+    if args.steps < (least := LEAST_STEPS.get(args.sampler, 1)):
         raise InputError(f"--steps {args.steps}: --sampler {args.sampler} needs at least {least}; take more")
     check_out(args.out, force=args.force)
     check_checkpoint(args.ckpt)

@@ -75,14 +75,13 @@ STARTS = ("lower", "rk")  # of Adams-Bashforth
 BEGUN_BY = {2: "heun", 3: "heun3", 4: "rk4"}  # with start=rk, by the order
 
 
-def adams_weights(times: Sequence[float], end: float) -> list[float]:
-    """b_i of x(end) = x(times[-1]) + h sum_i b_i v(times[i]), where h = end - times[-1], times in order.
+def adams_weights(times: Sequence[float], start: float, end: float) -> list[float]:
+    """b_i of x(end) = x(start) + (end - start) sum_i b_i v(times[i]).
 
     b_i is the integral of the Lagrange polynomial that is 1 at times[i] and 0 at the other times, over the step and by
     its length: exact for any distances (Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, III.5).
     """
-    h = end - times[-1]
-    nodes = [(t - times[-1]) / h for t in times]  # the step goes from 0 to 1
+    nodes = [(t - start) / (end - start) for t in times]  # the step goes from 0 to 1
     weights = []
     for i, node in enumerate(nodes):
         others = nodes[:i] + nodes[i + 1 :]
@@ -94,13 +93,17 @@ def adams_weights(times: Sequence[float], end: float) -> list[float]:
     return weights
 
 
-def adams_bashforth(
-    order: int, velocity: Velocity, x: torch.Tensor, times: torch.Tensor, start: str = "lower"
+def adams(
+    order: int, corrected: bool, velocity: Velocity, x: torch.Tensor, times: torch.Tensor, start: str = "lower"
 ) -> torch.Tensor:
     """Adams-Bashforth: every step integrates the polynomial through the last `order` velocities, on any times.
 
+    corrected: where a step ends the velocity is evaluated for the next one, and with it the step is taken again, by
+    Adams-Moulton through order + 1 velocities (a predictor-corrector, III.1 there): no further evaluation, and the
+    whole is of order + 1. The last step stays as it is.
     start: of the first order - 1 steps, which have fewer velocities behind them. "lower" takes those that there are: an
-    evaluation for every step, but the first is Euler's, so the whole is of order 2 on equal steps, whatever `order` is.
+    evaluation for every step, but the first is Euler's, so on equal steps the whole is of order 2, corrected 3,
+    whatever `order` is.
     "rk" takes a Runge-Kutta method of the same order: `order` evaluations for each of these steps.
     Each item has velocities of its own.
     Raises ValueError for fewer steps than `order`, of which none would have it, and for an unknown start.
@@ -108,15 +111,19 @@ def adams_bashforth(
     check_name("start", start, STARTS)
     if len(times) - 1 < order:
         raise ValueError(f"{len(times) - 1} steps: Adams-Bashforth of order {order} needs at least {order}")
-    moments, slopes = times.tolist(), []  # of fp64
+    moments, slopes, predicted = times.tolist(), [], None  # of fp64
     for step, (t, t_next) in enumerate(pairwise(times)):
         if start == "rk" and step < order - 1:
             x, slope = _stages(TABLEAUX[BEGUN_BY[order]], velocity, x, t, t_next)
             slopes = [*slopes, slope]
             continue
-        slopes = [*slopes, velocity(x, t)][-order:]
-        weights = adams_weights(moments[step + 1 - len(slopes) : step + 1], moments[step + 1])
-        x = moved(x, t_next - t, weights, slopes)
+        slopes = [*slopes, velocity(x, t)][-order - 1 :]
+        if corrected and predicted is not None:
+            known = moments[step + 1 - len(slopes) : step + 1]
+            x = moved(predicted, t - times[step - 1], adams_weights(known, *moments[step - 1 : step + 1]), slopes)
+        predicted, last = x, slopes[-order:]
+        weights = adams_weights(moments[step + 1 - len(last) : step + 1], *moments[step : step + 2])
+        x = moved(x, t_next - t, weights, last)
     return x
 
 
@@ -155,9 +162,11 @@ def dopri5(
         return x.new_full(x.shape, float("nan"))
 
 
-ADAMS = {f"adams{order}": order for order in BEGUN_BY}
+# The order, and whether corrected.
+ADAMS = {"adams2": (2, False), "adams3": (3, False), "adams4": (4, False), "abm2": (2, True), "abm3": (3, True)}
+LEAST_STEPS = {name: order for name, (order, _) in ADAMS.items()}
 SAMPLERS: dict[str, Sampler] = {
     **{name: partial(runge_kutta, tableau) for name, tableau in TABLEAUX.items()},
-    **{name: partial(adams_bashforth, order) for name, order in ADAMS.items()},
+    **{name: partial(adams, *kind) for name, kind in ADAMS.items()},
     "dopri5": dopri5,
 }

@@ -1,4 +1,4 @@
-"""The Adams-Bashforth samplers as a scheduler of diffusers, for pipelines of flow matching.
+"""The Adams samplers as a scheduler of diffusers, for pipelines of flow matching.
 
 sigma = 1 - t: 1 is noise, 0 is data; what a pipeline hands to `step`, noise - data, is minus the velocity.
 """
@@ -17,8 +17,10 @@ EULER = TABLEAUX["euler"]
 
 
 class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
-    """Adams-Bashforth of order 2, 3 or 4, see `sit_atconv.flow.samplers.adams_bashforth`, to the same numbers.
+    """Adams-Bashforth of order 2, 3 or 4, see `sit_atconv.flow.samplers.adams`, to the same numbers.
 
+    corrected: every step is taken again where the next one begins, by Adams-Moulton. What a callback has done to the
+    sample between stays.
     start: "lower" calls the network once for each step; "rk" begins with solver_order - 1 steps of a Runge-Kutta method
     of the same order, and calls it solver_order times for each of these. shift: of the noise levels, see
     `sit_atconv.flow.times.shifted`. num_train_timesteps: the timestep is sigma times it.
@@ -29,7 +31,12 @@ class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, solver_order: int = 2, start: str = "lower", shift: float = 1.0, num_train_timesteps: int = 1000
+        self,
+        solver_order: int = 2,
+        corrected: bool = False,
+        start: str = "lower",
+        shift: float = 1.0,
+        num_train_timesteps: int = 1000,
     ):
         check_choice("solver_order", solver_order, BEGUN_BY)
         check_choice("start", start, STARTS)
@@ -74,7 +81,7 @@ class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
         """Begin anew. Raises InputError for a call in the middle, before which velocities are missing."""
         if begin_index:
             raise InputError(f"begin_index={begin_index}: must be 0; give sigmas that begin where the sample is")
-        self._call, self._slopes = 0, []
+        self._call, self._slopes, self._predicted = 0, [], None
 
     def step(
         self,
@@ -87,19 +94,31 @@ class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
         `timestep` is."""
         step, method, stage = self._calls[self._call]
         slope, sample = -model_output.float(), sample.float()
-        if stage == 0:
-            self._begun_at, self._stages = sample, []
-            self._slopes = [*self._slopes, slope][-self.config.solver_order :]
-        self._stages.append(slope)
         self._call += 1
+        if stage == 0:
+            self._slopes = [*self._slopes, slope][-self.config.solver_order - 1 :]
+            if self._predicted is not None:
+                corrected = self._moved(
+                    self._begun_at, step - 1, self._weights(step - 1, step, self._slopes), self._slopes
+                )
+                sample = corrected + (sample - self._predicted)
+            self._begun_at, self._stages = sample, []
+        self._stages.append(slope)
         if method is EULER:
-            begin = step + 1 - len(self._slopes)
-            weights, slopes = (
-                adams_weights(self.times[begin : step + 1].tolist(), self.times[step + 1].item()),
-                self._slopes,
-            )
+            last = self._slopes[-self.config.solver_order :]
+            sample = self._moved(self._begun_at, step, self._weights(step, step, last), last)
         else:
-            weights, slopes = [*method.a, method.b][stage + 1], self._stages
-        sample = moved(self._begun_at, self.times[step + 1] - self.times[step], weights, slopes)
+            sample = self._moved(self._begun_at, step, [*method.a, method.b][stage + 1], self._stages)
         sample = sample.to(model_output.dtype)
+        self._predicted = sample.float() if self.config.corrected and method is EULER else None
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+    def _weights(self, step: int, newest: int, slopes: list[torch.Tensor]) -> list[float]:
+        """`adams_weights` of a step, by slopes of which the last is that where step `newest` begins."""
+        known = self.times[newest + 1 - len(slopes) : newest + 1].tolist()
+        return adams_weights(known, *self.times[step : step + 2].tolist())
+
+    def _moved(
+        self, sample: torch.Tensor, step: int, weights: Sequence[float], slopes: list[torch.Tensor]
+    ) -> torch.Tensor:
+        return moved(sample, self.times[step + 1] - self.times[step], weights, slopes)

@@ -81,15 +81,8 @@ RULES[FlowMatchAdamsScheduler] = ()  # it takes no others
 LEVELS = {"num_train_timesteps", "shift", "flow_shift", "shift_terminal", "timestep_spacing"}
 LEVELS |= {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max"}
 # ... or choose among steps that all lead to the distribution, or are warned of, ...
-STEPS = {
-    "solver_order",
-    "start",
-    "solver_type",
-    "lower_order_final",
-    "euler_at_final",
-    "disable_corrector",
-    "stochastic_sampling",
-}
+STEPS = {"solver_order", "corrected", "start", "solver_type", "lower_order_final", "euler_at_final"}
+STEPS |= {"disable_corrector", "stochastic_sampling"}
 # ... or do nothing here.
 IDLE = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "upscale_mode"}
 IDLE |= {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "lambda_min_clipped"}

@@ -357,11 +357,15 @@ def _drawn(manifest: dict[str, Any]) -> str:
     if not manifest:
         return "How they were made is not recorded."
     guidance, weights = manifest.get("guidance_scale"), manifest.get("weights")
-    num, steps, step = (number(manifest.get(key)) for key in ("num", "steps", "step"))
+    num, steps, step, shift = (number(manifest.get(key)) for key in ("num", "steps", "step", "time_shift"))
+    grid, begun = (manifest.get(key) for key in ("grid", "start"))
     parts = [
         "Samples" if num is None else f"{_quantity(num)} samples",
         manifest.get("sampler") or manifest.get("scheduler"),
         None if steps is None else f"{steps} steps",
+        "on times of its own" if isinstance(grid, list) else grid and f"on the grid {grid}",
+        None if shift is None else f"time shift {_short(shift)}",
+        f"started by {begun}" if begun not in (None, "lower") else None,
         None if guidance is None else "no guidance" if guidance == 1 else _guidance(manifest),
         f"{'EMA' if weights == 'ema' else weights} weights" if weights else None,
         None if step is None else f"training step {_quantity(step)}",
@@ -382,6 +386,8 @@ def _guidance(manifest: dict[str, Any]) -> str:
         parts.append(f"for t in {' to '.join(_short(each) for each in interval)}")
     if channels not in (None, "all"):
         parts.append(f"of {channels}")
+    if (every := number(manifest.get("guidance_every"))) is not None:
+        parts.append(f"at one of {_short(every)} evaluations")
     return " ".join(parts)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sit_atconv.flow.guidance import CHANNELS
 from sit_atconv.flow.path import PATHS
-from sit_atconv.flow.samplers import ADAMS, ATOL, RTOL, STARTS
+from sit_atconv.flow.samplers import ADAMS, ATOL, LEAST_STEPS, RTOL, STARTS
 from sit_atconv.flow.samplers import SAMPLERS as ODE_SAMPLERS
 from sit_atconv.flow.sde import DIFFUSIONS, LAST_STEPS, SDE, SDE_SAMPLERS, last_step
 from sit_atconv.flow.times import (
@@ -245,7 +245,7 @@ class Sampling:
     @property
     def least_steps(self) -> int:
         """How few steps there can be: one, and the last step of an SDE; the order of an Adams sampler."""
-        return ADAMS.get(self.sampler, 1 if self.last_step_size is None else 2)
+        return LEAST_STEPS.get(self.sampler, 1 if self.last_step_size is None else 2)
 
     def interval(self, model: "nn.Module") -> tuple[float, float]:
         """The times [t0, t1] between which a SiT is integrated, where what it and its guide predict gives a velocity;

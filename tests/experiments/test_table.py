@@ -242,6 +242,7 @@ def test_every_option_of_a_table_reaches_its_command(tmp_path, capsys, monkeypat
         "entries: [{name: a, ckpts: [x]}]\nsamplers:\n"
         "  - {name: s, sampler: sde-heun, steps: 9, cfg: 2.0, cfg_channels: first3, cfg_interval: [0.1, 0.5], "
         "epsilon: 0.01, diffusion: sbdm, diffusion_norm: 2.0, last_step: mean, last_step_size: 0.1, labels: random, "
+        "grid: [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1], time_shift: 2.0, cfg_every: 3, "
         "seed: 3, batch: 7, dtype: bf16, vae: v}\n"
     )
     main(["t.yaml", "--dry-run"])
@@ -249,7 +250,8 @@ def test_every_option_of_a_table_reaches_its_command(tmp_path, capsys, monkeypat
     assert shown == [
         "$ python -m sampling generate --ckpt x --num 21 --format npz --sampler sde-heun --steps 9 --cfg 2.0 "
         "--cfg-channels first3 --cfg-interval 0.1 0.5 --epsilon 0.01 --diffusion sbdm --diffusion-norm 2.0 "
-        "--last-step mean --last-step-size 0.1 --labels random --seed 3 --batch 7 --dtype bf16 --vae v "
+        "--last-step mean --last-step-size 0.1 --grid 0.0 0.1 0.2 0.3 0.4 0.5 0.7 0.9 1.0 --time-shift 2.0 "
+        "--cfg-every 3 --labels random --seed 3 --batch 7 --dtype bf16 --vae v "
         "--out r/a-0/samples/s",
         "$ python -m eval score r/a-0/samples/s --ref ref.npz --metrics fid,pr --weights w.pth",
         "$ python -m eval table o/raw/a-0-s.json --out o/s.md",

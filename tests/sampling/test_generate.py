@@ -114,7 +114,7 @@ def test_the_noise_of_an_sde_belongs_to_image_and_step(options):
 
 
 def test_evaluations_of_every_sampler():
-    per_step = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "euler-maruyama": 1}
+    per_step = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "euler-maruyama": 1, "adams4": 1}
     for sampler, stages in per_step.items():
         assert draw([0], [1], sampler=sampler, guidance_scale=1.0)[1] == 4 * stages
         assert draw([0], [1], sampler=sampler)[1] == 8 * stages
@@ -267,6 +267,11 @@ def test_what_did_not_act_is_not_described():
     assert Sampling("sde-heun", last_step="none").describe()["last_step_size"] is None
     guided = Sampling(guidance_scale=2.0, guidance_channels="first3", guidance_interval=(0.1, 0.5)).describe()
     assert (guided["guidance_channels"], guided["guidance_interval"]) == ("first3", [0.1, 0.5])
+    # What earlier versions did not have is None where it changes nothing: their records lack it.
+    assert [euler[key] for key in ("start", "grid", "time_shift", "guidance_every")] == [None] * 4
+    few = Sampling("adams3", grid=[0, 0.2, 0.5, 1], time_shift=2.0, guidance_every=2).describe()
+    stated = {"steps": 3, "start": "lower", "grid": [0, 0.2, 0.5, 1], "time_shift": 2.0, "guidance_every": 2}
+    assert stated.items() <= few.items()
 
 
 @pytest.mark.parametrize(
@@ -304,6 +309,22 @@ def test_epsilon_keeps_from_singular_ends_and_is_refused_where_there_are_none(mo
         ({"epsilon": 0.0}, "epsilon=0.0: must be at least 1e-06 and under 0.5"),
         ({"epsilon": 0.5}, "epsilon=0.5"),
         ({"epsilon": float("nan")}, "epsilon=nan"),
+        ({"guidance_scale": 1.0, "guidance_every": 2}, "guidance_every=2: with guidance_scale=1 nothing is guided"),
+        ({"sampler": "dopri5", "guidance_every": 2}, "guidance_every=2: dopri5 chooses its own times"),
+        ({"sampler": "dopri5", "time_shift": 2.0}, r"time_shift=2\.0: dopri5 chooses its own times; leave it out"),
+        ({"sampler": "dopri5", "grid": "cosine"}, "grid=cosine: dopri5 chooses"),
+        ({"sampler": "heun", "start": "rk"}, "start=rk goes with sampler=adams2 or adams3 or adams4; leave it out"),
+        ({"sampler": "adams4", "steps": 3}, "steps=3: adams4 with start=lower needs at least 4.*or a lower order"),
+        ({"grid": [0, 0.5, 1], "steps": 3}, "steps=3: grid has the times of 2; leave one of them out"),
+        ({"grid": [0, 0.5]}, r"grid=\[0, 0\.5\]: times of a grid must rise strictly, from 0 to 1; give times such as"),
+        ({"grid": [0, "x", 1]}, "could not convert string to float: 'x'; give times"),
+        (
+            {"grid": "cosin"},
+            r"grid=cosin: No such file or directory; choose from \['uniform', 'cosine'\], or give a file",
+        ),
+        ({"grid": 3}, "grid=3: 'int' object"),
+        ({"time_shift": 0.0}, "time_shift=0.0: must be at least 0.001"),
+        ({"guidance_every": 0}, "guidance_every=0: must be at least 1"),
     ],
 )
 def test_settings_that_do_nothing_or_cannot_be_are_refused(options, says):
@@ -311,9 +332,20 @@ def test_settings_that_do_nothing_or_cannot_be_are_refused(options, says):
         Sampling(**options)
 
 
-def test_a_scheduler_takes_no_epsilon(fails):
-    options = ["--ckpt", "nowhere", "--scheduler", "unipc", "--epsilon", "0.1"]
-    assert "--epsilon 0.1 does nothing with --scheduler unipc" in fails(sample.main, *options)
+@pytest.mark.parametrize(
+    ("option", "value"), [("--epsilon", "0.1"), ("--grid", "cosine"), ("--start", "rk"), ("--sampler", "adams2")]
+)
+def test_what_a_scheduler_has_no_use_for_is_refused_by_both_commands(fails, tmp_path, option, value):
+    options = ["--ckpt", "nowhere", "--scheduler", "unipc", option, value]
+    says = f"{option} {value} does nothing with --scheduler unipc; leave one out"
+    assert says in fails(sample.main, *options)
+    assert says in fails(sampling, "generate", *options, "--num", "1", "--out", tmp_path / "out")
+
+
+def test_times_that_fp32_does_not_tell_apart_are_refused():
+    close = Sampling("adams2", grid=[0, 0.5, 0.5 + 1e-9, 1])
+    with pytest.raises(InputError, match=r"grid: two of its times are the same number.*take fewer steps"):
+        close.for_model(lively_model())
 
 
 def test_settings_that_do_nothing_to_this_model_are_refused():
@@ -324,6 +356,55 @@ def test_settings_that_do_nothing_to_this_model_are_refused():
     long = Sampling("sde-heun", diffusion="sbdm", last_step_size=0.97)
     with pytest.raises(InputError, match="leave nothing of"):
         long.for_model(lively_model())
+
+
+@pytest.mark.parametrize("by", ["file", "numbers"])
+@pytest.mark.parametrize("sampler", ["adams2", "euler-maruyama"])
+def test_the_times_of_a_grid_are_those_that_the_model_is_asked_at(tmp_path, sampler, by):
+    model, asked, unit = lively_model(), [], [0.0, 0.2, 0.3, 0.7, 1.0]
+    (tmp_path / "grid").write_text("\n".join(map(str, unit)) + "\n")
+    grid = [str(tmp_path / "grid")] if by == "file" else [str(t) for t in unit]  # as a command line gives them
+    sampling = Sampling(sampler, grid=grid, time_shift=2.0, guidance_scale=1.0).for_model(model)
+    model.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[1][0].item()))
+    _, nfe = sample_latents(model, [0], torch.tensor([1]), sampling)
+    end = 1 if sampler == "adams2" else 0.96
+    expected = [end * t / (t + 2 * (1 - t)) for t in (unit if end < 1 else unit[:-1])]
+    assert asked == pytest.approx(expected, abs=1e-6)
+    assert (nfe, sampling.steps) == (len(asked), len(asked))
+
+
+@pytest.mark.parametrize("start", ["lower", "rk"])
+def test_adams_on_a_model_written_out_whatever_else_is_in_the_batch(start):
+    model, times = lively_model(), [0.0, 0.1, 0.4, 1.0]
+    options = Sampling("adams2", grid=times, guidance_scale=2.0, guidance_every=2, start=start)
+    x = torch.from_numpy(
+        np.random.default_rng(np.random.SeedSequence([0, 6, 7])).standard_normal((1, 4, 4), dtype=np.float32)
+    )[None]
+    calls = 0
+
+    def velocity(x, t):
+        nonlocal calls, difference
+        strong, weak = (model(x, t, torch.tensor([label])).sample for label in (2, 3))
+        if calls % 2 == 0:
+            difference = strong - weak
+        calls += 1
+        return strong + difference
+
+    difference, slopes = None, []
+    with torch.no_grad():
+        for step, (t, t_next) in enumerate(pairwise(times)):
+            h, slopes = t_next - t, [velocity(x, t), *slopes]
+            if step == 0:
+                x = x + h * (slopes[0] if start == "lower" else (slopes[0] + velocity(x + h * slopes[0], t_next)) / 2)
+            else:
+                ratio = h / (t - times[step - 1])
+                x = x + h * (slopes[0] + ratio / 2 * (slopes[0] - slopes[1]))
+    alone, nfe = sample_latents(model, [7], torch.tensor([2]), options)
+    torch.testing.assert_close(alone, x, rtol=1e-4, atol=1e-4)
+    assert nfe == {"lower": 3 + 2, "rk": 4 + 2}[start]
+    # In batches of one size an image has the same bits, whatever the others are.
+    first, second = (sample_latents(model, [7, other], torch.tensor([2, 0]), options)[0][0] for other in (5, 9))
+    assert torch.equal(first, second)
 
 
 def test_the_first_step_of_sbdm_keeps_the_state_in_reach():
@@ -839,6 +920,36 @@ def test_images_are_decoded_in_fp32_and_cut_off_to_levels(tmp_path, vae_folder):
     levels = np.floor((127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).numpy())
     assert np.abs(drawn - levels).mean() < 0.02  # rounded, or decoded in bf16, a half of them and more would differ
     assert levels.std() > 5
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "flow-match-lcm"])
+@pytest.mark.filterwarnings("ignore:scheduler FlowMatchLCM")
+def test_samples_by_a_scheduler_say_so_and_go_on_to_the_bit(generates, stopped, run_folder, fails, scheduler, capsys):
+    options = "--scheduler", scheduler, "--time-shift", 2, "--cfg-every", 2
+    whole = generates(*options, name="whole")
+    manifest = json.loads((whole / "manifest.json").read_text())
+    expected = {"sampler": None, "scheduler": scheduler, "time_shift": 2.0, "guidance_every": 2, "nfe": 2 + 1}
+    assert expected.items() <= manifest.items()
+    stopped(*options)
+    assert np.array_equal(pixels(generates(*options)), pixels(whole))
+    capsys.readouterr()
+    base = ["generate", "--ckpt", run_folder, "--num", 7, "--batch", 3, "--steps", 2, "--out", whole]
+    assert "sampler" in fails(sampling, *base)
+
+
+def test_samples_that_a_version_without_some_settings_began_go_on(generates, stopped, tmp_path):
+    stopped()
+    path = tmp_path / "out/settings.json"
+    stored = json.loads(path.read_text())
+    later = {"start", "grid", "time_shift", "guidance_every", "scheduler"}
+    path.write_text(json.dumps({key: value for key, value in stored.items() if key not in later}))
+    assert len(pixels(generates())) == 7
+
+
+def test_a_scheduler_that_guides_at_no_time_leaves_no_folder(run_folder, tmp_path, fails):
+    options = ["--num", 2, "--steps", 2, "--scheduler", "unipc", "--cfg-interval", 0.9, 0.95, "--out", tmp_path / "x"]
+    assert "--cfg-interval=[0.9, 0.95]: no step" in fails(sampling, "generate", "--ckpt", run_folder, *options)
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_seconds_of_an_image_are_those_of_its_block_shared(generates, monkeypatch):
