@@ -68,13 +68,15 @@ def _draw(args: argparse.Namespace) -> None:
     from sit_atconv.sampling.settings import in_short
     from sit_atconv.sampling.setup import setup
 
-    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, lora=args.lora)
+    more = {"lora": args.lora, "cache": args.cache}
+    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **more)
     graphs = None
     if args.scheduler:
         from sit_atconv.sampling.schedulers import generate as generate_scheduled
         from sit_atconv.sampling.schedulers import make_scheduler
 
-        draw = partial(generate_scheduled, make_scheduler(args.scheduler, ready.trained.model))
+        scheduler = make_scheduler(args.scheduler, ready.trained.model)
+        draw = partial(generate_scheduled, scheduler, cache=args.cache, ratios=ready.ratios)
     else:
         graphs = Graphs() if args.graphs else None
         draw = partial(generate, graphs=graphs)

@@ -1,6 +1,7 @@
 """Images through diffusers' flow-matching schedulers in the place of our samplers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 import torch
@@ -38,15 +39,20 @@ def generate(
     sampling: Sampling,
     seed: int = 0,
     watch: Watch | None = None,
+    cache: str | None = None,
+    ratios: Path | None = None,
 ) -> tuple[torch.Tensor, Evaluations]:
     """As `sit_atconv.sampling.sampling.generate`, with `scheduler` instead of the sampler of `sampling`.
 
+    cache, ratios: as `SiTPipeline.enable_cache` takes them.
     The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
     Warns of a scheduler that is right for distilled models alone. Raises InputError for a model that is not of the
     linear path, and for a scheduler that would not draw the model's distribution; NotFinite as there.
     """
     pipe = SiTPipeline(model, guide=sampling.guide_model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
+    if cache is not None:
+        pipe.enable_cache(cache, ratios)
     shape = (model.config.in_channels, *model.latent_size)
 
     def after_step(pipe: SiTPipeline, step: int, *_) -> dict:

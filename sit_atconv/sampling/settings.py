@@ -182,9 +182,9 @@ class Sampling:
     def check_acts_on(self, model: "nn.Module") -> None:
         """`check_acts`, at the times at which the sampler evaluates a SiT; dopri5 chooses its own as it goes."""
         if self.sampler != "dopri5":
-            self.check_acts(self._times(model))
+            self.check_acts(self.evaluation_times(model))
 
-    def _times(self, model: "nn.Module") -> "list[torch.Tensor]":
+    def evaluation_times(self, model: "nn.Module") -> "list[torch.Tensor]":
         """The times at which the sampler, whose steps are given, evaluates the velocity: those that it asks for when it
         integrates nought."""
         import torch
