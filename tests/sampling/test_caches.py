@@ -253,6 +253,9 @@ def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, caps
     generate = ["generate", "--ckpt", run_folder, "--num", 6, "--batch", 4, "--steps", 8]
     ratios = run_folder / "step-0000002" / "ema" / MAG_RATIOS
     assert f"{MAG_RATIOS}' cannot be read" in fails(sampling, *generate, "--cache", "mag:0.1", "--out", tmp_path / "m")
+    ratios.write_text('{"thesis": 1}')
+    assert "exists already" in fails(main, "calibrate", run_folder)
+    ratios.unlink()
     for _ in range(2):  # what is ours is written anew
         main(["calibrate", str(run_folder), "--num", "3"])
     assert capsys.readouterr().out.count("ratios of 50 evaluations") == 2
