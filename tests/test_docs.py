@@ -352,6 +352,7 @@ FEWER = {
     r"^classify small": "train.batch_size=2 train.epochs=0.5 train.warmup_epochs=0 data.workers=0 "
     "data.held_out=0.25",
     r"^(sample|generate) ": "--steps 2",
+    r"^calibrate ": "--steps 3 --num 2",
     r"^generate ": "--num 40",
     r"^likelihood ": "--num 2 --steps 2 --sampler euler",
     r"^principles ": "--num 2 --times 1",

@@ -13,13 +13,14 @@ from conftest import ROOT
 BASE = {"runtime", "version"}
 CORE = BASE | {"config", "flow"}
 SAVED = {"training.checkpoint", "training.ema"}
-DRAWN = {"sampling", "sampling.settings", "sampling.trained"}
+DRAWN = {"sampling", "sampling.caches", "sampling.settings", "sampling.trained"}
 DOOR = {"commands", "runtime"}
 ALLOWED = {
     "version": set(),
     "runtime": {"version"},
     "flow": set(),
     "sampling.settings": BASE | {"flow"},
+    "sampling.caches": BASE | {"flow"},
     "config": BASE | {"flow", "sampling.settings"},
     "ops": BASE,
     "layers": BASE | {"ops"},
@@ -43,7 +44,7 @@ ALLOWED = {
     "classification.features": CORE | {"models", "classification", "scoring", "training", "training.checkpoint"},
     "convert.writing": CORE | {"models", "layers", "convert", "training.checkpoint"},
     "convert.__init__": {"runtime", "convert", "convert.writing"},
-    "pipelines": CORE | SAVED | {"models", "latents", "sampling.settings", "sampling.trained"},
+    "pipelines": CORE | SAVED | {"models", "latents", "sampling.caches", "sampling.settings", "sampling.trained"},
     "sampling.schedulers": BASE | DRAWN | {"flow", "models", "pipelines"},
     "bench": CORE | DRAWN | {"models", "layers", "ops", "bench.timing", "bench.results"},
     "bench.gpu": CORE | SAVED | DRAWN | {

@@ -17,6 +17,7 @@ from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.runtime.limits import RANGE, Range
 from sit_atconv.runtime.precision import DTYPES
 from sit_atconv.sampling import SCHEDULERS
+from sit_atconv.sampling.caches import parse
 from sit_atconv.sampling.settings import LAST_STEP, OF_SDE, Sampling, flag, in_short
 from sit_atconv.scoring import BATCH
 
@@ -136,6 +137,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="compile the blocks (torch.compile): some minutes first, faster then"
     )
     parser.add_argument(
+        "--cache", metavar="SPEC",
+        help="leave blocks out where they change little: first_block:THRESHOLD, taylorseer[:INTERVAL[:ORDER]], or "
+        "mag:THRESHOLD after `sit-atconv calibrate`",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-cuda-graphs", dest="graphs", action="store_false",
         help="launch every kernel anew, to find a fault or to save memory; the images are the same (a CPU has no "
         "graphs)",
@@ -156,7 +162,10 @@ def check_models(args: argparse.Namespace) -> None:
 
 
 def sampling_asked(args: argparse.Namespace) -> Sampling:
-    """The settings that `add_settings` read. Raises InputError for a value that cannot be, or does nothing."""
+    """The settings that `add_settings` read. Raises InputError for a value that cannot be, or does nothing, and for a
+    --cache that is none."""
+    if getattr(args, "cache", None) is not None:
+        parse(args.cache)
     asked = {entry.name: vars(args)[entry.name] for entry in dataclasses.fields(Sampling) if entry.name in args}
     if scheduler := getattr(args, "scheduler", None):
         for name, plain in (("sampler", None), ("start", None), ("epsilon", None), ("grid", Sampling.grid)):

@@ -56,10 +56,11 @@ def _draw(args: argparse.Namespace) -> None:
     from sit_atconv.sampling.settings import in_short
     from sit_atconv.sampling.setup import setup
 
-    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, lora=args.lora)
+    more = {"lora": args.lora, "cache": args.cache}
+    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **more)
     graphs = Graphs() if args.graphs and not args.scheduler else None
     with in_short():
-        draw = drawing(args.scheduler, ready.trained.model, ready.sampling, graphs)
+        draw = drawing(args.scheduler, ready, graphs)
     classes = Classes(ready.trained.model.config.num_classes, ready.trained.id2label)
     with named("--classes"):
         labels = args.rows * [classes.read(word) for word in args.classes or ()]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from sit_atconv.pipelines.from_run import FromRun
 from sit_atconv.pipelines.lora import TakesLora
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 from sit_atconv.runtime.classes import Classes
-from sit_atconv.runtime.compat.diffusers import execution_device
+from sit_atconv.runtime.compat.diffusers import execution_device, reset_cache
 from sit_atconv.runtime.errors import InputError, check_choice, named
 from sit_atconv.runtime.limits import EVALUATIONS
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
+from sit_atconv.sampling import caches
 from sit_atconv.sampling.settings import Sampling, check_guide, check_velocities
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -82,6 +84,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     _optional_components = ["vae", "guide"]  # noqa: RUF012 (diffusers' own type)
     _callback_tensor_inputs = ["latents", "class_labels"]  # noqa: RUF012
     _current_timestep = None
+    _cache, _ratios = None, None
     guide = None  # in a class derived from this one that takes none
 
     def __init__(
@@ -196,6 +199,41 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             )
         return latents.to(device, torch.float32)
 
+    def enable_cache(self, cache: str, ratios: str | PathLike | None = None) -> None:
+        """Leave blocks of the transformer, and of the guide, out where they change little, from the next call on.
+
+        cache: "first_block:THRESHOLD", "taylorseer:INTERVAL:ORDER" or "mag:THRESHOLD", as `sit-atconv sample` takes it.
+        ratios: for mag, the file that `sit-atconv calibrate` wrote beside the weights of the transformer.
+        Raises InputError for a cache that is none, and for ratios that are missing, damaged or idle. A call raises it
+        where the cache cannot work in its steps.
+        """
+        asked = caches.parse(cache)
+        if (asked.kind == caches.MAG) != (ratios is not None):
+            needs = "takes no ratios" if ratios else "needs the file of ratios that `sit-atconv calibrate` writes"
+            raise InputError(f"cache={cache!r}: {asked.kind} {needs}")
+        self._cache, self._ratios = asked, ratios and caches.read_ratios(Path(ratios))
+
+    def disable_cache(self) -> None:
+        """Switch the cache off again."""
+        self._cache, self._ratios = None, None
+        for model in filter(None, (self.transformer, self.guide)):
+            caches.disable(model)
+
+    def _begin_cache(self, times: Sequence[float], guided_by: Sampling) -> None:
+        """Have the caches begin anew, for evaluations at these times."""
+        models = [model for model in (self.transformer, self.guide) if model is not None]
+        if self._cache is not None:
+            doubled = self.do_classifier_free_guidance
+            caches.check(self._cache, times, *(guided_by.reused if doubled else ()))
+            if self._ratios is not None and self.guide is not None:
+                raise InputError(
+                    f"cache='{self._cache}': its ratios are not the guide's; take another cache, or no guide"
+                )
+            for model in models:
+                caches.enable(model, self._cache, self._ratios and caches.ratios_at(self._ratios, times))
+        for model in models:
+            reset_cache(model)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -280,6 +318,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             guided_by.check_acts(times.clamp(*guided_by.interval(self.transformer)))
         # An average velocity is asked for up to the next time.
         ends = [*times[1:], times.new_ones(())] if self.transformer.config.use_meanflow else len(times) * [None]
+        self._begin_cache(times.tolist(), guided_by)
         self._num_timesteps = len(timesteps)
         # A list of generators is for schedulers that draw, too.
         draws = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}

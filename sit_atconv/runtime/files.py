@@ -138,6 +138,8 @@ def tensors_made_here(key: str) -> Callable[[Path], bool]:
 
 
 REPORT = made_here()
+# Beside the weights of a model, which it is of: what a cache goes by. No manifest lists it, since it may come later.
+MAG_RATIOS = "mag_ratios.json"
 
 
 def png(image: "Image.Image") -> bytes:

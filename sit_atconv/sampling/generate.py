@@ -18,9 +18,10 @@ from sit_atconv.runtime.comparison import differences
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.files import library_versions, shown
+from sit_atconv.runtime.files import library_versions, sha256, shown
 from sit_atconv.runtime.pictures import UINT8_RULE
 from sit_atconv.runtime.signals import Interrupted, Interruptions
+from sit_atconv.sampling.caches import parse
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
@@ -107,11 +108,10 @@ class _Work:
         args = self.args
         check_place(args.out, args.force)
         self.graphs = Graphs() if args.graphs and not args.scheduler else None
-        self.ready = setup(
-            args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True, lora=args.lora
-        )
+        more = {"launched": True, "lora": args.lora, "cache": args.cache}
+        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **more)
         with in_short():
-            self.draw = drawing(args.scheduler, self.ready.trained.model, self.ready.sampling, self.graphs)
+            self.draw = drawing(args.scheduler, self.ready, self.graphs)
         config, block = self.ready.trained.model.config, stated(args)["block"]
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)
@@ -152,6 +152,7 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         "block": min(args.batch, args.num),
         "dtype": args.dtype,
         "compile": args.compile or None,  # earlier versions did not, and recorded nothing
+        "cache": args.cache and str(parse(args.cache)),
         "seed": args.seed,
         **_describe_sampling(args.sampling, args.scheduler),
     }
@@ -177,5 +178,6 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[
         **describe_trained(trained),
         "lora": None if args.lora is None else shown(Path(args.lora)),
         "guide": describe_guide(ready.guide),
+        "mag_ratios": ready.ratios and sha256(ready.ratios),
         "versions": library_versions(),
     }

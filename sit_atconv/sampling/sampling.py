@@ -15,11 +15,13 @@ from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime import draws
 from sit_atconv.runtime.classes import check_id
+from sit_atconv.runtime.compat.diffusers import reset_cache
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.runtime.files import png
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
+from sit_atconv.sampling.caches import context
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.noise import brought, noise, steps_ahead
 from sit_atconv.sampling.settings import Sampling
@@ -105,7 +107,8 @@ def sample_latents(
     graphs: on a CUDA device the networks are replayed as these CUDA graphs, to the bit the same; they are recorded
     where they are not yet, and serve further calls with these models. None: every kernel is launched. On a CPU both are
     one.
-    The host waits for the device where it records, and with dopri5 alone.
+    A cache that is on in the model or the guide, see `caches`, begins anew here.
+    The host waits for the device where it records, with dopri5, and where a first block decides whether others run.
     """
     sampling = sampling.fitted(model.config.use_meanflow)
     shape, path, device = (model.config.in_channels, *model.latent_size), PATHS[model.config.path](), model.device
@@ -113,9 +116,12 @@ def sample_latents(
     def network_of(one: SiTTransformer2DModel, graphs: Graphs | None) -> Callable[..., torch.Tensor]:
         def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
             average = {} if r is None else {"timestep_r": r}
-            predicted = one(x.to(one.dtype), t, y, return_dict=False, **average)[0]
+            with context(one, len(x)):
+                predicted = one(x.to(one.dtype), t, y, return_dict=False, **average)[0]
             return predicted.to(torch.float32, copy=True)  # a compiled model may write its next output over this one
 
+        if one.is_cache_enabled:
+            reset_cache(one)  # the images depend on none that were drawn before
         return network if graphs is None else graphs.of(one, network)
 
     by = {"path": path, "prediction": model.config.prediction, "reuse": Reuse(sampling.guidance_every)}
@@ -160,7 +166,8 @@ def generate(
 
     codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
     fill the batch up. watch: told of each evaluation.
-    graphs: see `sample_latents`; dopri5 shares its step size over the batch. Decoding is fp32.
+    graphs: see `sample_latents`. dopri5 shares its step size over the batch, and the cache first_block its decisions.
+    Decoding is fp32.
     Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
     Raises InputError for a label out of range, settings that do not fit the model, see `Sampling.for_model`, and
     guidance that never acts;

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import diffusers
 import torch
@@ -20,6 +21,7 @@ from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.noise import noise
 from sit_atconv.sampling.sampling import Watch, render
 from sit_atconv.sampling.settings import Sampling
+from sit_atconv.sampling.setup import Setup
 
 
 def make_scheduler(name: str, model: SiTTransformer2DModel, time_shift: float = 1.0) -> diffusers.SchedulerMixin:
@@ -37,22 +39,23 @@ def make_scheduler(name: str, model: SiTTransformer2DModel, time_shift: float = 
 
 
 def drawing(
-    name: str | None, model: SiTTransformer2DModel, sampling: Sampling, graphs: Graphs | None = None
+    name: str | None, ready: Setup, graphs: Graphs | None = None
 ) -> Callable[..., tuple[torch.Tensor, Evaluations]]:
-    """How images are drawn from `model` with these settings, which are for it: called as `generate` of
-    `sit_atconv.sampling.sampling`, without the graphs.
+    """How images are drawn from a model that is set up: called as `generate` of `sit_atconv.sampling.sampling`, without
+    the graphs.
 
     name: of the scheduler in the place of the sampler; None for the sampler.
     Raises InputError for guidance that never acts, and for a scheduler that cannot draw so.
     """
+    model, sampling = ready.trained.model, ready.sampling
     if name is None:
         sampling.check_acts_on(model)
         return partial(own.generate, graphs=graphs)
     scheduler = make_scheduler(name, model, sampling.time_shift)
-    check_scheduler(scheduler)
+    check_scheduler(scheduler, model.config.use_meanflow)
     levels = set_steps(copy.copy(scheduler), sampling.steps)
     sampling.check_acts((1 - levels).clamp(*sampling.interval(model)))
-    return partial(generate, scheduler)
+    return partial(generate, scheduler, cache=ready.cache, ratios=ready.ratios)
 
 
 @torch.no_grad()
@@ -66,15 +69,20 @@ def generate(
     seed: int = 0,
     kept: int | None = None,
     watch: Watch | None = None,
+    cache: str | None = None,
+    ratios: Path | None = None,
 ) -> tuple[torch.Tensor, Evaluations]:
     """As `sit_atconv.sampling.sampling.generate`, with `scheduler` instead of the sampler of `sampling`.
 
+    cache, ratios: as `SiTPipeline.enable_cache` takes them.
     The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
     Warns of a scheduler that is right for distilled models alone. Raises InputError for a model that is not of the
     linear path, and for a scheduler that would not draw the model's distribution; NotFinite as there.
     """
     pipe = SiTPipeline(model, guide=sampling.guide_model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
+    if cache is not None:
+        pipe.enable_cache(cache, ratios)
     shape = (model.config.in_channels, *model.latent_size)
 
     def after_step(pipe: SiTPipeline, step: int, *_) -> dict:

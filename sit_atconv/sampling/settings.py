@@ -243,6 +243,11 @@ class Sampling:
         return self.guidance_scale, self.guidance_channels, self.guidance_interval
 
     @property
+    def reused(self) -> tuple[list[float], int, int]:
+        """Interval, every and batches of guidance, as `caches.check` takes them."""
+        return self.guidance_interval, self.guidance_every, self.guidance_batches
+
+    @property
     def least_steps(self) -> int:
         """How few steps there can be: one, and the last step of an SDE; the order of an Adams sampler."""
         return LEAST_STEPS.get(self.sampler, 1 if self.last_step_size is None else 2)
@@ -319,9 +324,9 @@ class Sampling:
     def check_acts_on(self, model: "nn.Module") -> None:
         """`check_acts`, at the times at which the sampler evaluates a SiT; dopri5 chooses its own as it goes."""
         if self.sampler != "dopri5":
-            self.check_acts(self._times(model))
+            self.check_acts(self.evaluation_times(model))
 
-    def _times(self, model: "nn.Module") -> "list[torch.Tensor]":
+    def evaluation_times(self, model: "nn.Module") -> "list[torch.Tensor]":
         """The times at which the sampler, whose steps are given, evaluates the velocity: those that it asks for when it
         integrates nought."""
         import torch

@@ -22,8 +22,7 @@ PUBLISHED_METRICS = ("fid", "sfid", "is", "precision", "recall")
 SAMPLED = (
     "sampler", "steps", "start", "grid", "time_shift", "guidance_scale", "guidance_channels", "guidance_interval",
     "guidance_every", "guidance_batches", "diffusion", "diffusion_norm", "last_step", "last_step_size", "epsilon",
-    "rtol", "atol",
-    "labels_rule", "weights", "dtype", "uint8_rule",
+    "rtol", "atol", "labels_rule", "weights", "dtype", "uint8_rule", "cache",
 )  # fmt: skip
 # Of a result, what every one states, and what a table needs besides.
 FORM = {

@@ -38,7 +38,7 @@ from sit_atconv.runtime import files, sharding
 from sit_atconv.runtime.adapters import ADAPTERS, ANEW, check_whole
 from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import InputError, check_choice, option, reason, said, told
-from sit_atconv.runtime.files import DiskFull, Lease, check_checkpoint, check_space, lease, sha256
+from sit_atconv.runtime.files import MAG_RATIOS, DiskFull, Lease, check_checkpoint, check_space, lease, sha256
 from sit_atconv.runtime.processes import is_main, raise_together
 from sit_atconv.runtime.reading import COUNT, FILE, INSIDE, POSITIVE, SHA256, Malformed, read_json, read_tensors
 from sit_atconv.runtime.weights import STEM, digest_of, load_pretrained, main_file, own_variant, variants, weight_files
@@ -288,7 +288,7 @@ def _remove(folder: Path) -> bool:
         listed = {MANIFEST, *read_json(folder / MANIFEST)["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not (path.is_dir() or path.name == MAG_RATIOS)]
     if not listed.issuperset(path.relative_to(folder).as_posix() for path in paths):
         return False
     if unread := lease(folder / MANIFEST, exclusive=True):
@@ -404,6 +404,12 @@ class Trained:
     lease: Lease | None = field(default=None, repr=False, compare=False)  # of the checkpoint, while this is there
 
     @property
+    def weights_folder(self) -> Path:
+        """Where the weights lie: in a checkpoint its ema/ or model/."""
+        inner = self.folder / (self.which or "")
+        return inner if inner.is_dir() else self.folder
+
+    @property
     def id2label(self) -> dict[int, str] | None:
         """Names of the classes by id, of what was trained with names, or of a pipeline that has some; else None."""
         names = self.manifest.get("data", {}).get("classes")
@@ -444,6 +450,7 @@ def stored_model(path: Path) -> Stored:
     manifest = read_manifest(folder, under=f"{which}/")
     files = {name: digest for name, digest in manifest["files"].items() if name.startswith(f"{which}/")}
     present = {path.relative_to(folder).as_posix() for path in (folder / which).rglob("*") if path.is_file()}
+    present.discard(f"{which}/{MAG_RATIOS}")
     if present != set(files):
         raise _damaged(folder, f"{MANIFEST} does not list {sorted(present ^ set(files))}")
     return Stored(folder, which, manifest, files, held)
@@ -658,7 +665,8 @@ def write_conversion(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    found = (path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return sorted(path for path in found if path.name != MAG_RATIOS)
 
 
 def _load_model_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Trained:

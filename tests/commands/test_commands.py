@@ -39,6 +39,7 @@ SLIPS = {
     "sample": ("--ckpt nowhere", "'nowhere': no such folder"),
     "generate": ("--ckpt nowhere --num 1 --out x", "'nowhere': no such folder"),
     "likelihood": ("--ckpt nowhere --num 1 --out x", "'nowhere': no such folder"),
+    "calibrate": ("nowhere", "'nowhere': no such folder"),
     "export": ("nowhere --out x", "'nowhere': no such folder"),
     "convert": ("nowhere --out x", "'nowhere': no such file or folder"),
     "table": ("nowhere.json --out x.md", "'nowhere.json': No such file"),

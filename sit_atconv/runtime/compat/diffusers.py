@@ -91,6 +91,12 @@ def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
     return {} if registry is None else registry.hooks
 
 
+# diffusers 0.42: pipelines forget the states of caches as they end, and nothing public does.
+def reset_cache(model: nn.Module) -> None:
+    """Have the cache of a model of diffusers begin anew."""
+    model._reset_stateful_cache()
+
+
 # diffusers 0.42: `config` is read-only, and `register_to_config` takes nothing away.
 def config_of(model: nn.Module) -> Any:
     """The configuration of a model of diffusers, None for one of another library."""

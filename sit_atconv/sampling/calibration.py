@@ -1,0 +1,106 @@
+"""The ratios that the cache `mag` goes by: measured on a few images of a model, and kept beside its weights."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime.errors import InputError, option
+from sit_atconv.runtime.files import MAG_RATIOS, library_versions
+from sit_atconv.sampling.caches import MAG, Cache, check, enable, ratios_at, read_ratios
+from sit_atconv.sampling.sampling import random_label, sample_latents
+from sit_atconv.sampling.settings import Sampling
+from sit_atconv.training.checkpoint import Trained
+
+
+def place_of(trained: Trained) -> Path:
+    """Where the ratios of a trained model are kept."""
+    return trained.weights_folder / MAG_RATIOS
+
+
+def enable_for(trained: Trained, cache: Cache, sampling: Sampling) -> Path | None:
+    """Switch a cache on in a trained model, for what is drawn with these settings, which are for this model; the file
+    of the ratios that `mag` goes by, None for another cache.
+
+    Raises InputError where the cache cannot work with them, or leaves nothing out, and for `mag` without ratios of the
+    weights.
+    """
+    if sampling.sampler == "dopri5":
+        raise InputError(
+            f"{option('cache', str(cache))}: dopri5 sets its steps by errors, to which a cache adds its "
+            "own; take another sampler"
+        )
+    times = [float(t) for t in sampling.evaluation_times(trained.model)]
+    doubled = sampling.guidance_scale != 1 and sampling.guide is None
+    check(cache, times, *(sampling.reused if doubled else ()))
+    if cache.kind != MAG:
+        enable(trained.model, cache)
+        return None
+    found = read_ratios(place := place_of(trained))
+    if found["weights"] != trained.files:
+        raise InputError(f"ratios {str(place)!r} are of other weights; write them anew by `sit-atconv calibrate`")
+    enable(trained.model, cache, ratios_at(found, times))
+    return place
+
+
+def calibrate(
+    model: SiTTransformer2DModel, sampling: Sampling, num: int, seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """(times, ratios) of the evaluations in which `num` images of random classes are drawn, see `caches.read_ratios`.
+
+    The ratio is the mean over images and tokens of |r_i| / |r_(i-1)|, r being what all blocks together add to a token;
+    of a guided evaluation both halves count.
+    Raises InputError for a sampler whose times do not rise, as dopri5's and heun's do not.
+    """
+    if sampling.sampler == "dopri5":
+        raise InputError("sampler=dopri5 sets its own times; take another one, such as euler")
+    times = [float(t) for t in sampling.evaluation_times(model)]
+    if len(times) < 2 or any(a >= b for a, b in pairwise(times)):
+        raise InputError(
+            f"sampler={sampling.sampler}, steps={sampling.steps}: ratios need two evaluations, at rising times; "
+            "take euler with more steps"
+        )
+    ratios, entered, before = [], [], []
+
+    def enters(block: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        entered[:] = given[:1]
+
+    def leaves(block: nn.Module, given: Any, output: torch.Tensor) -> None:
+        lengths = (output - entered.pop()).float().norm(dim=-1)
+        if before and before[0].shape != lengths.shape:
+            raise InputError("guidance in an interval has two sizes of batch; calibrate with guidance everywhere")
+        ratios.append((lengths / (before.pop() + 1e-8)).mean() if before else lengths.new_ones(()))
+        before.append(lengths)
+
+    hooks = [model.blocks[0].register_forward_pre_hook(enters), model.blocks[-1].register_forward_hook(leaves)]
+    try:
+        labels = [random_label(seed, index, model.config.num_classes) for index in range(num)]
+        sample_latents(model, range(num), torch.tensor(labels, device=model.device), sampling, seed)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return times, torch.stack(ratios).tolist()
+
+
+def record(
+    trained: Trained, sampling: Sampling, num: int, seed: int, times: Sequence[float], ratios: Sequence[float]
+) -> str:
+    """The file of ratios: what was measured, how, and of which weights."""
+    return json.dumps(
+        {
+            "times": times,
+            "ratios": ratios,
+            "sampling": sampling.describe(),
+            "num": num,
+            "seed": seed,
+            "dtype": str(trained.model.dtype).removeprefix("torch."),
+            "weights": trained.files,
+            "versions": library_versions(),
+        },
+        indent=1,
+    )
