@@ -59,6 +59,7 @@ def calibrate(
     """
     if sampling.sampler == "dopri5":
         raise InputError("sampler=dopri5 sets its own times; take another one, such as euler")
+    sampling = sampling.for_model(model)
     times = [float(t) for t in sampling.evaluation_times(model)]
     if len(times) < 2 or any(a >= b for a, b in pairwise(times)):
         raise InputError(
