@@ -106,6 +106,21 @@ def test_steps_of_the_flow_wait_for_nothing(recipe_file, clip, flow):
         steps_of(cuda, trainer, 2, batch_of(4, 1, 8, 8, classes=10))
 
 
+def test_steps_of_average_velocities_wait_for_nothing(recipe_file, monkeypatch):
+    """But for the product with the Jacobian: the pretended device knows no torch.func."""
+    monkeypatch.setattr(
+        "sit_atconv.training.objectives.meanflow.change", lambda average, x, t, s, v: average(x, t, s) + v
+    )
+    meanflow = {"share": 0.5, "omega": 1.2, "kappa": 0.3, "tangent": "network"}
+    recipe = load_recipe(recipe_file(meanflow=meanflow))
+    objective = begun(recipe, Facts((1, 8, 8), 10, 1437))
+    with fake_cuda() as cuda:
+        batch = batch_of(4, 1, 8, 8, classes=10)
+        more = {"s": batch["t"] + torch.tensor([0, 0.1, 0, 0.1]), "apart": torch.tensor([1, 3])}
+        batch |= {key: value.pin_memory() for key, value in more.items()}
+        steps_of(cuda, on(moved(cuda, objective), recipe), 2, batch)
+
+
 @pytest.mark.slow
 def test_steps_with_repa_wait_for_nothing(recipe_file, image_folder, encoder_folder):
     data = {"kind": "imagefolder", "root": str(image_folder), "image_size": 8}
