@@ -124,6 +124,13 @@ def test_replayed_steps_wait_for_nothing(cuda, sampler):
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("replayed", [False, True])
+def test_steps_along_average_velocities_wait_for_nothing(cuda, replayed):
+    sampling, graphs = Sampling(steps=5, **GUIDED), Graphs(Recorder) if replayed else None
+    assert sample(cuda, shallow(use_meanflow=True), sampling, graphs)[-1][0] == 5 + 3  # t = 0.4, 0.6 and 0.8
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("prediction", ["velocity", "noise"])
 def test_steps_with_a_guide_wait_for_nothing(cuda, prediction, replayed):
     sampling = Sampling(steps=5, **GUIDED, guide=cuda.moved(shallow(prediction=prediction)))
