@@ -109,14 +109,14 @@ def test_samples_say_what_guided_them_and_when(make, tmp_path):
               "euler, 20 steps, guidance 1.5, EMA"),
         "c": ({"guidance_interval": [0.25, 1.0], "guidance_channels": "first3"},
               "euler, 20 steps, guidance 1.5 for t in 0.25 to 1.0 of first3, EMA"),
-        "d": ({"guide": guide, "guidance_interval": [0, 0.5]},
-              "euler, 20 steps, guidance 1.5 by SiT-S/2 at its step 1,200 for t in 0 to 0.5, EMA"),
-        "e": ({"guide": guide | {"training": {}, "step": None}},
-              "euler, 20 steps, guidance 1.5 by another model, EMA"),
         "f": ({"sampler": None, "scheduler": "unipc", "time_shift": 2.0, "guidance_every": 3},
               "unipc, 20 steps, time shift 2.0, guidance 1.5 at one of 3 evaluations, EMA"),
         "g": ({"sampler": "adams3", "start": "rk", "grid": "cosine"},
               "adams3, 20 steps, on the grid cosine, started by rk, guidance 1.5, EMA"),
+        "d": ({"guide": guide, "guidance_interval": [0, 0.5]},
+              "euler, 20 steps, guidance 1.5 by SiT-S/2 at its step 1,200 for t in 0 to 0.5, EMA"),
+        "e": ({"guide": guide | {"training": {}, "step": None}},
+              "euler, 20 steps, guidance 1.5 by another model, EMA"),
     }  # fmt: skip
     for name, (changes, text) in told.items():
         page = make(samples(tmp_path / name, **changes))
