@@ -44,12 +44,7 @@ ALLOWED = {
     "convert.__init__": {"runtime", "convert", "convert.writing"},
     "pipelines": CORE | SAVED | {"models", "latents", "sampling.settings", "sampling.trained"},
     "sampling.schedulers": BASE | DRAWN | {"flow", "models", "pipelines"},
-    "bench": CORE | DRAWN | {"models", "layers", "ops", "bench.timing", "bench.results"},
-    "bench.grid": BASE | {"sampling.settings"},
-    "bench.choosing": BASE | {"scoring"},
-    "bench.frontier": BASE | DRAWN | {
-        "flow", "scoring", "bench", "bench.timing", "bench.results", "bench.grid", "bench.choosing",
-    },
+    "bench": CORE | DRAWN | {"models", "layers", "ops", "scoring", "bench.timing", "bench.results"},
     "bench.gpu": CORE | SAVED | DRAWN | {
         "models", "layers", "ops", "data", "latents", "training", "bench", "bench.timing", "bench.results",
     },
@@ -58,9 +53,9 @@ ALLOWED = {
         "models", "layers", "ops", "data", "latents", "classification", "training.checkpoint",
     },
     "commands": CORE | SAVED | DRAWN | {
-        "bench", "bench.timing", "bench.grid", "bench.frontier", "classification", "classification.extractor",
-        "convert", "convert.writing", "data", "latents", "pipelines", "principles", "report", "sampling.schedulers",
-        "scoring", "training", "training.posthoc",
+        "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing", "data",
+        "latents", "pipelines", "principles", "report", "sampling.schedulers", "scoring", "training",
+        "training.posthoc",
     },
     "__main__": DOOR,
     "posthoc": DOOR,

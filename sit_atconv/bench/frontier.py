@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from sit_atconv.bench.choosing import error_of, estimate, is_better, markdown, pareto, recommended, with_error
-from sit_atconv.bench.grid import Stated, in_words, label_of
+from sit_atconv.bench.grid import OTHERS, Stated, in_words, label_of
 from sit_atconv.bench.plots import plot_frontier
 from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import commit, device_name, memory_kept, source_digest, warm_up
 from sit_atconv.flow.sde import SDE_SAMPLERS
-from sit_atconv.runtime.claims import check_place, claim, writing
+from sit_atconv.runtime.claims import check_place, claim, clear_leftovers, writing
 from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, named, option
@@ -55,6 +55,7 @@ TIMES, METRICS_FILE = "times.jsonl", "metrics.json"
 TIME_FORM = {
     "model": str, "point": str, "seed": COUNT, "block": COUNT, "seconds": float, "warm": bool, "sitting": COUNT,
 }  # fmt: skip
+STOCHASTIC = {*SDE_SAMPLERS, "flow-match-lcm"}  # samplers and schedulers that draw noise on their way
 FEWEST = 3  # blocks that a time is the median of
 
 
@@ -72,7 +73,8 @@ class Asked:
     def name(self) -> str:
         """Of the point's folder."""
         digest = hashlib.sha256(json.dumps(self.stated, sort_keys=True).encode()).hexdigest()[:8]
-        return "-".join(str(self.stated[key]) for key in ("sampler", "steps") if key in self.stated) + f"-{digest}"
+        named_by = (str(self.stated[key]) for key in ("sampler", "scheduler", "steps") if key in self.stated)
+        return "-".join([*named_by, digest])
 
     @property
     def line(self) -> str:
@@ -106,9 +108,17 @@ class _Models:
         self._loaded: dict[tuple, tuple[Setup, Graphs]] = {}
 
     def work(self, args: argparse.Namespace) -> Work:
-        key = args.ckpt, args.dtype, args.compile, args.sampling.guide
+        cache = {} if getattr(args, "cache", None) is None else {"cache": args.cache}
+        # A cache is set up for the steps and times of a point, which has a model of its own then.
+        key = (
+            args.ckpt,
+            args.dtype,
+            args.compile,
+            args.sampling.guide,
+            *([args.cache, repr(args.sampling)] if cache else []),
+        )
         if key not in self._loaded:
-            ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile)
+            ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **cache)
             ready.codec = _Stopwatch(ready.codec, ready.trained.model.device)
             self._loaded[key] = ready, Graphs()
         ready, graphs = self._loaded[key]
@@ -144,6 +154,7 @@ def run(args: argparse.Namespace) -> None:
     claim(out, {"frontier": {"num": args.num, "batch": args.batch}}, (), WHAT, force=args.force)
     results = Results([out / name for name in FILES], args.force, *KEYS)
     with closing(lock(out, f"{option('out')} {str(out)!r}")):
+        clear_leftovers(out)
         frontier.measure()
         result = frontier.result()
         text = markdown(result)
@@ -168,8 +179,7 @@ class _Frontier:
                 for each in point.asked.seeds:
                     each.out = str(out / "samples" / point.asked.model / point.asked.name / f"seed{each.seed}")
                     work = models.work(each)
-                    with in_short():
-                        work.ready.sampling.check_acts_on(work.ready.trained.model)
+                    work.prepare()
                     point.works.append(work)
         for name, point in {point.asked.model: point for point in self.points}.items():
             self._check_model(name, point.works[0].ready)
@@ -241,10 +251,8 @@ class _Frontier:
         missing = {}
         try:
             for number, point in enumerate(points):
-                with numerics(deterministic=True), named(point.told()):
-                    point.works[seed].prepare()
-                    blocks = point.works[seed].samples.claim()
-                    missing[number] = blocks
+                with named(point.told()):
+                    missing[number] = blocks = point.works[seed].samples.claim()
                     there = self.args.num - sum(len(point.works[seed].samples.indices(block)) for block in blocks or ())
                     bar.update(there)
             warm_up(self.device)
@@ -266,7 +274,7 @@ class _Frontier:
         work, name = point.works[seed], (point.asked.model, point.asked.name)
         watch = work.ready.codec
         start = watch.now()
-        kept = work.make(block, bar) if keep else len(work.draw(block, bar)[0])
+        kept = work.make(block, bar) if keep else len(work.images_of(block, bar)[0])
         row = {
             "model": name[0], "point": name[1], "seed": work.args.seed, "block": block,
             "seconds": (watch.reached - start) / work.samples.block, "warm": name in self._warm,
@@ -297,7 +305,7 @@ class _Frontier:
                 return stored
         except (OSError, Malformed):
             pass
-        scored = score(str(folder), args.ref, args.metrics, args.extractor, args.weights, device=args.device)
+        scored = score(str(folder), self.reference, args.metrics, self.extractor)
         result = as_stored(scored[0]) | {"frontier": wanted}
         with writing(self.out):
             write_atomic(file, json.dumps(result, indent=1, allow_nan=False))
@@ -317,8 +325,8 @@ class _Frontier:
         return {
             "model": point.asked.model,
             "settings": point.asked.stated,
-            "kind": "SDE" if work.ready.sampling.sampler in SDE_SAMPLERS else "ODE",
-            "sampling": work.ready.sampling.describe(),
+            "kind": "SDE" if {work.ready.sampling.sampler, point.asked.stated.get("scheduler")} & STOCHASTIC else "ODE",
+            "sampling": {key: manifests[0].get(key) for key in (*work.ready.sampling.describe(), *OTHERS)},
             "guide": describe_guide(work.ready.guide),
             "nfe": statistics.fmean(manifest["nfe"] for manifest in manifests),
             "ms": statistics.median(seconds),

@@ -16,11 +16,11 @@ from sit_atconv.runtime.reading import read_yaml
 from sit_atconv.sampling.settings import Sampling, flag
 
 SWITCHES = ("compile",)  # true or false; flags without a value
-OTHERS = ("dtype", *SWITCHES)  # what else a command that samples takes, and a grid may state
+OTHERS = ("scheduler", "cache", "dtype", *SWITCHES)  # what else a command that samples takes, and a grid may state
 KEYS = (*(entry.name for entry in fields(Sampling)), *OTHERS)
 LISTS = {entry.name for entry in fields(Sampling) if isinstance(getattr(Sampling(), entry.name), list)}
 MOST = 1_000  # combinations
-VALUES = (str, int, float, bool)
+VALUES = (str, int, float, bool, type(None))
 
 Stated = dict[str, Any]  # settings by their names, those alone that a grid states
 
@@ -52,8 +52,7 @@ def _values(key: Any, value: Any) -> list[Any]:
     several = isinstance(value, list) and (key not in LISTS or any(isinstance(each, list | None) for each in value))
     values = value if several else [value]
     for each in values:
-        parts = each if isinstance(each, list) and key in LISTS else [each]
-        if not all(part is None or isinstance(part, VALUES) for part in parts):
+        if not all(isinstance(part, VALUES) for part in (each if isinstance(each, list) else [each])):
             raise InputError(f"{key}={each!r}: give a value, or a list of values")
         if key in SWITCHES and not isinstance(each, bool | None):
             raise InputError(f"{key}={each!r}: give true or false")
@@ -86,7 +85,7 @@ def in_words(stated: Stated) -> str:
 
 def label_of(stated: Stated) -> str:
     """The combination for a picture: heun, 4 steps, guidance_scale=2."""
-    bare = {"sampler": "{}", "steps": "{} steps"}
+    bare = {"sampler": "{}", "scheduler": "{}", "steps": "{} steps"}
     parts = (bare.get(key, "{}" if key in SWITCHES else f"{key}={{}}") for key in stated)
     values = (key if key in SWITCHES else in_short(value) for key, value in stated.items())
     return ", ".join(part.format(value) for part, value in zip(parts, values, strict=True)) or "defaults"

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     args.command = pasted("frontier", *args.words)
     args.asked, seen = [], []
     for name, stated, seeds in points:
-        drawn = name, *((each.sampling, *(vars(each)[key] for key in OTHERS)) for each in seeds)
+        drawn = name, *((each.sampling, *(vars(each).get(key) for key in OTHERS)) for each in seeds)
         if drawn not in seen:  # a block may state what is another's default
             seen.append(drawn)
             args.asked.append(Asked(name, stated, seeds, partial(_commands, args, seeds[0])))

@@ -58,15 +58,15 @@ def run(args: argparse.Namespace) -> None:
 class Work:
     """What one process does, in step with the others: a round is a block of each.
 
-    ready: what it works with; None, and `prepare` loads what the options name. graphs: with which networks are
-    replayed; None, and it has its own where `--no-cuda-graphs` does not forbid it.
+    ready: what it works with; None, and `prepare` loads what the options name. graphs: those that its networks are
+    replayed by; None, and they are its own. With `--no-cuda-graphs` there are none.
     """
 
     def __init__(
         self, args: argparse.Namespace, signals: Interruptions, ready: Setup | None = None, graphs: Graphs | None = None
     ):  # fmt: skip
         self.args, self.signals, self.done = args, signals, 0
-        self.ready, self.graphs = ready, (graphs or Graphs()) if args.graphs else None
+        self.ready, self.graphs = ready, graphs
 
     def run(self) -> None:
         self._check_equal(self._each(self.prepare))
@@ -117,6 +117,7 @@ class Work:
         """Load what the options name; the settings of the samples."""
         args = self.args
         check_place(args.out, args.force)
+        self.graphs = (self.graphs or Graphs()) if args.graphs else None
         if self.ready is None:
             self.ready = setup(
                 args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, launched=True, lora=args.lora
@@ -139,11 +140,11 @@ class Work:
     def make(self, number: int, bar: Progress) -> int:
         """Make a block. Returns how many of its images are kept."""
         start = time.perf_counter()
-        images, nfe = self.draw(number, bar)
+        images, nfe = self.images_of(number, bar)
         self.samples.write(number, images, nfe=nfe, guide_nfe=nfe.of_guide, seconds=time.perf_counter() - start)
         return len(images)
 
-    def draw(self, number: int, bar: Progress) -> tuple[torch.Tensor, Evaluations]:
+    def images_of(self, number: int, bar: Progress) -> tuple[torch.Tensor, Evaluations]:
         """The images of a block that are kept, and their evaluations. As many are drawn as of all other blocks: for one
         block size an image has the same bits however many follow it."""
         first, block, kept = number * self.samples.block, self.samples.block, self.samples.indices(number)
