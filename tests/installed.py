@@ -40,6 +40,7 @@ COMMANDS = (
     "export runs/digits-attention --out exported",
     "classify digits_attnet train.epochs=0.05 train.warmup_epochs=0",
     "principles runs/digits-attention --num 2 --times 1",
+    "frontier runs/digits-attention --grid grid.yaml --ref digits --num 20 --out frontier",
     "speed --models SiT-ATConv-S/8 --sizes 64 --rounds 1 --baselines attention --out speed",
     "encode images.yaml --out cache",
     "verify cache",
@@ -85,6 +86,7 @@ def place(folder: Path) -> None:
         Image.new("RGB", (16, 16), (60 * index, 90, 120)).save(folder / "images" / "ab"[index % 2] / f"{index}.png")
     save_vae(folder / "vae")
     (folder / "images.yaml").write_text(IMAGES)
+    (folder / "grid.yaml").write_text("- {sampler: [euler, heun], steps: 2}\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from eval.__main__ import main as evaluate
 from experiments import ablation, error_bars, finetune, principles, schedulers
 from experiments.bench import attnet, cache, loop, op, swap
 from sit_atconv import create_model, posthoc
+from sit_atconv.__main__ import main as command
 from sit_atconv.convert import __main__ as convert
 from sit_atconv.latents import __main__ as latents
 from sit_atconv.pipelines import export
@@ -73,6 +74,9 @@ FOLDERS = {  # commands with a fixed name in a folder
 # Commands with a folder that fills up: their arguments, of which nothing is there, and what they call the folder.
 FILLED = {
     "generate": (sampling.main, ["generate", "--ckpt", "none", "--num", 1, "--out"], "--out"),
+    "frontier": (
+        command, ["frontier", "none", "--grid", "none.yaml", "--ref", "digits", "--num", 2, "--out"], "--out",
+    ),
     "extract": (evaluate, ["extract", "none", "--extractor", "none:x", "--out"], "features folder"),
     "encode": (
         latents.main,

@@ -1,6 +1,5 @@
 """What the process has loaded that the drill's commands are forked off."""
 
-import functools
 import importlib
 
 from experiments.drill.commands import SUBCOMMANDS
@@ -8,5 +7,4 @@ from sit_atconv.scoring import digits
 
 for module in {each.module for each in SUBCOMMANDS} | {"train_sit", "train_attnet"}:
     importlib.import_module(module)
-digits.train_classifier = functools.cache(digits.train_classifier)
 digits.train_classifier()

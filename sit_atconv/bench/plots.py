@@ -1,6 +1,7 @@
-"""The plot that the timing commands draw."""
+"""The plots that the timing commands draw."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sit_atconv.runtime.files import figure_png
 
@@ -37,3 +38,62 @@ def plot_latency(points: Iterable[tuple[str, str, float, float]], title: str, x_
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, fontsize="small")
     figure.suptitle(title, fontsize="small")
     return figure_png(figure)
+
+
+def plot_frontier(points: Sequence[dict[str, Any]], title: str, y_label: str) -> bytes:
+    """A PNG of scores over milliseconds per image, the latter logarithmic, with error bars in both.
+
+    points: as frontier.json has them. A colour for each model, or of one model for each set of settings but for the
+    steps, along which a thin line goes; circles are ODEs, squares SDEs. The heavy line is the Pareto set of the model;
+    what stands in that of all has its settings beside it.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots()
+    models = list(dict.fromkeys(point["model"] for point in points))
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for point in points:
+        lines.setdefault((point["model"], point["line"]), []).append(point)
+    names = [model if len(models) > 1 else line for model, line in lines]
+    colors = {name: f"C{number % 10}" for number, name in enumerate(dict.fromkeys(names))}
+    shown = {}
+    for name, ((_, line), own) in zip(names, lines.items(), strict=True):
+        own = sorted(own, key=lambda each: each["ms"])
+        axes.plot(*_places(own), color=colors[name], linewidth=0.8, alpha=0.45)
+        for kind, form in (("ODE", "o"), ("SDE", "s")):
+            if some := [each for each in own if each["kind"] == kind]:
+                x, y = _places(some)
+                wide = [abs(each["ms"] - each["ms_quartiles"][end]) for end in (0, 1) for each in some]
+                bars = axes.errorbar(
+                    x, y, [each["score"]["error"] or 0.0 for each in some], [wide[: len(some)], wide[len(some) :]],
+                    fmt=form, color=colors[name], markersize=5, elinewidth=1, capsize=2,
+                )  # fmt: skip
+                shown.setdefault(f"{name} ({kind})" if len(models) > 1 else f"{line} ({kind})", bars)
+    for model in models:
+        own = sorted(
+            (each for each in points if each["model"] == model and each["pareto"]), key=lambda each: each["ms"]
+        )
+        color = colors[model] if len(models) > 1 else "black"
+        axes.plot(*_places(own), color=color, linewidth=2, alpha=0.6, zorder=1)
+    best = sorted((each for each in points if each["pareto"] == "all"), key=lambda each: each["ms"])
+    for number, point in enumerate(best):
+        axes.annotate(
+            point["label"], (point["ms"], point["score"]["value"]), xytext=(4, -8 - 10 * (number % 2)),
+            textcoords="offset points", fontsize="x-small", va="top",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="ms per image", ylabel=y_label)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    return figure_png(figure)
+
+
+def _places(points: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [each["ms"] for each in points], [each["score"]["value"] for each in points]

@@ -32,6 +32,7 @@ COMMANDS = {
     "posthoc": "average a run's snapshots to another width of the EMA",
     "likelihood": "give real images their likelihood, in bits per dimension",
     "speed": "time models against attention",
+    "frontier": "score models over the time that their images take",
     "principles": "measure routing and inhibition, layer by layer",
     "recipes": "list the recipes, or print one",
 }

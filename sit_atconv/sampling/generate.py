@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sit_atconv.flow.guidance import Evaluations
 from sit_atconv.runtime import processes
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.comparison import differences
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     with Interruptions() as signals, processes.lost_ones_told():
         # What they tell each other is short, and goes over gloo whatever their networks are on.
         processes.join(cpu=True)
-        work = _Work(args, signals)
+        work = Work(args, signals)
         try:
             work.run()
         except Interrupted as stop:
@@ -56,14 +57,21 @@ def run(args: argparse.Namespace) -> None:
             processes.leave()
 
 
-class _Work:
-    """What one process does, in step with the others: a round is a block of each."""
+class Work:
+    """What one process does, in step with the others: a round is a block of each.
 
-    def __init__(self, args: argparse.Namespace, signals: Interruptions):
+    ready: what it works with; None, and `prepare` loads what the options name. graphs: those that its networks are
+    replayed by; None, and they are its own. With `--no-cuda-graphs` there are none.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, signals: Interruptions, ready: Setup | None = None, graphs: Graphs | None = None
+    ):  # fmt: skip
         self.args, self.signals, self.done = args, signals, 0
+        self.ready, self.graphs = ready, graphs
 
     def run(self) -> None:
-        self._check_equal(self._each(self._prepare))
+        self._check_equal(self._each(self.prepare))
         with closing(self.samples):
             self._make_missing()
 
@@ -90,12 +98,10 @@ class _Work:
         with Progress(total=args.num, initial=self.done, desc="generate", unit="image", disable=not main) as bar:
             for start in range(0, len(missing), processes.count()):
                 mine = missing[start + processes.rank() :][:1]
-                made = sum(self._each(lambda mine=mine: sum(self._make(number, bar) for number in mine)))
+                made = sum(self._each(lambda mine=mine: sum(self.make(number, bar) for number in mine)))
                 self.done += made
                 bar.update(made)
-        names = self.ready.trained.id2label
-        facts = {"processes": processes.count(), "class_names": names and [names[label] for label in sorted(names)]}
-        manifest = self._first(lambda: self.samples.finish(facts))
+        manifest = self._first(self.finish)
         guides = f" ({manifest['guide_nfe']:g} of the guide)" if "guide_nfe" in manifest else ""
         self._say(f"{args.num} images in {args.out}, NFE {manifest['nfe']:g}{guides}")
 
@@ -103,13 +109,20 @@ class _Work:
         if processes.is_main():
             print(text)
 
-    def _prepare(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
+        """Complete the samples, of which every block is there; their manifest."""
+        names = self.ready.trained.id2label
+        facts = {"processes": processes.count(), "class_names": names and [names[label] for label in sorted(names)]}
+        return self.samples.finish(facts)
+
+    def prepare(self) -> dict[str, Any]:
         """Load what the options name; the settings of the samples."""
         args = self.args
         check_place(args.out, args.force)
-        self.graphs = Graphs() if args.graphs and not args.scheduler else None
-        more = {"launched": True, "lora": args.lora, "cache": args.cache}
-        self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **more)
+        self.graphs = (self.graphs or Graphs()) if args.graphs and not args.scheduler else None
+        if self.ready is None:
+            more = {"launched": True, "lora": args.lora, "cache": args.cache}
+            self.ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **more)
         with in_short():
             self.draw = drawing(args.scheduler, self.ready, self.graphs)
         config, block = self.ready.trained.model.config, stated(args)["block"]
@@ -125,22 +138,26 @@ class _Work:
             if found := differences(settings[0], other, PLACES):
                 raise InputError(f"the processes do not sample the same: {found[0]}; name a checkpoint that stays")
 
-    def _make(self, number: int, bar: Progress) -> int:
-        """Make a block, as many images as all others: for one block size an image has the same bits however many
-        follow it. Returns how many of them are kept."""
+    def make(self, number: int, bar: Progress) -> int:
+        """Make a block. Returns how many of its images are kept."""
+        start = time.perf_counter()
+        images, nfe = self.images_of(number, bar)
+        self.samples.write(number, images, nfe=nfe, guide_nfe=nfe.of_guide, seconds=time.perf_counter() - start)
+        return len(images)
+
+    def images_of(self, number: int, bar: Progress) -> tuple[torch.Tensor, Evaluations]:
+        """The images of a block that are kept, and their evaluations. As many are drawn as of all other blocks: for one
+        block size an image has the same bits however many follow it."""
         first, block, kept = number * self.samples.block, self.samples.block, self.samples.indices(number)
         labels = self.labels[first : first + block]
-        ready, start = self.ready, time.perf_counter()
-        indices = range(first, first + block)
+        ready, indices = self.ready, range(first, first + block)
         try:
             model, seed = ready.trained.model, self.args.seed
             watch = noted(bar, len(kept) * processes.count())  # the others are about as far
-            images, nfe = self.draw(model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch)
+            return self.draw(model, ready.codec, indices, labels, ready.sampling, seed, len(kept), watch)
         except torch.OutOfMemoryError:
             remedy = "a smaller one, and a new folder"
             raise too_large(self.args.batch, model.device, remedy, self.graphs) from None
-        self.samples.write(number, images, nfe=nfe, guide_nfe=nfe.of_guide, seconds=time.perf_counter() - start)
-        return len(kept)
 
 
 def stated(args: argparse.Namespace) -> dict[str, Any]:

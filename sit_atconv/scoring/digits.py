@@ -1,6 +1,8 @@
 """The embedded digits' own classifier: trained on the real train split, it stands in for Inception where digits are
 scored and nothing can be downloaded."""
 
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,12 @@ class DigitsClassifier(nn.Module):
         return {"pool": features, "logits": self.head(features)}
 
 
+@cache
 def train_classifier() -> tuple[DigitsClassifier, float]:
-    """The classifier and its accuracy on the 360 held-out digits. The same every time on one machine."""
+    """The classifier and its accuracy on the 360 held-out digits. The same every time on one machine.
+
+    A process trains it once: copy it before you move or change it.
+    """
     train, test = Digits("train"), Digits("test")
     pixels, labels = to_uint8(train.images), torch.tensor(train.labels)
     with torch.random.fork_rng(devices=[]):

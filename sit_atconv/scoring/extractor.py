@@ -3,6 +3,7 @@
 Each is a `Kind`, and so is what other parts of the package `register`: an extractor that needs a model of this library.
 """
 
+import copy
 import importlib
 import inspect
 import io
@@ -388,7 +389,7 @@ def _inception(_: str, file: str | None, device: torch.device) -> Extractor:
 
 
 def _digits(_: str, __: None, device: torch.device) -> Extractor:
-    classifier, accuracy = digits.train_classifier()
+    classifier, accuracy = copy.deepcopy(digits.train_classifier())
     return Extractor(
         "digits", DIGITS, classifier, {"pool": 64, "logits": 10}, device, (1, 8, 8), "digits",
         weights_sha256=state_digest(classifier), input="x / 255", heldout_accuracy=accuracy,

@@ -77,14 +77,16 @@ class _Pass:
 
 @numerics()
 def score(
-    samples: str, ref: str, metrics: str | None = None, extractor: str | None = None, weights: str | None = None,
+    samples: str, ref: str | Reference, metrics: str | None = None, extractor: str | Extractor | None = None,
+    weights: str | None = None,
     dinov2: str | None = None, device: str | None = None, batch: int = BATCH, allow_lossy: bool = False,
     root: str | None = None, overrides: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]] | None:  # fmt: skip
     """The result of scoring, as metrics.json holds it, and what else is to be said: why metrics that nobody asked for
     are not in it, and whether samples and reference are the same.
 
-    The arguments are those of the command; root: --features; overrides: laid over the recipe that `ref` names. Every
+    The arguments are those of the command; root: --features; overrides: laid over the recipe that `ref` names. Who
+    scores often gives an extractor that is loaded, and with it a reference that is read, in the place of names. Every
     process of a distributed launch calls this; the first has the result, the others None. Raises InputError for what
     cannot be scored.
     """
@@ -93,7 +95,7 @@ def score(
     for each in asked:
         check_choice(option("metrics"), each, STREAMS)
     check_root(root)
-    for each in (samples, ref):
+    for each in (samples, *([ref] if isinstance(ref, str) else [])):
         check_no_parent(each)
     source = Features(samples, verify=True) if is_features(samples) else open_source(samples, allow_lossy)
     vit = f"dinov2:{dinov2}" if dinov2 else "dinov2"
@@ -101,7 +103,7 @@ def score(
         extractor = reference_spec(ref, overrides)
         if asked == ["fdd"] and (dinov2 or extractor == "inception"):
             extractor = vit
-    elif extractor is not None:
+    elif isinstance(extractor, str):
         check_recorded(ref, extractor)
     wanted = [(_main_extractor(source, ref, extractor, weights, device), asked)]
     if "fdd" in asked and kind_of(wanted[0][0].protocol).name == "inception":
@@ -185,13 +187,15 @@ class _Stated(Extractor):
         )
 
 
-def _main_extractor(source, ref: str, spec: str | None, weights: str | None, device: str | None) -> Extractor:
+def _main_extractor(
+    source, ref: str | Reference, spec: str | Extractor | None, weights: str | None, device: str | None
+) -> Extractor:  # fmt: skip
     """The extractor that was asked for, else the one that made the samples' features."""
     if spec is None and ref == "digits":
         spec = "digits"
     if isinstance(source, Features) and spec is None and weights is None:
         return _Stated(source, resolve_device(device or default_device("inception")))
-    extractor = load_extractor(spec or "inception", weights, device)
+    extractor = spec if isinstance(spec, Extractor) else load_extractor(spec or "inception", weights, device)
     if isinstance(source, Features):
         extractor.check_same(str(source.path), source.info["extractor"])
     else:
@@ -202,7 +206,7 @@ def _main_extractor(source, ref: str, spec: str | None, weights: str | None, dev
 
 
 def _prepare(
-    samples: str, source: Source | Features, ref: str, extractor: Extractor, asked: list[str], batch: int,
+    samples: str, source: Source | Features, ref: str | Reference, extractor: Extractor, asked: list[str], batch: int,
     allow_lossy: bool, root: str | None, overrides: Sequence[str],
 ) -> _Pass:  # fmt: skip
     """The reference is read first: it may not do."""
@@ -212,7 +216,9 @@ def _prepare(
             same = next(each for each in offered if each in FRECHET)
             hint = f"; its Fréchet distance is {same}" * (metric in FRECHET)
             raise InputError(f"metric {metric!r} is none of extractor {extractor.name}{hint}; choose from {offered}")
-    reference = read_reference(ref, extractor, batch, allow_lossy, source.image_shape, root, overrides)
+    reference = ref
+    if isinstance(ref, str):
+        reference = read_reference(ref, extractor, batch, allow_lossy, source.image_shape, root, overrides)
     metrics, left_out = [], []
     for metric in asked or offered:
         try:

@@ -1,0 +1,301 @@
+"""Score over time: grids, which points are worth taking, and a command that goes on, repeats and prunes."""
+
+import io
+import itertools
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sit_atconv import create_model
+from sit_atconv.__main__ import main
+from sit_atconv.bench import choosing, frontier, grid, plots
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.sampling.samples import Samples
+from sit_atconv.scoring import digits
+
+GRID = """
+- {sampler: [euler, midpoint], steps: [2, 4], guidance_scale: 1}
+- {sampler: euler-maruyama, steps: 3, guidance_scale: 1.0}
+- {steps: 4, guidance_scale: [1, null], guidance_interval: null}
+"""
+SMALL = "- {sampler: [euler, euler-maruyama], steps: 3}"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a grid, and returns its path."""
+
+    def write(text: str = GRID) -> Path:
+        (tmp_path / "grid.yaml").write_text(text)
+        return tmp_path / "grid.yaml"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models of 8 x 8 digits with weights drawn at random."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        model = create_model(None, 8, 10, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def untrained_classifier(monkeypatch):
+    torch.manual_seed(0)
+    made = digits.DigitsClassifier().eval(), 0.1
+    monkeypatch.setattr(digits, "train_classifier", lambda: made)
+
+
+def call(models, out, grid, *more, names=("first",)) -> dict:
+    ckpts = [str(models / name) for name in names]
+    words = ["frontier", *ckpts, "--grid", str(grid), "--ref", "digits", "--num", "22", "--batch", "8"]
+    main([*words, "--out", str(out), *map(str, more)])
+    return json.loads((out / "frontier.json").read_text())
+
+
+def scores(result: dict) -> list:
+    return [(point["model"], point["label"], point["nfe"], point["seeds"]) for point in result["points"]]
+
+
+# Grids
+
+
+def test_a_grid_is_every_combination_of_its_blocks_once(written):
+    expected = [
+        {"sampler": sampler, "steps": steps, "guidance_scale": 1}
+        for sampler, steps in itertools.product(("euler", "midpoint"), (2, 4))
+    ]
+    expected += [{"sampler": "euler-maruyama", "steps": 3, "guidance_scale": 1.0}]
+    expected += [{"steps": 4, "guidance_scale": 1}, {"steps": 4}]
+    assert grid.read_grid(written()) == expected
+    intervals = written("- {guidance_interval: [[0, 0.5], [0.5, 1]], compile: [true, false]}\n- {compile: true}")
+    assert grid.read_grid(intervals) == [
+        {"guidance_interval": [0, 0.5], "compile": True}, {"guidance_interval": [0, 0.5]},
+        {"guidance_interval": [0.5, 1], "compile": True}, {"guidance_interval": [0.5, 1]}, {"compile": True},
+    ]  # fmt: skip
+    one = grid.read_grid(written("- {guidance_interval: [0, 0.5], sampler: heun, dtype: bf16, compile: true}"))
+    assert grid.words_of(one[0]) == shlex.split("--cfg-interval 0 0.5 --sampler heun --dtype bf16 --compile")
+    assert grid.in_words(one[0]) == "guidance_interval=0,0.5 sampler=heun dtype=bf16 compile"
+    assert grid.label_of(one[0]) == "guidance_interval=0,0.5, heun, dtype=bf16, compile"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- {smapler: heun}", "key='smapler': did you mean 'sampler'?"),
+        ("sampler: heun", "it is no list of blocks of settings"),
+        ("[]", "it is no list of blocks of settings"),
+        ("- 3", "it is no list of blocks of settings"),
+        ("- {steps: []}", r"steps=\[\]: give a value, or leave it out"),
+        ("- {steps: {a: 1}}", "steps={'a': 1}: give a value"),
+        ("- {steps: [[{a: 1}]]}", r"steps=\[{'a': 1}\]: give a value"),
+        ("- {compile: 3}", "compile=3: give true or false"),
+        (f"- {{steps: {list(range(1, 41))}, epsilon: {[0.01 + i / 100 for i in range(26)]}}}", "it has 1,040 comb"),
+        ("- {steps: [1", "it cannot be read"),
+    ],
+)
+def test_what_is_no_grid_is_refused(written, text, says):
+    with pytest.raises(InputError, match=says):
+        grid.read_grid(written(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "says"),
+    [
+        ("- {sampler: heun, steps: [4, 0]}", [], "first, sampler=heun steps=0: --steps 0: must be at least 1"),
+        ("- {sampler: huen}", [], "first, sampler=huen: argument --sampler: invalid choice: 'huen'"),
+        ("- {sampler: heun, diffusion: sigma}", [], "diffusion=sigma: diffusion=sigma goes with"),
+        ("- {steps: [[4, 8]]}", [], "first, steps=4,8: unrecognized arguments: 8"),
+        ("- {guidance_channels: first3}", [], "--cfg-channels=first3 would do nothing: this model has 1"),
+        ("- {guidance_interval: [0.99, 1]}", [], "no step evaluates the model at a time in it"),
+        ("- {steps: 4}", ["--metrics", "recognised"], "points are compared by their Fréchet distance; add"),
+        ("- {steps: 4}", ["--metrics", "fid"], "--metrics='fid': did you mean 'kid'? choose from"),
+        ("- {steps: 4}", ["--extractor", "diigts"], "'diigts'"),
+        ("- {steps: 4}", ["--seeds", "1", "1"], "--seeds 1 1: the same one twice"),
+        ("- {steps: 4}", ["--ref", "nowhere"], "reference 'nowhere': no such file"),
+        ("- {steps: 4}", ["--grid", "nowhere.yaml"], "grid 'nowhere.yaml': it cannot be read"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_the_work(written, models, tmp_path, fails, text, more, says):
+    words = ["frontier", models / "first", "--grid", written(text), "--ref", "digits", "--num", 22]
+    assert says in fails(main, *words, "--out", tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_are_told_apart_by_their_names(written, models, tmp_path, fails):
+    words = ["--grid", written(), "--ref", "digits", "--num", 22, "--out", tmp_path / "out"]
+    copy = shutil.copytree(models / "first", tmp_path / "other" / "first")
+    assert "'first': two models are called so; say NAME=CKPT" in fails(main, "frontier", models / "first", copy, *words)
+    assert "'a/b': no name of a folder" in fails(main, "frontier", f"a/b={copy}", *words)
+
+
+# Which points are worth taking
+
+
+def made_up(ms: float, value: float, error: float | None = 0.5) -> dict:
+    return {"ms": ms, "score": {"value": value, "error": error}}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pareto_and_recommendation_against_all_pairs(seed):
+    drawn = np.random.default_rng(seed).integers(1, 8, (40, 2)).tolist()  # whole numbers: with ties
+    points = [made_up(ms, value) for ms, value in drawn]
+
+    def beaten(one: dict) -> bool:
+        own = one["ms"], one["score"]["value"]
+        others = [(each["ms"], each["score"]["value"]) for each in points]
+        return any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
+
+    found = choosing.pareto(points)
+    assert sorted(map(id, found)) == sorted(id(each) for each in points if not beaten(each))
+    best = min(value for _, value in drawn)
+    chosen = choosing.recommended(points)
+    assert chosen["score"]["value"] <= best + 0.5
+    assert chosen["ms"] == min(ms for ms, value in drawn if value <= best + 0.5)
+
+
+def test_the_error_of_the_best_decides_what_is_as_good():
+    points = [made_up(1, 3.0, 9.0), made_up(2, 2.4, 9.0), made_up(4, 2.0, 0.5)]
+    assert choosing.recommended(points) is points[1]
+    points[2]["score"]["error"] = 0.3
+    assert choosing.recommended(points) is points[2]
+    points[2]["score"]["error"] = None
+    assert choosing.recommended(points) is points[2]
+    assert choosing.is_better(made_up(1, 2.0, 0.3), made_up(1, 2.6, 0.4))
+    assert not choosing.is_better(made_up(1, 2.0, 0.3), made_up(1, 2.4, 0.4))
+    assert choosing.is_better(made_up(1, 2.0, None), made_up(1, 1.0, 0.4))  # nobody knows
+
+
+def test_several_seeds_have_the_error_of_their_mean():
+    assert choosing.estimate([4.0], [0.5]) == {"value": 4.0, "error": 0.5, "jackknife": 0.5, "values": [4.0]}
+    several = choosing.estimate([4.0, 5.0, 9.0], [0.5, 0.7, None])
+    assert several == {"value": 6.0, "error": pytest.approx((7 / 3) ** 0.5), "jackknife": None, "values": [4, 5, 9]}
+    assert choosing.with_error(6.0, several["error"]) == "6.0 ± 1.5"
+
+
+# The command
+
+
+def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(written, models, tmp_path, capsys):
+    out = tmp_path / "out"
+    result = call(models, out, written(), "--seeds", 3, 4, names=("first", "second"))
+    text = capsys.readouterr().out
+    points = result["points"]
+    # euler is the default: one of the last block's combinations is one of the first's, the other is guided
+    assert [point["label"] for point in points[:6]] == [
+        "euler, 2 steps, guidance_scale=1", "euler, 4 steps, guidance_scale=1", "midpoint, 2 steps, guidance_scale=1",
+        "midpoint, 4 steps, guidance_scale=1", "euler-maruyama, 3 steps, guidance_scale=1", "4 steps",
+    ]  # fmt: skip
+    assert [point["nfe"] for point in points] == 2 * [2, 4, 4, 8, 3, 8]
+    assert [point["kind"] for point in points] == 2 * ["ODE", "ODE", "ODE", "ODE", "SDE", "ODE"]
+    assert [point["model"] for point in points] == 6 * ["first"] + 6 * ["second"]
+    for point in points:
+        own = [each["metrics"]["frechet_distance"]["value"] for each in point["seeds"]]
+        assert [each["seed"] for each in point["seeds"]] == [3, 4]
+        assert point["score"] == choosing.estimate(
+            own, point["score"]["jackknife"] and 2 * [point["score"]["jackknife"]]
+        )
+        assert own[0] != own[1]
+        assert len(point["ms_blocks"]) == 5  # of 2 x 3, without the first
+        assert point["ms_quartiles"][0] <= point["ms"] <= point["ms_quartiles"][1]
+    of_all = [id(point) for point in choosing.pareto(points)]
+    assert [id(point) for point in points if point["pareto"] == "all"] == [id(p) for p in points if id(p) in of_all]
+    assert [each["of"] for each in result["recommended"]] == ["first", "second", None]
+    assert all(each["command"] in text and each["score_command"] in text for each in result["recommended"])
+    assert set(result["models"]) == {"first", "second"}
+    assert result["models"]["first"]["checkpoint_sha256"] != result["models"]["second"]["checkpoint_sha256"]
+    with Image.open(out / "frontier.png") as image:
+        assert image.size == (1500, 975)
+
+    chosen = result["recommended"][1]
+    for line in (chosen["command"], chosen["score_command"]):
+        main(shlex.split(line)[1:])
+    again = json.loads(Path(f"{out}-second/metrics.json").read_text())
+    point = next(p for p in points if p["model"] == "second" and grid.in_words(p["settings"]) == chosen["point"])
+    assert again["pixels_sha256"] == point["seeds"][0]["pixels_sha256"]
+    assert again["metrics"] == point["seeds"][0]["metrics"]
+
+
+def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, tmp_path, monkeypatch):
+    whole = call(models, tmp_path / "whole", written(SMALL))
+    out, write, count = tmp_path / "out", Samples.write, itertools.count()
+
+    def stopped(self, number, images, **measured):
+        write(self, number, images, **measured)
+        if next(count) == 3:  # in the second of three rounds
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "write", stopped)
+        with pytest.raises(SystemExit, match="130"):
+            call(models, out, written(SMALL))
+    assert not (out / "frontier.json").exists()
+    with open(out / frontier.TIMES, "a") as file:
+        file.write('{"model": "fir')  # cut as it was written
+    result = call(models, out, written(SMALL))
+    assert [each[:3] for each in scores(result)] == [each[:3] for each in scores(whole)]
+    for one, other in zip(result["points"], whole["points"], strict=True):
+        assert one["seeds"][0]["metrics"] == other["seeds"][0]["metrics"]
+    assert {sitting for point in result["points"] for sitting in point["sittings"]} == {1, 2}
+    assert any("2 sittings" in note for note in result["notes"])
+
+
+def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(written, models, tmp_path, monkeypatch, fails, capsys):
+    first = call(models, tmp_path / "out", written("- {steps: [2, 4]}"))
+    with monkeypatch.context() as patch:
+        patch.setattr(frontier.Work, "images_of", lambda *_: pytest.fail("drawn"))
+        patch.setattr(frontier, "score", lambda *_, **__: pytest.fail("scored"))
+        assert call(models, tmp_path / "out", written("- {steps: [4, 2]}"))["points"] == first["points"][::-1]
+    grown = call(models, tmp_path / "out", written("- {steps: [2, 4]}\n- {sampler: midpoint, steps: 2}"))
+    assert scores(grown)[0][3] == scores(first)[0][3]
+    assert [point["sittings"] for point in grown["points"]] == [[1], [1], [2]]
+    capsys.readouterr()
+    words = ["frontier", models / "first", "--grid", written(), "--ref", "digits", "--out", tmp_path / "out"]
+    assert "holds a frontier with other settings (frontier.num: 22 -> 30)" in fails(
+        main, *words, "--num", 30, "--batch", 8
+    )
+
+
+def test_steps_that_do_not_help_are_dropped_and_named(written, models, tmp_path, monkeypatch, capsys):
+    values = {2: 9.0, 4: 5.0, 6: 4.9, 8: 1.0}
+    row = frontier._Frontier._row
+
+    def with_value(self, point, results):
+        made = row(self, point, results)
+        made["score"] |= {
+            "value": values[point.steps] + (made["settings"]["sampler"] == "midpoint") / point.steps,
+            "error": 0.2,
+        }
+        return made
+
+    monkeypatch.setattr(frontier._Frontier, "_row", with_value)
+    text = "- {sampler: [euler, midpoint], steps: [8, 2, 6, 4]}"
+    result = call(models, tmp_path / "out", written(text), "--prune")
+    drawn = [(point["settings"]["sampler"], point["settings"]["steps"]) for point in result["points"]]
+    assert sorted(drawn) == [(name, steps) for name in ("euler", "midpoint") for steps in (2, 4, 6)]
+    assert [each["point"] for each in result["dropped"]] == ["sampler=euler steps=8", "sampler=midpoint steps=8"]
+    assert "4.90 ± 0.20 at 6 steps is not below 5.00 ± 0.20 at 4 steps" in result["dropped"][0]["why"]
+    assert "first, sampler=midpoint steps=8" in (tmp_path / "out/frontier.md").read_text()
+    assert "dropped first, sampler=euler steps=8" in capsys.readouterr().err
+
+
+def test_a_picture_takes_points_without_errors():
+    points = [
+        {**made_up(ms, value, error), "model": "m", "line": kind, "label": "", "kind": kind, "pareto": "all",
+         "ms_quartiles": [ms, ms]}
+        for ms, value, error, kind in ((1, 2, None, "ODE"), (1, 2, 0.1, "SDE"))
+    ]  # fmt: skip
+    with Image.open(io.BytesIO(plots.plot_frontier(points, "t", "y"))) as image:
+        image.verify()
