@@ -46,7 +46,9 @@ ALLOWED = {
     "convert.__init__": {"runtime", "convert", "convert.writing"},
     "pipelines": CORE | SAVED | {"models", "latents", "sampling.caches", "sampling.settings", "sampling.trained"},
     "sampling.schedulers": BASE | DRAWN | {"flow", "models", "pipelines"},
-    "bench": CORE | DRAWN | {"models", "layers", "ops", "scoring", "bench.timing", "bench.results"},
+    "bench": CORE | DRAWN | {
+        "models", "layers", "ops", "sampling.generate", "scoring", "bench.timing", "bench.results",
+    },
     "bench.gpu": CORE | SAVED | DRAWN | {
         "models", "layers", "ops", "data", "latents", "training", "bench", "bench.timing", "bench.results",
     },
