@@ -573,8 +573,9 @@ def check_samples(table: Table, model: Model, sampler: Sampler, wanted: list[Mod
     known = generate.stated(args)
     if known["labels_rule"] == "file":
         known["labels"] = sample_labels(args.labels, args.num, args.num, args.seed, Classes(sys.maxsize))
-    if known["epsilon"] is None:  # the model decides it
-        del known["epsilon"]
+    for key in ("steps", "epsilon"):  # the model decides them
+        if known[key] is None:
+            del known[key]
     if model.recipe is not None:
         known["step"] = model.recipe.train.max_steps
     guide = sampler.of(model).guide

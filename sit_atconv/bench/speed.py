@@ -58,7 +58,7 @@ class Setting:
             "memory_kept": memory_kept(self.device),
             "compiled": self.compiled,
             "backend": os.environ.get(BACKEND_VARIABLE, "auto"),
-            "sampling": self.sampling.describe(),
+            "sampling": self.sampling.fitted().describe(),
             "device": device_name(self.device),
             "commit": commit(),
             "versions": library_versions(),

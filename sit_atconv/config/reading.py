@@ -188,7 +188,7 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
         check_literal(keys)
     _check_keys(keys, schema)
     _check_values(keys)
-    for section, switch in (("repa", "encoder"), ("distill", "teacher"), ("lora", "rank")):
+    for section, switch in (("repa", "encoder"), ("distill", "teacher"), ("lora", "rank"), ("meanflow", "share")):
         if keys.get(section) and switch not in keys[section]:
             idle = f"{section}.{next(iter(keys[section]))}"
             raise InputError(f"{idle} does nothing without {section}.{switch}: name it, or null for none")

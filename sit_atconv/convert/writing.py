@@ -97,7 +97,7 @@ def export_public(
 
 def _check_expressible(model: SiTTransformer2DModel, form: str) -> None:
     config = model.config
-    needed = {}
+    needed = {"use_meanflow": False}  # no public form has an embedding of a second time
     if "atconv" in layout.mixer_names(config.token_mixer, config.depth):
         needed = {**PUBLIC_ATCONV, "activation": "silu" if form == "repa" else "gelu_tanh"}
     if form == "repa":

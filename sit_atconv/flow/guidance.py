@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    Network = Callable[..., torch.Tensor]
 
 CHANNELS = {"all": slice(None), "first3": slice(0, 3)}
 
@@ -42,7 +42,8 @@ class GuidedVelocity:
     in one batch of twice the size; with a guide that network's for the class wanted, autoguidance (Karras et al., arXiv
     2406.02507, equation 3, of which D is the data expected at x: on one path, velocities combine as those do).
 
-    network: called with x (B, C, H, W), t (B,) and labels (B,), gives its prediction (B, C, H, W).
+    network: called with x (B, C, H, W), t (B,) and labels (B,), gives its prediction (B, C, H, W). One of average
+    velocities (MeanFlow, see `flow.meanflow`) is called with s (B,) at last, the time that its average leads to.
     labels (B,): the classes wanted. null_label: the class that means "none"; None for a network without one.
     channels: "all", or "first3" as the public SiT code does (the other channels keep v_strong).
     interval: guidance acts where t lies `within` it, both ends included, with t = 0 noise and t = 1 data.
@@ -50,8 +51,8 @@ class GuidedVelocity:
     path, prediction, guide_prediction: how what the networks predict becomes a velocity, see `Path.velocity_from`. The
     two of them may predict different things. A velocity is affine in a prediction, so of one network the predictions
     are guided, and what comes out is converted.
-    Called with x (B, C, H, W) and t, 0-d: of the CPU, it is an argument of a kernel on another device, which waits for
-    nothing; of the device, as dopri5's is, it is read where guidance acts.
+    Called with x (B, C, H, W), t, 0-d, and s of an average velocity, 0-d too. A time of the CPU is an argument of a
+    kernel on another device, which waits for nothing; of the device, as dopri5's is, it is read where guidance acts.
     `nfe` is the number of network evaluations per image so far, as `Evaluations`: two where guidance acts, one of them
     the guide's where there is one; else one. However small a guide is, its evaluation counts one.
     Raises ValueError for guidance without null class and guide, for a guide that scale 1 leaves idle, and for unknown
@@ -86,14 +87,15 @@ class GuidedVelocity:
             self.both_labels[len(labels) :] = null_label
         self.nfe = Evaluations()
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        times = t.expand(len(x)) if t.device == x.device else x.new_full((len(x),), float(t), dtype=t.dtype)
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor | None = None) -> torch.Tensor:
+        times, end = _of_all(t, x), () if s is None else (_of_all(s, x),)
         if self.scale == 1 or not within(t, self.interval):
             self.nfe += ALONE
-            return self.path.velocity_from(self.prediction, self.network(x, times, self.labels), x, t)
+            return self.path.velocity_from(self.prediction, self.network(x, times, self.labels, *end), x, t)
         if self.guide is None:
             self.nfe += BOTH_CLASSES
-            both = self.network(x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels)
+            both_ends = (each.repeat(2) for each in end)
+            both = self.network(x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels, *both_ends)
             return self.path.velocity_from(self.prediction, self._guided(*both.chunk(2)), x, t)
         self.nfe += WITH_GUIDE
         strong = self.path.velocity_from(self.prediction, self.network(x, times, self.labels), x, t)
@@ -105,3 +107,8 @@ class GuidedVelocity:
         difference = strong[:, self.channels] - weak[:, self.channels]
         guided[:, self.channels] = weak[:, self.channels] + self.scale * difference
         return guided
+
+
+def _of_all(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A time, 0-d, of every item of x: (B,) on its device."""
+    return t.expand(len(x)) if t.device == x.device else x.new_full((len(x),), float(t), dtype=t.dtype)

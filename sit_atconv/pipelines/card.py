@@ -13,6 +13,7 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions
 from sit_atconv.runtime.markdown import markdown_table, plain
 from sit_atconv.runtime.reading import COUNT, POSITIVE, fault_of
+from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training import ema
 from sit_atconv.training.checkpoint import INIT_FORM
 
@@ -86,6 +87,11 @@ def _describe(pipeline: SiTPipeline, dtype: torch.dtype) -> str:
         "classes": classes,
         "path, prediction": f"{config.path}, {config.prediction}",
     }
+    if config.use_meanflow:
+        learned = "" if config.trained_guidance == 1 else f"; guidance trained in: {config.trained_guidance:g}"
+        rows["MeanFlow"] = (
+            f"average velocity ([arXiv 2505.13447](https://arxiv.org/abs/2505.13447)); steps 1, 2 or 4{learned}"
+        )
     if pipeline.guide is not None:
         mixers = _mixers(pipeline.guide)
         rows["guide"] = (
@@ -104,9 +110,16 @@ def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str]) -> st
     model = pipeline.transformer
     label = min(1, model.config.num_classes - 1)
     loading = "" if dtype == torch.float32 else f", dtype={dtype}"
-    guidance = 1.5 if model.null_label is not None or pipeline.guide is not None else 1.0
+    guided = model.null_label is not None or pipeline.guide is not None
+    fitting = Sampling(guidance_scale=None if guided else 1.0).fitted(model.config.use_meanflow)
     picture = pipeline.vae is not None or model.config.in_channels in (1, 3)
-    call = f"class_labels=[{label}], num_inference_steps=50, guidance_scale={guidance}, generator=generator"
+    call = (
+        f"class_labels=[{label}], num_inference_steps={fitting.steps}, guidance_scale={fitting.guidance_scale}, "
+        "generator=generator"
+    )
+    output = "the velocity data - noise"
+    if model.config.use_meanflow:
+        output = "the average velocity from t to timestep_r; without timestep_r, the velocity at t"
     draw = (
         f'image = pipe({call}).images[0]\nimage.save("image.png")'
         if picture
@@ -126,7 +139,7 @@ generator = torch.Generator().manual_seed(0)
 {draw}
 ```
 
-The transformer alone, t = 0 being noise, t = 1 data, and its output the velocity data - noise:
+The transformer alone, t = 0 being noise, t = 1 data, and its output {output}:
 
 ```python
 from diffusers import AutoModel
@@ -201,6 +214,10 @@ def _limits(pipeline: SiTPipeline, license: str) -> str:
     ]
     if model.null_label is None and pipeline.guide is None:
         limits.insert(1, "Trained without class dropout: no guidance (`guidance_scale=1`).")
+    elif (trained := model.config.trained_guidance) != 1:
+        limits.insert(1, f"Guidance of {trained:g} is in the weights: no other (`guidance_scale=1`).")
+    if model.config.use_meanflow:
+        limits.append("The scheduler is FlowMatchEulerDiscreteScheduler; no other follows average velocities.")
     if license == "unknown":
         limits.append("The code is under the MIT licence; nobody said what licence the weights are under.")
     return "\n".join(f"- {limit}" for limit in limits)

@@ -25,7 +25,7 @@ from sit_atconv.runtime.compat.diffusers import execution_device
 from sit_atconv.runtime.errors import InputError, check_choice, named
 from sit_atconv.runtime.limits import EVALUATIONS
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
-from sit_atconv.sampling.settings import Sampling, check_guide
+from sit_atconv.sampling.settings import Sampling, check_guide, check_velocities
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -99,7 +99,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
                 f"path={transformer.config.path!r}: flow-matching schedulers follow the linear path; sample this "
                 "transformer with `sit-atconv sample`"
             )
-        check_scheduler(scheduler)
+        check_scheduler(scheduler, transformer.config.use_meanflow)
         _check_kind(guide)
         modules = {"transformer": transformer, "vae": vae, "guide": guide, "scheduler": scheduler}
         taken = inspect.signature(type(self)).parameters
@@ -200,8 +200,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         guidance_channels: str = "all",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
@@ -218,11 +218,12 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Images of the classes asked for: num_images_per_prompt of each, those of one class together.
 
-        class_labels: ids or names, one or more. num_inference_steps: steps of the scheduler; with
-            FlowMatchEulerDiscreteScheduler they are uniform down to 0 unless `sigmas` says otherwise.
-        guidance_scale: 1 is none. Guidance is away from the pipeline's guide, without one from the null class.
-            guidance_channels: "all" or "first3" as the public SiT code. guidance_interval:
-            guidance acts for t in it, t = 0 noise, t = 1 data.
+        class_labels: ids or names, one or more. num_inference_steps: steps of the scheduler, by default 50, and 1 of a
+            MeanFlow transformer; with FlowMatchEulerDiscreteScheduler they are uniform down to 0 unless `sigmas` says
+            otherwise.
+        guidance_scale: 1 is none; by default 1.5, and 1 of a MeanFlow transformer. Guidance is away from the
+            pipeline's guide, without one from the null class. guidance_channels: "all" or "first3" as the public SiT
+            code. guidance_interval: guidance acts for t in it, t = 0 noise, t = 1 data.
         sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added. They may
             begin lower for `latents` of that level.
         generator: for the noise, one per image or one for all. latents: that noise itself, (images, C, H, W).
@@ -237,12 +238,16 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         Raises ValueError for bad labels, shapes, choices, schedulers, for guidance without null class and guide, for an
         interval of guidance that no step lies in, and for a guide that does not fit.
         """
-        if caution := check_scheduler(self.scheduler):
+        if caution := check_scheduler(self.scheduler, self.transformer.config.use_meanflow):
             warnings.warn(caution, stacklevel=3)  # of the caller: torch.no_grad is between
         self._check_vae()
         self._check_guide()
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        Sampling(guidance_scale=guidance_scale, guide=self._guide_at(guidance_scale)).for_model(self.transformer)
+        fitting = Sampling(guidance_scale=guidance_scale, guide=self._guide_at(guidance_scale)).for_model(
+            self.transformer
+        )
+        guidance_scale = fitting.guidance_scale
+        num_inference_steps = fitting.steps if num_inference_steps is None else num_inference_steps
         # Apart from the scale, which a callback may change: of none, they would do nothing.
         guided_by = Sampling(guidance_channels=guidance_channels, guidance_interval=guidance_interval, guide=self.guide)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -263,19 +268,21 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         timesteps, times = self._schedule(num_inference_steps, sigmas, given is not None)
         if guidance_scale != 1:
             guided_by.check_acts(times.clamp(*guided_by.interval(self.transformer)))
+        # An average velocity is asked for up to the next time.
+        ends = [*times[1:], times.new_ones(())] if self.transformer.config.use_meanflow else len(times) * [None]
         self._num_timesteps = len(timesteps)
         # A list of generators is for schedulers that draw, too.
         draws = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
         with self.progress_bar(total=len(timesteps)) as bar:
-            for step, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
+            for step, (timestep, t, s) in enumerate(zip(timesteps, times, ends, strict=True)):
                 if self.interrupt:
                     continue
                 self._current_timestep = timestep
                 guided = self._guided(class_labels, guided_by)
                 # Where the predictions of those that act give a velocity.
                 acting = Sampling(guide=self._guide_at(self._guidance_scale))
-                velocity = guided(latents, t.clamp(*acting.interval(self.transformer)))
+                velocity = guided(latents, t.clamp(*acting.interval(self.transformer)), s)
                 self._nfe += guided.nfe
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **draws)[0]
                 if callback_on_step_end is not None:
@@ -314,6 +321,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         if self.guide is not None:
             with named("guide"):
                 check_guide(self.guide, self.transformer)
+                check_velocities(self.guide, self.transformer)
 
     def _guide_at(self, scale: float) -> SiTTransformer2DModel | None:
         """The guide, where that guidance scale guides."""
@@ -336,10 +344,13 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             raise InputError(f"callback_on_step_end gave class id {outside[0]}; this model has ids 0 to {last}")
 
     def _network_of(self, model: SiTTransformer2DModel) -> Callable[..., torch.Tensor]:
-        def network(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def network(
+            x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, r: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            average = {} if r is None else {"timestep_r": r}
             # Caches keep states of one shape each: batches with and without guidance are contexts of their own.
             with model.cache_context(f"batch of {len(x)}"):
-                return model(x.to(model.dtype), t, labels, return_dict=False)[0].float()
+                return model(x.to(model.dtype), t, labels, return_dict=False, **average)[0].float()
 
         return network
 

@@ -86,9 +86,10 @@ IDLE |= {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_be
 IDLE |= {"dynamic_thresholding_ratio", "sample_max_value", "variance_type", "steps_offset"}
 
 
-def check_scheduler(scheduler: SchedulerMixin) -> str | None:
+def check_scheduler(scheduler: SchedulerMixin, average: bool = False) -> str | None:
     """Raise InputError for a scheduler that does not sample the distribution of a model of the linear flow.
 
+    average: the model predicts average velocities (MeanFlow), which Euler's steps alone follow.
     It must be one of RULES, or of a class derived from one, and have what the rules there allow; an option that this
     module does not know must have its default. Its noise levels must fall from 1, noise, to 0, data, by steps that get
     small as their number grows. Returns what to warn of: a scheduler that is right for distilled models alone.
@@ -102,6 +103,11 @@ def check_scheduler(scheduler: SchedulerMixin) -> str | None:
             "DPMSolverMultistepScheduler with use_flow_sigmas=True, prediction_type='flow_prediction'"
         )
     options, defaults = _options(scheduler, kind)
+    if average and (kind is not FlowMatchEulerDiscreteScheduler or options.get("stochastic_sampling")):
+        raise InputError(
+            f"scheduler {name} does not follow average velocities, which this model predicts (MeanFlow); use "
+            "FlowMatchEulerDiscreteScheduler() without stochastic_sampling"
+        )
     known = LEVELS | STEPS | IDLE | {rule.option for rule in RULES[kind]}
     others = [Rule(option, (defaults[option],), "is not known to follow the flow") for option in options.keys() - known]
     for rule in (*RULES[kind], *others):

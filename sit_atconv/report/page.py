@@ -223,13 +223,16 @@ def _key_facts(run: Run) -> dict[str, Content]:
         trained = f"{trained} of {_quantity(goal)}"
     losses = [row["loss"] for row in run.log if number(row.get("loss")) is not None]
     model = _first(run.recipe.get("model.name"), training("name"), "SiT of own sizes" if run.recipe else None)
-    validated = {}
+    average, validated = {}, {}
+    if run.recipe.get("meanflow.share") is not None or training("meanflow") is not None:
+        average["Predicts"] = "average velocities (MeanFlow)"
     if run.validation:
         validated["Latest validation loss"] = _validated(run.validation[-1])
     seen = _first(last.get("images_seen"), run.checkpoint.get("images_seen"), training("images_seen"))
     return {
         "Model": _fact(model),
         "Token mixer": _fact(_first(run.recipe.get("model.token_mixer"), training("token_mixer"))),
+        **average,
         "Parameters": _number_of(_first(run.params, training("params"))),
         "Data": _fact(f"{data}, {images:,} images{held_out}" if number(images) is not None and data else data),
         "Steps": trained,

@@ -65,6 +65,11 @@ def run(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     trained = load_trained(args.ckpt)
     check_path(trained.model)
+    if (guidance := trained.model.config.trained_guidance) != 1:
+        raise InputError(
+            f"{option('ckpt', str(args.ckpt))} has guidance {guidance:g} in its weights: its flow does not end at the "
+            "density of the data; give a model without"
+        )
     dataset, level = real_images(trained, args.split)
     if args.num > len(dataset):
         raise InputError(f"{option('num', args.num)}: the split {args.split} has {len(dataset)} images")

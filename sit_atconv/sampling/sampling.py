@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from sit_atconv.flow.guidance import Evaluations, GuidedVelocity
+from sit_atconv.flow.meanflow import jump
 from sit_atconv.flow.path import PATHS
 from sit_atconv.flow.samplers import SAMPLERS
 from sit_atconv.flow.sde import SDE, SDE_SAMPLERS, last_step
@@ -107,11 +108,13 @@ def sample_latents(
     one.
     The host waits for the device where it records, and with dopri5 alone.
     """
+    sampling = sampling.fitted(model.config.use_meanflow)
     shape, path, device = (model.config.in_channels, *model.latent_size), PATHS[model.config.path](), model.device
 
     def network_of(one: SiTTransformer2DModel, graphs: Graphs | None) -> Callable[..., torch.Tensor]:
-        def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            predicted = one(x.to(one.dtype), t, y, return_dict=False)[0]
+        def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
+            average = {} if r is None else {"timestep_r": r}
+            predicted = one(x.to(one.dtype), t, y, return_dict=False, **average)[0]
             return predicted.to(torch.float32, copy=True)  # a compiled model may write its next output over this one
 
         return network if graphs is None else graphs.of(one, network)
@@ -124,14 +127,16 @@ def sample_latents(
 
     start, end = sampling.interval(model)
 
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        v = guided(x, t)
+    def velocity(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor | None = None) -> torch.Tensor:
+        v = guided(x, t, s)
         if watch is not None:
             watch(guided.nfe, (float(t) - start) / (end - start))
         return v
 
     times = time_grid(start, end, sampling.steps - (sampling.last_step_size is not None))
     x = brought(noise(shape, seed, Stream.SAMPLE_NOISE, indices), device)
+    if model.config.use_meanflow:
+        return jump(velocity, x, times), guided.nfe
     if sampling.sampler in SAMPLERS:
         return SAMPLERS[sampling.sampler](velocity, x, times), guided.nfe
     sde = SDE(path, sampling.diffusion, sampling.diffusion_norm)

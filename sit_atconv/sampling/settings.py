@@ -27,6 +27,9 @@ LAST_STEP = When(
     f"{OF_SDE.text} and a last_step", lambda sampling: OF_SDE.holds(sampling) and sampling.last_step != "none"
 )
 
+# Steps and guidance where none are asked for.
+OF_FLOW, OF_AVERAGE = (50, 1.5), (1, 1.0)
+
 # What a setting is called on a command line and in a table, where that is not its name.
 SHORT = {"guidance_scale": "cfg", "guidance_channels": "cfg_channels", "guidance_interval": "cfg_interval"}
 
@@ -53,15 +56,22 @@ class Sampling:
     """How images are drawn, whichever images they are; each setting says what it does as its `help`.
 
     The settings of an SDE are None for an ODE sampler. Their defaults are those of the public SiT code's evaluation.
+    steps and guidance_scale are None until `fitted` puts in what fits the model.
     guide: a checkpoint's place, where settings are stated; the SiT in it, where images are drawn.
     Raises InputError for a value out of range, or one that would do nothing.
     """
 
     sampler: str = chosen("euler", SAMPLERS, help="how t goes from noise to data")
-    steps: int = ranged(
-        50, EVALUATIONS, help="steps from noise to data, an SDE's last step included; dopri5 sets its own"
-    )
-    guidance_scale: float = ranged(1.5, GUIDANCE, help="guidance, classifier-free or by a guide; 1 is none")
+    steps: int | None = ranged(
+        None, EVALUATIONS,
+        help="steps from noise to data, an SDE's last step included; dopri5 sets its own (default: "
+        f"{OF_FLOW[0]}; {OF_AVERAGE[0]} of a MeanFlow model)",
+    )  # fmt: skip
+    guidance_scale: float | None = ranged(
+        None, GUIDANCE,
+        help=f"guidance, classifier-free or by a guide; 1 is none (default: {OF_FLOW[1]:g}; {OF_AVERAGE[1]:g} of a "
+        "MeanFlow model)",
+    )  # fmt: skip
     guidance_channels: str = chosen("all", CHANNELS, help="latent channels guided")
     guidance_interval: list[float] = ranged([0.0, 1.0], TIME, help="guidance acts for t in it, t = 0 noise, t = 1 data")
     guide: Any = field(
@@ -90,7 +100,7 @@ class Sampling:
     def _settle(self) -> None:
         """Put what None stands for in its place, and check all but ranges."""
         settle("", self)
-        if self.steps < self.least_steps:
+        if self.steps is not None and self.steps < self.least_steps:
             raise InputError(f"steps={self.steps}: must be at least 2 with a last step, which is one of them")
         interval = self.guidance_interval
         if not (isinstance(interval, list | tuple) and len(interval) == 2 and interval[0] <= interval[1]):
@@ -108,6 +118,16 @@ class Sampling:
         if self.guide is not None and self.guidance_scale == 1:
             stated = f"guide={self.guide}" if isinstance(self.guide, str) else "guide"
             raise InputError(f"{stated}: with guidance_scale=1 nothing is guided; leave it out")
+
+    def fitted(self, average: bool = False) -> "Sampling":
+        """The settings, with what fits a flow in the place of None in steps and guidance_scale; average: what fits a
+        model of average velocities (MeanFlow)."""
+        steps, scale = OF_AVERAGE if average else OF_FLOW
+        return replace(
+            self,
+            steps=steps if self.steps is None else self.steps,
+            guidance_scale=scale if self.guidance_scale is None else self.guidance_scale,
+        )
 
     @property
     def guide_model(self) -> "nn.Module | None":
@@ -147,15 +167,29 @@ class Sampling:
         return SBDM_EPSILON if steep else SAMPLE_EPSILON
 
     def for_model(self, model: "nn.Module") -> "Sampling":
-        """The settings with the epsilon that acts on this SiT, None where no end of its flow is singular.
+        """The settings as they act on this SiT: `fitted`, and with epsilon None where no end of its flow is singular.
 
         Raises InputError when the model cannot be sampled as asked, or something asked would do nothing to it.
         """
         check_path(model)
+        average = model.config.use_meanflow
+        if average and self.sampler != "euler":
+            raise InputError(
+                f"sampler={self.sampler}: this model predicts average velocities (MeanFlow), which only euler follows, "
+                "whose steps along them are exact; use sampler=euler"
+            )
         if self.guide is not None:
             guide = self.guide_model
             with named("guide"):
                 check_guide(guide, model)
+                check_velocities(guide, model)
+        if self.steps is None or self.guidance_scale is None:
+            return self.fitted(average).for_model(model)
+        if self.guidance_scale != 1 and (trained := model.config.trained_guidance) != 1:
+            raise InputError(
+                f"guidance_scale={self.guidance_scale:g}: this model has guidance {trained:g} in its weights; use "
+                "guidance_scale=1"
+            )
         if self.guidance_scale != 1 and model.null_label is None and self.guide is None:
             raise InputError(
                 f"guidance_scale={self.guidance_scale:g} needs a null class, and this model was trained without class "
@@ -224,6 +258,15 @@ def check_path(model: "nn.Module") -> None:
             f"path={model.config.path!r}: a DiT with time 0..999, 999 being noise; our samplers follow {sorted(PATHS)} "
             "from t = 0, noise, to t = 1, data, and cannot draw from it"
         )
+
+
+def check_velocities(guide: "nn.Module", model: "nn.Module") -> None:
+    """Raise InputError where a guide, or what it is to guide, predicts average velocities (MeanFlow)."""
+    for what, each in (("it", guide), ("the model that it is to guide", model)):
+        if each.config.use_meanflow:
+            raise InputError(
+                f"{what} predicts average velocities (MeanFlow), and a guide acts on velocities; leave the guide out"
+            )
 
 
 def check_guide(guide: "nn.Module", model: "nn.Module") -> None:

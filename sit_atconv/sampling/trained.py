@@ -39,10 +39,13 @@ def describe_training(trained: Trained) -> dict[str, Any]:
     name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
     distill: of a run with a teacher, which of its attentions were replaced, and whether by attention.
     init: of a run that began from a checkpoint, the parts that were drawn anew. lora: of a run of LoRA, its rank and
-    alpha; of adapters from a file, which says nothing of their training, its SHA-256.
+    alpha; of adapters from a file, which says nothing of their training, its SHA-256. meanflow: of a run that learned
+    average velocities, the share of samples with two times, the guidance in the weights, what the change was taken
+    along, and whether a teacher gave the velocity.
     """
     recipe, init = trained.manifest.get("recipe"), trained.manifest.get("init")
-    repa, distill, lora = ((recipe or {}).get(section) or {} for section in ("repa", "distill", "lora"))
+    sections = ("repa", "distill", "lora", "meanflow")
+    repa, distill, lora, meanflow = ((recipe or {}).get(section) or {} for section in sections)
     if "lora" in trained.files:
         added = {"sha256": trained.files["lora"]}
     else:
@@ -62,6 +65,14 @@ def describe_training(trained: Trained) -> dict[str, Any]:
         "distill": {key: distill[key] for key in ("select", "control")} if distill.get("teacher") else None,
         "init": init and {"anew": init["anew"]},
         "lora": added,
+        "meanflow": {
+            "share": meanflow["share"],
+            "guidance": trained.model.config.trained_guidance,
+            "tangent": meanflow["tangent"],
+            "teacher": meanflow["teacher"] is not None,
+        }
+        if meanflow.get("share")
+        else None,
         "params": count_parameters(trained.model),
     }
 

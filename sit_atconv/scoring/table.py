@@ -32,12 +32,14 @@ FORM = {
 }  # fmt: skip
 NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
 # Of the training; with step and images seen, what a row is of.
-METHOD = ("name", "token_mixer", "params", "precision", "repa", "distill", "init", "lora")
+METHOD = ("name", "token_mixer", "params", "precision", "repa", "distill", "init", "lora", "meanflow")
 
 TOLD, LONGEST = 8, 40  # facts that a refusal names, and characters of each
 TEXTS = ("model", "seeds", "conditions", "source")  # columns
 # Of METHOD, what stands on the name of a method that was trained so.
-MARKS = {"repa": " + REPA", "distill": " + distill", "init": " + train.init", "lora": " + LoRA"}
+MARKS = {
+    "repa": " + REPA", "distill": " + distill", "init": " + train.init", "lora": " + LoRA", "meanflow": " + MeanFlow",
+}  # fmt: skip
 
 
 def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:

@@ -68,6 +68,7 @@ RECIPE_FORM = {
     "repa?": {"encoder": (str, None), "depth": POSITIVE, "weight": float},
     "distill?": {"teacher": (str, None), "select": object, "control": bool},
     "lora?": {"rank": (POSITIVE, None), "alpha": (float, None)},
+    "meanflow?": {"share": (float, None), "tangent": (str, None), "teacher": (str, None)},
 }  # fmt: skip
 # Where the first weights came from, see training.origin.
 INIT_FORM = {

@@ -31,6 +31,11 @@ def load_teacher(recipe: config.Recipe, latent_shape: tuple[int, int, int], num_
     with torch.device("cpu"):
         trained = load_trained(recipe.distill.teacher)
     teacher = trained.model.requires_grad_(False)
+    if teacher.config.use_meanflow:
+        raise InputError(
+            f"distill.teacher={recipe.distill.teacher!r} predicts average velocities (MeanFlow), and the student "
+            "learns velocities; give a teacher of velocities"
+        )
     channels, height, width = latent_shape
     for what, own, wanted in (
         ("in_channels", teacher.config.in_channels, channels),
