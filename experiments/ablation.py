@@ -47,7 +47,7 @@ from sit_atconv.training.resolved import changes
 
 TIMES = 16  # of every held-out image, one in each of as many equal parts of [0, 1]
 RESULT = "result.json"
-RESULT_FORM = {"system": str, "arm": str, "seed": COUNT, "loss": float, "top1?": float, "command": [str]}
+RESULT_FORM = {"system": str, "arm": str, "seed": COUNT, "command": [str]}  # and the figures
 KEYS = ("system", "seeds", "versions", "results")  # of a system's JSON
 
 
@@ -171,7 +171,7 @@ def make(system: System, runs: Path, arm: Arm, seed: int, dry_run: bool) -> dict
     found = checkpoint.newest_valid(folder) if file.exists() else None
     if found and found[1]["step"] == system.steps(recipe) and not system.changes(found[1]["recipe"], recipe):
         try:
-            return read_json(file, RESULT_FORM)
+            return read_json(file, {**RESULT_FORM, **dict.fromkeys(system.figures, float)})
         except (OSError, Malformed) as error:
             raise InputError(f"{str(file)!r} cannot be read ({error}); remove it, and it is made anew") from None
     if dry_run:

@@ -16,8 +16,9 @@ import sampling.__main__ as sampling
 import train_attnet
 import train_sit
 from eval.__main__ import main as evaluate
-from experiments import ablation, error_bars, finetune, principles, schedulers
+from experiments import ablation, error_bars, finetune, meanflow, principles, schedulers
 from experiments.bench import attnet, cache, loop, op, swap
+from experiments.bench import meanflow as meanflow_step
 from sit_atconv import create_model, posthoc
 from sit_atconv.__main__ import main as command
 from sit_atconv.convert import __main__ as convert
@@ -61,12 +62,14 @@ COMMANDS = {
     "bench.swap": (swap.main, ["--device", "cpu"], [".json", ".md"]),
     "bench.loop": (loop.main, [], [".json"]),
     "bench.cache": (cache.main, [], [".json", ".md"]),
+    "bench.meanflow": (meanflow_step.main, ["--device", "cpu"], [".json", ".md"]),
 }
-STEMS = ("speed", "bench.op", "bench.swap", "bench.cache")  # which add the endings themselves
+STEMS = ("speed", "bench.op", "bench.swap", "bench.cache", "bench.meanflow")  # which add the endings themselves
 FOLDERS = {  # commands with a fixed name in a folder
     "attnet": (attnet.main, ["--device", "cpu"], "cost.md"),
     "ablation": (ablation.main, [], "sit.png"),
     "finetune": (finetune.main, [], "finetune.md"),
+    "meanflow": (meanflow.main, [], "meanflow.png"),
     "error_bars": (error_bars.main, [], "error_bars.md"),
     "schedulers": (schedulers.main, [], "schedulers.json"),
     "principles": (principles.main, ["attnet_t2"], "fields.png"),
