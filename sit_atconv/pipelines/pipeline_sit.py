@@ -2,11 +2,10 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -199,19 +198,21 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             )
         return latents.to(device, torch.float32)
 
-    def enable_cache(self, cache: str, ratios: str | PathLike | None = None) -> None:
+    def enable_cache(self, cache: str, ratios: Mapping | None = None) -> None:
         """Leave blocks of the transformer, and of the guide, out where they change little, from the next call on.
 
         cache: "first_block:THRESHOLD", "taylorseer:INTERVAL:ORDER" or "mag:THRESHOLD", as `sit-atconv sample` takes it.
-        ratios: for mag, the file that `sit-atconv calibrate` wrote beside the weights of the transformer.
+        ratios: for mag, what is in the file that `sit-atconv calibrate` wrote beside the weights of the transformer.
         Raises InputError for a cache that is none, and for ratios that are missing, damaged or idle. A call raises it
         where the cache cannot work in its steps.
         """
         asked = caches.parse(cache)
         if (asked.kind == caches.MAG) != (ratios is not None):
-            needs = "takes no ratios" if ratios else "needs the file of ratios that `sit-atconv calibrate` writes"
+            needs = "takes no ratios" if ratios is not None else "needs the ratios that `sit-atconv calibrate` writes"
             raise InputError(f"cache={cache!r}: {asked.kind} {needs}")
-        self._cache, self._ratios = asked, ratios and caches.read_ratios(Path(ratios))
+        if ratios is not None:
+            caches.check_ratios(ratios)
+        self._cache, self._ratios = asked, ratios
 
     def disable_cache(self) -> None:
         """Switch the cache off again."""

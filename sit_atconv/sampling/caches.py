@@ -15,17 +15,15 @@ diffusers' hooks take seconds to load, and are loaded where a cache is switched 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sit_atconv.flow.times import within
-from sit_atconv.runtime.errors import InputError, check_choice, option, reason
+from sit_atconv.runtime.errors import InputError, check_choice, option
 from sit_atconv.runtime.limits import Range, number
-from sit_atconv.runtime.reading import SHA256, Malformed, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +39,6 @@ KINDS = {
     MAG: {"threshold": (THRESHOLD, None)},
 }
 FULL = 3  # evaluations at the start in which taylorseer runs everything, diffusers' default
-RATIOS_FORM = {"times": [float], "ratios": [float], "weights": {str: SHA256}}
 
 
 @dataclass(frozen=True)
@@ -160,27 +157,22 @@ def context(model: nn.Module, batch: int) -> AbstractContextManager[None]:
     return model.cache_context(f"batch of {batch}") if model.is_cache_enabled else nullcontext()
 
 
-def read_ratios(path: Path) -> dict[str, Any]:
-    """What `sit-atconv calibrate` wrote, of RATIOS_FORM: `times` of its evaluations, which rise from 0 to 1, and
-    `ratios`: how long what the blocks add is, on average over the tokens, beside the evaluation before; 1 at the first.
-
-    Raises InputError for a file that is not there or damaged.
-    """
-    remedy = "write it by `sit-atconv calibrate`"
+def check_ratios(found: Mapping[str, Any]) -> None:
+    """Raise InputError unless there are `times`, which rise within [0, 1], and a positive number of `ratios` for each:
+    how long what the blocks add is, on average over the tokens, beside the evaluation before; 1 at the first."""
     try:
-        found = read_json(path, RATIOS_FORM)
-    except OSError as error:
-        raise InputError(f"ratios {str(path)!r} cannot be read: {reason(error)}; {remedy}") from None
-    except Malformed as error:
-        raise InputError(f"ratios {str(path)!r} are damaged: {error}; {remedy} again") from None
-    times, ratios = found["times"], found["ratios"]
-    rising = all(a < b for a, b in pairwise([-1, *times, 2])) and all(0 <= t <= 1 for t in times)
-    if not (len(times) == len(ratios) > 1 and rising and min(ratios) > 0):
-        raise InputError(f"ratios {str(path)!r} are damaged: times must rise within [0, 1], a ratio each; {remedy}")
-    return found
+        times, ratios = found["times"], found["ratios"]
+        fits = len(times) == len(ratios) > 1 and all(a < b for a, b in pairwise(times))
+        fits = fits and times[0] >= 0 and times[-1] <= 1 and all(ratio > 0 for ratio in ratios)
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise InputError(
+            "ratios: times must rise within [0, 1], with a ratio over 0 each; give what `sit-atconv calibrate` writes"
+        )
 
 
-def ratios_at(found: dict[str, Any], times: Sequence[float]) -> list[float]:
+def ratios_at(found: Mapping[str, Any], times: Sequence[float]) -> list[float]:
     """The ratios of evaluations at other times: quotients of one curve over time, the logarithm of which is straight
     between the calibrated times, and goes on straight beyond them."""
     import numpy as np

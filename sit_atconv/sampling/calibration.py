@@ -10,12 +10,23 @@ import torch
 from torch import nn
 
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.runtime.errors import InputError, option
+from sit_atconv.runtime.errors import InputError, option, told
 from sit_atconv.runtime.files import MAG_RATIOS, library_versions
-from sit_atconv.sampling.caches import MAG, Cache, check, enable, ratios_at, read_ratios
+from sit_atconv.runtime.reading import SHA256, read_json
+from sit_atconv.sampling.caches import MAG, Cache, check, check_ratios, enable, ratios_at
 from sit_atconv.sampling.sampling import random_label, sample_latents
 from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training.checkpoint import Trained
+
+RATIOS_FORM = {"times": [float], "ratios": [float], "weights": {str: SHA256}}
+
+
+def read_ratios(path: str | Path) -> dict[str, Any]:
+    """What `sit-atconv calibrate` wrote, see `caches.check_ratios`. Raises InputError for what is not there or damaged."""
+    remedy = "write it by `sit-atconv calibrate`"
+    with told(f"ratios {str(path)!r} cannot be read", OSError, InputError, remedy=remedy):
+        check_ratios(found := read_json(path, RATIOS_FORM))
+    return found
 
 
 def place_of(trained: Trained) -> Path:
@@ -51,7 +62,7 @@ def enable_for(trained: Trained, cache: Cache, sampling: Sampling) -> Path | Non
 def calibrate(
     model: SiTTransformer2DModel, sampling: Sampling, num: int, seed: int = 0
 ) -> tuple[list[float], list[float]]:
-    """(times, ratios) of the evaluations in which `num` images of random classes are drawn, see `caches.read_ratios`.
+    """(times, ratios) of the evaluations in which `num` images of random classes are drawn, see `caches.check_ratios`.
 
     The ratio is the mean over images and tokens of |r_i| / |r_(i-1)|, r being what all blocks together add to a token;
     of a guided evaluation both halves count.

@@ -17,6 +17,7 @@ from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError, option
 from sit_atconv.sampling import SCHEDULERS
 from sit_atconv.sampling import sampling as own
+from sit_atconv.sampling.calibration import read_ratios
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.noise import noise
 from sit_atconv.sampling.sampling import Watch, render
@@ -74,7 +75,7 @@ def generate(
 ) -> tuple[torch.Tensor, Evaluations]:
     """As `sit_atconv.sampling.sampling.generate`, with `scheduler` instead of the sampler of `sampling`.
 
-    cache, ratios: as `SiTPipeline.enable_cache` takes them.
+    cache: as `SiTPipeline.enable_cache` takes it. ratios: the file of those that it takes.
     The noise of image i comes from (seed, i) here too, and so does what a stochastic scheduler draws.
     Warns of a scheduler that is right for distilled models alone. Raises InputError for a model that is not of the
     linear path, and for a scheduler that would not draw the model's distribution; NotFinite as there.
@@ -82,7 +83,7 @@ def generate(
     pipe = SiTPipeline(model, guide=sampling.guide_model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     if cache is not None:
-        pipe.enable_cache(cache, ratios)
+        pipe.enable_cache(cache, ratios and read_ratios(ratios))
     shape = (model.config.in_channels, *model.latent_size)
 
     def after_step(pipe: SiTPipeline, step: int, *_) -> dict:

@@ -388,6 +388,22 @@ def test_registered_blocks_are_known_to_diffusers():
     assert TransformerBlockRegistry.get(Block).return_encoder_hidden_states_index is None
 
 
+def test_a_cache_begins_anew():
+    from diffusers import FirstBlockCacheConfig
+
+    model, runs = small(token_mixer="atconv"), []
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.blocks[-1].attn.register_forward_pre_hook(lambda *_: runs.append(1))
+    model.enable_cache(FirstBlockCacheConfig(threshold=1000.0))
+    for expected in (1, 1, 2):  # the last one after the reset
+        if expected == 2:
+            diffusers.reset_cache(model)
+        with torch.no_grad(), model.cache_context("one"):
+            model(torch.ones(1, 4, 8, 8), 0.5, torch.tensor([0]))
+        assert len(runs) == expected
+
+
 def test_adapters_are_those_of_the_mixin(monkeypatch):
     ours, theirs = vars(diffusers.Adapters), vars(PeftAdapterMixin)
     own = {"__dict__", "__doc__", "__module__", "__weakref__", "__annotations__"}

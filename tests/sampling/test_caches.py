@@ -19,7 +19,7 @@ from sit_atconv.layers.atconv import ATConv
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import MAG_RATIOS, sha256
 from sit_atconv.sampling import caches
-from sit_atconv.sampling.calibration import calibrate
+from sit_atconv.sampling.calibration import calibrate, read_ratios
 from sit_atconv.sampling.graphs import can_record
 from sit_atconv.sampling.noise import noise
 from sit_atconv.sampling.sampling import Stream, sample_latents
@@ -155,17 +155,15 @@ def test_images_depend_on_none_that_were_drawn_before(cache):
         torch.testing.assert_close(draw(model, [4], LABELS[:1]), alone[:1], atol=1e-5, rtol=1e-5)
 
 
-def kept(tmp_path, ratios, times):
-    path = tmp_path / MAG_RATIOS
-    path.write_text(json.dumps({"times": times, "ratios": ratios, "weights": {}}))
-    return path
+def kept(ratios, times):
+    return {"times": times, "ratios": ratios, "weights": {}}
 
 
 @pytest.mark.parametrize("cache", ["first_block:0.3", "taylorseer:4", "mag:0.5"])
-def test_the_pipeline_draws_with_a_cache_what_our_sampler_draws(cache, tmp_path):
+def test_the_pipeline_draws_with_a_cache_what_our_sampler_draws(cache):
     times = [index / 12 for index in range(12)]
-    ratios = kept(tmp_path, [1.0, *RISING[1:]], times) if cache.startswith("mag") else None
-    own, model = on(cache, caches.ratios_at(caches.read_ratios(ratios), times) if ratios else None), lively()
+    ratios = kept([1.0, *RISING[1:]], times) if cache.startswith("mag") else None
+    own, model = on(cache, ratios and caches.ratios_at(ratios, times)), lively()
     expected = draw(own, guidance_scale=2.0)
     pipe = SiTPipeline(model, scheduler=FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -195,16 +193,20 @@ def test_the_pipeline_refuses_a_cache_that_cannot_work(tmp_path):
     with pytest.raises(InputError, match=r"comes to t = .* twice"):
         pipe(0, 5, output_type="latent")
     for spec, ratios, says in (
-        ("mag:0.1", None, "mag needs the file of ratios"), ("taylorseer", "x", "takes no ratios"),
-        ("mag:0.1", tmp_path / "none", "cannot be read: No such file"),
-        ("mag:0.1", kept(tmp_path, [1.0, 1.1], [0.5, 0.2]), "times must rise"),
-        ("mag:0.1", kept(tmp_path, [1.0, -1.1], [0.2, 0.5]), "a ratio each"),
+        ("mag:0.1", None, "mag needs the ratios"), ("taylorseer", {}, "takes no ratios"),
+        ("mag:0.1", {}, "times must rise"),
+        ("mag:0.1", kept([1.0, 1.1], [0.5, 0.2]), "times must rise"),
+        ("mag:0.1", kept([1.0, -1.1], [0.2, 0.5]), "a ratio over 0 each"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=says):
             pipe.enable_cache(spec, ratios)
-    pipe.enable_cache("mag:0.1", kept(tmp_path, [1.0, 1.1], [0.2, 0.5]))
+    pipe.enable_cache("mag:0.1", kept([1.0, 1.1], [0.2, 0.5]))
     with pytest.raises(InputError, match="guidance in an interval"):
         pipe(0, 5, guidance_interval=(0, 0.5), output_type="latent")
+    (tmp_path / MAG_RATIOS).write_text(json.dumps(kept([1.0], [0.2])))
+    for path, says in ((tmp_path / "none", "No such file"), (tmp_path / MAG_RATIOS, "times must rise")):
+        with pytest.raises(InputError, match=f"cannot be read: .*{says}"):
+            read_ratios(path)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
