@@ -239,9 +239,14 @@ class _Frontier:
                 self._draw(points, seed, bar)
         for _ in range(FEWEST + 1):
             if lacking := [point for point in points if len(self._times(point)) < FEWEST]:
-                with numerics(deterministic=True), Progress(desc="times", unit="block", leave=False) as bar:
+                total = len(lacking) * self.args.batch
+                with (
+                    numerics(deterministic=True),
+                    Progress(desc="times", total=total, unit="image", leave=False) as bar,
+                ):
                     for point in lacking:
                         self._block(point, 0, 0, bar, keep=False)
+                        bar.update(self.args.batch)
         for point in points:
             with named(point.told()):
                 results = [self._score(work) for work in point.works]

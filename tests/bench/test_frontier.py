@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from PIL import Image
 from sit_atconv import create_model
 from sit_atconv.__main__ import main
 from sit_atconv.bench import choosing, frontier, grid, plots
+from sit_atconv.commands import parser_of
+from sit_atconv.commands.options import sampling_asked
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.sampling.samples import Samples
 from sit_atconv.scoring import digits
@@ -215,6 +218,12 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     assert [each["of"] for each in result["recommended"]] == ["first", "second", None]
     assert all(each["command"] in text and each["score_command"] in text for each in result["recommended"])
     assert set(result["models"]) == {"first", "second"}
+    rows = [json.loads(line) for line in (out / frontier.TIMES).read_text().splitlines()]
+    turns = [[(row["model"], row["point"]) for row in rows[first : first + 12]] for first in range(0, 72, 12)]
+    assert turns == 3 * [
+        turns[0],
+        turns[0][::-1],
+    ]  # in each of 2 x 3 rounds all points, so that a drift meets all alike
     assert result["models"]["first"]["checkpoint_sha256"] != result["models"]["second"]["checkpoint_sha256"]
     with Image.open(out / "frontier.png") as image:
         assert image.size == (1500, 975)
@@ -289,6 +298,27 @@ def test_steps_that_do_not_help_are_dropped_and_named(written, models, tmp_path,
     assert "4.90 ± 0.20 at 6 steps is not below 5.00 ± 0.20 at 4 steps" in result["dropped"][0]["why"]
     assert "first, sampler=midpoint steps=8" in (tmp_path / "out/frontier.md").read_text()
     assert "dropped first, sampler=euler steps=8" in capsys.readouterr().err
+
+
+def test_time_ends_where_decoding_begins(monkeypatch):
+    clock = itertools.count(10)
+    monkeypatch.setattr(frontier.time, "perf_counter", lambda: next(clock))
+    codec = SimpleNamespace(decode=lambda latents: (latents, next(clock)), describe=lambda: "its own")
+    watch = frontier._Stopwatch(codec, torch.device("cpu"))
+    start = watch.now()
+    assert watch.decode("latents") == ("latents", 12)
+    assert (start, watch.reached, watch.describe()) == (10, 11, "its own")
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments/grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_grids_that_are_shipped_name_what_generate_takes(path, models):
+    points = grid.read_grid(path)
+    parser = parser_of("generate", "generate")
+    for stated in points:
+        words = ["--ckpt", str(models / "first"), *grid.words_of(stated), "--num", "2", "--out", "x"]
+        sampling_asked(parser.parse_args(words))
+    text = path.read_text().replace(" \\\n#", "")
+    assert parser_of("frontier", "frontier").parse_args(shlex.split(text.splitlines()[0])[3:]).grid == str(path)
 
 
 def test_a_picture_takes_points_without_errors():
