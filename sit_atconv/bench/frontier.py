@@ -257,12 +257,13 @@ class _Frontier:
         try:
             for number, point in enumerate(points):
                 with named(point.told()):
-                    missing[number] = blocks = point.works[seed].samples.claim()
-                    there = self.args.num - sum(len(point.works[seed].samples.indices(block)) for block in blocks or ())
-                    bar.update(there)
+                    samples = point.works[seed].samples
+                    missing[number] = samples.claim()
+                    bar.update(self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
             warm_up(self.device)
-            for block in range(points[0].works[seed].samples.blocks):
-                for number in missing if block % 2 == 0 else reversed(missing):
+            blocks = points[0].works[seed].samples.blocks
+            for block in range(blocks):
+                for number in missing if (seed * blocks + block) % 2 == 0 else reversed(missing):
                     if block in (missing[number] or ()):
                         with numerics(deterministic=True), named(points[number].told()):
                             bar.update(self._block(points[number], seed, block, bar))

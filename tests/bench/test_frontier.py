@@ -193,17 +193,18 @@ def test_several_seeds_have_the_error_of_their_mean():
 
 def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(written, models, tmp_path, capsys):
     out = tmp_path / "out"
-    result = call(models, out, written(), "--seeds", 3, 4, names=("first", "second"))
+    text = (
+        "- {sampler: [euler, euler-maruyama], steps: 3, guidance_scale: 1}\n- {steps: 3, guidance_scale: [1.0, null]}"
+    )
+    result = call(models, out, written(text), "--seeds", 3, 4, names=("first", "second"))
     text = capsys.readouterr().out
     points = result["points"]
-    # euler is the default: one of the last block's combinations is one of the first's, the other is guided
-    assert [point["label"] for point in points[:6]] == [
-        "euler, 2 steps, guidance_scale=1", "euler, 4 steps, guidance_scale=1", "midpoint, 2 steps, guidance_scale=1",
-        "midpoint, 4 steps, guidance_scale=1", "euler-maruyama, 3 steps, guidance_scale=1", "4 steps",
-    ]  # fmt: skip
-    assert [point["nfe"] for point in points] == 2 * [2, 4, 4, 8, 3, 8]
-    assert [point["kind"] for point in points] == 2 * ["ODE", "ODE", "ODE", "ODE", "SDE", "ODE"]
-    assert [point["model"] for point in points] == 6 * ["first"] + 6 * ["second"]
+    # euler is the default: one of the second block's combinations is one of the first's, the other is guided
+    assert result["common"] == {"steps": 3}
+    labels = ["euler, guidance_scale=1", "euler-maruyama, guidance_scale=1", "defaults"]
+    assert [(each["model"], each["label"]) for each in points] == [(a, b) for a in ("first", "second") for b in labels]
+    assert [point["nfe"] for point in points] == 2 * [3, 3, 6]
+    assert [point["kind"] for point in points] == 2 * ["ODE", "SDE", "ODE"]
     for point in points:
         own = [each["metrics"]["frechet_distance"]["value"] for each in point["seeds"]]
         assert [each["seed"] for each in point["seeds"]] == [3, 4]
@@ -219,12 +220,8 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     assert all(each["command"] in text and each["score_command"] in text for each in result["recommended"])
     assert set(result["models"]) == {"first", "second"}
     rows = [json.loads(line) for line in (out / frontier.TIMES).read_text().splitlines()]
-    turns = [[(row["model"], row["point"]) for row in rows[first : first + 12]] for first in range(0, 72, 12)]
-    assert turns == 3 * [
-        turns[0],
-        turns[0][::-1],
-    ]  # in each of 2 x 3 rounds all points, so that a drift meets all alike
-    assert result["models"]["first"]["checkpoint_sha256"] != result["models"]["second"]["checkpoint_sha256"]
+    turns = [[(row["model"], row["point"]) for row in rows[first : first + 6]] for first in range(0, 36, 6)]
+    assert turns == 3 * [turns[0], turns[0][::-1]]  # all points in each round, so that a drift meets all alike
     with Image.open(out / "frontier.png") as image:
         assert image.size == (1500, 975)
 
