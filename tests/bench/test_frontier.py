@@ -19,6 +19,7 @@ from sit_atconv.bench import choosing, frontier, grid, plots
 from sit_atconv.commands import parser_of
 from sit_atconv.commands.options import sampling_asked
 from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import png
 from sit_atconv.sampling.samples import Samples
 from sit_atconv.scoring import digits
 
@@ -59,6 +60,11 @@ def untrained_classifier(monkeypatch):
     torch.manual_seed(0)
     made = digits.DigitsClassifier().eval(), 0.1
     monkeypatch.setattr(digits, "train_classifier", lambda: made)
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(frontier, "plot_frontier", lambda *_: png(Image.new("L", (2, 2))))
 
 
 def call(models, out, grid, *more, names=("first",)) -> dict:
@@ -191,6 +197,7 @@ def test_several_seeds_have_the_error_of_their_mean():
 # The command
 
 
+@pytest.mark.slow
 def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(written, models, tmp_path, capsys):
     out = tmp_path / "out"
     text = (
@@ -234,7 +241,7 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     assert again["metrics"] == point["seeds"][0]["metrics"]
 
 
-def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, no_picture, tmp_path, monkeypatch):
     whole = call(models, tmp_path / "whole", written(SMALL))
     out, write, count = tmp_path / "out", Samples.write, itertools.count()
 
@@ -258,7 +265,9 @@ def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, t
     assert any("2 sittings" in note for note in result["notes"])
 
 
-def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(written, models, tmp_path, monkeypatch, fails, capsys):
+def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(
+    written, models, no_picture, tmp_path, monkeypatch, fails, capsys
+):
     first = call(models, tmp_path / "out", written("- {steps: [2, 4]}"))
     with monkeypatch.context() as patch:
         patch.setattr(frontier.Work, "images_of", lambda *_: pytest.fail("drawn"))
@@ -274,7 +283,7 @@ def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(written, models, t
     )
 
 
-def test_steps_that_do_not_help_are_dropped_and_named(written, models, tmp_path, monkeypatch, capsys):
+def test_steps_that_do_not_help_are_dropped_and_named(written, models, no_picture, tmp_path, monkeypatch, capsys):
     values = {2: 9.0, 4: 5.0, 6: 4.9, 8: 1.0}
     row = frontier._Frontier._row
 
