@@ -238,9 +238,14 @@ class _Frontier:
                 self._draw(points, seed, bar)
         for _ in range(FEWEST + 1):
             if lacking := [point for point in points if len(self._times(point)) < FEWEST]:
-                with numerics(deterministic=True), Progress(desc="times", unit="block", leave=False) as bar:
+                total = len(lacking) * self.args.batch
+                with (
+                    numerics(deterministic=True),
+                    Progress(desc="times", total=total, unit="image", leave=False) as bar,
+                ):
                     for point in lacking:
                         self._block(point, 0, 0, bar, keep=False)
+                        bar.update(self.args.batch)
         for point in points:
             with named(point.told()):
                 results = [self._score(work) for work in point.works]
@@ -251,12 +256,13 @@ class _Frontier:
         try:
             for number, point in enumerate(points):
                 with named(point.told()):
-                    missing[number] = blocks = point.works[seed].samples.claim()
-                    there = self.args.num - sum(len(point.works[seed].samples.indices(block)) for block in blocks or ())
-                    bar.update(there)
+                    samples = point.works[seed].samples
+                    missing[number] = samples.claim()
+                    bar.update(self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
             warm_up(self.device)
-            for block in range(points[0].works[seed].samples.blocks):
-                for number in missing if block % 2 == 0 else reversed(missing):
+            blocks = points[0].works[seed].samples.blocks
+            for block in range(blocks):
+                for number in missing if (seed * blocks + block) % 2 == 0 else reversed(missing):
                     if block in (missing[number] or ()):
                         with numerics(deterministic=True), named(points[number].told()):
                             bar.update(self._block(points[number], seed, block, bar))

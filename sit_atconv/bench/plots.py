@@ -48,7 +48,7 @@ def plot_frontier(points: Sequence[dict[str, Any]], title: str, y_label: str) ->
     what stands in that of all has its settings beside it.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots()
@@ -78,17 +78,19 @@ def plot_frontier(points: Sequence[dict[str, Any]], title: str, y_label: str) ->
         color = colors[model] if len(models) > 1 else "black"
         axes.plot(*_places(own), color=color, linewidth=2, alpha=0.6, zorder=1)
     best = sorted((each for each in points if each["pareto"] == "all"), key=lambda each: each["ms"])
+    slowest = max(each["ms"] for each in points)
     for number, point in enumerate(best):
+        right = point["ms"] > slowest / 2  # no room beside it
         axes.annotate(
-            point["label"], (point["ms"], point["score"]["value"]), xytext=(4, -8 - 10 * (number % 2)),
-            textcoords="offset points", fontsize="x-small", va="top",
+            point["label"], (point["ms"], point["score"]["value"]), textcoords="offset points", fontsize="small",
+            xytext=(-5 if right else 5, -6 - 12 * (number % 2)), ha="right" if right else "left", va="top",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="ms per image", ylabel=y_label)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title, fontsize="small")

@@ -13,7 +13,7 @@ from sit_atconv.bench.grid import KEYS, OTHERS, Stated, in_words, read_grid, wor
 from sit_atconv.commands.options import add_device, add_number, add_out, check_models, pasted, sampling_asked
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.claims import check_place
-from sit_atconv.runtime.errors import ArgumentParser, InputError, named
+from sit_atconv.runtime.errors import ArgumentParser, InputError, check_one_process, named
 
 GOES_ON = True
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw, time and score what is missing; write frontier.json, frontier.md and frontier.png; print the table."""
+    check_one_process()
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: the same one twice; give different ones")
     if not args.out:

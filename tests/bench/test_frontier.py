@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from PIL import Image
 from sit_atconv import create_model
 from sit_atconv.__main__ import main
 from sit_atconv.bench import choosing, frontier, grid, plots
+from sit_atconv.commands import parser_of
+from sit_atconv.commands.options import sampling_asked
 from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.files import png
 from sit_atconv.sampling.samples import Samples
 from sit_atconv.scoring import digits
 
@@ -56,6 +60,11 @@ def untrained_classifier(monkeypatch):
     torch.manual_seed(0)
     made = digits.DigitsClassifier().eval(), 0.1
     monkeypatch.setattr(digits, "train_classifier", lambda: made)
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(frontier, "plot_frontier", lambda *_: png(Image.new("L", (2, 2))))
 
 
 def call(models, out, grid, *more, names=("first",)) -> dict:
@@ -188,19 +197,21 @@ def test_several_seeds_have_the_error_of_their_mean():
 # The command
 
 
+@pytest.mark.slow
 def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(written, models, tmp_path, capsys):
     out = tmp_path / "out"
-    result = call(models, out, written(), "--seeds", 3, 4, names=("first", "second"))
+    text = (
+        "- {sampler: [euler, euler-maruyama], steps: 3, guidance_scale: 1}\n- {steps: 3, guidance_scale: [1.0, null]}"
+    )
+    result = call(models, out, written(text), "--seeds", 3, 4, names=("first", "second"))
     text = capsys.readouterr().out
     points = result["points"]
-    # euler is the default: one of the last block's combinations is one of the first's, the other is guided
-    assert [point["label"] for point in points[:6]] == [
-        "euler, 2 steps, guidance_scale=1", "euler, 4 steps, guidance_scale=1", "midpoint, 2 steps, guidance_scale=1",
-        "midpoint, 4 steps, guidance_scale=1", "euler-maruyama, 3 steps, guidance_scale=1", "4 steps",
-    ]  # fmt: skip
-    assert [point["nfe"] for point in points] == 2 * [2, 4, 4, 8, 3, 8]
-    assert [point["kind"] for point in points] == 2 * ["ODE", "ODE", "ODE", "ODE", "SDE", "ODE"]
-    assert [point["model"] for point in points] == 6 * ["first"] + 6 * ["second"]
+    # euler is the default: one of the second block's combinations is one of the first's, the other is guided
+    assert result["common"] == {"steps": 3}
+    labels = ["euler, guidance_scale=1", "euler-maruyama, guidance_scale=1", "defaults"]
+    assert [(each["model"], each["label"]) for each in points] == [(a, b) for a in ("first", "second") for b in labels]
+    assert [point["nfe"] for point in points] == 2 * [3, 3, 6]
+    assert [point["kind"] for point in points] == 2 * ["ODE", "SDE", "ODE"]
     for point in points:
         own = [each["metrics"]["frechet_distance"]["value"] for each in point["seeds"]]
         assert [each["seed"] for each in point["seeds"]] == [3, 4]
@@ -215,7 +226,9 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     assert [each["of"] for each in result["recommended"]] == ["first", "second", None]
     assert all(each["command"] in text and each["score_command"] in text for each in result["recommended"])
     assert set(result["models"]) == {"first", "second"}
-    assert result["models"]["first"]["checkpoint_sha256"] != result["models"]["second"]["checkpoint_sha256"]
+    rows = [json.loads(line) for line in (out / frontier.TIMES).read_text().splitlines()]
+    turns = [[(row["model"], row["point"]) for row in rows[first : first + 6]] for first in range(0, 36, 6)]
+    assert turns == 3 * [turns[0], turns[0][::-1]]  # all points in each round, so that a drift meets all alike
     with Image.open(out / "frontier.png") as image:
         assert image.size == (1500, 975)
 
@@ -228,7 +241,7 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     assert again["metrics"] == point["seeds"][0]["metrics"]
 
 
-def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, no_picture, tmp_path, monkeypatch):
     whole = call(models, tmp_path / "whole", written(SMALL))
     out, write, count = tmp_path / "out", Samples.write, itertools.count()
 
@@ -252,7 +265,9 @@ def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, t
     assert any("2 sittings" in note for note in result["notes"])
 
 
-def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(written, models, tmp_path, monkeypatch, fails, capsys):
+def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(
+    written, models, no_picture, tmp_path, monkeypatch, fails, capsys
+):
     first = call(models, tmp_path / "out", written("- {steps: [2, 4]}"))
     with monkeypatch.context() as patch:
         patch.setattr(frontier.Work, "images_of", lambda *_: pytest.fail("drawn"))
@@ -268,7 +283,7 @@ def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(written, models, t
     )
 
 
-def test_steps_that_do_not_help_are_dropped_and_named(written, models, tmp_path, monkeypatch, capsys):
+def test_steps_that_do_not_help_are_dropped_and_named(written, models, no_picture, tmp_path, monkeypatch, capsys):
     values = {2: 9.0, 4: 5.0, 6: 4.9, 8: 1.0}
     row = frontier._Frontier._row
 
@@ -289,6 +304,27 @@ def test_steps_that_do_not_help_are_dropped_and_named(written, models, tmp_path,
     assert "4.90 ± 0.20 at 6 steps is not below 5.00 ± 0.20 at 4 steps" in result["dropped"][0]["why"]
     assert "first, sampler=midpoint steps=8" in (tmp_path / "out/frontier.md").read_text()
     assert "dropped first, sampler=euler steps=8" in capsys.readouterr().err
+
+
+def test_time_ends_where_decoding_begins(monkeypatch):
+    clock = itertools.count(10)
+    monkeypatch.setattr(frontier.time, "perf_counter", lambda: next(clock))
+    codec = SimpleNamespace(decode=lambda latents: (latents, next(clock)), describe=lambda: "its own")
+    watch = frontier._Stopwatch(codec, torch.device("cpu"))
+    start = watch.now()
+    assert watch.decode("latents") == ("latents", 12)
+    assert (start, watch.reached, watch.describe()) == (10, 11, "its own")
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments/grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_grids_that_are_shipped_name_what_generate_takes(path, models):
+    points = grid.read_grid(path)
+    parser = parser_of("generate", "generate")
+    for stated in points:
+        words = ["--ckpt", str(models / "first"), *grid.words_of(stated), "--num", "2", "--out", "x"]
+        sampling_asked(parser.parse_args(words))
+    text = path.read_text().replace(" \\\n#", "")
+    assert parser_of("frontier", "frontier").parse_args(shlex.split(text.splitlines()[0])[3:]).grid == str(path)
 
 
 def test_a_picture_takes_points_without_errors():
