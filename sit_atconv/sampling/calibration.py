@@ -22,7 +22,7 @@ RATIOS_FORM = {"times": [float], "ratios": [float], "weights": {str: SHA256}}
 
 
 def read_ratios(path: str | Path) -> dict[str, Any]:
-    """What `sit-atconv calibrate` wrote, see `caches.check_ratios`. Raises InputError for what is not there or damaged."""
+    """What `sit-atconv calibrate` wrote, see `caches.check_ratios`. Raises InputError for a missing or damaged file."""
     remedy = "write it by `sit-atconv calibrate`"
     with told(f"ratios {str(path)!r} cannot be read", OSError, InputError, remedy=remedy):
         check_ratios(found := read_json(path, RATIOS_FORM))
