@@ -1,13 +1,14 @@
 """python -m experiments.meanflow: average velocities (MeanFlow) against flow matching on digits, over evaluations.
 
-ATConv and attention, over seeds. A MeanFlow run takes STEPS steps; a flow run goes on to as many as take the same time,
-and is scored at both. Writes to OUT a table, raw JSON and a figure: Fréchet distance and recognised share of NUM
+ATConv and attention, over seeds. Beside a MeanFlow run of STEPS steps are a flow run of as many steps, and one of as
+many as cost the same time. Writes to OUT a table, raw JSON and a figure: Fréchet distance and recognised share of NUM
 samples over network evaluations. Every arm is a run of train_sit.py in RUNS, with its scores in result.json; a run that
 is there is neither trained nor scored again.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,130 +39,132 @@ FRECHET, RECOGNISED = "frechet_distance", "recognised"
 EVALUATIONS = {"meanflow": (1, 2, 4, 8), "flow": (1, 2, 4, 8, 20, 50)}
 AT_ONCE = 500  # samples in a batch
 RATIO = number(1, 100, "a step of MeanFlow computes what a flow step does, and a derivative besides")
+SETTINGS = (
+    "meanflow.share=0.5", "meanflow.tangent=network", "flow.time_sampling=logit-normal", "flow.time_mean=0.4",
+)  # fmt: skip
 # What is aimed at: an average velocity's evaluations against so many of the flow that was trained for the same time.
 AIMS = ((1, 8), (2, 50))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Training of a mixer by an objective. steps: after which its average is scored. stated: overrides of its own."""
+    """Training of a mixer by an objective, for so many steps. stated: overrides of its own."""
 
     mixer: str
     objective: str
-    steps: tuple[int, ...]
+    steps: int
     stated: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return "-".join([self.mixer, self.objective, *(each.replace("/", "_") for each in self.stated)])
+        words = [self.mixer, self.objective, str(self.steps), *(each.replace("/", "_") for each in self.stated)]
+        return "-".join(words)
+
+    @property
+    def said(self) -> str:
+        return f"{'MeanFlow' if self.objective == 'meanflow' else 'flow'}, {self.steps:,} steps"
 
     def options(self) -> dict[str, Any]:
-        return {"mixer": self.mixer, "objective": self.objective, "stated": self.stated}
-
-    def points(self) -> Iterator[tuple[int, int]]:
-        """(step, evaluations) of all scores."""
-        return ((step, count) for step in self.steps for count in EVALUATIONS[self.objective])
+        return {"mixer": self.mixer, "objective": self.objective, "steps": self.steps, "stated": self.stated}
 
 
-def arms(steps: int, ratios: Sequence[float], stated: Sequence[str] = ()) -> list[Arm]:
-    """Of every mixer a MeanFlow run with what is stated, and a flow run that goes on for `ratios` times its steps."""
+def arms(steps: int, ratios: Sequence[float], stated: Sequence[str]) -> list[Arm]:
+    """Of every mixer a MeanFlow run with what is stated, a flow run of as many steps, and one of `ratios` times as
+    many."""
     found = []
     for mixer, ratio in zip(MIXERS, ratios, strict=True):
-        found.append(Arm(mixer, "meanflow", (steps,), tuple(stated)))
-        found.append(Arm(mixer, "flow", tuple(dict.fromkeys((steps, round(steps * ratio))))))
+        found.append(Arm(mixer, "meanflow", steps, tuple(stated)))
+        found += [Arm(mixer, "flow", each) for each in (steps, round(steps * ratio))]
     return found
 
 
 @dataclass(frozen=True)
 class Averaging(System):
-    """Training of an arm, whose checkpoints are kept where they are scored."""
+    """Training of an arm."""
 
     def command(self, runs: Path, arm: Arm, seed: int) -> list[str]:
-        first, last = arm.steps[0], arm.steps[-1]
-        taken = [f"train.max_steps={last}", f"checkpoint.every={first}", f"checkpoint.keep_every={first}"]
-        share = ["meanflow.share=0.5"] if arm.objective == "meanflow" else []
+        taken = [f"train.max_steps={arm.steps}", f"checkpoint.every={arm.steps}"]
         own = [f"model.token_mixer={arm.mixer}", f"run.out={self.folder(runs, arm, seed)}", f"run.seed={seed}"]
-        return [self.script, self.recipe, *self.overrides, *share, *arm.stated, *taken, *own]
+        return [self.script, self.recipe, *self.overrides, *arm.stated, *taken, *own]
 
 
-def averaging(arm: Arm, num: int, decay: float, scorer: TrainingScorer | None = None) -> Averaging:
+def averaging(arm: Arm, num: int, scorer: TrainingScorer | None = None) -> Averaging:
     """The runs of an arm, scored by `num` samples. scorer: None where none is to be scored."""
-    overrides = ("preview.every=0", "train.lr_schedule=constant", "train.warmup_steps=100", f"ema.decay={decay:g}")
-    figures = [f"seconds_{step}" for step in arm.steps]
-    figures += [key(name, *point) for point in arm.points() for name in (FRECHET, RECOGNISED)]
+    figures = [key(name, count) for count in EVALUATIONS[arm.objective] for name in (FRECHET, RECOGNISED)]
     own = {
-        "name": "meanflow", "recipe": "digits", "overrides": overrides, "figures": dict.fromkeys([*figures, "num"], ""),
+        "name": "meanflow", "recipe": "digits", "overrides": ("preview.every=0",),
+        "figures": dict.fromkeys(["seconds", *figures, "num"], ""),
         "measured": lambda run, arm: {**scores(run, arm, num, scorer), "num": num},
     }  # fmt: skip
     return Averaging(**{**vars(SYSTEMS[0]), **own})
 
 
-def key(figure: str, step: int, evaluations: int) -> str:
+def key(figure: str, evaluations: int) -> str:
     """The name of a score in result.json."""
-    return f"{figure}_{step}_{evaluations}"
+    return f"{figure}_{evaluations}"
 
 
 def scores(run: Path, arm: Arm, num: int, scorer: TrainingScorer) -> dict[str, float]:
-    """Seconds of training, and the scores of samples of the averages of a run, by their names in result.json.
+    """Seconds of training, and the scores of samples of the average of a run, by their names in result.json.
 
     num: samples of each, of the classes in turn, whose noise is of the run's seed; neither guided nor cut.
     """
-    found, labels = {}, [index % 10 for index in range(num)]
-    for step in arm.steps:
-        trained = checkpoint.load_trained(checkpoint.folder_of(run, step))
-        found[f"seconds_{step}"] = trained.manifest["seconds"]
-        for evaluations in EVALUATIONS[arm.objective]:
-            sampling = Sampling("euler", steps=evaluations, guidance_scale=1.0)
-            blocks = [range(first, min(first + AT_ONCE, num)) for first in range(0, num, AT_ONCE)]
-            seed = trained.manifest["recipe"]["run"]["seed"]
-            images = [
-                generate(trained.model, IdentityCodec(), block, labels[block[0] : block[-1] + 1], sampling, seed)[0]
-                for block in blocks
-            ]
-            for name, value in scorer(torch.cat(images), labels).items():
-                found[key(name, step, evaluations)] = value
+    labels, trained = (
+        [index % 10 for index in range(num)],
+        checkpoint.load_trained(checkpoint.folder_of(run, arm.steps)),
+    )
+    found, seed = {"seconds": trained.manifest["seconds"]}, trained.manifest["recipe"]["run"]["seed"]
+    for evaluations in EVALUATIONS[arm.objective]:
+        sampling = Sampling("euler", steps=evaluations, guidance_scale=1.0)
+        blocks = [range(first, min(first + AT_ONCE, num)) for first in range(0, num, AT_ONCE)]
+        images = [
+            generate(trained.model, IdentityCodec(), block, labels[block[0] : block[-1] + 1], sampling, seed)[0]
+            for block in blocks
+        ]
+        found |= {key(name, evaluations): value for name, value in scorer(torch.cat(images), labels).items()}
     return found
 
 
-def trained_as(arm: Arm, step: int) -> str:
-    return f"{'MeanFlow' if arm.objective == 'meanflow' else 'flow'}, {step:,} steps"
-
-
-def curves(some: Sequence[Arm], results: Sequence[dict], figure: str) -> dict[tuple[Arm, int], dict[int, list[float]]]:
-    """The values of a score over the seeds, by evaluations, of every arm at every step that is scored."""
-    found = {}
-    for arm in some:
-        own = sorted((each for each in results if each["arm"] == arm.name), key=lambda each: each["seed"])
-        for step, evaluations in arm.points():
-            values = [each[key(figure, step, evaluations)] for each in own]
-            found.setdefault((arm, step), {})[evaluations] = values
-    return found
+def curve(arm: Arm, results: Sequence[dict], figure: str) -> dict[int, list[float]]:
+    """The values of a score over the seeds, by evaluations."""
+    own = sorted((each for each in results if each["arm"] == arm.name), key=lambda each: each["seed"])
+    return {count: [each[key(figure, count)] for each in own] for count in EVALUATIONS[arm.objective]}
 
 
 def table(some: Sequence[Arm], results: Sequence[dict[str, Any]]) -> str:
     """Markdown, mean ± standard deviation over seeds: the distances, the shares recognised, and what AIMS compare, as
-    differences within a seed."""
-    columns = EVALUATIONS["flow"]
-    parts = []
+    the mean of the differences within a seed ± its standard error."""
+    columns, parts = EVALUATIONS["flow"], []
     for figure, said in ((FRECHET, "Fréchet distance"), (RECOGNISED, "Recognised share")):
         rows = []
-        for (arm, step), values in curves(some, results, figure).items():
-            seconds = [each[f"seconds_{step}"] for each in results if each["arm"] == arm.name]
+        for arm in some:
+            values = curve(arm, results, figure)
+            seconds = [each["seconds"] for each in results if each["arm"] == arm.name]
             cells = [spread(values[count]) if count in values else "" for count in columns]
-            rows.append([arm.mixer, trained_as(arm, step), spread(seconds), *cells])
+            rows.append([arm.mixer, arm.said, spread(seconds), *cells])
         head = ["mixer", "training", "seconds of training", *map(str, columns)]
         parts.append(f"{said} by network evaluations per image:\n\n{markdown_table(head, rows, head[:2])}")
-    rows, distances = (
-        [],
-        {(arm.mixer, arm.objective): each for (arm, _), each in curves(some, results, FRECHET).items()},
-    )
-    for mixer in MIXERS:
-        average, flow = distances[mixer, "meanflow"], distances[mixer, "flow"]
-        gaps = [[a - b for a, b in zip(average[own], flow[other], strict=True)] for own, other in AIMS]
-        rows.append([mixer, *map(spread, gaps)])
+    rows = []
+    for average in (arm for arm in some if arm.objective == "meanflow"):
+        longest = max((arm for arm in some if arm.mixer == average.mixer and arm is not average), key=_steps)
+        ours, theirs = (curve(arm, results, FRECHET) for arm in (average, longest))
+        gaps = [[a - b for a, b in zip(ours[own], theirs[other], strict=True)] for own, other in AIMS]
+        rows.append([average.mixer, *map(_with_error, gaps)])
     head = ["mixer", *(f"MeanFlow's {own} less the flow's {other}" for own, other in AIMS)]
-    said = "Fréchet distance of MeanFlow less that of the flow that was trained for the same time, within a seed:"
+    said = (
+        "Fréchet distance of MeanFlow less that of the flow that was trained for the same time, mean of the differences "
+        "within a seed ± its standard error:"
+    )
     return "\n\n".join([*parts, f"{said}\n\n{markdown_table(head, rows, head[:1])}"]) + "\n"
+
+
+def _steps(arm: Arm) -> int:
+    return arm.steps
+
+
+def _with_error(values: Sequence[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{error}"
 
 
 def draw(some: Sequence[Arm], results: Sequence[dict[str, Any]]) -> bytes:
@@ -170,13 +173,14 @@ def draw(some: Sequence[Arm], results: Sequence[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for (arm, step), values in curves(some, results, FRECHET).items():
-        style = "-" if arm.objective == "meanflow" else "--" if step == arm.steps[-1] else ":"
+    for arm in some:
+        values, shortest = curve(arm, results, FRECHET), min(map(_steps, some))
+        style = "-" if arm.objective == "meanflow" else ":" if arm.steps == shortest else "--"
         distances = torch.tensor(list(values.values()), dtype=torch.float64)
         axes.errorbar(
             list(values), distances.mean(1), distances.std(1) if distances.shape[1] > 1 else None,
             color=MIXERS[arm.mixer], linestyle=style, marker="o", markersize=4, capsize=3,
-            label=f"{arm.mixer}, {trained_as(arm, step)}",
+            label=f"{arm.mixer}, {arm.said}",
         )  # fmt: skip
     counts = EVALUATIONS["flow"]
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel="Fréchet distance")
@@ -199,9 +203,12 @@ def main(argv: list[str] | None = None) -> None:
         nargs=2, metavar=tuple(mixer.upper() for mixer in MIXERS),
     )  # fmt: skip
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the recipe, of the MeanFlow runs alone"
+        "--set",
+        nargs="+",
+        default=list(SETTINGS),
+        metavar="KEY=VALUE",
+        help=f"overrides of the recipe, of the MeanFlow runs alone (default: {' '.join(SETTINGS)})",
     )
-    add_number(parser, "--ema-decay", number(0, 1, "it is the weight of the past", under=True), 0.995, "of every run")
     add_number(parser, "--num", limits.IMAGES, 2000, "samples of each score")
     parser.add_argument("--runs", type=Path, default=Path("runs/meanflow"), help="folder of the runs")
     add_out(parser, "folder of the table", type=Path, default=Path("experiments/results/meanflow"))
@@ -217,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     scorer = None if args.dry_run else TrainingScorer("digits")
 
     def one(arm: Arm, seed: int) -> dict | None:
-        system = averaging(arm, args.num, args.ema_decay, scorer)
+        system = averaging(arm, args.num, scorer)
         result = make(system, args.runs, arm, seed, args.dry_run)
         if result and result["num"] != args.num:
             file = system.folder(args.runs, arm, seed) / RESULT
@@ -228,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         return result
 
     for arm in some:  # a mistake in --set is told before the first run
-        _, recipe, *overrides = averaging(arm, args.num, args.ema_decay).command(args.runs, arm, 0)
+        _, recipe, *overrides = averaging(arm, args.num).command(args.runs, arm, 0)
         load_recipe(recipe, overrides)
     with ThreadPoolExecutor(args.processes) as pool:
         tasks = [pool.submit(partial(one, arm, seed)) for seed in args.seeds for arm in some]
