@@ -83,7 +83,7 @@ MEANFLOW = replace(
     name="meanflow",
     faults=False,
     recipe={**SIT.recipe, "meanflow": {"share": 0.5, "omega": 1.2, "kappa": 0.3}},
-    timeless=(*SIT.timeless, "squared_error"),
+    timeless=(*SIT.timeless, "weighted_loss"),
 )
 ATTNET = Subject(
     name="attnet",

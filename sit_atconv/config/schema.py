@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from PIL import ImageColor
 
 from sit_atconv.flow.loss import WEIGHTS
+from sit_atconv.flow.meanflow import Guidance
 from sit_atconv.flow.path import PATHS, PREDICTIONS
 from sit_atconv.flow.times import TIME_SAMPLINGS, TimeSampling, training_interval
 from sit_atconv.runtime import limits
@@ -402,9 +403,9 @@ class Meanflow(Section):
                     )
 
     @property
-    def scale(self) -> float:
-        """The scale of guidance that is learned; 1 is none."""
-        return 1.0 if self.share is None else self.omega / (1 - self.kappa)
+    def guidance(self) -> Guidance:
+        """What is learned of it."""
+        return Guidance() if self.share is None else Guidance(self.omega, self.kappa)
 
 
 @dataclass

@@ -97,7 +97,7 @@ class TrainingSamples(Samples):
     with_image: the image is needed besides the moments that a dataset gives in its place.
     Items: image (C, H, W) as the dataset gives it, label, t, noise, if wanted posterior (both of the latent's shape),
     and pixels (C, H, W) where the image is something else. For average velocities t is the smaller of two times, and
-    there is s, the larger one of so many samples as the recipe says, evenly spread over a batch, and t of the others;
+    there is s, the larger one of so many samples as the recipe says, evenly spread over the run, and t of the others;
     and apart (n,), the places of those in the batch, which may be none.
     """
 
@@ -160,7 +160,7 @@ class TrainingSamples(Samples):
             return {"t": t}
         end = times(self.time, draws.uniform_batch(self.seed, Stream.END_TIME, indices))
         t, s = torch.minimum(t, end), torch.maximum(t, end)
-        among = indices[:, 1].astype(np.float64)
+        among = (indices[:, 0] * self.batch_size + indices[:, 1]).astype(np.float64)
         apart = torch.from_numpy(np.floor((among + 1) * self.share) > np.floor(among * self.share))
         return {"t": t, "s": torch.where(apart, s, t), "apart": apart.nonzero()[:, 0]}
 

@@ -43,8 +43,13 @@ class Guidance:
 
     @property
     def scale(self) -> float:
-        """As classifier-free guidance counts it; 1 is none."""
-        return self.omega / (1 - self.kappa)
+        """As classifier-free guidance counts it; 1 is none. To nine places, which tell a scale from rounding."""
+        return round(self.omega / (1 - self.kappa), 9)
+
+    @property
+    def rest(self) -> float:
+        """The share of u(null), to nine places."""
+        return round(1 - self.omega - self.kappa, 9)
 
     def __call__(
         self, v: torch.Tensor, wanted: Callable[[], torch.Tensor], null: Callable[[], torch.Tensor]
@@ -54,8 +59,8 @@ class Guidance:
         guided = self.omega * v
         if self.kappa:
             guided = guided + self.kappa * wanted()
-        if rest := 1 - self.omega - self.kappa:
-            guided = guided + rest * null()
+        if self.rest:
+            guided = guided + self.rest * null()
         return guided
 
 

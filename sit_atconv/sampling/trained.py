@@ -96,12 +96,13 @@ def open_guide(
         guide = load_trained(place, dtype)
         guide.model.requires_grad_(False)
         check_guide(guide.model, model)
-        _check_codec(guide.manifest.get("codec"), codec)
-        _check_classes(guide.id2label, classes)
+        check_codec(guide.manifest.get("codec"), codec)
+        check_classes(guide.id2label, classes)
     return guide
 
 
-def _check_codec(own: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
+def check_codec(own: dict[str, Any] | None, wanted: dict[str, Any] | None) -> None:
+    """Raise InputError for a guide's codec that is another one than the model's."""
     if key := differing(own, wanted):
         raise InputError(
             f"its latents are of a codec with {key}={own.get(key)}, the model's of one with {key}={wanted.get(key)}; "
@@ -109,7 +110,8 @@ def _check_codec(own: dict[str, Any] | None, wanted: dict[str, Any] | None) -> N
         )
 
 
-def _check_classes(own: dict[int, str] | None, wanted: Mapping[int, str] | Sequence[str] | None) -> None:
+def check_classes(own: dict[int, str] | None, wanted: Mapping[int, str] | Sequence[str] | None) -> None:
+    """Raise InputError where a guide's classes have other names than the model's, by id."""
     wanted = wanted if isinstance(wanted, Mapping) else dict(enumerate(wanted or ()))
     for label, name in (own or {}).items():
         if str(label) not in (name, stated := wanted.get(label, name)) and stated != name:

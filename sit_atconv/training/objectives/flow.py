@@ -39,7 +39,7 @@ def build_model(recipe: Recipe, facts: Facts) -> SiTTransformer2DModel:
         "path": recipe.flow.path,
         "prediction": recipe.flow.prediction,
         "use_meanflow": recipe.meanflow.share is not None,
-        "trained_guidance": recipe.meanflow.scale,
+        "trained_guidance": recipe.meanflow.guidance.scale,
     }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.run.seed)

@@ -4,39 +4,38 @@
 average is taken along the network's own velocity, as in "Improved Mean Flows" (arXiv 2512.02012).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from sit_atconv import config
 from sit_atconv.data.held_out import tell_of_share
-from sit_atconv.data.samples import Batch
+from sit_atconv.data.samples import Batch, TrainingSamples
 from sit_atconv.flow.meanflow import Guidance, change, meanflow_errors, weigh
 from sit_atconv.layers.attention import Attention
 from sit_atconv.models.cost import count_macs
 from sit_atconv.runtime.compat.torch import load_forward_mode
 from sit_atconv.runtime.console import say
-from sit_atconv.runtime.errors import InputError
+from sit_atconv.runtime.errors import InputError, named
 from sit_atconv.runtime.processes import is_main
 from sit_atconv.runtime.weights import digest_of
-from sit_atconv.sampling.trained import open_guide
+from sit_atconv.sampling.trained import check_classes, check_codec, open_guide
 from sit_atconv.training.facts import Facts
 from sit_atconv.training.objectives.flow import FlowObjective
 from sit_atconv.training.objectives.objective import Forward
 from sit_atconv.training.origin import Origin
 
-MATH_KERNEL = (
-    "its fused kernels have no forward-mode derivative: the change of the average velocity is computed with plain "
-    "attention, whose scores (tokens x tokens) are in memory"
-)
+MATH_KERNEL = "the fused kernels of attention have no forward-mode derivative: plain attention takes their place there"
 
 
 class MeanFlowObjective(FlowObjective):
     """The squared error of the average velocity, see `flow.meanflow.meanflow_errors`, weighed by itself.
 
-    Its mean over the numbers of a sample is reported as `squared_error`; `loss` is what is minimised.
+    `loss` is its mean over the numbers of a sample, as of a flow; `weighted_loss` is what is minimised.
     Raises InputError for guidance without a null class, and for a teacher that does not fit.
     """
 
@@ -45,12 +44,12 @@ class MeanFlowObjective(FlowObjective):
     def __init__(self, recipe: config.Recipe, facts: Facts, origin: Origin | None = None):
         super().__init__(recipe, facts, origin)
         settings = recipe.meanflow
-        self.weights = {"squared_error": 0.0, "loss": 1.0}
-        self.guidance = Guidance(settings.omega, settings.kappa)
-        self.teacher, self.digest = None, None
+        self.weights = {"loss": 0.0, "weighted_loss": 1.0}
+        self.guidance = settings.guidance
+        self.taught, self.teacher, self.digest = None, None, None
         if settings.teacher is not None:
             self._open_teacher()
-        if 1 - settings.omega - settings.kappa and (self.teacher or self.model).null_label is None:
+        if self.guidance.rest and (self.teacher or self.model).null_label is None:
             raise InputError(
                 f"meanflow.omega={settings.omega:g}, kappa={settings.kappa:g}: the rest to 1 is of no class, which "
                 f"{'the teacher' if self.teacher else 'this model'} has not; state model.class_dropout_prob=0.1, or "
@@ -64,42 +63,58 @@ class MeanFlowObjective(FlowObjective):
         if (predicts := found.model.config.prediction) != "velocity" or found.model.config.use_meanflow:
             predicts = "average velocities" if found.model.config.use_meanflow else predicts
             raise InputError(f"{stated} predicts {predicts}; give a flow that predicts the velocity, to be averaged")
+        if found.model.null_label is None and self.model.null_label is not None:
+            raise InputError(
+                f"{stated} has no null class, and labels are dropped here: state model.class_dropout_prob=0, or give "
+                "a teacher that was trained with class dropout"
+            )
         tell_of_share(stated, found.manifest, self.recipe.data.held_out)
-        self.teacher, self.digest = found.model.eval(), digest_of(found.model.state_dict())
+        self.taught, self.teacher, self.digest = found, found.model.eval(), digest_of(found.model.state_dict())
 
     def open(self, codec: nn.Module) -> None:
         super().open(codec)
+        if self.taught is not None:
+            with named(f"meanflow.teacher={self.recipe.meanflow.teacher!r}"):
+                check_codec(self.taught.manifest.get("codec"), codec.describe())
         load_forward_mode()
-        if self.with_attention and is_main():
-            say(f"attention: {MATH_KERNEL}")
+        if self._heads and is_main():
+            say(f"meanflow: {MATH_KERNEL}")
+
+    def make_samples(self, dataset: Dataset) -> TrainingSamples:
+        if self.taught is not None:
+            with named(f"meanflow.teacher={self.recipe.meanflow.teacher!r}"):
+                check_classes(self.taught.id2label, dataset.class_names)
+        return super().make_samples(dataset)
 
     @property
-    def with_attention(self) -> bool:
-        return any(isinstance(module, Attention) for module in self.model.modules())
+    def _heads(self) -> int:
+        """Heads of a layer of attention; 0 without one."""
+        return max((each.num_heads for each in self.model.modules() if isinstance(each, Attention)), default=0)
 
     def rows(self) -> dict[str, str]:
-        settings, guidance = self.recipe.meanflow, self.guidance.scale
+        settings, train, scale = self.recipe.meanflow, self.recipe.train, self.guidance.scale
         said = f"{settings.share:.0%} of the samples with two times"
-        said += f"; guidance {guidance:g} is learned" if guidance != 1 else ""
+        said += f"; guidance {scale:g} is learned" if scale != 1 else ""
         said += f"; velocity of {settings.teacher}" if self.teacher else ""
-        rows = {"MeanFlow": f"{said}; a step costs {self._evaluations / 3:.2f} of the flow's"}
-        return {**super().rows(), **rows, **({"attention": MATH_KERNEL} if self.with_attention else {})}
-
-    @property
-    def _evaluations(self) -> float:
-        """What a sample's step costs in evaluations of the network: 3 forward and backward, and of those without a
-        gradient a product with the Jacobian as 2."""
-        settings = self.recipe.meanflow
-        rest = 1 - settings.omega - settings.kappa != 0
-        of_class = bool(settings.kappa)
-        own = 0 if self.teacher else of_class + rest
-        along = settings.share if settings.tangent == "network" and not of_class else 0
-        return 3 + 2 * settings.share + own + along
+        factor = self.flops_per_image / super().flops_per_image
+        rows = {"MeanFlow": f"{said}; a step computes {factor:.2f} of the flow's"}
+        if self._heads:
+            tokens, some = math.prod(self.model.grid), train.batch_size / train.gradient_accumulation_steps
+            scores = math.ceil(some * settings.share) * self._heads * tokens**2 * 4 / 2**20
+            rows["without fused"] = (
+                f"{MATH_KERNEL}; the scores of a layer ({tokens:,} x {tokens:,}) are {scores:,.2f} MiB for the samples "
+                "with two times of a pass, over all processes, and their tangents as much, beside the factor above"
+            )
+        return {**super().rows(), **rows}
 
     @property
     def flops_per_image(self) -> float:
-        teacher = count_macs(self.teacher) * (1 + (self.guidance.omega != 1)) if self.teacher else 0
-        return 2 * (self._evaluations * count_macs(self.model) + teacher)
+        """Of the network 3 evaluations forward and backward, 2 for a product with the Jacobian, and 1 for each velocity
+        that guidance and tangent ask it for, or the teacher."""
+        settings, source = self.recipe.meanflow, self.teacher or self.model
+        asked = bool(self.teacher) + bool(settings.kappa) + bool(self.guidance.rest)
+        own = 3 + settings.share * (2 + (settings.tangent == "network"))
+        return 2 * (own * count_macs(self.model) + asked * count_macs(source))
 
     def describe(self) -> dict[str, Any]:
         taught = {"meanflow_teacher": {"sha256": self.digest}} if self.teacher else {}
