@@ -16,29 +16,29 @@ from sit_atconv.runtime.draws import Stream, normal_batch
 from sit_atconv.training.resolved import resolved
 
 
-def test_a_flow_run_goes_on_for_the_time_of_a_meanflow_run_and_alike_in_all_else(tmp_path):
-    some = arms(100, [1.5, 2.25], ["meanflow.power=0.5", "flow.time_sampling=logit-normal"])
+def test_runs_are_alike_in_all_but_objective_and_steps(tmp_path):
+    some = arms(100, [1.5, 2.25], ["meanflow.share=0.5", "meanflow.power=0.5", "flow.time_sampling=logit-normal"])
     assert [(arm.mixer, arm.objective, arm.steps) for arm in some] == [
-        ("atconv", "meanflow", (100,)), ("atconv", "flow", (100, 150)),
-        ("attention", "meanflow", (100,)), ("attention", "flow", (100, 225)),
+        ("atconv", "meanflow", 100), ("atconv", "flow", 100), ("atconv", "flow", 150),
+        ("attention", "meanflow", 100), ("attention", "flow", 100), ("attention", "flow", 225),
     ]  # fmt: skip
-    assert len({arm.name for arm in [*some, *arms(100, [1.5, 2.25])]}) == 6  # other settings, other runs; one flow
+    others = arms(100, [1.5, 2.25], ["meanflow.share=0.5"])
+    assert len({arm.name for arm in [*some, *others]}) == 8  # other settings, other runs; the same flows
     recipes = []
     for arm in some:
-        script, path, *overrides = averaging(arm, 10, 0.9).command(tmp_path, arm, 2)
+        script, path, *overrides = averaging(arm, 10).command(tmp_path, arm, 2)
         assert script == "train_sit.py"
         recipe = resolved(load_recipe(path, overrides))
-        assert (recipe.model.token_mixer, recipe.train.max_steps, recipe.run.seed) == (arm.mixer, arm.steps[-1], 2)
-        assert {recipe.checkpoint.every, recipe.checkpoint.keep_every} == {100}
+        assert (recipe.model.token_mixer, recipe.train.max_steps, recipe.run.seed) == (arm.mixer, arm.steps, 2)
         average = arm.objective == "meanflow"
         assert (recipe.meanflow.share, recipe.meanflow.power) == ((0.5, 0.5) if average else (None, None))
         assert recipe.flow.time_sampling == ("logit-normal" if average else "uniform")
         recipes.append((recipe.train.lr, recipe.train.lr_schedule, recipe.ema.decay, recipe.train.batch_size))
-    assert set(recipes) == {(2e-3, "constant", 0.9, 32)}
+    assert set(recipes) == {(2e-3, "linear", 0.99, 32)}
 
 
 @pytest.mark.parametrize("objective", ["meanflow", "flow"])
-def test_samples_are_the_run_seeds_of_balanced_classes_at_every_step(tmp_path, monkeypatch, objective):
+def test_samples_are_the_run_seeds_of_balanced_classes(tmp_path, monkeypatch, objective):
     """Of 7 samples in blocks of 3, against the map written out: one evaluation is one step over all times."""
     options = {"sample_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 2}
     model = create_model(None, num_classes=10, learn_sigma=False, use_meanflow=objective == "meanflow", **options)
@@ -60,11 +60,10 @@ def test_samples_are_the_run_seeds_of_balanced_classes_at_every_step(tmp_path, m
     monkeypatch.setattr(meanflow.checkpoint, "load_trained", load)
     monkeypatch.setattr(meanflow, "AT_ONCE", 3)
     monkeypatch.setattr(meanflow, "EVALUATIONS", {objective: (1, 2)})
-    found = scores(tmp_path, Arm("atconv", objective, (4, 6)), 7, scorer)
-    assert asked == [tmp_path / "step-0000004", tmp_path / "step-0000006"]
+    found = scores(tmp_path, Arm("atconv", objective, 4), 7, scorer)
+    assert asked == [tmp_path / "step-0000004"]
     assert {name: value for name, value in found.items() if not name.startswith("recognised")} == {
-        "seconds_4": 0.5, "frechet_distance_4_1": 1, "frechet_distance_4_2": 2,
-        "seconds_6": 1.0, "frechet_distance_6_1": 3, "frechet_distance_6_2": 4,
+        "seconds": 0.5, "frechet_distance_1": 1, "frechet_distance_2": 2,
     }  # fmt: skip
     noise = normal_batch((1, 8, 8), 5, Stream.SAMPLE_NOISE, [[index] for index in range(7)])
     zeros, labels, to_one = torch.zeros(7), torch.arange(7), {}
@@ -78,18 +77,16 @@ def test_samples_are_the_run_seeds_of_balanced_classes_at_every_step(tmp_path, m
 
 
 def made_up(some, seeds=(0, 1)):
-    """Distances of 10 over the evaluations for MeanFlow, 30 over them at a flow's first step and 20 at its last; half
-    of the second seed's besides."""
+    """Distances of 10 over the evaluations for MeanFlow, 30 over them for a flow of 100 steps and 20 for a longer one;
+    half of the second seed's besides."""
     found = []
     for arm in some:
+        high = 10 if arm.objective == "meanflow" else 30 if arm.steps == 100 else 20
         for seed in seeds:
-            result = {"arm": arm.name, "seed": seed, "num": 10, "mixer": arm.mixer, "objective": arm.objective}
-            for step in arm.steps:
-                result[f"seconds_{step}"] = float(step + seed)
-            for step, count in arm.points():
-                high = 10 if arm.objective == "meanflow" else 30 if step == arm.steps[0] else 20
-                result[key(FRECHET, step, count)] = high / count + seed * (0.5 if arm.objective == "flow" else 0.1)
-                result[key("recognised", step, count)] = 0.5
+            result = {"arm": arm.name, "seed": seed, "num": 10, "seconds": float(arm.steps + seed)}
+            for count in meanflow.EVALUATIONS[arm.objective]:
+                result[key(FRECHET, count)] = high / count + seed * (0.5 if arm.objective == "flow" else 0.1)
+                result[key("recognised", count)] = 0.5
             found.append(result)
     return found
 
@@ -100,14 +97,14 @@ def cells(text):
 
 
 def test_the_table_compares_within_a_seed_at_equal_time():
-    some = arms(100, [1.5, 1.5])
+    some = arms(100, [1.5, 1.5], ["meanflow.share=0.5"])
     rows = cells(table(some, made_up(some)))
     assert rows[2][:4] == ["atconv", "MeanFlow, 100 steps", "100.50 ± 0.71", "10.05 ± 0.07"]
     assert rows[2][-2:] == ["", ""]
     assert rows[3][:4] == ["atconv", "flow, 100 steps", "100.50 ± 0.71", "30.25 ± 0.35"]
     assert rows[4][1:4] == ["flow, 150 steps", "150.50 ± 0.71", "20.25 ± 0.35"]
     # 10 - 20 / 8 and 5 - 20 / 50, and in the second seed 0.4 less
-    assert rows[-1] == ["attention", "7.3000 ± 0.2828", "4.4000 ± 0.2828"]
+    assert rows[-1] == ["attention", "7.300 ± 0.200", "4.400 ± 0.200"]
 
 
 def test_it_writes_all_of_what_is_there_and_refuses_other_samples(tmp_path, monkeypatch, capsys, fails):
@@ -120,10 +117,13 @@ def test_it_writes_all_of_what_is_there_and_refuses_other_samples(tmp_path, monk
     monkeypatch.setattr(meanflow, "make", make)
     monkeypatch.setattr(meanflow, "TrainingScorer", lambda ref: SimpleNamespace(about={"name": ref}))
     where = ["--runs", tmp_path / "runs", "--out", tmp_path / "out", "--steps", "100", "--seeds", "0", "1"]
-    meanflow.main([str(each) for each in [*where, "--num", "10", "--set", "meanflow.offset=1e-2"]])
-    assert sorted(made)[1:3] == ["meanflow-atconv-flow-seed1", "meanflow-atconv-meanflow-meanflow.offset=1e-2-seed0"]
+    meanflow.main(
+        [str(each) for each in [*where, "--num", "10", "--set", "meanflow.share=0.5", "meanflow.offset=1e-2"]]
+    )
+    assert "meanflow-atconv-flow-210-seed1" in made
+    assert "meanflow-atconv-meanflow-100-meanflow.share=0.5-meanflow.offset=1e-2-seed0" in made
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"meanflow.md", "meanflow.json", "meanflow.png"}
-    assert len(json.loads((tmp_path / "out/meanflow.json").read_text())["results"]) == len(made) == 8
+    assert len(json.loads((tmp_path / "out/meanflow.json").read_text())["results"]) == len(made) == 12
     assert "Fréchet distance of MeanFlow less" in capsys.readouterr().out
     assert "has scores of 10 samples; give that, or remove" in fails(meanflow.main, *where, "--num", "11")
     made.clear()
