@@ -152,8 +152,8 @@ def table(some: Sequence[Arm], results: Sequence[dict[str, Any]]) -> str:
         rows.append([average.mixer, *map(_with_error, gaps)])
     head = ["mixer", *(f"MeanFlow's {own} less the flow's {other}" for own, other in AIMS)]
     said = (
-        "Fréchet distance of MeanFlow less that of the flow that was trained for the same time, mean of the differences "
-        "within a seed ± its standard error:"
+        "Fréchet distance of MeanFlow less that of the flow that was trained for the same time, mean of the "
+        "differences within a seed ± its standard error:"
     )
     return "\n\n".join([*parts, f"{said}\n\n{markdown_table(head, rows, head[:1])}"]) + "\n"
 
