@@ -76,7 +76,7 @@ def calibrate(
         rule = f"steps={sampling.steps}: ratios need two evaluations, at rising times"
         if model.config.use_meanflow:
             raise InputError(
-                f"{rule}, and a MeanFlow model has one step by default; state {option('steps', 4)} or more"
+                f"{rule}, and a MeanFlow model has one step by default; state more, such as {option('steps', 4)}"
             )
         raise InputError(f"sampler={sampling.sampler}, {rule}; take euler with more steps")
     ratios, entered, before = [], [], []

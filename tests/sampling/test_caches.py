@@ -230,7 +230,7 @@ def test_ratios_are_of_rising_times(options):
 
 def test_ratios_of_a_meanflow_model_need_steps_that_are_stated():
     model = lively(use_meanflow=True)
-    with pytest.raises(InputError, match=r"steps=1: .* MeanFlow model has one step by default; state steps=4 or more"):
+    with pytest.raises(InputError, match=r"steps=1: .* one step by default; state more, such as steps=4"):
         calibrate(model, Sampling(), 1)
     assert calibrate(model, Sampling(steps=4), 1)[0] == [0, 0.25, 0.5, 0.75]
 

@@ -246,7 +246,7 @@ def test_a_run_of_the_set_is_drawn_from_stored_told_and_refused(recipe_file, tmp
     said = fails(sample.main, *ckpt, "--scheduler", "unipc")
     assert "does not follow average velocities, which this model predicts (MeanFlow); use --scheduler flow-m" in said
     assert "[0.2, 0.8]: --cfg=1 is this model's default" in fails(sample.main, *ckpt, "--cfg-interval", 0.2, 0.8)
-    assert "has one step by default; state --steps 4" in fails(command, "calibrate", run)
+    assert "has one step by default; state more, such as --steps 4" in fails(command, "calibrate", run)
     assert "guidance 2 in its weights: its flow" in fails(
         command, "likelihood", "--ckpt", run, "--num", 2, "--out", out
     )
