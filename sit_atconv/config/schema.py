@@ -523,7 +523,7 @@ class Recipe:
             "lora.rank": self.lora.rank,
         }
         if key := next((key for key, value in others.items() if value is not None), None):
-            raise InputError(f"{said} with {key}: one objective at a time; {idle(key)}, or {idle('meanflow.share')}")
+            raise InputError(f"{said} with {key}: one objective at a time; state {key}=null or meanflow.share=null")
         if self.flow.prediction != "velocity":
             raise InputError(
                 f"{said} with flow.prediction={self.flow.prediction}: what is averaged is a velocity; "

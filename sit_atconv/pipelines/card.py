@@ -43,7 +43,7 @@ def model_card(
     sections = {
         "The model": _describe(pipeline, dtype),
         "Use": _usage(pipeline, dtype, libraries),
-        "Training": _training(manifest),
+        "Training": _training(manifest, model.config.trained_guidance),
         "Versions": ", ".join(f"{library} {version}" for library, version in library_versions().items()) + ".",
         "Limits": _limits(pipeline, license),
     }
@@ -157,14 +157,16 @@ TOLD = {
     "recipe": {
         "train": {"batch_size": POSITIVE, "lr": float, "precision": str}, "data": {"kind": str}, "ema": dict,
         "lora?": {"rank": (POSITIVE, None), "alpha": (float, None)},
+        "meanflow?": {"share": (float, None), "tangent": (str, None), "teacher": (str, None)},
     },
     "data": {"num_images": object, "classes": list}, "step": COUNT, "images_seen": COUNT,
     "versions": {"sit_atconv": str, "torch": str, "diffusers": str}, "init?": (INIT_FORM, None),
 }  # fmt: skip
 
 
-def _training(manifest: dict[str, Any]) -> str:
-    """What a checkpoint's manifest says, as a list; paths are of another machine and stay out."""
+def _training(manifest: dict[str, Any], guidance: float) -> str:
+    """What a checkpoint's manifest says, as a list; paths are of another machine and stay out. guidance: in the
+    weights."""
     if "recipe" not in manifest:
         return ""
     if fault := fault_of(manifest, TOLD):
@@ -181,6 +183,7 @@ def _training(manifest: dict[str, Any]) -> str:
         "weights": f"EMA, {ema.describe(config.make_recipe(recipe['ema'], config.Ema, stored=True))}",
         "began from": _origin(manifest.get("init")),
         "LoRA": _lora(recipe.get("lora")),
+        "MeanFlow": _meanflow(recipe.get("meanflow"), guidance),
         "trained with": trained_with,
     }
     return "\n".join(f"- {name}: {plain(value)}" for name, value in facts.items() if value)
@@ -191,6 +194,15 @@ def _lora(lora: dict[str, Any] | None) -> str:
     if not lora or lora["rank"] is None:
         return ""
     return f"rank {lora['rank']}, alpha {lora['alpha']:g}, added to the weights that it began from"
+
+
+def _meanflow(meanflow: dict[str, Any] | None, guidance: float) -> str:
+    """How average velocities were learned; "" where they were not."""
+    if not meanflow or meanflow["share"] is None:
+        return ""
+    gave = "the samples" if meanflow["teacher"] is None else "a teacher"
+    times = f"two times in a share of {meanflow['share']:g}"
+    return f"{times}, tangent {meanflow['tangent']}, guidance {guidance:g}, velocity of {gave}"
 
 
 def _origin(init: dict[str, Any] | None) -> str:

@@ -278,8 +278,9 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         Returns ImagePipelineOutput, or a tuple with the images; state and velocity are fp32, the transformer runs in
         its own dtype.
         Warns of a scheduler that is right for distilled models alone.
-        Raises ValueError for bad labels, shapes, choices, schedulers, for guidance without null class and guide, for an
-        interval of guidance that no step lies in, and for a guide that does not fit.
+        Raises ValueError for bad labels, shapes, choices, schedulers, for guidance without null class and guide, for
+        settings of guidance beside a default scale of 1, for an interval of guidance that no step lies in, and for a
+        guide that does not fit.
         """
         if caution := check_scheduler(self.scheduler, self.transformer.config.use_meanflow):
             warnings.warn(caution, stacklevel=3)  # of the caller: torch.no_grad is between
@@ -289,9 +290,8 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         fitting = Sampling(guidance_scale=guidance_scale, guide=self._guide_at(guidance_scale)).for_model(
             self.transformer
         )
-        guidance_scale = fitting.guidance_scale
         num_inference_steps = fitting.steps if num_inference_steps is None else num_inference_steps
-        # Apart from the scale, which a callback may change: of none, they would do nothing.
+        # Apart from a scale that is given, which a callback may change: of none, they would do nothing.
         guided_by = Sampling(
             guidance_channels=guidance_channels,
             guidance_interval=guidance_interval,
@@ -299,6 +299,9 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             guidance_batches=guidance_batches,
             guide=self.guide,
         )
+        if guidance_scale is None:
+            guided_by.fitted(self.transformer.config.use_meanflow)
+        guidance_scale = fitting.guidance_scale
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         handed_over = callback_on_step_end_tensor_inputs or ()

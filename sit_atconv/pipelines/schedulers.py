@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from sit_atconv.pipelines.adams import FlowMatchAdamsScheduler
-from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.errors import InputError, option, told
 
 LEAST_START = 0.998  # what is drawn is noise, of sigma 1: begun at 1 - e, the spread of the images is up to e off
 FINE_STEPS, LARGEST_FALL = 1000, 0.02  # of so many steps none may take more than that of sigma
@@ -97,7 +97,7 @@ def check_scheduler(scheduler: SchedulerMixin, average: bool = False) -> str | N
     module does not know must have its default. Its noise levels must fall from 1, noise, to 0, data, by steps that get
     small as their number grows. Returns what to warn of: a scheduler that is right for distilled models alone.
     """
-    name = type(scheduler).__name__
+    name, euler = type(scheduler).__name__, option("scheduler", "flow-match-euler", "FlowMatchEulerDiscreteScheduler()")
     kind = next((kind for kind in RULES if isinstance(scheduler, kind)), None)
     if kind is None:
         raise InputError(
@@ -107,10 +107,11 @@ def check_scheduler(scheduler: SchedulerMixin, average: bool = False) -> str | N
             "DPMSolverMultistepScheduler with use_flow_sigmas=True, prediction_type='flow_prediction'"
         )
     options, defaults = _options(scheduler, kind)
-    if average and (kind is not FlowMatchEulerDiscreteScheduler or options.get("stochastic_sampling")):
+    other = kind is not FlowMatchEulerDiscreteScheduler
+    if average and (other or options.get("stochastic_sampling")):
         raise InputError(
             f"scheduler {name} does not follow average velocities, which this model predicts (MeanFlow); use "
-            "FlowMatchEulerDiscreteScheduler() without stochastic_sampling"
+            f"{euler}{'' if other else ' without stochastic_sampling'}"
         )
     known = LEVELS | STEPS | IDLE | {rule.option for rule in RULES[kind]}
     others = [Rule(option, (defaults[option],), "is not known to follow the flow") for option in options.keys() - known]
@@ -129,7 +130,7 @@ def check_scheduler(scheduler: SchedulerMixin, average: bool = False) -> str | N
         return (
             f"scheduler {name}{asked} draws new noise at every step: right for a model that was distilled to such "
             "steps, but images of any other model vary too little, however many the steps; use "
-            "FlowMatchEulerDiscreteScheduler() for those"
+            f"{euler} for those"
         )
     falls = -fine.sigmas.diff()
     if falls.max() > LARGEST_FALL:

@@ -56,15 +56,16 @@ def named(what: str) -> AbstractContextManager[None]:
     return told(what, InputError)
 
 
-def option(name: str, value: Any = None) -> str:
+def option(name: str, value: Any = None, python: str | None = None) -> str:
     """An argument of a library function as its caller wrote it: `sample_size` in Python, `--sample-size` in a command.
 
     value: what it was given, if that is to be said: `force=True` in Python, `--force` in a command.
+    python: what stands there in Python, where that is no argument.
     """
     if _in_command:
         flag = f"--{name.replace('_', '-')}"
         return flag if value is None or value is True else f"{flag} {value}"
-    return name if value is None else f"{name}={value!r}"
+    return python or (name if value is None else f"{name}={value!r}")
 
 
 def said(error: Exception) -> str:

@@ -73,10 +73,12 @@ def calibrate(
     sampling = sampling.for_model(model)
     times = [float(t) for t in sampling.evaluation_times(model)]
     if len(times) < 2 or any(a >= b for a, b in pairwise(times)):
-        raise InputError(
-            f"sampler={sampling.sampler}, steps={sampling.steps}: ratios need two evaluations, at rising times; "
-            "take euler with more steps"
-        )
+        rule = f"steps={sampling.steps}: ratios need two evaluations, at rising times"
+        if model.config.use_meanflow:
+            raise InputError(
+                f"{rule}, and a MeanFlow model has one step by default; state more, such as {option('steps', 4)}"
+            )
+        raise InputError(f"sampler={sampling.sampler}, {rule}; take euler with more steps")
     ratios, entered, before = [], [], []
 
     def enters(block: nn.Module, given: tuple[torch.Tensor, ...]) -> None:

@@ -178,19 +178,25 @@ class Sampling:
             (self.sampler == "dopri5", OF_TIMES, "dopri5 chooses its own times"),
             (self.guide is not None, ("guidance_batches",), "model and guide have a batch each"),
         ):
-            for name in names if held else ():
-                if (value := getattr(self, name)) != (PLAIN | LATER)[name]:
-                    raise InputError(f"{name}={value}: {why}; leave it out")
+            if held:
+                self._check_left_out(names, why)
         if isinstance(self.guide, os.PathLike):
             self.guide = os.fspath(self.guide)
         if self.guide is not None and self.guidance_scale == 1:
             stated = f"guide={self.guide}" if isinstance(self.guide, str) else "guide"
             raise InputError(f"{stated}: with guidance_scale=1 nothing is guided; leave it out")
 
+    def _check_left_out(self, names: Iterable[str], why: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) != (PLAIN | LATER)[name]:
+                raise InputError(f"{name}={value}: {why}; leave it out")
+
     def fitted(self, average: bool = False) -> "Sampling":
         """The settings, with what fits a flow in the place of None in steps and guidance_scale; average: what fits a
-        model of average velocities (MeanFlow)."""
+        model of average velocities (MeanFlow). Raises InputError for settings of guidance where that is none."""
         steps, scale = OF_AVERAGE if average else OF_FLOW
+        if self.guidance_scale is None and scale == 1:
+            self._check_left_out(OF_GUIDANCE, "guidance_scale=1 is this model's default, and guides nothing")
         return replace(
             self,
             steps=steps if self.steps is None else self.steps,

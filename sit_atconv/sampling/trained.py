@@ -39,9 +39,9 @@ def describe_training(trained: Trained) -> dict[str, Any]:
     name: the model's preset. run: the folder of the run. repa: of a run with REPA, its encoder, block and weight.
     distill: of a run with a teacher, which of its attentions were replaced, and whether by attention.
     init: of a run that began from a checkpoint, the parts that were drawn anew. lora: of a run of LoRA, its rank and
-    alpha; of adapters from a file, which says nothing of their training, its SHA-256. meanflow: of a run that learned
-    average velocities, the share of samples with two times, the guidance in the weights, what the change was taken
-    along, and whether a teacher gave the velocity.
+    alpha; of adapters from a file, which says nothing of their training, its SHA-256. meanflow: of a model of average
+    velocities, the guidance in the weights, and, where a run says so, the share of samples with two times, what the
+    change was taken along, and whether a teacher gave the velocity.
     """
     recipe, init = trained.manifest.get("recipe"), trained.manifest.get("init")
     sections = ("repa", "distill", "lora", "meanflow")
@@ -66,12 +66,12 @@ def describe_training(trained: Trained) -> dict[str, Any]:
         "init": init and {"anew": init["anew"]},
         "lora": added,
         "meanflow": {
-            "share": meanflow["share"],
+            "share": meanflow.get("share"),
             "guidance": trained.model.config.trained_guidance,
-            "tangent": meanflow["tangent"],
-            "teacher": meanflow["teacher"] is not None,
+            "tangent": meanflow.get("tangent"),
+            "teacher": meanflow.get("teacher") is not None if meanflow else None,
         }
-        if meanflow.get("share")
+        if trained.model.config.use_meanflow
         else None,
         "params": count_parameters(trained.model),
     }

@@ -29,7 +29,15 @@ FORM = {
     **dict.fromkeys(("protocol", "n", "image_shape", "extractors", "groups", "class_histogram"), object),
     "metrics": {str: {"se": object, "corrected": object}}, "reference": {"name": str, "sha256": str},
     "warnings?": [str],
-    "samples_manifest": {"training?": ({"name?": (str, None), "token_mixer?": (str, [str], None)}, None)},
+    "samples_manifest": {
+        "training?": (
+            {
+                "name?": (str, None), "token_mixer?": (str, [str], None),
+                "meanflow?": ({"guidance?": float}, None),
+            },
+            None,
+        )
+    },
 }  # fmt: skip
 NEVER_NONE = ("sampler", "guidance_scale", "labels_rule", "dtype", "uint8_rule")  # of SAMPLED, where recorded
 # Of the training; with step and images seen, what a row is of.
@@ -41,6 +49,7 @@ TEXTS = ("model", "seeds", "conditions", "source")  # columns
 MARKS = {
     "repa": " + REPA", "distill": " + distill", "init": " + train.init", "lora": " + LoRA", "meanflow": " + MeanFlow",
 }  # fmt: skip
+GUIDED = ", guidance"  # on the last of them, with the scale: a MeanFlow model has it in its weights
 
 
 def tabulate(files: Sequence[str | Path], mix: bool = False) -> dict[str, Any]:
@@ -101,6 +110,8 @@ def _read(file: str) -> dict[str, Any]:
             }
             method = {key: training.get(key) for key in METHOD}
             marks = "".join(mark for key, mark in MARKS.items() if method[key])
+            if (guided := _trained_guidance(manifest)) is not None:
+                marks += f"{GUIDED} {guided:g}"
             called = name or f"{method['name'] or _mixer(method['token_mixer']) or 'unnamed'}{marks}"
             found = {
                 "facts": comparable(stored, manifest),
@@ -148,11 +159,18 @@ def comparable(result: dict[str, Any], manifest: dict[str, Any]) -> dict[str, An
         "samples_lossy": result.get("samples_lossy") or None,  # of a reference, its digest tells
         **{key: manifest.get(key) for key in SAMPLED},
         "sampler": manifest.get("sampler") or manifest.get("scheduler"),  # which takes its place
+        "trained_guidance": _trained_guidance(manifest),
         "guide": _guide(manifest.get("guide")),
         "codec": {key: codec.get(key) for key in ("codec", "sha256", "scale", "shift")},
         # What is known of labels from a file; others follow from rule and count.
         "classes": result.get("class_histogram") if manifest.get("labels_rule") == "file" else None,
     }
+
+
+def _trained_guidance(manifest: dict[str, Any]) -> float | None:
+    """The scale of the guidance in the weights of a MeanFlow model; None where there is none."""
+    scale = ((manifest.get("training") or {}).get("meanflow") or {}).get("guidance", 1)
+    return None if scale == 1 else scale
 
 
 def _guide(guide: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -246,7 +264,7 @@ def _std(values: list[float | None]) -> float | None:
 def _published(results: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
     """Published figures of the results' methods and of the attention models that those stand against, and claims."""
     stated = read_yaml(PUBLISHED)
-    marks = re.compile(f"({'|'.join(map(re.escape, MARKS.values()))})+$")
+    marks = re.compile(rf"({'|'.join(map(re.escape, MARKS.values()))}|{GUIDED} \S+)+$")
     names = {
         marks.sub("", result["method"]["method"])
         for result in results

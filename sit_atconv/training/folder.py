@@ -214,6 +214,19 @@ def check_run_folder(
             # Where the first weights lay is told, and may be another place today.
             pair = {part: manifest.get(part)}, {part: described.get(part)}
             if part in described and differences(*pair, {f"{part}.from"}):
-                stated = attrgetter(name)(recipe)
-                raise InputError(f"{name}={stated!r} is not the one of run.out={str(run)!r}: other weights")
+                raise _of_other_weights(run, name, manifest, recipe)
     return found
+
+
+def _of_other_weights(run: Path, key: str, manifest: dict[str, Any], recipe: Recipe) -> InputError:
+    """What to say where a run began with another network than the one that a key names now, or one has none."""
+    section, name = key.split(".")
+    begun, stated = (manifest["recipe"].get(section) or {}).get(name), attrgetter(key)(recipe)
+    out, remedy = f"run.out={str(run)!r}", "or choose another run.out"
+    if begun is None:
+        return InputError(f"{key}={stated!r}: {out} was begun without one; state {key}=null, {remedy}")
+    if stated is None:
+        return InputError(f"{key} is missing: {out} was begun with one; state {key}={begun!r}, {remedy}")
+    return InputError(
+        f"{key}={stated!r} is not the one of {out}: other weights; name the one that it was begun with, {remedy}"
+    )

@@ -85,7 +85,14 @@ class Origin:
         anew, where = recipe.train.init_anew, f"train.init={self.stated!r}"
         found = differences(self.source.model, model)
         if wrong := [each for each in found if not each.part]:
-            stated = " ".join(_as_key(*each.option) for each in wrong)
+            options = dict(each.option for each in wrong)
+            others = {"lora.rank": recipe.lora.rank, "repa.encoder": recipe.repa.encoder}
+            if "use_meanflow" in options and (key := next((key for key in others if others[key] is not None), None)):
+                raise InputError(
+                    f"{where} predicts average velocities (MeanFlow), and {key}={others[key]} goes with a flow alone; "
+                    "begin with a flow"
+                )
+            stated = " ".join(_as_key(*option) for option in options.items())
             raise InputError(
                 f"{where} is of another architecture: {', '.join(each.said for each in wrong)}; state {stated}, or "
                 "begin with another"

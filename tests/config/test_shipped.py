@@ -6,6 +6,7 @@ import pytest
 
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.config import Recipe, load_recipe, to_dict
+from sit_atconv.config.schema import Preview
 from sit_atconv.config.shipped import FOLDER, SETS, about, recipe_names, recipe_path, recipe_text, set_names
 from sit_atconv.runtime.errors import InputError
 
@@ -91,6 +92,18 @@ def test_the_meanflow_set_goes_over_every_recipe_of_a_flow(name):
     assert (made.flow.time_sampling, made.flow.time_mean, made.flow.time_std) == ("logit-normal", 0.4, 1.0)
     same = dataclasses.replace(made, flow=plain.flow, meanflow=plain.meanflow, preview=plain.preview)
     assert to_dict(same) == to_dict(plain)
+
+
+def test_the_meanflow_set_draws_one_step_whatever_the_recipe_draws_of_a_flow(tmp_path):
+    of_flow = {
+        "sde.yaml": "sampler: euler-maruyama, diffusion: linear, last_step_size: 0.1, epsilon: 0.01, steps: 9",
+        "adams.yaml": "sampler: adams2, start: rk, grid: [0, 0.2, 1], guidance_channels: first3, guidance_every: 2",
+        "guide.yaml": "sampler: heun, guide: x, guidance_scale: 3, guidance_interval: [0, 0.5]",
+    }
+    for name, settings in of_flow.items():
+        (tmp_path / name).write_text(f"base: digits\npreview: {{{settings}, num: 4, time_shift: 2}}\n")
+        preview = load_recipe(tmp_path / name, ["meanflow"]).preview
+        assert preview == Preview(every=load_recipe("digits").preview.every, num=4, time_shift=2.0)
 
 
 def test_of_sets_and_keys_the_later_one_wins():

@@ -377,12 +377,13 @@ def test_a_manifest_of_others_writes_nothing_else_into_the_card():
         "data": {"num_images": evil, "classes": [], "held_out": evil}, "step": 1, "images_seen": 1,
         "versions": dict.fromkeys(("sit_atconv", "torch", "diffusers"), evil),
     }  # fmt: skip
-    text = _training(manifest)
-    assert len(text.splitlines()) == 6
+    manifest["recipe"]["meanflow"] = {"share": 0.5, "tangent": evil, "teacher": evil}
+    text = _training(manifest, guidance=1.0)
+    assert len(text.splitlines()) == 7
     assert all(line.startswith("- ") for line in text.splitlines())
     assert "<script" not in text
     manifest["data"] |= {"num_images": 18, "held_out": 6}
-    assert ", 18 images, 6 more held out, 0 classes" in _training(manifest)
+    assert ", 18 images, 6 more held out, 0 classes" in _training(manifest, guidance=1.0)
     assert "[a](" not in text.replace("\\[", "(")
 
 

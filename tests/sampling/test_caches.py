@@ -31,11 +31,10 @@ INSIDE = {"guidance_scale": 2.0, "guidance_interval": [0.2, 0.6]}
 RISING = [1.1] * 12  # ratios that no threshold near 0 lets by
 
 
-def lively(depth: int = 4):
+def lively(depth: int = 4, **options):
     torch.manual_seed(0)
-    model = create_model(
-        None, 4, 3, patch_size=2, hidden_size=16, depth=depth, num_heads=2, in_channels=1, token_mixer="hybrid"
-    )
+    sizes = {"patch_size": 2, "hidden_size": 16, "depth": depth, "num_heads": 2, "in_channels": 1}
+    model = create_model(None, 4, 3, **sizes, token_mixer="hybrid", **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -227,6 +226,13 @@ def test_ratios_are_those_that_diffusers_measures(scale, capsys):
 def test_ratios_are_of_rising_times(options):
     with pytest.raises(InputError, match="euler"):
         calibrate(lively(), Sampling(guidance_scale=1.0, **options), 1)
+
+
+def test_ratios_of_a_meanflow_model_need_steps_that_are_stated():
+    model = lively(use_meanflow=True)
+    with pytest.raises(InputError, match=r"steps=1: .* one step by default; state more, such as steps=4"):
+        calibrate(model, Sampling(), 1)
+    assert calibrate(model, Sampling(steps=4), 1)[0] == [0, 0.25, 0.5, 0.75]
 
 
 def test_ratios_at_other_times_follow_the_curve():

@@ -537,7 +537,6 @@ def test_the_manifest_says_how_the_model_was_trained(run_folder, tmp_path):
     stated["recipe"]["repa"] |= {"encoder": "dinov2_vitb14", "depth": 1, "weight": 0.25}
     stated["recipe"]["lora"] |= {"rank": 4, "alpha": 8.0}
     stated["recipe"]["distill"] |= {"teacher": "teacher", "select": "even"}
-    stated["recipe"]["meanflow"] |= {"share": 0.25, "tangent": "network"}
     base = {"source": "base", "which": "ema", "step": 1, "codec": stated["codec"], "model": stated["recipe"]["model"]}
     stated["init"] = {"sha256": "ab" * 32, "from": base, "anew": ["y_embedder"]}
     manifest.write_text(json.dumps(stated))
@@ -546,7 +545,6 @@ def test_the_manifest_says_how_the_model_was_trained(run_folder, tmp_path):
     assert training["repa"] == {"encoder": "dinov2_vitb14", "depth": 1, "weight": 0.25}
     assert (training["init"], training["lora"]) == ({"anew": ["y_embedder"]}, {"rank": 4, "alpha": 8.0})
     assert training["distill"] == {"select": "even", "control": False}
-    assert training["meanflow"] == {"share": 0.25, "guidance": 1.0, "tangent": "network", "teacher": False}
     lively_model().save_pretrained(tmp_path / "model")
     command = ["generate", "--ckpt", str(tmp_path / "model"), "--num", "1", "--steps", "1"]
     sampling([*command, "--out", str(tmp_path / "b")])

@@ -1,6 +1,7 @@
 """Models of average velocities (MeanFlow) in what samples, stores and refuses."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ import sample
 from sampling.__main__ import main as sampling
 from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.__main__ import main as command
-from sit_atconv.config import load_recipe
+from sit_atconv.config import load_recipe, to_dict
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.pipelines.card import model_card
 from sit_atconv.runtime.draws import Stream
@@ -26,6 +27,7 @@ from sit_atconv.training.drawing import open_drawing
 from sit_atconv.training.objectives.distill import load_teacher
 
 LABELS = torch.tensor([1, 2])
+CARD = (torch.float32, "x", "mit", set())
 NOISE = noise((3, 4, 4), 5, Stream.SAMPLE_NOISE, [3, 8])
 
 
@@ -88,7 +90,8 @@ def test_what_fits_a_flow_fits_no_average_velocity():
           for name in ("heun", "rk4", "dopri5", "euler-maruyama")),
         ({"trained_guidance": 3.0}, {"guidance_scale": 2}, "guidance_scale=2: this model has guidance 3 in its "),
         ({"class_dropout_prob": 0.0}, {"guidance_scale": 2}, "guidance_scale=2 needs a null class"),
-        ({}, {"guidance_channels": "first3"}, "with guidance_scale=1 nothing is guided"),
+        ({}, {"guidance_channels": "first3"}, "guidance_channels=first3: guidance_scale=1 is this model's default"),
+        ({}, {"guidance_every": 2, "guidance_scale": 1}, "guidance_every=2: with guidance_scale=1 nothing is guided"),
         ({}, {"guide": {"use_meanflow": False}}, "guide: the model that it is to guide predicts average velocities"),
         ({"use_meanflow": False}, {"guide": {}}, "guide: it predicts average velocities .*leave the guide out"),
     ],
@@ -163,14 +166,54 @@ def test_the_pipeline_refuses_a_guide_and_guidance_upon_guidance():
         pipe(1, 2, output_type="latent", callback_on_step_end=more)
 
 
+def test_the_pipeline_refuses_settings_of_guidance_beside_its_default_of_none():
+    pipe = pipeline()
+    for name, value in (("guidance_interval", (0.2, 0.4)), ("guidance_every", 2), ("guidance_batches", 2)):
+        with pytest.raises(InputError, match=f"{name}=.*guidance_scale=1 is this model's default"):
+            pipe(1, output_type="latent", **{name: value})
+    # A scale that is stated may be changed by a callback.
+    assert pipe(1, guidance_scale=1.0, guidance_every=2, output_type="latent").images.shape == (1, 3, 4, 4)
+    flow = pipeline(made(use_meanflow=False))
+    flow(1, 3, guidance_every=2, output_type="latent")
+    assert flow.nfe == 5  # guided by default
+
+
+def test_what_is_recorded_of_it_is_what_its_run_says_and_its_guidance_without_one(tmp_path):
+    made(trained_guidance=2.0).save_pretrained(tmp_path)
+    trained = load_trained(tmp_path)
+    nobody = {"share": None, "guidance": 2.0, "tangent": None, "teacher": None}
+    assert describe_training(trained)["meanflow"] == nobody
+    for teacher in (None, "x"):
+        said = {"share": 0.25, "tangent": "network", "teacher": teacher}
+        trained.manifest["recipe"] = {"meanflow": said}
+        own = said | {"guidance": 2.0, "teacher": teacher is not None}
+        assert describe_training(trained)["meanflow"] == own
+
+
 def test_the_card_says_how_it_is_used():
-    card = model_card(pipeline(made(trained_guidance=3.0)), {}, torch.float32, "x", "mit", set())
+    card = model_card(pipeline(made(trained_guidance=3.0)), {}, *CARD)
     row = next(line for line in card.splitlines() if line.startswith("| MeanFlow |"))
     assert "average velocity" in row
     assert "steps 1, 2 or 4; guidance trained in: 3 |" in row
     assert "num_inference_steps=1, guidance_scale=1.0," in card
     assert "the average velocity from t to timestep_r" in card
-    assert "guidance trained in" not in model_card(pipeline(), {}, torch.float32, "x", "mit", set())
+    assert "guidance trained in" not in model_card(pipeline(), {}, *CARD)
+
+
+def test_the_card_says_how_it_was_trained_and_no_path():
+    manifest = {
+        "data": {"num_images": 8, "classes": ["a"]}, "step": 1, "images_seen": 8,
+        "versions": dict.fromkeys(("sit_atconv", "torch", "diffusers"), "1"),
+    }  # fmt: skip
+    stated = ["meanflow", "meanflow.omega=3", "meanflow.teacher=/where/it/lies"]
+    cards = [
+        model_card(pipeline(model), manifest | {"recipe": to_dict(load_recipe("digits", each))}, *CARD)
+        for model, each in ((made(trained_guidance=3.0), stated), (made(), stated[:1]), (made(use_meanflow=False), []))
+    ]
+    told = [[line for line in card.splitlines() if line.startswith("- MeanFlow")] for card in cards]
+    said = "- MeanFlow: two times in a share of 0.25, tangent sample, guidance {}, velocity of {}".format
+    assert told == [[said(3, "a teacher")], [said(1, "the samples")], []]
+    assert "where" not in cards[0]
 
 
 @pytest.mark.slow
@@ -200,7 +243,10 @@ def test_a_run_of_the_set_is_drawn_from_stored_told_and_refused(recipe_file, tmp
     out, ckpt = tmp_path / "refused", ("--ckpt", run, "--out", tmp_path / "refused.png")
     assert "sampler=heun: this model predicts average" in fails(sample.main, *ckpt, "--sampler", "heun")
     assert "--cfg=2: this model has guidance 2" in fails(sample.main, *ckpt, "--cfg", 2)
-    assert "does not follow average velocities" in fails(sample.main, *ckpt, "--scheduler", "unipc")
+    said = fails(sample.main, *ckpt, "--scheduler", "unipc")
+    assert "does not follow average velocities, which this model predicts (MeanFlow); use --scheduler flow-m" in said
+    assert "[0.2, 0.8]: --cfg=1 is this model's default" in fails(sample.main, *ckpt, "--cfg-interval", 0.2, 0.8)
+    assert "has one step by default; state more, such as --steps 4" in fails(command, "calibrate", run)
     assert "guidance 2 in its weights: its flow" in fails(
         command, "likelihood", "--ckpt", run, "--num", 2, "--out", out
     )
@@ -211,3 +257,6 @@ def test_a_run_of_the_set_is_drawn_from_stored_told_and_refused(recipe_file, tmp
     with pytest.raises(InputError, match=r"predicts average velocities .*give a teacher of velocities"):
         load_teacher(student, (1, 8, 8), 10)
     assert not out.exists()
+    said = f"meanflow.teacher is missing: run.out={str(run)!r} was begun with one; state meanflow.teacher={str(flow)!r}"
+    with pytest.raises(InputError, match=re.escape(said)):
+        run_recipe(start, "meanflow", "meanflow.omega=2", "train.max_steps=3")

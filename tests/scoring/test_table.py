@@ -86,7 +86,7 @@ def test_models_that_began_from_others_are_methods_of_their_own(result):
     begun = [{"anew": []}, {"anew": ["y_embedder"]}, {"anew": []}, {"anew": []}, None, None, None, None]
     lora = [None, None, {"rank": 4, "alpha": 8.0}, {"rank": 8, "alpha": 8.0}, {"sha256": "aa" * 32}, None, None, None]
     distill = [*[None] * 6, {"select": "all", "control": False}, None]
-    meanflow = [*[None] * 7, {"share": 0.25, "guidance": 2.0, "tangent": "sample", "teacher": False}]
+    meanflow = [*[None] * 7, {"share": 0.25, "guidance": 1.0, "tangent": "sample", "teacher": False}]
     sections = ("init", "lora", "distill", "meanflow")
     kinds = [
         {f"samples_manifest__training__{key}": one for key, one in zip(sections, each, strict=True)}
@@ -100,6 +100,23 @@ def test_models_that_began_from_others_are_methods_of_their_own(result):
         (" + LoRA", [4]), ("", [5, 9]), (" + distill", [6]), (" + MeanFlow", [7]),
     ]  # fmt: skip
     assert {figure["model"] for figure in tabulate(files[3:4])["published"]} == {"SiT-XL/2"}
+
+
+def test_guidance_in_the_weights_does_not_stand_beside_none(result):
+    """As guidance of the sampling does not; of earlier versions, and of flows, nothing is recorded."""
+    learned = {"share": 0.25, "guidance": 1.0, "tangent": "sample", "teacher": False}
+    key = "samples_manifest__training__meanflow"
+    flow, plain = result(), result(**{key: learned})
+    guided = [result(seed=each, **{key: learned | {"guidance": 2.5}}) for each in (1, 2)]
+    assert [row["method"] for row in tabulate([flow, plain])["rows"]] == ["SiT-XL/2", "SiT-XL/2 + MeanFlow"]
+    for other in (flow, plain, result(seed=3, **{key: learned | {"guidance": 3.0}})):
+        with pytest.raises(InputError, match=r"has trained_guidance 2\.5, .* trained_guidance "):
+            tabulate([*guided, other])
+    table = tabulate([*guided, flow], mix=True)
+    called = "SiT-XL/2 + MeanFlow, guidance 2.5"
+    assert [(row["method"], row["seeds"]) for row in table["rows"]] == [(called, [1, 2]), ("SiT-XL/2", [0])]
+    assert cells(to_markdown(table), called)[1] == "2.5"
+    assert {figure["model"] for figure in tabulate(guided)["published"]} == {"SiT-XL/2"}
 
 
 def test_a_row_is_mean_and_spread_over_training_seeds(result, tmp_path, capsys):
@@ -447,6 +464,7 @@ ODD = [
     *(("samples_manifest__nfe", value) for value in ("", [], False)),
     *(("samples_manifest__training__name", value) for value in (7, ["SiT"])),
     ("samples_manifest__training__seed", [0]),
+    ("samples_manifest__training__meanflow", {"guidance": "2"}),
     ("samples_manifest__training__token_mixer", {"a": [math.nan]}),
     ("samples_manifest__training", "text"),
     ("samples_manifest__codec", "vae"),

@@ -179,8 +179,13 @@ def test_a_checkpoint_of_a_flow_is_a_start_and_gives_the_same_velocities(recipe_
     assert made.origin.record["anew"] == []
     run_recipe(path, "train.max_steps=1")
     back = recipe_file("back", model={"token_mixer": "attention"}, train={"init": str(tmp_path / "run")})
-    with pytest.raises(InputError, match=r"average velocities \(MeanFlow\) there, velocities here"):
+    with pytest.raises(
+        InputError, match=r"average velocities \(MeanFlow\) there, velocities here.*meanflow\.share=0\.25"
+    ):
         objective(back)
+    for key, value in (("lora.rank", 2), ("repa.encoder", "x")):  # which a MeanFlow model does not go with
+        with pytest.raises(InputError, match=rf"\(MeanFlow\), and {key}={value} goes with a flow alone; begin with a "):
+            objective(back, f"{key}={value}")
 
 
 RUN = {
@@ -309,7 +314,10 @@ def test_a_small_share_comes_to_its_turn(recipe_file):
     [
         (["meanflow.power=1"], r"meanflow\.power does nothing without meanflow\.share"),
         (["meanflow.share=0"], r"meanflow\.share=0\.0: must be over 0"),
-        (["meanflow.share=0.5", "lora.rank=2", "train.init=x"], r"meanflow\.share=0\.5 with lora\.rank"),
+        (
+            ["meanflow.share=0.5", "lora.rank=2", "train.init=x"],
+            r"with lora\.rank: .*; state lora\.rank=null or meanflow\.share=null$",
+        ),
         (["meanflow.share=0.5", "repa.encoder=x"], r"meanflow\.share=0\.5 with repa\.encoder"),
         (["meanflow.share=0.5", "flow.prediction=noise"], r"with flow\.prediction=noise"),
         (["meanflow.share=0.5", "meanflow.kappa=1"], r"meanflow\.kappa=1\.0: must be at least 0 and under 1"),

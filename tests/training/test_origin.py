@@ -2,6 +2,7 @@
 and drawn as a new run draws them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -358,10 +359,14 @@ def test_another_source_is_another_run(recipe_file, tmp_path):
     source, other = made(tmp_path / "mine"), made(tmp_path / "other", scale=0.2)
     path = recipe_file(model={"token_mixer": "attention"})
     run_recipe(path, f"train.init={source}", "train.max_steps=2")
-    for now in (other, "null"):
-        with pytest.raises(InputError, match=r"train\.init=.* is not the one of run\.out=.*: other weights"):
+    for now, said in (
+        (other, f"train.init={str(other)!r} is not the one of run.out={str(tmp_path / 'run')!r}: other weights"),
+        ("null", f"train.init is missing: run.out={str(tmp_path / 'run')!r} was begun with one; state train.init="
+         f"{str(source)!r}, or choose another run.out"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(said)):
             run_recipe(path, f"train.init={now}", "train.max_steps=3")
-        assert "a start would be refused: train.init=" in dry_run(load_recipe(path, [f"train.init={now}"]))
+        assert f"a start would be refused: {said}" in dry_run(load_recipe(path, [f"train.init={now}"]))
     with pytest.raises(InputError, match=r"train\.init_anew: \[\] -> \[\"y_embedder\"\]"):
         run_recipe(path, f"train.init={source}", "train.init_anew=[y_embedder]")
 
@@ -369,7 +374,7 @@ def test_another_source_is_another_run(recipe_file, tmp_path):
 def test_a_run_that_was_drawn_does_not_begin_from_a_source_later(recipe_file, tmp_path):
     path = recipe_file(model={"token_mixer": "attention"})
     run_recipe(path, "train.max_steps=2")
-    with pytest.raises(InputError, match=r"is not the one of run\.out"):
+    with pytest.raises(InputError, match=r"was begun without one; state train\.init=null, or"):
         run_recipe(path, f"train.init={made(tmp_path / 'mine')}")
 
 

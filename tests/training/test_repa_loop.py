@@ -72,7 +72,7 @@ def test_a_restart_goes_on_to_the_same_bits_with_the_same_encoder_alone(recipe, 
 
 def test_without_an_encoder_nothing_of_it_is_there(recipe):
     last = run_recipe(recipe, "repa.encoder=null")
-    with pytest.raises(InputError, match=r"repa\.encoder=.*other weights"):
+    with pytest.raises(InputError, match=r"repa\.encoder=.*was begun without one; state repa\.encoder=null, or"):
         run_recipe(recipe)
     assert "repa_loss" not in log_rows(last.parent)[0]
     assert not (last / "model/projectors.safetensors").exists()
