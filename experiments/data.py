@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sit_atconv.runtime.bounded import bounded, opened
 from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.errors import ArgumentParser, InputError, add_force, command, told
 from sit_atconv.runtime.files import check_out, new_path
-from sit_atconv.runtime.reading import bounded, opened
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sit_atconv.runtime.bounded import opened
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import check_out, made_here, write_out
-from sit_atconv.runtime.reading import opened
 
 MOST_HEADER = 1 << 16  # bytes
 

@@ -20,8 +20,8 @@ from sit_atconv.data.images import (
     is_hidden,
     is_image,
 )
+from sit_atconv.runtime.bounded import opened
 from sit_atconv.runtime.errors import InputError, told
-from sit_atconv.runtime.reading import opened
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field

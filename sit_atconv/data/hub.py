@@ -30,9 +30,10 @@ from sit_atconv.data.images import (
     of_extra,
 )
 from sit_atconv.data.order import MAX_ATTEMPTS
+from sit_atconv.runtime.bounded import bounded, read_bytes
 from sit_atconv.runtime.console import bars_of
 from sit_atconv.runtime.errors import InputError, check_choice, reason, told
-from sit_atconv.runtime.reading import FILE, INSIDE, Malformed, bounded, read_bytes, read_card, read_json
+from sit_atconv.runtime.reading import FILE, INSIDE, Malformed, read_card, read_json
 
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")  # of fsspec and `datasets`: files in a file
 CARDS = ("README.md", ".huggingface.yaml")  # what `datasets` reads of a folder before its files

@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sit_atconv.config import Loading
+from sit_atconv.runtime.bounded import read_bytes
 from sit_atconv.runtime.claims import SETTINGS
 from sit_atconv.runtime.errors import InputError, reason, said
-from sit_atconv.runtime.reading import read_bytes, spelt
+from sit_atconv.runtime.reading import spelt
 
 if TYPE_CHECKING:
     import torch

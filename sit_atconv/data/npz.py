@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sit_atconv.data.archive import LOCAL_HEADER, METHODS
-from sit_atconv.runtime.reading import opened
+from sit_atconv.runtime.bounded import opened
 
 # What numpy and zipfile raise for a file that is no npz, or a broken one.
 UNREADABLE = (

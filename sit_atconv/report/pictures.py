@@ -12,8 +12,8 @@ from PIL import Image
 
 from sit_atconv.data.images import DAMAGED, MOST_BYTES, open_image
 from sit_atconv.report.runs import SampleSet
+from sit_atconv.runtime.bounded import read_bytes
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.reading import read_bytes
 from sit_atconv.scoring.sources import Source
 
 CLASSES, PER_CLASS = 10, 8

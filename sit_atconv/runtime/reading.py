@@ -1,24 +1,21 @@
 """Files that others wrote, read within bounds that hold before memory is taken."""
 
-import errno
 import json
-import os
 import re
 import reprlib
-import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from sit_atconv.runtime.bounded import bounded, opened, read_bytes
 from sit_atconv.runtime.errors import InputError, told
 
 if TYPE_CHECKING:  # what reads JSON alone does without these libraries
     import yaml
 
 MOST_JSON = 128 << 20  # bytes: the labels of ten million samples fit
-PIECE = 1 << 20  # bytes
 MOST_CONFIG = 4 << 20  # bytes of the configuration that a class is made by; the names of 22,000 classes fit
 MOST_SIZE = 1 << 20  # the largest whole number there: what a constructor counts by
 MOST_LINE = 1 << 20  # bytes of a line of a log
@@ -30,7 +27,6 @@ MOST_CARD_NODES = 100_000
 MOST_NESTED = 50  # lists and objects, one in the other
 # What Hugging Face takes for the YAML of a README.md.
 CARD = re.compile(r"\s*---(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
-KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 # Forms of values in a JSON document, see `parse_json`.
 COUNT, POSITIVE = range(2**63), range(1, 2**63)
@@ -43,35 +39,6 @@ _NAMES = {
     int: "a whole number of 64 bits", float: "a finite number", SHA256: "a SHA-256", FILE: "the name of a file",
     INSIDE: "the path of a file below the folder",
 }  # fmt: skip
-
-
-def opened(path: str | Path) -> BinaryIO:
-    """A regular file, open for reading. Raises OSError also for what is none: a FIFO would keep one waiting, a device
-    may have no end."""
-    try:
-        mode = os.stat(path).st_mode
-    except ValueError:  # a NUL
-        raise OSError(errno.EINVAL, "no name of a file", str(path)) from None
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says itself what is wrong
-        raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(mode), 'a device')}, no file", str(path))
-    return open(path, "rb")
-
-
-def read_bytes(path: str | Path, most: int) -> bytes:
-    """A regular file of at most that many bytes. Raises OSError for another, ValueError for a larger one."""
-    with opened(path) as file:
-        return bounded(file, most)
-
-
-def bounded(file: BinaryIO, most: int) -> bytes:
-    """All that is left of a file. Raises ValueError where that is more than `most` bytes."""
-    pieces, left = [], most + 1
-    while left and (piece := file.read(min(left, PIECE))):  # one read of all would take memory for `most` at once
-        pieces.append(piece)
-        left -= len(piece)
-    if not left:
-        raise ValueError(f"it is larger than {most:,} bytes")
-    return b"".join(pieces)
 
 
 def read_tensors(path: Path, what: str, remedy: str = "") -> tuple[dict[str, Any], dict[str, str]]:

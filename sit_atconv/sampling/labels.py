@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from sit_atconv.runtime.bounded import bounded
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.errors import InputError, named, option
-from sit_atconv.runtime.reading import MOST_JSON, bounded, parse_json
+from sit_atconv.runtime.reading import MOST_JSON, parse_json
 from sit_atconv.sampling.sampling import random_label
 
 RULES = ("balanced", "random")

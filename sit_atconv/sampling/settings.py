@@ -22,6 +22,7 @@ from sit_atconv.flow.times import (
     time_grid,
     within,
 )
+from sit_atconv.runtime.bounded import read_bytes
 from sit_atconv.runtime.errors import InputError, named, told
 from sit_atconv.runtime.fields import FLAG, HELP, PATH, When, chosen, setting, settle
 from sit_atconv.runtime.limits import (
@@ -37,7 +38,6 @@ from sit_atconv.runtime.limits import (
     ranged,
 )
 from sit_atconv.runtime.limits import check as check_ranges
-from sit_atconv.runtime.reading import MOST_YAML, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from sit_atconv.flow.samplers import Sampler
 
+MOST_GRID = 1 << 17  # bytes of a file of times
 SAMPLERS = (*ODE_SAMPLERS, *SDE_SAMPLERS)
 OF_SDE = When(f"sampler={' or '.join(SDE_SAMPLERS)}", lambda sampling: sampling.sampler in SDE_SAMPLERS)
 LAST_STEP = When(
@@ -213,7 +214,7 @@ class Sampling:
         if isinstance(stated, str | os.PathLike):
             remedy = f"choose from {list(GRIDS)}, or give a file with a time a line"
             with told(called, OSError, remedy=remedy), told(called, ValueError, remedy="give a time a line"):
-                times = read_bytes(os.path.expanduser(stated), MOST_YAML).decode("utf-8-sig").split()
+                times = read_bytes(os.path.expanduser(stated), MOST_GRID).decode("utf-8-sig").split()
         with told(called, TypeError, ValueError, remedy="give times such as 0 0.1 0.4 1"):
             times = [float(t) for t in times]
             check_grid(times)

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from sit_atconv.config import load_recipe, make_recipe
+from sit_atconv.runtime.bounded import opened, read_bytes
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.markdown import plain
 from sit_atconv.runtime.reading import (
@@ -21,9 +22,7 @@ from sit_atconv.runtime.reading import (
     as_stored,
     check_literal,
     fault_of,
-    opened,
     parse_json,
-    read_bytes,
     read_config,
     read_json,
     read_rows,
