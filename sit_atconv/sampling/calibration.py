@@ -12,6 +12,7 @@ from torch import nn
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime.errors import InputError, option, told
 from sit_atconv.runtime.files import MAG_RATIOS, library_versions
+from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.runtime.reading import SHA256, read_json
 from sit_atconv.sampling.caches import MAG, Cache, check, check_ratios, enable, ratios_at
 from sit_atconv.sampling.sampling import random_label, sample_latents
@@ -47,8 +48,7 @@ def enable_for(trained: Trained, cache: Cache, sampling: Sampling) -> Path | Non
             "own; take another sampler"
         )
     times = [float(t) for t in sampling.evaluation_times(trained.model)]
-    doubled = sampling.guidance_scale != 1 and sampling.guide is None
-    check(cache, times, *(sampling.reused if doubled else ()))
+    check(cache, times, *sampling.reused)
     if cache.kind != MAG:
         enable(trained.model, cache)
         return None
@@ -66,7 +66,8 @@ def calibrate(
 
     The ratio is the mean over images and tokens of |r_i| / |r_(i-1)|, r being what all blocks together add to a token;
     of a guided evaluation both halves count.
-    Raises InputError for a sampler whose times do not rise, as dopri5's and heun's do not.
+    Raises InputError for a sampler whose times do not rise, as dopri5's and heun's do not, for guidance that `mag` cannot
+    go with, see `caches.check`, and for blocks that add nothing; NotFinite for blocks that add what is not finite.
     """
     if sampling.sampler == "dopri5":
         raise InputError("sampler=dopri5 sets its own times; take another one, such as euler")
@@ -77,6 +78,7 @@ def calibrate(
             f"sampler={sampling.sampler}, steps={sampling.steps}: ratios need two evaluations, at rising times; "
             "take euler with more steps"
         )
+    check(Cache(MAG, ()), times, *sampling.reused)
     ratios, entered, before = [], [], []
 
     def enters(block: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -84,8 +86,6 @@ def calibrate(
 
     def leaves(block: nn.Module, given: Any, output: torch.Tensor) -> None:
         lengths = (output - entered.pop()).float().norm(dim=-1)
-        if before and before[0].shape != lengths.shape:
-            raise InputError("guidance in an interval has two sizes of batch; calibrate with guidance everywhere")
         ratios.append((lengths / (before.pop() + 1e-8)).mean() if before else lengths.new_ones(()))
         before.append(lengths)
 
@@ -96,7 +96,15 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-    return times, torch.stack(ratios).tolist()
+    found = torch.stack(ratios)
+    if not found.isfinite().all():
+        raise NotFinite(
+            f"ratios are not finite: what the blocks add is NaN or infinity, in {model.dtype}; calibrate in float32, or "
+            "other weights"
+        )
+    if not found.all():
+        raise InputError("ratios are 0: the blocks add nothing, as those of a new model do; train it first")
+    return times, found.tolist()
 
 
 def record(

@@ -243,8 +243,10 @@ class Sampling:
         return self.guidance_scale, self.guidance_channels, self.guidance_interval
 
     @property
-    def reused(self) -> tuple[list[float], int, int]:
-        """Interval, every and batches of guidance, as `caches.check` takes them."""
+    def reused(self) -> tuple:
+        """Interval, every and batches of classifier-free guidance, as `caches.check` takes them; none without it."""
+        if self.guidance_scale == 1 or self.guide is not None:
+            return ()
         return self.guidance_interval, self.guidance_every, self.guidance_batches
 
     @property

@@ -18,7 +18,7 @@ from sit_atconv.__main__ import main
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import MAG_RATIOS, sha256
-from sit_atconv.sampling import caches
+from sit_atconv.sampling import caches, calibration
 from sit_atconv.sampling.calibration import calibrate, read_ratios
 from sit_atconv.sampling.graphs import can_record
 from sit_atconv.sampling.noise import noise
@@ -223,10 +223,31 @@ def test_ratios_are_those_that_diffusers_measures(scale, capsys):
     assert caches.ratios_at({"times": times, "ratios": ratios}, times) == pytest.approx(ratios, rel=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"sampler": "dopri5"}, {"sampler": "heun"}, {"steps": 1}], ids=str)
-def test_ratios_are_of_rising_times(options):
-    with pytest.raises(InputError, match="euler"):
-        calibrate(lively(), Sampling(guidance_scale=1.0, **options), 1)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sampler": "dopri5"}, "euler"),
+        ({"sampler": "heun"}, "euler"),
+        ({"steps": 1}, "euler"),
+        ({"guidance_scale": 2.0, "guidance_batches": 2}, "guidance_batches=2: .*mag.* tells batches apart"),
+        ({"guidance_scale": 2.0, "guidance_every": 2}, "guidance_every=2: .*mag"),
+        (INSIDE, "mag.*guidance in an interval has two"),
+    ],
+    ids=str,
+)
+def test_ratios_are_of_rising_times_and_of_one_size_of_batch(options, says):
+    with pytest.raises(InputError, match=says):
+        calibrate(lively(), Sampling(**{"guidance_scale": 1.0, **options}), 1)
+
+
+def test_blocks_that_add_nothing_or_nan_have_no_ratios():
+    for fill, says in ((0.0, "add nothing"), (math.nan, "NaN or infinity, in torch.float32")):
+        model = lively()
+        for block in model.blocks:
+            torch.nn.init.constant_(block.adaLN_modulation[-1].weight, fill)
+            torch.nn.init.constant_(block.adaLN_modulation[-1].bias, fill)
+        with pytest.raises(InputError, match=says):
+            calibrate(model, Sampling(steps=3, guidance_scale=1.0), 1)
 
 
 def test_ratios_at_other_times_follow_the_curve():
@@ -251,6 +272,10 @@ def run_folder(tmp_path_factory):
     return folder / "run"
 
 
+def no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, capsys, monkeypatch):
     generate = ["generate", "--ckpt", run_folder, "--num", 6, "--batch", 4, "--steps", 8]
     ratios = run_folder / "step-0000002" / "ema" / MAG_RATIOS
@@ -261,6 +286,10 @@ def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, caps
     for _ in range(2):  # what is ours is written anew
         main(["calibrate", str(run_folder), "--num", "3"])
     assert capsys.readouterr().out.count("ratios of 50 evaluations") == 2
+    assert "--cfg-batches=2" in fails(main, "calibrate", run_folder, "--cfg-batches", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "sample_latents", no_memory)
+        assert "--num 5: cpu has not the memory; give a smaller one" in fails(main, "calibrate", run_folder, "--num", 5)
     digest, runs, forward = sha256(ratios), [], ATConv.forward
     monkeypatch.setattr(ATConv, "forward", lambda self, x: [runs.append(self), forward(self, x)][1])
     # Two blocks of images, of eight evaluations each, of which mag runs the first, the second and the sixth.
