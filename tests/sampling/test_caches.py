@@ -3,8 +3,10 @@
 import ast
 import json
 import math
+import re
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,21 +88,25 @@ def test_a_cache_says_itself_in_full():
 
 
 @pytest.mark.parametrize(
-    ("cache", "times", "interval", "says"),
+    ("cache", "times", "reused", "says"),
     [
-        ("taylorseer", [0, 0.3, 0.6], None, "3 evaluations leave taylorseer nothing to leave out; take 4 or more"),
-        ("first_block:0.1", [0], None, "take 2 or more"),
-        ("taylorseer", [0, 0.5, 0.5, 0.9, 0.9], None, "comes to t = 0.5 twice"),
-        ("mag:0.1", [0, 0.3, 0.6], [0, 0.5], "guidance in an interval has two"),
+        ("taylorseer", [0, 0.3, 0.6], (), "3 evaluations leave taylorseer nothing to leave out; take 4 or more"),
+        ("first_block:0.1", [0], (), "take 2 or more"),
+        ("taylorseer", [0, 0.5, 0.5, 0.9, 0.9], (), "comes to t = 0.5 twice"),
+        ("mag:0.1", [0, 0.3, 0.6], ([0, 0.5],), "guidance in an interval has two"),
+        ("mag:0.1", [0, 0.3, 0.6], ([0, 1], 2), "guidance_every=2: .*mag:0.1.* counts evaluations of one size"),
+        ("taylorseer", [0, 0.3, 0.6, 0.9], ([0, 1], 3), "guidance_every=3: .*taylorseer:5:1"),
+        ("first_block:0.1", [0, 0.3], ([0, 1], 1, 2), "guidance_batches=2: .*first_block:0.1.* by their size"),
     ],
 )
-def test_a_cache_that_cannot_work_is_refused(cache, times, interval, says):
+def test_a_cache_that_cannot_work_is_refused(cache, times, reused, says):
     with pytest.raises(InputError, match=says):
-        caches.check(caches.parse(cache), times, interval)
+        caches.check(caches.parse(cache), times, *reused)
 
 
 def test_caches_with_little_to_do_are_let_by():
     caches.check(caches.parse("first_block:0.1"), [0, 0.5, 0.5], [0, 0.5])
+    caches.check(caches.parse("first_block:0.1"), [0, 0.5, 0.5], [0, 1], 2)
     caches.check(caches.parse("mag:0.1"), [0, 0.3, 0.6], [0, 0.9])
     with pytest.raises(InputError, match="a single block"):
         on("first_block:0.1", depth=1)
@@ -259,6 +265,18 @@ def test_ratios_at_other_times_follow_the_curve():
     assert caches.ratios_at(found, times) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_ratios_of_a_guide_are_those_between_its_own_evaluations(monkeypatch):
+    """A guide is evaluated at every second time of the interval: 0.25, 0.5 and 0.75 of eighths."""
+    found, enabled = kept([1.0, 2.0, 4.0, 8.0], [0.0, 0.25, 0.5, 1.0]), []
+    monkeypatch.setattr(calibration, "ratios_for", lambda trained, cache: found)
+    monkeypatch.setattr(calibration, "enable", lambda model, cache, ratios: enabled.append(ratios))
+    model, guide = SimpleNamespace(model=lively()), SimpleNamespace(model=lively(2))
+    guidance = {"guidance_scale": 2.0, "guidance_interval": [0.25, 0.8], "guidance_every": 2, "guide": guide.model}
+    calibration.enable_for(model, guide, caches.parse("mag:0.1"), Sampling(steps=8, **guidance))
+    assert enabled[1] == pytest.approx([1.0, 4.0, 8.0**0.5])
+    assert len(enabled[0]) == 8
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -306,11 +324,23 @@ def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, caps
         assert set(manifest["checkpoint_sha256"]) == {"ema/config.json", "ema/diffusion_pytorch_model.safetensors"}
     capsys.readouterr()
     assert "cache" in fails(sampling, *generate, "--cache", "first_block:0.1", "--out", tmp_path / "mag")
+    guided = ["--guide", run_folder / "step-0000001", "--cfg", 2]
+    for words, says in (
+        (["flow-match-heun", "--cache", "taylorseer", "--steps", 6], r"comes to t = .* twice"),
+        (["unipc", "--cache", "mag:0.1", *guided], "--cache mag:0.1: its ratios are not the guide's; take another"),
+    ):
+        assert re.search(says, fails(sampling, *generate, "--out", tmp_path / "not", "--scheduler", *words))
+        assert not (tmp_path / "not").exists()
+    said = fails(sampling, *generate, "--out", tmp_path / "not", "--cache", "mag:0.1", *guided)
+    assert said.startswith(f"error: --guide: ratios '{run_folder / 'step-0000001'}")
 
     grid = ["--ckpt", run_folder, "--num", 1, "--out", tmp_path / "grid.png"]
-    mag = [*grid, "--force", "--cache", "mag:0.1", "--steps", 6]
-    for scheduler in ("unipc", "flow-match-heun"):
-        sample.main([str(word) for word in [*mag, "--scheduler", scheduler]])
+    mag, reads, read = ["--cache", "mag:0.1", "--steps", 6], [], calibration.read_ratios
+    monkeypatch.setattr(calibration, "read_ratios", lambda path: [reads.append(path), read(path)][1])
+    sample.main([str(word) for word in [*grid, "--force", *mag, "--scheduler", "flow-match-heun"]])
+    sampling([str(word) for word in [*generate, *mag, "--scheduler", "unipc", "--out", tmp_path / "unipc"]])
+    assert json.loads((tmp_path / "unipc/manifest.json").read_text())["mag_ratios"] == digest
+    assert reads == 2 * [ratios]  # once for a command, however many blocks
     capsys.readouterr()
     for words, says in (
         (["--cache", "mag:x"], "'x' is no number"),
@@ -324,7 +354,8 @@ def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, caps
     ):
         assert says in fails(sample.main, *grid, "--force", *words)
     ratios.write_text(ratios.read_text().replace(sha256(ratios.with_name("config.json")), "0" * 64))
-    assert "are of other weights" in fails(sample.main, *grid, "--force", "--cache", "mag:0.1")
+    for more in ([], ["--scheduler", "unipc"]):
+        assert "are of other weights" in fails(sample.main, *grid, "--force", "--cache", "mag:0.1", *more)
     shutil.copytree(run_folder, copy := tmp_path / "run")
     shutil.copy(ratios, copy / "step-0000001" / "ema")
     checkpoint.prune(copy, newest=2, keep_last=1)
