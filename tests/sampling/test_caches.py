@@ -161,6 +161,22 @@ def test_images_depend_on_none_that_were_drawn_before(cache):
         torch.testing.assert_close(draw(model, [4], LABELS[:1]), alone[:1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["first_block:0.3", "taylorseer:4"])
+def test_compiled_blocks_draw_with_a_cache_what_they_draw_as_they_are(cache):
+    drawn, ran = [], []
+    for compiled in (False, True):
+        model = on(cache)
+        if compiled:
+            model.compile_repeated_blocks()
+        runs = counted(model)
+        drawn.append(draw(model, **INSIDE))
+        ran.append([len(each) for each in runs])
+    torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-3)
+    assert ran[0] == ran[1]
+    assert ran[0][-1] < 12
+
+
 def kept(ratios, times):
     return {"times": times, "ratios": ratios, "weights": {}}
 
