@@ -108,13 +108,13 @@ class _Models:
         self._loaded: dict[tuple, tuple[Setup, Graphs]] = {}
 
     def work(self, args: argparse.Namespace) -> Work:
-        # A cache is set up for the steps and times of a point, which has a model of its own then.
+        # A cache is switched on for the times of a point, which has a model of its own then.
         key = (
             args.ckpt,
             args.dtype,
             args.compile,
             args.sampling.guide,
-            *([args.cache, repr(args.sampling)] if args.cache else []),
+            *([args.cache, args.scheduler, repr(args.sampling)] if args.cache else []),
         )
         if key not in self._loaded:
             ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, cache=args.cache)

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from sit_atconv.runtime.files import check_out, made_here, write_out
     from sit_atconv.runtime.precision import dtype_of
     from sit_atconv.sampling.calibration import calibrate, place_of, record
+    from sit_atconv.sampling.sampling import too_large
     from sit_atconv.sampling.settings import in_short
     from sit_atconv.training.checkpoint import load_trained
 
@@ -42,6 +43,9 @@ def run(args: argparse.Namespace) -> None:
         sampling = args.sampling.for_model(trained.model)
         sampling.check_acts_on(trained.model)
         torch.nn.Module.to(trained.model, device)
-        times, ratios = calibrate(trained.model, sampling, args.num, args.seed)
+        try:
+            times, ratios = calibrate(trained.model, sampling, args.num, args.seed)
+        except torch.OutOfMemoryError:
+            raise too_large(args.num, device, "a smaller one", name="num") from None
     write_out(place, record(trained, sampling, args.num, args.seed, times, ratios), "ratios", ours=ours)
     print(f"{place}: ratios of {len(ratios)} evaluations, {min(ratios):.3f} to {max(ratios):.3f}")

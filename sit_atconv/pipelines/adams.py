@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from sit_atconv.flow.samplers import BEGUN_BY, STARTS, TABLEAUX, Tableau, adams_weights, moved
 from sit_atconv.flow.times import shifted, time_grid
 from sit_atconv.runtime.errors import InputError, check_choice
+from sit_atconv.runtime.limits import TIME_SHIFT
 
 EULER = TABLEAUX["euler"]
 
@@ -24,7 +25,7 @@ class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
     start: "lower" calls the network once for each step; "rk" begins with solver_order - 1 steps of a Runge-Kutta method
     of the same order, and calls it solver_order times for each of these. shift: of the noise levels, see
     `sit_atconv.flow.times.shifted`. num_train_timesteps: the timestep is sigma times it.
-    Raises InputError for another order or start.
+    Raises InputError for another order or start, and for a shift out of range.
     """
 
     order = 1  # calls for each step, as diffusers means it
@@ -40,6 +41,7 @@ class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
     ):
         check_choice("solver_order", solver_order, BEGUN_BY)
         check_choice("start", start, STARTS)
+        TIME_SHIFT.check("shift=", shift)
         self.num_inference_steps = None
 
     def set_timesteps(
@@ -49,10 +51,13 @@ class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
     ) -> None:
         """Set the steps: uniform ones down to 0, or those of `sigmas`, falling levels to which the final 0 is added;
-        both are shifted. Raises InputError for fewer steps than the order."""
+        both are shifted. Raises InputError for neither, and for fewer steps than the order."""
         steps, order = num_inference_steps if sigmas is None else len(sigmas), self.config.solver_order
+        if steps is None:
+            raise InputError("num_inference_steps=None: give the number of steps, or sigmas")
         if steps < order:
-            raise InputError(f"{steps} steps: solver_order={order} needs at least {order}; take more, or a lower order")
+            lower = "a lower order" if order > min(BEGUN_BY) else "FlowMatchEulerDiscreteScheduler"
+            raise InputError(f"{steps} steps: solver_order={order} needs at least {order}; take more, or {lower}")
         if sigmas is None:
             self.times = time_grid(0, 1, steps, shift=self.config.shift)
         else:
@@ -91,7 +96,10 @@ class FlowMatchAdamsScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple:
         """The sample for the next call, from noise - data at this one; both (B, ...). The calls come in turn, whatever
-        `timestep` is."""
+        `timestep` is. Raises InputError where no call is left to make."""
+        if self.num_inference_steps is None or self._call == len(self._calls):
+            said = "no steps are set" if self.num_inference_steps is None else f"all {self._call} calls are made"
+            raise InputError(f"{said}; call set_timesteps first")
         step, method, stage = self._calls[self._call]
         slope, sample = -model_output.float(), sample.float()
         self._call += 1

@@ -22,7 +22,7 @@ from sit_atconv.pipelines.lora import TakesLora
 from sit_atconv.pipelines.schedulers import check_scheduler, set_steps
 from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.compat.diffusers import execution_device, reset_cache
-from sit_atconv.runtime.errors import InputError, check_choice, named
+from sit_atconv.runtime.errors import InputError, check_choice, named, option
 from sit_atconv.runtime.limits import EVALUATIONS
 from sit_atconv.runtime.pictures import check_latents, decoded, to_pil, to_uint8
 from sit_atconv.sampling import caches
@@ -220,16 +220,22 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
         for model in filter(None, (self.transformer, self.guide)):
             caches.disable(model)
 
-    def _begin_cache(self, times: Sequence[float], guided_by: Sampling) -> None:
+    def check_cache(self, times: Sequence[float], reused: Sequence = ()) -> None:
+        """Raise InputError where the cache cannot work in evaluations at these times.
+
+        reused: of classifier-free guidance, see `Sampling.reused`.
+        """
+        caches.check(self._cache, times, *reused)
+        if self._ratios is not None and self.guide is not None:
+            raise InputError(
+                f"{option('cache', str(self._cache))}: its ratios are not the guide's; take another cache, or no guide"
+            )
+
+    def _begin_cache(self, times: Sequence[float], reused: Sequence) -> None:
         """Have the caches begin anew, for evaluations at these times."""
         models = [model for model in (self.transformer, self.guide) if model is not None]
         if self._cache is not None:
-            doubled = self.do_classifier_free_guidance
-            caches.check(self._cache, times, *(guided_by.reused if doubled else ()))
-            if self._ratios is not None and self.guide is not None:
-                raise InputError(
-                    f"cache='{self._cache}': its ratios are not the guide's; take another cache, or no guide"
-                )
+            self.check_cache(times, reused)
             for model in models:
                 caches.enable(model, self._cache, self._ratios and caches.ratios_at(self._ratios, times))
         for model in models:
@@ -267,6 +273,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             code. guidance_interval: guidance acts for t in it, t = 0 noise, t = 1 data. guidance_every: of the
             evaluations there it is evaluated at every so many, and reused between, see `flow.guidance.Reuse`.
             guidance_batches: 1 is class and no class in one batch, 2 one after the other, with half of the memory.
+            At scale 1 these four do nothing, and are not refused, since a callback may set another scale.
         sigmas: noise levels of the steps, from 1 down, for schedulers that take them; the final 0 is added. They may
             begin lower for `latents` of that level.
         generator: for the noise, one per image or one for all. latents: that noise itself, (images, C, H, W).
@@ -291,7 +298,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             self.transformer
         )
         num_inference_steps = fitting.steps if num_inference_steps is None else num_inference_steps
-        # Apart from a scale that is given, which a callback may change: of none, they would do nothing.
+        # Apart from the scale: at 1 they do nothing, until a callback sets another one.
         guided_by = Sampling(
             guidance_channels=guidance_channels,
             guidance_interval=guidance_interval,
@@ -322,7 +329,7 @@ class SiTPipeline(FromRun, TakesLora, DiffusionPipeline):
             guided_by.check_acts(times.clamp(*guided_by.interval(self.transformer)))
         # An average velocity is asked for up to the next time.
         ends = [*times[1:], times.new_ones(())] if self.transformer.config.use_meanflow else len(times) * [None]
-        self._begin_cache(times.tolist(), guided_by)
+        self._begin_cache(times.tolist(), guided_by.reused if guidance_scale != 1 else ())
         self._num_timesteps = len(timesteps)
         # A list of generators is for schedulers that draw, too.
         draws = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}

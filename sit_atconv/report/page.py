@@ -367,6 +367,7 @@ def _drawn(manifest: dict[str, Any]) -> str:
         None if shift is None else f"time shift {_short(shift)}",
         f"started by {begun}" if begun not in (None, "lower") else None,
         None if guidance is None else "no guidance" if guidance == 1 else _guidance(manifest),
+        manifest.get("cache") and f"cache {manifest['cache']}",
         f"{'EMA' if weights == 'ema' else weights} weights" if weights else None,
         None if step is None else f"training step {_quantity(step)}",
     ]

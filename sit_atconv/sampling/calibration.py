@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from sit_atconv.models.sit import SiTTransformer2DModel
-from sit_atconv.runtime.errors import InputError, option, told
+from sit_atconv.runtime.errors import InputError, named, option, told
 from sit_atconv.runtime.files import MAG_RATIOS, library_versions
+from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.runtime.reading import SHA256, read_json
 from sit_atconv.sampling.caches import MAG, Cache, check, check_ratios, enable, ratios_at
 from sit_atconv.sampling.sampling import random_label, sample_latents
@@ -34,12 +35,24 @@ def place_of(trained: Trained) -> Path:
     return trained.weights_folder / MAG_RATIOS
 
 
-def enable_for(trained: Trained, cache: Cache, sampling: Sampling) -> Path | None:
-    """Switch a cache on in a trained model, for what is drawn with these settings, which are for this model; the file
-    of the ratios that `mag` goes by, None for another cache.
+def ratios_for(trained: Trained, cache: Cache) -> dict[str, Any] | None:
+    """The ratios that a cache goes by in a trained model, see `read_ratios`; None for another cache than `mag`.
 
-    Raises InputError where the cache cannot work with them, or leaves nothing out, and for `mag` without ratios of the
-    weights.
+    Raises InputError where there are none, or none of these weights.
+    """
+    if cache.kind != MAG:
+        return None
+    found = read_ratios(place := place_of(trained))
+    if found["weights"] != trained.files:
+        raise InputError(f"ratios {str(place)!r} are of other weights; write them anew by `sit-atconv calibrate`")
+    return found
+
+
+def enable_for(trained: Trained, guide: Trained | None, cache: Cache, sampling: Sampling) -> None:
+    """Switch a cache on in a trained model and its guide, for what is drawn with these settings, which are for this
+    model.
+
+    Raises InputError where the cache cannot work with them, or leaves nothing out, and as `ratios_for` does.
     """
     if sampling.sampler == "dopri5":
         raise InputError(
@@ -47,16 +60,13 @@ def enable_for(trained: Trained, cache: Cache, sampling: Sampling) -> Path | Non
             "own; take another sampler"
         )
     times = [float(t) for t in sampling.evaluation_times(trained.model)]
-    doubled = sampling.guidance_scale != 1 and sampling.guide is None
-    check(cache, times, *(sampling.reused if doubled else ()))
-    if cache.kind != MAG:
-        enable(trained.model, cache)
-        return None
-    found = read_ratios(place := place_of(trained))
-    if found["weights"] != trained.files:
-        raise InputError(f"ratios {str(place)!r} are of other weights; write them anew by `sit-atconv calibrate`")
-    enable(trained.model, cache, ratios_at(found, times))
-    return place
+    check(cache, times, *sampling.reused)
+    found = ratios_for(trained, cache)
+    enable(trained.model, cache, found and ratios_at(found, times))
+    if guide is not None:
+        with named(option("guide")):
+            found = ratios_for(guide, cache)
+            enable(guide.model, cache, found and ratios_at(found, sampling.guided_times(times)))
 
 
 def calibrate(
@@ -66,7 +76,8 @@ def calibrate(
 
     The ratio is the mean over images and tokens of |r_i| / |r_(i-1)|, r being what all blocks together add to a token;
     of a guided evaluation both halves count.
-    Raises InputError for a sampler whose times do not rise, as dopri5's and heun's do not.
+    Raises InputError for a sampler whose times do not rise, as dopri5's and heun's do not, for guidance that `mag`
+    cannot go with, see `caches.check`, and for blocks that add nothing; NotFinite for what is not finite.
     """
     if sampling.sampler == "dopri5":
         raise InputError("sampler=dopri5 sets its own times; take another one, such as euler")
@@ -79,6 +90,7 @@ def calibrate(
                 f"{rule}, and a MeanFlow model has one step by default; state more, such as {option('steps', 4)}"
             )
         raise InputError(f"sampler={sampling.sampler}, {rule}; take euler with more steps")
+    check(Cache(MAG, ()), times, *sampling.reused)
     ratios, entered, before = [], [], []
 
     def enters(block: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -86,8 +98,6 @@ def calibrate(
 
     def leaves(block: nn.Module, given: Any, output: torch.Tensor) -> None:
         lengths = (output - entered.pop()).float().norm(dim=-1)
-        if before and before[0].shape != lengths.shape:
-            raise InputError("guidance in an interval has two sizes of batch; calibrate with guidance everywhere")
         ratios.append((lengths / (before.pop() + 1e-8)).mean() if before else lengths.new_ones(()))
         before.append(lengths)
 
@@ -98,7 +108,15 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-    return times, torch.stack(ratios).tolist()
+    found = torch.stack(ratios)
+    if not found.isfinite().all():
+        raise NotFinite(
+            f"ratios are not finite: what the blocks add is NaN or infinity, in {model.dtype}; calibrate in float32, "
+            "or other weights"
+        )
+    if not found.all():
+        raise InputError("ratios are 0: the blocks add nothing, as those of a new model do; train it first")
+    return times, found.tolist()
 
 
 def record(

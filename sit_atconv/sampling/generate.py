@@ -22,7 +22,8 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions, sha256, shown
 from sit_atconv.runtime.pictures import UINT8_RULE
 from sit_atconv.runtime.signals import Interrupted, Interruptions
-from sit_atconv.sampling.caches import parse
+from sit_atconv.sampling.caches import MAG, parse
+from sit_atconv.sampling.calibration import place_of
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.labels import labels_rule, sample_labels
 from sit_atconv.sampling.samples import PLACES, Samples, check_place
@@ -195,6 +196,6 @@ def describe(args: argparse.Namespace, ready: Setup, labels: list[int]) -> dict[
         **describe_trained(trained),
         "lora": None if args.lora is None else shown(Path(args.lora)),
         "guide": describe_guide(ready.guide),
-        "mag_ratios": ready.ratios and sha256(ready.ratios),
+        "mag_ratios": sha256(place_of(trained)) if ready.cache is not None and ready.cache.kind == MAG else None,
         "versions": library_versions(),
     }

@@ -181,10 +181,13 @@ def generate(
     return render(codec, latents, model.dtype, indices, kept), nfe
 
 
-def too_large(batch: int, device: torch.device, remedy: str, graphs: Graphs | None) -> InputError:
-    """What to raise where a batch of images does not fit into the memory of the device; remedy: what to give."""
+def too_large(
+    batch: int, device: torch.device, remedy: str, graphs: Graphs | None = None, name: str = "batch"
+) -> InputError:
+    """What to raise where a batch of images does not fit into the memory of the device; remedy: what to give; name: of
+    the option that says how many they are."""
     also = f", or take {option('no_cuda_graphs')}, which holds less" if graphs and device.type == "cuda" else ""
-    return InputError(f"{option('batch', batch)}: {device} has not the memory; give {remedy}{also}")
+    return InputError(f"{option(name, batch)}: {device} has not the memory; give {remedy}{also}")
 
 
 @torch.no_grad()

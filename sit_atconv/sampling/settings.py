@@ -1,8 +1,9 @@
 """How images are drawn: the one set of settings, of previews, scores, commands, tables and the pipeline."""
 
 import os
+import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -78,10 +79,9 @@ def in_short() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        text = str(error)
-        for name in (*SHORT, "guide"):
-            text = text.replace(f"{name}=", f"{flag(name)}=")
-        raise InputError(text) from None
+        names = "|".join(entry.name for entry in fields(Sampling))
+        said = re.sub(rf"(?<![\w.])({names})=", lambda found: f"{flag(found[1])}=", str(error))
+        raise InputError(said) from None
 
 
 @dataclass
@@ -162,10 +162,9 @@ class Sampling:
         self._settle_grid()
         if self.steps is not None and self.steps < self.least_steps:
             if self.sampler in ADAMS:
-                needed = (
-                    f"{self.sampler} with start={self.start} needs at least {self.least_steps}, as many as its order"
-                )
-                raise InputError(f"steps={self.steps}: {needed}; take more, or a lower order")
+                lower = ", or a lower order" if self.least_steps > min(LEAST_STEPS.values()) else ", or euler"
+                needed = f"{self.sampler} with start={self.start} needs at least {self.least_steps} steps"
+                raise InputError(f"steps={self.steps}: {needed}; take more{lower}")
             raise InputError(f"steps={self.steps}: must be at least 2 with a last step, which is one of them")
         interval = self.guidance_interval
         if not (isinstance(interval, list | tuple) and len(interval) == 2 and interval[0] <= interval[1]):
@@ -250,13 +249,20 @@ class Sampling:
         return self.guidance_scale, self.guidance_channels, self.guidance_interval
 
     @property
-    def reused(self) -> tuple[list[float], int, int]:
-        """Interval, every and batches of guidance, as `caches.check` takes them."""
+    def reused(self) -> tuple:
+        """Interval, every and batches of classifier-free guidance, as `caches.check` takes them; none without it."""
+        if self.guidance_scale == 1 or self.guide is not None:
+            return ()
         return self.guidance_interval, self.guidance_every, self.guidance_batches
+
+    def guided_times(self, times: Sequence[float]) -> list[float]:
+        """Those of the times of evaluation at which guidance is evaluated, too."""
+        return [t for t in times if within(t, self.guidance_interval)][:: self.guidance_every]
 
     @property
     def least_steps(self) -> int:
-        """How few steps there can be: one, and the last step of an SDE; the order of an Adams sampler."""
+        """How few steps there can be: one, and the last step of an SDE; of an Adams sampler as many velocities as a
+        step, uncorrected, goes by."""
         return LEAST_STEPS.get(self.sampler, 1 if self.last_step_size is None else 2)
 
     def interval(self, model: "nn.Module") -> tuple[float, float]:

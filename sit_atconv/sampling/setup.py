@@ -11,8 +11,7 @@ from sit_atconv.runtime import processes
 from sit_atconv.runtime.devices import import_compiler, resolve_device
 from sit_atconv.runtime.errors import InputError, check_one_process, option
 from sit_atconv.runtime.precision import dtype_of
-from sit_atconv.sampling.caches import MAG, parse
-from sit_atconv.sampling.calibration import enable_for
+from sit_atconv.sampling.caches import MAG, Cache, parse
 from sit_atconv.sampling.settings import Sampling, in_short
 from sit_atconv.sampling.trained import check_weaker, open_guide
 from sit_atconv.training.checkpoint import Trained, load_trained, load_with_lora
@@ -29,16 +28,15 @@ VAE_BATCH = 16  # images per pass through the decoder
 class Setup:
     """A trained model and its codec, on the device, and the settings asked for, as they are for the model.
 
-    guide: where one was asked for, the model that `sampling` has as its guide. cache: the one that is on, and
-    ratios: the file that the cache `mag` goes by in the model.
+    guide: where one was asked for, the model that `sampling` has as its guide. cache: the one that is asked for, which
+    `schedulers.drawing` switches on.
     """
 
     trained: Trained
     codec: torch.nn.Module
     sampling: Sampling
     guide: Trained | None = None
-    cache: str | None = None
-    ratios: Path | None = None
+    cache: Cache | None = None
 
 
 def own_device(name: str | None) -> str | None:
@@ -74,10 +72,10 @@ def setup(
     vae: folder or hub id of the autoencoder, where it is not the one that the checkpoint names.
     lora: adapters that are added to the weights, as `load_with_lora` takes them; the model is theirs then.
     compiled: whether the blocks of model and guide are compiled, as the first images are drawn: each kind once a shape.
-    cache: one that is switched on in model and guide, as `caches.parse` takes it.
+    cache: as `caches.parse` takes it.
     launched: as one of the processes of a launch, which it has joined; else there may be one only.
-    Raises InputError for a bad checkpoint, setting, device or missing autoencoder, and for a guide or cache that does
-    not fit.
+    Raises InputError for a bad checkpoint, setting, cache, device or missing autoencoder, and for a guide that does not
+    fit.
     """
     if not launched:
         check_one_process()
@@ -97,16 +95,10 @@ def setup(
     with in_short():
         sampling = sampling.for_model(trained.model)
     codec = reopen_codec(trained.stated("codec"), vae, VAE_BATCH).to(where)
-    ratios = None
-    if asked is not None:
-        with in_short():
-            ratios = enable_for(trained, asked, sampling)
-            if guide is not None:
-                enable_for(guide, asked, sampling)
     for each in filter(None, (trained, guide)):
         torch.nn.Module.to(each.model, where)  # diffusers' own loads all of its hooks, and peft
         check_backend(each.model, where)
         if compiled:
             import_compiler()
             each.model.compile_repeated_blocks()
-    return Setup(trained, codec, sampling, guide, cache, ratios)
+    return Setup(trained, codec, sampling, guide, asked)

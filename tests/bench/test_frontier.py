@@ -125,7 +125,7 @@ def test_what_is_no_grid_is_refused(written, text, says):
     [
         ("- {sampler: heun, steps: [4, 0]}", [], "first, sampler=heun steps=0: --steps 0: must be at least 1"),
         ("- {sampler: huen}", [], "first, sampler=huen: argument --sampler: invalid choice: 'huen'"),
-        ("- {sampler: heun, diffusion: sigma}", [], "diffusion=sigma: diffusion=sigma goes with"),
+        ("- {sampler: heun, diffusion: sigma}", [], "diffusion=sigma: --diffusion=sigma goes with"),
         ("- {steps: [[4, 8]]}", [], "first, steps=4,8: unrecognized arguments: 8"),
         ("- {guidance_channels: first3}", [], "--cfg-channels=first3 would do nothing: this model has 1"),
         ("- {guidance_interval: [0.99, 1]}", [], "no step evaluates the model at a time in it"),

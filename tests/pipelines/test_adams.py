@@ -103,9 +103,22 @@ def test_it_is_saved_and_loaded_with_its_pipeline_and_is_no_part_of_an_export(pi
 
 
 def test_bad_settings_are_refused():
-    for wrong in ({"solver_order": 5}, {"start": "half"}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
+    wrong_ones = [{"solver_order": 5}, {"start": "half"}, *({"shift": shift} for shift in (0.0, -1.0, float("nan")))]
+    for wrong in wrong_ones:
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))!r}: "):
             FlowMatchAdamsScheduler(**wrong)
+    scheduler, step = FlowMatchAdamsScheduler(), (NOISE, 0.0, NOISE)
+    with pytest.raises(InputError, match="num_inference_steps=None: give the number of steps, or sigmas"):
+        scheduler.set_timesteps()
+    with pytest.raises(InputError, match="no steps are set; call set_timesteps first"):
+        scheduler.step(*step)
+    with pytest.raises(InputError, match=r"1 steps: solver_order=2 .* or FlowMatchEulerDiscreteScheduler"):
+        scheduler.set_timesteps(1)
+    scheduler.set_timesteps(2)
+    for _ in range(2):
+        scheduler.step(*step)
+    with pytest.raises(InputError, match="all 2 calls are made; call set_timesteps"):
+        scheduler.step(*step)
     with pytest.raises(InputError, match="3 steps: solver_order=4 needs at least 4; take more, or a lower order"):
         make_pipe(FlowMatchAdamsScheduler(4))([0], 3, 1.0, output_type="latent")
     with pytest.raises(InputError, match="begin_index=2: must be 0"):

@@ -3,8 +3,10 @@
 import ast
 import json
 import math
+import re
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from sit_atconv.__main__ import main
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import MAG_RATIOS, sha256
-from sit_atconv.sampling import caches
+from sit_atconv.sampling import caches, calibration
 from sit_atconv.sampling.calibration import calibrate, read_ratios
 from sit_atconv.sampling.graphs import can_record
 from sit_atconv.sampling.noise import noise
@@ -85,21 +87,25 @@ def test_a_cache_says_itself_in_full():
 
 
 @pytest.mark.parametrize(
-    ("cache", "times", "interval", "says"),
+    ("cache", "times", "reused", "says"),
     [
-        ("taylorseer", [0, 0.3, 0.6], None, "3 evaluations leave taylorseer nothing to leave out; take 4 or more"),
-        ("first_block:0.1", [0], None, "take 2 or more"),
-        ("taylorseer", [0, 0.5, 0.5, 0.9, 0.9], None, "comes to t = 0.5 twice"),
-        ("mag:0.1", [0, 0.3, 0.6], [0, 0.5], "guidance in an interval has two"),
+        ("taylorseer", [0, 0.3, 0.6], (), "3 evaluations leave taylorseer nothing to leave out; take 4 or more"),
+        ("first_block:0.1", [0], (), "take 2 or more"),
+        ("taylorseer", [0, 0.5, 0.5, 0.9, 0.9], (), "comes to t = 0.5 twice"),
+        ("mag:0.1", [0, 0.3, 0.6], ([0, 0.5],), "guidance in an interval has two"),
+        ("mag:0.1", [0, 0.3, 0.6], ([0, 1], 2), "guidance_every=2: .*mag:0.1.* counts evaluations of one size"),
+        ("taylorseer", [0, 0.3, 0.6, 0.9], ([0, 1], 3), "guidance_every=3: .*taylorseer:5:1"),
+        ("first_block:0.1", [0, 0.3], ([0, 1], 1, 2), "guidance_batches=2: .*first_block:0.1.* by their size"),
     ],
 )
-def test_a_cache_that_cannot_work_is_refused(cache, times, interval, says):
+def test_a_cache_that_cannot_work_is_refused(cache, times, reused, says):
     with pytest.raises(InputError, match=says):
-        caches.check(caches.parse(cache), times, interval)
+        caches.check(caches.parse(cache), times, *reused)
 
 
 def test_caches_with_little_to_do_are_let_by():
     caches.check(caches.parse("first_block:0.1"), [0, 0.5, 0.5], [0, 0.5])
+    caches.check(caches.parse("first_block:0.1"), [0, 0.5, 0.5], [0, 1], 2)
     caches.check(caches.parse("mag:0.1"), [0, 0.3, 0.6], [0, 0.9])
     with pytest.raises(InputError, match="a single block"):
         on("first_block:0.1", depth=1)
@@ -152,6 +158,22 @@ def test_images_depend_on_none_that_were_drawn_before(cache):
     assert torch.equal(draw(model, (4, 5)), alone)
     if not cache.startswith("first_block"):  # which decides for the whole batch
         torch.testing.assert_close(draw(model, [4], LABELS[:1]), alone[:1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["first_block:0.3", "taylorseer:4"])
+def test_compiled_blocks_draw_with_a_cache_what_they_draw_as_they_are(cache):
+    drawn, ran = [], []
+    for compiled in (False, True):
+        model = on(cache)
+        if compiled:
+            model.compile_repeated_blocks()
+        runs = counted(model)
+        drawn.append(draw(model, **INSIDE))
+        ran.append([len(each) for each in runs])
+    torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-3)
+    assert ran[0] == ran[1]
+    assert ran[0][-1] < 12
 
 
 def kept(ratios, times):
@@ -222,10 +244,31 @@ def test_ratios_are_those_that_diffusers_measures(scale, capsys):
     assert caches.ratios_at({"times": times, "ratios": ratios}, times) == pytest.approx(ratios, rel=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"sampler": "dopri5"}, {"sampler": "heun"}, {"steps": 1}], ids=str)
-def test_ratios_are_of_rising_times(options):
-    with pytest.raises(InputError, match="euler"):
-        calibrate(lively(), Sampling(guidance_scale=1.0, **options), 1)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sampler": "dopri5"}, "euler"),
+        ({"sampler": "heun"}, "euler"),
+        ({"steps": 1}, "euler"),
+        ({"guidance_scale": 2.0, "guidance_batches": 2}, "guidance_batches=2: .*mag.* tells batches apart"),
+        ({"guidance_scale": 2.0, "guidance_every": 2}, "guidance_every=2: .*mag"),
+        (INSIDE, "mag.*guidance in an interval has two"),
+    ],
+    ids=str,
+)
+def test_ratios_are_of_rising_times_and_of_one_size_of_batch(options, says):
+    with pytest.raises(InputError, match=says):
+        calibrate(lively(), Sampling(**{"guidance_scale": 1.0, **options}), 1)
+
+
+def test_blocks_that_add_nothing_or_nan_have_no_ratios():
+    for fill, says in ((0.0, "add nothing"), (math.nan, "NaN or infinity, in torch.float32")):
+        model = lively()
+        for block in model.blocks:
+            torch.nn.init.constant_(block.adaLN_modulation[-1].weight, fill)
+            torch.nn.init.constant_(block.adaLN_modulation[-1].bias, fill)
+        with pytest.raises(InputError, match=says):
+            calibrate(model, Sampling(steps=3, guidance_scale=1.0), 1)
 
 
 def test_ratios_of_a_meanflow_model_need_steps_that_are_stated():
@@ -244,6 +287,18 @@ def test_ratios_at_other_times_follow_the_curve():
     assert caches.ratios_at(found, times) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_ratios_of_a_guide_are_those_between_its_own_evaluations(monkeypatch):
+    """A guide is evaluated at every second time of the interval: 0.25, 0.5 and 0.75 of eighths."""
+    found, enabled = kept([1.0, 2.0, 4.0, 8.0], [0.0, 0.25, 0.5, 1.0]), []
+    monkeypatch.setattr(calibration, "ratios_for", lambda trained, cache: found)
+    monkeypatch.setattr(calibration, "enable", lambda model, cache, ratios: enabled.append(ratios))
+    model, guide = SimpleNamespace(model=lively()), SimpleNamespace(model=lively(2))
+    guidance = {"guidance_scale": 2.0, "guidance_interval": [0.25, 0.8], "guidance_every": 2, "guide": guide.model}
+    calibration.enable_for(model, guide, caches.parse("mag:0.1"), Sampling(steps=8, **guidance))
+    assert enabled[1] == pytest.approx([1.0, 4.0, 8.0**0.5])
+    assert len(enabled[0]) == 8
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -257,6 +312,10 @@ def run_folder(tmp_path_factory):
     return folder / "run"
 
 
+def no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, capsys, monkeypatch):
     generate = ["generate", "--ckpt", run_folder, "--num", 6, "--batch", 4, "--steps", 8]
     ratios = run_folder / "step-0000002" / "ema" / MAG_RATIOS
@@ -267,6 +326,10 @@ def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, caps
     for _ in range(2):  # what is ours is written anew
         main(["calibrate", str(run_folder), "--num", "3"])
     assert capsys.readouterr().out.count("ratios of 50 evaluations") == 2
+    assert "--cfg-batches=2" in fails(main, "calibrate", run_folder, "--cfg-batches", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "sample_latents", no_memory)
+        assert "--num 5: cpu has not the memory; give a smaller one" in fails(main, "calibrate", run_folder, "--num", 5)
     digest, runs, forward = sha256(ratios), [], ATConv.forward
     monkeypatch.setattr(ATConv, "forward", lambda self, x: [runs.append(self), forward(self, x)][1])
     # Two blocks of images, of eight evaluations each, of which mag runs the first, the second and the sixth.
@@ -283,11 +346,23 @@ def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, caps
         assert set(manifest["checkpoint_sha256"]) == {"ema/config.json", "ema/diffusion_pytorch_model.safetensors"}
     capsys.readouterr()
     assert "cache" in fails(sampling, *generate, "--cache", "first_block:0.1", "--out", tmp_path / "mag")
+    guided = ["--guide", run_folder / "step-0000001", "--cfg", 2]
+    for words, says in (
+        (["flow-match-heun", "--cache", "taylorseer", "--steps", 6], r"comes to t = .* twice"),
+        (["unipc", "--cache", "mag:0.1", *guided], "--cache mag:0.1: its ratios are not the guide's; take another"),
+    ):
+        assert re.search(says, fails(sampling, *generate, "--out", tmp_path / "not", "--scheduler", *words))
+        assert not (tmp_path / "not").exists()
+    said = fails(sampling, *generate, "--out", tmp_path / "not", "--cache", "mag:0.1", *guided)
+    assert said.startswith(f"error: --guide: ratios '{run_folder / 'step-0000001'}")
 
     grid = ["--ckpt", run_folder, "--num", 1, "--out", tmp_path / "grid.png"]
-    mag = [*grid, "--force", "--cache", "mag:0.1", "--steps", 6]
-    for scheduler in ("unipc", "flow-match-heun"):
-        sample.main([str(word) for word in [*mag, "--scheduler", scheduler]])
+    mag, reads, read = ["--cache", "mag:0.1", "--steps", 6], [], calibration.read_ratios
+    monkeypatch.setattr(calibration, "read_ratios", lambda path: [reads.append(path), read(path)][1])
+    sample.main([str(word) for word in [*grid, "--force", *mag, "--scheduler", "flow-match-heun"]])
+    sampling([str(word) for word in [*generate, *mag, "--scheduler", "unipc", "--out", tmp_path / "unipc"]])
+    assert json.loads((tmp_path / "unipc/manifest.json").read_text())["mag_ratios"] == digest
+    assert reads == 2 * [ratios]  # once for a command, however many blocks
     capsys.readouterr()
     for words, says in (
         (["--cache", "mag:x"], "'x' is no number"),
@@ -301,7 +376,8 @@ def test_commands_calibrate_and_record_a_cache(run_folder, tmp_path, fails, caps
     ):
         assert says in fails(sample.main, *grid, "--force", *words)
     ratios.write_text(ratios.read_text().replace(sha256(ratios.with_name("config.json")), "0" * 64))
-    assert "are of other weights" in fails(sample.main, *grid, "--force", "--cache", "mag:0.1")
+    for more in ([], ["--scheduler", "unipc"]):
+        assert "are of other weights" in fails(sample.main, *grid, "--force", "--cache", "mag:0.1", *more)
     shutil.copytree(run_folder, copy := tmp_path / "run")
     shutil.copy(ratios, copy / "step-0000001" / "ema")
     checkpoint.prune(copy, newest=2, keep_last=1)

@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -23,9 +24,12 @@ from safetensors.torch import save_file
 
 import sample
 from sampling.__main__ import main as sampling
-from sit_atconv import SiTTransformer2DModel, create_model
+from sit_atconv import SiTPipeline, SiTTransformer2DModel, create_model
 from sit_atconv.flow.path import PATHS
+from sit_atconv.flow.times import shifted
 from sit_atconv.latents.codecs import IdentityCodec, VaeCodec
+from sit_atconv.pipelines.schedulers import set_steps
+from sit_atconv.runtime.draws import Stream
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions, sha256
 from sit_atconv.runtime.pictures import NotFinite
@@ -33,6 +37,7 @@ from sit_atconv.sampling import SCHEDULERS, samples
 from sit_atconv.sampling import generate as generate_command
 from sit_atconv.sampling import setup as setting_up
 from sit_atconv.sampling.graphs import Graphs
+from sit_atconv.sampling.noise import noise
 from sit_atconv.sampling.sampling import (
     CAPTION,
     caption_of,
@@ -45,7 +50,7 @@ from sit_atconv.sampling.sampling import (
 )
 from sit_atconv.sampling.schedulers import generate as generate_scheduled
 from sit_atconv.sampling.schedulers import make_scheduler
-from sit_atconv.sampling.settings import Sampling
+from sit_atconv.sampling.settings import Sampling, in_short
 
 
 def lively_model(**options):
@@ -55,6 +60,10 @@ def lively_model(**options):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def noise_of(*indices):
+    return noise((1, 4, 4), 0, Stream.SAMPLE_NOISE, indices)
 
 
 def draw(indices, labels, seed=0, **options):
@@ -131,7 +140,7 @@ def test_a_watch_is_told_of_every_evaluation_and_changes_no_bit(sampler):
     model, told = lively_model(), []
     given = model, IdentityCodec(), [0, 1], [0, 1]
     if sampler in SCHEDULERS:
-        draw = partial(generate_scheduled, make_scheduler(sampler, model))
+        draw = partial(generate_scheduled, SiTPipeline(model, scheduler=make_scheduler(sampler, model)))
         sampling = Sampling(steps=4, guidance_scale=2.0)
     else:
         draw, sampling = generate, Sampling(sampler, steps=4, guidance_scale=2.0)
@@ -310,11 +319,15 @@ def test_epsilon_keeps_from_singular_ends_and_is_refused_where_there_are_none(mo
         ({"epsilon": 0.5}, "epsilon=0.5"),
         ({"epsilon": float("nan")}, "epsilon=nan"),
         ({"guidance_scale": 1.0, "guidance_every": 2}, "guidance_every=2: with guidance_scale=1 nothing is guided"),
+        ({"guidance_scale": 1.0, "guidance_batches": 2}, "guidance_batches=2: with guidance_scale=1 nothing is guided"),
+        ({"guide": "runs/weaker", "guidance_batches": 2}, "guidance_batches=2: model and guide have a batch each"),
+        ({"guidance_batches": 3}, "guidance_batches=3: must be at least 1 and at most 2"),
         ({"sampler": "dopri5", "guidance_every": 2}, "guidance_every=2: dopri5 chooses its own times"),
         ({"sampler": "dopri5", "time_shift": 2.0}, r"time_shift=2\.0: dopri5 chooses its own times; leave it out"),
         ({"sampler": "dopri5", "grid": "cosine"}, "grid=cosine: dopri5 chooses"),
-        ({"sampler": "heun", "start": "rk"}, "start=rk goes with sampler=adams2 or adams3 or adams4; leave it out"),
+        ({"sampler": "heun", "start": "rk"}, "start=rk goes with sampler=adams2 or .* or abm3; leave it out"),
         ({"sampler": "adams4", "steps": 3}, "steps=3: adams4 with start=lower needs at least 4.*or a lower order"),
+        ({"sampler": "abm2", "steps": 1}, "steps=1: abm2 with .* needs at least 2 steps; take more, or euler$"),
         ({"grid": [0, 0.5, 1], "steps": 3}, "steps=3: grid has the times of 2; leave one of them out"),
         ({"grid": [0, 0.5]}, r"grid=\[0, 0\.5\]: times of a grid must rise strictly, from 0 to 1; give times such as"),
         ({"grid": [0, "x", 1]}, "could not convert string to float: 'x'; give times"),
@@ -330,6 +343,33 @@ def test_epsilon_keeps_from_singular_ends_and_is_refused_where_there_are_none(mo
 def test_settings_that_do_nothing_or_cannot_be_are_refused(options, says):
     with pytest.raises(InputError, match=says):
         Sampling(**options)
+
+
+def test_settings_are_called_as_the_command_line_does():
+    with pytest.raises(InputError) as told, in_short():
+        raise InputError("steps=3: grid=x with recipe.steps=2, last_step_size=0.1, guidance_every=2 and guide=y")
+    called = "--steps=3: --grid=x with recipe.steps=2, --last-step-size=0.1, --cfg-every=2 and --guide=y"
+    assert str(told.value) == called
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("by", ["sampler", "pipeline"])
+def test_the_two_classes_of_an_evaluation_share_a_batch_or_have_one_each(by, batches):
+    model, sizes = lively_model(), []
+    settings = Sampling(steps=4, guidance_scale=2.0, guidance_interval=[0.5, 1.0], guidance_batches=batches)
+    plain = sample_latents(model, [3, 8], torch.tensor([0, 2]), replace(settings, guidance_batches=1))[0]
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    if by == "sampler":
+        drawn, nfe = sample_latents(model, [3, 8], torch.tensor([0, 2]), settings)
+    else:
+        pipe, given = SiTPipeline(model, scheduler=make_scheduler("flow-match-euler", model)), noise_of(3, 8)
+        pipe.set_progress_bar_config(disable=True)
+        guided_by = {"guidance_interval": (0.5, 1.0), "guidance_batches": batches}
+        drawn = pipe([0, 2], 4, 2.0, latents=given, output_type="latent", **guided_by).images
+        nfe = pipe.nfe
+    torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-4)
+    assert sizes == [2, 2, *({1: [4], 2: [2, 2]}[batches] * 2)]
+    assert nfe == 4 + 2
 
 
 @pytest.mark.parametrize(
@@ -371,6 +411,29 @@ def test_the_times_of_a_grid_are_those_that_the_model_is_asked_at(tmp_path, samp
     expected = [end * t / (t + 2 * (1 - t)) for t in (unit if end < 1 else unit[:-1])]
     assert asked == pytest.approx(expected, abs=1e-6)
     assert (nfe, sampling.steps) == (len(asked), len(asked))
+
+
+@pytest.mark.parametrize(("name", "off"), [("flow-match-euler", 1e-6), ("unipc", 2.5e-3), ("dpm++", 2.5e-3)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_levels_of_a_scheduler_are_shifted_once(name, off, shift):
+    levels = set_steps(make_scheduler(name, lively_model(), shift), 10)
+    expected = 1 - shifted(torch.linspace(0, 1, 11)[:-1], shift)
+    torch.testing.assert_close(levels, expected, rtol=0, atol=off)  # two are a thousandth off before the shift
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shift", "says"),
+    [
+        ("flow-match-heun", 2, "--time-shift 2.0: --scheduler flow-match-heun does not shift.*take one of flow"),
+        ("flow-match-lcm", 0.5, "--time-shift 0.5: --scheduler flow-match-lcm does not shift its last noise levels so"),
+        ("unipc", 50, "--time-shift 50.0: scheduler UniPC.* in a single step, even of 1000"),
+        ("dpm++", 0.3, "--time-shift 0.3: scheduler DPM.* begins at noise level 0.9967"),
+    ],
+)  # fmt: skip
+def test_a_shift_that_a_scheduler_does_not_make_leaves_no_folder(run_folder, tmp_path, fails, scheduler, shift, says):
+    options = ["--num", 2, "--steps", 4, "--scheduler", scheduler, "--time-shift", shift, "--out", tmp_path / "x"]
+    assert re.search(says, fails(sampling, "generate", "--ckpt", run_folder, *options))
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("start", ["lower", "rk"])
@@ -436,9 +499,9 @@ def test_the_steps_of_a_stochastic_scheduler_draw_for_each_image(monkeypatch):
     model, sampling = lively_model(), Sampling(steps=3, guidance_scale=1.0)
 
     def scheduled(indices, seed=0):
-        scheduler = make_scheduler("flow-match-lcm", model)
+        pipe = SiTPipeline(model, scheduler=make_scheduler("flow-match-lcm", model))
         with pytest.warns(UserWarning, match="distilled"):
-            return generate_scheduled(scheduler, model, IdentityCodec(), indices, [0] * len(indices), sampling, seed)[0]
+            return generate_scheduled(pipe, model, IdentityCodec(), indices, [0] * len(indices), sampling, seed)[0]
 
     first, second = scheduled([4, 5])
     assert not torch.equal(first, second)
@@ -922,14 +985,17 @@ def test_images_are_decoded_in_fp32_and_cut_off_to_levels(tmp_path, vae_folder):
     assert levels.std() > 5
 
 
-@pytest.mark.parametrize("scheduler", ["unipc", "flow-match-lcm"])
+@pytest.mark.parametrize(("scheduler", "shift"), [("unipc", 2), ("flow-match-lcm", 1)])
 @pytest.mark.filterwarnings("ignore:scheduler FlowMatchLCM")
-def test_samples_by_a_scheduler_say_so_and_go_on_to_the_bit(generates, stopped, run_folder, fails, scheduler, capsys):
-    options = "--scheduler", scheduler, "--time-shift", 2, "--cfg-every", 2
+def test_samples_by_a_scheduler_say_so_and_go_on_to_the_bit(
+    generates, stopped, run_folder, fails, scheduler, shift, capsys
+):
+    options = "--scheduler", scheduler, "--time-shift", shift, "--cfg-every", 2
     whole = generates(*options, name="whole")
     manifest = json.loads((whole / "manifest.json").read_text())
-    expected = {"sampler": None, "scheduler": scheduler, "time_shift": 2.0, "guidance_every": 2, "nfe": 2 + 1}
+    expected = {"sampler": None, "scheduler": scheduler, "guidance_every": 2, "nfe": 2 + 1}
     assert expected.items() <= manifest.items()
+    assert manifest["time_shift"] == (2.0 if shift == 2 else None)
     stopped(*options)
     assert np.array_equal(pixels(generates(*options)), pixels(whole))
     capsys.readouterr()
@@ -1171,10 +1237,10 @@ def test_an_autoencoder_that_gives_nan_is_named(tmp_path, vae_folder, capsys):
 
 
 def test_memory_that_is_not_there_is_one_line(generates, monkeypatch, capsys):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(generate_command, "generate", full)
+    monkeypatch.setattr("sit_atconv.sampling.sampling.generate", full)
     with pytest.raises(SystemExit) as stop:
         generates()
     assert stop.value.code == 2

@@ -81,7 +81,8 @@ def test_diffusers_schedulers_are_guided_alike():
     model, guide = made(), made(1, hidden_size=8)
     settings = Sampling(steps=8, guidance_scale=1.8, guidance_interval=[0.25, 0.5], guide=guide)
     given = (model, IdentityCodec(), [3, 8], LABELS, settings, 5)
-    images, nfe = generate_scheduled(make_scheduler("flow-match-euler", model), *given)
+    pipe = SiTPipeline(model, guide=guide, scheduler=make_scheduler("flow-match-euler", model))
+    images, nfe = generate_scheduled(pipe, *given)
     ours, _ = generate(*given)
     assert (images.int() - ours.int()).abs().max() <= 1
     assert (nfe, nfe.of_guide) == (8 + 3, 3)
