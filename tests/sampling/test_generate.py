@@ -35,6 +35,7 @@ from sit_atconv.runtime.files import library_versions, sha256
 from sit_atconv.runtime.pictures import NotFinite
 from sit_atconv.sampling import SCHEDULERS, samples
 from sit_atconv.sampling import generate as generate_command
+from sit_atconv.sampling import sampling as routine
 from sit_atconv.sampling import setup as setting_up
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.noise import noise
@@ -748,11 +749,13 @@ def test_a_full_disk_leaves_what_the_same_command_goes_on_with(generates, stoppe
 
 def count_blocks(monkeypatch) -> list[int]:
     """The first index of every block that is made from now on."""
-    made, original = [], generate_command.generate
+    made, original = [], routine.generate
     monkeypatch.setattr(
-        generate_command,
+        routine,
         "generate",
-        lambda model, codec, indices, *rest: made.append(indices[0]) or original(model, codec, indices, *rest),
+        lambda model, codec, indices, *rest, **more: (
+            made.append(indices[0]) or original(model, codec, indices, *rest, **more)
+        ),
     )
     return made
 
@@ -760,11 +763,11 @@ def count_blocks(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("labels", ["balanced", "random", "file"])
 def test_every_network_call_has_a_whole_block(generates, tmp_path, monkeypatch, labels):
     # Of another batch a multiplication rounds otherwise, and dopri5 takes other steps.
-    calls, original = [], generate_command.generate
+    calls, original = [], routine.generate
     monkeypatch.setattr(
-        generate_command,
+        routine,
         "generate",
-        lambda *given: calls.append((list(given[2]), list(given[3]))) or original(*given),
+        lambda *given, **more: calls.append((list(given[2]), list(given[3]))) or original(*given, **more),
     )
     (tmp_path / "labels").write_text("9\n8\n7\n6\n5\n4\n3\n")
     generates("--labels", tmp_path / "labels" if labels == "file" else labels)
@@ -1026,10 +1029,10 @@ def test_the_seconds_of_an_image_are_those_of_its_block_shared(generates, monkey
 
 
 def test_a_block_is_no_larger_than_what_is_asked_for(generates, monkeypatch):
-    drawn, original = [], generate_command.generate
+    drawn, original = [], routine.generate
     monkeypatch.setattr(
-        generate_command, "generate", lambda model, codec, indices, *rest: (
-            drawn.append(len(indices)), original(model, codec, indices, *rest)
+        routine, "generate", lambda model, codec, indices, *rest, **more: (
+            drawn.append(len(indices)), original(model, codec, indices, *rest, **more)
         )[1],
     )  # fmt: skip
     manifest = json.loads((generates("--batch", 64) / "manifest.json").read_text())
