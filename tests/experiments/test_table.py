@@ -467,7 +467,7 @@ def test_models_trained_elsewhere_are_not_trained(tmp_path, capsys, fails):
     assert "# checkpoint 'x' is not there" in out
     assert "checkpoint 'x' is not there" in fails(main, tmp_path / "t.yaml")
     assert plan.samplers[0].options() == [
-        "--sampler", "euler", "--steps", "50", "--cfg", "1.5", "--cfg-channels", "all", "--cfg-interval", "0.0", "1.0",
+        "--sampler", "euler", "--cfg", "1.5", "--cfg-channels", "all", "--cfg-interval", "0.0", "1.0",
         "--labels", "balanced", "--seed", "0",
     ]  # fmt: skip
 

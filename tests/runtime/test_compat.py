@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import signal
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -83,6 +84,12 @@ def test_each_part_is_used_and_has_its_test(path):
     for name in parts(path):
         assert re.search(rf"\b{name}\b", program), name
         assert f"{module}.{name}" in tests, name
+
+
+def test_forward_mode_is_loaded_without_a_word(recwarn):
+    compat.load_forward_mode()
+    assert "torch._decomp.decompositions_for_jvp" in sys.modules
+    assert not recwarn.list
 
 
 class Doubling(compat.SingleLevelFunction):

@@ -160,21 +160,21 @@ def test_a_guide_of_another_codec_or_of_other_classes_is_refused(run, tmp_path, 
 def test_a_name_that_is_only_the_id_is_no_other_name():
     unknown = ({1: "ox"}, None), (None, ["ape"]), ({1: "ox"}, {0: "ape"})
     for own, model in (({0: "0", 1: "ox"}, {0: "ape", 1: "1"}), *unknown):
-        trained._check_classes(own, model)
+        trained.check_classes(own, model)
     for own, model in (({1: "0"}, {1: "ox"}), ({1: "ox"}, {1: "0"})):
         with pytest.raises(InputError, match="give a guide that was trained on the same classes, or, where both mean"):
-            trained._check_classes(own, model)
+            trained.check_classes(own, model)
 
 
 def test_a_codec_is_told_by_its_weights_scale_and_shift_and_not_by_its_place():
     vae = {"codec": "vae", "vae": "here", "sha256": "ab" * 32, "scale": 0.5, "shift": 0.0}
     for own in (vae | {"vae": "there"}, {"codec": "open", "channels": 4}, None):
-        trained._check_codec(own, vae)
+        trained.check_codec(own, vae)
         assert differing(own, vae) is differing(vae, own) is None
     assert differing({"codec": "identity", "scale": 1.0, "shift": 0.0}, vae) == differing({}, vae) == "codec"
     for key, value in (("sha256", "cd" * 32), ("scale", 0.6), ("shift", 0.1)):
         with pytest.raises(InputError, match=f"a codec with {key}={value}, the model's of one with {key}={vae[key]}"):
-            trained._check_codec(vae | {key: value}, vae)
+            trained.check_codec(vae | {key: value}, vae)
         with pytest.raises(
             InputError, match=f"not the autoencoder of this checkpoint: {key} is {vae[key]}, was {value}"
         ):

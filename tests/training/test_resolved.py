@@ -14,7 +14,7 @@ from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.training import resolved as resolving
 from sit_atconv.training.facts import Facts
-from sit_atconv.training.resolved import resolved
+from sit_atconv.training.resolved import FROM_FLOW, resolved
 
 RECIPES = [path for path in sorted((ROOT / "experiments/recipes").glob("*.yaml")) if "attnet" not in path.stem]
 EARLIER = ROOT / "tests/earlier"
@@ -24,13 +24,14 @@ CHOICES = {
     "train.max_grad_norm", "ema.snapshot_every", "repa.encoder", "distill.teacher", "distill.blockwise_lr",
     "checkpoint.keep_every", "score.weights", "score.extractor", "latents.vae", "model.name", "data.channels",
     "latents.precision", "train.init", "lora.rank", "lora.alpha", "lora.targets", "data.held_out", "validation.num",
+    *(f"meanflow.{key}" for key in ("share", "power", "offset", "omega", "kappa", "tangent", "teacher")),
     # left to the model, or of the SDE samplers, see sampling.settings; they may change from start to start
-    "preview.epsilon", "preview.guide",
+    "preview.epsilon", "preview.guide", "preview.steps", "preview.guidance_scale", "preview.start",
     "preview.diffusion", "preview.diffusion_norm", "preview.last_step", "preview.last_step_size",
 }  # fmt: skip
 ON_HUB = {"data.split", "data.subset", "data.revision", "data.image_key", "data.label_key", "data.shuffle_buffer"}
 UNIFORM, CONSTANT, POWER = {"flow.time_mean", "flow.time_std"}, {"ema.stds"}, {"ema.decay"}
-OF_MODEL = {f"model.{name}" for name in sit.options_of(None)} - {"model.path", "model.prediction"}
+OF_MODEL = {f"model.{name}" for name in sit.options_of(None)} - {f"model.{name}" for name in FROM_FLOW}
 
 
 def nulls(recipe) -> set[str]:
