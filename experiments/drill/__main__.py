@@ -1,8 +1,8 @@
 """make drill: runs of every command that meet every fault there is, compared to the bit with one that was left alone.
 
-    python -m experiments.drill [sit|scores|init|mixer|lora|attnet|commands] [--runs 30] [--out runs/drill]
+    python -m experiments.drill [sit|scores|init|mixer|lora|meanflow|attnet|commands] [--runs 30] [--out runs/drill]
 
-Runs of train_sit.py (from nothing, from the weights of another model, of LoRA) and of train_attnet.py are killed with
+Runs of train_sit.py (from nothing, from the weights of another model, of LoRA, of MeanFlow) and of train_attnet.py are killed with
 SIGKILL at random moments of their steps, previews, scores, EMA snapshots, evaluations and checkpoint writes, and run
 again. Then single faults: signals, a full disk, NaNs, damaged checkpoints, other people's files, a deleted shard of a
 cache of latents, deleted images. The other commands are killed before a random change of a file or at a random time,
