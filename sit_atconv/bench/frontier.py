@@ -1,8 +1,9 @@
 """Score over time: draw, time and score models at every combination of a grid, and say which settings are worth taking.
 
-    settings.json           first: how many images of which block a point has; a command with others is refused
+    settings.json           first: images of a point, their block, and the device with its threads; a command with
+                            others is refused
     samples/MODEL/POINT/    a folder of samples for each seed, with its metrics.json
-    times.jsonl             a line for each block that was drawn: what it took
+    times.jsonl             a line for each block that was drawn: what it took, and the digest of its samples' settings
     frontier.json .md .png  last
 
 Every file is whole or not there, so the same command goes on where it was stopped, and a grid may grow.
@@ -29,15 +30,16 @@ from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import commit, device_name, memory_kept, source_digest, warm_up
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime.claims import check_place, claim, clear_leftovers, writing
+from sit_atconv.runtime.comparison import compared
 from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, named, option
 from sit_atconv.runtime.files import LOCK, library_versions, lock, resolved, sha256, shown, write_atomic
-from sit_atconv.runtime.reading import COUNT, Malformed, as_stored, read_json, read_rows
+from sit_atconv.runtime.reading import COUNT, SHA256, Malformed, as_stored, read_json, read_rows
 from sit_atconv.runtime.signals import Interruptions
 from sit_atconv.sampling.generate import Work
 from sit_atconv.sampling.graphs import Graphs
-from sit_atconv.sampling.samples import MANIFEST
+from sit_atconv.sampling.samples import MANIFEST, PLACES
 from sit_atconv.sampling.settings import in_short
 from sit_atconv.sampling.setup import Setup, setup
 from sit_atconv.sampling.trained import describe_guide, describe_trained
@@ -53,7 +55,8 @@ FILES = ("frontier.json", "frontier.md", "frontier.png")
 KEYS = ("grid", "models", "points", "recommended")  # by which its JSON is known
 TIMES, METRICS_FILE = "times.jsonl", "metrics.json"
 TIME_FORM = {
-    "model": str, "point": str, "seed": COUNT, "block": COUNT, "seconds": float, "warm": bool, "sitting": COUNT,
+    "model": str, "point": str, "seed": COUNT, "block": COUNT, "settings": SHA256, "seconds": float, "warm": bool,
+    "sitting": COUNT,
 }  # fmt: skip
 STOCHASTIC = {*SDE_SAMPLERS, "flow-match-lcm"}  # samplers and schedulers that draw noise on their way
 FEWEST = 3  # blocks that a time is the median of
@@ -72,9 +75,8 @@ class Asked:
     @property
     def name(self) -> str:
         """Of the point's folder."""
-        digest = hashlib.sha256(json.dumps(self.stated, sort_keys=True).encode()).hexdigest()[:8]
         named_by = (str(self.stated[key]) for key in ("sampler", "scheduler", "steps") if key in self.stated)
-        return "-".join([*named_by, digest])
+        return "-".join([*named_by, _digest(self.stated)[:8]])
 
     @property
     def line(self) -> str:
@@ -150,7 +152,8 @@ def run(args: argparse.Namespace) -> None:
     out = resolved(args.out)
     check_place(out, WHAT, force=args.force)
     frontier = _Frontier(args, out)
-    claim(out, {"frontier": {"num": args.num, "batch": args.batch}}, (), WHAT, force=args.force)
+    settings = {"num": args.num, "batch": args.batch, "device": device_name(frontier.device).split(", ")}
+    claim(out, {"frontier": settings}, (), WHAT, force=args.force)
     results = Results([out / name for name in FILES], args.force, *KEYS)
     with closing(lock(out, f"{option('out')} {str(out)!r}")):
         clear_leftovers(out)
@@ -164,6 +167,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _settings_of(work: Work) -> str:
+    """The digest of all that decides the samples, and with it how long they take."""
+    return _digest(compared(work.samples.settings, PLACES))
 
 
 class _Frontier:
@@ -281,7 +293,7 @@ class _Frontier:
         start = watch.now()
         kept = work.make(block, bar) if keep else len(work.images_of(block, bar)[0])
         row = {
-            "model": name[0], "point": name[1], "seed": work.args.seed, "block": block,
+            "model": name[0], "point": name[1], "seed": work.args.seed, "block": block, "settings": _settings_of(work),
             "seconds": (watch.reached - start) / work.samples.block, "warm": name in self._warm,
             "sitting": self.sitting,
         }  # fmt: skip
@@ -292,9 +304,10 @@ class _Frontier:
         return kept
 
     def _times(self, point: _Point) -> list[dict[str, Any]]:
-        """The warm measurements of a point, of the seeds that are asked for."""
+        """The warm measurements of a point, of its samples as they are now and the seeds that are asked for."""
         own = {"model": point.asked.model, "point": point.asked.name, "warm": True}.items()
-        return [row for row in self.times if row["seed"] in self.args.seeds and own <= row.items()]
+        settings = set(map(_settings_of, point.works))
+        return [row for row in self.times if row["settings"] in settings and own <= row.items()]
 
     def _score(self, work: Work) -> dict[str, Any]:
         """The result of scoring samples: the one that lies with them, where it is of them and of this reference."""

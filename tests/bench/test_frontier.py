@@ -68,7 +68,8 @@ def no_picture(monkeypatch):
 
 
 def call(models, out, grid, *more, names=("first",)) -> dict:
-    ckpts = [str(models / name) for name in names]
+    """What the command finds; names: of folders of models, or NAME=FOLDER."""
+    ckpts = [f"{name.partition('=')[0]}={models / name.rpartition('=')[2]}" for name in names]
     words = ["frontier", *ckpts, "--grid", str(grid), "--ref", "digits", "--num", "22", "--batch", "8"]
     main([*words, "--out", str(out), *map(str, more)])
     return json.loads((out / "frontier.json").read_text())
@@ -281,6 +282,30 @@ def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(
     assert "holds a frontier with other settings (frontier.num: 22 -> 30)" in fails(
         main, *words, "--num", 30, "--batch", 8
     )
+
+
+def test_no_times_of_other_samples_models_or_machines_are_taken(
+    written, models, no_picture, tmp_path, monkeypatch, fails, capsys
+):
+    out, path = tmp_path / "out", written("- {steps: 2}")
+
+    def blocks(*seeds: int) -> list[float]:
+        rows = [json.loads(line) for line in (out / frontier.TIMES).read_text().splitlines()]
+        return [1e3 * row["seconds"] for row in rows if row["warm"] and row["seed"] in seeds]
+
+    both = call(models, out, path, "--seeds", 0, 1)["points"][0]["ms_blocks"]
+    assert len(both) == 5
+    assert both == blocks(0, 1)
+    assert call(models, out, path, "--seeds", 1)["points"][0]["ms_blocks"] == blocks(1)
+    shutil.rmtree(out / "samples")
+    another = call(models, out, path, "--seeds", 1, names=("first=second",))["points"][0]["ms_blocks"]
+    assert len(another) == 3
+    assert not {*another} & {*both}
+    capsys.readouterr()
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
+    words = ["frontier", models / "first", "--grid", path, "--ref", "digits", "--num", 22, "--batch", 8, "--out", out]
+    assert f'-> "{before + 1} threads"); state them as they were' in fails(main, *words)
 
 
 def test_steps_that_do_not_help_are_dropped_and_named(written, models, no_picture, tmp_path, monkeypatch, capsys):
