@@ -22,6 +22,7 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import png
 from sit_atconv.sampling.samples import Samples
 from sit_atconv.scoring import digits
+from sit_atconv.scoring.extractor import load_extractor
 
 GRID = """
 - {sampler: [euler, midpoint], steps: [2, 4], guidance_scale: 1}
@@ -48,7 +49,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
-        model = create_model(None, 8, 10, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2)
+        model = create_model(None, 8, 10, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(folder / name)
@@ -331,14 +332,69 @@ def test_steps_that_do_not_help_are_dropped_and_named(written, models, no_pictur
     assert "dropped first, sampler=euler steps=8" in capsys.readouterr().err
 
 
-def test_time_ends_where_decoding_begins(monkeypatch):
-    clock = itertools.count(10)
-    monkeypatch.setattr(frontier.time, "perf_counter", lambda: next(clock))
-    codec = SimpleNamespace(decode=lambda latents: (latents, next(clock)), describe=lambda: "its own")
-    watch = frontier._Stopwatch(codec, torch.device("cpu"))
-    start = watch.now()
-    assert watch.decode("latents") == ("latents", 12)
-    assert (start, watch.reached, watch.describe()) == (10, 11, "its own")
+def test_time_ends_where_decoding_begins_and_is_of_a_whole_block(written, models, no_picture, tmp_path, monkeypatch):
+    """Block n keeps the networks busy for 8 (n + 1) seconds and the rest for 1,000; the last of 22 images is short."""
+    now, images_of = [0.0], frontier.Work.images_of
+
+    def slow(self, number, bar):
+        now[0] += 8.0 * (number + 1)
+        made = images_of(self, number, bar)
+        now[0] += 1_000.0
+        return made
+
+    monkeypatch.setattr(frontier, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(frontier.Work, "images_of", slow)
+    point = call(models, tmp_path / "out", written("- {steps: 2}"))["points"][0]
+    assert point["ms_blocks"] == [2_000, 3_000, 1_000]  # the first is not warm, and drawn again for a third
+    assert (point["ms"], point["ms_quartiles"]) == (2_000, [1_500, 2_500])
+
+
+@pytest.mark.filterwarnings("ignore:scheduler FlowMatchLCMScheduler draws new noise")
+def test_every_point_has_the_images_of_generate(written, models, no_picture, tmp_path):
+    text = """
+- {steps: 6, dtype: [fp32, bf16], cache: [null, "first_block:0.9"]}
+- {steps: 6, scheduler: [flow-match-lcm, unipc], guidance_scale: 1}
+"""
+    out, drawn = tmp_path / "out", []
+    points = call(models, out, written(text))["points"]
+    for number, point in enumerate(points):
+        words = ["--ckpt", models / "first", *grid.words_of(point["settings"]), "--num", 22, "--batch", 8]
+        main(["generate", *map(str, words), "--format", "npz", "--out", str(tmp_path / str(number))])
+        own, same = (np.load(Path(at) / "samples.npz") for at in (point["seeds"][0]["samples"], tmp_path / str(number)))
+        np.testing.assert_array_equal(own["arr_0"], same["arr_0"])
+        drawn.append(own["arr_0"].tobytes())
+    assert len({*drawn}) == len(points) == 6
+    assert [point["kind"] for point in points] == [*4 * ["ODE"], "SDE", "ODE"]
+
+
+def test_other_metrics_references_and_extractors_are_scored_anew(written, models, no_picture, tmp_path, monkeypatch):
+    out, path = tmp_path / "out", written("- {steps: 2}")
+
+    def metrics(*more) -> dict:
+        found = call(models, out, path, *more)["points"][0]
+        assert found["metrics"]["frechet_distance"] == found["score"]
+        return {name: each["value"] for name, each in found["metrics"].items()}
+
+    first = metrics()
+    assert metrics("--metrics", "frechet_distance,kid").keys() == {"frechet_distance", "kid"}
+    own = next(out.glob("samples/first/*/seed0/samples.npz"))
+    assert metrics("--ref", own, "--extractor", "digits")["frechet_distance"] < 1e-3 * first["frechet_distance"]
+    assert metrics() == first
+    torch.manual_seed(1)
+    other = digits.DigitsClassifier().eval(), 0.1
+    monkeypatch.setattr(digits, "train_classifier", lambda: other)
+    assert metrics()["frechet_distance"] != first["frechet_distance"]
+
+
+def test_a_reference_of_another_resolution_is_told_before_the_work(written, models, tmp_path, fails):
+    about = load_extractor("digits").describe()
+    meta = {"format_version": 1, "n": 9, "image_shape": [1, 16, 16], "extractor": about}
+    meta["source"] = {"pixels_sha256": "", "lossy": None}
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(64), sigma=np.eye(64), meta=json.dumps(meta))
+    words = ["frontier", models / "first", "--grid", written(), "--ref", tmp_path / "ref.npz", "--num", 22]
+    told = fails(main, *words, "--extractor", "digits", "--out", tmp_path / "out")
+    assert "is of 16 px images, the samples 8; compare what has one resolution" in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", sorted(Path("experiments/grids").glob("*.yaml")), ids=lambda path: path.stem)
