@@ -430,11 +430,14 @@ class _Frontier:
     def _recommended(self, of: str | None, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         row = recommended(rows)
         asked = next(point.asked for point in self.points if point.row is row)
-        command, score_command = asked.commands(f"{self.out}-{asked.model}")
+        command, score_command = asked.commands(f"{self.out}-{asked.model}-{asked.name}")
+        first = row["seeds"][0]  # which the command draws
+        value = first["metrics"][row["metric"]]["value"]
         told = f"{with_error(row['score']['value'], row['score']['error'])}, {row['ms']:.4g} ms per image"
         return {
-            "of": of, "model": asked.model, "point": in_words(asked.stated), "told": told, "command": command,
-            "score_command": score_command,
+            "of": of, "model": asked.model, "point": in_words(asked.stated),
+            "told": f"{told}; the commands give {value:.5g}, that of seed {first['seed']}",
+            "seed": first["seed"], "value": value, "command": command, "score_command": score_command,
         }  # fmt: skip
 
 

@@ -237,10 +237,14 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     chosen = result["recommended"][1]
     for line in (chosen["command"], chosen["score_command"]):
         main(shlex.split(line)[1:])
-    again = json.loads(Path(f"{out}-second/metrics.json").read_text())
     point = next(p for p in points if p["model"] == "second" and grid.in_words(p["settings"]) == chosen["point"])
+    folder = Path(point["seeds"][0]["samples"]).parent.name
+    again = json.loads(Path(f"{out}-second-{folder}/metrics.json").read_text())
     assert again["pixels_sha256"] == point["seeds"][0]["pixels_sha256"]
     assert again["metrics"] == point["seeds"][0]["metrics"]
+    assert (chosen["seed"], chosen["value"]) == (3, again["metrics"]["frechet_distance"]["value"])
+    assert f"; the commands give {chosen['value']:.5g}, that of seed 3\n" in text
+    assert chosen["value"] != point["score"]["value"]
 
 
 def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, no_picture, tmp_path, monkeypatch):
