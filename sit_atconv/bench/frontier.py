@@ -48,7 +48,7 @@ from sit_atconv.scoring.extractor import Extractor, kind_of, load_extractor
 from sit_atconv.scoring.frechet import FRECHET
 from sit_atconv.scoring.refs import Reference, check_recorded, check_shape, read_reference, reference_spec
 from sit_atconv.scoring.result import bars_told, features_told, own
-from sit_atconv.scoring.score import score
+from sit_atconv.scoring.score import check_labels, check_metric, score
 
 WHAT = "a frontier"  # as messages call what the folder holds
 FILES = ("frontier.json", "frontier.md", "frontier.png")
@@ -182,7 +182,7 @@ class _Frontier:
     def __init__(self, args: argparse.Namespace, out: Path):
         self.args, self.out, self.device = args, out, resolve_device(args.device)
         self.memory_kept = memory_kept(self.device)
-        self.reference, self.extractor = _check_scoring(args)
+        self.extractor = _extractor(args)
         models = _Models()
         self.points = [_Point(asked, []) for asked in args.asked]
         for point in self.points:
@@ -192,20 +192,32 @@ class _Frontier:
                     work = models.work(each)
                     work.prepare()
                     point.works.append(work)
-        for name, point in {point.asked.model: point for point in self.points}.items():
-            self._check_model(name, point.works[0].ready)
+        self.reference = self._checked()
         self.dropped: list[dict[str, str]] = []
         self.times: list[dict[str, Any]] = []
         self.sitting = 1
         self._warm: set[tuple[str, str]] = set()
 
-    def _check_model(self, name: str, ready: Setup) -> None:
-        model, names = ready.trained.model, ready.trained.id2label
-        shape = ready.codec.image_shape((model.config.in_channels, *model.latent_size))
-        self.extractor.check_images(f"images of {name}", shape)
-        self.extractor.check_classes(f"images of {name}", names and [names[label] for label in sorted(names)])
-        if self.reference.image_shape is not None:
-            check_shape(self.args.ref, self.reference.image_shape, shape)
+    def _checked(self) -> Reference:
+        """The reference; settles `metrics`. Raises InputError where images of a model cannot be scored as asked."""
+        args, extractor = self.args, self.extractor
+        works = {f"images of {point.asked.model}": point.works[0] for point in self.points}
+        shapes = {name: _check_images(name, work.ready, extractor) for name, work in works.items()}
+        reference = read_reference(args.ref, extractor, samples=next(iter(shapes.values())))
+        if reference.image_shape is not None:
+            for shape in shapes.values():
+                check_shape(args.ref, reference.image_shape, shape)
+        if args.metrics is None:
+            offered = kind_of(extractor.protocol).offered
+            classes = {work.ready.trained.model.config.num_classes for work in works.values()}
+            fits = "recognised" in offered and classes == {extractor.streams["logits"]}
+            args.metrics = ",".join([_distance(offered), *(["recognised"] if fits else [])])
+        for metric in _names(args.metrics):
+            check_metric(metric, args.num, True, extractor, reference)
+            if metric == "recognised":
+                for name, work in works.items():
+                    check_labels(name, max(work.labels[: args.num]), extractor)
+        return reference
 
     def measure(self) -> None:
         """Draw and score all points in turn; with `prune` those of the fewest steps first, and no more than is worth
@@ -441,20 +453,37 @@ class _Frontier:
         }  # fmt: skip
 
 
-def _check_scoring(args: argparse.Namespace) -> tuple[Reference, Extractor]:
-    """The reference and the extractor; settles `metrics`. Raises InputError where the three are not for each other."""
+def _check_images(name: str, ready: Setup, extractor: Extractor) -> tuple[int, int, int]:
+    """The shape (C, H, W) of a model's images. Raises InputError where they are not for the extractor."""
+    model, names = ready.trained.model, ready.trained.id2label
+    shape = ready.codec.image_shape((model.config.in_channels, *model.latent_size))
+    extractor.check_images(name, shape)
+    extractor.check_classes(name, names and [names[label] for label in sorted(names)])
+    if not extractor.streams:  # of a module of one's own: what it gives decides which metrics there are
+        extractor(torch.zeros((1, *shape), dtype=torch.uint8))
+    return shape
+
+
+def _extractor(args: argparse.Namespace) -> Extractor:
+    """The extractor. Raises InputError where it is not that of the reference, or does not offer the metrics."""
     spec = args.extractor or reference_spec(args.ref)
     if args.extractor is not None:
         check_recorded(args.ref, spec)
     extractor = load_extractor(spec, args.weights, args.device)
     offered = kind_of(extractor.protocol).offered
-    distance = next(each for each in offered if each in FRECHET)
-    if args.metrics is None:
-        args.metrics = ",".join([distance, *(["recognised"] if "recognised" in offered else [])])
-    asked = [each.strip() for each in args.metrics.split(",")]
-    for each in asked:
-        check_choice(option("metrics"), each, offered)
-    if not set(asked) & set(FRECHET):
-        rule = f"points are compared by their Fréchet distance; add {distance}"
-        raise InputError(f"{option('metrics', args.metrics)}: {rule}")
-    return read_reference(args.ref, extractor), extractor
+    if args.metrics is not None:
+        for each in _names(args.metrics):
+            check_choice(option("metrics"), each, offered)
+        if not set(_names(args.metrics)) & set(FRECHET):
+            rule = f"points are compared by their Fréchet distance; add {_distance(offered)}"
+            raise InputError(f"{option('metrics', args.metrics)}: {rule}")
+    return extractor
+
+
+def _names(metrics: str) -> list[str]:
+    return [each.strip() for each in metrics.split(",")]
+
+
+def _distance(offered: Sequence[str]) -> str:
+    """The Fréchet distance among the metrics of an extractor."""
+    return next(each for each in offered if each in FRECHET)

@@ -134,6 +134,7 @@ def test_what_is_no_grid_is_refused(written, text, says):
         ("- {steps: 4}", ["--metrics", "recognised"], "points are compared by their Fréchet distance; add"),
         ("- {steps: 4}", ["--metrics", "fid"], "--metrics='fid': did you mean 'kid'? choose from"),
         ("- {steps: 4}", ["--extractor", "diigts"], "'diigts'"),
+        ("- {steps: 4}", ["--num", "3", "--metrics", "frechet_distance,pr"], "pr: 3 images, and it takes 6"),
         ("- {steps: 4}", ["--seeds", "1", "1"], "--seeds 1 1: the same one twice"),
         ("- {steps: 4}", ["--ref", "nowhere"], "reference 'nowhere': no such file"),
         ("- {steps: 4}", ["--grid", "nowhere.yaml"], "grid 'nowhere.yaml': it cannot be read"),
@@ -143,6 +144,23 @@ def test_what_cannot_be_measured_is_told_before_the_work(written, models, tmp_pa
     words = ["frontier", models / "first", "--grid", written(text), "--ref", "digits", "--num", 22]
     assert says in fails(main, *words, "--out", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_the_share_recognised_is_of_models_of_the_classes_alone(
+    written, models, no_picture, tmp_path, fails, capsys, classes
+):
+    model = create_model(None, 8, classes, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2)
+    model.save_pretrained(tmp_path / "other")
+    out, path = tmp_path / "out", written("- {steps: 2}")
+    points = call(models, out, path, names=("first", f"other={tmp_path / 'other'}"))["points"]
+    assert [point["metrics"].keys() for point in points] == 2 * [{"frechet_distance"}]
+    capsys.readouterr()
+    if classes > 10:
+        words = ["frontier", tmp_path / "other", "--grid", path, "--ref", "digits", "--num", 22, "--batch", 8]
+        told = fails(main, *words, "--metrics", "frechet_distance,recognised", "--out", tmp_path / "new")
+        assert "images of other has the label 11, and extractor digits knows 10 classes" in told
+        assert not (tmp_path / "new").exists()
 
 
 def test_models_are_told_apart_by_their_names(written, models, tmp_path, fails):
@@ -390,7 +408,7 @@ def test_other_metrics_references_and_extractors_are_scored_anew(written, models
     assert metrics()["frechet_distance"] != first["frechet_distance"]
 
 
-def test_a_reference_of_another_resolution_is_told_before_the_work(written, models, tmp_path, fails):
+def test_a_reference_that_does_not_do_is_told_before_the_work(written, models, tmp_path, fails):
     about = load_extractor("digits").describe()
     meta = {"format_version": 1, "n": 9, "image_shape": [1, 16, 16], "extractor": about}
     meta["source"] = {"pixels_sha256": "", "lossy": None}
@@ -398,6 +416,9 @@ def test_a_reference_of_another_resolution_is_told_before_the_work(written, mode
     words = ["frontier", models / "first", "--grid", written(), "--ref", tmp_path / "ref.npz", "--num", 22]
     told = fails(main, *words, "--extractor", "digits", "--out", tmp_path / "out")
     assert "is of 16 px images, the samples 8; compare what has one resolution" in told
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(64), sigma=np.eye(64))
+    told = fails(main, *words, "--extractor", "digits", "--metrics", "frechet_distance,kid", "--out", tmp_path / "out")
+    assert "has neither images nor their features; leave kid out, or give another" in told
     assert not (tmp_path / "out").exists()
 
 
