@@ -2,7 +2,7 @@
 
     settings.json           first: images of a point, their block, and the device with its threads; a command with
                             others is refused
-    samples/MODEL/POINT/    a folder of samples for each seed, with its metrics.json
+    samples/MODEL/POINT/    a folder of samples for each seed, with its scores in frontier.metrics.json
     times.jsonl             a line for each block that was drawn: what it took, and the digest of its samples' settings
     frontier.json .md .png  last
 
@@ -43,20 +43,25 @@ from sit_atconv.sampling.samples import MANIFEST, PLACES
 from sit_atconv.sampling.settings import in_short
 from sit_atconv.sampling.setup import Setup, setup
 from sit_atconv.sampling.trained import describe_guide, describe_trained
-from sit_atconv.scoring import METRICS
+from sit_atconv.scoring import GIVES, METRICS
 from sit_atconv.scoring.extractor import Extractor, kind_of, load_extractor
 from sit_atconv.scoring.frechet import FRECHET
 from sit_atconv.scoring.refs import Reference, check_recorded, check_shape, read_reference, reference_spec
-from sit_atconv.scoring.result import bars_told, features_told, own
+from sit_atconv.scoring.result import BARS_FORM, bars_told, features_told, own
 from sit_atconv.scoring.score import check_labels, check_metric, score
 
 WHAT = "a frontier"  # as messages call what the folder holds
 FILES = ("frontier.json", "frontier.md", "frontier.png")
 KEYS = ("grid", "models", "points", "recommended")  # by which its JSON is known
-TIMES, METRICS_FILE = "times.jsonl", "metrics.json"
+TIMES, METRICS_FILE = "times.jsonl", "frontier.metrics.json"
 TIME_FORM = {
     "model": str, "point": str, "seed": COUNT, "block": COUNT, "settings": SHA256, "seconds": float, "warm": bool,
     "sitting": COUNT,
+}  # fmt: skip
+OF_EXTRACTOR = "classifier_heldout_accuracy"  # which stands among the metrics, and is no score of a point
+METRIC_FORM = {"value": float, "se": (float, None)}
+SCORES_FORM = {
+    "pixels_sha256": str, "error_bars": BARS_FORM, "extractors": [{"name": str, "protocol": str}], "warnings": [str],
 }  # fmt: skip
 STOCHASTIC = {*SDE_SAMPLERS, "flow-match-lcm"}  # samplers and schedulers that draw noise on their way
 FEWEST = 3  # blocks that a time is the median of
@@ -198,6 +203,12 @@ class _Frontier:
         self.sitting = 1
         self._warm: set[tuple[str, str]] = set()
 
+    @property
+    def given(self) -> list[str]:
+        """The metrics of a point, by their names in a result."""
+        given = {name for asked in _names(self.args.metrics) for name in GIVES.get(asked, (asked,))}
+        return [name for name in METRICS if name in given and name != OF_EXTRACTOR]
+
     def _checked(self) -> Reference:
         """The reference; settles `metrics`. Raises InputError where images of a model cannot be scored as asked."""
         args, extractor = self.args, self.extractor
@@ -329,8 +340,9 @@ class _Frontier:
         wanted = {
             "manifest": manifest, "reference": self.reference.sha256, "extractor": extractor, "metrics": args.metrics,
         }  # fmt: skip
+        form = SCORES_FORM | {"metrics": dict.fromkeys(self.given, METRIC_FORM), "frontier": dict}
         try:
-            stored = read_json(file, {"frontier": dict, "metrics": dict})
+            stored = read_json(file, form)
             if stored["frontier"] == wanted:
                 return stored
         except (OSError, Malformed):
@@ -348,7 +360,7 @@ class _Frontier:
         seconds = [1e3 * row["seconds"] for row in times]
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         metrics = {}
-        for name in results[0]["metrics"].keys() - {"classifier_heldout_accuracy"}:  # which is of the extractor
+        for name in self.given:
             each = [result["metrics"][name] for result in results]
             metrics[name] = estimate([one["value"] for one in each], [one["se"] for one in each])
         metric = next(name for name in FRECHET if name in metrics)
@@ -365,7 +377,7 @@ class _Frontier:
             "sittings": sorted({row["sitting"] for row in times}),
             "metric": metric,
             "score": metrics[metric],
-            "metrics": {name: metrics[name] for name in METRICS if name in metrics},
+            "metrics": metrics,
             "seeds": [
                 {"seed": each.args.seed, "samples": shown(each.samples.path)}
                 | {key: result[key] for key in ("pixels_sha256", "metrics")}

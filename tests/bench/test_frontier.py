@@ -400,8 +400,14 @@ def test_other_metrics_references_and_extractors_are_scored_anew(written, models
     first = metrics()
     assert metrics("--metrics", "frechet_distance,kid").keys() == {"frechet_distance", "kid"}
     own = next(out.glob("samples/first/*/seed0/samples.npz"))
+    (own.parent / "metrics.json").write_text("somebody's own")
     assert metrics("--ref", own, "--extractor", "digits")["frechet_distance"] < 1e-3 * first["frechet_distance"]
     assert metrics() == first
+    stored = own.parent / "frontier.metrics.json"
+    for damage in ({"metrics": {}}, {"warnings": None}, {"error_bars": {}}):
+        stored.write_text(json.dumps(json.loads(stored.read_text()) | damage))
+        assert metrics() == first
+    assert (own.parent / "metrics.json").read_text() == "somebody's own"
     torch.manual_seed(1)
     other = digits.DigitsClassifier().eval(), 0.1
     monkeypatch.setattr(digits, "train_classifier", lambda: other)
