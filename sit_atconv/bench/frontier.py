@@ -131,7 +131,8 @@ class _Models:
         sampling = args.sampling if ready.guide is None else replace(args.sampling, guide=ready.guide.model)
         with in_short():
             sampling = sampling.for_model(ready.trained.model)
-        return Work(args, Interruptions(), replace(ready, sampling=sampling), graphs)
+        place = {"name": "samples", "remedy": f"remove this folder, or give {option('force', True)}"}
+        return Work(args, Interruptions(), replace(ready, sampling=sampling), graphs, **place)
 
 
 @dataclass
@@ -193,6 +194,7 @@ class _Frontier:
         for point in self.points:
             with named(point.told()):
                 for each in point.asked.seeds:
+                    each.force = args.force
                     each.out = str(out / "samples" / point.asked.model / point.asked.name / f"seed{each.seed}")
                     work = models.work(each)
                     work.prepare()

@@ -61,14 +61,16 @@ class Work:
     """What one process does, in step with the others: a round is a block of each.
 
     ready: what it works with; None, and `prepare` loads what the options name. graphs: those that its networks are
-    replayed by; None, and they are its own. With `--no-cuda-graphs` there are none.
+    replayed by; None, and they are its own. With `--no-cuda-graphs` there are none. place: name and remedy of the
+    folder, as `Samples` takes them.
     """
 
     def __init__(
-        self, args: argparse.Namespace, signals: Interruptions, ready: Setup | None = None, graphs: Graphs | None = None
+        self, args: argparse.Namespace, signals: Interruptions, ready: Setup | None = None,
+        graphs: Graphs | None = None, **place: str,
     ):  # fmt: skip
         self.args, self.signals, self.done = args, signals, 0
-        self.ready, self.graphs = ready, graphs
+        self.ready, self.graphs, self.place = ready, graphs, place
 
     def run(self) -> None:
         self._check_equal(self._each(self.prepare))
@@ -118,7 +120,7 @@ class Work:
     def prepare(self) -> dict[str, Any]:
         """Load what the options name; the settings of the samples."""
         args = self.args
-        check_place(args.out, args.force)
+        check_place(args.out, args.force, **self.place)
         self.graphs = (self.graphs or Graphs()) if args.graphs and not args.scheduler else None
         if self.ready is None:
             more = {"launched": True, "lora": args.lora, "cache": args.cache}
@@ -129,7 +131,8 @@ class Work:
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)
         self.labels = sample_labels(args.labels, args.num, total, args.seed, classes)
-        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]), args.force)
+        settings = describe(args, self.ready, self.labels[: args.num])
+        self.samples = Samples(Path(args.out), settings, args.force, **self.place)
         return self.samples.settings
 
     def _check_equal(self, settings: list[dict[str, Any]]) -> None:

@@ -331,6 +331,26 @@ def test_no_times_of_other_samples_models_or_machines_are_taken(
     assert f'-> "{before + 1} threads"); state them as they were' in fails(main, *words)
 
 
+def test_samples_of_something_else_are_told_and_set_aside_by_force(
+    written, models, no_picture, tmp_path, fails, capsys
+):
+    out, path = tmp_path / "out", written("- {steps: 2}")
+    first = call(models, out, path)["points"]
+    samples, words = Path(first[0]["seeds"][0]["samples"]), ["--grid", path, "--ref", "digits", "--num", 22]
+    words = ["frontier", f"first={models / 'second'}", *words, "--batch", 8, "--out", out]
+    capsys.readouterr()
+    told = fails(main, *words)
+    assert f"first, steps=2: samples '{samples}' holds samples with other settings, " in told
+    assert told.endswith("; state it as it was, or remove this folder, or give --force")
+    (samples / "manifest.json").write_text("{")
+    told = fails(main, *words)
+    assert f"samples '{samples}': its manifest.json is damaged (" in told
+    assert told.endswith("); remove this folder, or give --force")
+    again = call(models, out, path, "--force", names=("first=second",))["points"]
+    assert sorted(path.name for path in samples.parent.iterdir()) == ["seed0", "seed0.aside"]
+    assert again[0]["seeds"] != first[0]["seeds"]
+
+
 def test_steps_that_do_not_help_are_dropped_and_named(written, models, no_picture, tmp_path, monkeypatch, capsys):
     values = {2: 9.0, 4: 5.0, 6: 4.9, 8: 1.0}
     row = frontier._Frontier._row
