@@ -36,8 +36,8 @@ from sit_atconv.runtime.devices import numerics, resolve_device
 from sit_atconv.runtime.errors import InputError, check_choice, named, option
 from sit_atconv.runtime.files import LOCK, library_versions, lock, resolved, sha256, shown, write_atomic
 from sit_atconv.runtime.reading import COUNT, SHA256, Malformed, as_stored, read_json, read_rows
-from sit_atconv.runtime.signals import Interruptions
-from sit_atconv.sampling.generate import Work
+from sit_atconv.runtime.signals import Interruptions, stops_told
+from sit_atconv.sampling.generate import Work, stopped
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.samples import MANIFEST, PLACES
 from sit_atconv.sampling.settings import in_short
@@ -111,7 +111,8 @@ class _Stopwatch:
 class _Models:
     """Models as they are needed, each loaded once for a checkpoint, dtype and whatever else changes the network."""
 
-    def __init__(self):
+    def __init__(self, signals: Interruptions):
+        self._signals = signals
         self._loaded: dict[tuple, tuple[Setup, Graphs]] = {}
 
     def work(self, args: argparse.Namespace) -> Work:
@@ -132,7 +133,7 @@ class _Models:
         with in_short():
             sampling = sampling.for_model(ready.trained.model)
         place = {"name": "samples", "remedy": f"remove this folder, or give {option('force', True)}"}
-        return Work(args, Interruptions(), replace(ready, sampling=sampling), graphs, **place)
+        return Work(args, self._signals, replace(ready, sampling=sampling), graphs, **place)
 
 
 @dataclass
@@ -157,7 +158,14 @@ def run(args: argparse.Namespace) -> None:
     """
     out = resolved(args.out)
     check_place(out, WHAT, force=args.force)
-    frontier = _Frontier(args, out)
+    with Interruptions() as signals:
+        frontier = _Frontier(args, out, signals)
+        with stops_told(frontier.stopped), signals.working():
+            _run(args, out, frontier)
+
+
+def _run(args: argparse.Namespace, out: Path, frontier: "_Frontier") -> None:
+    frontier.prepare()
     settings = {"num": args.num, "batch": args.batch, "device": device_name(frontier.device).split(", ")}
     claim(out, {"frontier": settings}, (), WHAT, force=args.force)
     results = Results([out / name for name in FILES], args.force, *KEYS)
@@ -185,12 +193,25 @@ def _settings_of(work: Work) -> str:
 
 
 class _Frontier:
-    def __init__(self, args: argparse.Namespace, out: Path):
-        self.args, self.out, self.device = args, out, resolve_device(args.device)
+    def __init__(self, args: argparse.Namespace, out: Path, signals: Interruptions):
+        self.args, self.out, self.signals, self.device = args, out, signals, resolve_device(args.device)
         self.memory_kept = memory_kept(self.device)
-        self.extractor = _extractor(args)
-        models = _Models()
         self.points = [_Point(asked, []) for asked in args.asked]
+        self.done = 0  # images
+        self.dropped: list[dict[str, str]] = []
+        self.times: list[dict[str, Any]] = []
+        self.sitting = 1
+        self._warm: set[tuple[str, str]] = set()
+
+    def stopped(self) -> str:
+        """What is said of a signal."""
+        args = self.args
+        return stopped(self.done, f"{'up to ' * args.prune}{len(args.asked) * len(args.seeds) * args.num:,}")
+
+    def prepare(self) -> None:
+        """Load what the points need. Raises InputError for what cannot be drawn or scored."""
+        args, out, models = self.args, self.out, _Models(self.signals)
+        self.extractor = _extractor(args)
         for point in self.points:
             with named(point.told()):
                 for each in point.asked.seeds:
@@ -200,10 +221,6 @@ class _Frontier:
                     work.prepare()
                     point.works.append(work)
         self.reference = self._checked()
-        self.dropped: list[dict[str, str]] = []
-        self.times: list[dict[str, Any]] = []
-        self.sitting = 1
-        self._warm: set[tuple[str, str]] = set()
 
     @property
     def given(self) -> list[str]:
@@ -295,20 +312,25 @@ class _Frontier:
                 with named(point.told()):
                     samples = point.works[seed].samples
                     missing[number] = samples.claim()
-                    bar.update(self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
+                    self._told(bar, self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
             warm_up(self.device)
             blocks = points[0].works[seed].samples.blocks
             for block in range(blocks):
                 for number in missing if (seed * blocks + block) % 2 == 0 else reversed(missing):
                     if block in (missing[number] or ()):
                         with numerics(deterministic=True), named(points[number].told()):
-                            bar.update(self._block(points[number], seed, block, bar))
+                            self._told(bar, self._block(points[number], seed, block, bar))
             for number, point in enumerate(points):
                 if missing[number] is not None:
                     point.works[seed].finish()
         finally:
             for number in missing:
                 points[number].works[seed].samples.close()
+
+    def _told(self, bar: Progress, images: int) -> None:
+        """Count images that are there."""
+        self.done += images
+        bar.update(images)
 
     def _block(self, point: _Point, seed: int, block: int, bar: Progress, keep: bool = True) -> int:
         """Draw a block, and note what it took. The first one of a point in this process is not warm: kernels are

@@ -2,8 +2,6 @@
 
 import argparse
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -21,7 +19,7 @@ from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions, sha256, shown
 from sit_atconv.runtime.pictures import UINT8_RULE
-from sit_atconv.runtime.signals import Interrupted, Interruptions
+from sit_atconv.runtime.signals import Interruptions, stops_told
 from sit_atconv.sampling.caches import parse
 from sit_atconv.sampling.graphs import Graphs
 from sit_atconv.sampling.labels import labels_rule, sample_labels
@@ -47,14 +45,15 @@ def run(args: argparse.Namespace) -> None:
         processes.join(cpu=True)
         work = Work(args, signals)
         try:
-            work.run()
-        except Interrupted as stop:
-            if processes.is_main():
-                name, there = signal.Signals(stop.number).name, f"{work.done:,} of {args.num:,} images are there"
-                print(f"{name}: stopped; {there}, and the same command goes on from them", file=sys.stderr)
-            sys.exit(128 + stop.number)
+            with stops_told(lambda: stopped(work.done, f"{args.num:,}") if processes.is_main() else None):
+                work.run()
         finally:
             processes.leave()
+
+
+def stopped(done: int, num: str) -> str:
+    """What a command says that a signal stopped as it drew so many images."""
+    return f"stopped; {done:,} of {num} images are there, and the same command goes on from them"
 
 
 class Work:

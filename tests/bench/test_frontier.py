@@ -3,8 +3,10 @@
 import io
 import itertools
 import json
+import os
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -265,19 +267,23 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     assert chosen["value"] != point["score"]["value"]
 
 
-def test_it_goes_on_where_it_was_stopped_with_the_same_scores(written, models, no_picture, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_was_stopped_with_the_same_scores(
+    written, models, no_picture, tmp_path, monkeypatch, capsys
+):
     whole = call(models, tmp_path / "whole", written(SMALL))
     out, write, count = tmp_path / "out", Samples.write, itertools.count()
 
     def stopped(self, number, images, **measured):
         write(self, number, images, **measured)
         if next(count) == 3:  # in the second of three rounds
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(Samples, "write", stopped)
-        with pytest.raises(SystemExit, match="130"):
+        with pytest.raises(SystemExit, match="143"):
             call(models, out, written(SMALL))
+    told = "SIGTERM: stopped; 24 of 44 images are there, and the same command goes on from them"
+    assert told in capsys.readouterr().err
     assert not (out / "frontier.json").exists()
     with open(out / frontier.TIMES, "a") as file:
         file.write('{"model": "fir')  # cut as it was written
