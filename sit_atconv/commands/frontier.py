@@ -1,7 +1,8 @@
 """Draw, time and score models at every combination of a grid of settings; say which is the cheapest that is as good.
 
 A grid is a YAML file: a list of blocks, each of which maps settings to a value or a list of values, such as
-`- {sampler: [euler, heun], steps: [4, 8], guidance_scale: 1}`. The combinations of all blocks are the points.
+`- {sampler: [euler, heun], steps: [4, 8], guidance_scale: 1}`. The combinations of all blocks are the points. A block
+with `models: [NAME, ...]` is for these alone.
 """
 
 import argparse
@@ -50,10 +51,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.out:
         raise InputError("--out '': give the name of a new folder, or of one that the same command began")
     check_place(args.out, "a frontier", force=args.force)
-    grid, models = read_grid(args.grid), _models(args.ckpts)
+    models = _models(args.ckpts)
+    grid = read_grid(args.grid, models)
     if args.ref != "digits" and not Path(args.ref).exists():
         raise InputError(f'reference {args.ref!r}: no such file or folder; give one, or "digits"')
-    points = [_parsed(args, *model, stated) for model in models.items() for stated in grid]
+    points = [_parsed(args, name, models[name], stated) for name, own in grid.items() for stated in own]
 
     from sit_atconv.bench.frontier import Asked
     from sit_atconv.bench.frontier import run as measure

@@ -92,13 +92,20 @@ def test_a_grid_is_every_combination_of_its_blocks_once(written):
     ]
     expected += [{"sampler": "euler-maruyama", "steps": 3, "guidance_scale": 1.0}]
     expected += [{"steps": 4, "guidance_scale": 1}, {"steps": 4}]
-    assert grid.read_grid(written()) == expected
+    assert grid.read_grid(written(), ["a"]) == {"a": expected}
     intervals = written("- {guidance_interval: [[0, 0.5], [0.5, 1]], compile: [true, false]}\n- {compile: true}")
-    assert grid.read_grid(intervals) == [
+    assert grid.read_grid(intervals, ["a"])["a"] == [
         {"guidance_interval": [0, 0.5], "compile": True}, {"guidance_interval": [0, 0.5]},
         {"guidance_interval": [0.5, 1], "compile": True}, {"guidance_interval": [0.5, 1]}, {"compile": True},
     ]  # fmt: skip
-    one = grid.read_grid(written("- {guidance_interval: [0, 0.5], sampler: heun, dtype: bf16, compile: true}"))
+    own = written("- {models: a, steps: [1, 2]}\n- {models: [b, c], steps: 2}\n- {sampler: heun}")
+    assert grid.read_grid(own, ["a", "b", "c"]) == {
+        "a": [{"steps": 1}, {"steps": 2}, {"sampler": "heun"}],
+        "b": [{"steps": 2}, {"sampler": "heun"}], "c": [{"steps": 2}, {"sampler": "heun"}],
+    }  # fmt: skip
+    one = grid.read_grid(written("- {guidance_interval: [0, 0.5], sampler: heun, dtype: bf16, compile: true}"), ["a"])[
+        "a"
+    ]
     assert grid.words_of(one[0]) == shlex.split("--cfg-interval 0 0.5 --sampler heun --dtype bf16 --compile")
     assert grid.in_words(one[0]) == "guidance_interval=0,0.5 sampler=heun dtype=bf16 compile"
     assert grid.label_of(one[0]) == "guidance_interval=0,0.5, heun, dtype=bf16, compile"
@@ -117,11 +124,14 @@ def test_a_grid_is_every_combination_of_its_blocks_once(written):
         ("- {compile: 3}", "compile=3: give true or false"),
         (f"- {{steps: {list(range(1, 41))}, epsilon: {[0.01 + i / 100 for i in range(26)]}}}", "it has 1,040 comb"),
         ("- {steps: [1", "it cannot be read"),
+        ("- {models: [a, d], steps: 1}", r"models='d': choose from \['a', 'b'\]"),
+        ("- {models: [a], steps: 1}", "no block is for the model 'b'"),
+        ("- {models: [], steps: 1}", "no block is for the model 'a'"),
     ],
 )
 def test_what_is_no_grid_is_refused(written, text, says):
     with pytest.raises(InputError, match=says):
-        grid.read_grid(written(text))
+        grid.read_grid(written(text), ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -456,7 +466,7 @@ def test_a_reference_that_does_not_do_is_told_before_the_work(written, models, t
 
 @pytest.mark.parametrize("path", sorted(Path("experiments/grids").glob("*.yaml")), ids=lambda path: path.stem)
 def test_grids_that_are_shipped_name_what_generate_takes(path, models):
-    points = grid.read_grid(path)
+    points = grid.read_grid(path, ["attention", "atconv"])["atconv"]
     parser = parser_of("generate", "generate")
     for stated in points:
         words = ["--ckpt", str(models / "first"), *grid.words_of(stated), "--num", "2", "--out", "x"]
