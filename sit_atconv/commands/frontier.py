@@ -6,6 +6,7 @@ with `models: [NAME, ...]` is for these alone.
 """
 
 import argparse
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -73,10 +74,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _models(ckpts: list[str]) -> dict[str, str]:
-    """The checkpoints by what they are called."""
+    """The checkpoints by what they are called: NAME before the first =, where that is no path, else their folder."""
     found: dict[str, str] = {}
     for each in ckpts:
-        name, _, ckpt = ("", "", each) if Path(each).is_dir() else each.rpartition("=")
+        name, _, ckpt = each.partition("=")
+        if not ckpt or not NAME.fullmatch(name) or Path(each).is_dir():
+            name, ckpt = "", each
+        ckpt = os.path.expanduser(ckpt)
         name = name or Path(ckpt).resolve().name
         if not NAME.fullmatch(name) or name in found:
             rule = "two models are called so" if name in found else "no name of a folder"

@@ -19,6 +19,7 @@ from sit_atconv import create_model
 from sit_atconv.__main__ import main
 from sit_atconv.bench import choosing, frontier, grid, plots
 from sit_atconv.commands import parser_of
+from sit_atconv.commands.frontier import _models
 from sit_atconv.commands.options import sampling_asked
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import png
@@ -175,11 +176,15 @@ def test_the_share_recognised_is_of_models_of_the_classes_alone(
         assert not (tmp_path / "new").exists()
 
 
-def test_models_are_told_apart_by_their_names(written, models, tmp_path, fails):
+def test_models_are_told_apart_by_their_names(written, models, tmp_path, fails, monkeypatch):
     words = ["--grid", written(), "--ref", "digits", "--num", 22, "--out", tmp_path / "out"]
     copy = shutil.copytree(models / "first", tmp_path / "other" / "first")
     assert "'first': two models are called so; say NAME=CKPT" in fails(main, "frontier", models / "first", copy, *words)
-    assert "'a/b': no name of a folder" in fails(main, "frontier", f"a/b={copy}", *words)
+    named = shutil.copytree(copy, tmp_path / "lr=1e-4")
+    assert "'lr=1e-4': no name of a folder; say NAME=CKPT" in fails(main, "frontier", named, *words)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    same = {"a": str(named), "b": str(copy), "first": str(copy)}
+    assert _models([f"a={named}", "b=~/other/first", str(copy)]) == same
 
 
 # Which points are worth taking
