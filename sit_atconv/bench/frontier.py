@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from sit_atconv.runtime.claims import check_place, claim, clear_leftovers, writi
 from sit_atconv.runtime.comparison import compared
 from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.devices import numerics, resolve_device
-from sit_atconv.runtime.errors import InputError, check_choice, named, option
+from sit_atconv.runtime.errors import InputError, check_choice, named, option, told
 from sit_atconv.runtime.files import LOCK, library_versions, lock, resolved, sha256, shown, write_atomic
 from sit_atconv.runtime.reading import COUNT, SHA256, Malformed, as_stored, read_json, read_rows
 from sit_atconv.runtime.signals import Interruptions, stops_told
@@ -183,6 +184,15 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
+def _read_times(file: Path) -> list[dict[str, Any]]:
+    with told(repr(str(file)), OSError, Malformed, remedy="remove it; the times are measured again"):
+        rows = read_rows(file, TIME_FORM)
+        for number, row in enumerate(rows, 1):
+            if row["seconds"] <= 0:
+                raise Malformed(f"{file.name}, line {number}: seconds is {row['seconds']:g}, and must be above 0")
+    return rows
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -252,10 +262,10 @@ class _Frontier:
     def measure(self) -> None:
         """Draw and score all points in turn; with `prune` those of the fewest steps first, and no more than is worth
         it."""
-        if (file := self.out / TIMES).is_file():
-            with named(str(file)):
-                self.times = read_rows(file, TIME_FORM)
-            write_atomic(file, "".join(map(_line, self.times)))  # without a last line that was cut
+        if os.path.lexists(file := self.out / TIMES):
+            self.times = _read_times(file)
+            with writing(self.out):
+                write_atomic(file, "".join(map(_line, self.times)))  # without a last line that was cut
             self.sitting = 1 + max((row["sitting"] for row in self.times), default=0)
         if not self.args.prune:
             self._make(self.points)
@@ -307,25 +317,22 @@ class _Frontier:
 
     def _draw(self, points: Sequence[_Point], seed: int, bar: Progress) -> None:
         missing = {}
-        try:
-            for number, point in enumerate(points):
-                with named(point.told()):
-                    samples = point.works[seed].samples
-                    missing[number] = samples.claim()
-                    self._told(bar, self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
-            warm_up(self.device)
-            blocks = points[0].works[seed].samples.blocks
-            for block in range(blocks):
-                for number in missing if (seed * blocks + block) % 2 == 0 else reversed(missing):
-                    if block in (missing[number] or ()):
-                        with numerics(deterministic=True), named(points[number].told()):
-                            self._told(bar, self._block(points[number], seed, block, bar))
-            for number, point in enumerate(points):
-                if missing[number] is not None:
-                    point.works[seed].finish()
-        finally:
-            for number in missing:
-                points[number].works[seed].samples.close()
+        for number, point in enumerate(points):
+            with named(point.told()):
+                samples = point.works[seed].samples
+                missing[number] = samples.claim()
+                samples.close()  # the lock of the whole folder holds
+                self._told(bar, self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
+        warm_up(self.device)
+        blocks = points[0].works[seed].samples.blocks
+        for block in range(blocks):
+            for number in missing if (seed * blocks + block) % 2 == 0 else reversed(missing):
+                if block in (missing[number] or ()):
+                    with numerics(deterministic=True), named(points[number].told()):
+                        self._told(bar, self._block(points[number], seed, block, bar))
+        for number, point in enumerate(points):
+            if missing[number] is not None:
+                point.works[seed].finish()
 
     def _told(self, bar: Progress, images: int) -> None:
         """Count images that are there."""

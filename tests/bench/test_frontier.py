@@ -321,11 +321,22 @@ def test_a_whole_one_is_not_drawn_again_and_its_grid_may_grow(
     grown = call(models, tmp_path / "out", written("- {steps: [2, 4]}\n- {sampler: midpoint, steps: 2}"))
     assert scores(grown)[0][3] == scores(first)[0][3]
     assert [point["sittings"] for point in grown["points"]] == [[1], [1], [2]]
+    times = tmp_path / "out" / frontier.TIMES
+    rows = times.read_text()
     capsys.readouterr()
     words = ["frontier", models / "first", "--grid", written(), "--ref", "digits", "--out", tmp_path / "out"]
     assert "holds a frontier with other settings (frontier.num: 22 -> 30)" in fails(
         main, *words, "--num", 30, "--batch", 8
     )
+    damaged = {
+        "rubbish\n" + rows: "times.jsonl, line 1 is no JSON",
+        rows.replace('"seconds": ', '"seconds": -', 1): "times.jsonl, line 1: seconds is -",
+    }
+    for text, told in damaged.items():
+        times.write_text(text)
+        said = fails(main, *words, "--num", 22, "--batch", 8)
+        assert told in said
+        assert said.endswith("; remove it; the times are measured again")
 
 
 def test_no_times_of_other_samples_models_or_machines_are_taken(
