@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -435,10 +435,10 @@ class _Frontier:
             for key, value in rows[0]["settings"].items()
             if all(r["settings"].get(key) == value for r in rows)
         }
-        for row in rows:
-            own_settings = {key: value for key, value in row["settings"].items() if key not in common}
-            row["label"] = label_of(own_settings)
-            row["line"] = label_of({key: value for key, value in own_settings.items() if key != "steps"})
+        others = {key for row in rows for key in row["settings"]} - common.keys()
+        for row in rows:  # by what tells points apart, or by all there is where nothing does
+            row["label"] = label_of(_those(row["settings"], others))
+            row["line"] = label_of(_those(row["settings"], others - {"steps"}, without="steps"))
         groups = [*by_model.items(), *([(None, rows)] if len(by_model) > 1 else [])]
         return {
             "command": args.command,
@@ -494,6 +494,11 @@ class _Frontier:
             "told": f"{told}; the commands give {value:.5g}, that of seed {first['seed']}",
             "seed": first["seed"], "value": value, "command": command, "score_command": score_command,
         }  # fmt: skip
+
+
+def _those(stated: Stated, keys: Collection[str], without: str | None = None) -> Stated:
+    """What a combination says of these keys, or without any key, of all; never of the one to leave out."""
+    return {key: value for key, value in stated.items() if key in (keys or stated) and key != without}
 
 
 def _check_images(name: str, ready: Setup, extractor: Extractor) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """Grids of sampling settings: a YAML file as the list of all combinations that it names; read without torch.
 
 A grid is a list of blocks. A block maps settings to a value, or to a list of values, and stands for every combination
-of these. A setting that is a list itself, such as guidance_interval, takes a list of lists where it has several values.
+of these. A setting that is a list of numbers itself (LISTS) takes a list of lists where it has several values.
 A block with `models` is for these alone.
 """
 
@@ -20,8 +20,8 @@ SWITCHES = ("compile",)  # true or false; flags without a value
 OTHERS = ("scheduler", "cache", "dtype", *SWITCHES)  # what else a command that samples takes, and a grid may state
 MODELS = "models"  # of a block: those that it is for, by default all
 KEYS = (*(entry.name for entry in fields(Sampling)), *OTHERS)
-LISTS = {entry.name for entry in fields(Sampling) if isinstance(getattr(Sampling(), entry.name), list)}
-MOST = 1_000  # combinations
+LISTS = ("guidance_interval", "grid")  # a value of these may be a list of numbers
+MOST, MOST_WHOLE = 1_000, 1e15  # combinations; a float that is written as a whole number
 VALUES = (str, int, float, bool, type(None))
 
 Stated = dict[str, Any]  # settings by their names, those alone that a grid states
@@ -66,9 +66,11 @@ def _settings(block: dict[str, Any]) -> dict[str, list[Any]]:
 
 def _values(key: Any, value: Any) -> list[Any]:
     """What a block says of one setting, as a list of its values."""
-    check_choice("key", key, (*KEYS, MODELS))
-    several = isinstance(value, list) and (key not in LISTS or any(isinstance(each, list | None) for each in value))
-    values = value if several else [value]
+    with told("", InputError, remedy=f"the keys are {', '.join((*KEYS, MODELS))}"):
+        check_choice("key", key, (*KEYS, MODELS))
+    of_numbers = isinstance(value, list) and any(isinstance(each, int | float) for each in value)
+    several = isinstance(value, list) and not (key in LISTS and of_numbers)
+    values = [_whole(each) for each in (value if several else [value])]
     for each in values:
         if not all(isinstance(part, VALUES) for part in (each if isinstance(each, list) else [each])):
             raise InputError(f"{key}={each!r}: give a value, or a list of values")
@@ -77,6 +79,13 @@ def _values(key: Any, value: Any) -> list[Any]:
     if not values:
         raise InputError(f"{key}=[]: give a value, or leave it out")
     return values
+
+
+def _whole(value: Any) -> Any:
+    """A value with whole numbers as such: 1e3 is how YAML writes a float."""
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < MOST_WHOLE else value
 
 
 def _combinations(block: dict[str, list[Any]]) -> Iterator[Stated]:

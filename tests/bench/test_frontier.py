@@ -99,6 +99,10 @@ def test_a_grid_is_every_combination_of_its_blocks_once(written):
         {"guidance_interval": [0, 0.5], "compile": True}, {"guidance_interval": [0, 0.5]},
         {"guidance_interval": [0.5, 1], "compile": True}, {"guidance_interval": [0.5, 1]}, {"compile": True},
     ]  # fmt: skip
+    times = written("- {steps: 1e1, grid: [cosine, [0, 0.3, 1.0]]}\n- {grid: [0, 0.5, 1]}")
+    assert list(map(grid.words_of, grid.read_grid(times, ["a"])["a"])) == [
+        shlex.split(f"--steps 10 --grid {text}") for text in ("cosine", "0 0.3 1")
+    ] + [shlex.split("--grid 0 0.5 1")]
     own = written("- {models: a, steps: [1, 2]}\n- {models: [b, c], steps: 2}\n- {sampler: heun}")
     assert grid.read_grid(own, ["a", "b", "c"]) == {
         "a": [{"steps": 1}, {"steps": 2}, {"sampler": "heun"}],
@@ -115,7 +119,7 @@ def test_a_grid_is_every_combination_of_its_blocks_once(written):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- {smapler: heun}", "key='smapler': did you mean 'sampler'?"),
+        ("- {smapler: heun}", "key='smapler': did you mean 'sampler'?.*; the keys are sampler, steps, .*, models"),
         ("sampler: heun", "it is no list of blocks of settings"),
         ("[]", "it is no list of blocks of settings"),
         ("- 3", "it is no list of blocks of settings"),
@@ -142,6 +146,7 @@ def test_what_is_no_grid_is_refused(written, text, says):
         ("- {sampler: huen}", [], "first, sampler=huen: argument --sampler: invalid choice: 'huen'"),
         ("- {sampler: heun, diffusion: sigma}", [], "diffusion=sigma: diffusion=sigma goes with"),
         ("- {steps: [[4, 8]]}", [], "first, steps=4,8: unrecognized arguments: 8"),
+        ("- {grid: [0, 0.3, 0.2, 1]}", [], "first, grid=0,0.3,0.2,1: grid=['0', '0.3', '0.2', '1']: times"),
         ("- {guidance_channels: first3}", [], "--cfg-channels=first3 would do nothing: this model has 1"),
         ("- {guidance_interval: [0.99, 1]}", [], "no step evaluates the model at a time in it"),
         ("- {steps: 4}", ["--metrics", "recognised"], "points are compared by their Fréchet distance; add"),
@@ -418,7 +423,8 @@ def test_time_ends_where_decoding_begins_and_is_of_a_whole_block(written, models
 
     monkeypatch.setattr(frontier, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(frontier.Work, "images_of", slow)
-    point = call(models, tmp_path / "out", written("- {steps: 2}"))["points"][0]
+    point = call(models, tmp_path / "out", written("- {sampler: midpoint, steps: 2}"))["points"][0]
+    assert (point["label"], point["line"]) == ("midpoint, 2 steps", "midpoint")
     assert point["ms_blocks"] == [2_000, 3_000, 1_000]  # the first is not warm, and drawn again for a third
     assert (point["ms"], point["ms_quartiles"]) == (2_000, [1_500, 2_500])
 
