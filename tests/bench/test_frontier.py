@@ -272,7 +272,7 @@ def test_two_models_in_one_picture_and_the_recommendation_repeats_to_the_bit(wri
     turns = [[(row["model"], row["point"]) for row in rows[first : first + 6]] for first in range(0, 36, 6)]
     assert turns == 3 * [turns[0], turns[0][::-1]]  # all points in each round, so that a drift meets all alike
     with Image.open(out / "frontier.png") as image:
-        assert image.size == (1500, 975)
+        assert image.size == (1950, 975)
 
     chosen = result["recommended"][1]
     for line in (chosen["command"], chosen["score_command"]):
