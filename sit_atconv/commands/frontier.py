@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
     parser.add_argument("--prune", action="store_true", help="leave out more steps where some more did not help")
     parser.add_argument(
-        "--metrics", metavar="LIST", help="as `score` takes them (default: Fréchet distance, share recognised)"
+        "--metrics",
+        metavar="LIST",
+        help="as `score` takes them (default: Fréchet distance, and share recognised where the classes fit)",
     )
     parser.add_argument("--extractor", metavar="SPEC", help="as `score` takes it")
     parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
