@@ -2,12 +2,12 @@
 
     python -m experiments.drill [sit|scores|init|mixer|lora|meanflow|attnet|commands] [--runs 30] [--out runs/drill]
 
-Runs of train_sit.py (from nothing, from the weights of another model, of LoRA, of MeanFlow) and of train_attnet.py are killed with
-SIGKILL at random moments of their steps, previews, scores, EMA snapshots, evaluations and checkpoint writes, and run
-again. Then single faults: signals, a full disk, NaNs, damaged checkpoints, other people's files, a deleted shard of a
-cache of latents, deleted images. The other commands are killed before a random change of a file or at a random time,
-and meet a full disk and other people's files. Prints a table of what was done and lost, and exits with status 1 where
-something was.
+Runs of train_sit.py (from nothing, from the weights of another model, of LoRA, of MeanFlow) and of train_attnet.py are
+killed with SIGKILL at random moments of their steps, previews, scores, EMA snapshots, evaluations and checkpoint
+writes, and run again. Then single faults: signals, a full disk, NaNs, damaged checkpoints, other people's files, a
+deleted shard of a cache of latents, deleted images. The other commands are killed before a random change of a file or
+at a random time, and meet a full disk and other people's files. Prints a table of what was done and lost, and exits
+with status 1 where something was.
 """
 
 import json

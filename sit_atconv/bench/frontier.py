@@ -1,8 +1,9 @@
 """Score over time: draw, time and score models at every combination of a grid, and say which settings are worth taking.
 
-    settings.json           first: how many images of which block a point has; a command with others is refused
-    samples/MODEL/POINT/    a folder of samples for each seed, with its metrics.json
-    times.jsonl             a line for each block that was drawn: what it took
+    settings.json           first: images of a point, their block, and the device with its threads; a command with
+                            others is refused
+    samples/MODEL/POINT/    a folder of samples for each seed, with its scores in frontier.metrics.json
+    times.jsonl             a line for each block that was drawn: what it took, and the digest of its samples' settings
     frontier.json .md .png  last
 
 Every file is whole or not there, so the same command goes on where it was stopped, and a grid may grow.
@@ -12,9 +13,10 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,31 +31,38 @@ from sit_atconv.bench.results import Results
 from sit_atconv.bench.timing import commit, device_name, memory_kept, source_digest, warm_up
 from sit_atconv.flow.sde import SDE_SAMPLERS
 from sit_atconv.runtime.claims import check_place, claim, clear_leftovers, writing
+from sit_atconv.runtime.comparison import compared
 from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.devices import numerics, resolve_device
-from sit_atconv.runtime.errors import InputError, check_choice, named, option
+from sit_atconv.runtime.errors import InputError, check_choice, named, option, told
 from sit_atconv.runtime.files import LOCK, library_versions, lock, resolved, sha256, shown, write_atomic
-from sit_atconv.runtime.reading import COUNT, Malformed, as_stored, read_json, read_rows
-from sit_atconv.runtime.signals import Interruptions
-from sit_atconv.sampling.generate import Work
+from sit_atconv.runtime.reading import COUNT, SHA256, Malformed, as_stored, read_json, read_rows
+from sit_atconv.runtime.signals import Interruptions, stops_told
+from sit_atconv.sampling.generate import Work, stopped
 from sit_atconv.sampling.graphs import Graphs
-from sit_atconv.sampling.samples import MANIFEST
+from sit_atconv.sampling.samples import MANIFEST, PLACES
 from sit_atconv.sampling.settings import in_short
 from sit_atconv.sampling.setup import Setup, setup
 from sit_atconv.sampling.trained import describe_guide, describe_trained
-from sit_atconv.scoring import METRICS
+from sit_atconv.scoring import GIVES, METRICS
 from sit_atconv.scoring.extractor import Extractor, kind_of, load_extractor
 from sit_atconv.scoring.frechet import FRECHET
 from sit_atconv.scoring.refs import Reference, check_recorded, check_shape, read_reference, reference_spec
-from sit_atconv.scoring.result import bars_told, features_told, own
-from sit_atconv.scoring.score import score
+from sit_atconv.scoring.result import BARS_FORM, bars_told, features_told, own
+from sit_atconv.scoring.score import check_labels, check_metric, score
 
 WHAT = "a frontier"  # as messages call what the folder holds
 FILES = ("frontier.json", "frontier.md", "frontier.png")
 KEYS = ("grid", "models", "points", "recommended")  # by which its JSON is known
-TIMES, METRICS_FILE = "times.jsonl", "metrics.json"
+TIMES, METRICS_FILE = "times.jsonl", "frontier.metrics.json"
 TIME_FORM = {
-    "model": str, "point": str, "seed": COUNT, "block": COUNT, "seconds": float, "warm": bool, "sitting": COUNT,
+    "model": str, "point": str, "seed": COUNT, "block": COUNT, "settings": SHA256, "seconds": float, "warm": bool,
+    "sitting": COUNT,
+}  # fmt: skip
+OF_EXTRACTOR = "classifier_heldout_accuracy"  # which stands among the metrics, and is no score of a point
+METRIC_FORM = {"value": float, "se": (float, None)}
+SCORES_FORM = {
+    "pixels_sha256": str, "error_bars": BARS_FORM, "extractors": [{"name": str, "protocol": str}], "warnings": [str],
 }  # fmt: skip
 STOCHASTIC = {*SDE_SAMPLERS, "flow-match-lcm"}  # samplers and schedulers that draw noise on their way
 FEWEST = 3  # blocks that a time is the median of
@@ -72,9 +81,8 @@ class Asked:
     @property
     def name(self) -> str:
         """Of the point's folder."""
-        digest = hashlib.sha256(json.dumps(self.stated, sort_keys=True).encode()).hexdigest()[:8]
         named_by = (str(self.stated[key]) for key in ("sampler", "scheduler", "steps") if key in self.stated)
-        return "-".join([*named_by, digest])
+        return "-".join([*named_by, _digest(self.stated)[:8]])
 
     @property
     def line(self) -> str:
@@ -104,7 +112,8 @@ class _Stopwatch:
 class _Models:
     """Models as they are needed, each loaded once for a checkpoint, dtype and whatever else changes the network."""
 
-    def __init__(self):
+    def __init__(self, signals: Interruptions):
+        self._signals = signals
         self._loaded: dict[tuple, tuple[Setup, Graphs]] = {}
 
     def work(self, args: argparse.Namespace) -> Work:
@@ -124,7 +133,8 @@ class _Models:
         sampling = args.sampling if ready.guide is None else replace(args.sampling, guide=ready.guide.model)
         with in_short():
             sampling = sampling.for_model(ready.trained.model)
-        return Work(args, Interruptions(), replace(ready, sampling=sampling), graphs)
+        place = {"name": "samples", "remedy": f"remove this folder, or give {option('force', True)}"}
+        return Work(args, self._signals, replace(ready, sampling=sampling), graphs, **place)
 
 
 @dataclass
@@ -149,8 +159,16 @@ def run(args: argparse.Namespace) -> None:
     """
     out = resolved(args.out)
     check_place(out, WHAT, force=args.force)
-    frontier = _Frontier(args, out)
-    claim(out, {"frontier": {"num": args.num, "batch": args.batch}}, (), WHAT, force=args.force)
+    with Interruptions() as signals:
+        frontier = _Frontier(args, out, signals)
+        with stops_told(frontier.stopped), signals.working():
+            _run(args, out, frontier)
+
+
+def _run(args: argparse.Namespace, out: Path, frontier: "_Frontier") -> None:
+    frontier.prepare()
+    settings = {"num": args.num, "batch": args.batch, "device": device_name(frontier.device).split(", ")}
+    claim(out, {"frontier": settings}, (), WHAT, force=args.force)
     results = Results([out / name for name in FILES], args.force, *KEYS)
     with closing(lock(out, f"{option('out')} {str(out)!r}")):
         clear_leftovers(out)
@@ -166,42 +184,88 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
+def _read_times(file: Path) -> list[dict[str, Any]]:
+    with told(repr(str(file)), OSError, Malformed, remedy="remove it; the times are measured again"):
+        rows = read_rows(file, TIME_FORM)
+        for number, row in enumerate(rows, 1):
+            if row["seconds"] <= 0:
+                raise Malformed(f"{file.name}, line {number}: seconds is {row['seconds']:g}, and must be above 0")
+    return rows
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _settings_of(work: Work) -> str:
+    """The digest of all that decides the samples, and with it how long they take."""
+    return _digest(compared(work.samples.settings, PLACES))
+
+
 class _Frontier:
-    def __init__(self, args: argparse.Namespace, out: Path):
-        self.args, self.out, self.device = args, out, resolve_device(args.device)
+    def __init__(self, args: argparse.Namespace, out: Path, signals: Interruptions):
+        self.args, self.out, self.signals, self.device = args, out, signals, resolve_device(args.device)
         self.memory_kept = memory_kept(self.device)
-        self.reference, self.extractor = _check_scoring(args)
-        models = _Models()
         self.points = [_Point(asked, []) for asked in args.asked]
-        for point in self.points:
-            with named(point.told()):
-                for each in point.asked.seeds:
-                    each.out = str(out / "samples" / point.asked.model / point.asked.name / f"seed{each.seed}")
-                    work = models.work(each)
-                    work.prepare()
-                    point.works.append(work)
-        for name, point in {point.asked.model: point for point in self.points}.items():
-            self._check_model(name, point.works[0].ready)
+        self.done = 0  # images
         self.dropped: list[dict[str, str]] = []
         self.times: list[dict[str, Any]] = []
         self.sitting = 1
         self._warm: set[tuple[str, str]] = set()
 
-    def _check_model(self, name: str, ready: Setup) -> None:
-        model, names = ready.trained.model, ready.trained.id2label
-        shape = ready.codec.image_shape((model.config.in_channels, *model.latent_size))
-        self.extractor.check_images(f"images of {name}", shape)
-        self.extractor.check_classes(f"images of {name}", names and [names[label] for label in sorted(names)])
-        if self.reference.image_shape is not None:
-            check_shape(self.args.ref, self.reference.image_shape, shape)
+    def stopped(self) -> str:
+        """What is said of a signal."""
+        args = self.args
+        return stopped(self.done, f"{'up to ' * args.prune}{len(args.asked) * len(args.seeds) * args.num:,}")
+
+    def prepare(self) -> None:
+        """Load what the points need. Raises InputError for what cannot be drawn or scored."""
+        args, out, models = self.args, self.out, _Models(self.signals)
+        self.extractor = _extractor(args)
+        for point in self.points:
+            with named(point.told()):
+                for each in point.asked.seeds:
+                    each.force = args.force
+                    each.out = str(out / "samples" / point.asked.model / point.asked.name / f"seed{each.seed}")
+                    work = models.work(each)
+                    work.prepare()
+                    point.works.append(work)
+        self.reference = self._checked()
+
+    @property
+    def given(self) -> list[str]:
+        """The metrics of a point, by their names in a result."""
+        given = {name for asked in _names(self.args.metrics) for name in GIVES.get(asked, (asked,))}
+        return [name for name in METRICS if name in given and name != OF_EXTRACTOR]
+
+    def _checked(self) -> Reference:
+        """The reference; settles `metrics`. Raises InputError where images of a model cannot be scored as asked."""
+        args, extractor = self.args, self.extractor
+        works = {f"images of {point.asked.model}": point.works[0] for point in self.points}
+        shapes = {name: _check_images(name, work.ready, extractor) for name, work in works.items()}
+        reference = read_reference(args.ref, extractor, samples=next(iter(shapes.values())))
+        if reference.image_shape is not None:
+            for shape in shapes.values():
+                check_shape(args.ref, reference.image_shape, shape)
+        if args.metrics is None:
+            offered = kind_of(extractor.protocol).offered
+            classes = {work.ready.trained.model.config.num_classes for work in works.values()}
+            fits = "recognised" in offered and classes == {extractor.streams["logits"]}
+            args.metrics = ",".join([_distance(offered), *(["recognised"] if fits else [])])
+        for metric in _names(args.metrics):
+            check_metric(metric, args.num, True, extractor, reference)
+            if metric == "recognised":
+                for name, work in works.items():
+                    check_labels(name, max(work.labels[: args.num]), extractor)
+        return reference
 
     def measure(self) -> None:
         """Draw and score all points in turn; with `prune` those of the fewest steps first, and no more than is worth
         it."""
-        if (file := self.out / TIMES).is_file():
-            with named(str(file)):
-                self.times = read_rows(file, TIME_FORM)
-            write_atomic(file, "".join(map(_line, self.times)))  # without a last line that was cut
+        if os.path.lexists(file := self.out / TIMES):
+            self.times = _read_times(file)
+            with writing(self.out):
+                write_atomic(file, "".join(map(_line, self.times)))  # without a last line that was cut
             self.sitting = 1 + max((row["sitting"] for row in self.times), default=0)
         if not self.args.prune:
             self._make(self.points)
@@ -253,25 +317,27 @@ class _Frontier:
 
     def _draw(self, points: Sequence[_Point], seed: int, bar: Progress) -> None:
         missing = {}
-        try:
-            for number, point in enumerate(points):
-                with named(point.told()):
-                    samples = point.works[seed].samples
-                    missing[number] = samples.claim()
-                    bar.update(self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
-            warm_up(self.device)
-            blocks = points[0].works[seed].samples.blocks
-            for block in range(blocks):
-                for number in missing if (seed * blocks + block) % 2 == 0 else reversed(missing):
-                    if block in (missing[number] or ()):
-                        with numerics(deterministic=True), named(points[number].told()):
-                            bar.update(self._block(points[number], seed, block, bar))
-            for number, point in enumerate(points):
-                if missing[number] is not None:
-                    point.works[seed].finish()
-        finally:
-            for number in missing:
-                points[number].works[seed].samples.close()
+        for number, point in enumerate(points):
+            with named(point.told()):
+                samples = point.works[seed].samples
+                missing[number] = samples.claim()
+                samples.close()  # the lock of the whole folder holds
+                self._told(bar, self.args.num - sum(len(samples.indices(block)) for block in missing[number] or ()))
+        warm_up(self.device)
+        blocks = points[0].works[seed].samples.blocks
+        for block in range(blocks):
+            for number in missing if (seed * blocks + block) % 2 == 0 else reversed(missing):
+                if block in (missing[number] or ()):
+                    with numerics(deterministic=True), named(points[number].told()):
+                        self._told(bar, self._block(points[number], seed, block, bar))
+        for number, point in enumerate(points):
+            if missing[number] is not None:
+                point.works[seed].finish()
+
+    def _told(self, bar: Progress, images: int) -> None:
+        """Count images that are there."""
+        self.done += images
+        bar.update(images)
 
     def _block(self, point: _Point, seed: int, block: int, bar: Progress, keep: bool = True) -> int:
         """Draw a block, and note what it took. The first one of a point in this process is not warm: kernels are
@@ -281,7 +347,7 @@ class _Frontier:
         start = watch.now()
         kept = work.make(block, bar) if keep else len(work.images_of(block, bar)[0])
         row = {
-            "model": name[0], "point": name[1], "seed": work.args.seed, "block": block,
+            "model": name[0], "point": name[1], "seed": work.args.seed, "block": block, "settings": _settings_of(work),
             "seconds": (watch.reached - start) / work.samples.block, "warm": name in self._warm,
             "sitting": self.sitting,
         }  # fmt: skip
@@ -292,9 +358,10 @@ class _Frontier:
         return kept
 
     def _times(self, point: _Point) -> list[dict[str, Any]]:
-        """The warm measurements of a point, of the seeds that are asked for."""
+        """The warm measurements of a point, of its samples as they are now and the seeds that are asked for."""
         own = {"model": point.asked.model, "point": point.asked.name, "warm": True}.items()
-        return [row for row in self.times if row["seed"] in self.args.seeds and own <= row.items()]
+        settings = set(map(_settings_of, point.works))
+        return [row for row in self.times if row["settings"] in settings and own <= row.items()]
 
     def _score(self, work: Work) -> dict[str, Any]:
         """The result of scoring samples: the one that lies with them, where it is of them and of this reference."""
@@ -304,8 +371,9 @@ class _Frontier:
         wanted = {
             "manifest": manifest, "reference": self.reference.sha256, "extractor": extractor, "metrics": args.metrics,
         }  # fmt: skip
+        form = SCORES_FORM | {"metrics": dict.fromkeys(self.given, METRIC_FORM), "frontier": dict}
         try:
-            stored = read_json(file, {"frontier": dict, "metrics": dict})
+            stored = read_json(file, form)
             if stored["frontier"] == wanted:
                 return stored
         except (OSError, Malformed):
@@ -323,7 +391,7 @@ class _Frontier:
         seconds = [1e3 * row["seconds"] for row in times]
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         metrics = {}
-        for name in results[0]["metrics"].keys() - {"classifier_heldout_accuracy"}:  # which is of the extractor
+        for name in self.given:
             each = [result["metrics"][name] for result in results]
             metrics[name] = estimate([one["value"] for one in each], [one["se"] for one in each])
         metric = next(name for name in FRECHET if name in metrics)
@@ -340,7 +408,7 @@ class _Frontier:
             "sittings": sorted({row["sitting"] for row in times}),
             "metric": metric,
             "score": metrics[metric],
-            "metrics": {name: metrics[name] for name in METRICS if name in metrics},
+            "metrics": metrics,
             "seeds": [
                 {"seed": each.args.seed, "samples": shown(each.samples.path)}
                 | {key: result[key] for key in ("pixels_sha256", "metrics")}
@@ -367,10 +435,10 @@ class _Frontier:
             for key, value in rows[0]["settings"].items()
             if all(r["settings"].get(key) == value for r in rows)
         }
-        for row in rows:
-            own_settings = {key: value for key, value in row["settings"].items() if key not in common}
-            row["label"] = label_of(own_settings)
-            row["line"] = label_of({key: value for key, value in own_settings.items() if key != "steps"})
+        others = {key for row in rows for key in row["settings"]} - common.keys()
+        for row in rows:  # by what tells points apart, or by all there is where nothing does
+            row["label"] = label_of(_those(row["settings"], others))
+            row["line"] = label_of(_those(row["settings"], others - {"steps"}, without="steps"))
         groups = [*by_model.items(), *([(None, rows)] if len(by_model) > 1 else [])]
         return {
             "command": args.command,
@@ -417,28 +485,53 @@ class _Frontier:
     def _recommended(self, of: str | None, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         row = recommended(rows)
         asked = next(point.asked for point in self.points if point.row is row)
-        command, score_command = asked.commands(f"{self.out}-{asked.model}")
+        command, score_command = asked.commands(f"{self.out}-{asked.model}-{asked.name}")
+        first = row["seeds"][0]  # which the command draws
+        value = first["metrics"][row["metric"]]["value"]
         told = f"{with_error(row['score']['value'], row['score']['error'])}, {row['ms']:.4g} ms per image"
         return {
-            "of": of, "model": asked.model, "point": in_words(asked.stated), "told": told, "command": command,
-            "score_command": score_command,
+            "of": of, "model": asked.model, "point": in_words(asked.stated),
+            "told": f"{told}; the commands give {value:.5g}, that of seed {first['seed']}",
+            "seed": first["seed"], "value": value, "command": command, "score_command": score_command,
         }  # fmt: skip
 
 
-def _check_scoring(args: argparse.Namespace) -> tuple[Reference, Extractor]:
-    """The reference and the extractor; settles `metrics`. Raises InputError where the three are not for each other."""
+def _those(stated: Stated, keys: Collection[str], without: str | None = None) -> Stated:
+    """What a combination says of these keys, or without any key, of all; never of the one to leave out."""
+    return {key: value for key, value in stated.items() if key in (keys or stated) and key != without}
+
+
+def _check_images(name: str, ready: Setup, extractor: Extractor) -> tuple[int, int, int]:
+    """The shape (C, H, W) of a model's images. Raises InputError where they are not for the extractor."""
+    model, names = ready.trained.model, ready.trained.id2label
+    shape = ready.codec.image_shape((model.config.in_channels, *model.latent_size))
+    extractor.check_images(name, shape)
+    extractor.check_classes(name, names and [names[label] for label in sorted(names)])
+    if not extractor.streams:  # of a module of one's own: what it gives decides which metrics there are
+        extractor(torch.zeros((1, *shape), dtype=torch.uint8))
+    return shape
+
+
+def _extractor(args: argparse.Namespace) -> Extractor:
+    """The extractor. Raises InputError where it is not that of the reference, or does not offer the metrics."""
     spec = args.extractor or reference_spec(args.ref)
     if args.extractor is not None:
         check_recorded(args.ref, spec)
     extractor = load_extractor(spec, args.weights, args.device)
     offered = kind_of(extractor.protocol).offered
-    distance = next(each for each in offered if each in FRECHET)
-    if args.metrics is None:
-        args.metrics = ",".join([distance, *(["recognised"] if "recognised" in offered else [])])
-    asked = [each.strip() for each in args.metrics.split(",")]
-    for each in asked:
-        check_choice(option("metrics"), each, offered)
-    if not set(asked) & set(FRECHET):
-        rule = f"points are compared by their Fréchet distance; add {distance}"
-        raise InputError(f"{option('metrics', args.metrics)}: {rule}")
-    return read_reference(args.ref, extractor), extractor
+    if args.metrics is not None:
+        for each in _names(args.metrics):
+            check_choice(option("metrics"), each, offered)
+        if not set(_names(args.metrics)) & set(FRECHET):
+            rule = f"points are compared by their Fréchet distance; add {_distance(offered)}"
+            raise InputError(f"{option('metrics', args.metrics)}: {rule}")
+    return extractor
+
+
+def _names(metrics: str) -> list[str]:
+    return [each.strip() for each in metrics.split(",")]
+
+
+def _distance(offered: Sequence[str]) -> str:
+    """The Fréchet distance among the metrics of an extractor."""
+    return next(each for each in offered if each in FRECHET)

@@ -254,7 +254,8 @@ def device_name(device: torch.device) -> str:
     extensions = {"AVX-512": "avx512f", "AVX-512 BF16": "avx512_bf16", "AMX BF16": "amx_bf16"}
     known = "".join(f", {name}" for name, flag in extensions.items() if flag in flags)
     processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{processor}{known}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor}{known}, {threads} thread{'s' * (threads > 1)}"
 
 
 @lru_cache(maxsize=1)

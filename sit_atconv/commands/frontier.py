@@ -1,10 +1,12 @@
 """Draw, time and score models at every combination of a grid of settings; say which is the cheapest that is as good.
 
 A grid is a YAML file: a list of blocks, each of which maps settings to a value or a list of values, such as
-`- {sampler: [euler, heun], steps: [4, 8], guidance_scale: 1}`. The combinations of all blocks are the points.
+`- {sampler: [euler, heun], steps: [4, 8], guidance_scale: 1}`. The combinations of all blocks are the points. A block
+with `models: [NAME, ...]` is for these alone.
 """
 
 import argparse
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--batch", limits.BATCH, 64, "images per network call", metavar="N")
     parser.add_argument("--prune", action="store_true", help="leave out more steps where some more did not help")
     parser.add_argument(
-        "--metrics", metavar="LIST", help="as `score` takes them (default: Fréchet distance, share recognised)"
+        "--metrics",
+        metavar="LIST",
+        help="as `score` takes them (default: Fréchet distance, and share recognised where the classes fit)",
     )
     parser.add_argument("--extractor", metavar="SPEC", help="as `score` takes it")
     parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache)")
@@ -50,10 +54,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.out:
         raise InputError("--out '': give the name of a new folder, or of one that the same command began")
     check_place(args.out, "a frontier", force=args.force)
-    grid, models = read_grid(args.grid), _models(args.ckpts)
+    models = _models(args.ckpts)
+    grid = read_grid(args.grid, models)
     if args.ref != "digits" and not Path(args.ref).exists():
         raise InputError(f'reference {args.ref!r}: no such file or folder; give one, or "digits"')
-    points = [_parsed(args, *model, stated) for model in models.items() for stated in grid]
+    points = [_parsed(args, name, models[name], stated) for name, own in grid.items() for stated in own]
 
     from sit_atconv.bench.frontier import Asked
     from sit_atconv.bench.frontier import run as measure
@@ -71,10 +76,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _models(ckpts: list[str]) -> dict[str, str]:
-    """The checkpoints by what they are called."""
+    """The checkpoints by what they are called: NAME before the first =, where that is no path, else their folder."""
     found: dict[str, str] = {}
     for each in ckpts:
-        name, _, ckpt = ("", "", each) if Path(each).is_dir() else each.rpartition("=")
+        name, _, ckpt = each.partition("=")
+        if not ckpt or not NAME.fullmatch(name) or Path(each).is_dir():
+            name, ckpt = "", each
+        ckpt = os.path.expanduser(ckpt)
         name = name or Path(ckpt).resolve().name
         if not NAME.fullmatch(name) or name in found:
             rule = "two models are called so" if name in found else "no name of a folder"

@@ -101,3 +101,15 @@ class Interruptions(_Handling):
             yield
         finally:
             self._working = False
+
+
+@contextmanager
+def stops_told(told: Callable[[], str | None]) -> Iterator[None]:
+    """Within it, an Interrupted ends the process with the status of the signal, and stderr has its name and what is
+    told; None, and another process tells it."""
+    try:
+        yield
+    except Interrupted as stop:
+        if (text := told()) is not None:
+            print(f"{signal.Signals(stop.number).name}: {text}", file=sys.stderr)
+        sys.exit(128 + stop.number)

@@ -2,8 +2,6 @@
 
 import argparse
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -21,7 +19,7 @@ from sit_atconv.runtime.devices import numerics
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.files import library_versions, sha256, shown
 from sit_atconv.runtime.pictures import UINT8_RULE
-from sit_atconv.runtime.signals import Interrupted, Interruptions
+from sit_atconv.runtime.signals import Interruptions, stops_told
 from sit_atconv.sampling.caches import MAG, parse
 from sit_atconv.sampling.calibration import place_of
 from sit_atconv.sampling.graphs import Graphs
@@ -48,28 +46,31 @@ def run(args: argparse.Namespace) -> None:
         processes.join(cpu=True)
         work = Work(args, signals)
         try:
-            work.run()
-        except Interrupted as stop:
-            if processes.is_main():
-                name, there = signal.Signals(stop.number).name, f"{work.done:,} of {args.num:,} images are there"
-                print(f"{name}: stopped; {there}, and the same command goes on from them", file=sys.stderr)
-            sys.exit(128 + stop.number)
+            with stops_told(lambda: stopped(work.done, f"{args.num:,}") if processes.is_main() else None):
+                work.run()
         finally:
             processes.leave()
+
+
+def stopped(done: int, num: str) -> str:
+    """What a command says that a signal stopped as it drew so many images."""
+    return f"stopped; {done:,} of {num} images are there, and the same command goes on from them"
 
 
 class Work:
     """What one process does, in step with the others: a round is a block of each.
 
     ready: what it works with; None, and `prepare` loads what the options name. graphs: those that its networks are
-    replayed by; None, and they are its own. With `--no-cuda-graphs` there are none.
+    replayed by; None, and they are its own. With `--no-cuda-graphs` there are none. place: name and remedy of the
+    folder, as `Samples` takes them.
     """
 
     def __init__(
-        self, args: argparse.Namespace, signals: Interruptions, ready: Setup | None = None, graphs: Graphs | None = None
+        self, args: argparse.Namespace, signals: Interruptions, ready: Setup | None = None,
+        graphs: Graphs | None = None, **place: str,
     ):  # fmt: skip
         self.args, self.signals, self.done = args, signals, 0
-        self.ready, self.graphs = ready, graphs
+        self.ready, self.graphs, self.place = ready, graphs, place
 
     def run(self) -> None:
         self._check_equal(self._each(self.prepare))
@@ -119,7 +120,7 @@ class Work:
     def prepare(self) -> dict[str, Any]:
         """Load what the options name; the settings of the samples."""
         args = self.args
-        check_place(args.out, args.force)
+        check_place(args.out, args.force, **self.place)
         self.graphs = (self.graphs or Graphs()) if args.graphs and not args.scheduler else None
         if self.ready is None:
             more = {"launched": True, "lora": args.lora, "cache": args.cache}
@@ -130,7 +131,8 @@ class Work:
         total = math.ceil(args.num / block) * block
         classes = Classes(config.num_classes, self.ready.trained.id2label)
         self.labels = sample_labels(args.labels, args.num, total, args.seed, classes)
-        self.samples = Samples(Path(args.out), describe(args, self.ready, self.labels[: args.num]), args.force)
+        settings = describe(args, self.ready, self.labels[: args.num])
+        self.samples = Samples(Path(args.out), settings, args.force, **self.place)
         return self.samples.settings
 
     def _check_equal(self, settings: list[dict[str, Any]]) -> None:

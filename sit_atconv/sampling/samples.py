@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sit_atconv.runtime.claims import SETTINGS, clear_the_way
+from sit_atconv.runtime.claims import REMEDY, SETTINGS, clear_the_way
 from sit_atconv.runtime.comparison import differences
 from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, option
@@ -58,37 +58,39 @@ SAMPLES_MARK = {"num", "block", "format", "labels"}  # keys of the settings of s
 SAME_IMAGES = ("0.1.0", "0.2.0")  # versions of this package that draw the same to the bit, see tests/test_bits.py
 
 
-def check_place(path: str | Path, force: bool = False) -> None:
+def check_place(path: str | Path, force: bool = False, name: str | None = None, remedy: str = REMEDY) -> None:
     """Raise InputError where a folder is not one that samples go into, whatever their settings; nothing is changed
-    there. A command that was killed at once has left nothing in it."""
-    path = resolved(path)
+    there. A command that was killed at once has left nothing in it. name, remedy: as `Samples` takes them."""
+    path = resolved(path, name)
     try:
         begun = path.is_dir() and any((path / name).is_file() for name in (MANIFEST, SETTINGS))
         empty = path.is_dir() and all(each.name == LOCK or LEFTOVER.fullmatch(each.name) for each in path.iterdir())
     except OSError as error:
-        raise InputError(
-            f"{option('out')} {str(path)!r} cannot be read: {error.strerror}; choose another folder"
-        ) from None
+        raise InputError(f"{name or option('out')} {str(path)!r} cannot be read: {error.strerror}; {remedy}") from None
     if not (begun or empty):
-        check_out(path, force=force)
+        check_out(path, name, force)
 
 
 class Samples:
     """The samples at `path`, made in blocks; nothing is touched before `claim`.
 
     settings: what decides the images, as the manifest will have it: num, block, format and labels among them.
-    force: what is there and is something else is set aside.
+    force: what is there and is something else is set aside. name: what messages call the folder, by default as the
+    argument; remedy: what they say to do where it is something else.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], force: bool = False):
-        self.path, self.force = resolved(path), force
+    def __init__(
+        self, path: Path, settings: dict[str, Any], force: bool = False, name: str | None = None, remedy: str = REMEDY
+    ):  # fmt: skip
+        self.path, self.force = resolved(path, name), force
+        self.name, self.remedy = name, remedy
         self.settings = as_stored(settings)
         self.num, self.block = settings["num"], settings["block"]
         self._lock = None
 
     @property
     def _where(self) -> str:
-        return f"{option('out')} {str(self.path)!r}"
+        return f"{self.name or option('out')} {str(self.path)!r}"
 
     @property
     def blocks(self) -> int:
@@ -110,14 +112,14 @@ class Samples:
         except InputError:
             if self._lock is not None or not self.force or not os.path.lexists(self.path):
                 raise
-            clear_the_way(self.path)
+            clear_the_way(self.path, self.name)
         return self._taken_over()
 
     def _taken_over(self) -> list[int] | None:
         try:
             if self._is_complete():
                 return None
-            check_place(self.path)
+            check_place(self.path, name=self.name, remedy=self.remedy)
             if self.force and (self.path / SETTINGS).is_file():  # set aside, a folder is no other command's
                 self._check_same(SETTINGS, versions=True)
             self._lock = lock(self.path, self._where)
@@ -232,7 +234,7 @@ class Samples:
         try:
             stored = read_json(self.path / name)
         except (OSError, Malformed) as error:
-            raise InputError(f"{self._where}: its {name} is damaged ({error}); choose another folder") from None
+            raise InputError(f"{self._where}: its {name} is damaged ({error}); {self.remedy}") from None
         # What is complete stays as good when a library is renewed; half of it by another version would not be one set.
         passed_over = PLACES if versions else PLACES | {"versions"}
         stored = {key: stored.get(key) for key in self.settings}
@@ -242,8 +244,7 @@ class Samples:
         changed = differences(stored, self.settings, passed_over)
         if changed:
             raise InputError(
-                f"{self._where} holds samples with other settings, {changed[0]}; state it as it was, or "
-                "choose another folder"
+                f"{self._where} holds samples with other settings, {changed[0]}; state it as it was, or {self.remedy}"
             )
 
     def _check_complete(self) -> None:

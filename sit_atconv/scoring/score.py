@@ -222,7 +222,7 @@ def _prepare(
     metrics, left_out = [], []
     for metric in asked or offered:
         try:
-            _check(metric, source, extractor, reference)
+            check_metric(metric, source.n, source.labels is not None, extractor, reference)
             metrics.append(metric)
         except InputError as error:
             if asked:
@@ -230,31 +230,36 @@ def _prepare(
             left_out.append(str(error))
     if not metrics:
         raise InputError(f"{samples!r} cannot be scored: {left_out[0]}")
-    if "recognised" in metrics and (last := int(source.labels.max())) >= extractor.streams["logits"]:
-        raise InputError(
-            f"recognised: {samples!r} has the label {last}, and extractor {extractor.name} knows "
-            f"{extractor.streams['logits']} classes; give labels from 0 on"
-        )
+    if "recognised" in metrics:
+        check_labels(repr(samples), int(source.labels.max()), extractor)
     features = source if isinstance(source, Features) else features_of(source, extractor, batch=batch, root=root)
     return _Pass(extractor, features, reference, metrics, left_out)
 
 
-def _check(metric: str, samples: Source | Features, extractor: Extractor, reference: Reference) -> None:
-    """Raise InputError where a metric cannot be computed."""
+def check_metric(metric: str, n: int, labelled: bool, extractor: Extractor, reference: Reference) -> None:
+    """Raise InputError where a metric cannot be computed of n images; labelled: whether their classes are known."""
     stream = STREAMS[metric]
     if extractor.streams and stream not in extractor.streams:  # of a module of one's own they may not be known yet
         raise InputError(f"{metric}: extractor {extractor.name} gives no {stream!r}; leave {metric} out")
     if metric in FRECHET:
         reference.need(stream, metric)
-    if metric == "recognised" and samples.labels is None:
+    if metric == "recognised" and not labelled:
         raise InputError(f"{metric}: samples without labels; give them in manifest.json, or as arr_1 of the npz")
     if metric in ("pr", "kid", "nearest"):
         real = reference.need_features(stream, metric)
-        found, fewest = min(samples.n, len(real)), max(NEAREST.values()) + 1 if metric == "pr" else 2
+        found, fewest = min(n, len(real)), max(NEAREST.values()) + 1 if metric == "pr" else 2
         if found < fewest:
             raise InputError(f"{metric}: {found} images, and it takes {fewest}; leave {metric} out, or give more")
         if metric == "nearest" and (real == real[:1]).all():
             raise InputError(f"{metric}: all {len(real)} reference images have equal features; leave {metric} out")
+
+
+def check_labels(name: str, last: int, extractor: Extractor) -> None:
+    """Raise InputError where the largest label of images is beyond the classes that an extractor recognises. name: of
+    the images."""
+    if last >= (known := extractor.streams["logits"]):
+        rule = f"has the label {last}, and extractor {extractor.name} knows {known} classes"
+        raise InputError(f"recognised: {name} {rule}; give labels from 0 on")
 
 
 def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:

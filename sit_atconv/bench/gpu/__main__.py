@@ -4,15 +4,13 @@ Each stage is a process of its own; one that fails, dies or hangs is told, and t
 stay done when the command is run again.
 """
 
-import signal
 import sys
 
 from sit_atconv.bench.gpu.driver import NAME, Acceptance
 from sit_atconv.bench.gpu.stages import STAGES, Stage
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.console import say
 from sit_atconv.runtime.errors import ArgumentParser, InputError, check_choice, check_one_process, command, option
-from sit_atconv.runtime.signals import Interrupted, Interruptions
+from sit_atconv.runtime.signals import Interruptions, stops_told
 
 MINUTES = limits.number(0.5, 1_440, "the shortest stage takes half a minute, and nobody waits longer than a day")
 
@@ -48,13 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             raise InputError(f"there is no CUDA device here; {option('rehearse', True)} runs all stages on the CPU")
     acceptance = Acceptance(args.out, args.rehearse)
-    try:
-        with Interruptions() as signals, signals.working():
-            accepted = acceptance.run(stages, args.minutes, again=bool(args.stages))
-    except Interrupted as stop:
-        name, place = signal.Signals(stop.number).name, str(acceptance.folder)
-        say(f"{name}: what is done is in {place!r}; the same command goes on")
-        sys.exit(128 + stop.number)
+    there = f"what is done is in {str(acceptance.folder)!r}; the same command goes on"
+    with Interruptions() as signals, stops_told(lambda: there), signals.working():
+        accepted = acceptance.run(stages, args.minutes, again=bool(args.stages))
     print((acceptance.folder / f"{NAME}.md").read_text(), end="")
     sys.exit(0 if accepted else 1)
 
