@@ -146,7 +146,7 @@ def test_what_is_no_grid_is_refused(written, text, says):
         ("- {sampler: huen}", [], "first, sampler=huen: argument --sampler: invalid choice: 'huen'"),
         ("- {sampler: heun, diffusion: sigma}", [], "diffusion=sigma: --diffusion=sigma goes with"),
         ("- {steps: [[4, 8]]}", [], "first, steps=4,8: unrecognized arguments: 8"),
-        ("- {grid: [0, 0.3, 0.2, 1]}", [], "first, grid=0,0.3,0.2,1: grid=['0', '0.3', '0.2', '1']: times"),
+        ("- {grid: [0, 0.3, 0.2, 1]}", [], "grid=['0', '0.3', '0.2', '1']: times of a grid must rise strictly"),
         ("- {guidance_channels: first3}", [], "--cfg-channels=first3 would do nothing: this model has 1"),
         ("- {guidance_interval: [0.99, 1]}", [], "no step evaluates the model at a time in it"),
         ("- {steps: 4}", ["--metrics", "recognised"], "points are compared by their Fréchet distance; add"),
