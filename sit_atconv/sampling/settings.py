@@ -128,7 +128,7 @@ class Sampling:
     start: str | None = setting(
         OF_ADAMS, "lower", choices=STARTS,
         help="the first steps, before there are enough velocities: of a lower order, or by a Runge-Kutta method of the "
-        "same order, with as many evaluations",
+        "same order, whose every step takes as many evaluations as its order",
     )  # fmt: skip
     grid: Any = field(
         default="uniform",

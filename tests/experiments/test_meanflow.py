@@ -120,7 +120,7 @@ def test_it_writes_all_of_what_is_there_and_refuses_other_samples(tmp_path, monk
     meanflow.main(
         [str(each) for each in [*where, "--num", "10", "--set", "meanflow.share=0.5", "meanflow.offset=1e-2"]]
     )
-    assert "meanflow-atconv-flow-210-seed1" in made
+    assert "meanflow-atconv-flow-194-seed1" in made
     assert "meanflow-atconv-meanflow-100-meanflow.share=0.5-meanflow.offset=1e-2-seed0" in made
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"meanflow.md", "meanflow.json", "meanflow.png"}
     assert len(json.loads((tmp_path / "out/meanflow.json").read_text())["results"]) == len(made) == 12
