@@ -1,6 +1,6 @@
 """ATConv in the place of other people's attention: `swap_attention`, and what extends, saves and loads it."""
 
-from sit_atconv.swap import models  # noqa: F401  (makes the subclasses known)
+from sit_atconv.swap import families  # noqa: F401  (makes the models known)
 from sit_atconv.swap.adapters import SwapAdapter, register_adapter
 from sit_atconv.swap.delta import load_delta, save_delta
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft

@@ -5,22 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.swap.grafts import Graft, SelfAttentionGraft, SiTAttentionGraft
-from sit_atconv.swap.grid import Reader, above, latent_grid, raster_of_ids
-from sit_atconv.swap.joint import FluxDoubleGraft, FluxSingleGraft, SD3JointGraft
-from sit_atconv.swap.marking import check_sit, check_thin, mark_nothing, mark_sit, mark_thin
-from sit_atconv.swap.prefix import PrefixGraft, check_vit, patch_grid
+from sit_atconv.swap.grafts import Graft
+from sit_atconv.swap.grid import Reader, above
+from sit_atconv.swap.marking import mark_nothing
 
 Example = Callable[[nn.Module, torch.Generator], dict]
 
@@ -89,130 +79,8 @@ def adapter_of(model: nn.Module) -> SwapAdapter:
     )
 
 
-def _latents(model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+def latents(model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """Random latents (2, in_channels, H, W) of the size that a diffusers model is configured for."""
     size = model.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(2, model.config.in_channels, height, width, generator=generator)
-
-
-def _sit_example(model: SiTTransformer2DModel, generator: torch.Generator) -> dict:
-    return {
-        "hidden_states": _latents(model, generator),
-        "timestep": torch.rand(2, generator=generator),
-        "class_labels": torch.randint(model.config.num_classes, (2,), generator=generator),
-    }
-
-
-def _dit_example(model: DiTTransformer2DModel, generator: torch.Generator) -> dict:
-    return {
-        "hidden_states": _latents(model, generator),
-        "timestep": torch.randint(1000, (2,), generator=generator),
-        "class_labels": torch.randint(model.config.num_embeds_ada_norm, (2,), generator=generator),
-    }
-
-
-def _pixart_example(model: PixArtTransformer2DModel, generator: torch.Generator) -> dict | None:
-    config, extra = model.config, {"resolution": None, "aspect_ratio": None}
-    if config.caption_channels is None:
-        return None  # what it takes for captions, its configuration does not tell
-    if model.use_additional_conditions:
-        extra = {"resolution": torch.full((2, 2), 8.0 * config.sample_size), "aspect_ratio": torch.ones(2, 1)}
-    return {
-        "hidden_states": _latents(model, generator),
-        "encoder_hidden_states": torch.randn(2, 120, config.caption_channels, generator=generator),
-        "timestep": torch.randint(1000, (2,), generator=generator),
-        "added_cond_kwargs": extra,
-    }
-
-
-def _unet_example(model: UNet2DConditionModel, generator: torch.Generator) -> dict | None:
-    config = model.config
-    if config.addition_embed_type or model.class_embedding is not None or model.encoder_hid_proj is not None:
-        return None  # conditions of the model's own making
-    if not isinstance(config.cross_attention_dim, int) or config.sample_size is None:
-        return None
-    return {
-        "sample": _latents(model, generator),
-        "timestep": torch.randint(1000, (2,), generator=generator),
-        "encoder_hidden_states": torch.randn(2, 77, config.cross_attention_dim, generator=generator),
-    }
-
-
-def _sd3_example(model: SD3Transformer2DModel, generator: torch.Generator) -> dict:
-    config = model.config
-    return {
-        "hidden_states": _latents(model, generator),
-        "encoder_hidden_states": torch.randn(2, 154, config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
-        "timestep": torch.randint(1000, (2,), generator=generator),
-    }
-
-
-def _flux_example(model: FluxTransformer2DModel, generator: torch.Generator) -> dict:
-    config, side, length = model.config, 64, 512  # an image of 1024 pixels, and the longest prompt
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return {
-        "hidden_states": torch.randn(1, side**2, config.in_channels, generator=generator),
-        "encoder_hidden_states": torch.randn(1, length, config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
-        "timestep": torch.rand(1, generator=generator),
-        "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1),
-        "txt_ids": torch.zeros(length, 3, dtype=torch.long),
-        "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
-    }
-
-
-def _vit_example(model: VisionTransformer, generator: torch.Generator) -> dict | None:
-    size = model.patch_embed.img_size
-    return None if size is None else {"x": torch.randn(2, model.in_chans, *size, generator=generator)}
-
-
-def _of_diffusers(
-    model: type[nn.Module],
-    sites: Mapping[str, Graft],
-    example: Example,
-    owner: type[nn.Module] | None = None,
-    grid: Reader = latent_grid,
-) -> SwapAdapter:
-    """For a model of diffusers that has an ATConv subclass. owner: by default the model itself."""
-    return SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin)
-
-
-BLOCK = r"transformer_blocks\.\d+\."
-for each in (
-    SwapAdapter(
-        SiTTransformer2DModel,
-        {r"blocks\.\d+\.attn": SiTAttentionGraft()},
-        example=_sit_example,
-        mark=mark_sit,
-        check=check_sit,
-    ),
-    _of_diffusers(DiTTransformer2DModel, {f"{BLOCK}attn1": SelfAttentionGraft()}, _dit_example),
-    _of_diffusers(PixArtTransformer2DModel, {f"{BLOCK}attn1": SelfAttentionGraft()}, _pixart_example),
-    _of_diffusers(
-        UNet2DConditionModel,
-        {rf"(.+\.)?attentions\.\d+\.{BLOCK}attn1": SelfAttentionGraft()},
-        _unet_example,
-        owner=Transformer2DModel,
-    ),
-    _of_diffusers(
-        SD3Transformer2DModel,
-        {f"{BLOCK}attn": SD3JointGraft(), f"{BLOCK}attn2": SelfAttentionGraft()},
-        _sd3_example,
-    ),
-    _of_diffusers(
-        FluxTransformer2DModel,
-        {f"{BLOCK}attn": FluxDoubleGraft(), f"single_{BLOCK}attn": FluxSingleGraft()},
-        _flux_example,
-        grid=raster_of_ids,
-    ),
-    SwapAdapter(
-        VisionTransformer,
-        {r"blocks\.\d+\.(attns\.\d+\.)?attn": PrefixGraft()},
-        "patch_embed",
-        patch_grid,
-        _vit_example,
-        check=check_vit,
-    ),
-):
-    register_adapter(each)

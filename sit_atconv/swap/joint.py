@@ -4,9 +4,8 @@ import copy
 from typing import NamedTuple
 
 import torch
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from sit_atconv.layers.attention import attend
@@ -15,7 +14,7 @@ from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.runtime.compat.diffusers import attention_backend
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, class_refusal, is_fused, linear_refusal
-from sit_atconv.swap.grid import GridReference, argument
+from sit_atconv.swap.grid import GridReference
 from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
 
 IMAGE_MAPS = ("to_q", "to_k", "to_v")
@@ -215,32 +214,3 @@ class JointGraft(Graft):
 
     def approximated(self, layer, output):
         return output[0]
-
-
-class SD3JointGraft(JointGraft):
-    """The joint attention of SD3's blocks."""
-
-    cls, processor, layer = Attention, JointAttnProcessor2_0, StreamsJointATConv
-    maps = (*IMAGE_MAPS, *TEXT_MAPS, "to_out.0")
-
-
-class FluxDoubleGraft(JointGraft):
-    """The attention of Flux's double blocks."""
-
-    cls, processor, layer = FluxAttention, FluxAttnProcessor, StreamsJointATConv
-    maps = (*IMAGE_MAPS, *TEXT_MAPS, "to_out.0", "to_add_out")
-
-
-class FluxSingleGraft(JointGraft):
-    """The attention of Flux's single blocks."""
-
-    cls, processor, layer = FluxAttention, FluxAttnProcessor, SequenceJointATConv
-    maps = IMAGE_MAPS
-
-    def project(self, attention, layer, args, kwargs):
-        hidden_states, tables = argument("hidden_states", args, kwargs), argument("image_rotary_emb", args, kwargs, 3)
-        return project_sequence(attention, text_length(hidden_states, layer.reference), hidden_states, tables)
-
-    def approximated(self, layer, output):
-        height, width = layer.reference.get()
-        return output[:, -height * width :]

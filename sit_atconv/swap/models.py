@@ -1,4 +1,5 @@
-"""diffusers' models with ATConv in place of attention: what `swap_attention` makes, and `from_pretrained` reads.
+"""What diffusers' models with ATConv in place of attention have in common: `swap_attention` makes them, and
+`from_pretrained` reads them.
 
 Each is the original class with one more configuration entry, `atconv` (see `swap_attention`), by which its constructor
 swaps the layers before weights are loaded.
@@ -6,25 +7,22 @@ swaps the layers before weights are loaded.
 
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
-from einops import rearrange
 from torch import nn
 
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.compat.diffusers import checkpoint_function, fetch_lora
+from sit_atconv.runtime.compat.diffusers import fetch_lora
 from sit_atconv.runtime.errors import InputError, said
 from sit_atconv.runtime.reading import read_json
-from sit_atconv.swap.marking import THIN
+from sit_atconv.swap.adapters import Example, SwapAdapter, register_adapter
+from sit_atconv.swap.grafts import Graft
+from sit_atconv.swap.grid import Reader, latent_grid
+from sit_atconv.swap.marking import THIN, check_thin, mark_thin
 from sit_atconv.swap.stored import install
 
 # Of a config.json, how many layers its model is made of, one after the other, see `reading.parse_json`.
@@ -37,7 +35,7 @@ CONFIG_FORM = {
 logger = logging.get_logger(__name__)
 
 
-class _Swapped:
+class Swapped:
     """What the subclasses add to a model of diffusers, found as the next class in their bases."""
 
     _cp_plan = None  # neither context nor tensor parallelism knows the swapped layers
@@ -128,7 +126,7 @@ class _Swapped:
         raise InputError(f"{type(self).__name__} has no context or tensor parallelism: swapped layers need all tokens")
 
 
-class _TakesNoImagePrompt:
+class TakesNoImagePrompt:
     """For the subclasses of models whose IP-Adapters work in the attention that is swapped: SD3, Flux's double blocks.
 
     diffusers counts the attentions that are there, and would give them the weights of others.
@@ -143,7 +141,7 @@ class _TakesNoImagePrompt:
         super()._load_ip_adapter_weights(*args, **kwargs)
 
 
-class _TakesLoRA:
+class TakesLoRA:
     """For the subclasses of models that load LoRAs themselves."""
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix="transformer", metadata=None, **kwargs):
@@ -187,45 +185,15 @@ class _TakesLoRA:
         return re.split(r"\.(?:lora|lokr)_", name)[0]
 
 
-class ATConvDiTTransformer2DModel(_Swapped, DiTTransformer2DModel):
-    """DiT with ATConv; takes latents that are not square too, which the original unpatchifies as squares."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
-        cross_attention_kwargs: dict | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """hidden_states (B, in_channels, H, W), timestep and class_labels (B,) -> sample (B, out_channels, H, W)."""
-        height, width = (side // self.patch_size for side in hidden_states.shape[-2:])
-        x = self.pos_embed(hidden_states)
-        for block in self.transformer_blocks:
-            arguments = (x, None, None, None, timestep, cross_attention_kwargs, class_labels)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = checkpoint_function(self)(block, *arguments)
-            else:
-                x = block(*arguments)
-        conditioning = self.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
-        shift, scale = self.proj_out_1(nn.functional.silu(conditioning))[:, None].chunk(2, dim=-1)
-        patches = self.proj_out_2(self.norm_out(x) * (1 + scale) + shift)
-        p = self.patch_size
-        sample = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+BLOCK = r"transformer_blocks\.\d+\."  # in the patterns of an adapter: a block of most transformers
 
 
-class ATConvPixArtTransformer2DModel(_Swapped, PixArtTransformer2DModel):
-    """PixArt with ATConv in place of the self-attention."""
-
-
-class ATConvSD3Transformer2DModel(_TakesNoImagePrompt, _TakesLoRA, _Swapped, SD3Transformer2DModel):
-    """SD3 with ATConv in place of the second attention of its dual blocks, or of all image queries ("split")."""
-
-
-class ATConvFluxTransformer2DModel(_TakesNoImagePrompt, _TakesLoRA, _Swapped, FluxTransformer2DModel):
-    """Flux with ATConv for its image queries."""
-
-
-class ATConvUNet2DConditionModel(_TakesLoRA, _Swapped, UNet2DConditionModel):
-    """Stable Diffusion's U-Net with ATConv in place of the self-attention of its transformers."""
+def register(
+    model: type[nn.Module],
+    sites: Mapping[str, Graft],
+    example: Example | None,
+    owner: type[nn.Module] | None = None,
+    grid: Reader = latent_grid,
+) -> None:
+    """Register the adapter of a model of diffusers that has an ATConv subclass. owner: by default the model itself."""
+    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin))

@@ -14,8 +14,8 @@ from sit_atconv import swap_attention
 from sit_atconv.ops.atconv import on_grid
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import calibration, regress
+from sit_atconv.swap.families import ATConvFluxTransformer2DModel, ATConvSD3Transformer2DModel
 from sit_atconv.swap.joint import JointATConv
-from sit_atconv.swap.models import ATConvFluxTransformer2DModel, ATConvSD3Transformer2DModel
 
 GRIDS = [(3, 4), (5, 2), (4, 4), (1, 6)]
 

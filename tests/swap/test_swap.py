@@ -14,9 +14,9 @@ from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import AttentionSwap, SwapAdapter, adapters, register_adapter, regress, save_delta, swap_attention
 from sit_atconv.swap.calibration import LayerReport, SwapReport
+from sit_atconv.swap.families import ATConvDiTTransformer2DModel
 from sit_atconv.swap.grid import GridHook
 from sit_atconv.swap.layers import SelfATConv
-from sit_atconv.swap.models import ATConvDiTTransformer2DModel
 
 KINDS = ("sit", "dit", "pixart", "unet")
 CLASSES = {

@@ -1,0 +1,16 @@
+"""The families of models that `swap_attention` knows, a module each: what is swapped, and how it is stored."""
+
+from sit_atconv.swap.families import sit, vit  # noqa: F401  (registers their adapters)
+from sit_atconv.swap.families.dit import ATConvDiTTransformer2DModel
+from sit_atconv.swap.families.flux import ATConvFluxTransformer2DModel
+from sit_atconv.swap.families.pixart import ATConvPixArtTransformer2DModel
+from sit_atconv.swap.families.sd3 import ATConvSD3Transformer2DModel
+from sit_atconv.swap.families.unet import ATConvUNet2DConditionModel
+
+__all__ = [
+    "ATConvDiTTransformer2DModel",
+    "ATConvFluxTransformer2DModel",
+    "ATConvPixArtTransformer2DModel",
+    "ATConvSD3Transformer2DModel",
+    "ATConvUNet2DConditionModel",
+]

@@ -1,0 +1,27 @@
+"""The SiT of this library."""
+
+import torch
+
+from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.swap.adapters import SwapAdapter, latents, register_adapter
+from sit_atconv.swap.grafts import SiTAttentionGraft
+from sit_atconv.swap.marking import check_sit, mark_sit
+
+
+def _example(model: SiTTransformer2DModel, generator: torch.Generator) -> dict:
+    return {
+        "hidden_states": latents(model, generator),
+        "timestep": torch.rand(2, generator=generator),
+        "class_labels": torch.randint(model.config.num_classes, (2,), generator=generator),
+    }
+
+
+register_adapter(
+    SwapAdapter(
+        SiTTransformer2DModel,
+        {r"blocks\.\d+\.attn": SiTAttentionGraft()},
+        example=_example,
+        mark=mark_sit,
+        check=check_sit,
+    )
+)
