@@ -1,7 +1,7 @@
 """Which attention of which model is swapped: a registry by model class, open to models of one's own."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from sit_atconv.swap.grafts import Graft
 from sit_atconv.swap.grid import Reader, above
 from sit_atconv.swap.marking import mark_nothing
 
-Example = Callable[[nn.Module, torch.Generator], dict]
+Grid = Sequence[int] | None
+Example = Callable[..., dict | None]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class SwapAdapter:
     sites: Graft by pattern, which the whole name of an attention matches.
     grid: reads the grid (H, W) from the arguments of `owner`: the class of the nearest module above the attention that
         sees it, or the name of such a module; None where the attention is called with its grid.
-    example: keyword arguments of one forward pass on random inputs of the model's own size, for calibration where none
-        is given; None if there is no telling.
+    example: given (model, generator, grid=None, text=None), the keyword arguments of one forward pass on random inputs,
+        for calibration where none is given: on the model's own grid, or on one of (H, W) or (T, H, W) tokens, with its
+        own longest text, or with `text` tokens of it; None if there is no telling.
     mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
     check: given the model and the settings of a swap to come, raises InputError where they do not go together.
     """
@@ -36,6 +38,7 @@ class SwapAdapter:
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
     check: Callable[[nn.Module, dict], None] = lambda model, config: None
+    tiny: Callable[[], nn.Module] | None = None
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""
@@ -79,8 +82,10 @@ def adapter_of(model: nn.Module) -> SwapAdapter:
     )
 
 
-def latents(model: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """Random latents (2, in_channels, H, W) of the size that a diffusers model is configured for."""
-    size = model.config.sample_size
+def latents(model: nn.Module, generator: torch.Generator, grid: Grid = None) -> torch.Tensor:
+    """Random latents (2, in_channels, H, W) of a diffusers model: of its own size, or of a grid (H, W) of tokens."""
+    size, patch = model.config.sample_size, getattr(model.config, "patch_size", None) or 1
+    if grid is not None:
+        size = [side * patch for side in grid]
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(2, model.config.in_channels, height, width, generator=generator)

@@ -7,7 +7,7 @@ swaps the layers before weights are loaded.
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -191,9 +191,10 @@ BLOCK = r"transformer_blocks\.\d+\."  # in the patterns of an adapter: a block o
 def register(
     model: type[nn.Module],
     sites: Mapping[str, Graft],
-    example: Example | None,
+    example: Example,
+    tiny: Callable[[], nn.Module],
     owner: type[nn.Module] | None = None,
     grid: Reader = latent_grid,
 ) -> None:
     """Register the adapter of a model of diffusers that has an ATConv subclass. owner: by default the model itself."""
-    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin))
+    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin, tiny))

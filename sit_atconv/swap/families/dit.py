@@ -7,14 +7,14 @@ from einops import rearrange
 from torch import nn
 
 from sit_atconv.runtime.compat.diffusers import checkpoint_function
-from sit_atconv.swap.adapters import latents
+from sit_atconv.swap.adapters import Grid, latents
 from sit_atconv.swap.grafts import SelfAttentionGraft
 from sit_atconv.swap.models import BLOCK, Swapped, register
 
 
-def _example(model: DiTTransformer2DModel, generator: torch.Generator) -> dict:
+def _example(model: DiTTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: None = None) -> dict:
     return {
-        "hidden_states": latents(model, generator),
+        "hidden_states": latents(model, generator, grid),
         "timestep": torch.randint(1000, (2,), generator=generator),
         "class_labels": torch.randint(model.config.num_embeds_ada_norm, (2,), generator=generator),
     }
@@ -48,4 +48,10 @@ class ATConvDiTTransformer2DModel(Swapped, DiTTransformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
-register(DiTTransformer2DModel, {f"{BLOCK}attn1": SelfAttentionGraft()}, _example)
+def _tiny() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8
+    )
+
+
+register(DiTTransformer2DModel, {f"{BLOCK}attn1": SelfAttentionGraft()}, _example, _tiny)

@@ -3,6 +3,7 @@
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
 
+from sit_atconv.swap.adapters import Grid
 from sit_atconv.swap.grid import argument, raster_of_ids
 from sit_atconv.swap.joint import (
     IMAGE_MAPS,
@@ -38,11 +39,14 @@ class FluxSingleGraft(JointGraft):
         return output[:, -height * width :]
 
 
-def _example(model: FluxTransformer2DModel, generator: torch.Generator) -> dict:
-    config, side, length = model.config, 64, 512  # an image of 1024 pixels, and the longest prompt
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+def _example(
+    model: FluxTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
+) -> dict:
+    config, length = model.config, text or 512  # the longest prompt, and an image of 1024 pixels
+    height, width = grid or (64, 64)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return {
-        "hidden_states": torch.randn(1, side**2, config.in_channels, generator=generator),
+        "hidden_states": torch.randn(1, height * width, config.in_channels, generator=generator),
         "encoder_hidden_states": torch.randn(1, length, config.joint_attention_dim, generator=generator),
         "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
         "timestep": torch.rand(1, generator=generator),
@@ -56,9 +60,17 @@ class ATConvFluxTransformer2DModel(TakesNoImagePrompt, TakesLoRA, Swapped, FluxT
     """Flux with ATConv for its image queries."""
 
 
+def _tiny() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=False, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
 register(
     FluxTransformer2DModel,
     {f"{BLOCK}attn": FluxDoubleGraft(), f"single_{BLOCK}attn": FluxSingleGraft()},
     _example,
+    _tiny,
     grid=raster_of_ids,
 )
