@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,21 @@ import numpy as np
 import torch
 
 from experiments.ablation_plot import draw
+from experiments.runs import parsed, parser_of, side_by_side
 from sit_atconv.bench.results import Results
 from sit_atconv.classification.evaluation import last_evaluation
 from sit_atconv.classification.plan import steps_of
 from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.resolved import resolved
-from sit_atconv.commands.options import add_out
 from sit_atconv.config import Recipe, differences, load_recipe, to_dict
 from sit_atconv.data.digits import Digits
 from sit_atconv.flow.loss import flow_loss
 from sit_atconv.flow.path import PATHS
 from sit_atconv.layers.atconv import INHIBITIONS, ROUTINGS
 from sit_atconv.ops.atconv import POOLS
-from sit_atconv.runtime import draws, limits
-from sit_atconv.runtime.console import Progress
+from sit_atconv.runtime import draws
 from sit_atconv.runtime.draws import Stream
-from sit_atconv.runtime.errors import ArgumentParser, InputError, command
+from sit_atconv.runtime.errors import InputError, command
 from sit_atconv.runtime.files import library_versions, made_here, named, write_out
 from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.reading import COUNT, Malformed, read_json
@@ -241,30 +240,17 @@ def spread(values: list[float]) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m experiments.ablation", description=__doc__.splitlines()[0])
+    parser = parser_of("ablation", __doc__)
     parser.add_argument("--systems", nargs="+", choices=[system.name for system in SYSTEMS], default=["sit", "attnet"])
-    parser.add_argument("--seeds", nargs="+", **limits.SEED.flag, default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    add_out(parser, "folder of the tables", type=Path, default=Path("experiments/results/ablation"))
-    parser.add_argument(
-        "--processes", **limits.PROCESSES.flag, default=os.cpu_count(), help="runs at once (default: one per core)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     systems = [system for system in SYSTEMS if system.name in args.systems]
     files = [Results(named(args.out / system.name, ".md", ".json", ".png"), args.force, *KEYS) for system in systems]
-    if len(set(args.seeds)) < len(args.seeds):
-        raise InputError(f"--seeds {args.seeds}: give different ones")
     for system, written in zip(systems, files, strict=True):
-        cells = list(itertools.product(arms(), args.seeds))
-        with ThreadPoolExecutor(args.processes) as pool:
-            tasks = [pool.submit(make, system, args.runs, arm, seed, args.dry_run) for arm, seed in cells]
-            try:
-                bar = Progress(tasks, desc=system.name, unit="run", disable=args.dry_run, delay=1)
-                results = [task.result() for task in bar]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        calls = [
+            partial(make, system, args.runs, arm, seed, args.dry_run)
+            for arm, seed in itertools.product(arms(), args.seeds)
+        ]
+        results = side_by_side(calls, system.name, args)
         if args.dry_run:
             continue
         report = table(system, results)

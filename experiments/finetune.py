@@ -8,9 +8,7 @@ held-out loss in result.json; a run that is there is not trained again.
 """
 
 import io
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from experiments.ablation import SYSTEMS, System, flow_figures, make, spread
+from experiments.runs import parsed, parser_of, side_by_side
 from sit_atconv.bench.results import Results
-from sit_atconv.commands.options import add_number, add_out
+from sit_atconv.commands.options import add_number
 from sit_atconv.data.digits import Digits
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.console import Progress
-from sit_atconv.runtime.errors import ArgumentParser, InputError, command
+from sit_atconv.runtime.errors import InputError, command
 from sit_atconv.runtime.files import library_versions, named, write_atomic
 from sit_atconv.runtime.markdown import markdown_table
 
@@ -131,19 +129,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m experiments.finetune", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", nargs="+", **limits.SEED.flag, default=[0, 1, 2])
+    parser = parser_of("finetune", __doc__)
     add_number(parser, "--steps", limits.STEPS, 200, "steps of every arm")
     add_number(parser, "--source-steps", limits.STEPS, 1200, "steps of the models that arms begin from")
-    parser.add_argument("--runs", type=Path, default=Path("runs/finetune"), help="folder of the runs")
-    add_out(parser, "folder of the table", type=Path, default=Path("experiments/results/finetune"))
-    parser.add_argument(
-        "--processes", **limits.PROCESSES.flag, default=os.cpu_count(), help="runs at once (default: one per core)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
-    args = parser.parse_args(argv)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise InputError(f"--seeds {args.seeds}: give different ones")
+    args = parsed(parser, argv)
     written = Results(named(args.out / "finetune", ".md", ".json"), args.force, *KEYS)
     if not args.dry_run:
         args.runs.mkdir(parents=True, exist_ok=True)
@@ -153,14 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for some, steps in (([OF_FIRST, OF_ATTENTION], args.source_steps), (arms, args.steps)):
         one = partial(make, tuning(steps), args.runs, dry_run=args.dry_run)
-        with ThreadPoolExecutor(args.processes) as pool:
-            tasks = [pool.submit(one, arm, seed) for arm in some for seed in args.seeds]
-            bar = Progress(tasks, desc="finetune", unit="run", disable=args.dry_run, delay=1)
-            try:
-                results += [task.result() for task in bar]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        results += side_by_side([partial(one, arm, seed) for arm in some for seed in args.seeds], "finetune", args)
     if args.dry_run:
         return
     report = table(results)

@@ -6,10 +6,8 @@ samples over network evaluations. Every arm is a run of train_sit.py in RUNS, wi
 is there is neither trained nor scored again.
 """
 
-import os
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +16,13 @@ from typing import Any
 import torch
 
 from experiments.ablation import RESULT, SYSTEMS, System, make, spread
+from experiments.runs import parsed, parser_of, side_by_side
 from sit_atconv.bench.results import Results
-from sit_atconv.commands.options import add_number, add_out
+from sit_atconv.commands.options import add_number
 from sit_atconv.config import load_recipe
 from sit_atconv.latents.codecs import IdentityCodec
 from sit_atconv.runtime import limits
-from sit_atconv.runtime.console import Progress
-from sit_atconv.runtime.errors import ArgumentParser, InputError, command
+from sit_atconv.runtime.errors import InputError, command
 from sit_atconv.runtime.files import figure_png, library_versions, named
 from sit_atconv.runtime.limits import number
 from sit_atconv.runtime.markdown import markdown_table
@@ -195,8 +193,7 @@ def draw(some: Sequence[Arm], results: Sequence[dict[str, Any]]) -> bytes:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m experiments.meanflow", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", nargs="+", **limits.SEED.flag, default=[0, 1, 2])
+    parser = parser_of("meanflow", __doc__)
     add_number(parser, "--steps", limits.STEPS, 2400, "steps of MeanFlow")
     add_number(
         parser, "--flow-ratio", RATIO, [1.94, 2.06], "how many times a flow step's time a MeanFlow step takes",
@@ -210,15 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         help=f"overrides of the recipe, of the MeanFlow runs alone (default: {' '.join(SETTINGS)})",
     )
     add_number(parser, "--num", limits.IMAGES, 2000, "samples of each score")
-    parser.add_argument("--runs", type=Path, default=Path("runs/meanflow"), help="folder of the runs")
-    add_out(parser, "folder of the table", type=Path, default=Path("experiments/results/meanflow"))
-    parser.add_argument(
-        "--processes", **limits.PROCESSES.flag, default=os.cpu_count(), help="runs at once (default: one per core)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show the commands that are left, and run none")
-    args = parser.parse_args(argv)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise InputError(f"--seeds {args.seeds}: give different ones")
+    args = parsed(parser, argv)
     written = Results(named(args.out / "meanflow", ".md", ".json", ".png"), args.force, *KEYS)
     some = arms(args.steps, args.flow_ratio, args.set)
     scorer = None if args.dry_run else TrainingScorer("digits")
@@ -237,14 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     for arm in some:  # a mistake in --set is told before the first run
         _, recipe, *overrides = averaging(arm, args.num).command(args.runs, arm, 0)
         load_recipe(recipe, overrides)
-    with ThreadPoolExecutor(args.processes) as pool:
-        tasks = [pool.submit(partial(one, arm, seed)) for seed in args.seeds for arm in some]
-        bar = Progress(tasks, desc="meanflow", unit="run", disable=args.dry_run, delay=1)
-        try:
-            results = [task.result() for task in bar]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    results = side_by_side([partial(one, arm, seed) for seed in args.seeds for arm in some], "meanflow", args)
     if args.dry_run:
         return
     report = table(some, results)
