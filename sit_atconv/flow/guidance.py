@@ -131,7 +131,7 @@ class GuidedVelocity:
         return self._guided(strong, weak)
 
     def _both_classes(self, x: torch.Tensor, times: torch.Tensor, end: tuple[torch.Tensor, ...]):
-        """What the network predicts for the classes wanted, and for none."""
+        """What the network predicts at x (B, ...), times (B,) for the classes wanted, and for none: each (B, ...)."""
         if self.batches == 2:
             return (self.network(x, times, labels, *end) for labels in self.both_labels.chunk(2))
         both = (x.repeat(2, 1, 1, 1), times.repeat(2), self.both_labels, *(each.repeat(2) for each in end))

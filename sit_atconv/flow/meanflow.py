@@ -66,7 +66,8 @@ class Guidance:
 
 def change(average: Average, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """du/dt (B, ...) along the path through x (B, ...) at t (B,), at fixed s (B,): one product of the Jacobian with
-    (v, 1) in (x, t), in forward mode, without a gradient."""
+    (v, 1) in (x, t), in forward mode, without a gradient. Raises torch's NotImplementedError where an operator of the
+    network has no forward mode."""
     import torch
 
     with torch.no_grad():

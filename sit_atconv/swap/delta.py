@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,6 +18,7 @@ from sit_atconv.swap.swapping import AttentionSwap
 from sit_atconv.swap.wrapping import check_unwrapped, model_of
 
 KEY = "sit_atconv_delta"
+FILE = "atconv-delta.safetensors"  # of a delta in a folder, or in a repository of the hub
 
 
 def save_delta(model_or_pipeline, path: str | Path, force: bool = False) -> None:
@@ -51,11 +54,14 @@ def save_delta(model_or_pipeline, path: str | Path, force: bool = False) -> None
 def load_delta(model_or_pipeline, path: str | Path) -> AttentionSwap:
     """Swap the layers that a delta names in the original model, in place, and give them the delta's weights.
 
+    path: the file; or a folder, or a repository of the Hugging Face hub as OWNER/NAME or OWNER/NAME@REVISION, that has
+    it as "atconv-delta.safetensors".
     What comes back is as of `swap_attention`, nothing having been calibrated: its report tells parameters alone.
-    Raises InputError, the model untouched, for a file that is damaged, no delta, or of another version, and for a model
-    other than the delta's: in class, in weights, or with swapped layers already.
+    Raises InputError, the model untouched, for a file that is damaged, no delta, or of another version, one that the
+    hub does not give, and for a model other than the delta's: in class, in weights, or with swapped layers already.
     """
-    stored, tensors = _read(Path(path))
+    path = _file(path)
+    stored, tensors = _read(path)
     rest = stored.pop("rest", None)
     _, model = model_of(model_or_pipeline)
 
@@ -73,6 +79,23 @@ def load_delta(model_or_pipeline, path: str | Path) -> AttentionSwap:
             )
 
     return swap_as_stored(model_or_pipeline, stored, tensors, check)
+
+
+def _file(source: str | Path) -> Path:
+    """Where the file of a delta is; one of the hub is fetched."""
+    path = Path(source)
+    if path.is_dir():
+        return path / FILE
+    repository, _, revision = str(source).partition("@")
+    if path.exists() or path.suffix or repository.count("/") != 1:
+        return path
+    try:
+        return Path(hf_hub_download(repository, FILE, revision=revision or None))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise InputError(
+            f"delta {str(source)!r} is no file or folder here, and the hub does not give {FILE} of a repository of "
+            f"that name ({type(error).__name__}); download it, and give its path"
+        ) from None
 
 
 def _is_in(tensor: str, layers: list[str]) -> bool:

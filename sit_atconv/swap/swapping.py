@@ -1,7 +1,9 @@
 """Put ATConv in the place of a model's attention, and take it out again."""
 
 import copy
+import inspect
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -156,6 +158,7 @@ def swap_attention(
     max_error: float | None = None,
     speedup: float | None = None,
     dry_run: bool = False,
+    weights: str | Path | None = None,
 ) -> AttentionSwap:
     """Replace self-attention by ATConv in a model of diffusers, timm or this library, or in a pipeline's model.
 
@@ -174,6 +177,8 @@ def swap_attention(
     prefix: what a ViT's class and register tokens do: "attend" (softmax over all tokens), "error" (refuse them).
     pool, kernel_size: of `ATConv`. dry_run: build, calibrate and measure all layers, selected or not, for `report()`,
         and leave the model as it is; none is chosen where "auto" finds none or a selected attention cannot be swapped.
+    weights: a delta that was published for this model, see `load_delta`: it names the layers and all else, and brings
+        their weights, so no other option goes with it.
 
     The model is changed in place, and a diffusers model's class becomes its ATConv subclass, so `save_pretrained`
     writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
@@ -183,6 +188,16 @@ def swap_attention(
     not finite, of another dtype or without arguments that the model needs, or an unknown option; and where "auto" finds
     no layers that do, or a model's output is all zeros.
     """
+    if weights is not None:
+        from sit_atconv.swap.delta import load_delta  # here: it stands on this module
+
+        given = {name: value for name, value in locals().items() if name in OPTIONS and value is not OPTIONS[name]}
+        if given:
+            name, value = next(iter(given.items()))
+            raise InputError(
+                f"{name}={value!r}: weights={str(weights)!r} bring the layers and their options; leave it out"
+            )
+        return load_delta(model_or_pipeline, weights)
     check_choice("init", init, INITS)
     check_choice("joint", joint, JOINTS)
     check_choice("prefix", prefix, PREFIXES)
@@ -242,6 +257,14 @@ def swap_attention(
     finally:
         sweep(model)
     return swap
+
+
+# The options of a swap and their defaults, less the delta that takes the place of all others.
+OPTIONS = {
+    name: each.default
+    for name, each in inspect.signature(swap_attention).parameters.items()
+    if name not in ("model_or_pipeline", "weights")
+}
 
 
 def _candidates(model, adapter: SwapAdapter, joint: str, record, select) -> dict[str, Graft]:
