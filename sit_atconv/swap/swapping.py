@@ -191,7 +191,7 @@ def swap_attention(
     if weights is not None:
         from sit_atconv.swap.delta import load_delta  # here: it stands on this module
 
-        given = {name: value for name, value in locals().items() if name in OPTIONS and value is not OPTIONS[name]}
+        given = {name: value for name, value in locals().items() if name in OPTIONS and value != OPTIONS[name]}
         if given:
             name, value = next(iter(given.items()))
             raise InputError(
