@@ -23,23 +23,26 @@ class SwapAdapter:
 
     model: the class, and those that derive from it, where `check` lets them.
     sites: Graft by pattern, which the whole name of an attention matches.
-    grid: reads the grid (H, W) from the arguments of `owner`: the class of the nearest module above the attention that
-        sees it, or the name of such a module; None where the attention is called with its grid.
+    grid: reads the grid (H, W) from the arguments of `owner`: the class (or classes) of the nearest module above the
+        attention that sees it, or the name of such a module; None where the attention is called with its grid.
     example: given (model, generator, grid=None, text=None), the keyword arguments of one forward pass on random inputs,
         for calibration where none is given: on the model's own grid, or on one of (H, W) or (T, H, W) tokens, with its
         own longest text, or with `text` tokens of it; None if there is no telling.
     mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
     check: given the model and the settings of a swap to come, raises InputError where they do not go together.
+    tiny: makes a model of random weights that runs in milliseconds, with every kind of site.
+    prefix_tokens: how many tokens of a model come before those on the grid.
     """
 
     model: type[nn.Module]
     sites: Mapping[str, Graft]
-    owner: type[nn.Module] | str | None = None
+    owner: type[nn.Module] | tuple[type[nn.Module], ...] | str | None = None
     grid: Reader | None = None
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
     check: Callable[[nn.Module, dict], None] = lambda model, config: None
     tiny: Callable[[], nn.Module] | None = None
+    prefix_tokens: Callable[[nn.Module], int] = lambda model: getattr(model, "num_prefix_tokens", 0)
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""
@@ -58,11 +61,14 @@ class SwapAdapter:
             return model.get_submodule(self.owner)
         owner = next((module for module in above(model, name) if isinstance(module, self.owner)), None)
         if owner is None:
-            raise InputError(f"{name} has no {self.owner.__name__} above it, which would tell its grid")
+            owners = self.owner if isinstance(self.owner, tuple) else (self.owner,)
+            wanted = " or ".join(each.__name__ for each in owners)
+            raise InputError(f"{name} has no {wanted} above it, which would tell its grid")
         return owner
 
 
 _ADAPTERS: list[SwapAdapter] = []
+_AWAITED: dict[str, tuple[Sequence[str], Callable[[], None]]] = {}  # module -> its models, what registers them
 
 
 def register_adapter(adapter: SwapAdapter) -> None:
@@ -70,13 +76,31 @@ def register_adapter(adapter: SwapAdapter) -> None:
     _ADAPTERS.insert(0, adapter)
 
 
+def await_adapters(module: str, models: Sequence[str], register: Callable[[], None]) -> None:
+    """Have `register` called when a model of a class of `module` arrives, which is not imported before.
+
+    models: the names of the classes that it registers adapters for.
+    """
+    _AWAITED[module] = models, register
+
+
+def adapters(awaited: bool = False) -> list[SwapAdapter]:
+    """All adapters, the last registered first; also the awaited ones, whose modules are imported then."""
+    for module in list(_AWAITED) if awaited else ():
+        _AWAITED.pop(module)[1]()
+    return list(_ADAPTERS)
+
+
 def adapter_of(model: nn.Module) -> SwapAdapter:
     """The adapter of the model's class, or of the nearest class it derives from. Raises InputError for an unknown."""
     for cls in type(model).__mro__:
+        if cls.__module__ in _AWAITED:
+            _AWAITED.pop(cls.__module__)[1]()
         for adapter in _ADAPTERS:
             if adapter.model is cls:
                 return adapter
-    known = ", ".join(sorted({adapter.model.__name__ for adapter in _ADAPTERS}))
+    awaited = (name for names, _ in _AWAITED.values() for name in names)
+    known = ", ".join(sorted({*(adapter.model.__name__ for adapter in _ADAPTERS), *awaited}))
     raise InputError(
         f"no adapter for {type(model).__name__}; known are {known}; for another class call "
         "sit_atconv.swap.register_adapter(SwapAdapter(...))"

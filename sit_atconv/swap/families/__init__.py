@@ -1,6 +1,6 @@
 """The families of models that `swap_attention` knows, a module each: what is swapped, and how it is stored."""
 
-from sit_atconv.swap.families import beit, eva, sit, vit  # noqa: F401  (registers their adapters)
+from sit_atconv.swap.families import beit, eva, sit, vision, vit  # noqa: F401  (registers their adapters)
 from sit_atconv.swap.families.dit import ATConvDiTTransformer2DModel
 from sit_atconv.swap.families.flux import ATConvFluxTransformer2DModel
 from sit_atconv.swap.families.hunyuan_dit import ATConvHunyuanDiT2DModel
