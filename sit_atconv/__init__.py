@@ -49,6 +49,7 @@ __getattr__, __dir__ = lazily(
         "ATConvUNetMotionModel": "sit_atconv.swap.families",
         "ATConvUNetSpatioTemporalConditionModel": "sit_atconv.swap.families",
         "ATConvUVit2DModel": "sit_atconv.swap.families",
+        "ATConvKandinsky3UNet": "sit_atconv.swap.families",
         "ModelMixin": "diffusers.models.modeling_utils",
     },
 )

@@ -84,7 +84,7 @@ def await_adapters(module: str, models: Sequence[str], register: Callable[[], No
     _AWAITED[module] = models, register
 
 
-def adapters(awaited: bool = False) -> list[SwapAdapter]:
+def all_adapters(awaited: bool = False) -> list[SwapAdapter]:
     """All adapters, the last registered first; also the awaited ones, whose modules are imported then."""
     for module in list(_AWAITED) if awaited else ():
         _AWAITED.pop(module)[1]()

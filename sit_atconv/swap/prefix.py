@@ -193,7 +193,7 @@ def _images(model: nn.Module, generator: torch.Generator, grid: Grid = None, tex
     size = own if grid is None else tuple(side * patch for side, patch in zip(grid, embed.patch_size, strict=True))
     if size is None or (embed.strict_img_size and tuple(size) != tuple(own)):
         return None
-    return {"x": torch.randn(2, embed.proj.in_channels, *size, generator=generator)}
+    return {"x": torch.randn(2, model.in_chans, *size, generator=generator)}
 
 
 def register_timm(

@@ -4,6 +4,7 @@ from sit_atconv.swap.families import beit, eva, sit, vision, vit  # noqa: F401  
 from sit_atconv.swap.families.dit import ATConvDiTTransformer2DModel
 from sit_atconv.swap.families.flux import ATConvFluxTransformer2DModel
 from sit_atconv.swap.families.hunyuan_dit import ATConvHunyuanDiT2DModel
+from sit_atconv.swap.families.kandinsky3 import ATConvKandinsky3UNet
 from sit_atconv.swap.families.latte import ATConvLatteTransformer3DModel
 from sit_atconv.swap.families.pixart import ATConvPixArtTransformer2DModel
 from sit_atconv.swap.families.sd3 import ATConvSD3Transformer2DModel
@@ -22,6 +23,7 @@ __all__ = [
     "ATConvFluxTransformer2DModel",
     "ATConvHunyuanDiT2DModel",
     "ATConvI2VGenXLUNet",
+    "ATConvKandinsky3UNet",
     "ATConvLatteTransformer3DModel",
     "ATConvPixArtTransformer2DModel",
     "ATConvSD3Transformer2DModel",
