@@ -36,22 +36,9 @@ __getattr__, __dir__ = lazily(
         "swap_attention": "sit_atconv.swap",
         # The classes of swapped models have this module for their own, so diffusers finds them here when it loads a
         # pipeline. It looks for ModelMixin beside them.
-        "ATConvDiTTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvFluxTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvPixArtTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvSD3Transformer2DModel": "sit_atconv.swap.families",
-        "ATConvUNet2DConditionModel": "sit_atconv.swap.families",
-        "ATConvHunyuanDiT2DModel": "sit_atconv.swap.families",
-        "ATConvLatteTransformer3DModel": "sit_atconv.swap.families",
-        "ATConvUNet2DModel": "sit_atconv.swap.families",
-        "ATConvI2VGenXLUNet": "sit_atconv.swap.families",
-        "ATConvUNet3DConditionModel": "sit_atconv.swap.families",
-        "ATConvUNetMotionModel": "sit_atconv.swap.families",
-        "ATConvUNetSpatioTemporalConditionModel": "sit_atconv.swap.families",
-        "ATConvUVit2DModel": "sit_atconv.swap.families",
-        "ATConvKandinsky3UNet": "sit_atconv.swap.families",
         "ModelMixin": "diffusers.models.modeling_utils",
     },
+    {"ATConv": "sit_atconv.swap.families"},
 )
 
 # Where modules lay up to version 0.1.

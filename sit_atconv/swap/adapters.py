@@ -84,9 +84,9 @@ def await_adapters(module: str, models: Sequence[str], register: Callable[[], No
     _AWAITED[module] = models, register
 
 
-def all_adapters(awaited: bool = False) -> list[SwapAdapter]:
-    """All adapters, the last registered first; also the awaited ones, whose modules are imported then."""
-    for module in list(_AWAITED) if awaited else ():
+def known_adapters() -> list[SwapAdapter]:
+    """All adapters, the one registered last first. Those that were awaited are registered now: their modules load."""
+    for module in list(_AWAITED):
         _AWAITED.pop(module)[1]()
     return list(_ADAPTERS)
 

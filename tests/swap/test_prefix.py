@@ -15,14 +15,14 @@ from torch import nn
 from sit_atconv import swap_attention
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import load_delta, save_delta
-from sit_atconv.swap.adapters import adapter_of, all_adapters
+from sit_atconv.swap.adapters import adapter_of, known_adapters
 from sit_atconv.swap.families.beit import tiny_beit, tiny_rel_pos
 from sit_atconv.swap.families.eva import tiny_eva
 from sit_atconv.swap.families.vision import FAMILIES
 from sit_atconv.swap.families.vit import tiny_parallel
 
 FUSED = partial(ParallelScalingBlock, fuse_out_proj=True)
-OWNERS = [name for family in FAMILIES for name in family.owners]
+OWNERS = [family.owners[0] for family in FAMILIES]
 TIMM = {
     "parallel": tiny_parallel,
     "parallel, one output map": partial(tiny_parallel, block_fn=FUSED, init_values=0.5, reg_tokens=2),
@@ -38,7 +38,7 @@ TIMM = {
     "relative positions": tiny_rel_pos,
     "relative positions by an MLP": partial(tiny_rel_pos, rel_pos_type="mlp"),
     "shared relative positions": partial(tiny_rel_pos, shared_rel_pos=True),
-    "relative positions, no prefix": partial(tiny_rel_pos, class_token=False, global_pool="avg"),
+    "relative positions, no prefix": partial(tiny_rel_pos, class_token=False),
 }
 
 
@@ -46,7 +46,7 @@ def tiny(kind, seed=0):
     torch.manual_seed(seed)
     if kind in TIMM:
         return TIMM[kind]()
-    return next(each for each in all_adapters(awaited=True) if each.model.__name__ == kind).tiny()
+    return next(each for each in known_adapters() if each.model.__name__ == kind).tiny()
 
 
 def example(model, grid=None):

@@ -61,8 +61,8 @@ class EvaGraft(PrefixGraft):
 def tiny_eva(**changed) -> Eva:
     """An Eva with one linear for queries, keys and values, registers and rotary positions; changed: other arguments."""
     shape = {
-        "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5,
-        "num_reg_tokens": 1, "use_rot_pos_emb": True, "dynamic_img_size": True,
+        "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0,
+        "global_pool": "", "num_reg_tokens": 1, "use_rot_pos_emb": True, "dynamic_img_size": True,
     }  # fmt: skip
     return randomised(Eva(**{**shape, **changed}))
 

@@ -20,11 +20,13 @@ FRAMES = 16  # of a video where the model does not tell
 
 
 def _shape(model: nn.Module, grid: Grid, frames: int = FRAMES) -> tuple[int, int, int] | None:
-    """(frames, height, width) of the latents: the grid given, or the model's own; None where it tells none."""
-    size = model.config.sample_size
-    if grid is not None or size is None:
-        return None if grid is None else tuple(grid)
-    return (frames, size, size) if isinstance(size, int) else (frames, *size)
+    """(frames, height, width) of the latents: the grid given, with frames or not, or the model's own; None where it
+    tells none."""
+    size = model.config.sample_size if grid is None else grid
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return sides if len(sides) == 3 else (frames, *sides)
 
 
 def _noise(model: nn.Module, generator: torch.Generator, shape: tuple) -> torch.Tensor:

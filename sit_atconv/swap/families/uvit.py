@@ -30,6 +30,8 @@ def _example(model: UVit2DModel, generator: torch.Generator, grid: Grid = None, 
 class ATConvUVit2DModel(TakesLoRA, Swapped, UVit2DModel):
     """aMUSEd's UViT with ATConv in place of the self-attention of its transformer layers."""
 
+    _supports_gradient_checkpointing = False  # diffusers' own forward fails under it
+
 
 def _tiny() -> UVit2DModel:
     return randomised(UVit2DModel(

@@ -4,7 +4,7 @@ Their classes and configurations say nothing of a swap: `save_delta` and `load_d
 refuses. Attentions that are asked for (output_attentions) leave out those of swapped layers, which have none.
 """
 
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +49,11 @@ class VisionGraft(PrefixGraft):
 
     def __init__(self, attention: type[nn.Module]):
         self.wanted = (attention,)
+
+    def refusal(self, attention: nn.Module) -> str | None:
+        if type(attention) in self.wanted and not hasattr(attention, "q_proj"):
+            return "has no map q_proj, as those of transformers before 5; upgrade it: pip install 'transformers>=5.24'"
+        return super().refusal(attention)
 
     def linears(self, attention: nn.Module) -> tuple[str, ...]:
         return "q_proj", "k_proj", "v_proj", "o_proj" if hasattr(attention, "o_proj") else "out_proj"
@@ -95,8 +100,8 @@ SITES = r"(.+\.)?layers?\.\d+\.(attention|self_attn)"
 class Family:
     """The models of one module of transformers, `name` and "Attention" being their class of attention.
 
-    owners: the classes that are called with images. others: those that hold one of them. prefix: how many tokens come
-    before the patches, given the configuration.
+    owners: the classes that are called with images; the first gives all tokens, and has a tiny model. others: those
+    that hold one of them. prefix: how many tokens come before the patches, given the configuration.
     """
 
     module: str
@@ -127,7 +132,7 @@ class Family:
                     image_grid,
                     partial(_example, owners),
                     check=check,
-                    tiny=partial(_tiny, model),
+                    tiny=partial(_tiny, model) if name == self.owners[0] else None,
                     prefix_tokens=prefix_tokens,
                 )
             )
@@ -189,5 +194,5 @@ FAMILIES = [
         ("siglip", "Siglip", ("SiglipVisionModel",), ("SiglipForImageClassification",), lambda config: 0),
     )
 ]
-for _family in FAMILIES:
+for _family in FAMILIES if importlib.util.find_spec("transformers") is not None else ():
     await_adapters(_family.module, (*_family.owners, *_family.others), _family.register)

@@ -1,9 +1,8 @@
-"""timm's VisionTransformer, what derives from it (the distilled one of DeiT), and its parallel blocks."""
+"""timm's VisionTransformer, what derives from it, as the distilled one of DeiT, and its parallel blocks."""
 
 import copy
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch import nn
 
@@ -81,8 +80,8 @@ class ParallelGraft(PrefixGraft):
         return block.in_norm(argument("x", args, kwargs))
 
 
-TINY = {
-    "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5,
+TINY = {  # without a head, which reads either the class token or the patches of the last block
+    "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0, "global_pool": "",
     "dynamic_img_size": True,
 }  # fmt: skip
 
@@ -91,16 +90,14 @@ def _tiny() -> VisionTransformer:
     return VisionTransformer(**TINY)
 
 
-def _tiny_distilled() -> VisionTransformerDistilled:
-    return randomised(VisionTransformerDistilled(**TINY))
-
-
-SITES = {r"blocks\.\d+\.(attns\.\d+\.)?attn": PrefixGraft(), r"blocks\.\d+": ParallelGraft()}
-register_timm(VisionTransformer, SITES, _tiny)
-register_timm(VisionTransformerDistilled, SITES, _tiny_distilled)
-
-
 def tiny_parallel(scaling: bool = True, **changed) -> VisionTransformer:
     """A VisionTransformer of parallel blocks, scaling ones or `ParallelThingsBlock`."""
     block = ParallelScalingBlock if scaling else ParallelThingsBlock
     return randomised(VisionTransformer(**{**TINY, "block_fn": block, "qkv_bias": False, **changed}))
+
+
+register_timm(
+    VisionTransformer,
+    {r"blocks\.\d+\.(attns\.\d+\.)?attn": PrefixGraft(), r"blocks\.\d+": ParallelGraft()},
+    _tiny,
+)
