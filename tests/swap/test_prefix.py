@@ -22,7 +22,8 @@ from sit_atconv.swap.families.vision import FAMILIES
 from sit_atconv.swap.families.vit import tiny_parallel
 
 FUSED = partial(ParallelScalingBlock, fuse_out_proj=True)
-OWNERS = [family.owners[0] for family in FAMILIES]
+LIKE_CLIP = ("MetaClip2", "AltCLIP", "ChineseCLIPVision", "CLIPSeg", "OwlViT", "Owlv2")
+OWNERS = [family.owners[0] for family in FAMILIES if family.name not in LIKE_CLIP]
 TIMM = {
     "parallel": tiny_parallel,
     "parallel, one output map": partial(tiny_parallel, block_fn=FUSED, init_values=0.5, reg_tokens=2),

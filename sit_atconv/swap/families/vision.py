@@ -191,6 +191,19 @@ FAMILIES = [
             ("CLIPVisionModelWithProjection", "CLIPForImageClassification"),
             _one,
         ),
+        (
+            "metaclip_2",
+            "MetaClip2",
+            ("MetaClip2VisionModel",),
+            ("MetaClip2VisionModelWithProjection", "MetaClip2ForImageClassification"),
+            _one,
+        ),
+        ("altclip", "AltCLIP", ("AltCLIPVisionModel",), (), _one),
+        ("chinese_clip", "ChineseCLIPVision", ("ChineseCLIPVisionModel",), (), _one),
+        ("clipseg", "CLIPSeg", ("CLIPSegVisionModel",), (), _one),
+        ("owlvit", "OwlViT", ("OwlViTVisionModel",), (), _one),
+        ("owlv2", "Owlv2", ("Owlv2VisionModel",), (), _one),
+        ("git", "GitVision", ("GitVisionModel",), (), _one),
         ("siglip", "Siglip", ("SiglipVisionModel",), ("SiglipForImageClassification",), lambda config: 0),
     )
 ]
