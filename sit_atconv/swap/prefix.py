@@ -12,7 +12,7 @@ from torch import nn
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.ops.forward_mode import exact_derivatives
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.swap.adapters import Example, Grid, SwapAdapter, register_adapter
+from sit_atconv.swap.adapters import Grid, SwapAdapter, register_adapter
 from sit_atconv.swap.grafts import Graft, class_refusal, linear_refusal, observed, part_of, take_over
 from sit_atconv.swap.grid import GridReference, argument
 from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
@@ -196,8 +196,6 @@ def _images(model: nn.Module, generator: torch.Generator, grid: Grid = None, tex
     return {"x": torch.randn(2, model.in_chans, *size, generator=generator)}
 
 
-def register_timm(
-    model: type[nn.Module], sites: dict[str, Graft], tiny: Callable[[], nn.Module], example: Example = _images
-) -> None:
+def register_timm(model: type[nn.Module], sites: dict[str, Graft], tiny: Callable[[], nn.Module]) -> None:
     """Register the adapter of a class of ViTs of timm, whose `patch_embed` sees the images."""
-    register_adapter(SwapAdapter(model, sites, "patch_embed", patch_grid, example, check=check_vit, tiny=tiny))
+    register_adapter(SwapAdapter(model, sites, "patch_embed", patch_grid, _images, check=check_vit, tiny=tiny))
