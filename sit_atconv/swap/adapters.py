@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft
 from sit_atconv.swap.grid import Reader, above
@@ -22,30 +23,33 @@ class SwapAdapter:
 
     model: the class, and those that derive from it, where `check` lets them.
     sites: Graft by pattern, which the whole name of an attention matches.
-    grid: reads the grid (H, W) from the arguments of `owner`: the class of the nearest module above the attention that
-        sees it, or the name of such a module; None where the attention is called with its grid.
+    grid: reads the grid (H, W) from the arguments of `owner`: the class (or classes) of the nearest module above the
+        attention that sees it, or the name of such a module; None where the attention is called with its grid.
     example: given (model, generator, grid=None, text=None), the keyword arguments of one forward pass on random inputs,
         for calibration where none is given: on the model's own grid, or on one of (H, W) or (T, H, W) tokens, with its
         own longest text, or with `text` tokens of it; None if there is no telling.
     mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
     check: given the model and the settings of a swap to come, raises InputError where they do not go together.
+    tiny: makes a model of random weights that runs in milliseconds, with every kind of site.
+    prefix_tokens: how many tokens of a model come before those on the grid.
     """
 
     model: type[nn.Module]
     sites: Mapping[str, Graft]
-    owner: type[nn.Module] | str | None = None
+    owner: type[nn.Module] | tuple[type[nn.Module], ...] | str | None = None
     grid: Reader | None = None
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
     check: Callable[[nn.Module, dict], None] = lambda model, config: None
     tiny: Callable[[], nn.Module] | None = None
+    prefix_tokens: Callable[[nn.Module], int] = lambda model: getattr(model, "num_prefix_tokens", 0)
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""
         found = {}
-        for name, _ in model.named_modules():
+        for name, module in model.named_modules():
             graft = next((graft for pattern, graft in self.sites.items() if re.fullmatch(pattern, name)), None)
-            if graft is not None:
+            if graft is not None and (not graft.only or isinstance(module, (*graft.only, KernelGenerator))):
                 found[name] = graft
         return found
 
@@ -57,11 +61,14 @@ class SwapAdapter:
             return model.get_submodule(self.owner)
         owner = next((module for module in above(model, name) if isinstance(module, self.owner)), None)
         if owner is None:
-            raise InputError(f"{name} has no {self.owner.__name__} above it, which would tell its grid")
+            owners = self.owner if isinstance(self.owner, tuple) else (self.owner,)
+            wanted = " or ".join(each.__name__ for each in owners)
+            raise InputError(f"{name} has no {wanted} above it, which would tell its grid")
         return owner
 
 
 _ADAPTERS: list[SwapAdapter] = []
+_AWAITED: dict[str, tuple[Sequence[str], Callable[[], None]]] = {}  # module -> its models, what registers them
 
 
 def register_adapter(adapter: SwapAdapter) -> None:
@@ -69,18 +76,31 @@ def register_adapter(adapter: SwapAdapter) -> None:
     _ADAPTERS.insert(0, adapter)
 
 
+def await_adapters(module: str, models: Sequence[str], register: Callable[[], None]) -> None:
+    """Have `register` called when a model of a class of `module` arrives, which is not imported before.
+
+    models: the names of the classes that it registers adapters for.
+    """
+    _AWAITED[module] = models, register
+
+
 def known_adapters() -> list[SwapAdapter]:
-    """All adapters, the one registered last first."""
+    """All adapters, the one registered last first. Those that were awaited are registered now: their modules load."""
+    for module in list(_AWAITED):
+        _AWAITED.pop(module)[1]()
     return list(_ADAPTERS)
 
 
 def adapter_of(model: nn.Module) -> SwapAdapter:
     """The adapter of the model's class, or of the nearest class it derives from. Raises InputError for an unknown."""
     for cls in type(model).__mro__:
+        if cls.__module__ in _AWAITED:
+            _AWAITED.pop(cls.__module__)[1]()
         for adapter in _ADAPTERS:
             if adapter.model is cls:
                 return adapter
-    known = ", ".join(sorted({adapter.model.__name__ for adapter in _ADAPTERS}))
+    awaited = (name for names, _ in _AWAITED.values() for name in names)
+    known = ", ".join(sorted({*(adapter.model.__name__ for adapter in _ADAPTERS), *awaited}))
     raise InputError(
         f"no adapter for {type(model).__name__}; known are {known}; for another class call "
         "sit_atconv.swap.register_adapter(SwapAdapter(...))"
@@ -94,3 +114,14 @@ def latents(model: nn.Module, generator: torch.Generator, grid: Grid = None) -> 
         size = [side * patch for side in grid]
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(2, model.config.in_channels, height, width, generator=generator)
+
+
+@torch.no_grad()
+def randomised(model: nn.Module, std: float = 0.2) -> nn.Module:
+    """The model in evaluation mode, with weights drawn anew: for tiny ones, whose parts that start at zero hide errors.
+
+    Vectors (norms, biases) are drawn around the values that they have.
+    """
+    for parameter in model.parameters():
+        parameter.copy_(std * torch.randn_like(parameter) + (parameter if parameter.ndim < 2 else 0))
+    return model.eval()

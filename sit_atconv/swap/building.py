@@ -13,7 +13,7 @@ from sit_atconv.swap.start import TapFit
 
 def build(model, adapter: SwapAdapter, grafts: dict[str, Graft], config: dict) -> list[Site]:
     """Layers for the attentions, not yet in their place, and the hooks that tell them their grids, in place."""
-    options = LayerOptions(config["kernel_size"], config["pool"], getattr(model, "num_prefix_tokens", 0))
+    options = LayerOptions(config["kernel_size"], config["pool"], adapter.prefix_tokens(model))
     sites = []
     for name, graft in grafts.items():
         attention, owner = model.get_submodule(name), adapter.owner_of(model, name)

@@ -116,7 +116,8 @@ def blank(name_or_folder: str) -> nn.Module:
             raise InputError(f"{name_or_folder}: its config.json is of a {wanted}, which no adapter reads; {_known()}")
         cls, make = classes[wanted], lambda cls: cls.from_config(config)
     elif name_or_folder in classes:
-        cls, make = classes[name_or_folder], lambda cls: cls()
+        cls = classes[name_or_folder]
+        make = (lambda cls: cls(cls.config_class())) if hasattr(cls, "config_class") else lambda cls: cls()
     else:
         raise InputError(f"{name_or_folder!r} is neither a class with an adapter nor a folder of one; {_known()}")
     with told(f"{name_or_folder}: no {cls.__name__} can be made", Exception), torch.device("meta"):

@@ -1,6 +1,6 @@
 """How one kind of attention is replaced by one kind of layer: built, started, and compared on its inputs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from diffusers.models.attention_processor import (
@@ -29,6 +29,7 @@ class Graft:
 
     joint = False  # whether text and image tokens attend together: swapped under joint="split" only
     layer: type[KernelGenerator]
+    only: tuple[type[nn.Module], ...] = ()  # the classes that it is for, where the names of its sites are others' too
 
     def refusal(self, attention: nn.Module) -> str | None:
         """Why this attention cannot be swapped, in words that complete "NAME ..."; None where it can."""
@@ -121,6 +122,8 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
     """
     maps = {}
     for name, child in layer.named_children():
+        if name in getattr(layer, "kept", ()):  # what a layer keeps of its attention beside linear maps
+            continue
         parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
     foreign = {}
@@ -154,7 +157,7 @@ def observed(
     with recorded({"out": out}) as seen:
         attention(*args, **kwargs)
     (mixed, *_), _, _ = seen["out"]
-    found = value(x), mixed.detach()
+    found = value(x), mixed.detach()[..., : value.out_features]  # the rest is of an MLP with the same output map
     return found if value.bias is None else tuple(each - value.bias.to(each.dtype) for each in found)
 
 
@@ -171,7 +174,14 @@ class SelfAttentionGraft(Graft):
     def refusal(self, attention: Attention) -> str | None:
         if reason := class_refusal(attention, Attention, "diffusers' ", self.processors):
             return reason
-        for trait, present in {
+        for trait, present in self.traits(attention).items():
+            if present:
+                return f"{trait}: ATConv does not stand for that"
+        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+
+    def traits(self, attention: Attention) -> dict[str, bool]:
+        """What ATConv does not stand for, and whether the attention has it."""
+        return {
             "attends to a context": attention.is_cross_attention,
             "attends jointly with text": attention.added_kv_proj_dim is not None,
             "normalises by group": attention.group_norm is not None,
@@ -180,10 +190,7 @@ class SelfAttentionGraft(Graft):
             "rescales its output": attention.rescale_output_factor != 1,
             "is causal": attention.is_causal,
             "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
-        }.items():
-            if present:
-                return f"{trait}: ATConv does not stand for that"
-        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+        }
 
     def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
         out, dropout = attention.to_out
@@ -219,10 +226,25 @@ class SiTAttentionGraft(Graft):
         return tuple(argument("x", args, kwargs).shape[1:3])
 
 
+def part_of(fused: nn.Linear, index: int, biases: Sequence[torch.Tensor | None] | None = None) -> nn.Linear:
+    """Of one linear for queries, keys and values, that of the index, with the weights of it.
+
+    biases: of the three, where they are not the linear's own.
+    """
+    if biases is None:
+        biases = (None,) * 3 if fused.bias is None else fused.bias.data.chunk(3)
+    return as_linear(fused.weight.data.chunk(3)[index], biases[index])
+
+
+def as_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear of that weight (out, in) and bias (out,), which are not copied."""
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.data)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.data)
+    return linear
+
+
 def value_of(qkv: nn.Linear) -> nn.Linear:
     """The value map within one linear for queries, keys and values."""
-    value = nn.Linear(qkv.in_features, qkv.out_features // 3, bias=qkv.bias is not None, device="meta")
-    value.weight = nn.Parameter(qkv.weight.data.chunk(3)[2])
-    if qkv.bias is not None:
-        value.bias = nn.Parameter(qkv.bias.data.chunk(3)[2])
-    return value
+    return part_of(qkv, 2)

@@ -97,10 +97,7 @@ class GridHook:
         if tensor is None:
             raise InputError(f"{type(module).__name__} was called without a tensor, and with none it has no grid")
         self.reference.set(self.read(module, args, kwargs), tensor.device)
-        if getattr(module, "gradient_checkpointing", False):
-            function = checkpoint_function(module)
-            if not isinstance(function, _CheckpointOnGrid):
-                set_checkpoint_function(module, _CheckpointOnGrid(self.reference, function))
+        _checkpoint_on_grid(module, self.reference)
 
 
 class Scope:
@@ -139,7 +136,8 @@ class BlockScope(Scope):
     """Of a layer and the blocks around it, which may be checkpointed: run again, they get the grid of their tokens.
 
     By the tokens, since nothing else is the same: the backward pass may run in a thread of autograd's own, among other
-    passes, and whatever checkpoints a block calls it again with the tokens of before, if detached.
+    passes, and whatever checkpoints a block calls it again with the tokens of before, if detached. A block of
+    transformers checkpoints what is within its hooks, and does it on the grid of the call.
     """
 
     # One key on all modules: a compiled block, in whose graph its hooks are, would guard one of its own, and blocks
@@ -153,6 +151,7 @@ class BlockScope(Scope):
         if torch.compiler.is_compiling():
             return
         super().enter(module, args, kwargs)
+        _checkpoint_on_grid(module, self.reference)
         storage, now = _storage_of_tokens(args, kwargs), self.reference.now
         if storage is None:
             return
@@ -194,6 +193,14 @@ def remove_hooks(module: nn.Module, used: set[int]) -> None:
     function = checkpoint_function(module)
     if isinstance(function, _CheckpointOnGrid) and id(function.reference) not in used:
         set_checkpoint_function(module, function.checkpoint)
+
+
+def _checkpoint_on_grid(module: nn.Module, reference: GridReference) -> None:
+    """Have a module that checkpoints its parts, or itself, run them anew on the grid that they were run on."""
+    if getattr(module, "gradient_checkpointing", False):
+        function = checkpoint_function(module)
+        if not isinstance(function, _CheckpointOnGrid):
+            set_checkpoint_function(module, _CheckpointOnGrid(reference, function))
 
 
 class _CheckpointOnGrid:

@@ -11,6 +11,8 @@ from torch import nn
 def teacher_of(model: nn.Module) -> dict:
     """What identifies an unswapped model: class, name or path, the revision if these tell it, and a fingerprint."""
     config = getattr(model, "config", None) or getattr(model, "pretrained_cfg", None) or {}
+    if hasattr(config, "name_or_path"):  # of transformers
+        config = {"_name_or_path": config.name_or_path}
     path, hub_id = (str(config.get(key) or "") for key in ("_name_or_path", "hf_hub_id"))
     # The commit that a folder of the hub's cache is of, as a pipeline loads its models, or of timm's NAME@REVISION.
     found = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?:[\\/]|$)", path)

@@ -30,6 +30,8 @@ def test_counts_without_weights_are_those_with_weights(name):
     grid = ((4, 4) if name.startswith("DiT") else (2, 4, 6)[-getattr(adapter, "sides", 2) :], 7)
     with torch.device("meta"):
         empty = adapter.tiny()
+        if adapter.example(empty, torch.Generator().manual_seed(0), grid=grid[0], text=grid[1]) is None:
+            grid = None, grid[1]  # a class that takes its own grid alone
     check = check_swap(empty, grid=grid[0], text=grid[1])
     model = adapter.tiny().eval()
     inputs = adapter.example(model, torch.Generator().manual_seed(0), grid=grid[0], text=grid[1])

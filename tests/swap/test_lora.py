@@ -141,7 +141,7 @@ def test_regression_trains_the_lora_of_a_layer_and_not_what_it_froze(tiny):
 
 
 def test_only_models_that_load_loras_have_the_method():
-    assert len(models.THIN) == 5
+    assert len(models.THIN) >= 14
     for cls in models.THIN.values():
         name = cls.__name__
         assert getattr(sit_atconv, name) is cls
