@@ -64,8 +64,9 @@ class Graft:
         """Start a joint layer from the mean of `text_share` over the calibration inputs."""
         raise NotImplementedError
 
-    def approximated(self, layer: KernelGenerator, output) -> torch.Tensor:
-        """What ATConv has a part in of an output of the attention or the layer: the error is measured on it."""
+    def approximated(self, layer: KernelGenerator, output, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What ATConv has a part in of an output of the attention or the layer: the error is measured on it. args,
+        kwargs: of the call that gave it."""
         return output
 
     def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -123,12 +124,12 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
     for name, child in layer.named_children():
         parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
-    foreign = {}
+    foreign, norms = {}, getattr(getattr(layer, "graft", None), "norms", ())
     for name, module in maps.items():
         while hasattr(module, "base_layer"):
             module = module.base_layer
         plain = type(module) in (nn.Linear, TapLinear) and type(module.weight) is nn.Parameter
-        if "norm" not in name and not plain:
+        if "norm" not in name and name not in norms and not plain:
             foreign[name] = module
     return foreign
 

@@ -4,39 +4,30 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
 
 from sit_atconv.swap.adapters import Grid
-from sit_atconv.swap.grid import argument, raster_of_ids
-from sit_atconv.swap.joint import (
-    IMAGE_MAPS,
-    TEXT_MAPS,
-    JointGraft,
-    SequenceJointATConv,
-    StreamsJointATConv,
-    project_sequence,
-    text_length,
-)
+from sit_atconv.swap.grid import ids_grid
+from sit_atconv.swap.joint import JointGraft, SingleStreamGraft
+from sit_atconv.swap.layers import refuse
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, TakesNoImagePrompt, register
 
 
 class FluxDoubleGraft(JointGraft):
     """The attention of Flux's double blocks."""
 
-    cls, processor, layer = FluxAttention, FluxAttnProcessor, StreamsJointATConv
-    maps = (*IMAGE_MAPS, *TEXT_MAPS, "to_out.0", "to_add_out")
+    cls, processors = FluxAttention, (FluxAttnProcessor,)
+
+    def inputs(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **extra):
+        refuse(attention_mask=attention_mask, ip_hidden_states=extra.get("ip_hidden_states"))
+        return super().inputs(hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
 
 
-class FluxSingleGraft(JointGraft):
-    """The attention of Flux's single blocks."""
+class FluxSingleGraft(SingleStreamGraft):
+    """The attention of Flux's single blocks, whose output map is that of the block."""
 
-    cls, processor, layer = FluxAttention, FluxAttnProcessor, SequenceJointATConv
-    maps = IMAGE_MAPS
+    cls, processors, out = FluxAttention, (FluxAttnProcessor,), None
 
-    def project(self, attention, layer, args, kwargs):
-        hidden_states, tables = argument("hidden_states", args, kwargs), argument("image_rotary_emb", args, kwargs, 3)
-        return project_sequence(attention, text_length(hidden_states, layer.reference), hidden_states, tables)
-
-    def approximated(self, layer, output):
-        height, width = layer.reference.get()
-        return output[:, -height * width :]
+    def inputs(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_):
+        refuse(attention_mask=attention_mask)
+        return super().inputs(hidden_states, image_rotary_emb=image_rotary_emb)
 
 
 def _example(
@@ -72,5 +63,5 @@ register(
     {f"{BLOCK}attn": FluxDoubleGraft(), f"single_{BLOCK}attn": FluxSingleGraft()},
     _example,
     _tiny,
-    grid=raster_of_ids,
+    grid=ids_grid,
 )
