@@ -172,7 +172,14 @@ class SelfAttentionGraft(Graft):
     def refusal(self, attention: Attention) -> str | None:
         if reason := class_refusal(attention, Attention, "diffusers' ", self.processors):
             return reason
-        for trait, present in {
+        for trait, present in self.traits(attention).items():
+            if present:
+                return f"{trait}: ATConv does not stand for that"
+        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+
+    def traits(self, attention: Attention) -> dict[str, bool]:
+        """What ATConv does not stand for, and whether the attention has it."""
+        return {
             "attends to a context": attention.is_cross_attention,
             "attends jointly with text": attention.added_kv_proj_dim is not None,
             "normalises by group": attention.group_norm is not None,
@@ -181,10 +188,7 @@ class SelfAttentionGraft(Graft):
             "rescales its output": attention.rescale_output_factor != 1,
             "is causal": attention.is_causal,
             "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
-        }.items():
-            if present:
-                return f"{trait}: ATConv does not stand for that"
-        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+        }
 
     def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
         out, dropout = attention.to_out

@@ -103,7 +103,7 @@ class JointATConv(SwappedLayer):
 
     def __init__(self, graft: "JointGraft", attention: nn.Module, reference: GridReference, options: LayerOptions):
         super().__init__(*graft.sizes(attention), reference, options)
-        self.graft, self.heads = graft, graft.heads(attention)
+        self.graft, self.heads, self.kv_heads = graft, graft.heads(attention), graft.kv_heads(attention)
         self.backend = attention_backend(getattr(attention, "processor", None))
         self.text_share = nn.Parameter(torch.empty(self.heads))
         weight = attention.get_submodule(graft.linears(attention)[0]).weight
@@ -187,9 +187,9 @@ class JointGraft(Graft):
         """Queries or keys (B, tokens, heads, head_dim) at their positions."""
         return apply_rotary_emb(x, rope, sequence_dim=1)
 
-    def kv_heads(self, module: nn.Module) -> int:
-        """How many heads keys and values have, of the attention or the layer: queries' heads share them in groups."""
-        return self.heads(module)
+    def kv_heads(self, attention: nn.Module) -> int:
+        """How many heads keys and values have, which the heads of queries share in groups."""
+        return self.heads(attention)
 
     def sizes(self, attention: nn.Module) -> tuple[int, int]:
         """Channels of the tokens, and of what is mixed."""
@@ -251,7 +251,8 @@ class JointGraft(Graft):
 
     def headed(self, module: nn.Module, norms: tuple, made: list, rope) -> Heads:
         """Queries, keys and values (B, n, channels), or None, as heads: normalised, rotated, as many of each."""
-        heads, kv_heads = self.heads(module), self.kv_heads(module)
+        heads = self.heads(module)
+        kv_heads = module.kv_heads if isinstance(module, JointATConv) else self.kv_heads(module)
         q, k, v = (
             None if each is None else each.unflatten(-1, (count, -1))
             for each, count in zip(made, (heads, kv_heads, kv_heads), strict=True)

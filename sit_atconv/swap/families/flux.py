@@ -30,20 +30,26 @@ class FluxSingleGraft(SingleStreamGraft):
         return super().inputs(hidden_states, image_rotary_emb=image_rotary_emb)
 
 
-def _example(
-    model: FluxTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
-) -> dict:
-    config, length = model.config, text or 512  # the longest prompt, and an image of 1024 pixels
+def packed(model: torch.nn.Module, generator: torch.Generator, grid: Grid = None, text: int | None = None) -> dict:
+    """Tokens and ids of a model of Flux's kind: by default the longest prompt, and an image of 1024 pixels."""
+    config, length = model.config, text or 512
     height, width = grid or (64, 64)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return {
         "hidden_states": torch.randn(1, height * width, config.in_channels, generator=generator),
         "encoder_hidden_states": torch.randn(1, length, config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
-        "timestep": torch.rand(1, generator=generator),
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1),
         "txt_ids": torch.zeros(length, 3, dtype=torch.long),
-        "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
+    }
+
+
+def _example(
+    model: FluxTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
+) -> dict:
+    return packed(model, generator, grid, text) | {
+        "pooled_projections": torch.randn(1, model.config.pooled_projection_dim, generator=generator),
+        "timestep": torch.rand(1, generator=generator),
+        "guidance": torch.full((1,), 3.5) if model.config.guidance_embeds else None,
     }
 
 
