@@ -243,20 +243,23 @@ def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]
 
 
 @torch.compiler.disable(
-    reason="such a model reads its grid from the values of img_ids, which a traced function cannot; compile the "
-    "model itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
+    reason="such a model reads its grid from the values of ids, which a traced function cannot; compile the model "
+    "itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
 )
-def ids_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
-    """Of Flux and its like, whose tokens come packed: from `img_ids` (N, 3 or more) or (1, N, 3 or more), columns
-    image, row and column; those after are of the text.
+def ids_grid(module: nn.Module, args: tuple, kwargs: dict, name: str = "img_ids", image: str = "") -> tuple[int, int]:
+    """Of Flux and its like, whose tokens come packed: from ids (N, 3 or more) or (1, N, 3 or more), columns image, row
+    and column; those after are of the text.
 
+    name: the argument that they are. image: the argument (B, N, dim) that the last of them are of; "": all are.
     Raises InputError where they are no full raster of one image. The one value that is read, so it runs uncompiled.
     """
-    ids = given("img_ids", module, args, kwargs)
+    ids = given(name, module, args, kwargs)
     if ids is None:
-        raise InputError("img_ids: none were given, and they tell the grid of the image tokens")
-    found = f"img_ids of shape {tuple(ids.shape)}"
+        raise InputError(f"{name}: none were given, and they tell the grid of the image tokens")
+    found = f"{name} of shape {tuple(ids.shape)}"
     ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].detach().double().cpu()
+    if image:
+        ids = ids[-given(image, module, args, kwargs).shape[1] :]
     images, rows, columns = ids.unbind(1)
     if (images != images[0]).any():
         raise InputError(

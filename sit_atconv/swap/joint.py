@@ -118,7 +118,7 @@ class JointATConv(SwappedLayer):
         self.text_share.zero_()
         for name in filter(None, self.graft.norms):
             for key, parameter in getattr(self, name).named_parameters() if getattr(self, name) is not None else ():
-                parameter.fill_(0 if key == "bias" else 1)
+                parameter.fill_(0 if key == "bias" else self.graft.norm_weight)
 
     def forward(self, *args, **kwargs):
         call = self.graft.project(self, self.reference.get(), args, kwargs)
@@ -164,6 +164,7 @@ class JointGraft(Graft):
     image, text: the linear maps of their queries, keys and values; the same names where they share them.
     norms: of the image's queries and keys, and of the text's, each per head; not there, or None: none.
     out, text_out: the output maps, a linear or a list with one first; None or not there: none.
+    more: further linear maps that the layer has too. norm_weight: where the weights of the norms start.
     """
 
     joint = True
@@ -174,6 +175,8 @@ class JointGraft(Graft):
     norms: tuple[str | None, ...] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     out: str | None = "to_out"
     text_out: str | None = "to_add_out"
+    more: tuple[str, ...] = ()
+    norm_weight: float = 1.0
 
     def inputs(
         self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
@@ -199,7 +202,7 @@ class JointGraft(Graft):
     def linears(self, attention: nn.Module) -> list[str]:
         """The linear maps that the layer has too."""
         found = []
-        for name in dict.fromkeys((*self.image, *self.text, self.out, self.text_out)):
+        for name in dict.fromkeys((*self.image, *self.text, *self.more, self.out, self.text_out)):
             part = None if name is None else getattr(attention, name, None)
             if part is not None:
                 found.append(f"{name}.0" if isinstance(part, nn.ModuleList) else name)
@@ -207,7 +210,7 @@ class JointGraft(Graft):
 
     def parts(self, attention: nn.Module) -> dict[str, nn.Module | None]:
         """What the layer has of the attention, by name; None for what is not there, or only unread text would need."""
-        names = filter(None, dict.fromkeys((*self.image, *self.text, self.text_out, *self.norms, self.out)))
+        names = filter(None, dict.fromkeys((*self.image, *self.text, *self.more, self.text_out, *self.norms, self.out)))
         unread = ()
         if self.text_out is not None and getattr(attention, self.text_out, None) is None:
             unread = (self.image[1], self.norms[1], self.text[0], self.norms[2])
@@ -218,7 +221,7 @@ class JointGraft(Graft):
             return reason
         if is_fused(attention):
             return "has fused projections; call unfuse_qkv_projections first"
-        wanted = (*self.image, *self.text, self.out)
+        wanted = (*self.image, *self.text, *self.more, self.out)
         missing = next((name for name in wanted if name and getattr(attention, name, None) is None), None)
         if missing is not None:
             return f"has no {missing}: it is no joint attention of the kind that this graft splits"
@@ -257,13 +260,21 @@ class JointGraft(Graft):
             None if each is None else each.unflatten(-1, (count, -1))
             for each, count in zip(made, (heads, kv_heads, kv_heads), strict=True)
         )
-        q, k = (_normalised(module, name, each) for name, each in zip(norms, (q, k), strict=True))
+        q, k = (self._normalised(module, name, each) for name, each in zip(norms, (q, k), strict=True))
         if rope is not None:
             q, k = (None if each is None else self.rotate(each, rope) for each in (q, k))
         q, k = (None if each is None else each.to(v.dtype) for each in (q, k))
         if heads != kv_heads:
             k, v = (None if each is None else each.repeat_interleave(heads // kv_heads, 2) for each in (k, v))
         return Heads(q, k, v)
+
+    def normalise(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys (B, tokens, heads, head_dim) by one of `norms`."""
+        return norm(part, x)
+
+    def _normalised(self, module: nn.Module, name: str | None, x: torch.Tensor | None) -> torch.Tensor | None:
+        part = None if name is None or x is None else getattr(module, name, None)
+        return x if part is None else self.normalise(part, x)
 
     def output(self, module: nn.Module, call: Call, text: torch.Tensor | None, image: torch.Tensor):
         """What the attention gives for text and image (B, tokens, channels) before their output maps."""
@@ -369,12 +380,6 @@ def _masks(mask: torch.Tensor | None, layout: Layout) -> tuple[torch.Tensor | No
         return keys, keys
     keys = torch.cat([mask[..., layout.text], mask[..., layout.image]], -1)
     return (keys, keys) if keys.shape[2] == 1 else (keys[:, :, layout.text], keys[:, :, layout.image])
-
-
-def _normalised(module: nn.Module, name: str | None, x: torch.Tensor | None) -> torch.Tensor | None:
-    """x by the norm of that name, if both are there."""
-    part = None if name is None or x is None else getattr(module, name, None)
-    return x if part is None else norm(part, x)
 
 
 def _applied(module: nn.Module, name: str | None, x: torch.Tensor) -> torch.Tensor:

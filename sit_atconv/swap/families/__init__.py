@@ -3,9 +3,18 @@
 from sit_atconv.swap.families import sit, vit  # noqa: F401  (registers their adapters)
 from sit_atconv.swap.families.auraflow import ATConvAuraFlowTransformer2DModel
 from sit_atconv.swap.families.chroma import ATConvChromaTransformer2DModel
+from sit_atconv.swap.families.cogview4 import ATConvCogView4Transformer2DModel
 from sit_atconv.swap.families.dit import ATConvDiTTransformer2DModel
 from sit_atconv.swap.families.flux import ATConvFluxTransformer2DModel
 from sit_atconv.swap.families.flux2 import ATConvFlux2Transformer2DModel
+from sit_atconv.swap.families.flux3 import ATConvFlux3Transformer2DModel
+from sit_atconv.swap.families.flux_like import (
+    ATConvBriaTransformer2DModel,
+    ATConvLongCatImageTransformer2DModel,
+    ATConvOvisImageTransformer2DModel,
+)
+from sit_atconv.swap.families.hunyuan_image import ATConvHunyuanImageTransformer2DModel
+from sit_atconv.swap.families.krea2 import ATConvKrea2Transformer2DModel
 from sit_atconv.swap.families.lumina2 import ATConvLumina2Transformer2DModel
 from sit_atconv.swap.families.pixart import ATConvPixArtTransformer2DModel
 from sit_atconv.swap.families.qwen_image import ATConvQwenImageTransformer2DModel
@@ -15,11 +24,18 @@ from sit_atconv.swap.families.z_image import ATConvZImageTransformer2DModel
 
 __all__ = [
     "ATConvAuraFlowTransformer2DModel",
+    "ATConvBriaTransformer2DModel",
     "ATConvChromaTransformer2DModel",
+    "ATConvCogView4Transformer2DModel",
     "ATConvDiTTransformer2DModel",
     "ATConvFlux2Transformer2DModel",
+    "ATConvFlux3Transformer2DModel",
     "ATConvFluxTransformer2DModel",
+    "ATConvHunyuanImageTransformer2DModel",
+    "ATConvKrea2Transformer2DModel",
+    "ATConvLongCatImageTransformer2DModel",
     "ATConvLumina2Transformer2DModel",
+    "ATConvOvisImageTransformer2DModel",
     "ATConvPixArtTransformer2DModel",
     "ATConvQwenImageTransformer2DModel",
     "ATConvSD3Transformer2DModel",
