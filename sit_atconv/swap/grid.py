@@ -198,13 +198,16 @@ def remove_hooks(module: nn.Module, used: set[int]) -> None:
 
 
 class _CheckpointOnGrid:
-    """checkpoint(function, *args), with the function run on the grid of now whenever it is run."""
+    """checkpoint(function, *args), with the function run on the grid of now whenever it is run.
+
+    diffusers' checkpoint takes no keywords, and its HunyuanImage gives some: they go to the function.
+    """
 
     def __init__(self, reference: GridReference, checkpoint: Callable):
         self.reference, self.checkpoint = reference, checkpoint
 
     def __call__(self, function: Callable, *args, **kwargs):
-        return self.checkpoint(partial(self._on, self.reference.now.shape, function), *args, **kwargs)
+        return self.checkpoint(partial(self._on, self.reference.now.shape, function, **kwargs), *args)
 
     def _on(self, shape: torch.Tensor, function: Callable, *args, **kwargs):
         now = self.reference.now  # of the thread that runs it: not always the one that it was checkpointed in

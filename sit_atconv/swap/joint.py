@@ -47,22 +47,27 @@ class Sequence(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where text and image stand in a sequence: slices, or indices (B, tokens) where samples differ in it."""
+    """Where text and image stand in a sequence: `text` tokens are of the text, and the image comes first or last; or
+    places: indices (B, tokens) of the text and of the image, where samples differ in it."""
 
-    text: slice | torch.Tensor
-    image: slice | torch.Tensor
+    text: int
+    image_first: bool = False
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text and image of x (B, S, ...)."""
-        if isinstance(self.text, slice):
-            return x[:, self.text], x[:, self.image]
-        return tuple(_picked(x, index) for index in self)
+    def split(self, x: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text and image of x, whose dimension `dim` is the sequence; with places, the second."""
+        if self.places is not None:
+            text, image = (_picked(x, index) for index in self.places)
+            return text, image
+        first = x.shape[dim] - self.text if self.image_first else self.text
+        parts = x.split([first, x.shape[dim] - first], dim)
+        return (parts[1], parts[0]) if self.image_first else (parts[0], parts[1])
 
     def join(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """The sequence (B, S, ...) of both."""
-        if not isinstance(self.text, slice):
-            return _picked(torch.cat([text, image], 1), torch.cat([self.text, self.image], 1).argsort(1))
-        return torch.cat([text, image] if self.image.start else [image, text], 1)
+        if self.places is not None:
+            return _picked(torch.cat([text, image], 1), torch.cat(self.places, 1).argsort(1))
+        return torch.cat([image, text] if self.image_first else [text, image], 1)
 
 
 def _picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -213,7 +218,7 @@ class JointGraft(Graft):
         names = filter(None, dict.fromkeys((*self.image, *self.text, *self.more, self.text_out, *self.norms, self.out)))
         unread = ()
         if self.text_out is not None and getattr(attention, self.text_out, None) is None:
-            unread = (self.image[1], self.norms[1], self.text[0], self.norms[2])
+            unread = (self.image[1], self.text[0], *self.norms[1:3])
         return {name: None if name in unread else getattr(attention, name, None) for name in names}
 
     def refusal(self, attention: nn.Module) -> str | None:
@@ -241,7 +246,7 @@ class JointGraft(Graft):
         found = self.inputs(*args, **kwargs)
         text = self.heads_of(module, self.text, self.norms[2:], found.text, found.text_rope)
         image = self.heads_of(module, self.image, self.norms[:2], found.image, found.image_rope)
-        layout, mask = Layout(slice(0, found.text.shape[1]), slice(found.text.shape[1], None)), found.mask
+        layout, mask = Layout(found.text.shape[1]), found.mask
         if mask is not None and mask.ndim == 2:
             mask = F.pad(mask.bool(), (0, found.image.shape[1]), value=True)
         return Call(text, image, found.image, _masks(mask, layout), layout)
@@ -260,7 +265,7 @@ class JointGraft(Graft):
             None if each is None else each.unflatten(-1, (count, -1))
             for each, count in zip(made, (heads, kv_heads, kv_heads), strict=True)
         )
-        q, k = (self._normalised(module, name, each) for name, each in zip(norms, (q, k), strict=True))
+        q, k = (self._normalised(module, name, each) for name, each in zip((*norms, None, None), (q, k), strict=False))
         if rope is not None:
             q, k = (None if each is None else self.rotate(each, rope) for each in (q, k))
         q, k = (None if each is None else each.to(v.dtype) for each in (q, k))
@@ -319,12 +324,7 @@ class SingleStreamGraft(JointGraft):
 
     def layout(self, found: Sequence, count: int) -> Layout:
         """Where the text is, and the image of `count` tokens."""
-        text = found.tokens.shape[1] - count
-        return (
-            Layout(slice(count, None), slice(0, count))
-            if self.image_first
-            else Layout(slice(0, text), slice(text, None))
-        )
+        return Layout(found.tokens.shape[1] - count, self.image_first)
 
     def project(self, module, grid, args, kwargs) -> Call:
         found, count = self.inputs(*args, **kwargs), math.prod(grid)
@@ -378,8 +378,8 @@ def _masks(mask: torch.Tensor | None, layout: Layout) -> tuple[torch.Tensor | No
     if mask.ndim == 2:
         keys = torch.cat(layout.split(mask.bool()), 1)[:, None, None]
         return keys, keys
-    keys = torch.cat([mask[..., layout.text], mask[..., layout.image]], -1)
-    return (keys, keys) if keys.shape[2] == 1 else (keys[:, :, layout.text], keys[:, :, layout.image])
+    keys = torch.cat(layout.split(mask, 3), 3)
+    return (keys, keys) if keys.shape[2] == 1 else layout.split(keys, 2)
 
 
 def _applied(module: nn.Module, name: str | None, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from sit_atconv.ops.atconv import on_grid
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import swap_attention
 from sit_atconv.swap.adapters import adapter_of
 from sit_atconv.swap.families import (
@@ -169,3 +170,58 @@ def test_a_padded_batch_is_its_samples_alone(kind):
     both = model(**together(kind, calls)).sample
     for mine, call in zip(both, calls, strict=True):
         torch.testing.assert_close(mine, model(**call).sample[0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_makes_no_grid_is_refused():
+    cases = {
+        "qwen_image": [
+            ({"img_shapes": [[(1, 3, 4), (1, 2, 2)]]}, "one image a sample"),
+            ({"img_shapes": [[(1, 3, 4)], [(1, 4, 3)]]}, "of one size in a batch"),
+            ({"img_shapes": [[(2, 3, 2)]]}, "of one frame"),
+            ({"img_shapes": None}, "img_shapes: none were given"),
+            ({"attention_kwargs": {"attention_mask": torch.ones(1, 17)}}, "attention_mask was given"),
+        ],
+        "z_image": [
+            ({"x": [[torch.zeros(4, 1, 6, 8)]]}, "several images in one sequence"),
+            ({"x": [torch.zeros(4, 1, 6, 8), torch.zeros(4, 1, 8, 6)]}, "one size in a batch"),
+            ({"x": [torch.zeros(4, 2, 6, 8)]}, "of one frame"),
+        ],
+        "flux2": [
+            ({"img_ids": torch.tensor([[10 * (i > 5), i // 4, i % 4, 0] for i in range(12)])}, "number 2 images"),
+            ({"kv_cache_mode": "extract"}, "kv_cache_mode was given"),
+        ],
+        "flux3": [({"image_cond_hidden_states": torch.zeros(1, 4, 4)}, "image_cond_hidden_states was given")],
+        "chroma": [({"attention_mask": torch.arange(17)[None] < 16}, "leaves out image tokens")],
+        "hunyuan_image": [({"hidden_states": torch.zeros(1, 4, 2, 3, 4)}, "without frames")],
+    }
+    for kind, refused in cases.items():
+        model = MODELS[kind]()
+        calib = [adapter_of(model).example(model, torch.Generator().manual_seed(0), GRID, 5)]
+        swap_attention(model, "all", joint="split", init="copy_vo", calib=calib)
+        for changed, said in refused:
+            with pytest.raises(InputError, match=said):
+                model(**calib[0] | changed)
+
+
+@torch.no_grad()
+def test_joint_attention_stays_unless_told_and_the_refiners_go():
+    for kind, wanted in (
+        ("z_image", ["noise_refiner.0.attention"]), ("lumina2", ["noise_refiner.0.attn"]),
+        ("flux3", ["mode_blocks.image.0.attn"]),
+    ):  # fmt: skip
+        model = MODELS[kind]()
+        calib = [adapter_of(model).example(model, torch.Generator().manual_seed(0), GRID, 5)]
+        assert list(swap_attention(model, "all", calib=calib).layers) == wanted
+    with pytest.raises(InputError, match=r"joint='split'"):
+        swap_attention(MODELS["krea2"](), "all")
+
+
+def test_a_text_of_padding_alone_gives_nothing_to_read():
+    """As in the attention, what attends to no token reads zeros; gradients are finite too."""
+    model, _, calls = swapped("qwen_image")
+    batch = together("qwen_image", calls)
+    batch["encoder_hidden_states_mask"][1] = False
+    output = model(**batch).sample
+    output.square().sum().backward()
+    assert output.isfinite().all()
+    assert all(each.grad is None or each.grad.isfinite().all() for each in model.parameters())
