@@ -37,10 +37,13 @@ __getattr__, __dir__ = lazily(
         # The classes of swapped models have this module for their own, so diffusers finds them here when it loads a
         # pipeline. It looks for ModelMixin beside them.
         "ATConvAuraFlowTransformer2DModel": "sit_atconv.swap.families",
+        "ATConvBriaFiboTransformer2DModel": "sit_atconv.swap.families",
         "ATConvBriaTransformer2DModel": "sit_atconv.swap.families",
         "ATConvChromaTransformer2DModel": "sit_atconv.swap.families",
+        "ATConvCogView3PlusTransformer2DModel": "sit_atconv.swap.families",
         "ATConvCogView4Transformer2DModel": "sit_atconv.swap.families",
         "ATConvDiTTransformer2DModel": "sit_atconv.swap.families",
+        "ATConvErnieImageTransformer2DModel": "sit_atconv.swap.families",
         "ATConvFlux2Transformer2DModel": "sit_atconv.swap.families",
         "ATConvFlux3Transformer2DModel": "sit_atconv.swap.families",
         "ATConvFluxTransformer2DModel": "sit_atconv.swap.families",

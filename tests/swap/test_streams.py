@@ -13,7 +13,8 @@ from sit_atconv.swap.adapters import adapter_of
 from sit_atconv.swap.families import (
     auraflow,
     chroma,
-    cogview4,
+    cogview,
+    ernie_image,
     flux2,
     flux3,
     flux_like,
@@ -32,12 +33,14 @@ PADDED = {
     "lumina2": "encoder_attention_mask", "qwen_image": "encoder_hidden_states_mask",
 }  # fmt: skip
 MODELS = {
-    "auraflow": auraflow._tiny, "bria": flux_like._tiny_bria, "chroma": chroma._tiny, "cogview4": cogview4._tiny,
-    "flux2": flux2._tiny, "flux3": flux3._tiny, "hunyuan_image": hunyuan_image._tiny, "krea2": krea2._tiny,
+    "auraflow": auraflow._tiny, "bria": flux_like._tiny_bria, "chroma": chroma._tiny, "cogview3": cogview._tiny_3,
+    "cogview4": cogview._tiny_4, "ernie_image": ernie_image._tiny, "fibo": flux_like._tiny_fibo, "flux2": flux2._tiny,
+    "flux3": flux3._tiny, "hunyuan_image": hunyuan_image._tiny, "krea2": krea2._tiny,
     "longcat": flux_like._tiny_longcat, "lumina2": lumina2._tiny, "ovis": flux_like._tiny_ovis,
     "qwen_image": qwen_image._tiny, "z_image": z_image._tiny,
 }  # fmt: skip
-IMAGE_FIRST = ("hunyuan_image", "z_image")
+RAGGED = (*PADDED, "ernie_image", "fibo", "z_image")  # those that take texts of several lengths in a batch
+IMAGE_FIRST = ("ernie_image", "hunyuan_image", "z_image")
 families = pytest.mark.parametrize("kind", MODELS)
 
 
@@ -52,7 +55,7 @@ def as_double(inputs):
 
 def alone(kind, model):
     """A call for each of two samples, of texts of two lengths where the model takes such."""
-    lengths = LENGTHS if kind in (*PADDED, "z_image") else (5, 5)
+    lengths = LENGTHS if kind in RAGGED else (5, 5)
     generator = torch.Generator().manual_seed(1)
     calls = [as_double(adapter_of(model).example(model, generator, GRID, length)) for length in lengths]
     for call, count in zip(calls, (4, 2), strict=True) if kind == "cogview4" else ():  # its mask adds to logits
@@ -66,22 +69,31 @@ def alone(kind, model):
     ]
 
 
+def filled(first, second):
+    """Texts (1, T, ...) in a batch; the shorter is filled up with large numbers."""
+    missing = first.shape[1] - second.shape[1]
+    return torch.cat([first, F.pad(second, (0, 0) * (first.ndim - 2) + (0, missing), value=9.0)])
+
+
 def together(kind, calls):
-    """Both in a batch: the shorter text is padded with large numbers, and a mask says so."""
+    """Both in a batch: the shorter text is padded, and a mask or a length says so."""
     first, second = calls
     batch = dict(first)
     for name, each in first.items():
-        if isinstance(each, list):
+        if name == "text_encoder_layers":
+            batch[name] = [filled(*both) for both in zip(each, second[name], strict=True)]
+        elif isinstance(each, list):
             batch[name] = each + second[name]
-        elif name == "encoder_hidden_states":
-            missing = each.shape[1] - second[name].shape[1]
-            filled = F.pad(second[name], (0, 0) * (each.ndim - 2) + (0, missing), value=9.0)
-            batch[name] = torch.cat([each, filled])
+        elif name in ("encoder_hidden_states", "text_bth"):
+            batch[name] = filled(each, second[name])
         elif torch.is_tensor(each) and not name.endswith("_ids"):
             batch[name] = torch.cat([each, second[name]]) if each.shape == second[name].shape else each
+    counts = torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS)[:, None]
+    whole = F.pad(counts, (0, COUNT), value=True)
     if kind in PADDED:
-        counts = torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS)[:, None]
-        batch[PADDED[kind]] = F.pad(counts, (0, COUNT), value=True) if kind == "chroma" else counts
+        batch[PADDED[kind]] = whole if kind == "chroma" else counts
+    elif kind == "fibo":
+        batch["joint_attention_kwargs"] = {"attention_mask": whole[:, None, None]}
     return batch
 
 

@@ -3,12 +3,14 @@
 from sit_atconv.swap.families import sit, vit  # noqa: F401  (registers their adapters)
 from sit_atconv.swap.families.auraflow import ATConvAuraFlowTransformer2DModel
 from sit_atconv.swap.families.chroma import ATConvChromaTransformer2DModel
-from sit_atconv.swap.families.cogview4 import ATConvCogView4Transformer2DModel
+from sit_atconv.swap.families.cogview import ATConvCogView3PlusTransformer2DModel, ATConvCogView4Transformer2DModel
 from sit_atconv.swap.families.dit import ATConvDiTTransformer2DModel
+from sit_atconv.swap.families.ernie_image import ATConvErnieImageTransformer2DModel
 from sit_atconv.swap.families.flux import ATConvFluxTransformer2DModel
 from sit_atconv.swap.families.flux2 import ATConvFlux2Transformer2DModel
 from sit_atconv.swap.families.flux3 import ATConvFlux3Transformer2DModel
 from sit_atconv.swap.families.flux_like import (
+    ATConvBriaFiboTransformer2DModel,
     ATConvBriaTransformer2DModel,
     ATConvLongCatImageTransformer2DModel,
     ATConvOvisImageTransformer2DModel,
@@ -24,10 +26,13 @@ from sit_atconv.swap.families.z_image import ATConvZImageTransformer2DModel
 
 __all__ = [
     "ATConvAuraFlowTransformer2DModel",
+    "ATConvBriaFiboTransformer2DModel",
     "ATConvBriaTransformer2DModel",
     "ATConvChromaTransformer2DModel",
+    "ATConvCogView3PlusTransformer2DModel",
     "ATConvCogView4Transformer2DModel",
     "ATConvDiTTransformer2DModel",
+    "ATConvErnieImageTransformer2DModel",
     "ATConvFlux2Transformer2DModel",
     "ATConvFlux3Transformer2DModel",
     "ATConvFluxTransformer2DModel",
