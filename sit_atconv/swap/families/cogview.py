@@ -63,7 +63,7 @@ def _example(model: nn.Module, generator: torch.Generator, grid: Grid = None, te
     }
 
 
-class ATConvCogView3PlusTransformer2DModel(TakesLoRA, Swapped, CogView3PlusTransformer2DModel):
+class ATConvCogView3PlusTransformer2DModel(Swapped, CogView3PlusTransformer2DModel):
     """CogView3-Plus with ATConv for its image queries."""
 
 
