@@ -65,8 +65,9 @@ class Graft:
         """Start a joint layer from the mean of `text_share` over the calibration inputs."""
         raise NotImplementedError
 
-    def approximated(self, layer: KernelGenerator, output) -> torch.Tensor:
-        """What ATConv has a part in of an output of the attention or the layer: the error is measured on it."""
+    def approximated(self, layer: KernelGenerator, output, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What ATConv has a part in of an output of the attention or the layer: the error is measured on it. args,
+        kwargs: of the call that gave it."""
         return output
 
     def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -92,7 +93,7 @@ def class_refusal(
     processors, if any are given."""
     if type(attention) is not wanted:
         return f"is a {kind_of(attention)}, not {of}{wanted.__name__}; register a Graft for it"
-    if processors and type(attention.processor) not in processors:
+    if processors and hasattr(attention, "processor") and type(attention.processor) not in processors:
         return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
     return None
 
@@ -126,12 +127,12 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
             continue
         parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
-    foreign = {}
+    foreign, norms = {}, getattr(getattr(layer, "graft", None), "norms", ())
     for name, module in maps.items():
         while hasattr(module, "base_layer"):
             module = module.base_layer
         plain = type(module) in (nn.Linear, TapLinear) and type(module.weight) is nn.Parameter
-        if "norm" not in name and not plain:
+        if "norm" not in name and name not in norms and not plain:
             foreign[name] = module
     return foreign
 
@@ -166,18 +167,52 @@ def qkv_observed(attention: nn.Module, x: torch.Tensor, args: tuple, kwargs: dic
     return observed(attention, value_of(attention.qkv), attention.proj, x, args, kwargs)
 
 
+class CalledSelfATConv(SelfATConv):
+    """`SelfATConv` that is called as the attention of another class, whose `graft` tells the tokens."""
+
+    def __init__(self, graft: "SelfAttentionGraft", *args):
+        super().__init__(*args)
+        self.graft = graft
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return super().forward(self.graft.tokens(*args, **kwargs))
+
+
 class SelfAttentionGraft(Graft):
-    """diffusers' `Attention` over image tokens alone: DiT, PixArt and U-Nets (attn1), SD3's second attention."""
+    """An attention over image tokens alone: diffusers' `Attention` in DiT, PixArt and U-Nets (attn1), SD3's second one.
 
+    For a class of one's own a subclass tells `cls`, its maps, and, where its tokens are not its first argument or
+    `hidden_states`, `tokens`:
+
+    value, out: the names of its maps; out is a linear or a list with one first.
+    """
+
+    cls: type[nn.Module] = Attention
     processors = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+    value: str = "to_v"
+    out: str = "to_out"
 
-    def refusal(self, attention: Attention) -> str | None:
-        if reason := class_refusal(attention, Attention, "diffusers' ", self.processors):
+    def tokens(self, hidden_states: torch.Tensor, *_, **__) -> torch.Tensor:
+        """The tokens (B, N, dim) of a call of the attention; the arguments are the attention's own."""
+        return hidden_states
+
+    def maps(self, attention: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+        """The value's and the output's."""
+        out = getattr(attention, self.out)
+        return getattr(attention, self.value), out[0] if isinstance(out, nn.ModuleList) else out
+
+    def refusal(self, attention: nn.Module) -> str | None:
+        own = "diffusers' " if self.cls is Attention else ""
+        if reason := class_refusal(attention, self.cls, own, self.processors):
             return reason
-        for trait, present in self.traits(attention).items():
+        if is_fused(attention):
+            return "has fused projections; call unfuse_qkv_projections first"
+        for trait, present in self.traits(attention).items() if self.cls is Attention else ():
             if present:
                 return f"{trait}: ATConv does not stand for that"
-        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+        out = f"{self.out}.0" if isinstance(getattr(attention, self.out), nn.ModuleList) else self.out
+        asked = [name for name in ("to_q", "to_k") if hasattr(attention, name)]
+        return linear_refusal(attention, *asked, self.value, out)
 
     def traits(self, attention: Attention) -> dict[str, bool]:
         """What ATConv does not stand for, and whether the attention has it."""
@@ -192,16 +227,18 @@ class SelfAttentionGraft(Graft):
             "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
         }
 
-    def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
-        out, dropout = attention.to_out
-        return SelfATConv(attention.to_v, out, reference, options, dropout.p)
+    def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> SelfATConv:
+        out = getattr(attention, self.out)
+        dropout = out[1].p if isinstance(out, nn.ModuleList) and len(out) > 1 else 0.0
+        arguments = (*self.maps(attention), reference, options, dropout)
+        return SelfATConv(*arguments) if self.cls is Attention else CalledSelfATConv(self, *arguments)
 
-    def copy(self, attention: Attention, layer: SelfATConv) -> None:
-        take_over(attention.to_v, attention.to_out[0], layer.to_v, layer.to_out[0])
+    def copy(self, attention: nn.Module, layer: SelfATConv) -> None:
+        take_over(*self.maps(attention), layer.to_v, layer.to_out[0])
 
     def observe(self, attention, layer, args, kwargs):
-        x = argument("hidden_states", args, kwargs)
-        return observed(attention, attention.to_v, attention.to_out[0], x, args, kwargs)
+        value, out = self.maps(attention)
+        return observed(attention, value, out, self.tokens(*args, **kwargs), args, kwargs)
 
 
 class SiTAttentionGraft(Graft):

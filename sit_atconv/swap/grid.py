@@ -1,5 +1,6 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -204,13 +205,16 @@ def _checkpoint_on_grid(module: nn.Module, reference: GridReference) -> None:
 
 
 class _CheckpointOnGrid:
-    """checkpoint(function, *args), with the function run on the grid of now whenever it is run."""
+    """checkpoint(function, *args), with the function run on the grid of now whenever it is run.
+
+    diffusers' checkpoint takes no keywords, and its HunyuanImage gives some: they go to the function.
+    """
 
     def __init__(self, reference: GridReference, checkpoint: Callable):
         self.reference, self.checkpoint = reference, checkpoint
 
     def __call__(self, function: Callable, *args, **kwargs):
-        return self.checkpoint(partial(self._on, self.reference.now.shape, function), *args, **kwargs)
+        return self.checkpoint(partial(self._on, self.reference.now.shape, function, **kwargs), *args)
 
     def _on(self, shape: torch.Tensor, function: Callable, *args, **kwargs):
         now = self.reference.now  # of the thread that runs it: not always the one that it was checkpointed in
@@ -232,6 +236,15 @@ def argument(name: str, args: tuple, kwargs: dict, position: int = 0):
     return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
 
 
+def given(name: str, module: nn.Module, args: tuple, kwargs: dict):
+    """The argument `name` of a call of `module`, by its signature; its default where it is not there."""
+    if name in kwargs:
+        return kwargs[name]
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments.get(name)
+
+
 def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
     """Of a diffusers model called with `hidden_states` (B, C, H, W), which it cuts into patches, or not."""
     height, width = argument("hidden_states", args, kwargs).shape[-2:]
@@ -240,19 +253,23 @@ def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]
 
 
 @torch.compiler.disable(
-    reason="a swapped Flux reads its grid from the values of img_ids, which a traced function cannot; compile the "
-    "model itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
+    reason="such a model reads its grid from the values of ids, which a traced function cannot; compile the model "
+    "itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
 )
-def raster_of_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
-    """Of Flux, whose tokens come packed: from `img_ids` (N, 3) or (1, N, 3), columns image, row and column.
+def ids_grid(module: nn.Module, args: tuple, kwargs: dict, name: str = "img_ids", image: str = "") -> tuple[int, int]:
+    """Of Flux and its like, whose tokens come packed: from ids (N, 3 or more) or (1, N, 3 or more), columns image, row
+    and column; those after are of the text.
 
+    name: the argument that they are. image: the argument (B, N, dim) that the last of them are of; "": all are.
     Raises InputError where they are no full raster of one image. The one value that is read, so it runs uncompiled.
     """
-    ids = argument("img_ids", args, kwargs, 4)
+    ids = given(name, module, args, kwargs)
     if ids is None:
-        raise InputError("img_ids: none were given, and they tell the grid of the image tokens")
-    found = f"img_ids of shape {tuple(ids.shape)}"
-    ids = (ids[0] if ids.ndim == 3 else ids).detach().double().cpu()
+        raise InputError(f"{name}: none were given, and they tell the grid of the image tokens")
+    found = f"{name} of shape {tuple(ids.shape)}"
+    ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].detach().double().cpu()
+    if image:
+        ids = ids[-given(image, module, args, kwargs).shape[1] :]
     images, rows, columns = ids.unbind(1)
     if (images != images[0]).any():
         raise InputError(

@@ -157,7 +157,7 @@ class PrefixGraft(Graft):
         seen = observed(attention, value, out, x, args, kwargs)
         return tuple(each[:, layer.prefix :] for each in seen)
 
-    def approximated(self, layer, output):
+    def approximated(self, layer, output, args, kwargs):
         return output[:, layer.prefix :]
 
 

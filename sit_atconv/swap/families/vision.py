@@ -66,7 +66,7 @@ class VisionGraft(PrefixGraft):
     def tokens(self, attention, args, kwargs) -> torch.Tensor:
         return argument("hidden_states", args, kwargs)
 
-    def approximated(self, layer, output):
+    def approximated(self, layer, output, args, kwargs):
         return output[0][:, layer.prefix :]
 
 
