@@ -13,21 +13,31 @@ from sit_atconv.ops.forward_mode import exact_derivatives, forward_mode
 from sit_atconv.runtime.errors import InputError
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend=None, parallel_config=None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    backend=None,
+    parallel_config=None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v for (B, N, heads, d) by the backend that diffusers is set to.
 
+    mask: of all backends that take one, as `scaled_dot_product_attention` takes it, for (B, heads, queries, keys).
     In forward mode (`torch.func.jvp`, dual tensors) on plain torch calls: fused kernels have no such derivatives.
     Raises RuntimeError for a context-parallel model there.
     """
     if not forward_mode():
-        return dispatch_attention_fn(q, k, v, backend=backend, parallel_config=parallel_config)
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel_config)
     if parallel_config is not None:
         raise RuntimeError(
             "context-parallel attention has no forward-mode derivatives (torch.func.jvp, dual tensors); "
             "take them of a model without it"
         )
     with exact_derivatives():
-        return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v))).transpose(1, 2)
+        return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)), attn_mask=mask).transpose(
+            1, 2
+        )
 
 
 class SiTAttnProcessor:

@@ -94,3 +94,14 @@ def latents(model: nn.Module, generator: torch.Generator, grid: Grid = None) -> 
         size = [side * patch for side in grid]
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(2, model.config.in_channels, height, width, generator=generator)
+
+
+@torch.no_grad()
+def randomised(model: nn.Module, std: float = 0.2) -> nn.Module:
+    """The model in evaluation mode, with weights drawn anew: for tiny ones, whose parts that start at zero hide errors.
+
+    Vectors (norms, biases) are drawn around the values that they have.
+    """
+    for parameter in model.parameters():
+        parameter.copy_(std * torch.randn_like(parameter) + (parameter if parameter.ndim < 2 else 0))
+    return model.eval()

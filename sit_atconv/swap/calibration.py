@@ -196,7 +196,8 @@ def compare_site(site: Site, args: tuple, kwargs: dict, output) -> None:
         site.call = tree_map(lambda each: each.to("meta") if isinstance(each, torch.Tensor) else each, (args, kwargs))
         site.grid = site.graft.grid(site.layer, args, kwargs)
     ours, theirs = (
-        site.graft.approximated(site.layer, each).double() for each in (site.layer(*args, **kwargs), output)
+        site.graft.approximated(site.layer, each, args, kwargs).double()
+        for each in (site.layer(*args, **kwargs), output)
     )
     _check_finite(site, theirs)
     site.squares[0] += (ours - theirs).square().sum().item()
@@ -236,6 +237,8 @@ def _materialised(site: Site) -> tuple[tuple, dict]:
     def random(value):
         if not isinstance(value, torch.Tensor):
             return value
+        if value.dtype == torch.bool:  # a mask, that lets all tokens count
+            return torch.ones(value.shape, dtype=value.dtype, device=device)
         if not value.is_floating_point():  # whole numbers, and turns of RoPE as complex ones: their values take no time
             return torch.zeros(value.shape, dtype=value.dtype, device=device)
         return torch.randn(value.shape, dtype=weight.dtype, device=device, generator=generator)

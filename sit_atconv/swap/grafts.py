@@ -64,8 +64,9 @@ class Graft:
         """Start a joint layer from the mean of `text_share` over the calibration inputs."""
         raise NotImplementedError
 
-    def approximated(self, layer: KernelGenerator, output) -> torch.Tensor:
-        """What ATConv has a part in of an output of the attention or the layer: the error is measured on it."""
+    def approximated(self, layer: KernelGenerator, output, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What ATConv has a part in of an output of the attention or the layer: the error is measured on it. args,
+        kwargs: of the call that gave it."""
         return output
 
     def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -123,12 +124,12 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
     for name, child in layer.named_children():
         parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
-    foreign = {}
+    foreign, norms = {}, getattr(getattr(layer, "graft", None), "norms", ())
     for name, module in maps.items():
         while hasattr(module, "base_layer"):
             module = module.base_layer
         plain = type(module) in (nn.Linear, TapLinear) and type(module.weight) is nn.Parameter
-        if "norm" not in name and not plain:
+        if "norm" not in name and name not in norms and not plain:
             foreign[name] = module
     return foreign
 
@@ -171,7 +172,14 @@ class SelfAttentionGraft(Graft):
     def refusal(self, attention: Attention) -> str | None:
         if reason := class_refusal(attention, Attention, "diffusers' ", self.processors):
             return reason
-        for trait, present in {
+        for trait, present in self.traits(attention).items():
+            if present:
+                return f"{trait}: ATConv does not stand for that"
+        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+
+    def traits(self, attention: Attention) -> dict[str, bool]:
+        """What ATConv does not stand for, and whether the attention has it."""
+        return {
             "attends to a context": attention.is_cross_attention,
             "attends jointly with text": attention.added_kv_proj_dim is not None,
             "normalises by group": attention.group_norm is not None,
@@ -180,10 +188,7 @@ class SelfAttentionGraft(Graft):
             "rescales its output": attention.rescale_output_factor != 1,
             "is causal": attention.is_causal,
             "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
-        }.items():
-            if present:
-                return f"{trait}: ATConv does not stand for that"
-        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+        }
 
     def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
         out, dropout = attention.to_out

@@ -1,5 +1,6 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -225,6 +226,15 @@ def argument(name: str, args: tuple, kwargs: dict, position: int = 0):
     return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
 
 
+def given(name: str, module: nn.Module, args: tuple, kwargs: dict):
+    """The argument `name` of a call of `module`, by its signature; its default where it is not there."""
+    if name in kwargs:
+        return kwargs[name]
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments.get(name)
+
+
 def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
     """Of a diffusers model called with `hidden_states` (B, C, H, W), which it cuts into patches, or not."""
     height, width = argument("hidden_states", args, kwargs).shape[-2:]
@@ -233,19 +243,20 @@ def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]
 
 
 @torch.compiler.disable(
-    reason="a swapped Flux reads its grid from the values of img_ids, which a traced function cannot; compile the "
+    reason="such a model reads its grid from the values of img_ids, which a traced function cannot; compile the "
     "model itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
 )
-def raster_of_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
-    """Of Flux, whose tokens come packed: from `img_ids` (N, 3) or (1, N, 3), columns image, row and column.
+def ids_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+    """Of Flux and its like, whose tokens come packed: from `img_ids` (N, 3 or more) or (1, N, 3 or more), columns
+    image, row and column; those after are of the text.
 
     Raises InputError where they are no full raster of one image. The one value that is read, so it runs uncompiled.
     """
-    ids = argument("img_ids", args, kwargs, 4)
+    ids = given("img_ids", module, args, kwargs)
     if ids is None:
         raise InputError("img_ids: none were given, and they tell the grid of the image tokens")
     found = f"img_ids of shape {tuple(ids.shape)}"
-    ids = (ids[0] if ids.ndim == 3 else ids).detach().double().cpu()
+    ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].detach().double().cpu()
     images, rows, columns = ids.unbind(1)
     if (images != images[0]).any():
         raise InputError(

@@ -1,11 +1,13 @@
-"""Joint attention over text and image, split: exact for the text, ATConv and a share of the text for the image."""
+"""Attention over text and image together, split: exact for the text, ATConv and a share of the text for the image."""
 
 import copy
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from sit_atconv.layers.attention import attend
@@ -15,11 +17,56 @@ from sit_atconv.runtime.compat.diffusers import attention_backend
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, class_refusal, is_fused, linear_refusal
 from sit_atconv.swap.grid import GridReference
-from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
+from sit_atconv.swap.layers import LayerOptions, SwappedLayer
 
-IMAGE_MAPS = ("to_q", "to_k", "to_v")
-TEXT_MAPS = ("add_q_proj", "add_k_proj", "add_v_proj")
-NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+class Streams(NamedTuple):
+    """A call with text and image apart, as `JointGraft.inputs` finds it.
+
+    image (B, N, dim), text (B, T, dim). image_rope, text_rope: their positions, as `JointGraft.rotate` takes them.
+    mask: (B, T), true where a text token counts, or (B, 1, queries, keys) over text and image in this order, as
+    `scaled_dot_product_attention` takes it; None: all count.
+    """
+
+    image: torch.Tensor
+    text: torch.Tensor
+    image_rope: object = None
+    text_rope: object = None
+    mask: torch.Tensor | None = None
+
+
+class Sequence(NamedTuple):
+    """A call with text and image in one sequence, as `SingleStreamGraft.inputs` finds it.
+
+    tokens (B, S, dim). rope: their positions. mask: (B, S), true where a token counts, or (B, 1, queries, keys).
+    """
+
+    tokens: torch.Tensor
+    rope: object = None
+    mask: torch.Tensor | None = None
+
+
+class Layout(NamedTuple):
+    """Where text and image stand in a sequence: slices, or indices (B, tokens) where samples differ in it."""
+
+    text: slice | torch.Tensor
+    image: slice | torch.Tensor
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text and image of x (B, S, ...)."""
+        if isinstance(self.text, slice):
+            return x[:, self.text], x[:, self.image]
+        return tuple(_picked(x, index) for index in self)
+
+    def join(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """The sequence (B, S, ...) of both."""
+        if not isinstance(self.text, slice):
+            return _picked(torch.cat([text, image], 1), torch.cat([self.text, self.image], 1).argsort(1))
+        return torch.cat([text, image] if self.image.start else [image, text], 1)
+
+
+def _picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.take_along_dim(index.view(*index.shape, *[1] * (x.ndim - 2)), 1)
 
 
 class Heads(NamedTuple):
@@ -30,44 +77,16 @@ class Heads(NamedTuple):
     v: torch.Tensor
 
 
-def project_streams(
-    module: nn.Module, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
-) -> tuple[Heads, Heads]:
-    """Text and image as `module` sees them, an attention with maps of its own for text, or the layer for it."""
-    if encoder_hidden_states is None:
-        raise InputError("a joint attention was called without encoder_hidden_states; the split needs the text tokens")
+class Call(NamedTuple):
+    """A call of an attention, projected. tokens (B, N, dim): of the image. masks: of queries of the text and of the
+    image, each over the keys of both, text first. rest: what else the output is made of."""
 
-    def heads(linear: nn.Linear | None, normalise: nn.Module | None, tokens, tables=None):
-        if linear is None:
-            return None
-        made = linear(tokens).unflatten(-1, (module.heads, -1))
-        made = made if normalise is None else norm(normalise, made)
-        return made if tables is None else apply_rotary_emb(made, tables, sequence_dim=1)
-
-    length = encoder_hidden_states.shape[1]
-    of_text = of_image = None
-    if image_rotary_emb is not None:
-        of_text, of_image = zip(*((table[:length], table[length:]) for table in image_rotary_emb), strict=True)
-    text = Heads(
-        heads(module.add_q_proj, module.norm_added_q, encoder_hidden_states, of_text),
-        heads(module.add_k_proj, module.norm_added_k, encoder_hidden_states, of_text),
-        heads(module.add_v_proj, None, encoder_hidden_states),
-    )
-    image = Heads(
-        heads(module.to_q, module.norm_q, hidden_states, of_image),
-        heads(module.to_k, module.norm_k, hidden_states, of_image),
-        heads(module.to_v, None, hidden_states),
-    )
-    return text, image
-
-
-def project_sequence(module: nn.Module, length: int, hidden_states, image_rotary_emb=None) -> tuple[Heads, Heads]:
-    """As `project_streams`, for one sequence that begins with `length` text tokens."""
-    q, k, v = (getattr(module, name)(hidden_states).unflatten(-1, (module.heads, -1)) for name in IMAGE_MAPS)
-    q, k = norm(module.norm_q, q), norm(module.norm_k, k)
-    if image_rotary_emb is not None:
-        q, k = (apply_rotary_emb(each, image_rotary_emb, sequence_dim=1) for each in (q, k))
-    return Heads(q[:, :length], k[:, :length], v[:, :length]), Heads(q[:, length:], k[:, length:], v[:, length:])
+    text: Heads
+    image: Heads
+    tokens: torch.Tensor
+    masks: tuple[torch.Tensor | None, torch.Tensor | None]
+    layout: Layout
+    rest: object = None
 
 
 class JointATConv(SwappedLayer):
@@ -77,115 +96,136 @@ class JointATConv(SwappedLayer):
         image  (1 - g_h) (K2 * v_I) + g_h softmax(q_I k_T) v_T         per head h
 
     K2 as `KernelGenerator` makes it from the image tokens, convolved on the grid that `reference` tells. Maps and norms
-    have the attention's names and sizes; those that only unread text would need are left out. The base of three.
+    have the attention's names and sizes; those that only unread text would need are left out. It is called as the
+    attention, and gives what that gives; `graft` tells both. The text is None where nothing reads it, in SD3's last
+    block. Raises InputError for what the graft refuses, such as an IP-Adapter's tokens or a missing text.
     """
 
-    def __init__(self, attention: nn.Module, reference: GridReference, options: LayerOptions, without: tuple = ()):
-        value = attention.to_v
-        super().__init__(value.in_features, value.out_features, reference, options)
-        self.heads = attention.heads
-        self.backend = attention_backend(attention.processor)
-        self.text_share = nn.Parameter(torch.empty(attention.heads))
-        self.to(value.weight.device, value.weight.dtype)
-        for name in (*IMAGE_MAPS, *TEXT_MAPS, "to_add_out"):
-            linear = getattr(attention, name, None)
-            setattr(self, name, None if linear is None or name in without else _fresh(linear))
-        for name in NORMS:
-            each = getattr(attention, name, None)
-            setattr(self, name, None if each is None or name in without else copy.deepcopy(each).requires_grad_())
-        out = getattr(attention, "to_out", None)
-        self.to_out = None if out is None else nn.ModuleList([_fresh(out[0]), nn.Dropout(out[1].p)])
+    def __init__(self, graft: "JointGraft", attention: nn.Module, reference: GridReference, options: LayerOptions):
+        super().__init__(*graft.sizes(attention), reference, options)
+        self.graft, self.heads, self.kv_heads = graft, graft.heads(attention), graft.kv_heads(attention)
+        self.backend = attention_backend(getattr(attention, "processor", None))
+        self.text_share = nn.Parameter(torch.empty(self.heads))
+        weight = attention.get_submodule(graft.linears(attention)[0]).weight
+        self.to(weight.device, weight.dtype)
+        for name, part in graft.parts(attention).items():
+            setattr(self, name, None if part is None else _fresh(part))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.text_share.zero_()
+        for name in filter(None, self.graft.norms):
+            for key, parameter in getattr(self, name).named_parameters() if getattr(self, name) is not None else ():
+                parameter.fill_(0 if key == "bias" else 1)
 
-    def attend(self, q: torch.Tensor, *others: Heads) -> torch.Tensor:
-        """softmax attention of q over the tokens of `others`."""
+    def forward(self, *args, **kwargs):
+        call = self.graft.project(self, self.reference.get(), args, kwargs)
+        return self.graft.output(self, call, *self.mix(call))
+
+    def attend(self, q: torch.Tensor, mask: torch.Tensor | None, *others: Heads) -> torch.Tensor:
+        """softmax attention of q over the tokens of `others`, the first ones that the mask is on."""
         k, v = (torch.cat([getattr(each, name) for each in others], 1) for name in "kv")
-        return attend(q, k, v, self.backend).to(v.dtype)
+        if mask is not None:
+            mask = mask[..., : k.shape[1]]
+            mask = mask.to(q.dtype) if mask.is_floating_point() else mask
+        return attend(q, k, v, self.backend, mask=mask).to(v.dtype)
 
-    def mix(self, text: Heads, image: Heads, image_tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def mix(self, call: Call) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Text (B, T, channels), None if it has no queries, and image (B, N, channels), before the output maps."""
-        grid, v = self.reference.get(), image.v.flatten(2)
-        convolved = dynamic_depthwise_conv(v, self.kernels(on_grid(image_tokens, grid)).to(v.dtype), grid)
+        grid, v, (of_text, of_image) = self.reference.get(), call.image.v.flatten(2), call.masks
+        convolved = dynamic_depthwise_conv(v, self.kernels(on_grid(call.tokens, grid)).to(v.dtype), grid)
         share = self.text_share.sigmoid().to(v.dtype)[:, None]
-        mixed = (1 - share) * convolved.unflatten(-1, (self.heads, -1)) + share * self.attend(image.q, text)
-        return None if text.q is None else self.attend(text.q, text, image).flatten(2), mixed.flatten(2)
+        read = self.attend(call.image.q, of_image, call.text)
+        mixed = (1 - share) * convolved.unflatten(-1, (self.heads, -1)) + share * read
+        text = None if call.text.q is None else self.attend(call.text.q, of_text, call.text, call.image).flatten(2)
+        return text, mixed.flatten(2)
 
 
-def _fresh(linear: nn.Linear) -> nn.Linear:
-    weight = linear.weight
+def _fresh(part: nn.Module) -> nn.Module:
+    """A copy that can be trained; of a linear map its sizes alone, as its weights come from `reset_parameters`."""
+    if isinstance(part, nn.ModuleList):
+        return nn.ModuleList([_fresh(each) for each in part])
+    if not isinstance(part, nn.Linear):
+        return copy.deepcopy(part).requires_grad_()
+    weight = part.weight
     return nn.Linear(
-        linear.in_features, linear.out_features, linear.bias is not None, device=weight.device, dtype=weight.dtype
+        part.in_features, part.out_features, part.bias is not None, device=weight.device, dtype=weight.dtype
     )
 
 
-class StreamsJointATConv(JointATConv):
-    """For SD3's blocks and Flux's double ones: image (B, N, dim) and text (B, T, dim) -> both, each (B, tokens, dim).
+class JointGraft(Graft):
+    """An attention over text and image together that is called with both apart: softmax(q k^T / sqrt(head_dim)) v.
 
-    The text is None where nothing reads it, in SD3's last block. Raises InputError for an attention mask that would
-    have counted, for an IP-adapter's tokens and where the text is missing.
+    A subclass tells its class and the names of its parts, and, where it is not called as diffusers calls one, `inputs`:
+
+    cls: of the attention. processors: those that do the work; none: the class itself does it.
+    image, text: the linear maps of their queries, keys and values; the same names where they share them.
+    norms: of the image's queries and keys, and of the text's, each per head; not there, or None: none.
+    out, text_out: the output maps, a linear or a list with one first; None or not there: none.
     """
 
-    def __init__(self, attention: nn.Module, reference: GridReference, options: LayerOptions):
-        self_only = ("to_k", "norm_k", "add_q_proj", "norm_added_q")  # what text queries ask with, and ask of the image
-        super().__init__(attention, reference, options, self_only if attention.to_add_out is None else ())
-        self.masked = isinstance(attention, FluxAttention)  # SD3's attention takes a mask and does not look at it
-
-    def forward(
-        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **extra
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        refuse(attention_mask=attention_mask if self.masked else None, ip_hidden_states=extra.get("ip_hidden_states"))
-        text, image = project_streams(self, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
-        text, image = self.mix(text, image, hidden_states)
-        return self.to_out[1](self.to_out[0](image)), None if text is None else self.to_add_out(text)
-
-
-class SequenceJointATConv(JointATConv):
-    """For Flux's single blocks: one sequence of text and image (B, T + N, dim) -> (B, T + N, dim), no output map."""
-
-    def forward(
-        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
-    ) -> torch.Tensor:
-        refuse(attention_mask=attention_mask)
-        length = text_length(hidden_states, self.reference)
-        text, image = project_sequence(self, length, hidden_states, image_rotary_emb)
-        return torch.cat(self.mix(text, image, hidden_states[:, length:]), 1)
-
-
-def text_length(sequence: torch.Tensor, reference: GridReference) -> int:
-    """How many text tokens (B, T + N, dim) begins with, N filling the grid. Raises InputError where there is none."""
-    height, width = reference.get()
-    length = sequence.shape[1] - height * width
-    if length <= 0:
-        raise InputError(
-            f"a sequence of {sequence.shape[1]} tokens has no text before an image of {height} x {width}; give text, "
-            "and ids of the whole image"
-        )
-    return length
-
-
-class JointGraft(Graft):
-    """The base of the joint grafts. cls, processor: of the attention. maps: linears that each has."""
-
     joint = True
-    cls: type[nn.Module]
-    processor: type
-    maps: tuple[str, ...]
+    cls: type[nn.Module] = Attention
+    processors: tuple[type, ...] = ()
+    image: tuple[str, str, str] = ("to_q", "to_k", "to_v")
+    text: tuple[str, str, str] = ("add_q_proj", "add_k_proj", "add_v_proj")
+    norms: tuple[str | None, ...] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    out: str | None = "to_out"
+    text_out: str | None = "to_add_out"
+
+    def inputs(
+        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
+    ) -> Streams:
+        """What a call of the attention is on; its arguments are the attention's own. image_rotary_emb: a pair of
+        tables over text and image."""
+        text = with_text(encoder_hidden_states)
+        return Streams(hidden_states, text, *ropes_of(image_rotary_emb, text.shape[1]), attention_mask)
+
+    def rotate(self, x: torch.Tensor, rope) -> torch.Tensor:
+        """Queries or keys (B, tokens, heads, head_dim) at their positions."""
+        return apply_rotary_emb(x, rope, sequence_dim=1)
+
+    def kv_heads(self, attention: nn.Module) -> int:
+        """How many heads keys and values have, which the heads of queries share in groups."""
+        return self.heads(attention)
+
+    def sizes(self, attention: nn.Module) -> tuple[int, int]:
+        """Channels of the tokens, and of what is mixed."""
+        queries = getattr(attention, self.image[0])
+        return queries.in_features, queries.out_features
+
+    def linears(self, attention: nn.Module) -> list[str]:
+        """The linear maps that the layer has too."""
+        found = []
+        for name in dict.fromkeys((*self.image, *self.text, self.out, self.text_out)):
+            part = None if name is None else getattr(attention, name, None)
+            if part is not None:
+                found.append(f"{name}.0" if isinstance(part, nn.ModuleList) else name)
+        return found
+
+    def parts(self, attention: nn.Module) -> dict[str, nn.Module | None]:
+        """What the layer has of the attention, by name; None for what is not there, or only unread text would need."""
+        names = filter(None, dict.fromkeys((*self.image, *self.text, self.text_out, *self.norms, self.out)))
+        unread = ()
+        if self.text_out is not None and getattr(attention, self.text_out, None) is None:
+            unread = (self.image[1], self.norms[1], self.text[0], self.norms[2])
+        return {name: None if name in unread else getattr(attention, name, None) for name in names}
 
     def refusal(self, attention: nn.Module) -> str | None:
-        if reason := class_refusal(attention, self.cls, processors=(self.processor,)):
+        if reason := class_refusal(attention, self.cls, processors=self.processors):
             return reason
         if is_fused(attention):
             return "has fused projections; call unfuse_qkv_projections first"
-        missing = next((name for name in self.maps if getattr(attention, name.split(".")[0], None) is None), None)
+        wanted = (*self.image, *self.text, self.out)
+        missing = next((name for name in wanted if name and getattr(attention, name, None) is None), None)
         if missing is not None:
             return f"has no {missing}: it is no joint attention of the kind that this graft splits"
-        also = () if getattr(attention, "to_add_out", None) is None else ("to_add_out",)
-        return linear_refusal(attention, *self.maps, *also)
+        return linear_refusal(attention, *self.linears(attention))
+
+    def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> JointATConv:
+        return JointATConv(self, attention, reference, options)
 
     def copy(self, attention: nn.Module, layer: JointATConv) -> None:
         """All maps as they are: the value's bias stays in the value, as text queries attend to it beside text's."""
@@ -193,24 +233,153 @@ class JointGraft(Graft):
         shared = {name: tensor for name, tensor in attention.state_dict().items() if name in ours}
         layer.load_state_dict(shared, strict=False)
 
-    def project(self, attention: nn.Module, layer: JointATConv, args: tuple, kwargs: dict) -> tuple[Heads, Heads]:
-        """Text and image, as the attention projects them."""
-        return project_streams(attention, *args, **kwargs)
+    def project(self, module: nn.Module, grid: tuple[int, ...], args: tuple, kwargs: dict) -> Call:
+        """A call of the attention, or of the layer for it, which `module` is, on a grid."""
+        found = self.inputs(*args, **kwargs)
+        text = self.heads_of(module, self.text, self.norms[2:], found.text, found.text_rope)
+        image = self.heads_of(module, self.image, self.norms[:2], found.image, found.image_rope)
+        layout, mask = Layout(slice(0, found.text.shape[1]), slice(found.text.shape[1], None)), found.mask
+        if mask is not None and mask.ndim == 2:
+            mask = F.pad(mask.bool(), (0, found.image.shape[1]), value=True)
+        return Call(text, image, found.image, _masks(mask, layout), layout)
+
+    def heads_of(self, module: nn.Module, maps: tuple, norms: tuple, tokens: torch.Tensor, rope) -> Heads:
+        """Queries, keys and values of tokens (B, n, dim) by the maps of these names."""
+        linears = [getattr(module, name) for name in maps]
+        made = [None if linear is None else linear(tokens) for linear in linears]
+        return self.headed(module, norms, made, rope)
+
+    def headed(self, module: nn.Module, norms: tuple, made: list, rope) -> Heads:
+        """Queries, keys and values (B, n, channels), or None, as heads: normalised, rotated, as many of each."""
+        heads = self.heads(module)
+        kv_heads = module.kv_heads if isinstance(module, JointATConv) else self.kv_heads(module)
+        q, k, v = (
+            None if each is None else each.unflatten(-1, (count, -1))
+            for each, count in zip(made, (heads, kv_heads, kv_heads), strict=True)
+        )
+        q, k = (_normalised(module, name, each) for name, each in zip(norms, (q, k), strict=True))
+        if rope is not None:
+            q, k = (None if each is None else self.rotate(each, rope) for each in (q, k))
+        q, k = (None if each is None else each.to(v.dtype) for each in (q, k))
+        if heads != kv_heads:
+            k, v = (None if each is None else each.repeat_interleave(heads // kv_heads, 2) for each in (k, v))
+        return Heads(q, k, v)
+
+    def output(self, module: nn.Module, call: Call, text: torch.Tensor | None, image: torch.Tensor):
+        """What the attention gives for text and image (B, tokens, channels) before their output maps."""
+        return _applied(module, self.out, image), None if text is None else _applied(module, self.text_out, text)
+
+    def approximated(self, layer, output, args, kwargs):
+        return output[0]
 
     def text_share(self, attention, layer, args, kwargs) -> torch.Tensor:
-        text, image = self.project(attention, layer, args, kwargs)
-        ones, zeros = text._replace(v=torch.ones_like(text.v)), image._replace(v=torch.zeros_like(image.v))
-        return layer.attend(image.q, ones, zeros)[..., 0].double().mean((0, 1))
+        call = self.project(attention, layer.reference.get(), args, kwargs)
+        ones = call.text._replace(v=torch.ones_like(call.text.v))
+        zeros = call.image._replace(v=torch.zeros_like(call.image.v))
+        return layer.attend(call.image.q, call.masks[1], ones, zeros)[..., 0].double().mean((0, 1))
 
     @torch.no_grad()
     def settle(self, layer: JointATConv, share: torch.Tensor) -> None:
         layer.text_share.copy_(share.clamp(1e-3, 1 - 1e-3).logit())
 
     def observe(self, attention, layer, args, kwargs):
-        text, image = self.project(attention, layer, args, kwargs)
+        call = self.project(attention, layer.reference.get(), args, kwargs)
         share = layer.text_share.double().sigmoid()[:, None]
-        mixed, read = layer.attend(image.q, text, image), layer.attend(image.q, text)
-        return image.v.flatten(2), ((mixed.double() - share * read.double()) / (1 - share)).flatten(2)
+        mixed = layer.attend(call.image.q, call.masks[1], call.text, call.image)
+        read = layer.attend(call.image.q, call.masks[1], call.text)
+        return call.image.v.flatten(2), ((mixed.double() - share * read.double()) / (1 - share)).flatten(2)
 
-    def approximated(self, layer, output):
-        return output[0]
+
+class SingleStreamGraft(JointGraft):
+    """An attention over one sequence of text and image, with maps for both: as `JointGraft`, of which `text` and
+    `text_out` say nothing here.
+
+    image_first: whether the image begins the sequence; else it ends it. All other tokens are text, padding too.
+    """
+
+    text = ()
+    norms = ("norm_q", "norm_k")
+    text_out = None
+    image_first = False
+
+    def inputs(self, hidden_states, attention_mask=None, image_rotary_emb=None, **_) -> Sequence:
+        """What a call of the attention is on; its arguments are the attention's own."""
+        return Sequence(hidden_states, image_rotary_emb, attention_mask)
+
+    def layout(self, found: Sequence, count: int) -> Layout:
+        """Where the text is, and the image of `count` tokens."""
+        text = found.tokens.shape[1] - count
+        return (
+            Layout(slice(count, None), slice(0, count))
+            if self.image_first
+            else Layout(slice(0, text), slice(text, None))
+        )
+
+    def project(self, module, grid, args, kwargs) -> Call:
+        found, count = self.inputs(*args, **kwargs), math.prod(grid)
+        if found.tokens.shape[1] <= count:
+            raise InputError(
+                f"a sequence of {found.tokens.shape[1]} tokens has no text beside an image of "
+                f"{' x '.join(map(str, grid))}; give text, and ids of the whole image"
+            )
+        whole, rest = self.whole(module, found)
+        layout = self.layout(found, count)
+        text, image = zip(*(layout.split(each) for each in whole), strict=True)
+        _, tokens = layout.split(found.tokens)
+        return Call(Heads(*text), Heads(*image), tokens, _masks(found.mask, layout), layout, rest)
+
+    def whole(self, module: nn.Module, found: Sequence) -> tuple[Heads, object]:
+        """Queries, keys and values of the sequence, and what else of it `output` takes."""
+        return self.heads_of(module, self.image, self.norms, found.tokens, found.rope), None
+
+    def output(self, module, call, text, image):
+        return _applied(module, self.out, call.layout.join(text, image))
+
+    def approximated(self, layer, output, args, kwargs):
+        layout = self.layout(self.inputs(*args, **kwargs), math.prod(layer.reference.get()))
+        return layout.split(output)[1]
+
+
+def with_text(text: torch.Tensor | None) -> torch.Tensor:
+    """The text of a call. Raises InputError where it is missing."""
+    if text is None:
+        raise InputError("a joint attention was called without encoder_hidden_states; the split needs the text tokens")
+    return text
+
+
+def ropes_of(tables: tuple[torch.Tensor, ...] | None, length: int) -> tuple:
+    """Those of the image and of the text, of tables (S, ...) over both, which begin with text of this length."""
+    if tables is None:
+        return None, None
+    return tuple(each[length:] for each in tables), tuple(each[:length] for each in tables)
+
+
+def rotated(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """x (B, tokens, heads, head_dim), pairs of neighbours times complex turns (tokens, d / 2) or (B, tokens, d / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns.unsqueeze(-2)).flatten(-2).type_as(x)
+
+
+def _masks(mask: torch.Tensor | None, layout: Layout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of queries of the text and of the image, over text and image: (B, 1, 1 or queries, keys)."""
+    if mask is None:
+        return None, None
+    if mask.ndim == 2:
+        keys = torch.cat(layout.split(mask.bool()), 1)[:, None, None]
+        return keys, keys
+    keys = torch.cat([mask[..., layout.text], mask[..., layout.image]], -1)
+    return (keys, keys) if keys.shape[2] == 1 else (keys[:, :, layout.text], keys[:, :, layout.image])
+
+
+def _normalised(module: nn.Module, name: str | None, x: torch.Tensor | None) -> torch.Tensor | None:
+    """x by the norm of that name, if both are there."""
+    part = None if name is None or x is None else getattr(module, name, None)
+    return x if part is None else norm(part, x)
+
+
+def _applied(module: nn.Module, name: str | None, x: torch.Tensor) -> torch.Tensor:
+    """x through the output map of that name, one or several in turn."""
+    part = None if name is None else getattr(module, name, None)
+    for each in () if part is None else part if isinstance(part, nn.ModuleList) else (part,):
+        x = each(x)
+    return x

@@ -39,13 +39,6 @@ class SwappedLayer(KernelGenerator):
         super().__init__(dim, channels, options.kernel_size, pool=options.pool)
         self.reference = reference
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for name, parameter in self.named_parameters():
-            if name.startswith("norm_"):
-                parameter.fill_(0 if name.endswith("bias") else 1)
-
     def __prepare_scriptable__(self):
         raise InputError(
             "torch.jit.script: a swapped layer gets its grid from hooks in Python, which a script cannot hold; use "

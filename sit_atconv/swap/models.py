@@ -29,7 +29,9 @@ from sit_atconv.swap.stored import install
 LAYERS = range(limits.BLOCKS.most + 1)
 CONFIG_FORM = {
     "num_layers?": (LAYERS, None), "num_single_layers?": (LAYERS, None), "layers_per_block?": (LAYERS, [LAYERS]),
-    "transformer_layers_per_block?": (LAYERS, [object]), "atconv?": dict,
+    "transformer_layers_per_block?": (LAYERS, [object]), "num_refiner_layers?": (LAYERS, None),
+    "num_mmdit_layers?": (LAYERS, None), "num_single_dit_layers?": (LAYERS, None), "n_layers?": (LAYERS, None),
+    "n_refiner_layers?": (LAYERS, None), "approximator_layers?": (LAYERS, None), "atconv?": dict,
 }  # fmt: skip
 
 logger = logging.get_logger(__name__)

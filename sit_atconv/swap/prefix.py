@@ -88,7 +88,7 @@ class PrefixGraft(Graft):
         seen = qkv_observed(attention, argument("x", args, kwargs), args, kwargs)
         return tuple(each[:, layer.prefix :] for each in seen)
 
-    def approximated(self, layer, output):
+    def approximated(self, layer, output, args, kwargs):
         return output[:, layer.prefix :]
 
 

@@ -133,5 +133,6 @@ def _error(site: Site, grid: tuple[int, int], args: tuple, kwargs: dict, output)
     if site.reference is not None:
         site.reference.set(grid, next(site.layer.parameters()).device)
     args, kwargs = tree_map(_at_least_fp32, (args, kwargs))
-    ours, theirs = (site.graft.approximated(site.layer, each) for each in (site.layer(*args, **kwargs), output))
+    outputs = site.layer(*args, **kwargs), output
+    ours, theirs = (site.graft.approximated(site.layer, each, args, kwargs) for each in outputs)
     return (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum().clamp_min(1e-12)

@@ -446,7 +446,7 @@ def test_what_a_layer_cannot_do_it_refuses():
     with pytest.raises(InputError, match="attention_mask was given"):
         swap.layers["transformer_blocks.0.attn"](torch.zeros(1, 12, 16), torch.zeros(1, 5, 16), torch.ones(1))
     single = swap.layers["single_transformer_blocks.0.attn"]
-    with pytest.raises(InputError, match="12 tokens has no text before an image of 3 x 4"):
+    with pytest.raises(InputError, match="12 tokens has no text beside an image of 3 x 4"):
         single(hidden_states=torch.zeros(1, 12, 16))
     model, swap, inputs = swapped("sd3")
     model(**inputs(grid))

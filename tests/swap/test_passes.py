@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sit_atconv import swap_attention
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.hooks import recorded
-from sit_atconv.swap.grid import raster_of_ids
+from sit_atconv.swap.grid import ids_grid
 
 KINDS = ("dit", "pixart", "unet", "sd3", "flux", "vit")
 WIDE, HIGH = (2, 6), (6, 2)  # as many tokens
@@ -373,7 +373,7 @@ def rounded(grid, dtype):
 def test_a_raster_in_any_precision_tells_its_grid(grid, dtype):
     ids = rounded(grid, dtype)
     for each in (ids, ids[None], ids.float(), ids + torch.tensor([1, 0, 0], dtype=dtype)):
-        assert raster_of_ids(None, (), {"img_ids": each}) == grid
+        assert ids_grid(None, (), {"img_ids": each}) == grid
 
 
 def test_what_is_no_raster_has_no_grid():
@@ -389,10 +389,10 @@ def test_what_is_no_raster_has_no_grid():
             raster((3, 4)).view(3, 4, 3).transpose(0, 1).flatten(0, 1),
         ):  # fmt: skip
             with pytest.raises(InputError, match="are no full raster"):
-                raster_of_ids(None, (), {"img_ids": ids.to(dtype)})
+                ids_grid(None, (), {"img_ids": ids.to(dtype)})
     kontext = torch.cat([raster((3, 300)), raster((2, 4)) + torch.tensor([1.0, 0, 0])])
     with pytest.raises(InputError, match="number 2 images"):
-        raster_of_ids(None, (), {"img_ids": kontext.bfloat16()})
+        ids_grid(None, (), {"img_ids": kontext.bfloat16()})
 
 
 def wrong_outputs(tiny, kinds, seconds):

@@ -4,55 +4,52 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
 
 from sit_atconv.swap.adapters import Grid
-from sit_atconv.swap.grid import argument, raster_of_ids
-from sit_atconv.swap.joint import (
-    IMAGE_MAPS,
-    TEXT_MAPS,
-    JointGraft,
-    SequenceJointATConv,
-    StreamsJointATConv,
-    project_sequence,
-    text_length,
-)
+from sit_atconv.swap.grid import ids_grid
+from sit_atconv.swap.joint import JointGraft, SingleStreamGraft
+from sit_atconv.swap.layers import refuse
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, TakesNoImagePrompt, register
 
 
 class FluxDoubleGraft(JointGraft):
     """The attention of Flux's double blocks."""
 
-    cls, processor, layer = FluxAttention, FluxAttnProcessor, StreamsJointATConv
-    maps = (*IMAGE_MAPS, *TEXT_MAPS, "to_out.0", "to_add_out")
+    cls, processors = FluxAttention, (FluxAttnProcessor,)
+
+    def inputs(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **extra):
+        refuse(attention_mask=attention_mask, ip_hidden_states=extra.get("ip_hidden_states"))
+        return super().inputs(hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
 
 
-class FluxSingleGraft(JointGraft):
-    """The attention of Flux's single blocks."""
+class FluxSingleGraft(SingleStreamGraft):
+    """The attention of Flux's single blocks, whose output map is that of the block."""
 
-    cls, processor, layer = FluxAttention, FluxAttnProcessor, SequenceJointATConv
-    maps = IMAGE_MAPS
+    cls, processors, out = FluxAttention, (FluxAttnProcessor,), None
 
-    def project(self, attention, layer, args, kwargs):
-        hidden_states, tables = argument("hidden_states", args, kwargs), argument("image_rotary_emb", args, kwargs, 3)
-        return project_sequence(attention, text_length(hidden_states, layer.reference), hidden_states, tables)
-
-    def approximated(self, layer, output):
-        height, width = layer.reference.get()
-        return output[:, -height * width :]
+    def inputs(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_):
+        refuse(attention_mask=attention_mask)
+        return super().inputs(hidden_states, image_rotary_emb=image_rotary_emb)
 
 
-def _example(
-    model: FluxTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
-) -> dict:
-    config, length = model.config, text or 512  # the longest prompt, and an image of 1024 pixels
+def packed(model: torch.nn.Module, generator: torch.Generator, grid: Grid = None, text: int | None = None) -> dict:
+    """Tokens and ids of a model of Flux's kind: by default the longest prompt, and an image of 1024 pixels."""
+    config, length = model.config, text or 512
     height, width = grid or (64, 64)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return {
         "hidden_states": torch.randn(1, height * width, config.in_channels, generator=generator),
         "encoder_hidden_states": torch.randn(1, length, config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
-        "timestep": torch.rand(1, generator=generator),
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1),
         "txt_ids": torch.zeros(length, 3, dtype=torch.long),
-        "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
+    }
+
+
+def _example(
+    model: FluxTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
+) -> dict:
+    return packed(model, generator, grid, text) | {
+        "pooled_projections": torch.randn(1, model.config.pooled_projection_dim, generator=generator),
+        "timestep": torch.rand(1, generator=generator),
+        "guidance": torch.full((1,), 3.5) if model.config.guidance_embeds else None,
     }
 
 
@@ -72,5 +69,5 @@ register(
     {f"{BLOCK}attn": FluxDoubleGraft(), f"single_{BLOCK}attn": FluxSingleGraft()},
     _example,
     _tiny,
-    grid=raster_of_ids,
+    grid=ids_grid,
 )

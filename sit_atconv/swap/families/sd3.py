@@ -6,15 +6,19 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from sit_atconv.swap.adapters import Grid, latents
 from sit_atconv.swap.grafts import SelfAttentionGraft
-from sit_atconv.swap.joint import IMAGE_MAPS, TEXT_MAPS, JointGraft, StreamsJointATConv
+from sit_atconv.swap.joint import JointGraft
+from sit_atconv.swap.layers import refuse
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, TakesNoImagePrompt, register
 
 
 class SD3JointGraft(JointGraft):
-    """The joint attention of SD3's blocks."""
+    """The joint attention of SD3's blocks, which takes a mask and does not look at it."""
 
-    cls, processor, layer = Attention, JointAttnProcessor2_0, StreamsJointATConv
-    maps = (*IMAGE_MAPS, *TEXT_MAPS, "to_out.0")
+    cls, processors = Attention, (JointAttnProcessor2_0,)
+
+    def inputs(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **extra):
+        refuse(ip_hidden_states=extra.get("ip_hidden_states"))
+        return super().inputs(hidden_states, encoder_hidden_states)
 
 
 def _example(

@@ -1,0 +1,153 @@
+"""Models whose text and image attend together: the layers against the attention's own way to its output, padding, and
+what they refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+
+from sit_atconv.ops.atconv import on_grid
+from sit_atconv.runtime.errors import InputError
+from sit_atconv.swap import swap_attention
+from sit_atconv.swap.adapters import adapter_of
+from sit_atconv.swap.families import auraflow, chroma, flux2, lumina2, qwen_image, z_image
+from sit_atconv.swap.joint import JointATConv
+
+GRID, LENGTHS = (3, 4), (5, 3)
+COUNT = GRID[0] * GRID[1]
+PADDED = {"qwen_image": "encoder_hidden_states_mask", "lumina2": "encoder_attention_mask", "chroma": "attention_mask"}
+FAMILIES = {
+    "auraflow": auraflow, "chroma": chroma, "flux2": flux2, "lumina2": lumina2, "qwen_image": qwen_image,
+    "z_image": z_image,
+}  # fmt: skip
+families = pytest.mark.parametrize("kind", FAMILIES)
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    return FAMILIES[kind]._tiny().double()
+
+
+def as_double(inputs):
+    return tree_map(lambda each: each.double() if torch.is_tensor(each) and each.is_floating_point() else each, inputs)
+
+
+def alone(kind, model):
+    """A call for each of two samples, of texts of two lengths where the model takes such."""
+    lengths = LENGTHS if kind in (*PADDED, "z_image") else (5, 5)
+    generator = torch.Generator().manual_seed(1)
+    calls = [as_double(adapter_of(model).example(model, generator, GRID, length)) for length in lengths]
+    return [
+        {
+            name: each[:1] if torch.is_tensor(each) and each.ndim and each.shape[0] == 2 else each
+            for name, each in call.items()
+        }
+        for call in calls
+    ]
+
+
+def together(kind, calls):
+    """Both in a batch: the shorter text is padded with large numbers, and a mask says so."""
+    first, second = calls
+    batch = dict(first)
+    for name, each in first.items():
+        if isinstance(each, list):
+            batch[name] = each + second[name]
+        elif name == "encoder_hidden_states":
+            missing = each.shape[1] - second[name].shape[1]
+            batch[name] = torch.cat([each, F.pad(second[name], (0, 0, 0, missing), value=9.0)])
+        elif torch.is_tensor(each) and not name.endswith("_ids"):
+            batch[name] = torch.cat([each, second[name]]) if each.shape == second[name].shape else each
+    if kind in PADDED:
+        counts = torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS)[:, None]
+        batch[PADDED[kind]] = F.pad(counts, (0, COUNT), value=True) if kind == "chroma" else counts
+    return batch
+
+
+def swapped(kind):
+    """The model with kernels that follow their input and shares of all sizes, its swap, and a batch."""
+    model = model_of(kind)
+    calls = alone(kind, model)
+    swap = swap_attention(model, "all", joint="split", calib=[together(kind, calls)])
+    torch.manual_seed(2)
+    for layer in swap.layers.values():
+        for name in ("kernel_proj.weight", "kernel_gen.weight", "difference_control", "text_share"):
+            if (parameter := getattr(layer, name, None)) is None and "." in name:
+                parameter = layer.get_parameter(name)
+            if parameter is not None:
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model, swap, calls
+
+
+def places_of(kind, length, mask, batch):
+    """Where the image's tokens are in what the attention works on, (B, N)."""
+    ends = torch.full((batch, 1), COUNT if kind == "z_image" else length)
+    if kind == "lumina2" and mask is not None:
+        ends = mask.sum(1, keepdim=True)
+    return torch.arange(COUNT) + ends - COUNT
+
+
+def formula(kind, layer, tokens, q, k, v, attn_mask=None, **_):
+    """What stands in for softmax attention (B, heads, S, head_dim), written out in the order that it comes in."""
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    flat = attn_mask.reshape(len(q), -1) if attn_mask is not None and attn_mask.shape[-2] == 1 else None
+    places = places_of(kind, q.shape[2], flat, len(q))
+    of_image = torch.zeros(len(q), q.shape[2], dtype=torch.bool).scatter(1, places, True)
+    index = places[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    values = v.gather(2, index).transpose(2, 3).flatten(1, 2).unflatten(2, GRID)  # (B, channels, H, W)
+    kernels = layer.kernels(on_grid(tokens, GRID)).mT.reshape(-1, 1, 3, 3)
+    convolved = F.conv2d(values.flatten(0, 1)[None], kernels, padding=1, groups=len(kernels))
+    convolved = convolved.view(len(q), q.shape[1], q.shape[3], COUNT).mT
+    text_alone = logits.masked_fill(of_image[:, None, None], -torch.inf).softmax(-1) @ v
+    share = layer.text_share.sigmoid()[:, None, None]
+    mixed = (1 - share) * convolved + share * text_alone.gather(2, index)
+    return (logits.softmax(-1).nan_to_num() @ v).scatter(2, index, mixed)
+
+
+@families
+@torch.no_grad()
+def test_layers_are_the_formula_within_their_attention(kind, monkeypatch):
+    """The attention runs by its own processor, with the formula in the place of softmax attention alone: names, norms,
+    rotary positions, heads that share, MLPs within and output maps are its own."""
+    model, swap, calls = swapped(kind)
+    batch, seen = together(kind, calls), {}
+    layers = {name: layer for name, layer in swap.layers.items() if isinstance(layer, JointATConv)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *call, name=name: seen.update({name: call[1:]}), with_kwargs=True)
+    model(**batch)
+    assert set(seen) == set(layers)
+    original = F.scaled_dot_product_attention
+    for name, (args, kwargs, ours) in seen.items():
+        layer, tokens = layers[name], kwargs.get("hidden_states", args[0] if args else None)
+        places = places_of(kind, tokens.shape[1], kwargs.get("attention_mask"), len(tokens))
+        if tokens.shape[1] > COUNT:
+            tokens = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
+
+        def attend(query, key, value, layer=layer, tokens=tokens, **options):
+            return formula(kind, layer, tokens, query, key, value, **options)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+        theirs = swap.attentions[name](*args, **kwargs)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", original)
+        for mine, wanted in zip(*([each] if torch.is_tensor(each) else each for each in (ours, theirs)), strict=True):
+            assert mine.shape == wanted.shape
+            mask = kwargs.get("attention_mask", kwargs.get("encoder_hidden_states_mask"))
+            for index in range(len(mine)):  # padding is nobody's
+                count = mine.shape[1]
+                if mask is not None and mask.ndim == 2 and count == mask.shape[1]:
+                    torch.testing.assert_close(
+                        mine[index][mask[index]], wanted[index][mask[index]], rtol=1e-5, atol=1e-6
+                    )
+                else:
+                    torch.testing.assert_close(mine[index], wanted[index], rtol=1e-5, atol=1e-6)
+
+
+@families
+@torch.no_grad()
+def test_a_padded_batch_is_its_samples_alone(kind):
+    model, _, calls = swapped(kind)
+    both = model(**together(kind, calls)).sample
+    for mine, call in zip(both, calls, strict=True):
+        torch.testing.assert_close(mine, model(**call).sample[0], rtol=1e-5, atol=1e-6)
