@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft
 from sit_atconv.swap.grid import Reader, above
@@ -43,9 +44,9 @@ class SwapAdapter:
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""
         found = {}
-        for name, _ in model.named_modules():
+        for name, module in model.named_modules():
             graft = next((graft for pattern, graft in self.sites.items() if re.fullmatch(pattern, name)), None)
-            if graft is not None:
+            if graft is not None and (not graft.only or isinstance(module, (*graft.only, KernelGenerator))):
                 found[name] = graft
         return found
 

@@ -1,6 +1,6 @@
 """How one kind of attention is replaced by one kind of layer: built, started, and compared on its inputs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from diffusers.models.attention_processor import (
@@ -29,6 +29,7 @@ class Graft:
 
     joint = False  # whether text and image tokens attend together: swapped under joint="split" only
     layer: type[KernelGenerator]
+    only: tuple[type[nn.Module], ...] = ()  # the classes that it is for, where the names of its sites are others' too
 
     def refusal(self, attention: nn.Module) -> str | None:
         """Why this attention cannot be swapped, in words that complete "NAME ..."; None where it can."""
@@ -122,6 +123,8 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
     """
     maps = {}
     for name, child in layer.named_children():
+        if name in getattr(layer, "kept", ()):  # what a layer keeps of its attention beside linear maps
+            continue
         parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
     foreign, norms = {}, getattr(getattr(layer, "graft", None), "norms", ())
@@ -155,7 +158,7 @@ def observed(
     with recorded({"out": out}) as seen:
         attention(*args, **kwargs)
     (mixed, *_), _, _ = seen["out"]
-    found = value(x), mixed.detach()
+    found = value(x), mixed.detach()[..., : value.out_features]  # the rest is of an MLP with the same output map
     return found if value.bias is None else tuple(each - value.bias.to(each.dtype) for each in found)
 
 
@@ -224,10 +227,25 @@ class SiTAttentionGraft(Graft):
         return tuple(argument("x", args, kwargs).shape[1:3])
 
 
+def part_of(fused: nn.Linear, index: int, biases: Sequence[torch.Tensor | None] | None = None) -> nn.Linear:
+    """Of one linear for queries, keys and values, that of the index, with the weights of it.
+
+    biases: of the three, where they are not the linear's own.
+    """
+    if biases is None:
+        biases = (None,) * 3 if fused.bias is None else fused.bias.data.chunk(3)
+    return as_linear(fused.weight.data.chunk(3)[index], biases[index])
+
+
+def as_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear of that weight (out, in) and bias (out,), which are not copied."""
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.data)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.data)
+    return linear
+
+
 def value_of(qkv: nn.Linear) -> nn.Linear:
     """The value map within one linear for queries, keys and values."""
-    value = nn.Linear(qkv.in_features, qkv.out_features // 3, bias=qkv.bias is not None, device="meta")
-    value.weight = nn.Parameter(qkv.weight.data.chunk(3)[2])
-    if qkv.bias is not None:
-        value.bias = nn.Parameter(qkv.bias.data.chunk(3)[2])
-    return value
+    return part_of(qkv, 2)

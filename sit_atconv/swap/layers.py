@@ -28,6 +28,7 @@ class LayerOptions:
 
 class SwappedLayer(KernelGenerator):
     """The base of the layers in the place of attention, whose grid `reference` tells: a hook of their model sets it.
+    None: the layer is called with its grid.
 
     dim, channels: of `KernelGenerator`. Their weights load into such a layer, and into no other module.
 
@@ -35,7 +36,7 @@ class SwappedLayer(KernelGenerator):
     for all of their weights: from a swapped model it would keep random attention and say nothing.
     """
 
-    def __init__(self, dim: int, channels: int, reference: GridReference, options: LayerOptions):
+    def __init__(self, dim: int, channels: int, reference: GridReference | None, options: LayerOptions):
         super().__init__(dim, channels, options.kernel_size, pool=options.pool)
         self.reference = reference
 
@@ -83,7 +84,12 @@ class SelfATConv(SwappedLayer):
     """
 
     def __init__(
-        self, value: nn.Linear, out: nn.Linear, reference: GridReference, options: LayerOptions, dropout: float = 0.0
+        self,
+        value: nn.Linear,
+        out: nn.Linear,
+        reference: GridReference | None,
+        options: LayerOptions,
+        dropout: float = 0.0,
     ):
         inner, biased = value.out_features, value.bias is not None
         super().__init__(value.in_features, inner, reference, options)
@@ -101,7 +107,10 @@ class SelfATConv(SwappedLayer):
         **_,
     ) -> torch.Tensor:
         refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
-        x = on_grid(hidden_states, self.reference.get())
+        return self.mix(on_grid(hidden_states, self.reference.get()))
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, H, W, dim) -> (B, H W, out_dim)."""
         kernels = self.kernels(x)
         v = self.to_v(x)
         mixed = dynamic_depthwise_conv(v, kernels.to(v.dtype)).flatten(1, 2)

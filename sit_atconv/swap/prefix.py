@@ -1,18 +1,40 @@
-"""ViTs of timm: class and register tokens attend to all tokens as before, patches get ATConv."""
+"""ViTs: class and register tokens attend to all tokens as before, patches get ATConv."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, PatchDropout
+from timm.layers import Attention
 from torch import nn
 
 from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
 from sit_atconv.ops.forward_mode import exact_derivatives
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.swap.grafts import Graft, class_refusal, linear_refusal, qkv_observed, take_over, value_of
+from sit_atconv.swap.adapters import Example, Grid, SwapAdapter, register_adapter
+from sit_atconv.swap.grafts import Graft, class_refusal, linear_refusal, observed, part_of, take_over
 from sit_atconv.swap.grid import GridReference, argument
 from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
+
+
+@dataclass
+class Maps:
+    """The parts of an attention over prefix tokens and patches, however its class holds them.
+
+    query, key, value, out: linears that share the attention's weights. heads: equal ones of all of them. q_norm,
+    k_norm: of the queries and keys of a head. dropout, out_dropout: of the softmax, and of the output.
+    """
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
+    heads: int
+    q_norm: nn.Module = field(default_factory=nn.Identity)
+    k_norm: nn.Module = field(default_factory=nn.Identity)
+    dropout: float = 0.0
+    out_dropout: float = 0.0
 
 
 class PrefixATConv(SwappedLayer):
@@ -23,69 +45,116 @@ class PrefixATConv(SwappedLayer):
     Raises InputError for a mask, which ATConv has no use for.
     """
 
-    def __init__(self, attention: Attention, reference: GridReference, options: LayerOptions):
-        out, biased = attention.proj, attention.qkv.bias is not None
-        super().__init__(attention.qkv.in_features, out.in_features, reference, options)
-        self.heads, self.prefix = attention.num_heads, options.prefix_tokens
-        for name in ("q_proj", "k_proj", "v_proj") if self.prefix else ("v_proj",):
-            setattr(self, name, nn.Linear(attention.qkv.in_features, out.in_features, bias=biased))
+    def __init__(self, maps: Maps, reference: GridReference, options: LayerOptions):
+        out, biased = maps.out, maps.value.bias is not None
+        super().__init__(maps.value.in_features, out.in_features, reference, options)
+        self.heads, self.prefix = maps.heads, options.prefix_tokens
+        sources = {"q_proj": maps.query, "k_proj": maps.key, "v_proj": maps.value}
+        for name in sources if self.prefix else ("v_proj",):
+            source = sources[name]
+            setattr(self, name, nn.Linear(source.in_features, source.out_features, bias=source.bias is not None))
         self.proj = nn.Linear(out.in_features, out.out_features, bias=biased or out.bias is not None)
         self.to(out.weight.device, out.weight.dtype)
         if self.prefix:
-            self.q_norm, self.k_norm = (
-                copy.deepcopy(norm).requires_grad_() for norm in (attention.q_norm, attention.k_norm)
-            )
-        self.attn_drop, self.proj_drop = nn.Dropout(attention.attn_drop.p), nn.Dropout(attention.proj_drop.p)
+            self.q_norm, self.k_norm = (copy.deepcopy(norm).requires_grad_() for norm in (maps.q_norm, maps.k_norm))
+        self.attn_drop, self.proj_drop = nn.Dropout(maps.dropout), nn.Dropout(maps.out_dropout)
         self.reset_parameters()
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         refuse(attn_mask=attn_mask, is_causal=is_causal)
+        return self.mix(x)
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        rotate: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, P + N, dim) -> (B, P + N, out_dim). Of the positions that an attention knows, the prefix reads by:
+
+        rotate: gives the keys of the patches, (B, heads, N, d), their rotary positions; prefix tokens have none.
+        bias: of the softmax, (..., heads, P, P + N).
+        """
         grid = self.reference.get()
         kernels = self.kernels(on_grid(x[:, self.prefix :], grid))
         v = self.v_proj(x)
         mixed = dynamic_depthwise_conv(v[:, self.prefix :], kernels.to(v.dtype), grid)
         if self.prefix:
-            mixed = torch.cat([self._attend(x, v), mixed], 1)
+            mixed = torch.cat([self._attend(x, v, rotate, bias), mixed], 1)
         return self.proj_drop(self.proj(mixed))
 
-    def _attend(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, v: torch.Tensor, rotate: Callable | None, bias: torch.Tensor | None):
         """What the prefix tokens read from all tokens: (B, P, channels)."""
         q, k, v = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for each in (self.q_proj(x[:, : self.prefix]), self.k_proj(x), v)
         )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotate is not None:
+            k = torch.cat([k[:, :, : self.prefix], rotate(k[:, :, self.prefix :])], 2)
+            q, k = q.type_as(v), k.type_as(v)
         dropout = self.attn_drop.p if self.training else 0.0
         with exact_derivatives():
-            read = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=dropout)
+            read = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
         return read.transpose(1, 2).flatten(2)
 
 
 class PrefixGraft(Graft):
-    """timm's `Attention` in a `VisionTransformer`."""
+    """timm's `Attention` in a `VisionTransformer`; a base for other attentions over prefix tokens and patches.
+
+    wanted: the classes of attention, said to be `of` a library.
+    """
 
     layer = PrefixATConv
+    wanted: tuple[type[nn.Module], ...] = (Attention,)
+    of = "timm's "
+
+    def linears(self, attention: nn.Module) -> tuple[str, ...]:
+        """The names of the attention's maps, the output's last."""
+        return "qkv", "proj"
+
+    def maps(self, attention: nn.Module) -> Maps:
+        """The attention's parts."""
+        return Maps(
+            *(part_of(attention.qkv, index) for index in range(3)), attention.proj, attention.num_heads,
+            attention.q_norm, attention.k_norm, attention.attn_drop.p, attention.proj_drop.p,
+        )  # fmt: skip
 
     def refusal(self, attention: nn.Module) -> str | None:
-        if reason := class_refusal(attention, Attention, "timm's "):
-            return reason
-        if attention.gate is not None:
+        if type(attention) not in self.wanted:
+            return class_refusal(attention, self.wanted[0], self.of)
+        if getattr(attention, "gate", None) is not None:
             return "gates what it has mixed: ATConv does not stand for that"
-        if not isinstance(attention.norm, nn.Identity):
+        if not isinstance(getattr(attention, "norm", None), nn.Identity | None):
             return "normalises what it has mixed (scale_norm): ATConv does not stand for that"
-        return linear_refusal(attention, "qkv", "proj")
+        if getattr(attention, "num_kv_groups", 1) > 1:
+            return "has fewer value heads: ATConv does not stand for that"
+        return linear_refusal(attention, *self.linears(attention))
 
-    def copy(self, attention: Attention, layer: PrefixATConv) -> None:
-        take_over(value_of(attention.qkv), attention.proj, layer.v_proj, layer.proj)
+    def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> PrefixATConv:
+        return self.layer(self.maps(attention), reference, options)
+
+    def heads(self, attention: nn.Module) -> int:
+        return self.maps(attention).heads
+
+    def copy(self, attention: nn.Module, layer: PrefixATConv) -> None:
+        maps = self.maps(attention)
+        take_over(maps.value, maps.out, layer.v_proj, layer.proj)
         if not layer.prefix:
             return
-        for name, part in zip(("weight", "bias"), (attention.qkv.weight, attention.qkv.bias), strict=True):
-            for index, linear in enumerate((layer.q_proj, layer.k_proj)) if part is not None else ():
-                getattr(linear, name).data.copy_(part.data.chunk(3)[index])
-        layer.q_norm.load_state_dict(attention.q_norm.state_dict())
-        layer.k_norm.load_state_dict(attention.k_norm.state_dict())
+        for source, linear in ((maps.query, layer.q_proj), (maps.key, layer.k_proj)):
+            linear.load_state_dict(source.state_dict())
+        layer.q_norm.load_state_dict(maps.q_norm.state_dict())
+        layer.k_norm.load_state_dict(maps.k_norm.state_dict())
+
+    def tokens(self, attention: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What the maps take in a call of the attention, (B, P + N, dim)."""
+        return argument("x", args, kwargs)
 
     def observe(self, attention, layer, args, kwargs):
-        seen = qkv_observed(attention, argument("x", args, kwargs), args, kwargs)
+        value, x = self.maps(attention).value, self.tokens(attention, args, kwargs)
+        out = attention.get_submodule(self.linears(attention)[-1])
+        seen = observed(attention, value, out, x, args, kwargs)
         return tuple(each[:, layer.prefix :] for each in seen)
 
     def approximated(self, layer, output, args, kwargs):
@@ -97,15 +166,38 @@ def patch_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
     return module.dynamic_feat_size(args[0].shape[-2:])
 
 
-def check_vit(model: nn.Module, config: dict) -> None:
-    """Raises InputError where patches are dropped, and for prefix tokens under prefix="error"."""
-    if isinstance(model.patch_drop, PatchDropout):
+def check_prefix(model: nn.Module, config: dict, count: int) -> None:
+    """Raises InputError for the prefix tokens of a model, so many, under prefix="error"."""
+    if config["prefix"] == "error" and count:
         raise InputError(
-            f"patch_drop_rate={model.patch_drop.prob}: a grid with patches missing is none; "
-            "set model.patch_drop = torch.nn.Identity()"
-        )
-    if config["prefix"] == "error" and model.num_prefix_tokens:
-        raise InputError(
-            f"prefix='error': this {type(model).__name__} has {model.num_prefix_tokens} class or register tokens; give "
+            f"prefix='error': this {type(model).__name__} has {count} class or register tokens; give "
             "prefix='attend', which has them attend to all tokens as before"
         )
+
+
+def check_vit(model: nn.Module, config: dict) -> None:
+    """Of a ViT of timm. Raises InputError where patches are dropped, and for prefix tokens under prefix="error"."""
+    drop = getattr(model, "patch_drop", None)
+    if hasattr(drop, "prob"):
+        none = "None" if "Indices" in type(drop).__name__ else "torch.nn.Identity()"
+        raise InputError(
+            f"patch_drop_rate={drop.prob}: a grid with patches missing is none; set model.patch_drop = {none}"
+        )
+    check_prefix(model, config, model.num_prefix_tokens)
+
+
+def _images(model: nn.Module, generator: torch.Generator, grid: Grid = None, text: None = None) -> dict | None:
+    """Images for a ViT of timm, None where it takes none of that grid."""
+    embed = model.patch_embed
+    own = embed.img_size
+    size = own if grid is None else tuple(side * patch for side, patch in zip(grid, embed.patch_size, strict=True))
+    if size is None or (embed.strict_img_size and tuple(size) != tuple(own)):
+        return None
+    return {"x": torch.randn(2, embed.proj.in_channels, *size, generator=generator)}
+
+
+def register_timm(
+    model: type[nn.Module], sites: dict[str, Graft], tiny: Callable[[], nn.Module], example: Example = _images
+) -> None:
+    """Register the adapter of a class of ViTs of timm, whose `patch_embed` sees the images."""
+    register_adapter(SwapAdapter(model, sites, "patch_embed", patch_grid, example, check=check_vit, tiny=tiny))

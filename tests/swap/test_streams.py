@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from sit_atconv.ops.atconv import on_grid
-from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import swap_attention
 from sit_atconv.swap.adapters import adapter_of
 from sit_atconv.swap.families import auraflow, chroma, flux2, lumina2, qwen_image, z_image
