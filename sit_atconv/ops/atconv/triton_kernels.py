@@ -48,27 +48,26 @@ def _load_row(image, row, columns, c, height, width, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _add_taps(
-    sums, v, kernels, row, columns, c, height, width,
+def _add_column(
+    sums, v, kernels, j, row, columns, c, height, width,
     CHANNELS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS sums (COLS, BLOCK_C), with what the taps of one frame see added."""
+    """ROWS sums (COLS, BLOCK_C), with what column j of the taps of one frame sees added."""
     TAPS: tl.constexpr = HIGH * WIDE
-    for j in tl.static_range(WIDE):
-        taps = ()
+    taps = ()
+    for i in tl.static_range(HIGH):
+        t = TAPS - 1 - i * WIDE - j if FLIP else i * WIDE + j
+        taps += (tl.load(kernels + t * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32),)
+    rows = ()
+    for r in tl.static_range(ROWS + HIGH - 1):
+        shifted = columns + (j - WIDE // 2)
+        rows += (_load_row(v, row + (r - HIGH // 2), shifted, c, height, width, CHANNELS),)
+    before, sums = sums, ()
+    for r in tl.static_range(ROWS):
+        total = before[r]
         for i in tl.static_range(HIGH):
-            t = TAPS - 1 - i * WIDE - j if FLIP else i * WIDE + j
-            taps += (tl.load(kernels + t * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(tl.float32),)
-        rows = ()
-        for r in tl.static_range(ROWS + HIGH - 1):
-            shifted = columns + (j - WIDE // 2)
-            rows += (_load_row(v, row + (r - HIGH // 2), shifted, c, height, width, CHANNELS),)
-        before, sums = sums, ()
-        for r in tl.static_range(ROWS):
-            total = before[r]
-            for i in tl.static_range(HIGH):
-                total += taps[i] * rows[r + i]
-            sums += (total,)
+            total += taps[i] * rows[r + i]
+        sums += (total,)
     return sums
 
 
@@ -85,7 +84,8 @@ def convolution_kernel(
     row, columns = _place(tile, height, width, ROWS, COLS)
     image = tile // (tl.cdiv(width, COLS) * tl.cdiv(height, ROWS))
     sample = (image if frames is None else image // frames).to(tl.int64)
-    v += image.to(tl.int64) * height * width * CHANNELS
+    if frames is None:
+        v += sample * height * width * CHANNELS
     y += image.to(tl.int64) * height * width * CHANNELS
     kernels += sample * (DEEP * HIGH * WIDE * CHANNELS)
 
@@ -93,14 +93,16 @@ def convolution_kernel(
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((COLS, BLOCK_C), tl.float32),)
     if frames is None:
-        sums = _add_taps(sums, v, kernels, row, columns, c, height, width, CHANNELS, HIGH, WIDE, FLIP, ROWS)
+        for j in tl.static_range(WIDE):
+            sums = _add_column(sums, v, kernels, j, row, columns, c, height, width, CHANNELS, HIGH, WIDE, FLIP, ROWS)
     else:
-        for d in range(DEEP):
+        for column in range(DEEP * WIDE):  # not unrolled: of so many columns ptxas loads more than it can hold
+            d, j = column // WIDE, column % WIDE
             frame = image % frames + d - DEEP // 2
-            source = v + (d - DEEP // 2).to(tl.int64) * height * width * CHANNELS
             rows = tl.where((frame >= 0) & (frame < frames), height, 0)  # a frame outside of the volume has no rows
+            source = v + (image.to(tl.int64) + d - DEEP // 2) * height * width * CHANNELS
             taps = kernels + (DEEP - 1 - d if FLIP else d) * (HIGH * WIDE * CHANNELS)
-            sums = _add_taps(sums, source, taps, row, columns, c, rows, width, CHANNELS, HIGH, WIDE, FLIP, ROWS)
+            sums = _add_column(sums, source, taps, j, row, columns, c, rows, width, CHANNELS, HIGH, WIDE, FLIP, ROWS)
     for r in tl.static_range(ROWS):
         inside = (row + r < height) & (columns < width) & (c < CHANNELS)
         tl.store(y + ((row + r) * width + columns) * CHANNELS + c, sums[r].to(y.dtype.element_ty), mask=inside)
@@ -123,7 +125,6 @@ def grad_kernels_kernel(
     first_tap = first_column
     split = tl.program_id(0) // (BLOCKS * GROUPS)
     sample = (split // splits).to(tl.int64)
-    tiles = tl.cdiv(width, COLS) * tl.cdiv(height, ROWS)
     if frames is None:
         v += sample * height * width * CHANNELS
         grad_y += sample * height * width * CHANNELS
@@ -133,12 +134,14 @@ def grad_kernels_kernel(
         first_tap = (offset + DEEP // 2) * (HIGH * WIDE) + first_column
         v += (sample * frames + offset) * height * width * CHANNELS
         grad_y += sample * frames * height * width * CHANNELS
-        tiles *= frames
 
     sums = ()
     for _ in tl.static_range(HIGH * COLUMNS):
         sums += (tl.zeros((COLS, BLOCK_C), tl.float32),)
     first = split % splits * tiles_per_split
+    tiles = tl.cdiv(width, COLS) * tl.cdiv(height, ROWS)
+    if frames is not None:
+        tiles *= frames
     for tile in range(first, min(first + tiles_per_split, tiles)):
         row, columns = _place(tile, height, width, ROWS, COLS)
         source, above, source_height = v, grad_y, height
