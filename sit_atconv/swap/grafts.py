@@ -168,13 +168,20 @@ def qkv_observed(attention: nn.Module, x: torch.Tensor, args: tuple, kwargs: dic
 
 
 class SelfAttentionGraft(Graft):
-    """diffusers' `Attention` over image tokens alone: DiT, PixArt and U-Nets (attn1), SD3's second attention."""
+    """diffusers' `Attention` over image or video tokens alone: DiT, PixArt and U-Nets (attn1), SD3's second attention.
 
-    processors = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+    cls: of the attention; another one has the same names: maps `to_q`, `to_k`, `to_v`, and `to_out`, a map and a
+    dropout. processors: those that do the work.
+    """
 
-    def refusal(self, attention: Attention) -> str | None:
-        if reason := class_refusal(attention, Attention, "diffusers' ", self.processors):
+    cls: type[nn.Module] = Attention
+    processors: tuple[type, ...] = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+
+    def refusal(self, attention: nn.Module) -> str | None:
+        if reason := class_refusal(attention, self.cls, "diffusers' ", self.processors):
             return reason
+        if is_fused(attention):
+            return "has fused projections; call unfuse_qkv_projections first"
         for trait, present in self.traits(attention).items():
             if present:
                 return f"{trait}: ATConv does not stand for that"
@@ -182,15 +189,19 @@ class SelfAttentionGraft(Graft):
 
     def traits(self, attention: Attention) -> dict[str, bool]:
         """What ATConv does not stand for, and whether the attention has it."""
+
+        def has(name: str, plain=False) -> bool:
+            return getattr(attention, name, plain) != plain
+
         return {
-            "attends to a context": attention.is_cross_attention,
-            "attends jointly with text": attention.added_kv_proj_dim is not None,
-            "normalises by group": attention.group_norm is not None,
-            "normalises in space": attention.spatial_norm is not None,
-            "has a residual connection of its own": attention.residual_connection,
-            "rescales its output": attention.rescale_output_factor != 1,
-            "is causal": attention.is_causal,
-            "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
+            "attends to a context": has("is_cross_attention"),
+            "attends jointly with text": has("added_kv_proj_dim", None),
+            "normalises by group": has("group_norm", None),
+            "normalises in space": has("spatial_norm", None),
+            "has a residual connection of its own": has("residual_connection"),
+            "rescales its output": has("rescale_output_factor", 1),
+            "is causal": has("is_causal"),
+            "has fewer value heads": has("inner_kv_dim", getattr(attention, "inner_dim", None)),
         }
 
     def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:

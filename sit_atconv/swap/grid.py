@@ -1,6 +1,7 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -60,9 +61,9 @@ class GridReference:
         if not self.first:
             self.first.append(tuple(grid))
         if tuple(grid) != self.first[0]:
-            compat.maybe_mark_dynamic(self.now.shape, (0, 1))
+            compat.maybe_mark_dynamic(self.now.shape, tuple(range(len(grid))))
         self.last = self.now.shape
-        self.ambiguous |= self.by_count.setdefault(grid[0] * grid[1], tuple(grid)) != tuple(grid)
+        self.ambiguous |= self.by_count.setdefault(math.prod(grid), tuple(grid)) != tuple(grid)
 
     def get(self) -> tuple[int, int]:
         """The grid (H, W). Raises InputError where no forward pass has told one."""
@@ -80,7 +81,7 @@ class GridReference:
                     "model that it is part of (to checkpoint: the model's own checkpointing, or its blocks, "
                     "uncompiled), or tell it: layer.reference.set((H, W), device)"
                 )
-        return shape.shape[0], shape.shape[1]
+        return tuple(shape.shape[:-1])
 
 
 class GridHook:
@@ -240,6 +241,40 @@ def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]
     height, width = argument("hidden_states", args, kwargs).shape[-2:]
     patch = getattr(module.config, "patch_size", None) or 1
     return height // patch, width // patch
+
+
+def patch_sizes(config) -> tuple[int, int, int]:
+    """Frames, rows and columns of a patch, of the configuration of a diffusers model over videos."""
+    patch = config.patch_size
+    return (getattr(config, "patch_size_t", None) or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def volume_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int, int]:
+    """Of a diffusers model called with `hidden_states` (B, C, T, H, W), which it cuts into patches."""
+    sides = argument("hidden_states", args, kwargs).shape[-3:]
+    return tuple(side // patch for side, patch in zip(sides, patch_sizes(module.config), strict=True))
+
+
+def frames_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int, int]:
+    """Of one called with the frames before the channels: `hidden_states` (B, T, C, H, W)."""
+    return volume_grid(module, (argument("hidden_states", args, kwargs).transpose(1, 2),), {})
+
+
+@torch.compiler.disable(
+    reason="such a model reads its grid from the values of video_coords, which a traced function cannot; give "
+    "num_frames, height and width alone, or compile its blocks, model.compile_repeated_blocks(fullgraph=True)"
+)
+def coords_grid(coords: torch.Tensor) -> tuple[int, int, int]:
+    """The grid of tokens at coordinates (B, 3, N) of frame, row and column. Raises InputError where they fill none."""
+    axes = [axis.unique() for axis in coords[0].detach().cpu()]
+    raster = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    if raster.shape != coords.shape[1:] or not coords.detach().cpu().eq(raster).all():
+        raise InputError(
+            f"video_coords of {coords.shape[-1]} tokens have {', '.join(str(len(axis)) for axis in axes)} frames, rows "
+            "and columns, but do not fill this volume in raster order, the same for all samples, as tokens of keyframes "
+            "and references do not; a swapped model needs every token of one volume and no others"
+        )
+    return tuple(len(axis) for axis in axes)
 
 
 @torch.compiler.disable(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sit_atconv.layers.atconv import KernelGenerator
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
+from sit_atconv.layers.atconv import KernelGenerator, volume_sizes
+from sit_atconv.ops.atconv import on_grid
 from sit_atconv.runtime.compat.torch import metadata_of
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grid import GridReference
@@ -20,6 +20,7 @@ class LayerOptions:
     kernel_size: int = 3
     pool: str = "raster"
     prefix_tokens: int = 0
+    volume: str | None = None
 
     def __post_init__(self):
         if type(self.kernel_size) is not int:
@@ -37,7 +38,8 @@ class SwappedLayer(KernelGenerator):
     """
 
     def __init__(self, dim: int, channels: int, reference: GridReference | None, options: LayerOptions):
-        super().__init__(dim, channels, options.kernel_size, pool=options.pool)
+        sizes, time = volume_sizes(options.kernel_size, options.volume)
+        super().__init__(dim, channels, sizes, pool=options.pool, time=time)
         self.reference = reference
 
     def __prepare_scriptable__(self):
@@ -104,7 +106,8 @@ class SelfATConv(SwappedLayer):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        **_,
+        *_,
+        **__,
     ) -> torch.Tensor:
         refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         return self.mix(on_grid(hidden_states, self.reference.get()))
@@ -112,6 +115,5 @@ class SelfATConv(SwappedLayer):
     def mix(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, H, W, dim) -> (B, H W, out_dim)."""
         kernels = self.kernels(x)
-        v = self.to_v(x)
-        mixed = dynamic_depthwise_conv(v, kernels.to(v.dtype)).flatten(1, 2)
+        mixed = self.convolve(x, self.to_v(x), kernels).flatten(1, -2)
         return self.to_out[1](self.to_out[0](mixed))

@@ -1,5 +1,7 @@
 """How a swapped layer starts: 3x3 taps fitted to what its attention did, in the form that ATConv can express."""
 
+import math
+
 import torch
 
 from sit_atconv.layers.atconv import KernelGenerator
@@ -9,16 +11,16 @@ from sit_atconv.ops.atconv.reference import shifts
 class TapFit:
     """Least squares over calibration inputs: taps t of a head with sum_k t_k shifted_k(values) next to the targets."""
 
-    def __init__(self, heads: int, kernel_size: int):
-        taps = kernel_size**2
-        self.heads, self.kernel_size = heads, kernel_size
+    def __init__(self, heads: int, sizes):
+        taps = math.prod(sizes)
+        self.heads, self.sizes = heads, sizes
         self.gram = torch.zeros(heads, taps, taps, dtype=torch.float64)
         self.cross = torch.zeros(heads, taps, dtype=torch.float64)
 
     def add(self, values: torch.Tensor, targets: torch.Tensor, grid: tuple[int, int]) -> None:
         """values and targets (B, N, heads * d), tokens on the grid; sums are kept in fp64."""
         for value, target in zip(values.double().split(1), targets.double().split(1), strict=True):
-            seen = torch.stack(shifts(value.unflatten(1, grid), self.kernel_size)).flatten(2, 3)  # (K, 1, N, heads * d)
+            seen = torch.stack(shifts(value.unflatten(1, grid), self.sizes)).flatten(2, -2)  # (K, 1, N, heads * d)
             seen = seen.unflatten(-1, (self.heads, -1))
             self.gram += torch.einsum("kbnhd,lbnhd->hkl", seen, seen).cpu()
             self.cross += torch.einsum("kbnhd,bnhd->hk", seen, target.unflatten(-1, (self.heads, -1))).cpu()

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import nn
 
-from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.layers.atconv import VOLUMES, KernelGenerator
 from sit_atconv.ops.atconv import POOLS
 from sit_atconv.runtime.compat.torch import uncompiled
 from sit_atconv.runtime.errors import InputError, check_choice
@@ -153,6 +153,7 @@ def swap_attention(
     prefix: str = "attend",
     pool: str = "raster",
     kernel_size: int = 3,
+    volume: str | None = None,
     max_error: float | None = None,
     speedup: float | None = None,
     dry_run: bool = False,
@@ -172,7 +173,8 @@ def swap_attention(
         ones of the model's own size.
     joint: "keep" leaves attention over text and image together alone; "split" swaps it, where the adapter can.
     prefix: what a ViT's class and register tokens do: "attend" (softmax over all tokens), "error" (refuse them).
-    pool, kernel_size: of `ATConv`. dry_run: build, calibrate and measure all layers, selected or not, for `report()`,
+    pool, kernel_size: of `ATConv`. volume: of models over videos whose tokens fill a volume: "full" (k x k x k taps;
+        what None stands for) or "factored" (k x k in space, then k in time). dry_run: build, calibrate and measure all layers, selected or not, for `report()`,
         and leave the model as it is; none is chosen where "auto" finds none or a selected attention cannot be swapped.
 
     The model is changed in place, and a diffusers model's class becomes its ATConv subclass, so `save_pretrained`
@@ -194,17 +196,26 @@ def swap_attention(
             raise InputError(f"{name}={value}: a target needs select='auto', and select={select!r}; leave one out")
         if value is not None and not value > least:
             raise InputError(f"{name}={value}: must be greater than {least}")
+    check_choice("volume", volume, (None, *VOLUMES))
     pipeline, model = model_of(model_or_pipeline)
     check_bare(model)
     adapter = adapter_of(model)
     record = getattr(model, "_swap_record", None)
     settings = {"kernel_size": kernel_size, "pool": pool, "prefix": prefix}
+    if adapter.sides == 3:
+        settings["volume"] = volume or "full"
+    elif volume is not None:
+        raise InputError(
+            f"volume={volume!r}: the tokens that {type(model).__name__} attends over lie on a grid of rows and columns, "
+            "not in a volume; leave it out"
+        )
     teacher = teacher_of(model) if record is None else record.config["teacher"]
     config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}
     for name, value in settings.items() if record is not None else ():
-        if record.config[name] != value:
+        theirs = record.config.get(name, "full")  # volumes swapped before there was a choice
+        if theirs != value:
             raise InputError(
-                f"{name}={value!r}: this model has layers swapped with {record.config[name]!r}, and a model has one "
+                f"{name}={value!r}: this model has layers swapped with {theirs!r}, and a model has one "
                 "setting; revert them, or use theirs"
             )
     grafts = _candidates(model, adapter, joint, record, select)
