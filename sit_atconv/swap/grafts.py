@@ -18,7 +18,7 @@ from sit_atconv.layers.atconv import ATConv, KernelGenerator, TapLinear
 from sit_atconv.runtime.compat.diffusers import diffusers_hooks
 from sit_atconv.runtime.hooks import recorded
 from sit_atconv.swap.grid import GridReference, argument
-from sit_atconv.swap.layers import LayerOptions, SelfATConv
+from sit_atconv.swap.layers import LayerOptions, SelfATConv, refuse
 
 
 class Graft:
@@ -93,7 +93,7 @@ def class_refusal(
     processors, if any are given."""
     if type(attention) is not wanted:
         return f"is a {kind_of(attention)}, not {of}{wanted.__name__}; register a Graft for it"
-    if processors and type(attention.processor) not in processors:
+    if processors and hasattr(attention, "processor") and type(attention.processor) not in processors:
         return f"runs {type(attention.processor).__name__}, whose work ATConv would not do; reset the processor"
     return None
 
@@ -167,53 +167,82 @@ def qkv_observed(attention: nn.Module, x: torch.Tensor, args: tuple, kwargs: dic
     return observed(attention, value_of(attention.qkv), attention.proj, x, args, kwargs)
 
 
-class SelfAttentionGraft(Graft):
-    """diffusers' `Attention` over image or video tokens alone: DiT, PixArt and U-Nets (attn1), SD3's second attention.
+class CalledSelfATConv(SelfATConv):
+    """`SelfATConv` that is called as the attention of another class, whose `graft` tells the tokens."""
 
-    cls: of the attention; another one has the same names: maps `to_q`, `to_k`, `to_v`, and `to_out`, a map and a
-    dropout. processors: those that do the work.
+    def __init__(self, graft: "SelfAttentionGraft", *args):
+        super().__init__(*args)
+        self.graft = graft
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return super().forward(self.graft.tokens(*args, **kwargs))
+
+
+class SelfAttentionGraft(Graft):
+    """An attention over image or video tokens alone: diffusers' `Attention` in DiT, PixArt and U-Nets (attn1), SD3's
+    second one.
+
+    For a class of one's own a subclass tells `cls`, its maps, and, where its tokens are not its first argument or
+    `hidden_states`, `tokens`:
+
+    value, out: the names of its maps; out is a linear or a list with one first.
     """
 
     cls: type[nn.Module] = Attention
-    processors: tuple[type, ...] = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+    processors = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+    value: str = "to_v"
+    out: str = "to_out"
+
+    def tokens(
+        self, hidden_states: torch.Tensor, *_, encoder_hidden_states=None, attention_mask=None, **__
+    ) -> torch.Tensor:
+        """The tokens (B, N, dim) of a call of the attention; the arguments are the attention's own."""
+        refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+        return hidden_states
+
+    def maps(self, attention: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+        """The value's and the output's."""
+        out = getattr(attention, self.out)
+        return getattr(attention, self.value), out[0] if isinstance(out, nn.ModuleList) else out
 
     def refusal(self, attention: nn.Module) -> str | None:
-        if reason := class_refusal(attention, self.cls, "diffusers' ", self.processors):
+        own = "diffusers' " if self.cls is Attention else ""
+        if reason := class_refusal(attention, self.cls, own, self.processors):
             return reason
         if is_fused(attention):
             return "has fused projections; call unfuse_qkv_projections first"
-        for trait, present in self.traits(attention).items():
+        for trait, present in self.traits(attention).items() if self.cls is Attention else ():
             if present:
                 return f"{trait}: ATConv does not stand for that"
-        return linear_refusal(attention, "to_q", "to_k", "to_v", "to_out.0")
+        out = f"{self.out}.0" if isinstance(getattr(attention, self.out), nn.ModuleList) else self.out
+        asked = [name for name in ("to_q", "to_k") if hasattr(attention, name)]
+        return linear_refusal(attention, *asked, self.value, out)
 
     def traits(self, attention: Attention) -> dict[str, bool]:
         """What ATConv does not stand for, and whether the attention has it."""
-
-        def has(name: str, plain=False) -> bool:
-            return getattr(attention, name, plain) != plain
-
         return {
-            "attends to a context": has("is_cross_attention"),
-            "attends jointly with text": has("added_kv_proj_dim", None),
-            "normalises by group": has("group_norm", None),
-            "normalises in space": has("spatial_norm", None),
-            "has a residual connection of its own": has("residual_connection"),
-            "rescales its output": has("rescale_output_factor", 1),
-            "is causal": has("is_causal"),
-            "has fewer value heads": has("inner_kv_dim", getattr(attention, "inner_dim", None)),
+            "attends to a context": attention.is_cross_attention,
+            "attends jointly with text": attention.added_kv_proj_dim is not None,
+            "normalises by group": attention.group_norm is not None,
+            "normalises in space": attention.spatial_norm is not None,
+            "has a residual connection of its own": attention.residual_connection,
+            "rescales its output": attention.rescale_output_factor != 1,
+            "is causal": attention.is_causal,
+            "has fewer value heads": attention.inner_kv_dim != attention.inner_dim,
         }
 
-    def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> SelfATConv:
-        out, dropout = attention.to_out
-        return SelfATConv(attention.to_v, out, reference, options, dropout.p)
+    def build(self, attention: nn.Module, reference: GridReference, options: LayerOptions) -> SelfATConv:
+        out = getattr(attention, self.out)
+        dropout = out[1].p if isinstance(out, nn.ModuleList) and len(out) > 1 else 0.0
+        arguments = (*self.maps(attention), reference, options, dropout)
+        return SelfATConv(*arguments) if self.cls is Attention else CalledSelfATConv(self, *arguments)
 
-    def copy(self, attention: Attention, layer: SelfATConv) -> None:
-        take_over(attention.to_v, attention.to_out[0], layer.to_v, layer.to_out[0])
+    def copy(self, attention: nn.Module, layer: SelfATConv) -> None:
+        take_over(*self.maps(attention), layer.to_v, layer.to_out[0])
 
     def observe(self, attention, layer, args, kwargs):
-        x = argument("hidden_states", args, kwargs)
-        return observed(attention, attention.to_v, attention.to_out[0], x, args, kwargs)
+        value, out = self.maps(attention)
+        return observed(attention, value, out, self.tokens(*args, **kwargs), args, kwargs)
 
 
 class SiTAttentionGraft(Graft):

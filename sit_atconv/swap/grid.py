@@ -199,13 +199,16 @@ def remove_hooks(module: nn.Module, used: set[int]) -> None:
 
 
 class _CheckpointOnGrid:
-    """checkpoint(function, *args), with the function run on the grid of now whenever it is run."""
+    """checkpoint(function, *args), with the function run on the grid of now whenever it is run.
+
+    diffusers' checkpoint takes no keywords, and its HunyuanImage gives some: they go to the function.
+    """
 
     def __init__(self, reference: GridReference, checkpoint: Callable):
         self.reference, self.checkpoint = reference, checkpoint
 
     def __call__(self, function: Callable, *args, **kwargs):
-        return self.checkpoint(partial(self._on, self.reference.now.shape, function), *args, **kwargs)
+        return self.checkpoint(partial(self._on, self.reference.now.shape, function, **kwargs), *args)
 
     def _on(self, shape: torch.Tensor, function: Callable, *args, **kwargs):
         now = self.reference.now  # of the thread that runs it: not always the one that it was checkpointed in
@@ -269,29 +272,33 @@ def coords_grid(coords: torch.Tensor) -> tuple[int, int, int]:
     axes = [axis.unique() for axis in coords[0].detach().cpu()]
     raster = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
     if raster.shape != coords.shape[1:] or not coords.detach().cpu().eq(raster).all():
+        frames, rows, columns = map(len, axes)
         raise InputError(
-            f"video_coords of {coords.shape[-1]} tokens have {', '.join(str(len(axis)) for axis in axes)} frames, rows "
-            "and columns, but do not fill this volume in raster order, the same for all samples, as tokens of keyframes "
-            "and references do not; a swapped model needs every token of one volume and no others"
+            f"video_coords of {coords.shape[-1]} tokens name {frames} frames, {rows} rows and {columns} columns, but not "
+            "every place of this volume, once, in raster order and alike for all samples; a swapped model takes one "
+            "volume, without tokens of keyframes or references beside it"
         )
     return tuple(len(axis) for axis in axes)
 
 
 @torch.compiler.disable(
-    reason="such a model reads its grid from the values of img_ids, which a traced function cannot; compile the "
-    "model itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
+    reason="such a model reads its grid from the values of ids, which a traced function cannot; compile the model "
+    "itself, torch.compile(model), or its blocks, model.compile_repeated_blocks(fullgraph=True)"
 )
-def ids_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
-    """Of Flux and its like, whose tokens come packed: from `img_ids` (N, 3 or more) or (1, N, 3 or more), columns
-    image, row and column; those after are of the text.
+def ids_grid(module: nn.Module, args: tuple, kwargs: dict, name: str = "img_ids", image: str = "") -> tuple[int, int]:
+    """Of Flux and its like, whose tokens come packed: from ids (N, 3 or more) or (1, N, 3 or more), columns image, row
+    and column; those after are of the text.
 
+    name: the argument that they are. image: the argument (B, N, dim) that the last of them are of; "": all are.
     Raises InputError where they are no full raster of one image. The one value that is read, so it runs uncompiled.
     """
-    ids = given("img_ids", module, args, kwargs)
+    ids = given(name, module, args, kwargs)
     if ids is None:
-        raise InputError("img_ids: none were given, and they tell the grid of the image tokens")
-    found = f"img_ids of shape {tuple(ids.shape)}"
+        raise InputError(f"{name}: none were given, and they tell the grid of the image tokens")
+    found = f"{name} of shape {tuple(ids.shape)}"
     ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].detach().double().cpu()
+    if image:
+        ids = ids[-given(image, module, args, kwargs).shape[1] :]
     images, rows, columns = ids.unbind(1)
     if (images != images[0]).any():
         raise InputError(

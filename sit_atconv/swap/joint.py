@@ -47,22 +47,27 @@ class Sequence(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where text and image stand in a sequence: slices, or indices (B, tokens) where samples differ in it."""
+    """Where text and image stand in a sequence: `text` tokens are of the text, and the image comes first or last; or
+    places: indices (B, tokens) of the text and of the image, where samples differ in it."""
 
-    text: slice | torch.Tensor
-    image: slice | torch.Tensor
+    text: int
+    image_first: bool = False
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text and image of x (B, S, ...)."""
-        if isinstance(self.text, slice):
-            return x[:, self.text], x[:, self.image]
-        return tuple(_picked(x, index) for index in self)
+    def split(self, x: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text and image of x, whose dimension `dim` is the sequence; with places, the second."""
+        if self.places is not None:
+            text, image = (_picked(x, index) for index in self.places)
+            return text, image
+        first = x.shape[dim] - self.text if self.image_first else self.text
+        parts = x.split([first, x.shape[dim] - first], dim)
+        return (parts[1], parts[0]) if self.image_first else (parts[0], parts[1])
 
     def join(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """The sequence (B, S, ...) of both."""
-        if not isinstance(self.text, slice):
-            return _picked(torch.cat([text, image], 1), torch.cat([self.text, self.image], 1).argsort(1))
-        return torch.cat([text, image] if self.image.start else [image, text], 1)
+        if self.places is not None:
+            return _picked(torch.cat([text, image], 1), torch.cat(self.places, 1).argsort(1))
+        return torch.cat([image, text] if self.image_first else [text, image], 1)
 
 
 def _picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -118,7 +123,7 @@ class JointATConv(SwappedLayer):
         self.text_share.zero_()
         for name in filter(None, self.graft.norms):
             for key, parameter in getattr(self, name).named_parameters() if getattr(self, name) is not None else ():
-                parameter.fill_(0 if key == "bias" else 1)
+                parameter.fill_(0 if key == "bias" else self.graft.norm_weight)
 
     def forward(self, *args, **kwargs):
         call = self.graft.project(self, self.reference.get(), args, kwargs)
@@ -164,6 +169,7 @@ class JointGraft(Graft):
     image, text: the linear maps of their queries, keys and values; the same names where they share them.
     norms: of the image's queries and keys, and of the text's, each per head; not there, or None: none.
     out, text_out: the output maps, a linear or a list with one first; None or not there: none.
+    more: further linear maps that the layer has too. norm_weight: where the weights of the norms start.
     """
 
     joint = True
@@ -174,6 +180,8 @@ class JointGraft(Graft):
     norms: tuple[str | None, ...] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     out: str | None = "to_out"
     text_out: str | None = "to_add_out"
+    more: tuple[str, ...] = ()
+    norm_weight: float = 1.0
 
     def inputs(
         self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
@@ -199,7 +207,7 @@ class JointGraft(Graft):
     def linears(self, attention: nn.Module) -> list[str]:
         """The linear maps that the layer has too."""
         found = []
-        for name in dict.fromkeys((*self.image, *self.text, self.out, self.text_out)):
+        for name in dict.fromkeys((*self.image, *self.text, *self.more, self.out, self.text_out)):
             part = None if name is None else getattr(attention, name, None)
             if part is not None:
                 found.append(f"{name}.0" if isinstance(part, nn.ModuleList) else name)
@@ -207,10 +215,10 @@ class JointGraft(Graft):
 
     def parts(self, attention: nn.Module) -> dict[str, nn.Module | None]:
         """What the layer has of the attention, by name; None for what is not there, or only unread text would need."""
-        names = filter(None, dict.fromkeys((*self.image, *self.text, self.text_out, *self.norms, self.out)))
+        names = filter(None, dict.fromkeys((*self.image, *self.text, *self.more, self.text_out, *self.norms, self.out)))
         unread = ()
         if self.text_out is not None and getattr(attention, self.text_out, None) is None:
-            unread = (self.image[1], self.norms[1], self.text[0], self.norms[2])
+            unread = (self.image[1], self.text[0], *self.norms[1:3])
         return {name: None if name in unread else getattr(attention, name, None) for name in names}
 
     def refusal(self, attention: nn.Module) -> str | None:
@@ -218,7 +226,7 @@ class JointGraft(Graft):
             return reason
         if is_fused(attention):
             return "has fused projections; call unfuse_qkv_projections first"
-        wanted = (*self.image, *self.text, self.out)
+        wanted = (*self.image, *self.text, *self.more, self.out)
         missing = next((name for name in wanted if name and getattr(attention, name, None) is None), None)
         if missing is not None:
             return f"has no {missing}: it is no joint attention of the kind that this graft splits"
@@ -238,7 +246,7 @@ class JointGraft(Graft):
         found = self.inputs(*args, **kwargs)
         text = self.heads_of(module, self.text, self.norms[2:], found.text, found.text_rope)
         image = self.heads_of(module, self.image, self.norms[:2], found.image, found.image_rope)
-        layout, mask = Layout(slice(0, found.text.shape[1]), slice(found.text.shape[1], None)), found.mask
+        layout, mask = Layout(found.text.shape[1]), found.mask
         if mask is not None and mask.ndim == 2:
             mask = F.pad(mask.bool(), (0, found.image.shape[1]), value=True)
         return Call(text, image, found.image, _masks(mask, layout), layout)
@@ -257,13 +265,21 @@ class JointGraft(Graft):
             None if each is None else each.unflatten(-1, (count, -1))
             for each, count in zip(made, (heads, kv_heads, kv_heads), strict=True)
         )
-        q, k = (_normalised(module, name, each) for name, each in zip(norms, (q, k), strict=True))
+        q, k = (self._normalised(module, name, each) for name, each in zip((*norms, None, None), (q, k), strict=False))
         if rope is not None:
             q, k = (None if each is None else self.rotate(each, rope) for each in (q, k))
         q, k = (None if each is None else each.to(v.dtype) for each in (q, k))
         if heads != kv_heads:
             k, v = (None if each is None else each.repeat_interleave(heads // kv_heads, 2) for each in (k, v))
         return Heads(q, k, v)
+
+    def normalise(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys (B, tokens, heads, head_dim) by one of `norms`."""
+        return norm(part, x)
+
+    def _normalised(self, module: nn.Module, name: str | None, x: torch.Tensor | None) -> torch.Tensor | None:
+        part = None if name is None or x is None else getattr(module, name, None)
+        return x if part is None else self.normalise(part, x)
 
     def output(self, module: nn.Module, call: Call, text: torch.Tensor | None, image: torch.Tensor):
         """What the attention gives for text and image (B, tokens, channels) before their output maps."""
@@ -308,12 +324,7 @@ class SingleStreamGraft(JointGraft):
 
     def layout(self, found: Sequence, count: int) -> Layout:
         """Where the text is, and the image of `count` tokens."""
-        text = found.tokens.shape[1] - count
-        return (
-            Layout(slice(count, None), slice(0, count))
-            if self.image_first
-            else Layout(slice(0, text), slice(text, None))
-        )
+        return Layout(found.tokens.shape[1] - count, self.image_first)
 
     def project(self, module, grid, args, kwargs) -> Call:
         found, count = self.inputs(*args, **kwargs), math.prod(grid)
@@ -367,14 +378,8 @@ def _masks(mask: torch.Tensor | None, layout: Layout) -> tuple[torch.Tensor | No
     if mask.ndim == 2:
         keys = torch.cat(layout.split(mask.bool()), 1)[:, None, None]
         return keys, keys
-    keys = torch.cat([mask[..., layout.text], mask[..., layout.image]], -1)
-    return (keys, keys) if keys.shape[2] == 1 else (keys[:, :, layout.text], keys[:, :, layout.image])
-
-
-def _normalised(module: nn.Module, name: str | None, x: torch.Tensor | None) -> torch.Tensor | None:
-    """x by the norm of that name, if both are there."""
-    part = None if name is None or x is None else getattr(module, name, None)
-    return x if part is None else norm(part, x)
+    keys = torch.cat(layout.split(mask, 3), 3)
+    return (keys, keys) if keys.shape[2] == 1 else layout.split(keys, 2)
 
 
 def _applied(module: nn.Module, name: str | None, x: torch.Tensor) -> torch.Tensor:

@@ -106,8 +106,7 @@ class SelfATConv(SwappedLayer):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        *_,
-        **__,
+        **_,
     ) -> torch.Tensor:
         refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         return self.mix(on_grid(hidden_states, self.reference.get()))

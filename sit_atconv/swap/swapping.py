@@ -173,9 +173,10 @@ def swap_attention(
         ones of the model's own size.
     joint: "keep" leaves attention over text and image together alone; "split" swaps it, where the adapter can.
     prefix: what a ViT's class and register tokens do: "attend" (softmax over all tokens), "error" (refuse them).
-    pool, kernel_size: of `ATConv`. volume: of models over videos whose tokens fill a volume: "full" (k x k x k taps;
-        what None stands for) or "factored" (k x k in space, then k in time). dry_run: build, calibrate and measure all layers, selected or not, for `report()`,
-        and leave the model as it is; none is chosen where "auto" finds none or a selected attention cannot be swapped.
+    pool, kernel_size: of `ATConv`. volume: of it too, "full" (what None stands for) or "factored", where the tokens fill
+        a volume, as in most models over videos; elsewhere None.
+    dry_run: build, calibrate and measure all layers, selected or not, for `report()`, and leave the model as it is; none
+        is chosen where "auto" finds none or a selected attention cannot be swapped.
 
     The model is changed in place, and a diffusers model's class becomes its ATConv subclass, so `save_pretrained`
     writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
@@ -206,8 +207,8 @@ def swap_attention(
         settings["volume"] = volume or "full"
     elif volume is not None:
         raise InputError(
-            f"volume={volume!r}: the tokens that {type(model).__name__} attends over lie on a grid of rows and columns, "
-            "not in a volume; leave it out"
+            f"volume={volume!r}: the tokens of {type(model).__name__} lie on a grid of rows and columns, and fill no "
+            "volume of frames; leave it out"
         )
     teacher = teacher_of(model) if record is None else record.config["teacher"]
     config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}

@@ -7,24 +7,43 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from sit_atconv.ops.atconv import on_grid
+from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import swap_attention
 from sit_atconv.swap.adapters import adapter_of
-from sit_atconv.swap.families import auraflow, chroma, flux2, lumina2, qwen_image, z_image
+from sit_atconv.swap.families import (
+    auraflow,
+    chroma,
+    cogview4,
+    flux2,
+    flux3,
+    flux_like,
+    hunyuan_image,
+    krea2,
+    lumina2,
+    qwen_image,
+    z_image,
+)  # fmt: skip
 from sit_atconv.swap.joint import JointATConv
 
 GRID, LENGTHS = (3, 4), (5, 3)
 COUNT = GRID[0] * GRID[1]
-PADDED = {"qwen_image": "encoder_hidden_states_mask", "lumina2": "encoder_attention_mask", "chroma": "attention_mask"}
-FAMILIES = {
-    "auraflow": auraflow, "chroma": chroma, "flux2": flux2, "lumina2": lumina2, "qwen_image": qwen_image,
-    "z_image": z_image,
+PADDED = {
+    "chroma": "attention_mask", "hunyuan_image": "encoder_attention_mask", "krea2": "encoder_attention_mask",
+    "lumina2": "encoder_attention_mask", "qwen_image": "encoder_hidden_states_mask",
 }  # fmt: skip
-families = pytest.mark.parametrize("kind", FAMILIES)
+MODELS = {
+    "auraflow": auraflow._tiny, "bria": flux_like._tiny_bria, "chroma": chroma._tiny, "cogview4": cogview4._tiny,
+    "flux2": flux2._tiny, "flux3": flux3._tiny, "hunyuan_image": hunyuan_image._tiny, "krea2": krea2._tiny,
+    "longcat": flux_like._tiny_longcat, "lumina2": lumina2._tiny, "ovis": flux_like._tiny_ovis,
+    "qwen_image": qwen_image._tiny, "z_image": z_image._tiny,
+}  # fmt: skip
+IMAGE_FIRST = ("hunyuan_image", "z_image")
+families = pytest.mark.parametrize("kind", MODELS)
 
 
 def model_of(kind):
     torch.manual_seed(0)
-    return FAMILIES[kind]._tiny().double()
+    return MODELS[kind]().double()
 
 
 def as_double(inputs):
@@ -36,6 +55,8 @@ def alone(kind, model):
     lengths = LENGTHS if kind in (*PADDED, "z_image") else (5, 5)
     generator = torch.Generator().manual_seed(1)
     calls = [as_double(adapter_of(model).example(model, generator, GRID, length)) for length in lengths]
+    for call, count in zip(calls, (4, 2), strict=True) if kind == "cogview4" else ():  # its mask adds to logits
+        call["attention_mask"] = (torch.arange(5) < count).long().expand(2, -1)
     return [
         {
             name: each[:1] if torch.is_tensor(each) and each.ndim and each.shape[0] == 2 else each
@@ -54,7 +75,8 @@ def together(kind, calls):
             batch[name] = each + second[name]
         elif name == "encoder_hidden_states":
             missing = each.shape[1] - second[name].shape[1]
-            batch[name] = torch.cat([each, F.pad(second[name], (0, 0, 0, missing), value=9.0)])
+            filled = F.pad(second[name], (0, 0) * (each.ndim - 2) + (0, missing), value=9.0)
+            batch[name] = torch.cat([each, filled])
         elif torch.is_tensor(each) and not name.endswith("_ids"):
             batch[name] = torch.cat([each, second[name]]) if each.shape == second[name].shape else each
     if kind in PADDED:
@@ -80,7 +102,7 @@ def swapped(kind):
 
 def places_of(kind, length, mask, batch):
     """Where the image's tokens are in what the attention works on, (B, N)."""
-    ends = torch.full((batch, 1), COUNT if kind == "z_image" else length)
+    ends = torch.full((batch, 1), COUNT if kind in IMAGE_FIRST else length)
     if kind == "lumina2" and mask is not None:
         ends = mask.sum(1, keepdim=True)
     return torch.arange(COUNT) + ends - COUNT
@@ -99,6 +121,8 @@ def formula(kind, layer, tokens, q, k, v, attn_mask=None, **_):
     kernels = layer.kernels(on_grid(tokens, GRID)).mT.reshape(-1, 1, 3, 3)
     convolved = F.conv2d(values.flatten(0, 1)[None], kernels, padding=1, groups=len(kernels))
     convolved = convolved.view(len(q), q.shape[1], q.shape[3], COUNT).mT
+    if not isinstance(layer, JointATConv):
+        return torch.zeros_like(q).scatter(2, index, convolved)
     text_alone = logits.masked_fill(of_image[:, None, None], -torch.inf).softmax(-1) @ v
     share = layer.text_share.sigmoid()[:, None, None]
     mixed = (1 - share) * convolved + share * text_alone.gather(2, index)
@@ -112,7 +136,7 @@ def test_layers_are_the_formula_within_their_attention(kind, monkeypatch):
     rotary positions, heads that share, MLPs within and output maps are its own."""
     model, swap, calls = swapped(kind)
     batch, seen = together(kind, calls), {}
-    layers = {name: layer for name, layer in swap.layers.items() if isinstance(layer, JointATConv)}
+    layers = swap.layers
     for name, layer in layers.items():
         layer.register_forward_hook(lambda *call, name=name: seen.update({name: call[1:]}), with_kwargs=True)
     model(**batch)
@@ -133,14 +157,10 @@ def test_layers_are_the_formula_within_their_attention(kind, monkeypatch):
         for mine, wanted in zip(*([each] if torch.is_tensor(each) else each for each in (ours, theirs)), strict=True):
             assert mine.shape == wanted.shape
             mask = kwargs.get("attention_mask", kwargs.get("encoder_hidden_states_mask"))
-            for index in range(len(mine)):  # padding is nobody's
-                count = mine.shape[1]
-                if mask is not None and mask.ndim == 2 and count == mask.shape[1]:
-                    torch.testing.assert_close(
-                        mine[index][mask[index]], wanted[index][mask[index]], rtol=1e-5, atol=1e-6
-                    )
-                else:
-                    torch.testing.assert_close(mine[index], wanted[index], rtol=1e-5, atol=1e-6)
+            counts = torch.ones(mine.shape[:2], dtype=torch.bool)  # padding is nobody's
+            if mask is not None and mask.shape == counts.shape:
+                counts = mask
+            torch.testing.assert_close(mine[counts], wanted[counts], rtol=1e-5, atol=1e-6)
 
 
 @families
@@ -150,3 +170,58 @@ def test_a_padded_batch_is_its_samples_alone(kind):
     both = model(**together(kind, calls)).sample
     for mine, call in zip(both, calls, strict=True):
         torch.testing.assert_close(mine, model(**call).sample[0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_makes_no_grid_is_refused():
+    cases = {
+        "qwen_image": [
+            ({"img_shapes": [[(1, 3, 4), (1, 2, 2)]]}, "one image a sample"),
+            ({"img_shapes": [[(1, 3, 4)], [(1, 4, 3)]]}, "of one size in a batch"),
+            ({"img_shapes": [[(2, 3, 2)]]}, "of one frame"),
+            ({"img_shapes": None}, "img_shapes: none were given"),
+            ({"attention_kwargs": {"attention_mask": torch.ones(1, 17)}}, "attention_mask was given"),
+        ],
+        "z_image": [
+            ({"x": [[torch.zeros(4, 1, 6, 8)]]}, "several images in one sequence"),
+            ({"x": [torch.zeros(4, 1, 6, 8), torch.zeros(4, 1, 8, 6)]}, "one size in a batch"),
+            ({"x": [torch.zeros(4, 2, 6, 8)]}, "of one frame"),
+        ],
+        "flux2": [
+            ({"img_ids": torch.tensor([[10 * (i > 5), i // 4, i % 4, 0] for i in range(12)])}, "number 2 images"),
+            ({"kv_cache_mode": "extract"}, "kv_cache_mode was given"),
+        ],
+        "flux3": [({"image_cond_hidden_states": torch.zeros(1, 4, 4)}, "image_cond_hidden_states was given")],
+        "chroma": [({"attention_mask": torch.arange(17)[None] < 16}, "leaves out image tokens")],
+        "hunyuan_image": [({"hidden_states": torch.zeros(1, 4, 2, 3, 4)}, "without frames")],
+    }
+    for kind, refused in cases.items():
+        model = MODELS[kind]()
+        calib = [adapter_of(model).example(model, torch.Generator().manual_seed(0), GRID, 5)]
+        swap_attention(model, "all", joint="split", init="copy_vo", calib=calib)
+        for changed, said in refused:
+            with pytest.raises(InputError, match=said):
+                model(**calib[0] | changed)
+
+
+@torch.no_grad()
+def test_joint_attention_stays_unless_told_and_the_refiners_go():
+    for kind, wanted in (
+        ("z_image", ["noise_refiner.0.attention"]), ("lumina2", ["noise_refiner.0.attn"]),
+        ("flux3", ["mode_blocks.image.0.attn"]),
+    ):  # fmt: skip
+        model = MODELS[kind]()
+        calib = [adapter_of(model).example(model, torch.Generator().manual_seed(0), GRID, 5)]
+        assert list(swap_attention(model, "all", calib=calib).layers) == wanted
+    with pytest.raises(InputError, match=r"joint='split'"):
+        swap_attention(MODELS["krea2"](), "all")
+
+
+def test_a_text_of_padding_alone_gives_nothing_to_read():
+    """As in the attention, what attends to no token reads zeros; gradients are finite too."""
+    model, _, calls = swapped("qwen_image")
+    batch = together("qwen_image", calls)
+    batch["encoder_hidden_states_mask"][1] = False
+    output = model(**batch).sample
+    output.square().sum().backward()
+    assert output.isfinite().all()
+    assert all(each.grad is None or each.grad.isfinite().all() for each in model.parameters())

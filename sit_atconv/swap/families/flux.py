@@ -30,14 +30,23 @@ class FluxSingleGraft(SingleStreamGraft):
         return super().inputs(hidden_states, image_rotary_emb=image_rotary_emb)
 
 
-def packed(model: torch.nn.Module, generator: torch.Generator, grid: Grid = None, text: int | None = None) -> dict:
-    """Tokens and ids of a model of Flux's kind: by default the longest prompt, and an image of 1024 pixels."""
-    config, length = model.config, text or 512
-    height, width = grid or (64, 64)
+def packed(
+    model: torch.nn.Module,
+    generator: torch.Generator,
+    grid: Grid = None,
+    text: int | None = None,
+    of_text: tuple[int, ...] = (),
+) -> dict:
+    """Tokens and ids of a model of Flux's kind: by default the longest prompt, and an image of 1024 pixels.
+
+    of_text: the shape of a token of the text; by default as the configuration says.
+    """
+    length, (height, width) = text or 512, grid or (64, 64)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    of_text = of_text or (model.config.joint_attention_dim,)
     return {
-        "hidden_states": torch.randn(1, height * width, config.in_channels, generator=generator),
-        "encoder_hidden_states": torch.randn(1, length, config.joint_attention_dim, generator=generator),
+        "hidden_states": torch.randn(1, height * width, model.config.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(1, length, *of_text, generator=generator),
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1),
         "txt_ids": torch.zeros(length, 3, dtype=torch.long),
     }

@@ -1,6 +1,7 @@
 """Flux.2."""
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2Attention,
     Flux2AttnProcessor,
@@ -56,14 +57,21 @@ class Flux2SingleGraft(SingleStreamGraft):
         return module.to_out(torch.cat([call.layout.join(text, image), _activation(call.rest)], -1))
 
 
+def with_text_column(
+    model: torch.nn.Module, generator: torch.Generator, grid: Grid = None, text: int | None = None
+) -> dict:
+    """`packed`, with ids of four columns, of which the last numbers the text."""
+    inputs = packed(model, generator, grid, text)
+    length = len(inputs["txt_ids"])
+    inputs["img_ids"] = F.pad(inputs["img_ids"], (0, 1))
+    inputs["txt_ids"] = torch.cat([inputs["txt_ids"], torch.arange(length)[:, None]], 1)
+    return inputs
+
+
 def _example(
     model: Flux2Transformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
 ) -> dict:
-    inputs = packed(model, generator, grid, text)
-    length, places = inputs["txt_ids"].shape[0], inputs["img_ids"]
-    inputs["img_ids"] = torch.cat([places, torch.zeros_like(places[:, :1])], 1)
-    inputs["txt_ids"] = torch.cat([torch.zeros(length, 3, dtype=torch.long), torch.arange(length)[:, None]], 1)
-    return inputs | {
+    return with_text_column(model, generator, grid, text) | {
         "timestep": torch.rand(1, generator=generator),
         "guidance": torch.full((1,), 4.0) if model.config.guidance_embeds else None,
     }

@@ -15,30 +15,16 @@ from torch import nn
 
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.adapters import Grid, randomised
-from sit_atconv.swap.grafts import Graft, class_refusal, linear_refusal, observed, take_over
+from sit_atconv.swap.grafts import SelfAttentionGraft
 from sit_atconv.swap.grid import argument, given, patch_sizes
-from sit_atconv.swap.layers import SelfATConv
 from sit_atconv.swap.models import Swapped, TakesLoRA, register
 
 
-class Kandinsky5Graft(Graft):
+class Kandinsky5Graft(SelfAttentionGraft):
     """The self-attention of its blocks of the video: queries, keys, their norms and rotary positions go."""
 
     cls, processors = Kandinsky5Attention, (Kandinsky5AttnProcessor,)
-
-    def refusal(self, attention):
-        unknown = class_refusal(attention, self.cls, processors=self.processors)
-        return unknown or linear_refusal(attention, "to_query", "to_key", "to_value", "out_layer")
-
-    def build(self, attention, reference, options) -> SelfATConv:
-        return SelfATConv(attention.to_value, attention.out_layer, reference, options)
-
-    def copy(self, attention, layer: SelfATConv) -> None:
-        take_over(attention.to_value, attention.out_layer, layer.to_v, layer.to_out[0])
-
-    def observe(self, attention, layer, args, kwargs):
-        x = argument("hidden_states", args, kwargs)
-        return observed(attention, attention.to_value, attention.out_layer, x, args, kwargs)
+    value, out = "to_value", "out_layer"
 
 
 class Kandinsky6Graft(Kandinsky5Graft):

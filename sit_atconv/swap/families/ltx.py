@@ -3,7 +3,11 @@
 import math
 
 import torch
-from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor, LTXVideoTransformer3DModel
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    LTXVideoTransformer3DModel,
+)
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2Attention,
     LTX2AudioVideoAttnProcessor,

@@ -35,9 +35,9 @@ class Lumina2Graft(SingleStreamGraft):
     def layout(self, found, count):
         if found.mask is None:
             return super().layout(found, count)
-        start = found.mask.sum(1, keepdim=True) - count
-        rest = torch.arange(found.tokens.shape[1] - count, device=start.device)
-        return Layout(rest + count * (rest >= start), start + torch.arange(count, device=start.device))
+        start, length = found.mask.sum(1, keepdim=True) - count, found.tokens.shape[1] - count
+        rest = torch.arange(length, device=start.device)
+        return Layout(length, places=(rest + count * (rest >= start), start + torch.arange(count, device=start.device)))
 
 
 def _example(

@@ -23,6 +23,9 @@ class WanGraft(SelfAttentionGraft):
 
     cls, processors = wan.WanAttention, (wan.WanAttnProcessor,)
 
+    def tokens(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return super().tokens(hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+
 
 class ChronoEditGraft(WanGraft):
     """The copy of it in ChronoEdit's module."""
@@ -57,7 +60,9 @@ def _example(
 ) -> dict:
     """own: the grid of 81 frames at 480 x 832, or of what the model is for."""
     config = model.config
-    length = 512 if getattr(config, "added_kv_proj_dim", None) else text or 512  # with an image, the attention counts on this length
+    length = (
+        512 if getattr(config, "added_kv_proj_dim", None) else text or 512
+    )  # with an image, the attention counts on this length
     found = {
         "hidden_states": clip(model, generator, grid or own),
         "timestep": torch.randint(1000, (1,), generator=generator),
