@@ -272,11 +272,11 @@ def coords_grid(coords: torch.Tensor) -> tuple[int, int, int]:
     axes = [axis.unique() for axis in coords[0].detach().cpu()]
     raster = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
     if raster.shape != coords.shape[1:] or not coords.detach().cpu().eq(raster).all():
-        frames, rows, columns = map(len, axes)
+        sides = " x ".join(str(len(axis)) for axis in axes)
         raise InputError(
-            f"video_coords of {coords.shape[-1]} tokens name {frames} frames, {rows} rows and {columns} columns, but not "
-            "every place of this volume, once, in raster order and alike for all samples; a swapped model takes one "
-            "volume, without tokens of keyframes or references beside it"
+            f"video_coords of {coords.shape[-1]} tokens name a volume of {sides}, but not every place of it, once, in "
+            "raster order and alike for all samples; a swapped model takes one volume, without tokens of keyframes or "
+            "references beside it"
         )
     return tuple(len(axis) for axis in axes)
 

@@ -173,10 +173,10 @@ def swap_attention(
         ones of the model's own size.
     joint: "keep" leaves attention over text and image together alone; "split" swaps it, where the adapter can.
     prefix: what a ViT's class and register tokens do: "attend" (softmax over all tokens), "error" (refuse them).
-    pool, kernel_size: of `ATConv`. volume: of it too, "full" (what None stands for) or "factored", where the tokens fill
-        a volume, as in most models over videos; elsewhere None.
-    dry_run: build, calibrate and measure all layers, selected or not, for `report()`, and leave the model as it is; none
-        is chosen where "auto" finds none or a selected attention cannot be swapped.
+    pool, kernel_size: of `ATConv`. volume: of `ATConv`, for models whose tokens lie in volumes: "full" (None) or
+        "factored".
+    dry_run: build, calibrate and measure all layers, selected or not, for `report()`, and leave the model as it is;
+        none is chosen where "auto" finds none or a selected attention cannot be swapped.
 
     The model is changed in place, and a diffusers model's class becomes its ATConv subclass, so `save_pretrained`
     writes what `from_pretrained` reads. Layers swapped before stay as they are and are no candidates any more. The new
