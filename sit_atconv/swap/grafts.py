@@ -68,8 +68,8 @@ class Graft:
         """What ATConv has a part in of an output of the attention or the layer: the error is measured on it."""
         return output
 
-    def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
-        """The grid of a call of the attention."""
+    def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """The grid of a call of the attention, (H, W) or (T, H, W)."""
         return layer.reference.get()
 
 
@@ -121,7 +121,7 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
     """
     maps = {}
     for name, child in layer.named_children():
-        parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
+        parts = child.named_children() if isinstance(child, nn.ModuleList | KernelGenerator) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
     foreign = {}
     for name, module in maps.items():

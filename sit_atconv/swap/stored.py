@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from sit_atconv.layers.atconv import VOLUMES
 from sit_atconv.runtime.errors import InputError, check_choice
 from sit_atconv.runtime.reading import POSITIVE, fault_of
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
@@ -47,7 +48,7 @@ def swap_as_stored(
     if hasattr(model, "_swap_record"):
         raise InputError(f"{type(model).__name__} has swapped layers already; revert them, or take the original model")
     adapter = adapter_of(model)
-    _check_stored(config)
+    _check_stored(config, adapter)
     check(teacher_of(model))
     adapter.check(model, config)
     try:
@@ -69,16 +70,16 @@ def swap_as_stored(
     return swap
 
 
-def _check_stored(config: dict) -> None:
+def _check_stored(config: dict, adapter: SwapAdapter) -> None:
     found = config.get("schema") if isinstance(config, dict) else config
     if found != SCHEMA:
         raise InputError(f"atconv schema {found!r}: this version reads {SCHEMA}; use the one that wrote it")
-    if fault := fault_of(config, STORED_FORM):
+    if fault := fault_of(config, STORED_FORM | ({"volume": VOLUMES} if adapter.volumes else {})):
         raise InputError(f"atconv: {fault}; it is not as swap_attention wrote it")
 
 
 def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> list[Site]:
-    _check_stored(config)
+    _check_stored(config, adapter)
     grafts = adapter.find(model)
     for name in config["layers"]:
         check_choice("atconv layer", name, grafts)
