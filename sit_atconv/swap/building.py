@@ -22,7 +22,7 @@ def build(model, adapter: SwapAdapter, grafts: dict[str, Graft], config: dict) -
         layer = graft.build(attention, reference, options)
         if reference is not None:
             _keep_grid(layer, reference, owner, model, name)
-        fit = TapFit(graft.heads(attention), layer.sizes)
+        fit = TapFit(graft.heads(attention), options.kernel_size, adapter.sides)
         sites.append(Site(name, attention, graft, layer, fit, reference))
     return sites
 

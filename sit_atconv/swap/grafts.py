@@ -70,8 +70,8 @@ class Graft:
         kwargs: of the call that gave it."""
         return output
 
-    def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
-        """The grid of a call of the attention."""
+    def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """The grid of a call of the attention, (H, W) or (T, H, W)."""
         return layer.reference.get()
 
 
@@ -125,7 +125,7 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
     for name, child in layer.named_children():
         if name in getattr(layer, "kept", ()):  # what a layer keeps of its attention beside linear maps
             continue
-        parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
+        parts = child.named_children() if isinstance(child, nn.ModuleList | KernelGenerator) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
     foreign, norms = {}, getattr(getattr(layer, "graft", None), "norms", ())
     for name, module in maps.items():

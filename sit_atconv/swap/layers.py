@@ -15,7 +15,8 @@ from sit_atconv.swap.grid import GridReference
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What all swapped layers of a model share. kernel_size, pool: of `ATConv`. prefix_tokens: before the patches."""
+    """What all swapped layers of a model share. kernel_size, pool, volume: of `ATConv`. prefix_tokens: before the
+    patches."""
 
     kernel_size: int = 3
     pool: str = "raster"
@@ -81,7 +82,7 @@ class SelfATConv(SwappedLayer):
     """to_out(K2 * to_v(x)), called as diffusers calls an attention: hidden_states (B, N, dim) -> (B, N, out_dim).
 
     K2 (B, K, inner_dim) as `KernelGenerator` makes it from x; `*` is the depthwise convolution on the grid that
-    `reference` tells. value, out: the attention's maps, whose sizes, device and dtype it takes.
+    `reference` tells, of volumes too. value, out: the attention's maps, whose sizes, device and dtype it takes.
     Raises InputError for a context or an attention mask, which ATConv has no use for.
     """
 
@@ -112,7 +113,7 @@ class SelfATConv(SwappedLayer):
         return self.mix(on_grid(hidden_states, self.reference.get()))
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, H, W, dim) -> (B, H W, out_dim)."""
-        kernels = self.kernels(x)
+        """Tokens (B, *grid, dim) -> (B, N, out_dim)."""
+        kernels = self.kernels(x)  # first: see `ATConv.forward`
         mixed = self.convolve(x, self.to_v(x), kernels).flatten(1, -2)
         return self.to_out[1](self.to_out[0](mixed))

@@ -27,7 +27,7 @@ from sit_atconv.swap.grafts import Graft, is_fused
 from sit_atconv.swap.identity import teacher_of
 from sit_atconv.swap.inputs import calibration_inputs, told_of
 from sit_atconv.swap.marking import SwapRecord
-from sit_atconv.swap.start import set_kernels
+from sit_atconv.swap.start import start_as_box, start_as_fitted
 from sit_atconv.swap.survey import Survey, survey_of
 from sit_atconv.swap.wrapping import check_bare, check_unhooked, check_unwrapped, model_of
 
@@ -190,6 +190,8 @@ def swap_attention(
     check_choice("joint", joint, JOINTS)
     check_choice("prefix", prefix, PREFIXES)
     check_choice("pool", pool, POOLS)
+    if volume is not None:
+        check_choice("volume", volume, VOLUMES)
     for name, value, least in (("max_error", max_error, 0), ("speedup", speedup, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise InputError(f"{name}={value!r}: give a number")
@@ -197,19 +199,15 @@ def swap_attention(
             raise InputError(f"{name}={value}: a target needs select='auto', and select={select!r}; leave one out")
         if value is not None and not value > least:
             raise InputError(f"{name}={value}: must be greater than {least}")
-    check_choice("volume", volume, (None, *VOLUMES))
     pipeline, model = model_of(model_or_pipeline)
     check_bare(model)
     adapter = adapter_of(model)
     record = getattr(model, "_swap_record", None)
     settings = {"kernel_size": kernel_size, "pool": pool, "prefix": prefix}
     if adapter.sides == 3:
-        settings["volume"] = volume or "full"
+        settings["volume"] = "full" if volume is None else volume
     elif volume is not None:
-        raise InputError(
-            f"volume={volume!r}: the tokens of {type(model).__name__} lie on a grid of rows and columns, and fill no "
-            "volume of frames; leave it out"
-        )
+        raise InputError(f"volume={volume!r}: the tokens of a {type(model).__name__} lie on grids (H, W); leave it out")
     teacher = teacher_of(model) if record is None else record.config["teacher"]
     config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}
     for name, value in settings.items() if record is not None else ():
@@ -287,7 +285,7 @@ def _start(model: nn.Module, sites: list[Site], init: str, inputs: list) -> None
     if init != "random":
         for site in sites:
             site.graft.copy(site.attention, site.layer)
-            set_kernels(site.layer, torch.full_like(site.fit.cross, 1 / site.fit.cross.shape[1]))
+            start_as_box(site.layer)
         joint = [site for site in sites if site.graft.joint]
         if joint and inputs:
             run_over(model, joint, inputs, read_share, "reading text shares")
@@ -298,7 +296,7 @@ def _start(model: nn.Module, sites: list[Site], init: str, inputs: list) -> None
         run_over(model, sites, inputs, fit_site, "fitting kernels")
         for site in sites:
             if site.fit.gram.any():  # else the inputs do not reach it
-                set_kernels(site.layer, site.fit.expressible())
+                start_as_fitted(site.layer, site.fit)
     if inputs:
         run_over(model, sites, inputs, compare_site, "measuring errors")
 
