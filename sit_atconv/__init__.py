@@ -11,12 +11,14 @@ from sit_atconv.version import __version__
 
 if TYPE_CHECKING:
     from sit_atconv.layers.atconv import ATConv
+    from sit_atconv.layers.atconv2d import ATConv2d
     from sit_atconv.models.sit import SiTTransformer2DModel, create_model, list_models
     from sit_atconv.pipelines.pipeline_sit import SiTPipeline
     from sit_atconv.swap import swap_attention
 
 __all__ = [
     "ATConv",
+    "ATConv2d",
     "SiTPipeline",
     "SiTTransformer2DModel",
     "__version__",
@@ -29,6 +31,7 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "ATConv": "sit_atconv.layers.atconv",
+        "ATConv2d": "sit_atconv.layers.atconv2d",
         "SiTPipeline": "sit_atconv.pipelines.pipeline_sit",
         "SiTTransformer2DModel": "sit_atconv.models.sit",
         "create_model": "sit_atconv.models.sit",

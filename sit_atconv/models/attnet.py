@@ -31,9 +31,9 @@ from timm.models import (
 )
 from torch import nn
 
-from sit_atconv.layers.atconv import ATConv, flatten_pointwise_weights
+from sit_atconv.layers.atconv import flatten_pointwise_weights
+from sit_atconv.layers.atconv2d import ATConv2d
 from sit_atconv.layers.embedders import sincos_position_embedding
-from sit_atconv.ops.atconv.grouped import grouped_convolution
 from sit_atconv.ops.forward_mode import exact_derivatives
 from sit_atconv.runtime.compat.timm import feature_take_indices
 from sit_atconv.runtime.errors import InputError
@@ -41,39 +41,7 @@ from sit_atconv.runtime.errors import InputError
 __all__ = ["AttNet"]
 
 
-@register_notrace_module
-class ATConv2d(ATConv):
-    """ATConv of a feature map (B, dim, H, W) -> (B, dim, H, W), with the exact GELU; options of `ATConv`.
-
-    In the channels-last memory format nothing is copied. TorchScript gets plain torch
-    operators in the place of the library's own, so a scripted model needs no library to run.
-    """
-
-    def __init__(self, dim: int, **options):
-        super().__init__(dim, activation="gelu", **options)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return self._portable(x)
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def _portable(self, x: torch.Tensor) -> torch.Tensor:
-        k = self.kernel_size
-        if hasattr(self, "static_kernel"):
-            kernels = self.static_kernel.expand(len(x), -1, -1).transpose(1, 2)
-        else:
-            if self.pool == "raster":
-                pooled = F.adaptive_avg_pool1d(x.flatten(2), k * k)
-            else:
-                pooled = F.adaptive_avg_pool2d(x, [k, k]).flatten(2)
-            hidden = F.gelu(self.kernel_proj(pooled.transpose(1, 2)))
-            kernels = self.kernel_gen(hidden.transpose(1, 2))
-        if hasattr(self, "difference_control"):
-            kernels = kernels - self.difference_control.sigmoid()[:, None] * kernels.mean(2, keepdim=True)
-        elif self.inhibition == "full":
-            kernels = kernels - kernels.mean(2, keepdim=True)
-        y = grouped_convolution(self.x_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), kernels)
-        return self.proj(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+register_notrace_module(ATConv2d)
 
 
 class GatedMLP(nn.Module):
@@ -138,7 +106,7 @@ class AttNetBlock(nn.Module):
             return nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale, **factory)
 
         self.norm_1 = LayerNorm2d(dim, **factory)
-        self.token_mixer = ATConv2d(dim, **options, **factory)
+        self.token_mixer = ATConv2d(dim, dim, **options, **factory)
         self.layer_scale_1 = scale()
         self.norm_2 = LayerNorm2d(dim, **factory)
         self.channel_mixer = GatedMLP(dim, int(2 / 3 * int(dim * mlp_ratio)), glu_norm, **factory)

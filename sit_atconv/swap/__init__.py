@@ -4,7 +4,7 @@ from sit_atconv.swap import families  # noqa: F401  (makes the models known)
 from sit_atconv.swap.adapters import SwapAdapter, register_adapter
 from sit_atconv.swap.delta import load_delta, save_delta
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft
-from sit_atconv.swap.grid import ids_grid, latent_grid
+from sit_atconv.swap.grid import ids_grid, latent_grid, volume_grid
 from sit_atconv.swap.joint import JointGraft, Sequence, SingleStreamGraft, Streams
 from sit_atconv.swap.layers import LayerOptions
 from sit_atconv.swap.regression import regress
@@ -27,4 +27,5 @@ __all__ = [
     "regress",
     "save_delta",
     "swap_attention",
+    "volume_grid",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft
-from sit_atconv.swap.grid import Reader, above
+from sit_atconv.swap.grid import Reader, above, patch_sizes
 from sit_atconv.swap.marking import mark_nothing
 
 Grid = Sequence[int] | None
@@ -23,15 +23,16 @@ class SwapAdapter:
 
     model: the class, and those that derive from it, where `check` lets them.
     sites: Graft by pattern, which the whole name of an attention matches.
-    grid: reads the grid (H, W) from the arguments of `owner`: the class (or classes) of the nearest module above the
-        attention that sees it, or the name of such a module; None where the attention is called with its grid.
+    grid: reads the grid from the arguments of `owner`: the class (or classes) of the nearest module above the attention
+        that sees it, or the name of such a module; None where the attention is called with its grid.
     example: given (model, generator, grid=None, text=None), the keyword arguments of one forward pass on random inputs,
         for calibration where none is given: on the model's own grid, or on one of (H, W) or (T, H, W) tokens, with its
         own longest text, or with `text` tokens of it; None if there is no telling.
     mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
     check: given the model and the settings of a swap to come, raises InputError where they do not go together.
-    tiny: makes a model of random weights that runs in milliseconds, with every kind of site.
+    tiny: makes a model of random weights that runs in milliseconds, with every kind of site in it.
     prefix_tokens: how many tokens of a model come before those on the grid.
+    sides: of the grid that the tokens fill: 2 (H, W), or 3 (T, H, W).
     """
 
     model: type[nn.Module]
@@ -43,6 +44,7 @@ class SwapAdapter:
     check: Callable[[nn.Module, dict], None] = lambda model, config: None
     tiny: Callable[[], nn.Module] | None = None
     prefix_tokens: Callable[[nn.Module], int] = lambda model: getattr(model, "num_prefix_tokens", 0)
+    sides: int = 2
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""
@@ -114,6 +116,12 @@ def latents(model: nn.Module, generator: torch.Generator, grid: Grid = None) -> 
         size = [side * patch for side in grid]
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(2, model.config.in_channels, height, width, generator=generator)
+
+
+def clip(model: nn.Module, generator: torch.Generator, grid: Sequence[int], batch: int = 1) -> torch.Tensor:
+    """Random latents (batch, in_channels, T, H, W) of a diffusers model over videos, for a grid (T, H, W) of tokens."""
+    sides = [side * patch for side, patch in zip(grid, patch_sizes(model.config), strict=True)]
+    return torch.randn(batch, model.config.in_channels, *sides, generator=generator)
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ class Site:
     reference: GridReference | None
     shares: list[torch.Tensor] = field(default_factory=list)  # of the text, a tensor (heads,) per call
     call: tuple | None = None  # the first call seen, its tensors without storage
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     squares: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the error, of the attention's output
 
     @property

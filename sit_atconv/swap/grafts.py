@@ -18,7 +18,7 @@ from sit_atconv.layers.atconv import ATConv, KernelGenerator, TapLinear
 from sit_atconv.runtime.compat.diffusers import diffusers_hooks
 from sit_atconv.runtime.hooks import recorded
 from sit_atconv.swap.grid import GridReference, argument
-from sit_atconv.swap.layers import LayerOptions, SelfATConv
+from sit_atconv.swap.layers import LayerOptions, SelfATConv, refuse
 
 
 class Graft:
@@ -70,8 +70,8 @@ class Graft:
         kwargs: of the call that gave it."""
         return output
 
-    def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, int]:
-        """The grid of a call of the attention."""
+    def grid(self, layer: KernelGenerator, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """The grid of a call of the attention, (H, W) or (T, H, W)."""
         return layer.reference.get()
 
 
@@ -125,7 +125,7 @@ def foreign_maps(layer: KernelGenerator) -> dict[str, nn.Module]:
     for name, child in layer.named_children():
         if name in getattr(layer, "kept", ()):  # what a layer keeps of its attention beside linear maps
             continue
-        parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
+        parts = child.named_children() if isinstance(child, nn.ModuleList | KernelGenerator) else [("", child)]
         maps |= {f"{name}.{key}".rstrip("."): part for key, part in parts if not isinstance(part, nn.Dropout)}
     foreign, norms = {}, getattr(getattr(layer, "graft", None), "norms", ())
     for name, module in maps.items():
@@ -152,13 +152,23 @@ def take_over(attention_value: nn.Linear, attention_out: nn.Linear, value: nn.Li
 
 
 def observed(
-    attention: nn.Module, value: nn.Linear, out: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict
+    attention: nn.Module,
+    value: nn.Linear,
+    out: nn.Module,
+    x: torch.Tensor,
+    args: tuple,
+    kwargs: dict,
+    channels: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of x, and what the attention gives its output map in a call, both without the bias of the values."""
+    """The values of x, and what the attention gives its output map in a call, both without the bias of the values.
+
+    channels: how many of the output map's are the attention's; None: as many as those of the values, and the rest is of
+    an MLP with the same output map.
+    """
     with recorded({"out": out}) as seen:
         attention(*args, **kwargs)
     (mixed, *_), _, _ = seen["out"]
-    found = value(x), mixed.detach()[..., : value.out_features]  # the rest is of an MLP with the same output map
+    found = value(x), mixed.detach()[..., : channels or value.out_features]
     return found if value.bias is None else tuple(each - value.bias.to(each.dtype) for each in found)
 
 
@@ -179,7 +189,8 @@ class CalledSelfATConv(SelfATConv):
 
 
 class SelfAttentionGraft(Graft):
-    """An attention over image tokens alone: diffusers' `Attention` in DiT, PixArt and U-Nets (attn1), SD3's second one.
+    """An attention over image or video tokens alone: diffusers' `Attention` in DiT, PixArt and U-Nets (attn1), SD3's
+    second one.
 
     For a class of one's own a subclass tells `cls`, its maps, and, where its tokens are not its first argument or
     `hidden_states`, `tokens`:
@@ -192,8 +203,11 @@ class SelfAttentionGraft(Graft):
     value: str = "to_v"
     out: str = "to_out"
 
-    def tokens(self, hidden_states: torch.Tensor, *_, **__) -> torch.Tensor:
+    def tokens(
+        self, hidden_states: torch.Tensor, *_, encoder_hidden_states=None, attention_mask=None, **__
+    ) -> torch.Tensor:
         """The tokens (B, N, dim) of a call of the attention; the arguments are the attention's own."""
+        refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         return hidden_states
 
     def maps(self, attention: nn.Module) -> tuple[nn.Linear, nn.Linear]:

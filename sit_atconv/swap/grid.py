@@ -1,6 +1,7 @@
 """How a swapped layer, called with a sequence of tokens, knows the grid they lie on: its model's input told it."""
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,9 @@ from sit_atconv.runtime.compat.diffusers import checkpoint_function, set_checkpo
 from sit_atconv.runtime.errors import InputError
 
 HALVES = (torch.bfloat16, torch.float16)  # FluxPipeline rounds ids to its own: 257 to 256 in bf16
-Reader = Callable[[nn.Module, tuple, dict], tuple[int, int]]  # module, its arguments -> (H, W) in tokens
+Grid = tuple[int, ...]  # (H, W) in tokens; of volumes (T, H, W)
+Reader = Callable[[nn.Module, tuple, dict], Grid]  # of a module and its arguments
+TELL = "layer.reference.set((H, W), device), or with (T, H, W)"
 
 
 class _Pass(threading.local):
@@ -25,22 +28,23 @@ class _Pass(threading.local):
 
 
 class GridReference:
-    """The grid (H, W) of the forward pass under way in this thread, as the shape of a tensor without elements.
+    """The grid (H, W) or (T, H, W) of the forward pass under way in this thread, as the shape of a tensor without
+    elements.
 
-    A shape and not two numbers: torch.compile then takes H and W as it takes the size of any input, and does not
-    compile anew for every resolution. The layers of a model share one, in deep copies and pickles too. Passes in other
+    A shape and not numbers: torch.compile then takes H and W as it takes the size of any input, and does not compile
+    anew for every resolution. The layers of a model share one, in deep copies and pickles too. Passes in other
     threads, and passes within a pass, have grids of their own.
     """
 
     def __init__(self, beside: "GridReference | None" = None):
         """beside: another one of the same model, at another resolution."""
-        self.first: list[tuple[int, int]] = [] if beside is None else beside.first  # the first grid of the model
+        self.first: list[Grid] = [] if beside is None else beside.first  # the first grid of the model
         self._reset()
 
     def _reset(self) -> None:
         self.now = _Pass()
         self.last: torch.Tensor | None = None  # of whatever thread: for a layer that is called outside of any pass,
-        self.by_count: dict[int, tuple[int, int]] = {}  # where the number of tokens tells the grid
+        self.by_count: dict[int, Grid] = {}  # where the number of tokens tells the grid
         self.ambiguous = False
         self.of_tokens = WeakKeyDictionary()  # storage of what a block was called with -> the grid that it lies on
 
@@ -51,7 +55,7 @@ class GridReference:
         self.first = state["first"]
         self._reset()
 
-    def set(self, grid: tuple[int, int], device: torch.device) -> None:
+    def set(self, grid: Grid, device: torch.device) -> None:
         """Tell the grid of the pass under way in this thread, or of calls of the layers on their own."""
         self.now.shape = torch.empty((*grid, 0), device=device)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -60,27 +64,27 @@ class GridReference:
         if not self.first:
             self.first.append(tuple(grid))
         if tuple(grid) != self.first[0]:
-            compat.maybe_mark_dynamic(self.now.shape, (0, 1))
+            compat.maybe_mark_dynamic(self.now.shape, tuple(range(len(grid))))
         self.last = self.now.shape
-        self.ambiguous |= self.by_count.setdefault(grid[0] * grid[1], tuple(grid)) != tuple(grid)
+        self.ambiguous |= self.by_count.setdefault(math.prod(grid), tuple(grid)) != tuple(grid)
 
-    def get(self) -> tuple[int, int]:
-        """The grid (H, W). Raises InputError where no forward pass has told one."""
+    def get(self) -> Grid:
+        """The grid. Raises InputError where no forward pass has told one."""
         shape = self.now.shape
         if shape is None:  # part of a block that something else than the model checkpoints, say, computed anew
             shape = self.last
             if shape is None:
                 raise InputError(
                     "a swapped layer was called on its own, and knows no grid; call the model that it is part of, "
-                    "or tell it: layer.reference.set((H, W), device)"
+                    f"or tell it: {TELL}"
                 )
             if self.ambiguous:
                 raise InputError(
                     "a swapped layer was called on its own, after grids of as many tokens and other sides; call the "
                     "model that it is part of (to checkpoint: the model's own checkpointing, or its blocks, "
-                    "uncompiled), or tell it: layer.reference.set((H, W), device)"
+                    f"uncompiled), or tell it: {TELL}"
                 )
-        return shape.shape[0], shape.shape[1]
+        return tuple(shape.shape[:-1])
 
 
 class GridHook:
@@ -250,6 +254,41 @@ def latent_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]
     height, width = argument("hidden_states", args, kwargs).shape[-2:]
     patch = getattr(module.config, "patch_size", None) or 1
     return height // patch, width // patch
+
+
+def patch_sizes(config) -> tuple[int, int, int]:
+    """Frames, rows and columns of a patch, of the configuration of a diffusers model over videos."""
+    patch = config.patch_size
+    return (getattr(config, "patch_size_t", None) or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def volume_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int, int]:
+    """Of a diffusers model called with `hidden_states` (B, C, T, H, W), which it cuts into patches."""
+    sides = argument("hidden_states", args, kwargs).shape[-3:]
+    return tuple(side // patch for side, patch in zip(sides, patch_sizes(module.config), strict=True))
+
+
+def frames_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int, int]:
+    """Of one called with the frames before the channels: `hidden_states` (B, T, C, H, W)."""
+    return volume_grid(module, (argument("hidden_states", args, kwargs).transpose(1, 2),), {})
+
+
+@torch.compiler.disable(
+    reason="such a model reads its grid from the values of video_coords, which a traced function cannot; give "
+    "num_frames, height and width alone, or compile its blocks, model.compile_repeated_blocks(fullgraph=True)"
+)
+def coords_grid(coords: torch.Tensor) -> tuple[int, int, int]:
+    """The grid of tokens at coordinates (B, 3, N) of frame, row and column. Raises InputError where they fill none."""
+    axes = [axis.unique() for axis in coords[0].detach().cpu()]
+    raster = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    if raster.shape != coords.shape[1:] or not coords.detach().cpu().eq(raster).all():
+        sides = " x ".join(str(len(axis)) for axis in axes)
+        raise InputError(
+            f"video_coords of {coords.shape[-1]} tokens name a volume of {sides}, but not every place of it, once, in "
+            "raster order and alike for all samples; a swapped model takes one volume, without tokens of keyframes or "
+            "references beside it"
+        )
+    return tuple(len(axis) for axis in axes)
 
 
 @torch.compiler.disable(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sit_atconv.layers.atconv import KernelGenerator
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
+from sit_atconv.layers.atconv import KernelGenerator, volume_sizes
+from sit_atconv.ops.atconv import on_grid
 from sit_atconv.runtime.compat.torch import metadata_of
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grid import GridReference
@@ -15,11 +15,13 @@ from sit_atconv.swap.grid import GridReference
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What all swapped layers of a model share. kernel_size, pool: of `ATConv`. prefix_tokens: before the patches."""
+    """What all swapped layers of a model share. kernel_size, pool, volume: of `ATConv`. prefix_tokens: before the
+    patches."""
 
     kernel_size: int = 3
     pool: str = "raster"
     prefix_tokens: int = 0
+    volume: str | None = None
 
     def __post_init__(self):
         if type(self.kernel_size) is not int:
@@ -37,7 +39,8 @@ class SwappedLayer(KernelGenerator):
     """
 
     def __init__(self, dim: int, channels: int, reference: GridReference | None, options: LayerOptions):
-        super().__init__(dim, channels, options.kernel_size, pool=options.pool)
+        sizes, time = volume_sizes(options.kernel_size, options.volume)
+        super().__init__(dim, channels, sizes, pool=options.pool, time=time)
         self.reference = reference
 
     def __prepare_scriptable__(self):
@@ -79,7 +82,7 @@ class SelfATConv(SwappedLayer):
     """to_out(K2 * to_v(x)), called as diffusers calls an attention: hidden_states (B, N, dim) -> (B, N, out_dim).
 
     K2 (B, K, inner_dim) as `KernelGenerator` makes it from x; `*` is the depthwise convolution on the grid that
-    `reference` tells. value, out: the attention's maps, whose sizes, device and dtype it takes.
+    `reference` tells, of volumes too. value, out: the attention's maps, whose sizes, device and dtype it takes.
     Raises InputError for a context or an attention mask, which ATConv has no use for.
     """
 
@@ -110,8 +113,7 @@ class SelfATConv(SwappedLayer):
         return self.mix(on_grid(hidden_states, self.reference.get()))
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, H, W, dim) -> (B, H W, out_dim)."""
-        kernels = self.kernels(x)
-        v = self.to_v(x)
-        mixed = dynamic_depthwise_conv(v, kernels.to(v.dtype)).flatten(1, 2)
+        """Tokens (B, *grid, dim) -> (B, N, out_dim)."""
+        kernels = self.kernels(x)  # first: see `ATConv.forward`
+        mixed = self.convolve(x, self.to_v(x), kernels).flatten(1, -2)
         return self.to_out[1](self.to_out[0](mixed))

@@ -21,7 +21,7 @@ from sit_atconv.runtime.errors import InputError, said
 from sit_atconv.runtime.reading import read_json
 from sit_atconv.swap.adapters import Example, SwapAdapter, register_adapter
 from sit_atconv.swap.grafts import Graft
-from sit_atconv.swap.grid import Reader, latent_grid
+from sit_atconv.swap.grid import Reader, latent_grid, volume_grid
 from sit_atconv.swap.marking import THIN, check_thin, mark_thin
 from sit_atconv.swap.stored import install
 
@@ -196,7 +196,10 @@ def register(
     example: Example,
     tiny: Callable[[], nn.Module],
     owner: type[nn.Module] | None = None,
-    grid: Reader = latent_grid,
+    grid: Reader | None = None,
+    sides: int = 2,
 ) -> None:
-    """Register the adapter of a model of diffusers that has an ATConv subclass. owner: by default the model itself."""
-    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin, tiny))
+    """Register the adapter of a model of diffusers that has an ATConv subclass. owner: by default the model itself;
+    grid: by default `latent_grid`, or of three sides `volume_grid`."""
+    grid = grid or (volume_grid if sides == 3 else latent_grid)
+    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin, tiny, sides))

@@ -71,7 +71,8 @@ class RefinerGraft(SelfAttentionGraft):
 
     def observe(self, attention, layer, args, kwargs):
         x, count = argument("hidden_states", args, kwargs), math.prod(layer.reference.get())
-        _, mixed = observed(attention, attention.to_v, attention.to_out[0], x, args, kwargs)
+        out = attention.to_out[0]
+        _, mixed = observed(attention, attention.to_v, out, x, args, kwargs, out.in_features)
         return layer.values(x[:, :count], attention.to_v), mixed[:, :count]
 
     def approximated(self, layer, output, args, kwargs):

@@ -128,7 +128,7 @@ def _at_least_fp32(value):
     return value.float() if half else value
 
 
-def _error(site: Site, grid: tuple[int, int], args: tuple, kwargs: dict, output) -> torch.Tensor:
+def _error(site: Site, grid: tuple[int, ...], args: tuple, kwargs: dict, output) -> torch.Tensor:
     """Squared error of a layer relative to the attention's output, where ATConv has a part in it."""
     if site.reference is not None:
         site.reference.set(grid, next(site.layer.parameters()).device)

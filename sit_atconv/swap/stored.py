@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from sit_atconv.layers.atconv import VOLUMES
 from sit_atconv.runtime.errors import InputError, check_choice
 from sit_atconv.runtime.reading import POSITIVE, fault_of
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
@@ -16,7 +17,7 @@ from sit_atconv.swap.swapping import PREFIXES, SCHEMA, AttentionSwap, put_in
 from sit_atconv.swap.wrapping import check_bare, model_of
 
 STORED_FORM = {
-    "layers": [str], "kernel_size": POSITIVE, "pool": str, "prefix": PREFIXES,
+    "layers": [str], "kernel_size": POSITIVE, "pool": str, "prefix": PREFIXES, "volume?": VOLUMES,
     "teacher": {"class": str, "name": (str, None), "revision": (str, None), "fingerprint": str},
 }  # fmt: skip
 

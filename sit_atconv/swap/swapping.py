@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.layers.atconv import VOLUMES, KernelGenerator
 from sit_atconv.ops.atconv import POOLS
 from sit_atconv.runtime.compat.torch import uncompiled
 from sit_atconv.runtime.errors import InputError, check_choice
@@ -29,7 +29,7 @@ from sit_atconv.swap.grafts import Graft, is_fused
 from sit_atconv.swap.identity import teacher_of
 from sit_atconv.swap.inputs import calibration_inputs, told_of
 from sit_atconv.swap.marking import SwapRecord
-from sit_atconv.swap.start import set_kernels
+from sit_atconv.swap.start import start_as_box, start_as_fitted
 from sit_atconv.swap.survey import Survey, survey_of
 from sit_atconv.swap.wrapping import check_bare, check_unhooked, check_unwrapped, model_of
 
@@ -155,6 +155,7 @@ def swap_attention(
     prefix: str = "attend",
     pool: str = "raster",
     kernel_size: int = 3,
+    volume: str | None = None,
     max_error: float | None = None,
     speedup: float | None = None,
     dry_run: bool = False,
@@ -175,8 +176,10 @@ def swap_attention(
         ones of the model's own size.
     joint: "keep" leaves attention over text and image together alone; "split" swaps it, where the adapter can.
     prefix: what a ViT's class and register tokens do: "attend" (softmax over all tokens), "error" (refuse them).
-    pool, kernel_size: of `ATConv`. dry_run: build, calibrate and measure all layers, selected or not, for `report()`,
-        and leave the model as it is; none is chosen where "auto" finds none or a selected attention cannot be swapped.
+    pool, kernel_size: of `ATConv`. volume: of `ATConv`, for models whose tokens lie in volumes: "full" (None) or
+        "factored".
+    dry_run: build, calibrate and measure all layers, selected or not, for `report()`, and leave the model as it is;
+        none is chosen where "auto" finds none or a selected attention cannot be swapped.
     weights: a delta that was published for this model, see `load_delta`: it names the layers and all else, and brings
         their weights, so no other option goes with it.
 
@@ -202,6 +205,8 @@ def swap_attention(
     check_choice("joint", joint, JOINTS)
     check_choice("prefix", prefix, PREFIXES)
     check_choice("pool", pool, POOLS)
+    if volume is not None:
+        check_choice("volume", volume, VOLUMES)
     for name, value, least in (("max_error", max_error, 0), ("speedup", speedup, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise InputError(f"{name}={value!r}: give a number")
@@ -214,12 +219,17 @@ def swap_attention(
     adapter = adapter_of(model)
     record = getattr(model, "_swap_record", None)
     settings = {"kernel_size": kernel_size, "pool": pool, "prefix": prefix}
+    if adapter.sides == 3:
+        settings["volume"] = "full" if volume is None else volume
+    elif volume is not None:
+        raise InputError(f"volume={volume!r}: the tokens of a {type(model).__name__} lie on grids (H, W); leave it out")
     teacher = teacher_of(model) if record is None else record.config["teacher"]
     config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}
     for name, value in settings.items() if record is not None else ():
-        if record.config[name] != value:
+        theirs = record.config.get(name, "full")  # volumes swapped before there was a choice
+        if theirs != value:
             raise InputError(
-                f"{name}={value!r}: this model has layers swapped with {record.config[name]!r}, and a model has one "
+                f"{name}={value!r}: this model has layers swapped with {theirs!r}, and a model has one "
                 "setting; revert them, or use theirs"
             )
     grafts = _candidates(model, adapter, joint, record, select)
@@ -298,7 +308,7 @@ def _start(model: nn.Module, sites: list[Site], init: str, inputs: list) -> None
     if init != "random":
         for site in sites:
             site.graft.copy(site.attention, site.layer)
-            set_kernels(site.layer, torch.full_like(site.fit.cross, 1 / site.fit.cross.shape[1]))
+            start_as_box(site.layer)
         joint = [site for site in sites if site.graft.joint]
         if joint and inputs:
             run_over(model, joint, inputs, read_share, "reading text shares")
@@ -309,7 +319,7 @@ def _start(model: nn.Module, sites: list[Site], init: str, inputs: list) -> None
         run_over(model, sites, inputs, fit_site, "fitting kernels")
         for site in sites:
             if site.fit.gram.any():  # else the inputs do not reach it
-                set_kernels(site.layer, site.fit.expressible())
+                start_as_fitted(site.layer, site.fit)
     if inputs:
         run_over(model, sites, inputs, compare_site, "measuring errors")
 

@@ -100,7 +100,7 @@ def test_the_papers_form_runs_no_operator_of_this_library_and_has_the_same_weigh
     torch.testing.assert_close(form(x), expected, rtol=1e-3, atol=1e-4)
     assert formats == [nchw]
     with pytest.raises(ValueError, match="raster"):
-        attnet.PaperATConv2d(ATConv2d(8, pool="grid"))
+        attnet.PaperATConv2d(ATConv2d(8, 8, pool="grid"))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -248,3 +248,74 @@ def test_a_weight_of_another_kind_gets_the_product_of_a_linear(compiled):
     assert type(linear.weight) is not torch.nn.Parameter
     function = torch.compile(linear, backend="eager", fullgraph=True) if compiled else linear
     torch.testing.assert_close(function(x).as_subclass(torch.Tensor), expected)
+
+
+# ---- volumes
+
+
+def drawn(**options) -> ATConv:
+    torch.manual_seed(0)
+    layer = ATConv(6, **options).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def passed(layer, x, v, sizes):
+    """One pass by the paper's order: x makes the kernels of a part of a layer, v is convolved."""
+    pooled = reference.pool_tokens(layer.kernel_proj(x), sizes, layer.pool)
+    kernels = layer.kernel_gen(layer.activation(pooled).transpose(1, 2)).transpose(1, 2)
+    kernels = reference.inhibit(kernels, layer.difference_control.sigmoid())
+    return reference.dynamic_depthwise_conv(v, kernels, sizes)
+
+
+@pytest.mark.parametrize("pool", ["raster", "grid"])
+def test_a_volume_is_convolved_in_one_pass_or_in_two(pool):
+    x = torch.randn(2, 4, 5, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    full, factored = drawn(pool=pool, volume="full"), drawn(pool=pool, volume="factored")
+    expected = full.proj(passed(full, x, full.x_proj(x), (3, 3, 3)))
+    torch.testing.assert_close(full(x), expected, rtol=1e-12, atol=1e-12)
+    in_space = passed(factored, x, factored.x_proj(x), (1, 3, 3))
+    expected = factored.proj(passed(factored.time, x, in_space, (3, 1, 1)))
+    torch.testing.assert_close(factored(x), expected, rtol=1e-12, atol=1e-12)
+    tokens = factored(x.flatten(1, 3), grid=(4, 5, 3))
+    torch.testing.assert_close(tokens, expected.flatten(1, 3), rtol=1e-12, atol=1e-12)
+
+
+def test_the_names_of_a_grids_layer_are_those_of_the_space_of_a_volumes():
+    grid, full, factored = (ATConv(4, volume=volume).state_dict() for volume in (None, "full", "factored"))
+    assert list(full) == list(grid)
+    time = {name for name in factored if name.startswith("time.")}
+    assert list(grid) == [name for name in factored if name not in time]
+    assert time == {f"time.{name}" for name in grid if not name.startswith(("x_proj", "proj"))}
+    assert all(factored[name].shape == value.shape for name, value in grid.items())
+    assert full["kernel_gen.weight"].shape == (27, 27)
+    assert factored["time.kernel_gen.weight"].shape == (3, 3)
+    assert factored["time.difference_control"].eq(0).all()
+    assert factored["time.kernel_gen.bias"].eq(0).all()
+
+
+@pytest.mark.parametrize("volume", ["full", *slowly(["factored"])])
+def test_a_layer_of_volumes_compiles_traces_and_keeps_static_kernels(volume):
+    torch._dynamo.reset()
+    layer, x = ATConv(4, kernel_size=3, volume=volume, routing="static", pool="grid"), torch.randn(2, 2, 3, 4, 4)
+    y = layer(x)
+    assert y.shape == x.shape
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(2 * x), layer(2 * x))
+    if volume == "factored":
+        torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), y)
+
+
+def test_what_is_no_volume_is_refused():
+    layer = ATConv(4, volume="full")
+    for shape, grid, says in [
+        ((2, 4, 5, 4), None, r"give \(B, T, H, W, C\), or \(B, N, C\) with grid=\(T, H, W\)"),
+        ((2, 20, 4), (4, 5), r"give \(B, T, H, W, C\)"),
+        ((2, 4, 2, 3, 5), None, r"give \(B, T, H, W, 4\).*x\.permute\(0, 2, 3, 4, 1\)"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            layer(torch.zeros(shape), grid)
+    for options, says in [({"volume": "ful"}, "did you mean 'full'"), ({"volume": "full", "kernel_size": 4}, "an odd")]:
+        with pytest.raises(ValueError, match=says):
+            ATConv(4, **options)

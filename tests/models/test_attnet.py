@@ -72,7 +72,7 @@ def test_golden(name, layout):
 @pytest.mark.parametrize("name", ["op_attnet_k3", "op_attnet_k5"])
 def test_golden_operator_and_its_gradients(name, form, layout):
     info, state, tensors = golden(name)
-    layer = ATConv2d(info["dim"], kernel_size=info["kernel_size"])
+    layer = ATConv2d(info["dim"], info["dim"], kernel_size=info["kernel_size"])
     layer.load_state_dict(state, strict=True)
     x = tensors["x"].contiguous(memory_format=layout).requires_grad_()
     y = getattr(layer, form)(x)
@@ -89,7 +89,7 @@ def test_golden_operator_and_its_gradients(name, form, layout):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_scripted_layer_equals_the_eager_one(routing, inhibition, pool, kernel_size):
     options = {"routing": routing, "inhibition": inhibition, "pool": pool, "kernel_size": kernel_size}
-    layer = ATConv2d(6, **options).double()
+    layer = ATConv2d(6, 6, **options).double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     scripted = torch.jit.script(layer)
@@ -102,7 +102,7 @@ def test_scripted_layer_equals_the_eager_one(routing, inhibition, pool, kernel_s
 
 
 def test_channels_last_maps_are_neither_copied_nor_left_in_another_format(monkeypatch):
-    layer = ATConv2d(8)
+    layer = ATConv2d(8, 8)
     seen = []
     monkeypatch.setattr(layer, "kernels", lambda x: seen.append(x) or torch.zeros(2, 9, 8))
     layer.x_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -125,7 +125,9 @@ def test_a_models_maps_are_not_copied_on_their_way_through_atconv(monkeypatch, b
         places.append(x.data_ptr())
         return x
 
-    monkeypatch.setattr(layers, "dynamic_depthwise_conv", lambda v, kernels: see(convolve(see(v), kernels)))
+    monkeypatch.setattr(
+        layers, "dynamic_depthwise_conv", lambda v, *rest, **named: see(convolve(see(v), *rest, **named))
+    )
     for layer in (module for module in model.modules() if isinstance(module, ATConv2d)):
         layer.register_forward_pre_hook(lambda _, args: places.append(args[0].data_ptr()))
         for linear in (layer.x_proj, layer.proj):

@@ -36,13 +36,16 @@ class Launch:
 
     def compiled(self, arch: int, **changes):
         """The binary for a device such as sm_90, with the hints that the JIT gives for aligned tensors."""
-        constants = {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        constants = {  # what is None is one to the JIT
+            p.name: self.arguments[p.name]
+            for p in self.kernel.params if p.is_constexpr or self.arguments[p.name] is None
+        }  # fmt: skip
         signature, hints = {}, {}
         for place, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
             if isinstance(value, torch.Tensor):
                 signature[parameter.name], hints[(place,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
-            elif parameter.is_constexpr:
+            elif parameter.name in constants:
                 signature[parameter.name] = "constexpr"
             else:
                 assert parameter.do_not_specialize, f"{parameter.name}: a binary for every size"

@@ -104,7 +104,7 @@ def test_the_operators_are_registered_as_torch_asks(backend, flip):
     v, kernels, upstream = problem((2, 3, 4, 5), 3, torch.float32)
     forward = (v.requires_grad_(), kernels.requires_grad_(), flip, backend)
     torch.library.opcheck(operator.convolution, forward)
-    backward = (v, upstream.requires_grad_(), 3, backend)
+    backward = (v, upstream.requires_grad_(), (3, 3), backend)
     torch.library.opcheck(operator.grad_kernels, backward)
     assert gradcheck(
         lambda v, kernels: operator.convolution(v, kernels, flip, backend),
@@ -318,7 +318,7 @@ def test_gradient_of_the_kernels_differentiates_by_each_operand_alone(backend, t
     v, _, upstream = problem((2, 3, 4, 5), 3)
     operands = [v, upstream]
     operands[trained].requires_grad_()
-    assert gradcheck(lambda a, b: operator.grad_kernels(a, b, 3, backend), operands)
+    assert gradcheck(lambda a, b: operator.grad_kernels(a, b, (3, 3), backend), operands)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -421,7 +421,7 @@ def test_a_batch_of_one_is_pooled_as_it_lies_too(pool, monkeypatch):
     assert strides == [(17 * 13 * 40, 1, row, 40)] * 2
 
 
-@pytest.mark.parametrize("shape", [(2, 20, 3), (20, 3), (1, 2, 4, 5, 3)])
+@pytest.mark.parametrize("shape", [(2, 20, 3), (20, 3), (1, 1, 2, 4, 5, 3)])
 def test_pooling_refuses_what_is_no_grid(shape):
     with pytest.raises(ValueError, match=r"tokens of shape .*: give \(B, H, W, C\)"):
         pool_tokens(torch.zeros(shape))
@@ -505,7 +505,8 @@ def test_argument_then_environment_then_rule_choose_the_backend(monkeypatch):
         ((1, 3, 4, 2), (1, 9, 2), (3, 4), r"\(1, 3, 4, 2\) do not fill a grid of 3 x 4; give \(B, 12, C\)"),
         ((12, 2), (1, 9, 2), (3, 4), "grid of 3 x 4"),
         ((1, 12, 2), (1, 9, 2), None, r"\(1, 12, 2\): give \(B, H, W, C\), or \(B, N, C\) with grid=\(H, W\)"),
-        ((1, 1, 3, 4, 2), (1, 9, 2), None, r"give \(B, H, W, C\)"),
+        ((1, 1, 3, 4, 2), (1, 9, 2), None, "cube of an odd size"),
+        ((1, 1, 1, 3, 4, 2), (1, 9, 2), None, r"give \(B, H, W, C\).* of a volume \(B, T, H, W, C\)"),
         ((1, 3, 4, 2), (1, 4, 2), None, "square of an odd size"),
         ((1, 3, 4, 2), (1, 8, 2), None, "square of an odd size"),
         ((1, 3, 4, 2), (9, 2), None, "square of an odd size"),

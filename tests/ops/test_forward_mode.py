@@ -119,7 +119,7 @@ def test_both_operators_have_forward_rules(backend, flip):
     forms = {
         "convolution": (lambda a, b: operator.convolution(a, b, flip, backend), (v, kernels)),
         "grad_kernels": (
-            lambda a, b: operator.grad_kernels(a, b, 3, backend),
+            lambda a, b: operator.grad_kernels(a, b, (3, 3), backend),
             (v, grad_y),
         ),
     }

@@ -86,7 +86,7 @@ def test_a_compiled_graph_holds_the_operators_as_eager_calls_them(dtype):
         assert choose_backend(v) == "triton"
         graph = graph_of(both, v, kernels)
         assert "sit_atconv.dynamic_depthwise_conv.default](args = (%l_v_, %l_kernels_, False, triton)" in graph
-        assert "sit_atconv.pool_tokens.default](args = (%l_v_, 3, raster)" in graph
+        assert "sit_atconv.pool_tokens.default](args = (%l_v_, (3, 3), raster)" in graph
         for ours, like in zip(both(v, kernels), (v, kernels), strict=True):
             assert (ours.shape, ours.dtype, ours.device) == (like.shape, like.dtype, like.device)
 
@@ -178,11 +178,11 @@ def test_derivatives_of_the_pooling_operators(stand_in, pool, transpose):
     x, dx = (torch.randn(2, *rows, 2, dtype=torch.float64, generator=generator) for _ in range(2))
 
     def f(x):
-        return pooling.spread_operator(x, 4, 5, 3, pool) if transpose else pooling.pool_operator(x, 3, pool)
+        return pooling.spread_operator(x, 4, 5, (3, 3), pool) if transpose else pooling.pool_operator(x, (3, 3), pool)
 
     torch.library.opcheck(
         pooling.spread_operator if transpose else pooling.pool_operator,
-        (x.requires_grad_(), *((4, 5) if transpose else ()), 3, pool),
+        (x.requires_grad_(), *((4, 5) if transpose else ()), (3, 3), pool),
     )
     assert gradcheck(f, x, check_forward_ad=True)
     assert gradgradcheck(lambda x: f(x).square(), x, check_fwd_over_rev=True)

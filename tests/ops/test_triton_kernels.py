@@ -3,6 +3,7 @@
 The first shows that they are right, the second that they compile to what they were laid out for; neither shows a speed.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -86,6 +87,35 @@ def test_compiled_kernels_spill_nothing_and_access_all_that_alignment_allows(nam
         assert loads == {widest(channels, launch.tensors[0].dtype)}
         if launch.kernel in (triton_kernels.convolution_kernel, triton_pooling.spread_kernel):  # they sum no positions
             assert stores == {widest(channels, dtype)}
+            assert binary.metadata.shared == 0, "threads exchange what each could have loaded for itself"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "arch", "channels"),
+    [
+        (torch.bfloat16, (3, 3, 3), 90, 1536),
+        *slowly([
+            (dtype, sizes, arch, channels)
+            for dtype in (torch.bfloat16, torch.float32) for arch in (80, 90) for channels in (1536, 70)
+            for sizes in ((3, 3, 3), (1, 3, 3), (3, 1, 1), (5, 5, 5), (7, 7, 7))
+            if (dtype, sizes, arch, channels) != (torch.bfloat16, (3, 3, 3), 90, 1536)
+        ]),
+    ],
+)  # fmt: skip
+def test_compiled_kernels_of_volumes_spill_nothing(dtype, sizes, arch, channels, tmp_path):
+    v, kernels = meta(dtype, 2, 8, 30, 52, channels), meta(dtype, 2, math.prod(sizes), channels)
+    for launch in (
+        *launches(triton_kernels.dynamic_depthwise_conv, v, kernels, sizes),
+        *launches(triton_kernels.grad_v, v, kernels, sizes),
+        *launches(triton_kernels.grad_kernels, v, v, sizes),
+    ):
+        binary = launch.compiled(arch)
+        used = resources(binary, tmp_path)
+        print(launch.name, dtype, sizes, arch, channels, used)
+        assert used["STACK"] == used["LOCAL"] == 0, used
+        assert widths(binary, "ld") == {widest(channels, launch.tensors[0].dtype)}
+        if launch.kernel is triton_kernels.convolution_kernel:
+            assert widths(binary, "st") == {widest(channels, dtype)}
             assert binary.metadata.shared == 0, "threads exchange what each could have loaded for itself"
 
 

@@ -3,6 +3,8 @@
 `test_triton_kernels` runs these in a process of its own, with TRITON_INTERPRET=1 set before triton is imported.
 """
 
+import math
+
 import pytest
 import torch
 import triton
@@ -36,22 +38,22 @@ def round_as_a_gpu_does(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
-def _reference(v, kernels, upstream):
+def _reference(v, kernels, upstream, kernel_size):
     leaves = [v.detach().requires_grad_(), kernels.detach().requires_grad_()]
-    y = reference.dynamic_depthwise_conv(*leaves)
+    y = reference.dynamic_depthwise_conv(*leaves, kernel_size)
     return y.detach(), *torch.autograd.grad(y, leaves, upstream)
 
 
-def assert_as_exact_as_fp32_sums_allow(v, kernels, upstream):
+def assert_as_exact_as_fp32_sums_allow(v, kernels, upstream, kernel_size=None):
     """All three functions: within twice the oracle's own error in that dtype, and one rounding from fp64."""
-    k = round(kernels.shape[1] ** 0.5)
+    sizes = reference.sides(kernel_size, v.ndim - 2, kernels.shape[1])
     fast = (
-        triton_kernels.dynamic_depthwise_conv(v, kernels),
-        triton_kernels.grad_v(upstream, kernels),
-        triton_kernels.grad_kernels(v, upstream, k),
+        triton_kernels.dynamic_depthwise_conv(v, kernels, kernel_size),
+        triton_kernels.grad_v(upstream, kernels, kernel_size),
+        triton_kernels.grad_kernels(v, upstream, sizes),
     )
-    eager = _reference(v, kernels, upstream)
-    exact = _reference(v.double(), kernels.double(), upstream.double())
+    eager = _reference(v, kernels, upstream, kernel_size)
+    exact = _reference(v.double(), kernels.double(), upstream.double(), kernel_size)
     for name, ours, own, true in zip(("y", "grad_v", "grad_kernels"), fast, eager, exact, strict=True):
         assert ours.dtype == v.dtype, name
         assert ours.shape == true.shape, name
@@ -63,15 +65,34 @@ def assert_as_exact_as_fp32_sums_allow(v, kernels, upstream):
 
 
 def _draw(shape, k, dtype):
-    batch, height, width, channels = shape
-    generator = torch.Generator().manual_seed(k)
-    sizes = ((height, width), (k * k,), (height, width))
+    batch, *grid, channels = shape
+    generator = torch.Generator().manual_seed(k if isinstance(k, int) else sum(k))
+    sizes = (grid, (math.prod(reference.sides(k, len(grid))),), grid)
     return [torch.randn(batch, *size, channels, generator=generator).to(dtype) for size in sizes]
 
 
 @pytest.mark.parametrize(("shape", "k", "dtype"), CASES)
 def test_kernels_are_exact(shape, k, dtype):
     assert_as_exact_as_fp32_sums_allow(*_draw(shape, k, dtype))
+
+
+VOLUMES = [
+    ((2, 3, 2, 3, 5), (3, 3, 3), torch.float32),
+    ((1, 2, 1, 4, 9), (3, 3, 3), torch.bfloat16),  # fewer frames and rows than the kernel
+    ((2, 3, 2, 3, 5), (1, 3, 3), torch.float32),
+    ((1, 5, 1, 3, 2), (3, 1, 1), torch.float16),
+    *slowly([
+        ((1, 3, 5, 18, 35), (3, 3, 3), torch.float32),  # seams of tiles
+        ((2, 1, 3, 4, 7), (3, 3, 3), torch.float32),
+        ((1, 4, 3, 2, 3), (5, 3, 1), torch.float32),
+        ((1, 3, 4, 5, 3), (3, 5, 5), torch.bfloat16),  # columns of the kernel apart
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "sizes", "dtype"), VOLUMES)
+def test_kernels_of_volumes_are_exact(shape, sizes, dtype):
+    assert_as_exact_as_fp32_sums_allow(*_draw(shape, sizes, dtype), sizes)
 
 
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, 70), *slowly([(torch.float32, 40)])])
@@ -84,6 +105,7 @@ def test_tiles_meet_without_a_seam(dtype, channels):
     ("shape", "k", "dtype", "constants", "splits"),
     [
         ((2, 15, 4, 3), 3, torch.float32, {"PROGRAMS": 10, "MIN_TILES": 1}, (5, 2)),  # the last split is empty
+        ((1, 3, 4, 4, 3), (3, 3, 3), torch.float32, {"PROGRAMS": 10, "MIN_TILES": 1}, (4, 2)),  # one ends in a frame
         *slowly([
             ((1, 13, 19, 3), 3, torch.bfloat16, {}, (3, 5)),  # the last split is short
             ((1, 15, 4, 3), 5, torch.float32, {}, (2, 4)),  # columns of the kernel apart
@@ -109,9 +131,10 @@ def test_views_are_taken():
     assert_as_exact_as_fp32_sums_allow(v, kernels, upstream)
 
 
-def test_every_value_is_read_and_nothing_beside_them(monkeypatch):
+@pytest.mark.parametrize(("shape", "k"), [((2, 3, 5, 9), 3), *slowly([((2, 3, 2, 3, 9), (3, 3, 3))])])
+def test_every_value_is_read_and_nothing_beside_them(monkeypatch, shape, k):
     """A lane past the channels is never stored, so only its address shows that it reads another's memory."""
-    tensors = v, kernels, upstream = _draw((2, 3, 5, 9), 3, torch.float32)
+    tensors = v, kernels, upstream = _draw(shape, k, torch.float32)
     load, read = interpreter.InterpreterBuilder.create_masked_load, set()
 
     def recorded(builder, pointers, mask, *options):
@@ -238,14 +261,17 @@ def test_pooling_of_an_empty_batch():
     assert triton_pooling.spread_tokens(torch.zeros(0, 9, 5), 3, 4, 3, "grid").shape == (0, 3, 4, 5)
 
 
-def test_the_operator_runs_on_triton_through_the_front():
+@pytest.mark.parametrize(
+    ("grid", "kernel_size"),
+    [((3, 4), None), ((3, 1, 2), (3, 1, 1)), *slowly([((2, 3, 2), None), ((2, 3, 2), (1, 3, 3))])],
+)
+def test_the_operator_runs_on_triton_through_the_front(grid, kernel_size):
     """Forward, both gradients and a second order, by the names that users call."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(2, 3, 4, 5, generator=generator, requires_grad=True)
-    kernels = torch.randn(2, 9, 5, generator=generator, requires_grad=True)
+    v, kernels, _ = _draw((2, *grid, 5), kernel_size or 3, torch.float32)
+    v.requires_grad_(), kernels.requires_grad_()
     results = []
     for backend in ("triton", "reference"):
-        y = front.dynamic_depthwise_conv(v, kernels, backend=backend)
+        y = front.dynamic_depthwise_conv(v, kernels, backend=backend, kernel_size=kernel_size)
         first = torch.autograd.grad(y.square().sum(), (v, kernels), create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), (v, kernels))
         results.append((y, *first, *second))
@@ -269,18 +295,24 @@ def test_forward_mode_through_the_front():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_pooling_through_the_front(monkeypatch):
+@pytest.mark.parametrize(
+    ("grid", "size", "pool"),
+    [((2, 3), 2, "raster"), ((2, 1, 2), (1, 1, 2), "grid"),
+     *slowly([((3, 2), (1, 2), "grid"), ((5, 2, 2), (3, 1, 1), "grid"),
+              *(((2, 3, 2), size, pool) for size in ((2, 2, 2), (1, 2, 2)) for pool in ("grid", "raster"))])],
+)  # fmt: skip
+def test_pooling_through_the_front(monkeypatch, grid, size, pool):
     """Forward, a gradient, one of the gradient, and a tangent, where the environment asks for Triton."""
     monkeypatch.setenv(front.BACKEND_VARIABLE, "triton")
     generator = torch.Generator().manual_seed(0)
-    x, dx = (torch.randn(1, 2, 3, 4, generator=generator) for _ in range(2))
+    x, dx = (torch.randn(1, *grid, 4, generator=generator) for _ in range(2))
     x.requires_grad_()
     results = []
     for form in (front.pool_tokens, reference.pool_tokens):
-        y = form(x, 2, "raster")
+        y = form(x, size, pool)
         (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), x)
-        tangent = torch.func.jvp(lambda x: form(x * x, 2, "raster"), (x.detach(),), (dx,))[1]  # noqa: B023
+        tangent = torch.func.jvp(lambda x: form(x * x, size, pool), (x.detach(),), (dx,))[1]  # noqa: B023
         results.append((y, first, second, tangent))
     assert "Multilinear" in type(front.pool_tokens(x, 2, "raster").grad_fn).__name__
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -80,6 +80,8 @@ def assert_exact(inputs, upstream, activation, inhibition, **tiles):
                 ((2, 25, 3), "gelu", "none", False, (FP32, FP32)),
                 ((1, 1, 1), "gelu_tanh", "full", False, (FP32, FP32)),
                 ((1, 49, 4), "gelu", "learned", True, (FP32, FP32)),
+                ((2, 27, 18), "gelu_tanh", "learned", True, (BF16, FP32)),  # of volumes
+                ((2, 3, 20), "gelu_tanh", "learned", True, (FP32, FP32)),
                 ((2, 9, 6), "gelu_tanh", "none", True, (FP16, FP32)),
             ]
         ),
@@ -242,7 +244,7 @@ def layer_and_tokens(dtype=FP32, **options):
     layer = ATConv(6, **options)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
-    return layer.to(dtype), torch.randn(2, 2, 3, 6).to(dtype)
+    return layer.to(dtype), torch.randn(2, *(2, 2, 3)[-len(layer.sizes) :], 6).to(dtype)
 
 
 def calls():
@@ -259,6 +261,8 @@ def calls():
                 ({"activation": "silu", "inhibition": "full"}, BF16),
                 ({"activation": "gelu", "inhibition": "none", "bias": False, "kernel_size": 5, "pool": "grid"}, FP32),
                 ({}, BF16),
+                ({"volume": "full"}, FP32),
+                ({"volume": "factored"}, FP32),
             ]
         ),
     ],
@@ -275,7 +279,7 @@ def test_the_whole_layer(monkeypatch, options, dtype):
 
     with calls() as counted:
         ours = with_gradients(layer, x.clone(), upstream)
-    assert counted.call_count == 1
+    assert counted.call_count == 1 + (layer.time is not None)
     monkeypatch.setenv(BACKEND_VARIABLE, "reference")
     with calls() as counted:
         true = with_gradients(copy.deepcopy(layer).double(), x.double(), upstream.double())

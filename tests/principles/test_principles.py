@@ -277,7 +277,7 @@ def test_attention_that_is_not_measured_is_named(name, number):
 
 def test_every_layer_that_mixes_positions_is_found_and_no_other():
     model = nn.ModuleDict({
-        "adaptive": ATConv2d(4), "static": ATConv(4, routing="static"), "attention": Attention(4, 2),
+        "adaptive": ATConv2d(4, 4), "static": ATConv(4, routing="static"), "attention": Attention(4, 2),
         "timm": timm.layers.Attention(4, 2), "depthwise": nn.Conv2d(4, 4, (1, 3), groups=4),
         "pointwise": nn.Conv2d(4, 4, 1, groups=4), "dense": nn.Conv2d(4, 4, 3), "grey": nn.Conv2d(1, 1, 3),
         "grouped": nn.Conv2d(4, 4, 3, groups=2), "linear": nn.Linear(4, 4),

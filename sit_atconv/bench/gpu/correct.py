@@ -339,12 +339,14 @@ def registrations(bench: Bench, shape: tuple[int, int, int, int]) -> None:
     v, kernels, above = (each.requires_grad_() for each in draw(bench, torch.float32, shape, (b, 9, c), shape))
     for name, check in {
         "convolution": lambda: torch.library.opcheck(operator.convolution, (v, kernels, False, "triton")),
-        "gradient of the kernels": lambda: torch.library.opcheck(operator.grad_kernels, (v, above, 3, "triton")),
-        "pooling": lambda: torch.library.opcheck(pooling.pool_operator, (v, 3, "raster")),
+        "gradient of the kernels": lambda: torch.library.opcheck(operator.grad_kernels, (v, above, (3, 3), "triton")),
+        "pooling": lambda: torch.library.opcheck(pooling.pool_operator, (v, (3, 3), "raster")),
         "kernels of pooled tokens": lambda: torch.library.opcheck(
             taps.forward, (kernels, weight, bias, control, "gelu_tanh", "learned")
         ),
-        "gradient of the pooling": lambda: torch.library.opcheck(pooling.spread_operator, (kernels, h, w, 3, "raster")),
+        "gradient of the pooling": lambda: torch.library.opcheck(
+            pooling.spread_operator, (kernels, h, w, (3, 3), "raster")
+        ),
     }.items():
         if bench.attempt(f"opcheck of the {name}", check) is not None:
             bench.check(f"opcheck of the {name}", 0, 0)

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -35,48 +36,69 @@ def _backend(name: str):
 
 
 def _by_rows(v: torch.Tensor) -> torch.Tensor:
-    """v (B, H, W, C), a copy if its channels do not lie side by side and row after row, as the backends read fast.
+    """v (B, *grid, C), a copy if its channels do not lie side by side and row after row, as the backends read fast.
 
     Measured in fp32 at (1, 64, 64, 288) on a Xeon core, as it lies / with the copy, in ms: a channels-first map 65 / 10
     by `native`, and one with the columns outside the rows 27 / 11 by `conv`.
     """
-    _, rows, columns, channels = v.stride()
-    return v if channels == 1 and columns <= rows else v.contiguous()
+    _, *sides, channels = v.stride()
+    return v if channels == 1 and sides == sorted(sides, reverse=True) else v.contiguous()
 
 
-def _convolve(v: torch.Tensor, kernels: torch.Tensor, flip: bool, backend: str) -> torch.Tensor:
-    """y[p] = sum_t kernels[t] * v[p + offset t], or with `flip` v[p - offset t]; contiguous (B, H, W, C)."""
-    module = _backend(backend)
-    return (module.grad_v if flip else module.dynamic_depthwise_conv)(_by_rows(v), kernels)
+def _rows_in_time(sizes: Sequence[int] | None, backend: str) -> bool:
+    """Whether the kernel lies in time alone, so that each frame is a row to it and the volume a grid of such rows.
+
+    Not for `native`, whose blocks do not cut rows.
+    """
+    return backend != "native" and sizes is not None and tuple(sizes[1:]) == (1, 1)
 
 
-def _correlate(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: int, backend: str) -> torch.Tensor:
-    """dK[t] = sum_p grad_y[p] * v[p + offset t]; contiguous (B, K, C)."""
-    return _backend(backend).grad_kernels(_by_rows(v), _by_rows(grad_y), kernel_size)
+def _convolve(
+    v: torch.Tensor, kernels: torch.Tensor, flip: bool, backend: str, kernel_size: Sequence[int] | None = None
+) -> torch.Tensor:
+    """y[p] = sum_t kernels[t] * v[p + offset t], or with `flip` v[p - offset t]; contiguous (B, *grid, C).
+
+    kernel_size: in each dimension; None where it is the square or the cube that K is.
+    """
+    module, v = _backend(backend), _by_rows(v)
+    form = module.grad_v if flip else module.dynamic_depthwise_conv
+    if _rows_in_time(kernel_size, backend):
+        return form(v.flatten(2, 3), kernels, kernel_size[:2]).view(v.shape)
+    return form(v, kernels, kernel_size)
 
 
-def _fake_convolution(v, kernels, flip, backend):
+def _correlate(v: torch.Tensor, grad_y: torch.Tensor, kernel_size: Sequence[int], backend: str) -> torch.Tensor:
+    """dK[t] = sum_p grad_y[p] * v[p + offset t]; contiguous (B, K, C). kernel_size: in each dimension."""
+    v, grad_y = _by_rows(v), _by_rows(grad_y)
+    if _rows_in_time(kernel_size, backend):
+        v, grad_y, kernel_size = v.flatten(2, 3), grad_y.flatten(2, 3), kernel_size[:2]
+    return _backend(backend).grad_kernels(v, grad_y, kernel_size)
+
+
+def _fake_convolution(v, kernels, flip, backend, kernel_size=None):
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def _fake_grad_kernels(v, grad_y, kernel_size, backend):
-    return torch.empty((v.shape[0], kernel_size**2, v.shape[-1]), dtype=v.dtype, device=v.device)
+    return torch.empty((v.shape[0], math.prod(kernel_size), v.shape[-1]), dtype=v.dtype, device=v.device)
 
 
 def _gradients_of_convolution(upstream, needed, tensors, shapes, settings):
-    (v, kernels), (flip, backend) = tensors, settings
-    to_v = convolution(upstream, kernels, not flip, backend) if needed[0] else None
+    (v, kernels), (flip, *others) = tensors, settings
+    to_v = convolution(upstream, kernels, not flip, *others) if needed[0] else None
     to_kernels = None
     if needed[1]:
         source, above = (upstream, v) if flip else (v, upstream)
-        to_kernels = grad_kernels(source, above, math.isqrt(shapes[1][1]), backend)
+        backend, kernel_size = others if len(others) == 2 else (*others, None)
+        sizes = reference.sides(kernel_size, len(shapes[0]) - 2, shapes[1][1])
+        to_kernels = grad_kernels(source, above, sizes, backend)
     return to_v, to_kernels
 
 
 def _gradients_of_grad_kernels(upstream, needed, tensors, shapes, settings):
-    (v, grad_y), (_, backend) = tensors, settings
-    to_v = convolution(grad_y, upstream, True, backend) if needed[0] else None
-    to_grad_y = convolution(v, upstream, False, backend) if needed[1] else None
+    (v, grad_y), (sizes, backend) = tensors, settings
+    to_v = convolution(grad_y, upstream, True, backend, sizes) if needed[0] else None
+    to_grad_y = convolution(v, upstream, False, backend, sizes) if needed[1] else None
     return to_v, to_grad_y
 
 
@@ -85,7 +107,7 @@ def _convolution_flops(v_shape, kernels_shape, *_, **__) -> int:
 
 
 def _grad_kernels_flops(v_shape, grad_y_shape, kernel_size, *_, **__) -> int:
-    return 2 * math.prod(v_shape) * kernel_size**2
+    return 2 * math.prod(v_shape) * math.prod(kernel_size)
 
 
 convolution = define(
@@ -160,8 +182,8 @@ def _say_slow(reason: str) -> None:
 
 
 def choose_backend(v: torch.Tensor, backend: str = "auto", kernel_size: int = 3) -> str:
-    """The backend that v (B, H, W, C) runs on with kernels of that size: the argument, else SIT_ATCONV_BACKEND, else by
-    this rule.
+    """The backend that v (B, *grid, C) runs on with kernels of that size, the largest of its dimensions: the argument,
+    else SIT_ATCONV_BACKEND, else by this rule.
 
     CUDA, 16 or 32 bits, kernels up to TRITON_KERNEL: `triton`, one pass over memory (chosen by construction: not
     measured yet), under torch.compile, too, but not in what torch.export makes. A device without it, and larger
@@ -199,12 +221,15 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn_takes_bf16())
 
 
-def dynamic_depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def dynamic_depthwise_conv(
+    v: torch.Tensor, kernels: torch.Tensor, backend: str = "auto", kernel_size: int | Sequence[int] | None = None
+) -> torch.Tensor:
     """The operator on arguments that fit; see `sit_atconv.ops.atconv.dynamic_depthwise_conv`."""
-    chosen = choose_backend(v, backend, math.isqrt(kernels.shape[1]))
+    sizes = reference.sides(kernel_size, v.ndim - 2, kernels.shape[1])
+    chosen = choose_backend(v, backend, max(sizes))
     # Inductor sees nothing of a custom operator; of the plain forms it makes loops of its own, with sums in fp32.
     if torch.compiler.is_compiling() and (chosen == "native" or not sees_tangents()):
-        return inlined.dynamic_depthwise_conv(v, kernels)
+        return inlined.dynamic_depthwise_conv(v, kernels, sizes)
     if chosen == "reference":
-        return reference.dynamic_depthwise_conv(v, kernels)
-    return convolution(v, kernels, False, chosen)
+        return reference.dynamic_depthwise_conv(v, kernels, sizes)
+    return convolution(v, kernels, False, chosen, *([sizes] if len(set(sizes)) > 1 else []))

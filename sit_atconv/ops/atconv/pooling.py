@@ -1,9 +1,14 @@
 """Adaptive average pooling of tokens in one pass forward and one pass backward; shapes as in `reference`.
 
+A volume is pooled as grids are: all of it as one raster, or its frames, and then what is left of each along time.
+
 The pooling is linear, so its gradient is its transpose, and the gradient of that is the pooling. Where the convolution
 runs on Triton, both are torch operators with Triton kernels. Elsewhere they are torch calls: torch's own adaptive
 pooling reads channels-last layout well on a CPU and has a slow gradient; a mean over slices is the reverse.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +19,9 @@ from sit_atconv.ops.forward_mode import forward_mode
 from sit_atconv.ops.operators import define, multilinear, sees_tangents
 
 
-def _pool(x: torch.Tensor, k: int, pool: str) -> torch.Tensor:
+def _pool(x: torch.Tensor, size: tuple[int, int], pool: str) -> torch.Tensor:
     if pool == "raster":  # one row; flattened before it is an image: of a batch of one, an image loses its layout
-        x, size = x.flatten(1, 2).unsqueeze(1), (1, k * k)
-    else:
-        size = (k, k)
+        x, size = x.flatten(1, 2).unsqueeze(1), (1, math.prod(size))
     image = x.permute(0, 3, 1, 2)  # a channels-last view, which the pooling reads as it lies
     pooled = F.adaptive_avg_pool2d(image, size)
     return pooled.flatten(2).transpose(1, 2).contiguous()
@@ -37,16 +40,16 @@ def _spread(g: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return spread.index_add(dim, starts[1:-1], share.narrow(dim, 0, count - 1) * uneven)
 
 
-def _unpool(g: torch.Tensor, grid: tuple[int, int], k: int, pool: str) -> torch.Tensor:
+def _unpool(g: torch.Tensor, grid: tuple[int, int], size: tuple[int, int], pool: str) -> torch.Tensor:
     """(B, K, C) -> (B, H, W, C)."""
     if pool == "raster":
         return _spread(g, 1, grid[0] * grid[1]).unflatten(1, grid)
-    return _spread(_spread(g.unflatten(1, (k, k)), 1, grid[0]), 2, grid[1])
+    return _spread(_spread(g.unflatten(1, size), 1, grid[0]), 2, grid[1])
 
 
-def _apply(x: torch.Tensor, grid: tuple[int, int] | None, k: int, pool: str) -> torch.Tensor:
+def _apply(x: torch.Tensor, size: tuple[int, int], pool: str, grid: tuple[int, int] | None) -> torch.Tensor:
     """The pooling, or with the grid to spread over, its transpose."""
-    return _pool(x, k, pool) if grid is None else _unpool(x, grid, k, pool)
+    return _pool(x, size, pool) if grid is None else _unpool(x, grid, size, pool)
 
 
 class _Pool(torch.autograd.Function):
@@ -55,41 +58,43 @@ class _Pool(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, grid, k, pool):
-        return _apply(x, grid, k, pool)
+    def forward(x, size, pool, grid):
+        return _apply(x, size, pool, grid)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, grid, *ctx.settings = inputs
+        x, *ctx.settings, grid = inputs
         ctx.spread_over = tuple(x.shape[1:3]) if grid is None else None
 
     @staticmethod
     def backward(ctx, upstream):
-        return _differentiable(upstream, ctx.spread_over, *ctx.settings), None, None, None
+        return _differentiable(upstream, *ctx.settings, ctx.spread_over), None, None, None
 
 
-def _differentiable(x: torch.Tensor, grid: tuple[int, int] | None, k: int, pool: str) -> torch.Tensor:
+def _differentiable(
+    x: torch.Tensor, size: tuple[int, int], pool: str, grid: tuple[int, int] | None = None
+) -> torch.Tensor:
     """`_apply`; by plain torch calls where the function is of no use: without a gradient, in forward mode, which they
     have, and for torch.jit.trace, which cannot save a function of Python's."""
     if forward_mode() or torch.jit.is_tracing() or not (x.requires_grad and torch.is_grad_enabled()):
-        return _apply(x, grid, k, pool)
-    return _Pool.apply(x, grid, k, pool)
+        return _apply(x, size, pool, grid)
+    return _Pool.apply(x, size, pool, grid)
 
 
-def _pool_on_triton(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
+def _pool_on_triton(x: torch.Tensor, kernel_size: Sequence[int], pool: str) -> torch.Tensor:
     from sit_atconv.ops.atconv import triton_pooling  # here, since triton exists on few platforms
 
     return triton_pooling.pool_tokens(x, kernel_size, pool)
 
 
-def _spread_on_triton(g: torch.Tensor, height: int, width: int, kernel_size: int, pool: str) -> torch.Tensor:
+def _spread_on_triton(g: torch.Tensor, height: int, width: int, kernel_size: Sequence[int], pool: str) -> torch.Tensor:
     from sit_atconv.ops.atconv import triton_pooling
 
     return triton_pooling.spread_tokens(g, height, width, kernel_size, pool)
 
 
 def _fake_pool(x, kernel_size, pool):
-    return torch.empty((x.shape[0], kernel_size**2, x.shape[-1]), dtype=x.dtype, device=x.device)
+    return torch.empty((x.shape[0], math.prod(kernel_size), x.shape[-1]), dtype=x.dtype, device=x.device)
 
 
 def _fake_spread(g, height, width, kernel_size, pool):
@@ -108,13 +113,23 @@ pool_operator = define("pool_tokens", _pool_on_triton, _fake_pool, multilinear(1
 spread_operator = define("spread_tokens", _spread_on_triton, _fake_spread, multilinear(1, _gradient_of_spread))
 
 
-def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str) -> torch.Tensor:
-    """x (B, H, W, C) -> (B, K, C), contiguous: on Triton where `choose_backend` says so, else by torch.
+def pool_tokens(x: torch.Tensor, sizes: tuple[int, ...], pool: str) -> torch.Tensor:
+    """x (B, *grid, C) -> (B, K, C), contiguous: on Triton where `choose_backend` says so, else by torch.
 
     Torch's form under torch.compile is the means of the oracle, which Inductor fuses.
     """
-    if choose_backend(x, kernel_size=kernel_size) == "triton" and sees_tangents() and not torch.jit.is_tracing():
-        return pool_operator(x, kernel_size, pool)
-    if torch.compiler.is_compiling():
-        return reference.pool_tokens(x, kernel_size, pool)
-    return _differentiable(x, None, kernel_size, pool)
+    if choose_backend(x, kernel_size=max(sizes)) == "triton" and sees_tangents() and not torch.jit.is_tracing():
+        pool_grid = pool_operator
+    elif torch.compiler.is_compiling():
+        return reference.pool_tokens(x, sizes, pool)
+    else:
+        pool_grid = _differentiable
+    if len(sizes) == 2:
+        return pool_grid(x, sizes, pool)
+    depth, across = sizes[0], sizes[1] * sizes[2]
+    if pool == "raster":
+        if 1 in sizes:
+            x = x.mean([dim for dim, size in enumerate(sizes, 1) if size == 1], keepdim=True)
+        return pool_grid(x.flatten(1, 2), (depth, across), pool)
+    frames = pool_grid(x.flatten(0, 1), sizes[1:], pool)
+    return pool_grid(frames.unflatten(0, x.shape[:2]), (depth, across), pool)

@@ -5,13 +5,12 @@ bias and inhibition in one launch, its gradient in two.
 operator has no rule for, a layer makes its kernels by plain torch calls: `takes` tells.
 """
 
-import math
 import os
 
 import torch
 
 from sit_atconv.ops.atconv import reference
-from sit_atconv.ops.atconv.operator import choose_backend
+from sit_atconv.ops.atconv.operator import TRITON_KERNEL, choose_backend
 from sit_atconv.ops.atconv.reference import ACTIVATIONS, INHIBITIONS
 from sit_atconv.ops.forward_mode import forward_mode, levels
 from sit_atconv.ops.operators import define
@@ -99,13 +98,15 @@ def _interpreted() -> bool:
 
 
 def takes(p: torch.Tensor) -> bool:
-    """Whether `tap_kernels` runs on p (B, K, C) here: where the convolution with such kernels runs on Triton, and
-    without transforms of torch.func, tangents and traces, for which plain torch calls have rules.
+    """Whether `tap_kernels` runs on p (B, K, C) here: where the convolution runs on Triton, for as many taps as the
+    largest square has that it takes, and without transforms of torch.func, tangents and traces, for which plain torch
+    calls have rules.
     """
     return (
         (p.is_cuda or _interpreted())
         and not (forward_mode() or levels() or torch.jit.is_tracing() or is_exporting())
-        and choose_backend(p, kernel_size=math.isqrt(p.shape[1])) == "triton"
+        and p.shape[1] <= TRITON_KERNEL**2
+        and choose_backend(p) == "triton"
     )
 
 

@@ -5,10 +5,13 @@ bins twice), the transpose writes it once. A program of the pooling owns one bin
 one cache line of channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton  # with these words: a bare `import triton` in an exported file is a requirement for diffusers
 import triton.language as tl
 
+from sit_atconv.ops.atconv.reference import sides
 from sit_atconv.ops.atconv.tiles import Tile
 from sit_atconv.ops.atconv.triton_launch import add, contiguous, splits_of
 
@@ -33,10 +36,10 @@ def _end(index, size, BINS: tl.constexpr):
 @triton.jit(do_not_specialize=["height", "width", "splits", "tiles_per_split"])
 def pool_kernel(
     x, pooled, height, width, splits, tiles_per_split,
-    CHANNELS: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    CHANNELS: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, ONE_ROW: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """pooled (B, K, S, C): what each split of a bin adds to its mean. DOWN x ACROSS bins; of DOWN = 1, height is 1."""
+    """pooled (B, K, S, C): what each split of a bin adds to its mean. DOWN x ACROSS bins; ONE_ROW: height is 1."""
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     c = (tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     line = tl.program_id(0) // BLOCKS
@@ -56,8 +59,8 @@ def pool_kernel(
             step = (r * COLS + tl.arange(0, COLS))[:, None]
             inside = (step < count - start) & (c < CHANNELS)
             position = start + step
-            token = left + position  # of a bin in a grid of one row
-            if DOWN > 1:
+            token = left + position
+            if not ONE_ROW:
                 token = (top + position // across) * width + left + position % across
             sums += tl.load(x + token * CHANNELS + c, mask=inside, other=0.0).to(tl.float32)
     mean = tl.div_rn(tl.sum(sums, 0, keep_dims=True), count.to(tl.float32))
@@ -79,7 +82,7 @@ def _first(position, size, BINS: tl.constexpr, CHANNELS: tl.constexpr):
 @triton.jit(do_not_specialize=["height", "width"])
 def spread_kernel(
     g, spread, height, width,
-    CHANNELS: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    CHANNELS: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, ONE_ROW: tl.constexpr,
     DEEP: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +98,7 @@ def spread_kernel(
         step = (r * COLS + tl.arange(0, COLS))[:, None]
         inside = (step < height * width - start) & (c < CHANNELS)
         position = start + step
-        if DOWN == 1:
+        if ONE_ROW:
             row, column = tl.zeros_like(position), position
         else:
             row, column = position // width, position % width
@@ -112,16 +115,17 @@ def spread_kernel(
         tl.store(spread + position * CHANNELS + c, sums.to(spread.dtype.element_ty), mask=inside)
 
 
-def _bins(height: int, width: int, kernel_size: int, pool: str) -> tuple[int, int, int, int]:
+def _bins(height: int, width: int, kernel_size: int | Sequence[int], pool: str) -> tuple[int, int, int, int]:
     """(height, width, bins down, bins across): "raster" is a grid of one row; so is what has one bin."""
-    if pool == "raster" or kernel_size == 1:
-        return 1, height * width, 1, kernel_size**2
-    return height, width, kernel_size, kernel_size
+    down, across = sides(kernel_size, 2)
+    if pool == "raster" or down == across == 1:
+        return 1, height * width, 1, down * across
+    return height, width, down, across
 
 
-def _constants(tile: Tile, dtype: torch.dtype, channels: int, down: int, across: int) -> dict[str, int]:
+def _constants(tile: Tile, dtype: torch.dtype, channels: int, height: int, down: int, across: int) -> dict[str, int]:
     return {
-        "CHANNELS": channels, "DOWN": down, "ACROSS": across,
+        "CHANNELS": channels, "DOWN": down, "ACROSS": across, "ONE_ROW": height == down == 1,
         "ROWS": tile.rows, "COLS": tile.cols, "BLOCK_C": tile.channels(dtype), "num_warps": tile.warps,
     }  # fmt: skip
 
@@ -131,7 +135,7 @@ def _longest(size: int, bins: int) -> int:
     return size // bins if size % bins == 0 else size // bins + 2
 
 
-def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str, tile: Tile = POOL_TILE) -> torch.Tensor:
+def pool_tokens(x: torch.Tensor, kernel_size: int | Sequence[int], pool: str, tile: Tile = POOL_TILE) -> torch.Tensor:
     """x (B, H, W, C) -> contiguous (B, K, C) in the dtype of x: means summed in fp32 and rounded once.
 
     Two launches where bins are split, else one.
@@ -146,7 +150,7 @@ def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str, tile: Tile = POOL_
     splits, tiles_per_split = splits_of(tiles, programs)
     pooled = x.new_empty((batch, down * across, channels))
     partial = pooled if splits == 1 else x.new_empty((lines, splits, channels), dtype=torch.float32)
-    constants = _constants(tile, x.dtype, channels, down, across)
+    constants = _constants(tile, x.dtype, channels, height, down, across)
     with torch.cuda.device_of(x):
         pool_kernel[(programs * splits,)](x, partial, height, width, splits, tiles_per_split, **constants)
     if splits > 1:
@@ -155,7 +159,7 @@ def pool_tokens(x: torch.Tensor, kernel_size: int, pool: str, tile: Tile = POOL_
 
 
 def spread_tokens(
-    g: torch.Tensor, height: int, width: int, kernel_size: int, pool: str, tile: Tile = SPREAD_TILE
+    g: torch.Tensor, height: int, width: int, kernel_size: int | Sequence[int], pool: str, tile: Tile = SPREAD_TILE
 ) -> torch.Tensor:
     """The transpose of `pool_tokens` in one launch: g (B, K, C) -> contiguous (B, H, W, C); errors as there."""
     spread = g.new_empty((g.shape[0], height, width, g.shape[2]))
@@ -163,7 +167,7 @@ def spread_tokens(
     height, width, down, across = _bins(height, width, kernel_size, pool)
     tiles = triton.cdiv(height * width, tile.rows * tile.cols)
     programs = g.shape[0] * tiles * triton.cdiv(g.shape[2], tile.channels(g.dtype))
-    constants = _constants(tile, g.dtype, g.shape[2], down, across)
+    constants = _constants(tile, g.dtype, g.shape[2], height, down, across)
     deep, wide = (1 + triton.cdiv(bins - 1, size) for bins, size in ((down, height), (across, width)))
     with torch.cuda.device_of(g):
         spread_kernel[(programs,)](g, spread, height, width, DEEP=deep, WIDE=wide, **constants)
