@@ -14,7 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_atconv.runtime.compat.torch import (
     flops_between_tokens,
     formulas_of_attention,
-    real_integers,
+    tree_leaves,
+    tree_map,
+    without_weights,
+)
+    flops_between_tokens,
+    formulas_of_attention,
     tree_leaves,
     tree_map,
 )
@@ -150,7 +155,6 @@ def check_swap(
         inputs = adapter.example(model, torch.Generator().manual_seed(0), grid=grid, text=text)
     if inputs is None:
         raise InputError(f"{name}: its configuration does not tell its inputs, so there is nothing to count")
-    inputs = tree_map(lambda each: _without_storage(each, model), inputs)
     parameters, grafts = sum(each.numel() for each in model.parameters()), adapter.find(model)
     refusals = {each: graft.refusal(model.get_submodule(each)) for each, graft in grafts.items()}
     with torch.device("meta"):
@@ -181,10 +185,8 @@ def check_swap(
     return check
 
 
-def _without_storage(value, model: nn.Module):
-    """Floating-point inputs on the meta device; whole numbers stay, since models and readers of grids look at them."""
-    real = not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex())
-    return value if real else value.to("meta", next(model.parameters()).dtype)
+def _shape(value):
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def _pattern(name: str) -> str:
@@ -210,7 +212,7 @@ def _counted(
             begun.append(state())
             if name in sites and sites[name].call is None:
                 site = sites[name]
-                site.call, site.grid = (args, kwargs), site.graft.grid(site.layer, args, kwargs)
+                site.call, site.grid = tree_map(_shape, (args, kwargs)), site.graft.grid(site.layer, args, kwargs)
 
         def end(*_):
             spent = tuple(now - then for now, then in zip(state(), begun.pop(), strict=True))
@@ -219,7 +221,7 @@ def _counted(
         yield module.register_forward_pre_hook(of_this_thread(begin), with_kwargs=True)
         yield module.register_forward_hook(of_this_thread(end))
 
-    with ExitStack() as stack, torch.no_grad(), real_integers(), counter:
+    with ExitStack() as stack, torch.no_grad(), without_weights(), counter:
         for name in names:
             for handle in watch(name, model.get_submodule(name)):
                 stack.enter_context(handle)

@@ -202,4 +202,4 @@ def register(
     """Register the adapter of a model of diffusers that has an ATConv subclass. owner: by default the model itself;
     grid: by default `latent_grid`, or of three sides `volume_grid`."""
     grid = grid or (volume_grid if sides == 3 else latent_grid)
-    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin, tiny, sides))
+    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin, tiny, sides=sides))

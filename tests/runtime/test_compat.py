@@ -519,20 +519,22 @@ def test_dispatched_modules_are_known():
     assert not accelerate.is_dispatched(linear)
 
 
-def test_whole_numbers_stay_real_on_the_meta_device():
-    counter = FlopCounterMode(display=False)
-    mask, x = torch.tensor([[True, True, False]]), torch.randn(1, 3, 8, device="meta")
-    with compat.real_integers(), counter:
+def test_what_no_weight_has_a_part_in_is_real_beside_weights_without_storage():
+    counter, begin = FlopCounterMode(display=False), torch.autocast.__init__
+    mask, x, weight = torch.tensor([[True, True, False]]), torch.zeros(1, 3, 8), torch.empty(8, 8, device="meta")
+    with compat.without_weights(), counter:
         length = mask.sum(1).tolist()[0]  # a number, where the meta device has none
-        masked = x * mask[..., None]
-        shares = masked[:, :length] @ masked.transpose(1, 2)
-        linear = F.linear(masked, torch.randn(4, 8, device="meta"))
-    assert length == 2
+        zero = bool((x == 0).all())
+        linear = F.linear(x, weight) * mask[..., None]
+        with torch.autocast(linear.device.type, enabled=False):
+            shares = linear[:, :length] @ linear.transpose(1, 2)
+    assert (length, zero) == (2, True)
     assert shares.is_meta
-    assert linear.shape == (1, 3, 4)
+    assert shares.shape == (1, 2, 3)
     counts = counter.get_flop_counts()["Global"]
     assert compat.flops_between_tokens(counts) == 2 * 2 * 3 * 8
-    assert sum(counts.values()) == 2 * (2 * 3 * 8 + 3 * 8 * 4)
+    assert sum(counts.values()) == 2 * (2 * 3 * 8 + 3 * 8 * 8)
+    assert torch.autocast.__init__ is begin
 
 
 def test_feature_maps_are_chosen_as_in_timm():

@@ -6,7 +6,8 @@ Models need what is looked up at import, and exported pipelines look it up too; 
 import importlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 
 import torch
@@ -227,13 +228,14 @@ def flops_between_tokens(counts: Mapping) -> int:
     return sum(count for operator, count in counts.items() if operator in products)
 
 
-# torch 2.11, 2.14: a mode that sees every operator has no public base class.
-def real_integers():
-    """A mode for passes on the meta device whose whole numbers and truth values are real: what is made of these is
-    computed, and all else has shapes only. Models read lengths and positions of their inputs as numbers."""
+# torch 2.11, 2.14: a mode that sees every operator has no public base class, and autocast refuses the meta device.
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """For passes of a model on the meta device with inputs that are real: what is made of these alone is computed, and
+    all that a weight has a part in has shapes only. Models read lengths, positions and masks as numbers."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class RealIntegers(TorchDispatchMode):
+    class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
             tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
@@ -241,7 +243,19 @@ def real_integers():
                 args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
             return function(*args, **kwargs)
 
-    return RealIntegers()
+    def dtype_of_meta(device_type: str):
+        return asked(torch.device("cpu").type if device_type == "meta" else device_type)
+
+    def begun(self, device_type: str, *args, **kwargs):
+        begin(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    asked, begin = torch.get_autocast_dtype, torch.autocast.__init__
+    try:
+        torch.get_autocast_dtype, torch.autocast.__init__ = dtype_of_meta, begun
+        with Shapes():
+            yield
+    finally:
+        torch.get_autocast_dtype, torch.autocast.__init__ = asked, begin
 
 
 # torch 2.11, 2.14: there is no public count of the memory of a CPU's tensors; builds without distributed lack this one.
