@@ -36,29 +36,9 @@ __getattr__, __dir__ = lazily(
         "swap_attention": "sit_atconv.swap",
         # The classes of swapped models have this module for their own, so diffusers finds them here when it loads a
         # pipeline. It looks for ModelMixin beside them.
-        "ATConvAuraFlowTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvBriaFiboTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvBriaTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvChromaTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvCogView3PlusTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvCogView4Transformer2DModel": "sit_atconv.swap.families",
-        "ATConvDiTTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvErnieImageTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvFlux2Transformer2DModel": "sit_atconv.swap.families",
-        "ATConvFlux3Transformer2DModel": "sit_atconv.swap.families",
-        "ATConvFluxTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvHunyuanImageTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvKrea2Transformer2DModel": "sit_atconv.swap.families",
-        "ATConvLongCatImageTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvLumina2Transformer2DModel": "sit_atconv.swap.families",
-        "ATConvOvisImageTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvPixArtTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvQwenImageTransformer2DModel": "sit_atconv.swap.families",
-        "ATConvSD3Transformer2DModel": "sit_atconv.swap.families",
-        "ATConvUNet2DConditionModel": "sit_atconv.swap.families",
-        "ATConvZImageTransformer2DModel": "sit_atconv.swap.families",
         "ModelMixin": "diffusers.models.modeling_utils",
     },
+    {"ATConv": "sit_atconv.swap.families"},
 )
 
 # Where modules lay up to version 0.1.

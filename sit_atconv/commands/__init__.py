@@ -33,6 +33,7 @@ COMMANDS = {
     "likelihood": "give real images their likelihood, in bits per dimension",
     "speed": "time models against attention",
     "frontier": "score models over the time that their images take",
+    "swap-check": "say what a swap of a model's attention would come to",
     "principles": "measure routing and inhibition, layer by layer",
     "recipes": "list the recipes, or print one",
 }

@@ -8,16 +8,19 @@ import warnings
 from collections.abc import Callable, Mapping
 
 
-def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def lazily(
+    package: str, names: Mapping[str, str], beginnings: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """The `__getattr__` and `__dir__` of a package whose names lie in other modules, see PEP 562.
 
-    names: {name: the module that defines it}.
+    names: {name: the module that defines it}. beginnings: {what other names begin with: the module that may have them}.
     """
 
     def load(name: str):
-        if name not in names:
+        module = names.get(name) or next((at for start, at in (beginnings or {}).items() if name.startswith(start)), "")
+        if not module or not hasattr(importlib.import_module(module), name):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(names[name]), name)
+        return getattr(importlib.import_module(module), name)
 
     def listed() -> list[str]:
         return sorted({*vars(sys.modules[package]), *names})

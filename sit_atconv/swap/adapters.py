@@ -69,6 +69,11 @@ def register_adapter(adapter: SwapAdapter) -> None:
     _ADAPTERS.insert(0, adapter)
 
 
+def known_adapters() -> list[SwapAdapter]:
+    """All adapters, the one registered last first."""
+    return list(_ADAPTERS)
+
+
 def adapter_of(model: nn.Module) -> SwapAdapter:
     """The adapter of the model's class, or of the nearest class it derives from. Raises InputError for an unknown."""
     for cls in type(model).__mro__:

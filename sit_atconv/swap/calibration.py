@@ -28,6 +28,7 @@ from sit_atconv.swap.start import TapFit
 ROUNDS = (8, 100)  # of a timing, at least and at most
 ROUND_SECONDS = 1e-3  # that one of the two is run for in a round, at least
 TIMING_SECONDS = 5.0  # after which a timing ends that has its least number of rounds
+SLOW_SECONDS, SLOW_ROUNDS = 60.0, 3  # after which so many rounds are enough
 STEADY = 1.05  # a quarter of the rounds, at least, within this factor of the fastest
 
 
@@ -238,7 +239,7 @@ def _materialised(site: Site) -> tuple[tuple, dict]:
             return value
         if value.dtype == torch.bool:  # a mask, that lets all tokens count
             return torch.ones(value.shape, dtype=value.dtype, device=device)
-        if not value.is_floating_point():
+        if not value.is_floating_point():  # whole numbers, and turns of RoPE as complex ones: their values take no time
             return torch.zeros(value.shape, dtype=value.dtype, device=device)
         return torch.randn(value.shape, dtype=weight.dtype, device=device, generator=generator)
 
@@ -304,7 +305,7 @@ class Cost:
 
 def cost_of(site: Site, known: dict[Hashable, Cost]) -> Cost:
     """What a call as seen in calibration costs, in evaluation mode: from `known`, or measured for all of its shape."""
-    shape = _shape_of(site)
+    shape = shape_of(site)
     if shape not in known:
         with evaluating(site.attention, site.layer):
             args, kwargs = _materialised(site)
@@ -313,7 +314,7 @@ def cost_of(site: Site, known: dict[Hashable, Cost]) -> Cost:
     return known[shape]
 
 
-def _shape_of(site: Site) -> Hashable:
+def shape_of(site: Site) -> Hashable:
     """What sites have in common that take the same time: classes, sizes, dtypes, device, grid."""
     modules = (site.attention, site.layer)
     return (
@@ -354,7 +355,10 @@ def settled(rounds: Iterable[tuple[float, float]]) -> Timing:
         seen.append(each)
         ordered = [sorted(times) for times in zip(*seen, strict=True)]
         steady = all(times[len(times) // 4] <= STEADY * times[0] for times in ordered)
-        if len(seen) >= ROUNDS[0] and (steady or time.monotonic() - start > TIMING_SECONDS):
+        spent = time.monotonic() - start
+        if len(seen) >= ROUNDS[0] and (steady or spent > TIMING_SECONDS):
+            break
+        if len(seen) >= SLOW_ROUNDS and spent > SLOW_SECONDS:
             break
     quartiles = [[1e3 * each for each in statistics.quantiles(times, method="inclusive")] for times in ordered]
     (low, before, high), (low_after, after, high_after) = quartiles

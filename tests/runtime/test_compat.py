@@ -519,6 +519,22 @@ def test_dispatched_modules_are_known():
     assert not accelerate.is_dispatched(linear)
 
 
+def test_whole_numbers_stay_real_on_the_meta_device():
+    counter = FlopCounterMode(display=False)
+    mask, x = torch.tensor([[True, True, False]]), torch.randn(1, 3, 8, device="meta")
+    with compat.real_integers(), counter:
+        length = mask.sum(1).tolist()[0]  # a number, where the meta device has none
+        masked = x * mask[..., None]
+        shares = masked[:, :length] @ masked.transpose(1, 2)
+        linear = F.linear(masked, torch.randn(4, 8, device="meta"))
+    assert length == 2
+    assert shares.is_meta
+    assert linear.shape == (1, 3, 4)
+    counts = counter.get_flop_counts()["Global"]
+    assert compat.flops_between_tokens(counts) == 2 * 2 * 3 * 8
+    assert sum(counts.values()) == 2 * (2 * 3 * 8 + 3 * 8 * 4)
+
+
 def test_feature_maps_are_chosen_as_in_timm():
     assert timm.feature_take_indices(4, 2) == ([2, 3], 3)
     assert timm.feature_take_indices(4, None) == ([0, 1, 2, 3], 3)

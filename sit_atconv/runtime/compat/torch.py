@@ -6,7 +6,7 @@ Models need what is looked up at import, and exported pipelines look it up too; 
 import importlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 
 import torch
@@ -214,6 +214,34 @@ def formulas_of_attention() -> dict:
 
     of_cpu._get_raw = True  # the arguments, tensors and all: that formula finds their shapes by itself
     return {aten._scaled_dot_product_flash_attention_for_cpu: of_cpu}
+
+
+def flops_between_tokens(counts: Mapping) -> int:
+    """Of the counts by operator of a FlopCounterMode, those of products in which both factors depend on the input:
+    queries with keys, and shares with values."""
+    aten = torch.ops.aten
+    products = {
+        aten.bmm, aten.baddbmm, aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_flash_attention_for_cpu,
+    }  # fmt: skip
+    return sum(count for operator, count in counts.items() if operator in products)
+
+
+# torch 2.11, 2.14: a mode that sees every operator has no public base class.
+def real_integers():
+    """A mode for passes on the meta device whose whole numbers and truth values are real: what is made of these is
+    computed, and all else has shapes only. Models read lengths and positions of their inputs as numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class RealIntegers(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+            if any(each.is_meta for each in tensors) and not all(each.is_meta for each in tensors):
+                args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
+            return function(*args, **kwargs)
+
+    return RealIntegers()
 
 
 # torch 2.11, 2.14: there is no public count of the memory of a CPU's tensors; builds without distributed lack this one.

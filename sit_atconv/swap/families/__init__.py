@@ -1,49 +1,16 @@
-"""The families of models that `swap_attention` knows, a module each: what is swapped, and how it is stored."""
+"""The families of models that `swap_attention` knows, a module each: what is swapped, and how it is stored.
 
-from sit_atconv.swap.families import sit, vit  # noqa: F401  (registers their adapters)
-from sit_atconv.swap.families.auraflow import ATConvAuraFlowTransformer2DModel
-from sit_atconv.swap.families.chroma import ATConvChromaTransformer2DModel
-from sit_atconv.swap.families.cogview import ATConvCogView3PlusTransformer2DModel, ATConvCogView4Transformer2DModel
-from sit_atconv.swap.families.dit import ATConvDiTTransformer2DModel
-from sit_atconv.swap.families.ernie_image import ATConvErnieImageTransformer2DModel
-from sit_atconv.swap.families.flux import ATConvFluxTransformer2DModel
-from sit_atconv.swap.families.flux2 import ATConvFlux2Transformer2DModel
-from sit_atconv.swap.families.flux3 import ATConvFlux3Transformer2DModel
-from sit_atconv.swap.families.flux_like import (
-    ATConvBriaFiboTransformer2DModel,
-    ATConvBriaTransformer2DModel,
-    ATConvLongCatImageTransformer2DModel,
-    ATConvOvisImageTransformer2DModel,
-)
-from sit_atconv.swap.families.hunyuan_image import ATConvHunyuanImageTransformer2DModel
-from sit_atconv.swap.families.krea2 import ATConvKrea2Transformer2DModel
-from sit_atconv.swap.families.lumina2 import ATConvLumina2Transformer2DModel
-from sit_atconv.swap.families.pixart import ATConvPixArtTransformer2DModel
-from sit_atconv.swap.families.qwen_image import ATConvQwenImageTransformer2DModel
-from sit_atconv.swap.families.sd3 import ATConvSD3Transformer2DModel
-from sit_atconv.swap.families.unet import ATConvUNet2DConditionModel
-from sit_atconv.swap.families.z_image import ATConvZImageTransformer2DModel
+A module registers its adapters when it is imported, and all of this folder are. The ATConv subclasses that they define
+for models of diffusers are found here, and at the top of the package, by their names.
+"""
 
-__all__ = [
-    "ATConvAuraFlowTransformer2DModel",
-    "ATConvBriaFiboTransformer2DModel",
-    "ATConvBriaTransformer2DModel",
-    "ATConvChromaTransformer2DModel",
-    "ATConvCogView3PlusTransformer2DModel",
-    "ATConvCogView4Transformer2DModel",
-    "ATConvDiTTransformer2DModel",
-    "ATConvErnieImageTransformer2DModel",
-    "ATConvFlux2Transformer2DModel",
-    "ATConvFlux3Transformer2DModel",
-    "ATConvFluxTransformer2DModel",
-    "ATConvHunyuanImageTransformer2DModel",
-    "ATConvKrea2Transformer2DModel",
-    "ATConvLongCatImageTransformer2DModel",
-    "ATConvLumina2Transformer2DModel",
-    "ATConvOvisImageTransformer2DModel",
-    "ATConvPixArtTransformer2DModel",
-    "ATConvQwenImageTransformer2DModel",
-    "ATConvSD3Transformer2DModel",
-    "ATConvUNet2DConditionModel",
-    "ATConvZImageTransformer2DModel",
-]
+import importlib
+import pkgutil
+
+from sit_atconv.swap.marking import THIN
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+globals().update({cls.__name__: cls for cls in THIN.values()})
+__all__ = sorted(cls.__name__ for cls in THIN.values())

@@ -1,0 +1,243 @@
+"""What a swap of a class of models would come to, before anyone trains: by arithmetic on tensors without storage, and
+by timing one layer of each shape. No weights are needed."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sit_atconv.runtime.compat.torch import (
+    flops_between_tokens,
+    formulas_of_attention,
+    real_integers,
+    tree_leaves,
+    tree_map,
+)
+from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.hooks import of_this_thread
+from sit_atconv.runtime.markdown import markdown_table
+from sit_atconv.runtime.reading import read_json
+from sit_atconv.swap.adapters import adapter_of, known_adapters
+from sit_atconv.swap.building import build
+from sit_atconv.swap.calibration import Site, Timing, evaluating, shape_of, timing_of
+
+SETTINGS = {"kernel_size": 3, "pool": "raster", "prefix": "attend"}
+
+
+@dataclass
+class Kind:
+    """The attentions of a model that have a pattern of names and a shape in common.
+
+    layers: how many. grid: of their image or video tokens. others: text and padding beside these in their sequence.
+    macs_before, macs_after: multiply-accumulates of one, and of the layer for it. products: the part of macs_before
+    that grows with the square of the tokens. timing: milliseconds of one; None: not measured. refusal: why they stay.
+    """
+
+    name: str
+    layers: int
+    grid: tuple[int, ...] | None
+    macs_before: int
+    macs_after: int | None
+    products: int
+    timing: Timing | None = None
+    refusal: str | None = None
+
+
+@dataclass
+class SwapCheck:
+    """What a swap of all attentions of a model would come to, for one forward pass on its example.
+
+    macs_before, macs_after: multiply-accumulates of the whole model. batch: samples of the pass.
+    """
+
+    model: str
+    parameters: int
+    macs_before: int
+    macs_after: int
+    batch: int
+    kinds: list[Kind] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Of the model's multiply-accumulates, those between tokens and tokens in the attentions that would go."""
+        return sum(kind.products * kind.layers for kind in self.kinds if kind.refusal is None) / self.macs_before
+
+    @property
+    def limit(self) -> float:
+        """How many times faster the model can become by arithmetic: its multiply-accumulates before over after."""
+        return self.macs_before / self.macs_after
+
+    def record(self) -> dict:
+        """All of it as plain values."""
+        return {**asdict(self), "share": self.share, "limit": self.limit}
+
+    def __str__(self) -> str:
+        rows = []
+        for kind in self.kinds:
+            grid = "-" if kind.grid is None else " x ".join(map(str, kind.grid))
+            tokens = "-" if kind.grid is None else f"{torch.Size(kind.grid).numel():,}"
+            after = "stays" if kind.macs_after is None else f"{kind.macs_after / 1e9:,.2f}"
+            macs = f"{kind.macs_before / 1e9:,.2f} -> {after}"
+            products = f"{kind.products / kind.macs_before:.0%}"
+            time = "not measured"
+            if kind.timing is not None:
+                time = f"{kind.timing.before:,.1f} -> {kind.timing.after:,.1f}"
+            rows.append([f"`{kind.name}`", str(kind.layers), grid, tokens, macs, products, time])
+        titles = ["attention", "layers", "grid", "tokens", "GMACs of one", "of it between tokens", "ms of one"]
+        told = [
+            f"{self.model}: {self.parameters / 1e6:,.1f} M parameters, {self.macs_before / 1e12:,.3f} TMACs a pass of "
+            f"{self.batch}",
+            markdown_table(titles, rows),
+        ]
+        told += [f"`{kind.name}` stays: it {kind.refusal}." for kind in self.kinds if kind.refusal is not None]
+        told.append(
+            f"Products between tokens (N^2): {self.share:.0%} of the model. Limit of the speed by arithmetic, all "
+            f"swapped: {self.limit:.2f} times."
+        )
+        return "\n\n".join(told)
+
+
+def blank(name_or_folder: str) -> nn.Module:
+    """A model of that class, or of the configuration in that folder, on the meta device.
+
+    Raises InputError for a name that no adapter knows, and a folder without a configuration of a known class.
+    """
+    classes = {adapter.model.__name__: adapter.model for adapter in known_adapters()}
+    folder = Path(name_or_folder)
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        wanted = config.get("_class_name") if isinstance(config, dict) else None
+        if wanted not in classes or not hasattr(classes[wanted], "from_config"):
+            raise InputError(f"{name_or_folder}: its config.json is of a {wanted}, which no adapter reads; {_known()}")
+        cls, make = classes[wanted], lambda cls: cls.from_config(config)
+    elif name_or_folder in classes:
+        cls, make = classes[name_or_folder], lambda cls: cls()
+    else:
+        raise InputError(f"{name_or_folder!r} is neither a class with an adapter nor a folder of one; {_known()}")
+    with told(f"{name_or_folder}: no {cls.__name__} can be made", Exception), torch.device("meta"):
+        return make(cls)
+
+
+def _known() -> str:
+    return "known are " + ", ".join(sorted({adapter.model.__name__ for adapter in known_adapters()}))
+
+
+def check_swap(
+    model: nn.Module,
+    grid: Sequence[int] | None = None,
+    text: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> SwapCheck:
+    """Count what a model on the meta device does before and after a swap of all its attentions; it is swapped after.
+
+    grid: of the tokens, (H, W) or (T, H, W); None: the model's own. text: tokens of text; None: the longest.
+    device: time one attention of each shape there, and the layer for it, on random weights in `dtype`; None: do not.
+    Raises InputError for a class without adapter or without synthetic inputs, and a grid that the class does not take.
+    """
+    adapter = adapter_of(model)
+    model.eval()
+    if adapter.example is None:
+        raise InputError(f"{type(model).__name__} has no synthetic inputs, so there is nothing to count")
+    name = type(model).__name__
+    with told(f"{name} takes no grid of {grid}", Exception):
+        inputs = adapter.example(model, torch.Generator().manual_seed(0), grid=grid, text=text)
+    if inputs is None:
+        raise InputError(f"{name}: its configuration does not tell its inputs, so there is nothing to count")
+    inputs = tree_map(lambda each: _without_storage(each, model), inputs)
+    parameters, grafts = sum(each.numel() for each in model.parameters()), adapter.find(model)
+    refusals = {each: graft.refusal(model.get_submodule(each)) for each, graft in grafts.items()}
+    with torch.device("meta"):
+        sites = build(
+            model, adapter, {each: graft for each, graft in grafts.items() if refusals[each] is None}, SETTINGS
+        )
+    calls: dict[str, tuple] = {}
+    before, of_before = _counted(model, inputs, grafts, {site.name: site for site in sites}, calls)
+    for site in sites:
+        model.set_submodule(site.name, site.layer)
+    after, of_after = _counted(model, inputs, grafts, {}, {})
+    check = SwapCheck(name, parameters, before, after, len(tree_leaves(inputs)[0]))
+    kinds: dict[tuple, tuple[Kind, Site | None]] = {}
+    by_name = {site.name: site for site in sites}
+    for each in grafts:
+        site, (macs, products) = by_name.get(each), of_before[each]
+        key = (_pattern(each), macs, refusals[each], None if site is None else shape_of(site))
+        if key in kinds:
+            kinds[key][0].layers += 1
+            continue
+        macs_after = None if site is None else of_after[each][0]
+        kind = Kind(_pattern(each), 1, None if site is None else site.grid, macs, macs_after, products)
+        kinds[key] = replace(kind, refusal=refusals[each]), site
+    for kind, site in kinds.values():
+        if site is not None and site.call is not None and device is not None:
+            kind.timing = _timed(site, torch.device(device), dtype)
+        check.kinds.append(kind)
+    return check
+
+
+def _without_storage(value, model: nn.Module):
+    """Floating-point inputs on the meta device; whole numbers stay, since models and readers of grids look at them."""
+    real = not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex())
+    return value if real else value.to("meta", next(model.parameters()).dtype)
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _counted(
+    model: nn.Module, inputs: dict, names, sites: dict[str, Site], calls: dict[str, tuple]
+) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Multiply-accumulates of a pass, and by name those of each attention and of its products between tokens; the
+    sites take note of their calls and grids."""
+    of: dict[str, tuple[int, int]] = dict.fromkeys(names, (0, 0))
+    counter = FlopCounterMode(display=False, custom_mapping=formulas_of_attention())
+
+    def state() -> tuple[int, int]:
+        counts = counter.get_flop_counts().get("Global", {})
+        return sum(counts.values()) // 2, flops_between_tokens(counts) // 2
+
+    def watch(name: str, module: nn.Module):
+        begun = []
+
+        def begin(_, args, kwargs):
+            begun.append(state())
+            if name in sites and sites[name].call is None:
+                site = sites[name]
+                site.call, site.grid = (args, kwargs), site.graft.grid(site.layer, args, kwargs)
+
+        def end(*_):
+            spent = tuple(now - then for now, then in zip(state(), begun.pop(), strict=True))
+            of[name] = tuple(map(sum, zip(of[name], spent, strict=True)))
+
+        yield module.register_forward_pre_hook(of_this_thread(begin), with_kwargs=True)
+        yield module.register_forward_hook(of_this_thread(end))
+
+    with ExitStack() as stack, torch.no_grad(), real_integers(), counter:
+        for name in names:
+            for handle in watch(name, model.get_submodule(name)):
+                stack.enter_context(handle)
+        model(**inputs)
+    return counter.get_total_flops() // 2, of
+
+
+def _timed(site: Site, device: torch.device, dtype: torch.dtype) -> Timing:
+    """The timing of an attention and of its layer with random weights, on random inputs of the call's shapes."""
+
+    def made(module: nn.Module) -> nn.Module:
+        module = copy.deepcopy(module).to_empty(device=device).to(dtype).eval()
+        for each in (*module.parameters(), *module.buffers()):
+            if each.is_floating_point():
+                nn.init.normal_(each, std=0.02) if each.ndim > 1 else nn.init.ones_(each)
+        return module
+
+    with torch.no_grad():
+        own = replace(site, attention=made(site.attention), layer=made(site.layer))
+        own.reference = getattr(own.layer, "reference", None)
+        with evaluating(own.attention, own.layer):
+            return timing_of(own)
