@@ -18,11 +18,6 @@ from sit_atconv.runtime.compat.torch import (
     tree_map,
     without_weights,
 )
-    flops_between_tokens,
-    formulas_of_attention,
-    tree_leaves,
-    tree_map,
-)
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.hooks import of_this_thread
 from sit_atconv.runtime.markdown import markdown_table
