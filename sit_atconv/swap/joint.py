@@ -11,7 +11,7 @@ from torch import nn
 
 from sit_atconv.layers.attention import attend
 from sit_atconv.layers.norm import norm
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
+from sit_atconv.ops.atconv import on_grid
 from sit_atconv.runtime.compat.diffusers import attention_backend
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, class_refusal, is_fused, linear_refusal
@@ -111,7 +111,7 @@ class JointATConv(SwappedLayer):
     def mix(self, text: Heads, image: Heads, image_tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Text (B, T, channels), None if it has no queries, and image (B, N, channels), before the output maps."""
         grid, v = self.reference.get(), image.v.flatten(2)
-        convolved = dynamic_depthwise_conv(v, self.kernels(on_grid(image_tokens, grid)).to(v.dtype), grid)
+        convolved = self.convolve(on_grid(image_tokens, grid), on_grid(v, grid)).flatten(1, -2)
         share = self.text_share.sigmoid().to(v.dtype)[:, None]
         mixed = (1 - share) * convolved.unflatten(-1, (self.heads, -1)) + share * self.attend(image.q, text)
         return None if text.q is None else self.attend(text.q, text, image).flatten(2), mixed.flatten(2)
