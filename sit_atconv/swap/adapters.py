@@ -37,7 +37,7 @@ class SwapAdapter:
         is given; None if there is no telling.
     mark: brings class and configuration of the model in line with its layers, after a swap or a revert; see `models`.
     check: given the model and the settings of a swap to come, raises InputError where they do not go together.
-    volumes: whether `grid` reads (T, H, W): the model's tokens lie in volumes, and swaps of it have a `volume`.
+    sides: of the grid that the tokens fill: 2 (H, W), or 3 (T, H, W).
     """
 
     model: type[nn.Module]
@@ -47,7 +47,7 @@ class SwapAdapter:
     example: Example | None = None
     mark: Callable[[nn.Module], None] = mark_nothing
     check: Callable[[nn.Module, dict], None] = lambda model, config: None
-    volumes: bool = False
+    sides: int = 2
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
         """Name -> Graft of all attentions that the patterns match, in the model's order."""

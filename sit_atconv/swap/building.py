@@ -13,7 +13,7 @@ from sit_atconv.swap.start import TapFit
 
 def build(model, adapter: SwapAdapter, grafts: dict[str, Graft], config: dict) -> list[Site]:
     """Layers for the attentions, not yet in their place, and the hooks that tell them their grids, in place."""
-    volume = config["volume"] if adapter.volumes else None
+    volume = config.get("volume", "full") if adapter.sides == 3 else None
     options = LayerOptions(config["kernel_size"], config["pool"], getattr(model, "num_prefix_tokens", 0), volume)
     sites = []
     for name, graft in grafts.items():
@@ -22,7 +22,7 @@ def build(model, adapter: SwapAdapter, grafts: dict[str, Graft], config: dict) -
         layer = graft.build(attention, reference, options)
         if reference is not None:
             _keep_grid(layer, reference, owner, model, name)
-        fit = TapFit(graft.heads(attention), options.kernel_size, dims=3 if adapter.volumes else 2)
+        fit = TapFit(graft.heads(attention), options.kernel_size, adapter.sides)
         sites.append(Site(name, attention, graft, layer, fit, reference))
     return sites
 

@@ -17,7 +17,7 @@ from sit_atconv.swap.swapping import PREFIXES, SCHEMA, AttentionSwap, put_in
 from sit_atconv.swap.wrapping import check_bare, model_of
 
 STORED_FORM = {
-    "layers": [str], "kernel_size": POSITIVE, "pool": str, "prefix": PREFIXES,
+    "layers": [str], "kernel_size": POSITIVE, "pool": str, "prefix": PREFIXES, "volume?": VOLUMES,
     "teacher": {"class": str, "name": (str, None), "revision": (str, None), "fingerprint": str},
 }  # fmt: skip
 
@@ -48,7 +48,7 @@ def swap_as_stored(
     if hasattr(model, "_swap_record"):
         raise InputError(f"{type(model).__name__} has swapped layers already; revert them, or take the original model")
     adapter = adapter_of(model)
-    _check_stored(config, adapter)
+    _check_stored(config)
     check(teacher_of(model))
     adapter.check(model, config)
     try:
@@ -70,16 +70,16 @@ def swap_as_stored(
     return swap
 
 
-def _check_stored(config: dict, adapter: SwapAdapter) -> None:
+def _check_stored(config: dict) -> None:
     found = config.get("schema") if isinstance(config, dict) else config
     if found != SCHEMA:
         raise InputError(f"atconv schema {found!r}: this version reads {SCHEMA}; use the one that wrote it")
-    if fault := fault_of(config, STORED_FORM | ({"volume": VOLUMES} if adapter.volumes else {})):
+    if fault := fault_of(config, STORED_FORM):
         raise InputError(f"atconv: {fault}; it is not as swap_attention wrote it")
 
 
 def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> list[Site]:
-    _check_stored(config, adapter)
+    _check_stored(config)
     grafts = adapter.find(model)
     for name in config["layers"]:
         check_choice("atconv layer", name, grafts)
