@@ -204,7 +204,7 @@ def swap_attention(
     record = getattr(model, "_swap_record", None)
     settings = {"kernel_size": kernel_size, "pool": pool, "prefix": prefix}
     if adapter.sides == 3:
-        settings["volume"] = volume or "full"
+        settings["volume"] = "full" if volume is None else volume
     elif volume is not None:
         raise InputError(
             f"volume={volume!r}: the tokens of {type(model).__name__} lie on a grid of rows and columns, and fill no "
