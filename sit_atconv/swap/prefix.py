@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import nn
 
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
+from sit_atconv.ops.atconv import on_grid
 from sit_atconv.ops.forward_mode import exact_derivatives
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.adapters import Grid, SwapAdapter, register_adapter
@@ -76,9 +76,10 @@ class PrefixATConv(SwappedLayer):
         bias: of the softmax, (..., heads, P, P + N).
         """
         grid = self.reference.get()
-        kernels = self.kernels(on_grid(x[:, self.prefix :], grid))
+        patches = on_grid(x[:, self.prefix :], grid)
+        kernels = self.kernels(patches)
         v = self.v_proj(x)
-        mixed = dynamic_depthwise_conv(v[:, self.prefix :], kernels.to(v.dtype), grid)
+        mixed = self.convolve(patches, on_grid(v[:, self.prefix :], grid), kernels).flatten(1, -2)
         if self.prefix:
             mixed = torch.cat([self._attend(x, v, rotate, bias), mixed], 1)
         return self.proj_drop(self.proj(mixed))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from sit_atconv.ops.atconv import dynamic_depthwise_conv, on_grid
+from sit_atconv.ops.atconv import on_grid
 from sit_atconv.swap.grafts import SelfAttentionGraft, observed
 from sit_atconv.swap.grid import GridReference, argument
 from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
@@ -45,9 +45,7 @@ class RefinerATConv(SwappedLayer):
         grid = self.reference.get()
         count = math.prod(grid)
         x = on_grid(hidden_states[:, :count], grid)
-        kernels = self.kernels(x)
-        v = self.values(x, self.to_v)
-        mixed = dynamic_depthwise_conv(v, kernels.to(v.dtype)).flatten(1, 2)
+        mixed = self.convolve(x, self.values(x, self.to_v)).flatten(1, -2)
         image = self.to_out[1](self.to_out[0](mixed))
         return F.pad(image, (0, 0, 0, hidden_states.shape[1] - count))
 

@@ -205,8 +205,6 @@ def swap_attention(
     check_choice("joint", joint, JOINTS)
     check_choice("prefix", prefix, PREFIXES)
     check_choice("pool", pool, POOLS)
-    if volume is not None:
-        check_choice("volume", volume, VOLUMES)
     for name, value, least in (("max_error", max_error, 0), ("speedup", speedup, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise InputError(f"{name}={value!r}: give a number")
@@ -214,6 +212,7 @@ def swap_attention(
             raise InputError(f"{name}={value}: a target needs select='auto', and select={select!r}; leave one out")
         if value is not None and not value > least:
             raise InputError(f"{name}={value}: must be greater than {least}")
+    check_choice("volume", volume, (None, *VOLUMES))
     pipeline, model = model_of(model_or_pipeline)
     check_bare(model)
     adapter = adapter_of(model)
@@ -222,7 +221,10 @@ def swap_attention(
     if adapter.sides == 3:
         settings["volume"] = "full" if volume is None else volume
     elif volume is not None:
-        raise InputError(f"volume={volume!r}: the tokens of a {type(model).__name__} lie on grids (H, W); leave it out")
+        raise InputError(
+            f"volume={volume!r}: the tokens of {type(model).__name__} lie on a grid of rows and columns, and fill no "
+            "volume of frames; leave it out"
+        )
     teacher = teacher_of(model) if record is None else record.config["teacher"]
     config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}
     for name, value in settings.items() if record is not None else ():

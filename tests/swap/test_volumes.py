@@ -209,7 +209,7 @@ def test_wrong_options_are_refused_and_leave_the_model_alone(adapter):
     images = SwapAdapter(Volume, adapter.sites, Volume, lambda module, args, kwargs: tuple(args[0].shape[-2:]))
     register_adapter(images)
     try:
-        with pytest.raises(InputError, match=r"volume='full': the tokens of a Volume lie on grids \(H, W\)"):
+        with pytest.raises(InputError, match=r"volume='full': the tokens of Volume lie on a grid of rows"):
             swap_attention(model, "all", init="random", volume="full")
     finally:
         _ADAPTERS.remove(images)
