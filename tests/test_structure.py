@@ -58,7 +58,7 @@ ALLOWED = {
     },
     "commands": CORE | SAVED | DRAWN | {
         "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing", "data",
-        "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring",
+        "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring", "swap",
         "training", "training.posthoc",
     },
     "__main__": DOOR,

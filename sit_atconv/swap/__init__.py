@@ -5,10 +5,11 @@ from sit_atconv.swap.adapters import SwapAdapter, register_adapter
 from sit_atconv.swap.delta import load_delta, save_delta
 from sit_atconv.swap.grafts import Graft, SelfAttentionGraft
 from sit_atconv.swap.grid import ids_grid, latent_grid, volume_grid
+from sit_atconv.swap.handle import AttentionSwap
 from sit_atconv.swap.joint import JointGraft, Sequence, SingleStreamGraft, Streams
 from sit_atconv.swap.layers import LayerOptions
 from sit_atconv.swap.regression import regress
-from sit_atconv.swap.swapping import AttentionSwap, swap_attention
+from sit_atconv.swap.swapping import swap_attention
 
 __all__ = [
     "AttentionSwap",

@@ -12,9 +12,9 @@ from sit_atconv.runtime.compat.torch import uncompiled
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.files import new_path, tensors_made_here
 from sit_atconv.runtime.reading import Malformed, parse_json, read_tensors
+from sit_atconv.swap.handle import AttentionSwap
 from sit_atconv.swap.identity import fingerprint
 from sit_atconv.swap.stored import swap_as_stored
-from sit_atconv.swap.swapping import AttentionSwap
 from sit_atconv.swap.wrapping import check_unwrapped, model_of
 
 KEY = "sit_atconv_delta"

@@ -15,8 +15,8 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.processes import is_main
 from sit_atconv.swap.calibration import Site, run_over
 from sit_atconv.swap.grafts import foreign_maps, kind_of
+from sit_atconv.swap.handle import AttentionSwap
 from sit_atconv.swap.inputs import calibration_inputs, checked_inputs, told_of
-from sit_atconv.swap.swapping import AttentionSwap
 from sit_atconv.swap.wrapping import check_unhooked
 
 

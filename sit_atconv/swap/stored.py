@@ -11,9 +11,9 @@ from sit_atconv.runtime.reading import POSITIVE, fault_of
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
 from sit_atconv.swap.building import build, sweep
 from sit_atconv.swap.calibration import Site
+from sit_atconv.swap.handle import PREFIXES, SCHEMA, AttentionSwap, put_in
 from sit_atconv.swap.identity import teacher_of
 from sit_atconv.swap.marking import SwapRecord
-from sit_atconv.swap.swapping import PREFIXES, SCHEMA, AttentionSwap, put_in
 from sit_atconv.swap.wrapping import check_bare, model_of
 
 STORED_FORM = {

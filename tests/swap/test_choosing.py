@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import SelfAttentionGraft, SwapAdapter, adapters, calibration, register_adapter, swap_attention
-from sit_atconv.swap.calibration import ROUNDS, TIMING_SECONDS, Timing, settled
+from sit_atconv.swap.calibration import ROUNDS, SLOW_ROUNDS, TIMING_SECONDS, Timing, settled
 from sit_atconv.swap.choosing import Candidate, choose, choose_best
 
 NAMES = {f"blocks.{index}.attn": torch.nn.Identity() for index in range(8)}
@@ -220,12 +220,15 @@ def test_a_timing_ends_when_it_is_steady_and_tells_by_its_floor():
     assert unsteady.slowdown is None
 
 
-def test_a_timing_that_does_not_settle_ends_after_its_time(monkeypatch):
-    clock = itertools.count(0.0, 0.4)
+@pytest.mark.parametrize(
+    ("seconds", "rounds"), [(0.4, int(TIMING_SECONDS / 0.4) + 1), (8.0, ROUNDS[0]), (40.0, SLOW_ROUNDS)]
+)
+def test_a_timing_that_does_not_settle_ends_after_its_time(monkeypatch, seconds, rounds):
+    clock = itertools.count(0.0, seconds)
     monkeypatch.setattr(calibration.time, "monotonic", lambda: next(clock))
     taken = []
     settled(taken.append(1) or (1e-3 * 1.2**-index, 1e-3) for index in range(100))
-    assert len(taken) == ROUNDS[0] + int(TIMING_SECONDS / 0.4)
+    assert len(taken) == rounds
 
 
 @pytest.fixture

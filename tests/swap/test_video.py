@@ -189,7 +189,7 @@ def test_what_a_swapped_model_does_not_stand_for_is_refused():
     for model, options, said in (
         (causal, {}, "num_frame_per_block=3"),
         (fused, {}, "fused projections"),
-        (image, {"volume": "full"}, "volume='full': the tokens of a LatteTransformer3DModel"),
+        (image, {"volume": "full"}, "volume='full': the tokens of LatteTransformer3DModel"),
     ):
         with pytest.raises(InputError, match=said):
             swap_attention(model, "all", **options)

@@ -239,9 +239,17 @@ def without_weights() -> Iterator[None]:
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
             tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-            if any(each.is_meta for each in tensors) and not all(each.is_meta for each in tensors):
+            if any(each.is_meta for each in tensors):
+                if function is torch.ops.aten.index.Tensor:
+                    args = args[0], [place for each in args[1] for place in places(each)]
                 args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
+                kwargs |= {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
             return function(*args, **kwargs)
+
+    def places(index: torch.Tensor | None) -> tuple:
+        """An index as it is, or where a mask that is real is true: how many these are, its shape does not tell."""
+        mask = index is not None and index.dtype == torch.bool and not index.is_meta
+        return index.nonzero(as_tuple=True) if mask else (index,)
 
     def dtype_of_meta(device_type: str):
         return asked(torch.device("cpu").type if device_type == "meta" else device_type)
