@@ -12,6 +12,7 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft
 from sit_atconv.swap.grid import Reader, above, patch_sizes
 from sit_atconv.swap.marking import mark_nothing
+from sit_atconv.swap.refused import refusal_of
 
 Grid = Sequence[int] | None
 Example = Callable[..., dict | None]
@@ -101,6 +102,12 @@ def adapter_of(model: nn.Module) -> SwapAdapter:
         for adapter in _ADAPTERS:
             if adapter.model is cls:
                 return adapter
+    reason = next(filter(None, map(refusal_of, type(model).__mro__)), None)
+    if reason is not None:
+        raise InputError(
+            f"{type(model).__name__} {reason}: it cannot be swapped as it is; for a way of your own call "
+            "sit_atconv.swap.register_adapter(SwapAdapter(...))"
+        )
     awaited = (name for names, _ in _AWAITED.values() for name in names)
     known = ", ".join(sorted({*(adapter.model.__name__ for adapter in _ADAPTERS), *awaited}))
     raise InputError(
