@@ -7,7 +7,7 @@ import importlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType
 
 import torch
@@ -228,6 +228,9 @@ def flops_between_tokens(counts: Mapping) -> int:
     return sum(count for operator, count in counts.items() if operator in products)
 
 
+SMALL, LARGEST = 2**12, 2**28  # values of what is worked out beside weights without storage
+
+
 # torch 2.11, 2.14: a mode that sees every operator has no public base class, and autocast refuses the meta device.
 @contextmanager
 def without_weights() -> Iterator[None]:
@@ -242,9 +245,18 @@ def without_weights() -> Iterator[None]:
             if any(each.is_meta for each in tensors):
                 if function is torch.ops.aten.index.Tensor:
                     args = args[0], [place for each in args[1] for place in places(each)]
-                args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
-                kwargs |= {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
+                return on_meta(function, args, kwargs)
+            if sum(each.numel() for each in tensors) > SMALL:  # a mask of all queries over all keys may fill memory
+                with suppress(NotImplementedError, RuntimeError):  # what has no shape of its own, such as `nonzero`
+                    made = on_meta(function, args, kwargs)
+                    if any(isinstance(x, torch.Tensor) and x.numel() > LARGEST for x in tree_leaves(made)):
+                        return made
             return function(*args, **kwargs)
+
+    def on_meta(function, args: tuple, kwargs: dict):
+        args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        kwargs |= {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
+        return function(*args, **kwargs)
 
     def places(index: torch.Tensor | None) -> tuple:
         """An index as it is, or where a mask that is real is true: how many these are, its shape does not tell."""
