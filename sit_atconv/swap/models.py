@@ -31,7 +31,9 @@ CONFIG_FORM = {
     "num_layers?": (LAYERS, None), "num_single_layers?": (LAYERS, None), "layers_per_block?": (LAYERS, [LAYERS]),
     "transformer_layers_per_block?": (LAYERS, [object]), "num_refiner_layers?": (LAYERS, None),
     "num_mmdit_layers?": (LAYERS, None), "num_single_dit_layers?": (LAYERS, None), "n_layers?": (LAYERS, None),
-    "n_refiner_layers?": (LAYERS, None), "approximator_layers?": (LAYERS, None), "atconv?": dict,
+    "n_refiner_layers?": (LAYERS, None), "approximator_layers?": (LAYERS, None),
+    "num_visual_blocks?": LAYERS, "num_text_blocks?": LAYERS, "vace_layers?": [LAYERS], "LFE_depth?": LAYERS,
+    "LFE_num_scale?": LAYERS, "atconv?": dict,
 }  # fmt: skip
 
 logger = logging.get_logger(__name__)
