@@ -103,7 +103,7 @@ def dynamic_depthwise_conv(
     _check_grid(v, kernel_size)
     taps = kernels.shape[1] if kernels.ndim == 3 else 0
     sizes = reference.sides(kernel_size, v.ndim - 2, taps)
-    if math.prod(sizes) != taps or any(size % 2 == 0 for size in sizes):
+    if math.prod(sizes) != taps or taps % 2 == 0:  # a product is odd if all its factors are
         wanted = f"{'square' if v.ndim == 4 else 'cube'} of an odd size"
         if kernel_size is not None:
             wanted = f"product of the odd sizes kernel_size={kernel_size!r}"

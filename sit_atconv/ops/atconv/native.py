@@ -26,12 +26,13 @@ def _blocks(v: torch.Tensor) -> Iterator[tuple[slice, Box]]:
     Rows stay whole. Of a volume a block has about as many frames as rows of each, so that its halo is small.
     """
     batch, *outer, height, width, channels = v.shape
-    if v.device.type != "cpu":
-        yield slice(0, batch), tuple((0, length) for length in v.shape[1:-1])
-        return
     row_bytes = width * channels * sum_dtype(v).itemsize
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    samples = max(1, rows // math.prod((*outer, height)))
+    of_a_sample = math.prod(outer) * height
+    if batch * of_a_sample <= rows or v.device.type != "cpu":
+        yield slice(0, batch), tuple([(0, length) for length in v.shape[1:-1]])
+        return
+    samples = max(1, rows // of_a_sample)
     frames = [min(length, max(math.isqrt(rows), rows // height)) for length in outer]
     lengths = (*frames, max(1, rows // math.prod(frames)))
     cuts = [[(a, min(a + n, end)) for a in range(0, end, n)] for n, end in zip(lengths, (*outer, height), strict=True)]
