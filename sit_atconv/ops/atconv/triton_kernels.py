@@ -84,15 +84,15 @@ def convolution_kernel(
     row, columns = _place(tile, height, width, ROWS, COLS)
     image = tile // (tl.cdiv(width, COLS) * tl.cdiv(height, ROWS))
     sample = (image if frames is None else image // frames).to(tl.int64)
-    if frames is None:
-        v += sample * height * width * CHANNELS
+    if DEEP == 1:
+        v += image.to(tl.int64) * height * width * CHANNELS
     y += image.to(tl.int64) * height * width * CHANNELS
     kernels += sample * (DEEP * HIGH * WIDE * CHANNELS)
 
     sums = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((COLS, BLOCK_C), tl.float32),)
-    if frames is None:
+    if DEEP == 1:
         for j in tl.static_range(WIDE):
             sums = _add_column(sums, v, kernels, j, row, columns, c, height, width, CHANNELS, HIGH, WIDE, FLIP, ROWS)
     else:
