@@ -19,7 +19,7 @@ from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.swap import swap_attention
 from sit_atconv.swap.adapters import SwapAdapter, known_adapters
 from sit_atconv.swap.marking import THIN
-from sit_atconv.swap.refused import REFUSED, candidates
+from sit_atconv.swap.refused import candidates, refusal_of
 
 KEYS = ("rows", "versions")
 CALIBRATIONS = 4  # inputs of a fit
@@ -39,8 +39,8 @@ def rows() -> list[dict[str, Any]]:
         for cls in sorted(classes | ours, key=lambda cls: cls.__name__):
             row = {"library": library, "class": cls.__name__}
             base = next((each for each in cls.__mro__ if each in known), None)
-            if cls.__name__ in REFUSED or base is None:
-                found.append(row | {"refused": REFUSED.get(cls.__name__, "is not known")})
+            if (reason := refusal_of(cls)) is not None or base is None:
+                found.append(row | {"refused": reason or "is not known"})
             elif base is cls and known[cls].tiny is not None:
                 found.append(row | taken(known[cls]))
             else:

@@ -168,7 +168,7 @@ def _sizes(kernel_size: int | tuple[int, int, int]) -> tuple[int, ...]:
     """The size in each dimension; a number is that of a square. Raises InputError for what is no kernel size."""
     sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
     odd = all(isinstance(size, int) and size in range(1, MOST_KERNEL + 1, 2) for size in sizes)
-    if len(sizes) not in (2, 3) or not odd or math.prod(sizes) > MOST_TAPS:
+    if (isinstance(kernel_size, tuple) and len(sizes) != 3) or not odd or math.prod(sizes) > MOST_TAPS:
         raise InputError(
             f"kernel_size={reprlib.repr(kernel_size)}: choose an odd size up to {MOST_KERNEL}, such as 3; or for "
             f"volumes three of them, such as (3, 3, 3), with at most {MOST_TAPS} taps"
@@ -224,7 +224,9 @@ class ATConv(KernelGenerator):
 
 def volume_sizes(kernel_size: int, volume: str | None) -> tuple[int | tuple[int, int, int], int | None]:
     """kernel_size and time of `KernelGenerator` for grids (None), and for volumes by one pass ("full") or two
-    ("factored"). Raises InputError for another volume."""
+    ("factored"). Raises InputError for another volume, and for a kernel_size that is no number."""
+    if not isinstance(kernel_size, int):
+        raise InputError(f"kernel_size={reprlib.repr(kernel_size)}: choose an odd whole number, such as 3")
     if volume is None:
         return kernel_size, None
     check_choice("volume", volume, VOLUMES)

@@ -46,6 +46,8 @@ def kind_of(layer: nn.Module) -> str | None:
     channels, more than one, and a kernel larger than 1 x 1. attention: that of this library and timm's `Attention`.
     """
     if isinstance(layer, KernelGenerator):
+        if len(layer.sizes) == 3:  # of volumes: what is measured here is of grids
+            return None
         return "ATConv" if layer.routing == "adaptive" else "static ATConv"
     if isinstance(layer, nn.Conv2d):
         depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and max(layer.kernel_size) > 1

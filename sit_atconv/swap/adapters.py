@@ -76,6 +76,7 @@ _AWAITED: dict[str, tuple[Sequence[str], Callable[[], None]]] = {}  # module -> 
 
 def register_adapter(adapter: SwapAdapter) -> None:
     """Make `swap_attention` know a class of models; the adapter registered last for a class is the one used."""
+    _no_longer_await(adapter.model.__module__)  # first, so that this one stands before it
     _ADAPTERS.insert(0, adapter)
 
 
@@ -87,27 +88,30 @@ def await_adapters(module: str, models: Sequence[str], register: Callable[[], No
     _AWAITED[module] = models, register
 
 
+def _no_longer_await(module: str) -> None:
+    if module in _AWAITED:
+        _AWAITED.pop(module)[1]()
+
+
 def known_adapters() -> list[SwapAdapter]:
     """All adapters, the one registered last first. Those that were awaited are registered now: their modules load."""
     for module in list(_AWAITED):
-        _AWAITED.pop(module)[1]()
+        _no_longer_await(module)
     return list(_ADAPTERS)
 
 
 def adapter_of(model: nn.Module) -> SwapAdapter:
     """The adapter of the model's class, or of the nearest class it derives from. Raises InputError for an unknown."""
     for cls in type(model).__mro__:
-        if cls.__module__ in _AWAITED:
-            _AWAITED.pop(cls.__module__)[1]()
+        _no_longer_await(cls.__module__)
         for adapter in _ADAPTERS:
             if adapter.model is cls:
                 return adapter
-    reason = next(filter(None, map(refusal_of, type(model).__mro__)), None)
-    if reason is not None:
-        raise InputError(
-            f"{type(model).__name__} {reason}: it cannot be swapped as it is; for a way of your own call "
-            "sit_atconv.swap.register_adapter(SwapAdapter(...))"
-        )
+        if (reason := refusal_of(cls)) is not None:
+            raise InputError(
+                f"{cls.__name__} {reason}: it cannot be swapped as it is; for a way of your own call "
+                "sit_atconv.swap.register_adapter(SwapAdapter(...))"
+            )
     awaited = (name for names, _ in _AWAITED.values() for name in names)
     known = ", ".join(sorted({*(adapter.model.__name__ for adapter in _ADAPTERS), *awaited}))
     raise InputError(

@@ -2,6 +2,7 @@
 by timing one layer of each shape. No weights are needed."""
 
 import copy
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,9 @@ from sit_atconv.runtime.reading import read_json
 from sit_atconv.swap.adapters import adapter_of, known_adapters
 from sit_atconv.swap.building import build
 from sit_atconv.swap.calibration import Site, Timing, evaluating, shape_of, timing_of
+from sit_atconv.swap.refused import REFUSED
 
+_ONE_AT_A_TIME = threading.Lock()  # of counts, see `without_weights`
 SETTINGS = {"kernel_size": 3, "pool": "raster", "prefix": "attend"}
 
 
@@ -33,7 +36,7 @@ SETTINGS = {"kernel_size": 3, "pool": "raster", "prefix": "attend"}
 class Kind:
     """The attentions of a model that have a pattern of names and a shape in common.
 
-    layers: how many. grid: of their image or video tokens. others: text and padding beside these in their sequence.
+    layers: how many. grid: of their image or video tokens.
     macs_before, macs_after: multiply-accumulates of one, and of the layer for it. products: the part of macs_before
     that grows with the square of the tokens. timing: milliseconds of one; None: not measured. refusal: why they stay.
     """
@@ -118,6 +121,8 @@ def blank(name_or_folder: str) -> nn.Module:
     elif name_or_folder in classes:
         cls = classes[name_or_folder]
         make = (lambda cls: cls(cls.config_class())) if hasattr(cls, "config_class") else lambda cls: cls()
+    elif reasons := [classes[name_or_folder] for classes in REFUSED.values() if name_or_folder in classes]:
+        raise InputError(f"{name_or_folder} {reasons[0]}: it cannot be swapped as it is")
     else:
         raise InputError(f"{name_or_folder!r} is neither a class with an adapter nor a folder of one; {_known()}")
     with told(f"{name_or_folder}: no {cls.__name__} can be made", Exception), torch.device("meta"):
@@ -146,7 +151,8 @@ def check_swap(
     if adapter.example is None:
         raise InputError(f"{type(model).__name__} has no synthetic inputs, so there is nothing to count")
     name = type(model).__name__
-    with told(f"{name} takes no grid of {grid}", Exception):
+    asked = [f"{what} {value}" for what, value in (("a grid of", grid), ("tokens of text:", text)) if value is not None]
+    with told(f"{name} makes no inputs{' for ' * bool(asked)}{' and '.join(asked)}", Exception):
         inputs = adapter.example(model, torch.Generator().manual_seed(0), grid=grid, text=text)
     if inputs is None:
         raise InputError(f"{name}: its configuration does not tell its inputs, so there is nothing to count")
@@ -156,11 +162,10 @@ def check_swap(
         sites = build(
             model, adapter, {each: graft for each, graft in grafts.items() if refusals[each] is None}, SETTINGS
         )
-    calls: dict[str, tuple] = {}
-    before, of_before = _counted(model, inputs, grafts, {site.name: site for site in sites}, calls)
+    before, of_before = _counted(model, inputs, grafts, {site.name: site for site in sites})
     for site in sites:
         model.set_submodule(site.name, site.layer)
-    after, of_after = _counted(model, inputs, grafts, {}, {})
+    after, of_after = _counted(model, inputs, grafts, {})
     check = SwapCheck(name, parameters, before, after, len(tree_leaves(inputs)[0]))
     kinds: dict[tuple, tuple[Kind, Site | None]] = {}
     by_name = {site.name: site for site in sites}
@@ -188,9 +193,7 @@ def _pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _counted(
-    model: nn.Module, inputs: dict, names, sites: dict[str, Site], calls: dict[str, tuple]
-) -> tuple[int, dict[str, tuple[int, int]]]:
+def _counted(model: nn.Module, inputs: dict, names, sites: dict[str, Site]) -> tuple[int, dict[str, tuple[int, int]]]:
     """Multiply-accumulates of a pass, and by name those of each attention and of its products between tokens; the
     sites take note of their calls and grids."""
     of: dict[str, tuple[int, int]] = dict.fromkeys(names, (0, 0))
@@ -216,7 +219,7 @@ def _counted(
         yield module.register_forward_pre_hook(of_this_thread(begin), with_kwargs=True)
         yield module.register_forward_hook(of_this_thread(end))
 
-    with ExitStack() as stack, torch.no_grad(), without_weights(), counter:
+    with ExitStack() as stack, _ONE_AT_A_TIME, torch.no_grad(), without_weights(), counter:
         for name in names:
             for handle in watch(name, model.get_submodule(name)):
                 stack.enter_context(handle)

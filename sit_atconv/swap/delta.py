@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -87,15 +86,11 @@ def _file(source: str | Path) -> Path:
     if path.is_dir():
         return path / FILE
     repository, _, revision = str(source).partition("@")
-    if path.exists() or path.suffix or repository.count("/") != 1:
+    if path.exists() or path.suffix == ".safetensors" or repository.count("/") != 1:
         return path
-    try:
+    about = f"delta {str(source)!r} is no file or folder here, and the hub does not give {FILE} of such a repository"
+    with told(about, Exception, remedy="download it, and give its path"):  # what the hub raises has no base of its own
         return Path(hf_hub_download(repository, FILE, revision=revision or None))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise InputError(
-            f"delta {str(source)!r} is no file or folder here, and the hub does not give {FILE} of a repository of "
-            f"that name ({type(error).__name__}); download it, and give its path"
-        ) from None
 
 
 def _is_in(tensor: str, layers: list[str]) -> bool:

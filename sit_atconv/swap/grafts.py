@@ -204,9 +204,9 @@ class SelfAttentionGraft(Graft):
     out: str = "to_out"
 
     def tokens(
-        self, hidden_states: torch.Tensor, *_, encoder_hidden_states=None, attention_mask=None, **__
+        self, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, *_, **__
     ) -> torch.Tensor:
-        """The tokens (B, N, dim) of a call of the attention; the arguments are the attention's own."""
+        """The tokens (B, N, dim) of a call of the attention; the arguments are the attention's own, by position too."""
         refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         return hidden_states
 

@@ -1,6 +1,7 @@
 """Attention over text and image together, split: exact for the text, ATConv and a share of the text for the image."""
 
 import copy
+import inspect
 import math
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from sit_atconv.runtime.compat.diffusers import attention_backend
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, class_refusal, is_fused, linear_refusal
 from sit_atconv.swap.grid import GridReference
-from sit_atconv.swap.layers import LayerOptions, SwappedLayer
+from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
 
 
 class Streams(NamedTuple):
@@ -109,6 +110,7 @@ class JointATConv(SwappedLayer):
     def __init__(self, graft: "JointGraft", attention: nn.Module, reference: GridReference, options: LayerOptions):
         super().__init__(*graft.sizes(attention), reference, options)
         self.graft, self.heads, self.kv_heads = graft, graft.heads(attention), graft.kv_heads(attention)
+        self.takes = frozenset(inspect.signature(graft.inputs).parameters)  # other arguments would mean something
         self.backend = attention_backend(getattr(attention, "processor", None))
         self.text_share = nn.Parameter(torch.empty(self.heads))
         weight = attention.get_submodule(graft.linears(attention)[0]).weight
@@ -126,6 +128,7 @@ class JointATConv(SwappedLayer):
                 parameter.fill_(0 if key == "bias" else self.graft.norm_weight)
 
     def forward(self, *args, **kwargs):
+        refuse(**{name: value for name, value in kwargs.items() if name not in self.takes})
         call = self.graft.project(self, self.reference.get(), args, kwargs)
         return self.graft.output(self, call, *self.mix(call))
 
@@ -137,11 +140,16 @@ class JointATConv(SwappedLayer):
             mask = mask.to(q.dtype) if mask.is_floating_point() else mask
         return attend(q, k, v, self.backend, mask=mask).to(v.dtype)
 
+    def share(self, call: Call) -> torch.Tensor:
+        """g (heads, 1); with a mask (B, 1 or N, heads, 1), and 0 where an image query has no text to read."""
+        share, mask = self.text_share.sigmoid()[:, None], call.masks[1]
+        return share if mask is None else share * _reads_text(mask, call)[..., None, None]
+
     def mix(self, call: Call) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Text (B, T, channels), None if it has no queries, and image (B, N, channels), before the output maps."""
         grid, v, (of_text, of_image) = self.reference.get(), call.image.v.flatten(2), call.masks
         convolved = self.convolve(on_grid(call.tokens, grid), on_grid(v, grid)).flatten(1, -2)
-        share = self.text_share.sigmoid().to(v.dtype)[:, None]
+        share = self.share(call).to(v.dtype)
         read = self.attend(call.image.q, of_image, call.text)
         mixed = (1 - share) * convolved.unflatten(-1, (self.heads, -1)) + share * read
         text = None if call.text.q is None else self.attend(call.text.q, of_text, call.text, call.image).flatten(2)
@@ -292,7 +300,11 @@ class JointGraft(Graft):
         call = self.project(attention, layer.reference.get(), args, kwargs)
         ones = call.text._replace(v=torch.ones_like(call.text.v))
         zeros = call.image._replace(v=torch.zeros_like(call.image.v))
-        return layer.attend(call.image.q, call.masks[1], ones, zeros)[..., 0].double().mean((0, 1))
+        mass = layer.attend(call.image.q, call.masks[1], ones, zeros)[..., 0].double()
+        if call.masks[1] is None:
+            return mass.mean((0, 1))
+        reads = _reads_text(call.masks[1], call).double()[..., None].expand_as(mass)
+        return (mass * reads).sum((0, 1)) / reads.sum((0, 1)).clamp_min(1)
 
     @torch.no_grad()
     def settle(self, layer: JointATConv, share: torch.Tensor) -> None:
@@ -300,7 +312,7 @@ class JointGraft(Graft):
 
     def observe(self, attention, layer, args, kwargs):
         call = self.project(attention, layer.reference.get(), args, kwargs)
-        share = layer.text_share.double().sigmoid()[:, None]
+        share = layer.share(call).double()
         mixed = layer.attend(call.image.q, call.masks[1], call.text, call.image)
         read = layer.attend(call.image.q, call.masks[1], call.text)
         return call.image.v.flatten(2), ((mixed.double() - share * read.double()) / (1 - share)).flatten(2)
@@ -388,3 +400,9 @@ def _applied(module: nn.Module, name: str | None, x: torch.Tensor) -> torch.Tens
     for each in () if part is None else part if isinstance(part, nn.ModuleList) else (part,):
         x = each(x)
     return x
+
+
+def _reads_text(mask: torch.Tensor, call: Call) -> torch.Tensor:
+    """Whether image queries may read a token of the text: (B, 1 or N), of their mask over the keys of both."""
+    of_text = mask[:, 0, :, : call.text.v.shape[1]]
+    return (of_text if of_text.dtype == torch.bool else of_text > -torch.inf).any(-1)

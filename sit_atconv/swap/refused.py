@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 # Of diffusers: transformers and U-Nets. The words complete "CLASS ...".
@@ -149,12 +150,12 @@ TRANSFORMERS = {
     "TextNetModel": NONE,
     "TimmWrapperModel": "is a model of timm: swap its `timm_model`",
 }
-REFUSED = DIFFUSERS | TIMM | TRANSFORMERS
+REFUSED = {"diffusers": DIFFUSERS, "timm": TIMM, "transformers": TRANSFORMERS}
 
 
 def refusal_of(cls: type[nn.Module]) -> str | None:
     """Why a class is not taken, in words that complete "CLASS ..."; None where nothing is known of it."""
-    return REFUSED.get(cls.__name__)
+    return REFUSED.get(cls.__module__.partition(".")[0], {}).get(cls.__name__)
 
 
 def candidates() -> dict[str, dict[str, type[nn.Module]]]:
@@ -168,16 +169,13 @@ def candidates() -> dict[str, dict[str, type[nn.Module]]]:
 
 
 def _of_diffusers() -> Iterator[tuple[str, type[nn.Module]]]:
-    library = import_module("diffusers")
-    for name in dir(library):
-        if re.search(r"Transformer|UNet|UVit|DiT|T5Film|MotionAdapter|RVQ", name):
-            try:
-                cls = getattr(library, name)
-            except (ImportError, RuntimeError):  # of a library that is not installed
-                continue
-            places = ("diffusers.models.transformers", "diffusers.models.unets")
-            if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__.startswith(places):
-                yield name, cls
+    for place in ("diffusers.models.transformers", "diffusers.models.unets"):
+        package = import_module(place)
+        for found in pkgutil.iter_modules(package.__path__):
+            module = import_module(f"{place}.{found.name}")
+            for name, cls in inspect.getmembers(module, inspect.isclass):
+                if cls.__module__ == module.__name__ and issubclass(cls, ModelMixin):
+                    yield name, cls
 
 
 def _of_timm() -> Iterator[tuple[str, type[nn.Module]]]:

@@ -323,24 +323,24 @@ def test_published_weights_take_the_place_of_all_options(tiny, tmp_path, monkeyp
 
     def hub(repository, file, revision=None):
         asked.append((repository, file, revision))
-        if repository != "some/delta":
+        if repository != "some/delta-2.1":
             raise FileNotFoundError(repository)
         return str(tmp_path / file)
 
     monkeypatch.setattr("sit_atconv.swap.delta.hf_hub_download", hub)
-    for source in (tmp_path, tmp_path / "atconv-delta.safetensors", "some/delta", "some/delta@v2"):
+    for source in (tmp_path, tmp_path / "atconv-delta.safetensors", "some/delta-2.1", "some/delta-2.1@v1.0"):
         fresh = tiny.model("dit")
         swap = swap_attention(fresh, weights=source)
         assert list(swap.layers) == tiny.layers["dit"][1::2]
         assert torch.equal(tiny.run(fresh, "dit"), expected)
-    assert asked == [("some/delta", "atconv-delta.safetensors", each) for each in (None, "v2")]
+    assert asked == [("some/delta-2.1", "atconv-delta.safetensors", each) for each in (None, "v1.0")]
     fresh = tiny.model("dit")
     before = tiny.snapshot(fresh)
     other = tiny.model("dit", seed=1)
     for given, options, said in (
         (fresh, {"select": "all"}, "select='all': weights="),
         (fresh, {"kernel_size": 5}, "kernel_size=5: weights="),
-        (fresh, {"weights": "no/delta"}, "the hub does not give atconv-delta.safetensors of a repository of that name"),
+        (fresh, {"weights": "no/delta"}, "the hub does not give atconv-delta.safetensors of such a repository"),
         (fresh, {"weights": tmp_path / "nothing.safetensors"}, "no such file"),
         (other, {}, "load it onto the weights that it was made from"),
     ):

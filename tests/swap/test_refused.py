@@ -5,27 +5,28 @@ import json
 import pytest
 import timm
 from conftest import ROOT
-from diffusers import SanaTransformer2DModel
+from diffusers import DreamLiteUNetModel, SanaTransformer2DModel
+from torch import nn
 
 from experiments.swappable import adapters, table
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import swap_attention
-from sit_atconv.swap.refused import DIFFUSERS, REFUSED, TIMM, TRANSFORMERS, candidates
+from sit_atconv.swap.adapters import adapter_of
+from sit_atconv.swap.refused import REFUSED, candidates
 
 FOLDER = ROOT / "experiments/results/swappable"
 STORED = json.loads((FOLDER / "swappable.json").read_text())["rows"]
-REASONS = {"diffusers": DIFFUSERS, "timm": TIMM, "transformers": TRANSFORMERS}
 
 
-@pytest.mark.parametrize("library", REASONS)
+@pytest.mark.parametrize("library", REFUSED)
 def test_no_class_of_a_library_is_unknown_and_no_reason_is_of_one_that_is_gone(library):
     known, classes = adapters(), candidates()[library]
     if not classes:
         pytest.skip(f"{library} is not installed")
     taken = {name for name, cls in classes.items() if any(each in known for each in cls.__mro__)}
-    assert classes.keys() - taken - REFUSED.keys() == set()
-    assert REASONS[library].keys() - classes.keys() == set()
-    assert taken & REASONS[library].keys() <= {"DreamLiteUNetModel"}  # derives from one that is taken
+    assert classes.keys() - taken - REFUSED[library].keys() == set()
+    assert REFUSED[library].keys() - classes.keys() == set()
+    assert taken & REFUSED[library].keys() <= {"DreamLiteUNetModel"}  # derives from one that is taken
 
 
 def test_the_stored_table_has_them_all():
@@ -38,9 +39,9 @@ def test_the_stored_table_has_them_all():
         stored = {row["class"] for row in STORED if row["library"] == library}
         assert stored == classes.keys() | ours
     for row in STORED:
-        assert row.get("refused") == REFUSED.get(row["class"])
+        assert row.get("refused") == REFUSED[row["library"]].get(row["class"]) if row["library"] in REFUSED else True
     assert table(STORED) in (FOLDER / "swappable.md").read_text()
-    counts = {library: sum("error" in row for row in STORED if row["library"] == library) for library in REASONS}
+    counts = {library: sum("error" in row for row in STORED if row["library"] == library) for library in REFUSED}
     assert counts["diffusers"] >= 18
     assert counts["timm"] + counts["transformers"] >= 6
     starts = [row["error"] for row in STORED if "error" in row]
@@ -54,5 +55,10 @@ def test_a_refused_class_is_told_why():
     )  # fmt: skip
     with pytest.raises(InputError, match="SanaTransformer2DModel has linear attention already: it cannot be swapped"):
         swap_attention(model)
+    with pytest.raises(InputError, match="DreamLiteUNetModel has the image to edit beside the one to draw"):
+        adapter_of(DreamLiteUNetModel.__new__(DreamLiteUNetModel))
+    stranger = type("ResNet", (nn.Module,), {})  # of no library
+    with pytest.raises(InputError, match="no adapter for ResNet; known are"):
+        swap_attention(stranger())
     with pytest.raises(InputError, match="SwinTransformer attends within windows"):
         swap_attention(timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8))

@@ -138,6 +138,8 @@ def formula(kind, layer, tokens, q, k, v, attn_mask=None, **_):
     text_alone = logits.masked_fill(of_image[:, None, None], -torch.inf).softmax(-1) @ v
     share = layer.text_share.sigmoid()[:, None, None]
     mixed = (1 - share) * convolved + share * text_alone.gather(2, index)
+    # Of an image whose text is padding alone, the attention's mass is on the image: so is the layer's.
+    mixed = torch.where(text_alone.gather(2, index).isnan(), convolved, mixed)
     return (logits.softmax(-1).nan_to_num() @ v).scatter(2, index, mixed)
 
 
@@ -228,12 +230,22 @@ def test_joint_attention_stays_unless_told_and_the_refiners_go():
         swap_attention(MODELS["krea2"](), "all")
 
 
-def test_a_text_of_padding_alone_gives_nothing_to_read():
-    """As in the attention, what attends to no token reads zeros; gradients are finite too."""
-    model, _, calls = swapped("qwen_image")
+def test_an_image_whose_text_is_padding_alone_is_all_convolution():
+    """As in the attention, whose mass is then on the image; gradients are finite too."""
+    model, swap, calls = swapped("qwen_image")
     batch = together("qwen_image", calls)
     batch["encoder_hidden_states_mask"][1] = False
     output = model(**batch).sample
     output.square().sum().backward()
     assert output.isfinite().all()
     assert all(each.grad is None or each.grad.isfinite().all() for each in model.parameters())
+    seen = []
+    layer = next(iter(swap.layers.values()))
+    layer.to_out[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+        layer.text_share.add_(3)
+        model(**batch)
+    before, after = seen
+    torch.testing.assert_close(after[1], before[1], rtol=1e-5, atol=1e-6)  # no share of a text that is not there
+    assert not torch.allclose(after[0], before[0], rtol=1e-2)

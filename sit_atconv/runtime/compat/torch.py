@@ -228,14 +228,14 @@ def flops_between_tokens(counts: Mapping) -> int:
     return sum(count for operator, count in counts.items() if operator in products)
 
 
-SMALL, LARGEST = 2**12, 2**28  # values of what is worked out beside weights without storage
-
-
 # torch 2.11, 2.14: a mode that sees every operator has no public base class, and autocast refuses the meta device.
 @contextmanager
 def without_weights() -> Iterator[None]:
     """For passes of a model on the meta device with inputs that are real: what is made of these alone is computed, and
-    all that a weight has a part in has shapes only. Models read lengths, positions and masks as numbers."""
+    all that a weight has a part in has shapes only. Models read lengths, positions and masks as numbers.
+
+    One at a time: autocast is another one in all threads meanwhile."""
+    small, largest = 2**12, 2**28  # values of what is worked out
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Shapes(TorchDispatchMode):
@@ -246,10 +246,11 @@ def without_weights() -> Iterator[None]:
                 if function is torch.ops.aten.index.Tensor:
                     args = args[0], [place for each in args[1] for place in places(each)]
                 return on_meta(function, args, kwargs)
-            if sum(each.numel() for each in tensors) > SMALL:  # a mask of all queries over all keys may fill memory
+            # A mask of all queries over all keys may fill memory.
+            if sum(each.numel() for each in tensors) > small and not function._schema.is_mutable:
                 with suppress(NotImplementedError, RuntimeError):  # what has no shape of its own, such as `nonzero`
                     made = on_meta(function, args, kwargs)
-                    if any(isinstance(x, torch.Tensor) and x.numel() > LARGEST for x in tree_leaves(made)):
+                    if any(isinstance(x, torch.Tensor) and x.numel() > largest for x in tree_leaves(made)):
                         return made
             return function(*args, **kwargs)
 

@@ -24,8 +24,9 @@ class AuraFlowSingleGraft(SingleStreamGraft):
 def _example(
     model: AuraFlowTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
 ) -> dict:
+    side = min(64, int(model.config.pos_embed_max_size**0.5))  # an image of 1024 pixels
     return {
-        "hidden_states": latents(model, generator, grid),
+        "hidden_states": latents(model, generator, grid or (side, side)),
         "encoder_hidden_states": torch.randn(2, text or 256, model.config.joint_attention_dim, generator=generator),
         "timestep": torch.rand(2, generator=generator),
     }

@@ -20,9 +20,12 @@ class ChromaDoubleGraft(JointGraft):
 
     cls, processors = FluxAttention, (FluxAttnProcessor,)
 
-    def inputs(self, *args, ip_hidden_states=None, **kwargs):
+    def inputs(
+        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
+        ip_hidden_states=None, **_,
+    ):  # fmt: skip
         refuse(ip_hidden_states=ip_hidden_states)
-        return super().inputs(*args, **kwargs)
+        return super().inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
 class ChromaSingleGraft(SingleStreamGraft):

@@ -84,10 +84,14 @@ def _example(model: nn.Module, generator: torch.Generator, grid: Grid = None, te
     return packed(model, generator, grid, text) | {"timestep": torch.rand(1, generator=generator)}
 
 
+def _example_bria(model: nn.Module, generator: torch.Generator, grid: Grid = None, text: int | None = None) -> dict:
+    return packed(model, generator, grid, text) | {"timestep": 1000 * torch.rand(1, generator=generator)}
+
+
 def _example_fibo(
     model: BriaFiboTransformer2DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
 ) -> dict:
-    inputs, config = _example(model, generator, grid, text), model.config
+    inputs, config = _example_bria(model, generator, grid, text), model.config
     shape = (*inputs["encoder_hidden_states"].shape[:2], config.text_encoder_dim)
     count = config.num_layers + config.num_single_layers
     return inputs | {"text_encoder_layers": [torch.randn(*shape, generator=generator) for _ in range(count)]}
@@ -132,7 +136,7 @@ def _tiny_ovis() -> OvisImageTransformer2DModel:
 
 
 for _model, _double, _single, _inputs, _tiny in (
-    (BriaTransformer2DModel, BriaDoubleGraft, BriaSingleGraft, _example, _tiny_bria),
+    (BriaTransformer2DModel, BriaDoubleGraft, BriaSingleGraft, _example_bria, _tiny_bria),
     (BriaFiboTransformer2DModel, BriaFiboDoubleGraft, BriaFiboSingleGraft, _example_fibo, _tiny_fibo),
     (LongCatImageTransformer2DModel, LongCatImageDoubleGraft, LongCatImageSingleGraft, _example, _tiny_longcat),
     (OvisImageTransformer2DModel, OvisImageDoubleGraft, OvisImageSingleGraft, _example, _tiny_ovis),

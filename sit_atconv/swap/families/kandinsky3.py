@@ -26,6 +26,9 @@ class OwnContextGraft(SelfAttentionGraft):
     def traits(self, attention: Attention) -> dict[str, bool]:
         return {**super().traits(attention), "attends to a context": attention.norm_cross is not None}
 
+    def tokens(self, hidden_states, context=None, attention_mask=None):
+        return super().tokens(hidden_states, attention_mask=attention_mask)
+
     def build(self, attention: Attention, reference: GridReference, options: LayerOptions) -> OwnContextATConv:
         out, dropout = attention.to_out
         return OwnContextATConv(attention.to_v, out, reference, options, dropout.p)
