@@ -168,6 +168,7 @@ def _with_error(values: Sequence[float]) -> str:
 def draw(some: Sequence[Arm], results: Sequence[dict[str, Any]]) -> bytes:
     """A PNG: the distance over evaluations, a colour for each mixer, means with the standard deviation over seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -184,6 +185,7 @@ def draw(some: Sequence[Arm], results: Sequence[dict[str, Any]]) -> bytes:
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel="Fréchet distance")
     axes.set_xticks(counts, map(str, counts))
     axes.set_xticks([], minor=True)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # labels of more ticks would overlap
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         set_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
