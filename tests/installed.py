@@ -40,6 +40,7 @@ COMMANDS = (
     "export runs/digits-attention --out exported",
     "classify digits_attnet train.epochs=0.05 train.warmup_epochs=0",
     "principles runs/digits-attention --num 2 --times 1",
+    "swap-check DiTTransformer2DModel --grid 4 4 --no-timing",
     "frontier runs/digits-attention --grid grid.yaml --ref digits --num 20 --out frontier",
     "speed --models SiT-ATConv-S/8 --sizes 64 --rounds 1 --baselines attention --out speed",
     "encode images.yaml --out cache",

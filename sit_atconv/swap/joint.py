@@ -1,7 +1,6 @@
 """Attention over text and image together, split: exact for the text, ATConv and a share of the text for the image."""
 
 import copy
-import inspect
 import math
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from sit_atconv.runtime.compat.diffusers import attention_backend
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft, class_refusal, is_fused, linear_refusal
 from sit_atconv.swap.grid import GridReference
-from sit_atconv.swap.layers import LayerOptions, SwappedLayer, refuse
+from sit_atconv.swap.layers import LayerOptions, SwappedLayer
 
 
 class Streams(NamedTuple):
@@ -110,7 +109,6 @@ class JointATConv(SwappedLayer):
     def __init__(self, graft: "JointGraft", attention: nn.Module, reference: GridReference, options: LayerOptions):
         super().__init__(*graft.sizes(attention), reference, options)
         self.graft, self.heads, self.kv_heads = graft, graft.heads(attention), graft.kv_heads(attention)
-        self.takes = frozenset(inspect.signature(graft.inputs).parameters)  # other arguments would mean something
         self.backend = attention_backend(getattr(attention, "processor", None))
         self.text_share = nn.Parameter(torch.empty(self.heads))
         weight = attention.get_submodule(graft.linears(attention)[0]).weight
@@ -128,7 +126,6 @@ class JointATConv(SwappedLayer):
                 parameter.fill_(0 if key == "bias" else self.graft.norm_weight)
 
     def forward(self, *args, **kwargs):
-        refuse(**{name: value for name, value in kwargs.items() if name not in self.takes})
         call = self.graft.project(self, self.reference.get(), args, kwargs)
         return self.graft.output(self, call, *self.mix(call))
 

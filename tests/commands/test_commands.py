@@ -50,6 +50,7 @@ SLIPS = {
     "build-ref": ("nowhere --out x", "images 'nowhere': no such file or folder"),
     "report": ("nowhere --out x.html", "RUN 'nowhere' is no folder"),
     "posthoc": ("nowhere --std 0.1 --out x", "run 'nowhere': no such folder"),
+    "swap-check": ("DiTTransformer2DModel --grid 3", "--grid 3: give rows and columns"),
     "frontier": ("nowhere --grid nowhere.yaml --ref digits --num 20 --out x", "grid 'nowhere.yaml': it cannot be read"),
     "speed": ("--models SiT-S/2 --steps 0", "--steps 0: must be at least 1"),
     "principles": ("x --num 1", "--num 1: must be at least 2"),

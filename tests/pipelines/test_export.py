@@ -213,8 +213,8 @@ def test_the_operators_of_two_copies_two_versions_and_the_package_live_together(
     shutil.copytree(PACKAGE, other, ignore=shutil.ignore_patterns("__pycache__"))
     native = other / "ops/atconv/native.py"
     source = native.read_text()
-    assert source.count("    return _convolve(v, kernels, flip=False)\n") == 1
-    line = "return _convolve(v, kernels, flip=False)"
+    assert source.count("    return _convolve(v, kernels, kernel_size, flip=False)\n") == 1
+    line = "return _convolve(v, kernels, kernel_size, flip=False)"
     native.write_text(source.replace(line, line.replace("return ", "return -")))
     ours, theirs = MODEL.text(), replace(MODEL, package=other).text()
     for name, text in (("first", ours), ("second", ours), ("version", theirs)):

@@ -149,7 +149,7 @@ def test_a_prefix_reads_by_the_biases_of_class_and_patches_alone():
         (lambda: timm.models.eva.Eva(**SMALL, attn_type="rope", qkv_fused=False, num_kv_heads=1), "fewer value heads"),
         (partial(tiny_eva, patch_drop_rate=0.5), r"set model.patch_drop = None"),
         (partial(tiny_parallel, block_fn=timm.models.vision_transformer.DiffParallelScalingBlock), "no attention"),
-        (lambda: timm.create_model("cait_xxs24_224", depth=1, embed_dim=16, num_heads=2), "no adapter for Cait"),
+        (lambda: timm.create_model("cait_xxs24_224", depth=1, embed_dim=16, num_heads=2), "Cait mixes its heads"),
     ],
     ids=["scale norm", "grouped queries", "dropped patches", "differential", "talking heads"],
 )

@@ -39,8 +39,9 @@ class CogView4Graft(SharedMapsGraft):
     cls, processors = Attention, (CogView4AttnProcessor,)
 
     def inputs(
-        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
+        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **packed
     ) -> Streams:
+        refuse(**packed)  # samples packed into one sequence, with flags of which is which
         if attention_mask is not None:
             counts = F.pad(attention_mask > 0, (0, hidden_states.shape[1]), value=True)
             attention_mask = (counts[:, None, :, None] & counts[:, None, None]).to(hidden_states.dtype)
