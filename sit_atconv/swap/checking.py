@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_atconv.runtime.compat.torch import (
     flops_between_tokens,
     formulas_of_attention,
-    tree_leaves,
     tree_map,
     without_weights,
 )
@@ -166,7 +165,8 @@ def check_swap(
     for site in sites:
         model.set_submodule(site.name, site.layer)
     after, of_after = _counted(model, inputs, grafts, {})
-    check = SwapCheck(name, parameters, before, after, len(tree_leaves(inputs)[0]))
+    batch = len(next(iter(inputs.values())))  # of a tensor, or of a list of a sample each
+    check = SwapCheck(name, parameters, before, after, batch)
     kinds: dict[tuple, tuple[Kind, Site | None]] = {}
     by_name = {site.name: site for site in sites}
     for each in grafts:

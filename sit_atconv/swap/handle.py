@@ -1,7 +1,8 @@
 """A swap that was made: what it tells, and how it is taken back."""
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from dataclasses import replace
 
 from torch import nn
 
@@ -10,8 +11,9 @@ from sit_atconv.runtime.compat.torch import uncompiled
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.adapters import SwapAdapter
 from sit_atconv.swap.building import sweep
-from sit_atconv.swap.calibration import Cost, Site, SwapReport, row_of
+from sit_atconv.swap.calibration import Cost, Site, SwapReport, compare_site, row_of, run_over
 from sit_atconv.swap.grafts import is_fused
+from sit_atconv.swap.inputs import calibration_inputs, told_of
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.survey import Survey
 from sit_atconv.swap.wrapping import check_unhooked, check_unwrapped
@@ -67,6 +69,27 @@ class AttentionSwap:
         costs: dict[Hashable, Cost] = {} if self._survey is None else dict(self._survey.costs)
         rows = [row_of(site, costs if measure else None) for site in self.candidates]
         return SwapReport(rows) if self._survey is None else self._survey.report(rows)
+
+    def errors(self, inputs: Iterable | None = None) -> dict[str, float]:
+        """How far the layers, as they are now, are from their attentions: the relative error in norm of each one's
+        output on the inputs that it has in the unswapped model, by its name.
+
+        inputs: each a batch, as a dict of keyword arguments or a tuple of arguments of the model, such as held-out
+        ones; None: the random ones of `swap_attention`. Layers that these do not reach are left out.
+        Raises InputError for inputs that are none or do not fit the model, and where `report` does.
+        """
+        given = calibration_inputs(self.model, self.adapter, inputs, needed=True)
+        self.follow()
+        sites = [replace(site, call=None, squares=[0.0, 0.0]) for site in self.candidates]
+        try:
+            if self.active:
+                place(self.model, self.attentions)
+            with told_of(self.model, "inputs", given, given=inputs is not None):
+                run_over(self.model, sites, given, compare_site, "measuring errors")
+        finally:
+            if self.active:
+                place(self.model, self.layers)
+        return {site.name: site.error for site in sites if site.error is not None}
 
     def follow(self) -> None:
         """Move and cast the attentions, which the model does not hold, to where it went; of a dry run the layers.
@@ -125,6 +148,12 @@ class AttentionSwap:
         self.active = False
 
 
+def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Put modules into a model, by name."""
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+
+
 def put_in(swap: AttentionSwap, record: SwapRecord | None) -> None:
     """Put the layers of a swap in their place; record: that of the model, where layers of it were swapped before."""
     model, layers = swap.model, swap.layers
@@ -135,8 +164,8 @@ def put_in(swap: AttentionSwap, record: SwapRecord | None) -> None:
     if record is None:
         record = model._swap_record = SwapRecord(model, swap.config)
     record.config = {**swap.config, "layers": sorted({*record.config["layers"], *layers}, key=order.index)}
+    place(model, layers)
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
         record.replace(name, layer)
     swap.config, swap.active = copy.deepcopy(record.config), True
     swap.adapter.mark(model)

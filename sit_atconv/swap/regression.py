@@ -15,7 +15,7 @@ from sit_atconv.runtime.errors import InputError
 from sit_atconv.runtime.processes import is_main
 from sit_atconv.swap.calibration import Site, run_over
 from sit_atconv.swap.grafts import foreign_maps, kind_of
-from sit_atconv.swap.handle import AttentionSwap
+from sit_atconv.swap.handle import AttentionSwap, place
 from sit_atconv.swap.inputs import calibration_inputs, checked_inputs, told_of
 from sit_atconv.swap.wrapping import check_unhooked
 
@@ -73,11 +73,11 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
 
     try:
         for _ in Progress(range(steps), "regression", disable=not is_main()):
-            _put(model, attentions)
+            place(model, attentions)
             seen.clear()
             with told_of(model, "inputs", each := [next(source)], given=inputs is not None):
                 run_over(model, swap.sites, each, keep, "")
-            _put(model, layers)
+            place(model, layers)
             reached = [site for site in swap.sites if site.name in seen]
             if not reached:
                 raise InputError(
@@ -98,16 +98,11 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
             schedule.step()
             history.append(loss.item())
     finally:
-        _put(model, layers)
+        place(model, layers)
         optimizer.zero_grad()
         for parameter, dtype in halves.items():
             parameter.data = parameter.data.to(dtype)
     return history
-
-
-def _put(model, modules: dict) -> None:
-    for name, module in modules.items():
-        model.set_submodule(name, module)
 
 
 @contextmanager

@@ -87,3 +87,48 @@ def test_an_error_that_is_not_finite_leaves_the_weights_of_the_step_before(tiny)
     swap.revert()
     plain = tiny.model("dit").half().state_dict()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["dit", "pixart", "unet"])
+def test_errors_on_other_inputs_are_those_of_a_swap_that_was_measured_on_them(tiny, kind):
+    first, other = tiny.inputs(kind), tiny.inputs(kind, (12, 4) if kind == "pixart" else (8, 8), seed=1)
+    measured = {
+        name: {row.name: row.error for row in swap.report(measure=False).layers}
+        for name, swap in (
+            (name, swap_attention(tiny.model(kind), "all", init="copy_vo", calib=[each]))
+            for name, each in (("first", first), ("other", other))
+        )
+    }
+    model = tiny.model(kind)
+    dry = swap_attention(model, "all", init="copy_vo", calib=[first], dry_run=True)
+    assert dry.errors([other]) == measured["other"]
+    swap = swap_attention(model, "all", init="copy_vo", calib=[first])
+    before = tiny.snapshot(model)
+    assert swap.errors([first]) == measured["first"] and swap.errors([other]) == measured["other"]
+    tiny.assert_as(before, model)
+    assert {row.name: row.error for row in swap.report(measure=False).layers} == measured["first"]
+    swap.revert()
+    assert swap.errors([other]) == measured["other"]
+
+
+def test_errors_are_of_the_layers_as_they_are_now(tiny):
+    inputs = [tiny.inputs("dit")]
+    swap = swap_attention(tiny.model("dit"), "all", init="copy_vo", calib=inputs)
+    before = swap.errors(inputs)
+    last = regress(swap, inputs, steps=30, lr=1e-2)[-1]
+    after = swap.errors(inputs)
+    assert all(after[name] < before[name] for name in before)
+    assert sum(error**2 for error in after.values()) / len(after) == pytest.approx(last, rel=1e-2)
+
+
+def test_errors_need_inputs_of_the_model_and_leave_it_as_it_was(tiny):
+    model = tiny.model("dit")
+    swap = swap_attention(model, "all", init="copy_vo", calib=[tiny.inputs("dit")])
+    before = tiny.snapshot(model)
+    for wrong, says in (([], "is empty"), ([{"hidden": torch.zeros(1)}], "does not fit DiT"), (3, "give a list")):
+        with pytest.raises(InputError, match=says):
+            swap.errors(wrong)
+    with pytest.raises(InputError, match="inputs"):
+        swap.errors([tiny.inputs("dit") | {"hidden_states": torch.zeros(2, 4, 9)}])
+    tiny.assert_as(before, model)
+    assert all(model.get_submodule(name) is layer for name, layer in swap.layers.items())
