@@ -26,7 +26,7 @@ import sample
 import train_attnet
 import train_sit
 from eval.__main__ import main as evaluate
-from experiments import ablation, bombs, distill_swap, error_bars, principles, schedulers, table
+from experiments import ablation, bombs, distill_swap, error_bars, principles, schedulers, table, video
 from experiments.bench import attnet, cache, loop, op, swap
 from sampling.__main__ import main as sampling
 from sit_atconv import ATConvDiTTransformer2DModel
@@ -156,6 +156,7 @@ COMMANDS = {
     "principles": (principles.main, "", "{0}/run --num 2 --out {1}"),
     "made table": (table.main, "--dry-run", "{0}/table.yaml"),
     "bombs": (bombs.main, "", ""),
+    "video": (video.main, "--dry-run", "--seeds 0 --out {1}"),
     "schedulers": (schedulers.main, "", "--out {1}"),
     "error_bars": (error_bars.main, "", "--repeats 2 --out {1}"),
     "bench.op": (op.main, "", "--rounds 1 --out {1}"),

@@ -16,7 +16,7 @@ import sampling.__main__ as sampling
 import train_attnet
 import train_sit
 from eval.__main__ import main as evaluate
-from experiments import ablation, error_bars, finetune, meanflow, principles, schedulers
+from experiments import ablation, error_bars, finetune, meanflow, principles, schedulers, video
 from experiments.bench import attnet, cache, loop, op, swap
 from experiments.bench import meanflow as meanflow_step
 from sit_atconv import create_model, posthoc
@@ -70,6 +70,7 @@ FOLDERS = {  # commands with a fixed name in a folder
     "ablation": (ablation.main, [], "sit.png"),
     "finetune": (finetune.main, [], "finetune.md"),
     "meanflow": (meanflow.main, [], "meanflow.png"),
+    "video": (video.main, [], "video.png"),
     "error_bars": (error_bars.main, [], "error_bars.md"),
     "schedulers": (schedulers.main, [], "schedulers.json"),
     "principles": (principles.main, ["attnet_t2"], "fields.png"),

@@ -22,7 +22,7 @@ from sit_atconv.runtime.errors import ArgumentParser, command
 from sit_atconv.runtime.files import library_versions, named
 from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.precision import dtype_of
-from sit_atconv.swap.checking import SwapCheck, check_swap
+from sit_atconv.swap.checking import check_swap
 
 KEYS = ("device", "dtype", "rows", "versions")  # of the JSON
 
@@ -37,10 +37,10 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     text: int | None = None
 
-    def check(self, device: torch.device, dtype: torch.dtype) -> SwapCheck:
+    def made(self) -> torch.nn.Module:
+        """The whole model, on the meta device."""
         with torch.device("meta"):
-            model = getattr(diffusers, self.model)(**self.config)
-        return check_swap(model, self.grid, self.text, device, dtype)
+            return getattr(diffusers, self.model)(**self.config)
 
 
 DIT_XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
@@ -60,7 +60,7 @@ CASES = (
 
 def rows_of(case: Case, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """A row per kind of attention that is swapped: its figures, and those of the whole model."""
-    check = case.check(device, dtype)
+    check = check_swap(case.made(), case.grid, case.text, device, dtype)
     whole = {"model": case.said, "class": case.model, "batch": check.batch, "grid": case.grid, "text": case.text}
     whole |= {"share": check.share, "limit": check.limit}
     return [asdict(kind) | whole | {"layer": kind.name} for kind in check.kinds if kind.timing is not None]

@@ -1,4 +1,4 @@
-"""Moving digits whose model is swapped: the clips, what is held out, the stages of an arm, and what is kept of a run."""
+"""Moving digits whose model is swapped: the clips, what is held out, an arm's stages, and what is kept of a run."""
 
 import json
 
@@ -55,7 +55,8 @@ def test_batches_are_of_their_seed_alone():
     def some(seed):
         return [each["data"] for _, each in zip(range(2), batches(seed))]  # noqa: B905
 
-    assert all(map(torch.equal, some(1), some(1))) and not any(map(torch.equal, some(1), some(2)))
+    assert all(map(torch.equal, some(1), some(1)))
+    assert not any(map(torch.equal, some(1), some(2)))
 
 
 def test_a_model_that_knows_the_answer_has_the_loss_of_none():
@@ -64,7 +65,8 @@ def test_a_model_that_knows_the_answer_has_the_loss_of_none():
 
     class Knowing(torch.nn.Module):
         def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict):
-            assert torch.equal(timestep, 1000 * each["t"]) and torch.equal(encoder_hidden_states, each["classes"])
+            assert torch.equal(timestep, 1000 * each["t"])
+            assert torch.equal(encoder_hidden_states, each["classes"])
             return (target + 0.5,)
 
     found = figures(Knowing(), [target], [each])
@@ -85,7 +87,9 @@ def small(monkeypatch):
 def test_an_arm_goes_through_its_stages(small, tmp_path):
     teach(tmp_path, 0, SETTINGS)
     kept, half, whole = (follow(tmp_path, arm, 0, SETTINGS) for arm in (KEPT, Arm(0.5, "full"), Arm(1.0, "factored")))
-    assert kept["start"]["distance"] == 0 and kept["tuned"]["distance"] > 0 and "regressed" not in kept
+    assert kept["start"]["distance"] == 0
+    assert kept["tuned"]["distance"] > 0
+    assert "regressed" not in kept
     assert (len(half["errors"]["box"]), len(whole["errors"]["box"])) == (1, 2)
     for each in (half, whole):
         starts = {name: list(errors.values()) for name, errors in each["errors"].items()}
@@ -99,7 +103,8 @@ def test_an_arm_goes_through_its_stages(small, tmp_path):
         for arm, each in zip(ARMS, (kept, half, half, whole, whole), strict=True)
     ]
     told = table(results)
-    assert f"| all, factored | {whole['start']['loss']:.4f} ± 0.0000 |" in told and "| kept |" in told
+    assert f"| all, factored | {whole['start']['loss']:.4f} ± 0.0000 |" in told
+    assert "| kept |" in told
     with pytest.raises(InputError, match=r"result\.json' is of other settings"):
         follow(tmp_path, KEPT, 0, Settings(2, 2, 2))
     with pytest.raises(InputError, match="is of other settings"):
@@ -112,4 +117,5 @@ def test_what_is_left_is_told_without_work(tmp_path, capsys):
     done.write_text(json.dumps({}))
     video.main(["--runs", str(tmp_path), "--seeds", "0", "1", "--dry-run", "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * len(ARMS) - 1 and not (tmp_path / "out").exists()
+    assert len(lines) == 2 * len(ARMS) - 1
+    assert not (tmp_path / "out").exists()
