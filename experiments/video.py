@@ -39,12 +39,12 @@ from sit_atconv.swap import regress, swap_attention
 KEYS = ("system", "seeds", "settings", "versions", "results")  # of the JSON
 FRAMES, SIDE, DIGIT = 8, 16, 8  # of a clip, of a frame and of a digit in pixels
 MODEL = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 1, "out_channels": 1,
-    "text_dim": 10, "freq_dim": 64, "ffn_dim": 288, "num_layers": 6, "rope_max_seq_len": 32,
+    "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 1, "out_channels": 1,
+    "text_dim": 10, "freq_dim": 64, "ffn_dim": 192, "num_layers": 4, "rope_max_seq_len": 32,
 }  # fmt: skip
-BATCH, RATE, TUNING_RATE, REGRESSION_RATE = 16, 2e-3, 5e-4, 1e-2
-TIMES = 4  # of every held-out clip, one in each of as many equal parts of [0, 1]
-CALIBRATIONS = 8  # batches of a fit
+BATCH, RATE, TUNING_RATE, REGRESSION_RATE = 8, 2e-3, 5e-4, 1e-2
+HELD_OUT_BATCH = 60  # clips, whose times lie in as many equal parts of [0, 1]
+CALIBRATIONS, COMPARED = 8, 2  # batches of a fit, and held-out ones on which layers are compared
 HELD_OUT = -1  # the seed of what no run is trained on
 SAMPLING_STEPS, SHOWN = 20, 4  # of Heun's method; clips in the picture
 STARTS = {  # what a swap starts from: options of swap_attention, less the calibration
@@ -113,13 +113,12 @@ def batch(images, labels, t: torch.Tensor, generator: torch.Generator) -> dict[s
 
 
 def held_out() -> list[dict[str, torch.Tensor]]:
-    """Batches of a clip of each held-out digit at TIMES times, the same for every run."""
+    """Batches of a clip of each held-out digit, at times that are spread evenly, the same for every run."""
     digits, generator, found = Digits("test"), torch.Generator().manual_seed(HELD_OUT), []
     labels = torch.tensor(digits.labels)
-    for part in range(TIMES):
-        for some in torch.arange(len(digits)).split(60):
-            t = (part + torch.rand(len(some), generator=generator)) / TIMES
-            found.append(batch(digits.images[some], labels[some], t, generator))
+    for some in torch.arange(len(digits)).split(HELD_OUT_BATCH):
+        t = (torch.arange(len(some)) + torch.rand(len(some), generator=generator)) / len(some)
+        found.append(batch(digits.images[some], labels[some], t, generator))
     return found
 
 
@@ -235,7 +234,7 @@ def follow(runs: Path, arm: Arm, seed: int, settings: Settings) -> dict[str, Any
     some = held_out()
     model = WanTransformer3DModel.from_pretrained(folder_of(runs, seed) / "model").eval()
     kept = velocities(model, some)
-    inputs, result = [input_of(each) for each in some[:: len(some) // CALIBRATIONS]], dict(wanted)
+    inputs, result = [input_of(each) for each in some[:COMPARED]], dict(wanted)
     if arm.share:
         result["errors"] = {}
         for start in STARTS:
@@ -305,9 +304,9 @@ def draw(runs: Path, seed: int) -> bytes:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("video", __doc__)
-    add_number(parser, "--steps", limits.STEPS, 2000, "steps of training with attention")
-    add_number(parser, "--regression", limits.STEPS, 200, "steps of blockwise regression")
-    add_number(parser, "--tuning", limits.STEPS, 300, "steps of the whole model, swapped or not")
+    add_number(parser, "--steps", limits.STEPS, 1500, "steps of training with attention")
+    add_number(parser, "--regression", limits.STEPS, 150, "steps of blockwise regression")
+    add_number(parser, "--tuning", limits.STEPS, 150, "steps of the whole model, swapped or not")
     args = parsed(parser, argv)
     written = Results(named(args.out / "video", ".md", ".json", ".png"), args.force, *KEYS)
     settings = Settings(args.steps, args.regression, args.tuning)
