@@ -44,8 +44,14 @@ def rows() -> list[dict[str, Any]]:
             elif base is cls and known[cls].tiny is not None:
                 found.append(row | taken(known[cls]))
             else:
-                found.append(row | {"as": base.__name__})
+                found.append(row | {"as": shown_by(known, base).__name__})
     return found
+
+
+def shown_by(known: dict[type[nn.Module], SwapAdapter], cls: type[nn.Module]) -> type[nn.Module]:
+    """The class with a row of its own that has the same attentions as one with an adapter, or that one itself."""
+    sites = known[cls].sites
+    return next(each for each, adapter in known.items() if adapter.tiny is not None and adapter.sites == sites)
 
 
 def taken(adapter: SwapAdapter) -> dict[str, Any]:

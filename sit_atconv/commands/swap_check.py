@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from sit_atconv.runtime.devices import resolve_device
     from sit_atconv.runtime.files import check_out, made_here, write_out
     from sit_atconv.runtime.precision import dtype_of
-    from sit_atconv.swap.checking import blank, check_swap
+    from sit_atconv.swap.blank import blank
+    from sit_atconv.swap.checking import check_swap
 
     ours = made_here("model", "macs_before", "macs_after")
     if args.out:

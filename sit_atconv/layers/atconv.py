@@ -16,7 +16,7 @@ from sit_atconv.runtime.errors import InputError, check_choice
 MOST_KERNEL = 127  # beyond any grid that a kernel was tried on; the parameters grow with its fourth power
 MOST_TAPS = MOST_KERNEL**2
 ROUTINGS = ("adaptive", "static")
-VOLUMES = ("full", "factored")
+VOLUMES = ("full", "factored")  # a swap takes the first where it is told none
 
 
 class TapLinear(nn.Linear):

@@ -204,6 +204,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, Adapters, CacheMixin, Atten
         """Height and width of the tokens of these latents."""
         return self._grid(*self.latent_size)
 
+    def enable_parallelism(self, *args, **kwargs) -> None:
+        """As diffusers' own. Raises InputError for a model with ATConv, whose layers need all tokens."""
+        if any(isinstance(block, SiTATConvBlock) for block in self.blocks):
+            raise InputError("a SiT with ATConv has no context or tensor parallelism: its layers need all tokens")
+        super().enable_parallelism(*args, **kwargs)
+
     def reset_parameters(self) -> None:
         """Draw the starting weights of SiT: xavier-uniform linears, adaLN and output layer at zero."""
         for name, module in self.named_modules():

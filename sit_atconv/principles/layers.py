@@ -60,7 +60,9 @@ def find_layers(model: nn.Module) -> dict[str, str]:
     found = {name: kind for name, layer in model.named_modules() if (kind := kind_of(layer))}
     if not found:
         other = unmeasured(model)
-        has = f"; its {other[0]} is a {type(model.get_submodule(other[0])).__name__}" if other else ""
+        first = model.get_submodule(other[0]) if other else None
+        over = " over volumes, which are not measured" if isinstance(first, KernelGenerator) else ""
+        has = f"; its {other[0]} is a {type(first).__name__}{over}" if other else ""
         raise InputError(
             f"{type(model).__name__} has no ATConv, depthwise convolution or attention of this library's or timm's "
             f"Attention class to be measured{has}"
@@ -69,15 +71,22 @@ def find_layers(model: nn.Module) -> dict[str, str]:
 
 
 def unmeasured(model: nn.Module) -> list[str]:
-    """Names of what calls itself attention, holds nothing that is measured, and is not part of what is."""
-    measured = [name for name, layer in model.named_modules() if kind_of(layer)]
-    attentions = [name for name, layer in model.named_modules() if re.search("Attention|Attn", type(layer).__name__)]
-    return [
+    """Names of ATConv over volumes, and of what calls itself attention, holds nothing that is measured, and is not part
+    of what is."""
+    layers = dict(model.named_modules())
+    generators = [name for name, layer in layers.items() if isinstance(layer, KernelGenerator)]
+    volumes = [
+        name for name in generators if kind_of(layers[name]) is None and name.rpartition(".")[0] not in generators
+    ]
+    known = [*(name for name, layer in layers.items() if kind_of(layer)), *volumes]
+    attentions = [name for name, layer in layers.items() if re.search("Attention|Attn", type(layer).__name__)]
+    named = [
         name
         for name in attentions
-        if not any(f"{each}.".startswith(f"{name}.") or f"{name}.".startswith(f"{each}.") for each in measured)
+        if not any(f"{each}.".startswith(f"{name}.") or f"{name}.".startswith(f"{each}.") for each in known)
         and not any(other.startswith(f"{name}.") for other in attentions)
     ]
+    return [name for name in layers if name in volumes or name in named]
 
 
 def factors(layer: KernelGenerator, channels: int) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """Which attention of which model is swapped: a registry by model class, open to models of one's own."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sit_atconv.layers.atconv import KernelGenerator
+from sit_atconv.layers.atconv import VOLUMES, KernelGenerator
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grafts import Graft
 from sit_atconv.swap.grid import Reader, above, patch_sizes
@@ -34,6 +34,7 @@ class SwapAdapter:
     tiny: makes a model of random weights that runs in milliseconds, with every kind of site in it.
     prefix_tokens: how many tokens of a model come before those on the grid.
     sides: of the grid that the tokens fill: 2 (H, W), or 3 (T, H, W).
+    stays: of a model, the names of attentions that the patterns match and that are left alone.
     """
 
     model: type[nn.Module]
@@ -46,15 +47,29 @@ class SwapAdapter:
     tiny: Callable[[], nn.Module] | None = None
     prefix_tokens: Callable[[nn.Module], int] = lambda model: getattr(model, "num_prefix_tokens", 0)
     sides: int = 2
+    stays: Callable[[nn.Module], Collection[str]] = lambda model: ()
 
     def find(self, model: nn.Module) -> dict[str, Graft]:
-        """Name -> Graft of all attentions that the patterns match, in the model's order."""
-        found = {}
+        """Name -> Graft of all attentions that the patterns match and that do not stay, in the model's order."""
+        found, stay = {}, self.stays(model)
         for name, module in model.named_modules():
             graft = next((graft for pattern, graft in self.sites.items() if re.fullmatch(pattern, name)), None)
-            if graft is not None and (not graft.only or isinstance(module, (*graft.only, KernelGenerator))):
+            known = graft is not None and (not graft.only or isinstance(module, (*graft.only, KernelGenerator)))
+            if known and name not in stay:
                 found[name] = graft
         return found
+
+    def volume(self, given: str | None) -> str | None:
+        """The setting of a swap for its volumes, of which `given` says nothing where it is None; None of grids of two
+        sides. Raises InputError for a setting there."""
+        if self.sides == 3:
+            return VOLUMES[0] if given is None else given
+        if given is not None:
+            raise InputError(
+                f"volume={given!r}: the tokens of {self.model.__name__} lie on a grid of rows and columns, and fill no "
+                "volume of frames; leave it out"
+            )
+        return None
 
     def owner_of(self, model: nn.Module, name: str) -> nn.Module | None:
         """The module whose input tells the grid of the attention `name`. Raises InputError where there is none."""

@@ -7,19 +7,21 @@ from sit_atconv.swap.adapters import SwapAdapter
 from sit_atconv.swap.calibration import Site
 from sit_atconv.swap.grafts import Graft
 from sit_atconv.swap.grid import BlockScope, GridHook, GridReference, PassScope, above, remove_hooks
-from sit_atconv.swap.layers import LayerOptions
+from sit_atconv.swap.layers import LayerOptions, SwappedLayer
 from sit_atconv.swap.start import TapFit
 
 
 def build(model, adapter: SwapAdapter, grafts: dict[str, Graft], config: dict) -> list[Site]:
     """Layers for the attentions, not yet in their place, and the hooks that tell them their grids, in place."""
-    volume = config.get("volume", "full") if adapter.sides == 3 else None
+    volume = adapter.volume(config.get("volume"))
     options = LayerOptions(config["kernel_size"], config["pool"], adapter.prefix_tokens(model), volume)
     sites = []
     for name, graft in grafts.items():
         attention, owner = model.get_submodule(name), adapter.owner_of(model, name)
         reference = None if owner is None else _reference_on(owner, model, adapter)
         layer = graft.build(attention, reference, options)
+        if isinstance(layer, SwappedLayer):
+            layer.expect_as(attention)
         if reference is not None:
             _keep_grid(layer, reference, owner, model, name)
         fit = TapFit(graft.heads(attention), options.kernel_size, adapter.sides)

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,17 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_atconv.runtime.compat.torch import (
     flops_between_tokens,
     formulas_of_attention,
+    tree_leaves,
     tree_map,
     without_weights,
 )
-from sit_atconv.runtime.errors import InputError, told
+from sit_atconv.runtime.errors import InputError, option, told
 from sit_atconv.runtime.hooks import of_this_thread
 from sit_atconv.runtime.markdown import markdown_table
-from sit_atconv.runtime.reading import read_json
-from sit_atconv.swap.adapters import adapter_of, known_adapters
+from sit_atconv.swap.adapters import SwapAdapter, adapter_of
 from sit_atconv.swap.building import build
 from sit_atconv.swap.calibration import Site, Timing, evaluating, shape_of, timing_of
-from sit_atconv.swap.refused import REFUSED
 
 _ONE_AT_A_TIME = threading.Lock()  # of counts, see `without_weights`
 SETTINGS = {"kernel_size": 3, "pool": "raster", "prefix": "attend"}
@@ -104,34 +102,6 @@ class SwapCheck:
         return "\n\n".join(told)
 
 
-def blank(name_or_folder: str) -> nn.Module:
-    """A model of that class, or of the configuration in that folder, on the meta device.
-
-    Raises InputError for a name that no adapter knows, and a folder without a configuration of a known class.
-    """
-    classes = {adapter.model.__name__: adapter.model for adapter in known_adapters()}
-    folder = Path(name_or_folder)
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        wanted = config.get("_class_name") if isinstance(config, dict) else None
-        if wanted not in classes or not hasattr(classes[wanted], "from_config"):
-            raise InputError(f"{name_or_folder}: its config.json is of a {wanted}, which no adapter reads; {_known()}")
-        cls, make = classes[wanted], lambda cls: cls.from_config(config)
-    elif name_or_folder in classes:
-        cls = classes[name_or_folder]
-        make = (lambda cls: cls(cls.config_class())) if hasattr(cls, "config_class") else lambda cls: cls()
-    elif reasons := [classes[name_or_folder] for classes in REFUSED.values() if name_or_folder in classes]:
-        raise InputError(f"{name_or_folder} {reasons[0]}: it cannot be swapped as it is")
-    else:
-        raise InputError(f"{name_or_folder!r} is neither a class with an adapter nor a folder of one; {_known()}")
-    with told(f"{name_or_folder}: no {cls.__name__} can be made", Exception), torch.device("meta"):
-        return make(cls)
-
-
-def _known() -> str:
-    return "known are " + ", ".join(sorted({adapter.model.__name__ for adapter in known_adapters()}))
-
-
 def check_swap(
     model: nn.Module,
     grid: Sequence[int] | None = None,
@@ -152,9 +122,11 @@ def check_swap(
     name = type(model).__name__
     asked = [f"{what} {value}" for what, value in (("a grid of", grid), ("tokens of text:", text)) if value is not None]
     with told(f"{name} makes no inputs{' for ' * bool(asked)}{' and '.join(asked)}", Exception):
-        inputs = adapter.example(model, torch.Generator().manual_seed(0), grid=grid, text=text)
+        inputs = _inputs(adapter, model, grid, text)
     if inputs is None:
         raise InputError(f"{name}: its configuration does not tell its inputs, so there is nothing to count")
+    if text is not None and _shapes(_inputs(adapter, model, grid, 1)) == _shapes(_inputs(adapter, model, grid, 2)):
+        raise InputError(f"{option('text', text)}: {name} has no text, or text of one length alone; leave it out")
     parameters, grafts = sum(each.numel() for each in model.parameters()), adapter.find(model)
     refusals = {each: graft.refusal(model.get_submodule(each)) for each, graft in grafts.items()}
     with torch.device("meta"):
@@ -183,6 +155,14 @@ def check_swap(
             kind.timing = _timed(site, torch.device(device), dtype)
         check.kinds.append(kind)
     return check
+
+
+def _inputs(adapter: SwapAdapter, model: nn.Module, grid: Sequence[int] | None, text: int | None) -> dict | None:
+    return adapter.example(model, torch.Generator().manual_seed(0), grid=grid, text=text)
+
+
+def _shapes(inputs: dict) -> list:
+    return [each.shape for each in tree_leaves(inputs) if isinstance(each, torch.Tensor)]
 
 
 def _shape(value):

@@ -25,11 +25,19 @@ class Graft:
     """What `swap_attention` needs to know of an attention class; subclass it to swap one of your own.
 
     layer: what takes the attention's place, where `build` is not another.
+    cls: of the attention. processors: of diffusers, those that do the work; none: the class itself does it. Both can be
+    given to an instance too, for another class with the same parts.
     """
 
     joint = False  # whether text and image tokens attend together: swapped under joint="split" only
     layer: type[KernelGenerator]
     only: tuple[type[nn.Module], ...] = ()  # the classes that it is for, where the names of its sites are others' too
+    cls: type[nn.Module] | None = None
+    processors: tuple[type, ...] = ()
+
+    def __init__(self, cls: type[nn.Module] | None = None, *processors: type):
+        if cls is not None:
+            self.cls, self.processors = cls, processors
 
     def refusal(self, attention: nn.Module) -> str | None:
         """Why this attention cannot be swapped, in words that complete "NAME ..."; None where it can."""
@@ -185,7 +193,8 @@ class CalledSelfATConv(SelfATConv):
         self.graft = graft
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
-        return super().forward(self.graft.tokens(*args, **kwargs))
+        self.warn_of(kwargs)
+        return self.output(self.graft.tokens(*args, **kwargs))
 
 
 class SelfAttentionGraft(Graft):

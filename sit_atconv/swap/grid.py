@@ -299,8 +299,10 @@ def ids_grid(module: nn.Module, args: tuple, kwargs: dict, name: str = "img_ids"
     """Of Flux and its like, whose tokens come packed: from ids (N, 3 or more) or (1, N, 3 or more), columns image, row
     and column; those after are of the text.
 
-    name: the argument that they are. image: the argument (B, N, dim) that the last of them are of; "": all are.
-    Raises InputError where they are no full raster of one image. The one value that is read, so it runs uncompiled.
+    name: the argument that they are. image: the argument (B, N, dim) that the last of them are of; "": all are, of
+    `hidden_states`.
+    Raises InputError where they are no full raster of one image, or of another number of tokens. The one value that is
+    read, so it runs uncompiled.
     """
     ids = given(name, module, args, kwargs)
     if ids is None:
@@ -325,7 +327,32 @@ def ids_grid(module: nn.Module, args: tuple, kwargs: dict, name: str = "img_ids"
             f"{found} have rows {rows.min():g} to {rows.max():g} and columns {columns.min():g} to {columns.max():g}, "
             "but are no full raster, row by row; a swapped model needs every token of a rectangle"
         )
+    check_count((height, width), found, given(image or "hidden_states", module, args, kwargs))
     return height, width
+
+
+def check_count(grid: Grid, told_by: str, tokens: torch.Tensor) -> None:
+    """Raises InputError where tokens (B, N, dim) are not as many as the grid has, which an argument told."""
+    if math.prod(grid) != tokens.shape[1]:
+        sides = " x ".join(map(str, grid))
+        raise InputError(
+            f"{told_by} tell the grid of {math.prod(grid)} tokens, {sides}, and the call has {tokens.shape[1]}; give "
+            "those of its image"
+        )
+
+
+@torch.compiler.disable(reason="the values of attention_mask are read; compile the model itself, or its blocks")
+def check_whole(mask: torch.Tensor | None, count: int) -> None:
+    """Raises InputError where a mask over text and image, (B, S) or (B, 1, 1 or S, S), does not let the image's tokens,
+    the last `count`, all read one another alike."""
+    if mask is None:
+        return
+    part = mask[..., -count:] if mask.ndim == 2 or mask.shape[-2] == 1 else mask[..., -count:, -count:]
+    if part.ne(part.flatten()[0]).any() or not (part.isfinite() if part.is_floating_point() else part).all():
+        raise InputError(
+            f"attention_mask of shape {tuple(mask.shape)} leaves out image tokens, and a grid with tokens missing is "
+            "none; it may leave out text"
+        )
 
 
 def _rises(sides: torch.Tensor) -> bool:

@@ -126,6 +126,7 @@ class JointATConv(SwappedLayer):
                 parameter.fill_(0 if key == "bias" else self.graft.norm_weight)
 
     def forward(self, *args, **kwargs):
+        self.warn_of(kwargs)
         call = self.graft.project(self, self.reference.get(), args, kwargs)
         return self.graft.output(self, call, *self.mix(call))
 
@@ -170,7 +171,6 @@ class JointGraft(Graft):
 
     A subclass tells its class and the names of its parts, and, where it is not called as diffusers calls one, `inputs`:
 
-    cls: of the attention. processors: those that do the work; none: the class itself does it.
     image, text: the linear maps of their queries, keys and values; the same names where they share them.
     norms: of the image's queries and keys, and of the text's, each per head; not there, or None: none.
     out, text_out: the output maps, a linear or a list with one first; None or not there: none.
@@ -178,8 +178,7 @@ class JointGraft(Graft):
     """
 
     joint = True
-    cls: type[nn.Module] = Attention
-    processors: tuple[type, ...] = ()
+    cls = Attention
     image: tuple[str, str, str] = ("to_q", "to_k", "to_v")
     text: tuple[str, str, str] = ("add_q_proj", "add_k_proj", "add_v_proj")
     norms: tuple[str | None, ...] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")

@@ -1,9 +1,12 @@
 """ATConv in the place of self-attention, with the argument and parameter names of diffusers' attention."""
 
+import inspect
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils import logging
 from torch import nn
 
 from sit_atconv.layers.atconv import KernelGenerator, volume_sizes
@@ -11,6 +14,10 @@ from sit_atconv.ops.atconv import on_grid
 from sit_atconv.runtime.compat.torch import metadata_of
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.grid import GridReference
+
+QUIET = ("ip_adapter_masks", "ip_hidden_states")  # which a model of diffusers gives to attentions without use for them
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,19 @@ class SwappedLayer(KernelGenerator):
         sizes, time = volume_sizes(options.kernel_size, options.volume)
         super().__init__(dim, channels, sizes, pool=options.pool, time=time)
         self.reference = reference
+        self.expected: tuple[str, ...] | None = None  # the arguments of the attention; None: it takes any
+
+    def expect_as(self, attention: nn.Module) -> None:
+        """Know the arguments of an attention of diffusers: its own, and those of its processor."""
+        if (processor := getattr(attention, "processor", None)) is not None:
+            calls = attention.forward, processor.__call__
+            self.expected = (*QUIET, *(name for call in calls for name in inspect.signature(call).parameters))
+
+    def warn_of(self, names: Iterable[str]) -> None:
+        """Say which keywords of a call are ignored that the attention did not expect, as diffusers' attentions do."""
+        unknown = [] if self.expected is None else [name for name in names if name not in self.expected]
+        if unknown:
+            logger.warning(f"{unknown} are not expected by {type(self).__name__} and will be ignored.")
 
     def __prepare_scriptable__(self):
         raise InputError(
@@ -107,9 +127,14 @@ class SelfATConv(SwappedLayer):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        **_,
+        **others,
     ) -> torch.Tensor:
         refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+        self.warn_of(others)
+        return self.output(hidden_states)
+
+    def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the attention gives for what it is called with, here tokens (B, N, dim)."""
         return self.mix(on_grid(hidden_states, self.reference.get()))
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:

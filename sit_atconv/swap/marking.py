@@ -48,19 +48,25 @@ def kinds_of(module: nn.Module) -> dict[str, str]:
     }
 
 
-class NoSaving:
-    """What stores a swapped model whose class would read its weights without the swapped layers."""
+_SAVING = (
+    "would load what it saves here without the swapped layers; store these by sit_atconv.swap.save_delta(model, path) "
+    "and load them onto the original by load_delta, or revert the swap"
+)
+REFUSED_METHODS = {  # of a model whose class knows nothing of its swapped layers, and why, in words after its name
+    "save_pretrained": _SAVING,
+    "push_to_hub": _SAVING,
+    "enable_parallelism": "has no context or tensor parallelism: swapped layers need all tokens",
+}
 
-    methods = ("save_pretrained", "push_to_hub")
 
-    def __init__(self, name: str):
-        self.name = name
+class Refusal:
+    """In the place of a method of a swapped model: raises InputError, which says why."""
+
+    def __init__(self, why: str):
+        self.why = why
 
     def __call__(self, *_, **__):
-        raise InputError(
-            f"{self.name} would load what it saves here without the swapped layers; store these by "
-            "sit_atconv.swap.save_delta(model, path) and load them onto the original by load_delta, or revert the swap"
-        )
+        raise InputError(self.why)
 
 
 def check_thin(model: nn.Module, config: dict) -> None:
@@ -76,14 +82,15 @@ def check_thin(model: nn.Module, config: dict) -> None:
 
 
 def mark_nothing(model: nn.Module) -> None:
-    """For a model whose class and configuration say nothing of its attention: it is not saved as what it is not."""
+    """For a model whose class and configuration say nothing of its attention: it is not saved as what it is not, nor
+    split over devices."""
     record = model._swap_record
     if record.config["layers"]:
-        for name in NoSaving.methods:
+        for name, why in REFUSED_METHODS.items():
             if hasattr(record.model_class, name):
-                setattr(model, name, NoSaving(record.model_class.__name__))
+                setattr(model, name, Refusal(f"{record.model_class.__name__} {why}"))
     else:
-        for name in NoSaving.methods:
+        for name in REFUSED_METHODS:
             vars(model).pop(name, None)
         del model._swap_record
 

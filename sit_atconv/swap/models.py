@@ -200,8 +200,12 @@ def register(
     owner: type[nn.Module] | None = None,
     grid: Reader | None = None,
     sides: int = 2,
+    **others,
 ) -> None:
     """Register the adapter of a model of diffusers that has an ATConv subclass. owner: by default the model itself;
-    grid: by default `latent_grid`, or of three sides `volume_grid`."""
+    grid: by default `latent_grid`, or of three sides `volume_grid`. others: of `SwapAdapter`."""
     grid = grid or (volume_grid if sides == 3 else latent_grid)
-    register_adapter(SwapAdapter(model, sites, owner or model, grid, example, mark_thin, check_thin, tiny, sides=sides))
+    marks = {"mark": mark_thin, "check": check_thin}
+    register_adapter(
+        SwapAdapter(model, sites, owner or model, grid, example, tiny=tiny, sides=sides, **marks, **others)
+    )

@@ -39,9 +39,14 @@ class RefinerATConv(SwappedLayer):
         return v.unflatten(-1, (self.heads // self.shared, -1)).repeat_interleave(self.shared, -2).flatten(-2)
 
     def forward(
-        self, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask: torch.Tensor | None = None, **_
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states=None,
+        attention_mask: torch.Tensor | None = None,
+        **others,
     ) -> torch.Tensor:
         refuse(attention_mask=attention_mask)
+        self.warn_of(others)
         grid = self.reference.get()
         count = math.prod(grid)
         x = on_grid(hidden_states[:, :count], grid)
@@ -51,13 +56,7 @@ class RefinerATConv(SwappedLayer):
 
 
 class RefinerGraft(SelfAttentionGraft):
-    """diffusers' `Attention` in refiner blocks; queries and keys, their norms and rotary positions go.
-
-    processors: those that do the work in its family.
-    """
-
-    def __init__(self, *processors: type):
-        self.processors = processors
+    """diffusers' `Attention` in refiner blocks; queries and keys, their norms and rotary positions go."""
 
     def traits(self, attention: Attention) -> dict[str, bool]:
         found = super().traits(attention)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sit_atconv.layers.atconv import VOLUMES
-from sit_atconv.runtime.errors import InputError, check_choice
+from sit_atconv.runtime.errors import InputError, check_choice, told
 from sit_atconv.runtime.reading import POSITIVE, fault_of
 from sit_atconv.swap.adapters import SwapAdapter, adapter_of
 from sit_atconv.swap.building import build, sweep
@@ -20,6 +20,7 @@ STORED_FORM = {
     "layers": [str], "kernel_size": POSITIVE, "pool": str, "prefix": PREFIXES, "volume?": VOLUMES,
     "teacher": {"class": str, "name": (str, None), "revision": (str, None), "fingerprint": str},
 }  # fmt: skip
+DAMAGED = "it is not as swap_attention wrote it"
 
 
 def install(model: nn.Module, model_class: type[nn.Module], config: dict) -> None:
@@ -48,7 +49,7 @@ def swap_as_stored(
     if hasattr(model, "_swap_record"):
         raise InputError(f"{type(model).__name__} has swapped layers already; revert them, or take the original model")
     adapter = adapter_of(model)
-    _check_stored(config)
+    _check_stored(adapter, config)
     check(teacher_of(model))
     adapter.check(model, config)
     try:
@@ -70,16 +71,18 @@ def swap_as_stored(
     return swap
 
 
-def _check_stored(config: dict) -> None:
+def _check_stored(adapter: SwapAdapter, config: dict) -> None:
     found = config.get("schema") if isinstance(config, dict) else config
     if found != SCHEMA:
         raise InputError(f"atconv schema {found!r}: this version reads {SCHEMA}; use the one that wrote it")
     if fault := fault_of(config, STORED_FORM):
-        raise InputError(f"atconv: {fault}; it is not as swap_attention wrote it")
+        raise InputError(f"atconv: {fault}; {DAMAGED}")
+    with told("atconv", InputError, remedy=DAMAGED):
+        adapter.volume(config.get("volume"))
 
 
 def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> list[Site]:
-    _check_stored(config)
+    _check_stored(adapter, config)
     grafts = adapter.find(model)
     for name in config["layers"]:
         check_choice("atconv layer", name, grafts)

@@ -105,17 +105,13 @@ def swap_attention(
     adapter = adapter_of(model)
     record = getattr(model, "_swap_record", None)
     settings = {"kernel_size": kernel_size, "pool": pool, "prefix": prefix}
-    if adapter.sides == 3:
-        settings["volume"] = "full" if volume is None else volume
-    elif volume is not None:
-        raise InputError(
-            f"volume={volume!r}: the tokens of {type(model).__name__} lie on a grid of rows and columns, and fill no "
-            "volume of frames; leave it out"
-        )
+    if (volume := adapter.volume(volume)) is not None:
+        settings["volume"] = volume
     teacher = teacher_of(model) if record is None else record.config["teacher"]
     config = {"schema": SCHEMA, "layers": [], **settings, "teacher": teacher}
     for name, value in settings.items() if record is not None else ():
-        theirs = record.config.get(name, "full")  # volumes swapped before there was a choice
+        theirs = record.config.get(name)
+        theirs = adapter.volume(theirs) if name == "volume" else theirs  # before there was a choice, it was not stored
         if theirs != value:
             raise InputError(
                 f"{name}={value!r}: this model has layers swapped with {theirs!r}, and a model has one "

@@ -10,13 +10,14 @@ from sit_atconv.runtime.compat.torch import OptimizedModule, has_compiled_call
 from sit_atconv.runtime.errors import InputError
 
 CASTING = {"layerwise_casting", "peft_autocast_disable"}  # hooks of diffusers that leave what a module does
+PARTS = ("transformer", "unet")  # of a pipeline, what is swapped
 
 
 def model_of(model_or_pipeline) -> tuple:
     """(pipeline or None, model)."""
     if isinstance(model_or_pipeline, nn.Module):
         return None, model_or_pipeline
-    for name in ("transformer", "unet"):
+    for name in PARTS:
         model = getattr(model_or_pipeline, name, None)
         if isinstance(model, nn.Module):
             return model_or_pipeline, model

@@ -275,6 +275,16 @@ def test_attention_that_is_not_measured_is_named(name, number):
     assert unmeasured(nn.ModuleDict({"attention": Attention(4, 2), "conv": nn.Conv2d(4, 4, 3, groups=4)})) == []
 
 
+@pytest.mark.parametrize("volume", ["full", "factored"])
+def test_a_layer_over_volumes_is_named_and_not_passed_over_in_silence(volume):
+    model = nn.ModuleDict({"volume": ATConv(4, volume=volume)})
+    with pytest.raises(InputError, match=r"has no ATConv, .*; its volume is a ATConv over volumes, which are not mea"):
+        find_layers(model)
+    model["grid"], model["attention"] = ATConv(4), nn.ModuleDict({"mixer": ATConv(4, volume=volume)})
+    assert find_layers(model) == {"grid": "ATConv"}
+    assert unmeasured(model) == ["volume", "attention.mixer"]
+
+
 def test_every_layer_that_mixes_positions_is_found_and_no_other():
     model = nn.ModuleDict({
         "adaptive": ATConv2d(4, 4), "static": ATConv(4, routing="static"), "attention": Attention(4, 2),

@@ -82,9 +82,10 @@ class Tiny:
             (name, each._forward_pre_hooks, each._forward_pre_hooks_with_kwargs, each._forward_hooks)
             for name, each in model.named_modules()
         ]
+        config = getattr(model, "config", {})
         return {
             "class": type(model),
-            "config": dict(getattr(model, "config", {})),
+            "config": config.to_dict() if hasattr(config, "to_dict") else dict(config),
             "modules": [(name, id(each), type(each), each.training) for name, each in model.named_modules()],
             "hooks": [(name, *(list(each.items()) for each in rest)) for name, *rest in hooks],
             "attributes": {

@@ -12,9 +12,17 @@ from sit_atconv.runtime.compat.torch import formulas_of_attention
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import swap_attention
 from sit_atconv.swap.adapters import known_adapters
-from sit_atconv.swap.checking import blank, check_swap
+from sit_atconv.swap.blank import blank
+from sit_atconv.swap.checking import check_swap
 
 ADAPTERS = {adapter.model.__name__: adapter for adapter in known_adapters() if adapter.tiny is not None}
+
+OF_IMAGES = ("UNetSpatioTemporalConditionModel",)  # whose condition is an image, of one token
+
+
+def without_text(name) -> bool:
+    vision = ADAPTERS[name].model.__module__.partition(".")[0] in ("timm", "transformers")
+    return vision or name in ("SiTTransformer2DModel", "DiTTransformer2DModel", "UNet2DModel", *OF_IMAGES)
 
 
 def counted(model, inputs) -> int:
@@ -27,7 +35,7 @@ def counted(model, inputs) -> int:
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_counts_without_weights_are_those_with_weights(name):
     adapter = ADAPTERS[name]
-    grid = ((4, 4) if name.startswith("DiT") else (2, 4, 6)[-getattr(adapter, "sides", 2) :], 7)
+    grid = ((4, 4) if name.startswith("DiT") else (2, 4, 6)[-adapter.sides :], None if without_text(name) else 7)
     with torch.device("meta"):
         empty = adapter.tiny()
         if adapter.example(empty, torch.Generator().manual_seed(0), grid=grid[0], text=grid[1]) is None:
@@ -76,6 +84,7 @@ def test_the_command_reads_a_folder_times_layers_and_writes_what_it_prints(tmp_p
         (["DiTTransformer2DModel", "--grid", "3"], "--grid 3: give rows and columns, or frames, rows and columns"),
         (["UNet2DConditionModel"], "its configuration does not tell its inputs"),
         (["DiTTransformer2DModel", "--grid", "0", "3"], "--grid 0 3: must be at least 1"),
+        (["DiTTransformer2DModel", "--text", "5"], "--text 5: DiTTransformer2DModel has no text, or text of one"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(words, said, capsys):
@@ -86,7 +95,75 @@ def test_bad_input_is_one_clear_line(words, said, capsys):
     assert re.search(said, told), told
 
 
-def test_a_folder_of_something_else(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(InputError, match=r"config\.json is of a AutoencoderKL, which no adapter reads"):
+@pytest.mark.parametrize("name", [name for name in sorted(ADAPTERS) if without_text(name)])
+def test_a_length_of_text_is_refused_where_there_is_none(name):
+    with torch.device("meta"):
+        model = ADAPTERS[name].tiny()
+    with pytest.raises(InputError, match=rf"^text=9: {name} has no text, or text of one length alone; leave it out"):
+        check_swap(model, text=9)
+
+
+def written(folder, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def shapes(model):
+    return {name: each.shape for name, each in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model", "CLIPVisionModel", "SiglipVisionModel"])
+@pytest.mark.parametrize("told", ["both", "architectures", "model_type"])
+def test_a_folder_of_transformers(name, told, tmp_path):
+    model = ADAPTERS[name].tiny()
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": [name]}
+    left_out = {"both": (), "architectures": ("model_type",), "model_type": ("architectures",)}[told]
+    found = blank(str(written(tmp_path, **{key: each for key, each in config.items() if key not in left_out})))
+    assert type(found) is type(model)
+    assert shapes(found) == shapes(model)
+    assert all(each.is_meta for each in found.parameters())
+
+
+def test_a_folder_of_timm(tmp_path):
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    found = blank(str(written(tmp_path, **config, model_args={"img_size": 64, "depth": 2})))
+    assert type(found).__name__ == "VisionTransformer"
+    assert (len(found.blocks), found.num_classes, found.patch_embed.grid_size) == (2, 7, (4, 4))
+    assert check_swap(found).kinds[0].grid == (4, 4)
+
+
+@pytest.mark.parametrize("part", ["transformer", "unet"])
+def test_a_folder_of_a_pipeline(part, tmp_path):
+    name = {"transformer": "DiTTransformer2DModel", "unet": "UNet2DModel"}[part]
+    model = ADAPTERS[name].tiny()
+    model.save_config(tmp_path / part)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert shapes(blank(str(tmp_path))) == shapes(model)
+    (tmp_path / part / "config.json").unlink()
+    with pytest.raises(InputError, match=r"this pipeline has no transformer or unet with a config\.json"):
         blank(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"_class_name": "AutoencoderKL"}, r"config\.json is of a AutoencoderKL, which no adapter reads; known are"),
+        ({"_class_name": "StableAudioDiTModel"}, "StableAudioDiTModel is of sound: it cannot be swapped as it is"),
+        ({"architectures": ["CLIPModel"], "model_type": "clip"}, "CLIPModel has a model of text beside that of images"),
+        ({"architectures": [], "model_type": "bert"}, r"config\.json is of a bert, which no adapter reads"),
+        ({"architecture": "vit_none"}, "timm makes no vit_none of it: Unknown model"),
+        ({"hidden_size": 3}, r"config\.json has no _class_name, architecture, architectures, model_type, which would"),
+        ({"_class_name": "DiTTransformer2DModel", "num_layers": 10**9}, "num_layers"),
+        ({"_class_name": "DiTTransformer2DModel", "num_layers": "x"}, "num_layers"),
+        ({"_class_name": ["x"]}, "_class_name"),
+        ({"architecture": ["x"]}, "architecture"),
+        ({"architectures": "ViTModel"}, "architectures"),
+        ({"model_type": 5}, "model_type"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_something_else(config, says, tmp_path):
+    with pytest.raises(InputError, match=says) as info:
+        blank(str(written(tmp_path, **config)))
+    assert "\n" not in str(info.value)

@@ -271,6 +271,11 @@ def test_a_file_that_is_no_whole_delta(tiny, tmp_path):
         ({"kernel_size": 5}, "kernel_gen.weight is missing, surplus or misshapen"),
         ({"kernel_size": 4}, "kernel_size=4"),
         ({"pool": "rooster"}, "pool='rooster': did you mean 'raster'"),
+        (
+            {"volume": "full"},
+            "atconv: volume='full': the tokens of DiTTransformer2DModel .*; it is not as swap",
+        ),
+        ({"volume": "ful"}, "atconv: volume"),
     ],
 )
 def test_a_delta_whose_settings_do_not_fit(tiny, tmp_path, change, says):

@@ -403,6 +403,10 @@ def test_position_embeddings_may_be_missing(saved, tiny):
         ({"schema": 7}, "atconv schema 7: this version reads 1; use the one that wrote it"),
         ({"layers": ["transformer_blocks.7.attn1"]}, "atconv layer='transformer_blocks.7.attn1': did you mean"),
         ({"pool": "gird"}, "pool='gird'"),
+        (
+            {"volume": "factored"},
+            "atconv: volume='factored': the tokens of DiT.* no volume.*; it is not as swap_a",
+        ),
     ],
 )
 def test_configurations_that_do_not_fit_are_not_loaded(saved, atconv, says):

@@ -41,6 +41,11 @@ def test_the_stored_table_has_them_all():
     for row in STORED:
         assert row.get("refused") == REFUSED[row["library"]].get(row["class"]) if row["library"] in REFUSED else True
     assert table(STORED) in (FOLDER / "swappable.md").read_text()
+    rows = {(row["library"], row["class"]): row for row in STORED}
+    for row in STORED:  # a class without a row of its own names one that has it
+        if "as" in row:
+            assert "error" in rows[row["library"], row["as"]]
+    assert rows["transformers", "ViTForImageClassification"]["as"] == "ViTModel"
     counts = {library: sum("error" in row for row in STORED if row["library"] == library) for library in REFUSED}
     assert counts["diffusers"] >= 18
     assert counts["timm"] + counts["transformers"] >= 6

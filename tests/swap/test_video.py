@@ -11,6 +11,7 @@ from sit_atconv.ops.atconv import on_grid
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import regress, swap_attention
 from sit_atconv.swap.adapters import adapter_of, known_adapters
+from sit_atconv.swap.checking import check_swap
 from sit_atconv.swap.joint import JointATConv
 
 GRID, LENGTHS = (3, 2, 4), (5, 3)
@@ -193,3 +194,16 @@ def test_what_a_swapped_model_does_not_stand_for_is_refused():
     ):
         with pytest.raises(InputError, match=said):
             swap_attention(model, "all", **options)
+
+
+def test_blocks_whose_text_is_a_video_keep_their_attention():
+    """Those of Motif-Video's decoder: split, they would have three of four products between tokens left."""
+    model = model_of("MotifVideoTransformer3DModel")
+    assert (model.config.num_single_layers, model.config.num_decoder_layers) == (2, 1)
+    swap = swap_attention(model, "all", joint="split", calib=[inputs_of(model)])
+    assert list(swap.layers) == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
+    with pytest.raises(InputError, match=r"single_transformer_blocks\.1\.attn"):
+        swap_attention(model, ["single_transformer_blocks.1.attn"], joint="split")
+    check = check_swap(model_of("MotifVideoTransformer3DModel").to("meta"), GRID, 5)
+    found = {kind.name: kind.layers for kind in check.kinds}
+    assert found == {"transformer_blocks.*.attn": 1, "single_transformer_blocks.*.attn": 1}

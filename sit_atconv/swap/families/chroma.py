@@ -6,10 +6,9 @@ import torch
 from diffusers.models.transformers.transformer_chroma import ChromaTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
-from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.adapters import Grid, randomised
 from sit_atconv.swap.families.flux import packed
-from sit_atconv.swap.grid import given, ids_grid
+from sit_atconv.swap.grid import check_whole, given, ids_grid
 from sit_atconv.swap.joint import JointGraft, SingleStreamGraft
 from sit_atconv.swap.layers import refuse
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, TakesNoImagePrompt, register
@@ -36,12 +35,8 @@ class ChromaSingleGraft(SingleStreamGraft):
 
 def _grid(module: ChromaTransformer2DModel, args: tuple, kwargs: dict) -> tuple[int, int]:
     """From `img_ids`. Raises InputError where `attention_mask` (B, T + N) leaves out image tokens."""
-    grid, mask = ids_grid(module, args, kwargs), given("attention_mask", module, args, kwargs)
-    if mask is not None and not mask[:, -math.prod(grid) :].bool().all():
-        raise InputError(
-            f"attention_mask of shape {tuple(mask.shape)} leaves out image tokens, and a grid with tokens missing is "
-            "none; it may leave out text"
-        )
+    grid = ids_grid(module, args, kwargs)
+    check_whole(given("attention_mask", module, args, kwargs), math.prod(grid))
     return grid
 
 

@@ -1,30 +1,15 @@
 """CogVideoX, and ConsisID, which has its blocks."""
 
 import torch
-from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.models.transformers.consisid_transformer_3d import ConsisIDTransformer3DModel
 from torch import nn
 
 from sit_atconv.swap.adapters import Grid, clip, randomised
+from sit_atconv.swap.families.cogview import CogGraft
 from sit_atconv.swap.grid import frames_grid, patch_sizes
-from sit_atconv.swap.joint import JointGraft, Streams, with_text
-from sit_atconv.swap.layers import refuse
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, register
-
-
-class CogVideoXGraft(JointGraft):
-    """Its `attn1`: text and video have their maps, norms and output map in common; positions are the video's."""
-
-    cls, processors = Attention, (CogVideoXAttnProcessor2_0,)
-    text = JointGraft.image
-    norms = ("norm_q", "norm_k") * 2
-    text_out = "to_out"
-
-    def inputs(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_):
-        refuse(attention_mask=attention_mask)
-        return Streams(hidden_states, with_text(encoder_hidden_states), image_rotary_emb)
 
 
 def _example(model: nn.Module, generator: torch.Generator, grid: Grid = None, text: int | None = None) -> dict:
@@ -74,4 +59,4 @@ def _tiny_of_face() -> ConsisIDTransformer3DModel:
 
 
 for _model, _make in ((CogVideoXTransformer3DModel, _tiny), (ConsisIDTransformer3DModel, _tiny_of_face)):
-    register(_model, {f"{BLOCK}attn1": CogVideoXGraft()}, _example, _make, grid=frames_grid, sides=3)
+    register(_model, {f"{BLOCK}attn1": CogGraft()}, _example, _make, grid=frames_grid, sides=3)

@@ -13,6 +13,9 @@ from sit_atconv.swap.joint import JointGraft, Streams, with_text
 from sit_atconv.swap.layers import refuse
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, register
 
+# Of samples packed into one sequence, with flags of which is which.
+PACKED = ("latent_attn_mask", "text_attn_mask", "batch_flag")
+
 
 class SharedMapsGraft(JointGraft):
     """An attention that is called with text and image apart, and has the same maps and norms for both."""
@@ -22,12 +25,14 @@ class SharedMapsGraft(JointGraft):
     text_out = "to_out"
 
 
-class CogView3PlusGraft(SharedMapsGraft):
-    """The attention of CogView3-Plus' blocks."""
+class CogGraft(SharedMapsGraft):
+    """The attention of CogView3-Plus' and CogVideoX's blocks; positions are those of the image or the video."""
 
-    cls, processors = Attention, (CogVideoXAttnProcessor2_0,)
+    processors = (CogVideoXAttnProcessor2_0,)
 
-    def inputs(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None) -> Streams:
+    def inputs(
+        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_
+    ) -> Streams:
         refuse(attention_mask=attention_mask)
         return Streams(hidden_states, with_text(encoder_hidden_states), image_rotary_emb)
 
@@ -39,9 +44,9 @@ class CogView4Graft(SharedMapsGraft):
     cls, processors = Attention, (CogView4AttnProcessor,)
 
     def inputs(
-        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **packed
+        self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **extra
     ) -> Streams:
-        refuse(**packed)  # samples packed into one sequence, with flags of which is which
+        refuse(**{name: extra.get(name) for name in PACKED})
         if attention_mask is not None:
             counts = F.pad(attention_mask > 0, (0, hidden_states.shape[1]), value=True)
             attention_mask = (counts[:, None, :, None] & counts[:, None, None]).to(hidden_states.dtype)
@@ -86,5 +91,5 @@ def _tiny_4() -> CogView4Transformer2DModel:
     return randomised(CogView4Transformer2DModel(**_TINY, rope_axes_dim=(16, 16)))
 
 
-register(CogView3PlusTransformer2DModel, {f"{BLOCK}attn1": CogView3PlusGraft()}, _example, _tiny_3)
+register(CogView3PlusTransformer2DModel, {f"{BLOCK}attn1": CogGraft()}, _example, _tiny_3)
 register(CogView4Transformer2DModel, {f"{BLOCK}attn1": CogView4Graft()}, _example, _tiny_4)

@@ -1,5 +1,7 @@
 """Models with Flux's blocks under names of their own: Bria, Bria FIBO, LongCat-Image and Ovis-Image."""
 
+import math
+
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_bria import (
@@ -27,57 +29,19 @@ from torch import nn
 
 from sit_atconv.swap.adapters import Grid, randomised
 from sit_atconv.swap.families.flux import FluxDoubleGraft, FluxSingleGraft, packed
-from sit_atconv.swap.grid import ids_grid
+from sit_atconv.swap.grid import check_whole, given, ids_grid
 from sit_atconv.swap.joint import JointGraft, SingleStreamGraft
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, register
 
 
-class BriaDoubleGraft(FluxDoubleGraft):
-    """The attention of Bria's double blocks."""
-
-    cls, processors = BriaAttention, (BriaAttnProcessor,)
-
-
-class BriaSingleGraft(FluxSingleGraft):
-    """The attention of Bria's single blocks."""
-
-    cls, processors = BriaAttention, (BriaAttnProcessor,)
-
-
-class BriaFiboDoubleGraft(JointGraft):
-    """The attention of Bria FIBO's double blocks, which takes a mask over text and image."""
-
-    cls, processors = BriaFiboAttention, (BriaFiboAttnProcessor,)
-
-
-class BriaFiboSingleGraft(SingleStreamGraft):
+class SingleGraft(SingleStreamGraft):
     """The attention of Bria FIBO's single blocks, whose output map is that of the block."""
 
-    cls, processors, out = Attention, (BriaFiboSingleAttnProcessor,), None
+    out = None
 
 
-class LongCatImageDoubleGraft(FluxDoubleGraft):
-    """The attention of LongCat-Image's double blocks."""
-
-    cls, processors = LongCatImageAttention, (LongCatImageAttnProcessor,)
-
-
-class LongCatImageSingleGraft(FluxSingleGraft):
-    """The attention of LongCat-Image's single blocks."""
-
-    cls, processors = LongCatImageAttention, (LongCatImageAttnProcessor,)
-
-
-class OvisImageDoubleGraft(FluxDoubleGraft):
-    """The attention of Ovis-Image's double blocks."""
-
-    cls, processors = OvisImageAttention, (OvisImageAttnProcessor,)
-
-
-class OvisImageSingleGraft(FluxSingleGraft):
-    """The attention of Ovis-Image's single blocks."""
-
-    cls, processors = OvisImageAttention, (OvisImageAttnProcessor,)
+def _of_flux(attention: type[nn.Module], processor: type) -> tuple[FluxDoubleGraft, FluxSingleGraft]:
+    return FluxDoubleGraft(attention, processor), FluxSingleGraft(attention, processor)
 
 
 def _example(model: nn.Module, generator: torch.Generator, grid: Grid = None, text: int | None = None) -> dict:
@@ -95,6 +59,14 @@ def _example_fibo(
     shape = (*inputs["encoder_hidden_states"].shape[:2], config.text_encoder_dim)
     count = config.num_layers + config.num_single_layers
     return inputs | {"text_encoder_layers": [torch.randn(*shape, generator=generator) for _ in range(count)]}
+
+
+def _grid_of_fibo(module: BriaFiboTransformer2DModel, args: tuple, kwargs: dict) -> tuple[int, int]:
+    """From `img_ids`. Raises InputError where the attention's mask, of its keywords, leaves out image tokens."""
+    grid = ids_grid(module, args, kwargs)
+    options = given("joint_attention_kwargs", module, args, kwargs) or {}
+    check_whole(options.get("attention_mask"), math.prod(grid))
+    return grid
 
 
 class ATConvBriaTransformer2DModel(TakesLoRA, Swapped, BriaTransformer2DModel):
@@ -135,10 +107,15 @@ def _tiny_ovis() -> OvisImageTransformer2DModel:
     return randomised(OvisImageTransformer2DModel(**_TINY, out_channels=4))
 
 
-for _model, _double, _single, _inputs, _tiny in (
-    (BriaTransformer2DModel, BriaDoubleGraft, BriaSingleGraft, _example_bria, _tiny_bria),
-    (BriaFiboTransformer2DModel, BriaFiboDoubleGraft, BriaFiboSingleGraft, _example_fibo, _tiny_fibo),
-    (LongCatImageTransformer2DModel, LongCatImageDoubleGraft, LongCatImageSingleGraft, _example, _tiny_longcat),
-    (OvisImageTransformer2DModel, OvisImageDoubleGraft, OvisImageSingleGraft, _example, _tiny_ovis),
-):
-    register(_model, {f"{BLOCK}attn": _double(), f"single_{BLOCK}attn": _single()}, _inputs, _tiny, grid=ids_grid)
+_fibo = JointGraft(BriaFiboAttention, BriaFiboAttnProcessor), SingleGraft(Attention, BriaFiboSingleAttnProcessor)
+for _model, _grafts, _inputs, _tiny, _grid in (
+    (BriaTransformer2DModel, _of_flux(BriaAttention, BriaAttnProcessor), _example_bria, _tiny_bria, ids_grid),
+    (BriaFiboTransformer2DModel, _fibo, _example_fibo, _tiny_fibo, _grid_of_fibo),
+    (
+        LongCatImageTransformer2DModel, _of_flux(LongCatImageAttention, LongCatImageAttnProcessor), _example,
+        _tiny_longcat, ids_grid,
+    ),
+    (OvisImageTransformer2DModel, _of_flux(OvisImageAttention, OvisImageAttnProcessor), _example, _tiny_ovis, ids_grid),
+):  # fmt: skip
+    _sites = dict(zip((f"{BLOCK}attn", f"single_{BLOCK}attn"), _grafts, strict=True))
+    register(_model, _sites, _inputs, _tiny, grid=_grid)

@@ -20,17 +20,10 @@ from sit_atconv.swap.grid import argument, given, patch_sizes
 from sit_atconv.swap.models import Swapped, TakesLoRA, register
 
 
-class Kandinsky5Graft(SelfAttentionGraft):
+class KandinskyGraft(SelfAttentionGraft):
     """The self-attention of its blocks of the video: queries, keys, their norms and rotary positions go."""
 
-    cls, processors = Kandinsky5Attention, (Kandinsky5AttnProcessor,)
     value, out = "to_value", "out_layer"
-
-
-class Kandinsky6Graft(Kandinsky5Graft):
-    """The self-attention of the video in its blocks."""
-
-    cls, processors = Kandinsky6Attention, (Kandinsky6AttnProcessor,)
 
 
 def _grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, ...]:
@@ -99,11 +92,16 @@ def _tiny_of_sound() -> Kandinsky6Transformer3DModel:
 
 BLOCKS = r"visual_transformer_blocks\.\d+\."
 register(
-    Kandinsky5Transformer3DModel, {f"{BLOCKS}self_attention": Kandinsky5Graft()}, _example, _tiny, grid=_grid, sides=3
+    Kandinsky5Transformer3DModel,
+    {f"{BLOCKS}self_attention": KandinskyGraft(Kandinsky5Attention, Kandinsky5AttnProcessor)},
+    _example,
+    _tiny,
+    grid=_grid,
+    sides=3,
 )
 register(
     Kandinsky6Transformer3DModel,
-    {rf"{BLOCKS}video_dec_block\.self_attention": Kandinsky6Graft()},
+    {rf"{BLOCKS}video_dec_block\.self_attention": KandinskyGraft(Kandinsky6Attention, Kandinsky6AttnProcessor)},
     _example_of_sound,
     _tiny_of_sound,
     grid=_grid,

@@ -53,9 +53,10 @@ class LTX2ATConv(SelfATConv):
         attention_mask: torch.Tensor | None = None,
         perturbation_mask: torch.Tensor | None = None,
         all_perturbed: bool | None = None,
-        **_,
+        **others,
     ) -> torch.Tensor:
         refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+        self.warn_of(others)
         if all_perturbed is None:
             all_perturbed = perturbation_mask is not None and not perturbation_mask.any()
         grid = self.reference.get()

@@ -67,7 +67,7 @@ def _tiny() -> Lumina2Transformer2DModel:
 register(
     Lumina2Transformer2DModel,
     {
-        r"noise_refiner\.\d+\.attn": RefinerGraft(Lumina2AttnProcessor2_0),
+        r"noise_refiner\.\d+\.attn": RefinerGraft(Attention, Lumina2AttnProcessor2_0),
         r"layers\.\d+\.attn": Lumina2Graft(),
     },
     _example,

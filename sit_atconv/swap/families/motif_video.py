@@ -12,19 +12,6 @@ from sit_atconv.swap.families.hunyuan_video import HunyuanVideoDoubleGraft, Huny
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, register
 
 
-class MotifVideoDoubleGraft(HunyuanVideoDoubleGraft):
-    """The attention of its double blocks."""
-
-    cls, processors = MotifVideoAttention, (MotifVideoAttnProcessor2_0,)
-
-
-class MotifVideoSingleGraft(HunyuanVideoSingleGraft):
-    """The attention of its single blocks. In those of the decoder, the tokens before them stand for the text: their
-    attention is exact, and so no cheaper."""
-
-    cls, processors = MotifVideoAttention, (MotifVideoAttnProcessor2_0,)
-
-
 def _example(
     model: MotifVideoTransformer3DModel, generator: torch.Generator, grid: Grid = None, text: int | None = None
 ) -> dict:
@@ -36,6 +23,14 @@ def _example(
         "encoder_hidden_states": torch.randn(1, length, model.config.text_embed_dim, generator=generator),
         "encoder_attention_mask": torch.ones(1, length, dtype=torch.long),
     }
+
+
+def _of_the_decoder(model: MotifVideoTransformer3DModel) -> set[str]:
+    """The attentions of the last single blocks, in which the video of the blocks before stands in the place of a text:
+    split, they would keep three of four products between tokens."""
+    config = model.config
+    first = config.num_single_layers - config.num_decoder_layers
+    return {f"single_transformer_blocks.{index}.attn" for index in range(first, config.num_single_layers)}
 
 
 class ATConvMotifVideoTransformer3DModel(TakesLoRA, Swapped, MotifVideoTransformer3DModel):
@@ -50,10 +45,12 @@ def _tiny() -> MotifVideoTransformer3DModel:
     ))  # fmt: skip
 
 
+OWN = MotifVideoAttention, MotifVideoAttnProcessor2_0
 register(
     MotifVideoTransformer3DModel,
-    {f"{BLOCK}attn": MotifVideoDoubleGraft(), f"single_{BLOCK}attn": MotifVideoSingleGraft()},
+    {f"{BLOCK}attn": HunyuanVideoDoubleGraft(*OWN), f"single_{BLOCK}attn": HunyuanVideoSingleGraft(*OWN)},
     _example,
     _tiny,
     sides=3,
+    stays=_of_the_decoder,
 )

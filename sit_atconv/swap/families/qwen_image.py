@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap.adapters import Grid, randomised
-from sit_atconv.swap.grid import given
+from sit_atconv.swap.grid import check_count, given
 from sit_atconv.swap.joint import JointGraft, Streams, rotated, with_text
 from sit_atconv.swap.layers import refuse
 from sit_atconv.swap.models import BLOCK, Swapped, TakesLoRA, register
@@ -46,7 +46,9 @@ def _grid(module: QwenImageTransformer2DModel, args: tuple, kwargs: dict) -> tup
             f"img_shapes={shapes}: a swapped model takes one image a sample, of one frame and of one size in a batch; "
             "edit, and draw layers, with the unswapped model"
         )
-    return next(iter(found))[1:]
+    grid = next(iter(found))[1:]
+    check_count(grid, f"img_shapes={shapes}", given("hidden_states", module, args, kwargs))
+    return grid
 
 
 def _example(

@@ -10,7 +10,7 @@ from torch import nn
 from sit_atconv.swap.adapters import Grid, SwapAdapter, latents, randomised, register_adapter
 from sit_atconv.swap.grafts import SelfAttentionGraft, observed
 from sit_atconv.swap.grid import argument
-from sit_atconv.swap.layers import LayerOptions, SelfATConv, refuse
+from sit_atconv.swap.layers import LayerOptions, SelfATConv
 from sit_atconv.swap.marking import check_thin, mark_thin
 from sit_atconv.swap.models import Swapped
 
@@ -30,14 +30,7 @@ class MapATConv(SelfATConv):
             self.group_norm.requires_grad_()
         self.residual, self.rescale = attention.residual_connection, attention.rescale_output_factor
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **_,
-    ) -> torch.Tensor:
-        refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+    def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states if self.group_norm is None else self.group_norm(hidden_states)
         mixed = self.mix(x.permute(0, 2, 3, 1)).transpose(1, 2).unflatten(2, x.shape[2:])
         return (mixed + hidden_states if self.residual else mixed) / self.rescale

@@ -19,36 +19,13 @@ from sit_atconv.swap.models import Swapped, TakesLoRA, register
 
 
 class WanGraft(SelfAttentionGraft):
-    """Its `attn1`: queries and keys, their norms and rotary positions go, values and output map stay."""
+    """Its `attn1`, and the copies of it in other modules: queries and keys, their norms and rotary positions go, values
+    and output map stay."""
 
     cls, processors = wan.WanAttention, (wan.WanAttnProcessor,)
 
     def tokens(self, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         return super().tokens(hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
-
-
-class ChronoEditGraft(WanGraft):
-    """The copy of it in ChronoEdit's module."""
-
-    cls, processors = chronoedit.WanAttention, (chronoedit.WanAttnProcessor,)
-
-
-class WanAnimateGraft(WanGraft):
-    """The copy of it in Wan-Animate's module."""
-
-    cls, processors = animate.WanAttention, (animate.WanAttnProcessor,)
-
-
-class SkyReelsV2Graft(WanGraft):
-    """The copy of it in SkyReels-V2's module."""
-
-    cls, processors = skyreels.SkyReelsV2Attention, (skyreels.SkyReelsV2AttnProcessor,)
-
-
-class AnyFlowGraft(WanGraft):
-    """The copy of it in AnyFlow's module."""
-
-    cls, processors = anyflow.AnyFlowAttention, (anyflow.AnyFlowAttnProcessor,)
 
 
 def _example(
@@ -159,17 +136,20 @@ FACES = {
     "motion_dim": 4, "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2,
     "inject_face_latents_blocks": 2, "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
 }  # fmt: skip
-for _model, _graft, _inputs, _more, _read in (
-    (wan.WanTransformer3DModel, WanGraft(), _example, {}, None),
-    (WanVACETransformer3DModel, WanGraft(), _example_of_control, {"vace_layers": [0], "vace_in_channels": 6}, None),
-    (animate.WanAnimateTransformer3DModel, WanAnimateGraft(), _example_of_animation, FACES, None),
-    (chronoedit.ChronoEditTransformer3DModel, ChronoEditGraft(), _example, {}, None),
-    (anyflow.AnyFlowTransformer3DModel, AnyFlowGraft(), _example_of_flow, {}, frames_grid),
-    (skyreels.SkyReelsV2Transformer3DModel, SkyReelsV2Graft(), _example_of_skyreels, {}, _grid_of_skyreels),
+_ANIMATE, _CHRONO = ((module.WanAttention, module.WanAttnProcessor) for module in (animate, chronoedit))
+_FLOW = anyflow.AnyFlowAttention, anyflow.AnyFlowAttnProcessor
+_SKYREELS = skyreels.SkyReelsV2Attention, skyreels.SkyReelsV2AttnProcessor
+for _model, _own, _inputs, _more, _read in (
+    (wan.WanTransformer3DModel, (), _example, {}, None),
+    (WanVACETransformer3DModel, (), _example_of_control, {"vace_layers": [0], "vace_in_channels": 6}, None),
+    (animate.WanAnimateTransformer3DModel, _ANIMATE, _example_of_animation, FACES, None),
+    (chronoedit.ChronoEditTransformer3DModel, _CHRONO, _example, {}, None),
+    (anyflow.AnyFlowTransformer3DModel, _FLOW, _example_of_flow, {}, frames_grid),
+    (skyreels.SkyReelsV2Transformer3DModel, _SKYREELS, _example_of_skyreels, {}, _grid_of_skyreels),
 ):
     register(
         _model,
-        {r"(vace_)?blocks\.\d+\.attn1": _graft},
+        {r"(vace_)?blocks\.\d+\.attn1": WanGraft(*_own)},
         _inputs,
         partial(_tiny_of, _model, **_more),
         grid=_read,

@@ -73,7 +73,7 @@ def _tiny() -> ZImageTransformer2DModel:
 register(
     ZImageTransformer2DModel,
     {
-        r"noise_refiner\.\d+\.attention": RefinerGraft(ZSingleStreamAttnProcessor),
+        r"noise_refiner\.\d+\.attention": RefinerGraft(Attention, ZSingleStreamAttnProcessor),
         r"layers\.\d+\.attention": ZImageGraft(),
     },
     _example,
