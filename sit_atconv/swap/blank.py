@@ -83,11 +83,12 @@ def _of_timm(folder: Path, config: dict) -> nn.Module:
 
 
 def _of_transformers(folder: Path, config: dict) -> nn.Module:
-    """By its first architecture; where it names none, by the first class whose configuration is of its model type."""
+    """By its first architecture; where it names none, by the plain class whose configuration is of its model type."""
     classes = {name: cls for name, cls in _classes().items() if hasattr(cls, "config_class")}
     kind, (name, *_) = config.get("model_type"), config.get("architectures") or [None]
     if name is None:
-        name = next((each for each, cls in classes.items() if cls.config_class.model_type == kind), None)
+        of_kind = [each for each, cls in classes.items() if cls.config_class.model_type == kind]
+        name = of_kind[-1] if of_kind else None  # the first that was registered, the others of which hold it
     _check_known(name, classes, f"{folder}: its {CONFIG} is of a {name or kind}, which no adapter reads")
     with told(f"{folder}: no {name} can be made", Exception):
         return classes[name](classes[name].config_class.from_dict(config))
