@@ -206,11 +206,15 @@ class Tiny:
         if self.sides:
             arguments |= zip(self.sides[-len(self.size) :], self.size, strict=True)
         if self.scales is not None:
-            arguments |= self.guide(pipe, self.scales[2] if scale is None else scale)
+            scale = self.scales[2] if scale is None else scale
+            arguments |= self.guide(pipe, scale)
+            if scale == self.scales[0]:
+                arguments |= dict.fromkeys(name for name in arguments if name.startswith("negative_"))
         if "generator" in known:
             arguments["generator"] = [torch.Generator().manual_seed(each.seed) for each in prompts]
             if not self.batched:
                 arguments["generator"] = arguments["generator"][0]
+        torch.manual_seed(0)  # some ask no generator for what they draw an image's latents by
         output = pipe(**arguments, **self.options, num_inference_steps=steps, output_type="np", return_dict=False)
         return [torch.as_tensor(each) for each in tree_leaves(output) if isinstance(each, torch.Tensor | np.ndarray)]
 
@@ -380,7 +384,7 @@ PIPELINES = (
          home="diffusers.pipelines.consisid.pipeline_consisid"),
     Tiny("Cosmos2TextToImagePipeline", "CosmosTransformer3DModel",
          with_vae(latent_wan, partial(flow, use_karras_sigmas=True), safety_checker=Guard), (Text(10),), IMAGE,
-         scales=(0.0, 1.0, 2.0),
+         scales=(0.0, 2.0, 4.0),
          unsaved=("safety_checker",)),
     Tiny("CosmosTextToWorldPipeline", "CosmosTransformer3DModel", with_vae(
         lambda: diffusers.AutoencoderKLCosmos(
@@ -388,7 +392,7 @@ PIPELINES = (
             attention_resolutions=(4,), resolution=16, num_layers=1, patch_size=2, spatial_compression_ratio=4,
             temporal_compression_ratio=4, latents_mean=None, latents_std=None),
         diffusers.EDMEulerScheduler, safety_checker=Guard),
-        (Text(10),), (5, 16, 32), unsaved=("safety_checker",)),
+        (Text(10),), (5, 16, 32), scales=(0.0, 2.0, 4.0), unsaved=("safety_checker",)),
     Tiny("DDPMPipeline", "UNet2DModel", lambda: {"scheduler": diffusers.DDPMScheduler()}, (alone,), (8, 8),
          config={"in_channels": 3, "out_channels": 3}, scales=None, sides=()),
     Tiny("DiTPipeline", "DiTTransformer2DModel", with_vae(latent_2d, ddim), (labels,), (16, 16), sides=()),
@@ -427,14 +431,14 @@ PIPELINES = (
              down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
              block_out_channels=[8] * 4, latent_channels=4, norm_num_groups=4, vq_embed_dim=4,
              num_vq_embeddings=8), "scheduler": diffusers.DDPMScheduler(clip_sample=False)},
-         (Text(12, "attention_mask"),), (64, 128), std=0.1),
+         (Text(12, "attention_mask"),), (64, 128), scales=(0.0, 2.0, 4.0), std=0.1),
     Tiny("Kandinsky5T2VPipeline", "Kandinsky5Transformer3DModel", with_vae(latent_hunyuan),
          (Text(10, name="prompt_embeds_qwen"), Whole((6,), "prompt_embeds_clip"), lengths), (5, 32, 64),
          config={"in_visual_dim": 4, "out_visual_dim": 4}),
     Tiny("Kandinsky6TI2VAPipeline", "Kandinsky6Transformer3DModel", with_vae(latent_hunyuan),
          (Text(10, MASK), Whole((6,))), (5, 32, 64), options={"sample_audio": False}),
     Tiny("Krea2Pipeline", "Krea2Transformer2DModel", with_vae(partial(latent_qwen, 1)),
-         (Text((3, 12), "prompt_embeds_mask", dtype=torch.bool),), IMAGE, scales=(0.0, 1.0, 2.0), ragged=True),
+         (Text((3, 12), "prompt_embeds_mask", dtype=torch.bool),), IMAGE, scales=(0.0, 2.0, 4.0), ragged=True),
     Tiny("LTXPipeline", "LTXVideoTransformer3DModel", with_vae(
         lambda: diffusers.AutoencoderKLLTXVideo(
             latent_channels=4, block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
@@ -499,7 +503,7 @@ PIPELINES = (
     Tiny("I2VGenXLPipeline", "I2VGenXLUNet",
          lambda: {**eyes("CLIPVisionModelWithProjection", "feature_extractor"), "vae": latent_2d(),
                   "scheduler": ddim()},
-         (images, Text(12)), (3, 16, 32)),
+         (images, Text(12)), (3, 16, 32), batched=False),
     Tiny("StableVideoDiffusionPipeline", "UNetSpatioTemporalConditionModel",
          lambda: {**eyes("CLIPVisionModelWithProjection", "feature_extractor", 224),
                   "vae": diffusers.AutoencoderKLTemporalDecoder(
@@ -524,7 +528,7 @@ PIPELINES = (
          (Text(10),), (5, 32, 48), sides=("segment_frame_length", "height", "width"),
          options={"image": picture(32, 48), "pose_video": [picture(32, 48, f"pose {i}") for i in range(5)],
                   "face_video": [picture(16, 16, f"face {i}") for i in range(5)]}),
-    Tiny("ZImagePipeline", "ZImageTransformer2DModel", with_vae(latent_2d), (Texts(12),), IMAGE, scales=(0.0, 1.0, 2.0),
+    Tiny("ZImagePipeline", "ZImageTransformer2DModel", with_vae(latent_2d), (Texts(12),), IMAGE, scales=(0.0, 2.0, 4.0),
          ragged=True),
 )  # fmt: skip
 
