@@ -48,6 +48,8 @@ class Swapped:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if Swapped not in cls.__bases__:  # a class of others that derives from a subclass, as FSDP2 makes one
+            return
         base = next(each for each in cls.__bases__ if issubclass(each, nn.Module))
 
         def __init__(self, *args, atconv: dict | None = None, **kwargs):
