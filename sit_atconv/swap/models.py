@@ -109,7 +109,8 @@ class Swapped:
             raise InputError(
                 f"save_pretrained: {name} is {'new' if name in found else 'gone, or no plain tensor any more'}, and "
                 f"from_pretrained of {type(self).__name__} would not read these weights ({len(wanted ^ found)} such in "
-                "all); save before quantising, and without adapters (unload_lora, a pipeline's unload_ip_adapter)"
+                "all); save before quantising or sharding, without adapters (unload_lora, a pipeline's "
+                "unload_ip_adapter)"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
