@@ -143,12 +143,13 @@ def enable(model: nn.Module, cache: Cache, ratios: Sequence[float] | None = None
 
 def disable(model: nn.Module) -> None:
     """Switch the cache of a SiT off, if one is on, and leave the model as it was."""
+    from sit_atconv.runtime.compat.diffusers import drop_left_forward
+
     if not model.is_cache_enabled:
         return
     model.disable_cache()
-    for block in model.blocks:  # diffusers leaves the class's own forward on it, as if it were someone else's
-        if getattr(vars(block).get("forward"), "__func__", None) is type(block).forward:
-            del block.forward
+    for block in model.blocks:
+        drop_left_forward(block)
 
 
 def context(model: nn.Module, batch: int) -> AbstractContextManager[None]:

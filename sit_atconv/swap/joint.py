@@ -102,8 +102,9 @@ class JointATConv(SwappedLayer):
 
     K2 as `KernelGenerator` makes it from the image tokens, convolved on the grid that `reference` tells. Maps and norms
     have the attention's names and sizes; those that only unread text would need are left out. It is called as the
-    attention, and gives what that gives; `graft` tells both. The text is None where nothing reads it, in SD3's last
-    block. Raises InputError for what the graft refuses, such as an IP-Adapter's tokens or a missing text.
+    attention, and gives what that gives; `graft` tells both. Where nothing reads the text, in SD3's last block, it
+    is the text's values. Raises InputError for what the graft refuses, such as an IP-Adapter's tokens or a missing
+    text.
     """
 
     def __init__(self, graft: "JointGraft", attention: nn.Module, reference: GridReference, options: LayerOptions):
@@ -286,8 +287,10 @@ class JointGraft(Graft):
         return x if part is None else self.normalise(part, x)
 
     def output(self, module: nn.Module, call: Call, text: torch.Tensor | None, image: torch.Tensor):
-        """What the attention gives for text and image (B, tokens, channels) before their output maps."""
-        return _applied(module, self.out, image), None if text is None else _applied(module, self.text_out, text)
+        """What the attention gives for text and image (B, tokens, channels) before their output maps. Of text that
+        nothing reads (None) it is its values: tensors of the attention's shapes, for whoever wraps the layer."""
+        text = call.text.v.flatten(2) if text is None else _applied(module, self.text_out, text)
+        return _applied(module, self.out, image), text
 
     def approximated(self, layer, output, args, kwargs):
         return output[0]

@@ -7,7 +7,7 @@ from torch import nn
 
 from sit_atconv.layers.atconv import ATConv
 from sit_atconv.layers.blocks import SiTATConvBlock, SiTBlock
-from sit_atconv.runtime.compat.diffusers import config_of, set_config
+from sit_atconv.runtime.compat.diffusers import config_of, drop_left_forward, set_config
 from sit_atconv.runtime.errors import InputError
 
 THIN: dict[type[nn.Module], type[nn.Module]] = {}  # model class -> its ATConv subclass
@@ -108,6 +108,7 @@ def configure(model: nn.Module, without: str | None = None, **entries) -> None:
 def mark_thin(model: nn.Module) -> None:
     """A diffusers model becomes its ATConv subclass, with the entry `atconv`; without swapped layers, what it was."""
     record = model._swap_record
+    drop_left_forward(model)
     if record.config["layers"]:
         model.__class__ = THIN[record.model_class]
         configure(model, atconv=copy.deepcopy(record.config))
@@ -122,6 +123,7 @@ def mark_sit(model: nn.Module) -> None:
     record = model._swap_record
     mixers = _mixers(model)
     for block, mixer in zip(model.blocks, mixers, strict=True):
+        drop_left_forward(block)
         block.__class__ = SiTATConvBlock if mixer == "atconv" else SiTBlock
     if record.config["layers"]:
         options = {name: record.config[name] for name in ("pool", "kernel_size")}

@@ -48,6 +48,8 @@ class Swapped:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if Swapped not in cls.__bases__:  # a class of others that derives from a subclass, as FSDP2 makes one
+            return
         base = next(each for each in cls.__bases__ if issubclass(each, nn.Module))
 
         def __init__(self, *args, atconv: dict | None = None, **kwargs):
@@ -107,7 +109,8 @@ class Swapped:
             raise InputError(
                 f"save_pretrained: {name} is {'new' if name in found else 'gone, or no plain tensor any more'}, and "
                 f"from_pretrained of {type(self).__name__} would not read these weights ({len(wanted ^ found)} such in "
-                "all); save before quantising, and without adapters (unload_lora, a pipeline's unload_ip_adapter)"
+                "all); save before quantising or sharding, without adapters (unload_lora, a pipeline's "
+                "unload_ip_adapter)"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -9,6 +9,7 @@ from sit_atconv.layers.atconv import KernelGenerator
 from sit_atconv.ops.atconv.reference import shifts
 
 SEEN_BYTES = 2**31  # of what the taps of some heads see of a sample, at most; of one head, if it is more
+UNNOTICED = 1e-19  # of a weight, beside a bias of the order of one; in fp16, which does not hold it, its least is that
 ROUNDS = 8  # of fitting the taps in space and in time in turn
 
 
@@ -118,8 +119,9 @@ def start_as_fitted(layer: KernelGenerator, fit: TapFit) -> None:
 def set_kernels(layer: KernelGenerator, taps: torch.Tensor) -> None:
     """Start the layer at kernels that do not depend on its input: taps (heads, K) of the form g_h u + w.
 
-    With `kernel_proj` at zero weight all bins of channel c hold act(b_c) = g_c, and `kernel_gen` maps them to
-    g_c (its row sums) + its bias: u and w. The part of `kernel_gen` that has row sums of zero does not touch the start
+    With `kernel_proj` at weights that no sum notices all bins of channel c hold act(b_c) = g_c, and `kernel_gen` maps
+    them to g_c (its row sums) + its bias: u and w. Zeros would be divided by themselves where weights are quantised to
+    fp8 by the greatest of a row. The part of `kernel_gen` that has row sums of zero does not touch the start
     and lets gradients pass to `kernel_proj`: there tap i follows bin i. Lateral inhibition, which takes the share s of
     the mean away, is undone by s / (1 - s) of the mean.
     """
@@ -132,7 +134,8 @@ def set_kernels(layer: KernelGenerator, taps: torch.Tensor) -> None:
     g, u = left[:, 0] * singular[0], right[0]
     span = 2 * g.abs().max().clamp_min(1e-12)  # g is brought into [0.5, 1.5], where the activation can be inverted
     g, u, w = 1 + g / span, span * u, w - span * u
-    layer.kernel_proj.weight.zero_()
+    dtype = torch.finfo(layer.kernel_proj.weight.dtype)
+    layer.kernel_proj.weight.fill_(max(UNNOTICED, dtype.tiny * dtype.eps))
     layer.kernel_proj.bias.copy_(_inverse(layer.activation, g))
     rms = taps.square().mean().sqrt()
     layer.kernel_gen.weight.copy_(u[:, None] / count + rms * (torch.eye(count) - 1 / count))

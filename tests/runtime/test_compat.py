@@ -395,6 +395,28 @@ def test_registered_blocks_are_known_to_diffusers():
     assert TransformerBlockRegistry.get(Block).return_encoder_hidden_states_index is None
 
 
+def test_what_a_hook_leaves_of_forward_is_taken_off_and_what_others_put_there_stays():
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Double(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x = torch.ones(1, 3)
+    for own in (False, True):
+        module = Double(3, 2)
+        if own:
+            module.forward = lambda x: x
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        registry.register_hook(ModelHook(), "hook")
+        registry.remove_hook("hook")
+        assert "forward" in vars(module)
+        diffusers.drop_left_forward(module)
+        assert ("forward" in vars(module)) == own
+        module.__class__ = nn.Linear
+        assert torch.equal(module(x), x if own else nn.functional.linear(x, module.weight, module.bias))
+
+
 def test_a_cache_begins_anew():
     from diffusers import FirstBlockCacheConfig
 

@@ -120,6 +120,19 @@ def test_heads_without_values_do_not_matter():
     assert not layer.kernels(values).any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_row_of_weights_is_zero_and_no_sum_notices(dtype):
+    """What quantises by the greatest of a row divides by it."""
+    layer = ATConv(24, dtype=dtype)
+    set_kernels(layer, torch.rand(3, 9))
+    assert all(each.weight.any(1).all() for each in (layer.kernel_proj, layer.kernel_gen))
+    x = torch.randn(2, 4, 5, 24, dtype=dtype)
+    kernels = layer.kernels(x)
+    layer.kernel_proj.weight.zero_()
+    assert torch.equal(layer.kernels(x), kernels)
+
+
 @pytest.mark.parametrize("size", [0.1, 30.0])
 def test_heads_that_share_their_taps_can_learn_to_differ(size):
     generator = torch.Generator().manual_seed(9)

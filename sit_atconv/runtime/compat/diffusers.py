@@ -91,6 +91,13 @@ def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
     return {} if registry is None else registry.hooks
 
 
+# diffusers 0.42: a hook that is taken off leaves the class's own forward on the module, as if it were someone else's.
+def drop_left_forward(module: nn.Module) -> None:
+    """Take off a module the forward of its own class, which would stay if the module got another class."""
+    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward
+
+
 # diffusers 0.42: pipelines forget the states of caches as they end, and nothing public does.
 def reset_cache(model: nn.Module) -> None:
     """Have the cache of a model of diffusers begin anew."""

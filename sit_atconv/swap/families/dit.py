@@ -1,6 +1,7 @@
 """diffusers' DiT."""
 
 import torch
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from einops import rearrange
@@ -20,8 +21,9 @@ def _example(model: DiTTransformer2DModel, generator: torch.Generator, grid: Gri
     }
 
 
-class ATConvDiTTransformer2DModel(Swapped, DiTTransformer2DModel):
-    """DiT with ATConv; takes latents that are not square too, which the original unpatchifies as squares."""
+class ATConvDiTTransformer2DModel(Swapped, DiTTransformer2DModel, CacheMixin):
+    """DiT with ATConv; takes latents that are not square too, which the original unpatchifies as squares, and has
+    `enable_cache`, which the original lacks: diffusers' caches know its blocks."""
 
     def forward(
         self,
