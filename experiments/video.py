@@ -33,7 +33,7 @@ from sit_atconv.runtime import limits
 from sit_atconv.runtime.errors import InputError, command
 from sit_atconv.runtime.files import figure_png, library_versions, made_here, named, write_atomic, write_out
 from sit_atconv.runtime.markdown import markdown_table
-from sit_atconv.runtime.reading import COUNT, read_json, read_tensors
+from sit_atconv.runtime.reading import COUNT, as_stored, read_json, read_tensors
 from sit_atconv.swap import regress, swap_attention
 
 KEYS = ("system", "seeds", "settings", "versions", "results")  # of the JSON
@@ -191,7 +191,7 @@ def folder_of(runs: Path, seed: int) -> Path:
 def teach(runs: Path, seed: int, settings: Settings) -> None:
     """Train the model of a seed with its attention, or find it."""
     out = folder_of(runs, seed) / "model"
-    wanted = {"steps": settings.steps, "seed": seed, "model": json.loads(json.dumps(MODEL))}
+    wanted = {"steps": settings.steps, "seed": seed, "model": as_stored(MODEL)}
     if (out / STORED).exists():
         there = read_json(out / STORED, {"steps": COUNT, "seed": COUNT, "model": dict})
         if there != wanted:
@@ -232,7 +232,7 @@ def follow(runs: Path, arm: Arm, seed: int, settings: Settings) -> dict[str, Any
             raise InputError(f"{str(file)!r} is of other settings; name another folder, or remove it")
         return there
     some = held_out()
-    model = WanTransformer3DModel.from_pretrained(folder_of(runs, seed) / "model").eval()
+    model = WanTransformer3DModel.from_pretrained(folder_of(runs, seed) / "model", use_safetensors=True).eval()
     kept = velocities(model, some)
     inputs, result = [input_of(each) for each in some[:COMPARED]], dict(wanted)
     if arm.share:
