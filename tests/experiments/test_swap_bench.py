@@ -9,7 +9,8 @@ from diffusers import WanTransformer3DModel
 
 from experiments.bench import swap
 from experiments.bench.swap import CASES, Case
-from sit_atconv.swap.checking import blank, check_swap
+from sit_atconv.swap.blank import blank
+from sit_atconv.swap.checking import check_swap
 
 WAN = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "text_dim": 16}
 FLUX = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
