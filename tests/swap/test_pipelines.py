@@ -119,9 +119,9 @@ def test_guidance_is_that_of_two_passes(swapped, monkeypatch):
             tiny.draw(pipe, [FIRST], scale)
         found.append(info.value.args[0])
     plain, some, more = (each[: len(found[0])] for each in found)
-    assert (more - plain).norm() > 1e-2 * plain.norm()
+    assert (more - plain).norm() > 1e-3 * plain.norm()
     if tiny.affine:
-        torch.testing.assert_close(more - some, some - plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+        torch.testing.assert_close(more - some, some - plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
 def test_the_second_of_two_models_is_swapped_by_itself(tmp_path):
