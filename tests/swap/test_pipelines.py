@@ -119,9 +119,9 @@ def test_guidance_is_that_of_two_passes(swapped, monkeypatch):
             tiny.draw(pipe, [FIRST], scale)
         found.append(info.value.args[0])
     plain, some, more = (each[: len(found[0])] for each in found)
-    assert (more - plain).norm() > 1e-2 * plain.norm()
+    assert (more - plain).norm() > 1e-3 * plain.norm()
     if tiny.affine:
-        torch.testing.assert_close(more - some, some - plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+        torch.testing.assert_close(more - some, some - plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
 def test_the_second_of_two_models_is_swapped_by_itself(tmp_path):
@@ -134,15 +134,15 @@ def test_the_second_of_two_models_is_swapped_by_itself(tmp_path):
         for name in ("transformer", "transformer_2")
     }
     swap(tiny, pipe, calls["transformer"])
-    one = tiny.draw(pipe, [FIRST])
+    one = tiny.draw(pipe, [FIRST], steps=3)  # of two, the second is too short to tell
     swap_attention(pipe.transformer_2, "all", calib=calls["transformer_2"][:1])
     pipe.register_modules(transformer_2=pipe.transformer_2)
-    two = tiny.draw(pipe, [FIRST])
+    two = tiny.draw(pipe, [FIRST], steps=3)
     assert distance(two, one) > 5e-3
     pipe.save_pretrained(tmp_path)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
     align(loaded)
-    assert same(tiny.draw(loaded, [FIRST]), two)
+    assert same(tiny.draw(loaded, [FIRST], steps=3), two)
 
 
 def uses(folder: Path) -> dict[str, set[str]]:
