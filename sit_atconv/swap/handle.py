@@ -13,7 +13,7 @@ from sit_atconv.swap.adapters import SwapAdapter
 from sit_atconv.swap.building import sweep
 from sit_atconv.swap.calibration import Cost, Site, SwapReport, compare_site, row_of, run_over
 from sit_atconv.swap.grafts import is_fused
-from sit_atconv.swap.inputs import calibration_inputs, told_of
+from sit_atconv.swap.inputs import calibration_inputs, checked_inputs, told_of
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.survey import Survey
 from sit_atconv.swap.wrapping import check_unhooked, check_unwrapped
@@ -76,20 +76,28 @@ class AttentionSwap:
 
         inputs: each a batch, as a dict of keyword arguments or a tuple of arguments of the model, such as held-out
         ones; None: the random ones of `swap_attention`. Layers that these do not reach are left out.
-        Raises InputError for inputs that are none or do not fit the model, and where `report` does.
+        Raises InputError for a swap that was reverted or a dry run, inputs that are none or do not fit the model, and
+        where `report` does.
         """
-        given = calibration_inputs(self.model, self.adapter, inputs, needed=True)
+        self.check_active()
+        if inputs is None:
+            given = calibration_inputs(self.model, self.adapter, None, needed=True)
+        else:
+            given = checked_inputs(self.model, "inputs", inputs)
         self.follow()
-        sites = [replace(site, call=None, squares=[0.0, 0.0]) for site in self.candidates]
+        sites = [replace(site, call=None, squares=[0.0, 0.0]) for site in self.sites]
         try:
-            if self.active:
-                place(self.model, self.attentions)
+            place(self.model, self.attentions)
             with told_of(self.model, "inputs", given, given=inputs is not None):
                 run_over(self.model, sites, given, compare_site, "measuring errors")
         finally:
-            if self.active:
-                place(self.model, self.layers)
+            place(self.model, self.layers)
         return {site.name: site.error for site in sites if site.error is not None}
+
+    def check_active(self) -> None:
+        """Raises InputError for a swap that was reverted, and a dry run."""
+        if not self.active:
+            raise InputError("this swap was reverted, or was a dry run; swap first")
 
     def follow(self) -> None:
         """Move and cast the attentions, which the model does not hold, to where it went; of a dry run the layers.

@@ -38,8 +38,7 @@ def regress(swap: AttentionSwap, inputs: Iterable | None = None, steps: int = 50
         raise InputError(
             f"regress was given a {type(swap).__name__}; give it the swap: swap = swap_attention(model), regress(swap)"
         )
-    if not swap.active:
-        raise InputError("this swap was reverted, or was a dry run; swap first")
+    swap.check_active()
     if steps < 1 or not lr > 0:
         raise InputError(f"steps={steps}, lr={lr}: both must be greater than 0")
     if inputs is not None:

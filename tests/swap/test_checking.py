@@ -18,11 +18,12 @@ from sit_atconv.swap.checking import check_swap
 ADAPTERS = {adapter.model.__name__: adapter for adapter in known_adapters() if adapter.tiny is not None}
 
 OF_IMAGES = ("UNetSpatioTemporalConditionModel",)  # whose condition is an image, of one token
+PADDED = ("HunyuanDiT2DModel",)  # whose text has one length, with a mask
 
 
 def without_text(name) -> bool:
     vision = ADAPTERS[name].model.__module__.partition(".")[0] in ("timm", "transformers")
-    return vision or name in ("SiTTransformer2DModel", "DiTTransformer2DModel", "UNet2DModel", *OF_IMAGES)
+    return vision or name in ("SiTTransformer2DModel", "DiTTransformer2DModel", "UNet2DModel", *OF_IMAGES, *PADDED)
 
 
 def counted(model, inputs) -> int:
