@@ -53,12 +53,13 @@ ALLOWED = {
         "models", "layers", "ops", "data", "latents", "training", "bench", "bench.timing", "bench.results",
     },
     "report": BASE | {"data", "scoring"},
+    "hub": CORE | SAVED | {"data", "pipelines", "report", "scoring", "swap"},
     "principles": CORE | DRAWN | {
         "models", "layers", "ops", "data", "latents", "classification", "training.checkpoint",
     },
     "commands": CORE | SAVED | DRAWN | {
         "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing", "data",
-        "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring", "swap",
+        "hub", "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring", "swap",
         "training", "training.posthoc",
     },
     "__main__": DOOR,

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import uuid
@@ -322,6 +323,32 @@ def lock(folder: Path, name: str, file: str = LOCK) -> TextIO:
         if _is_same(held.fileno(), folder / file):
             return held
         held.close()  # the one that had it has removed it since
+
+
+# How fcntl's record of a lock is laid out, by system: where its type is among its fields.
+FLOCK = {"linux": ("hhqqi4x", 0), "darwin": ("qqihh", 3)}
+
+
+def held(folder: Path, file: str = LOCK) -> bool | None:
+    """Whether another process has a folder, see `lock`; None where the system does not tell. Nothing is taken.
+
+    Not for a process that has a lock there itself: the system lets go of it when this closes the file.
+    """
+    if sys.platform not in FLOCK:
+        return None
+    import fcntl
+
+    form, place = FLOCK[sys.platform]
+    fields = [0] * 5  # from the beginning, to the end, by nobody
+    fields[place] = fcntl.F_WRLCK
+    try:
+        with open(folder / file, "rb") as asked:
+            found = fcntl.fcntl(asked, fcntl.F_GETLK, struct.pack(form, *fields))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return struct.unpack(form, found)[place] != fcntl.F_UNLCK
 
 
 def _is_same(descriptor: int, path: Path) -> bool:

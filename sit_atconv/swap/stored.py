@@ -48,7 +48,7 @@ def swap_as_stored(
     if hasattr(model, "_swap_record"):
         raise InputError(f"{type(model).__name__} has swapped layers already; revert them, or take the original model")
     adapter = adapter_of(model)
-    _check_stored(config)
+    check_stored(config)
     check(teacher_of(model))
     adapter.check(model, config)
     try:
@@ -70,7 +70,8 @@ def swap_as_stored(
     return swap
 
 
-def _check_stored(config: dict) -> None:
+def check_stored(config: dict) -> None:
+    """Raise InputError where a stored configuration is of another version, or not as `swap_attention` wrote it."""
     found = config.get("schema") if isinstance(config, dict) else config
     if found != SCHEMA:
         raise InputError(f"atconv schema {found!r}: this version reads {SCHEMA}; use the one that wrote it")
@@ -79,7 +80,7 @@ def _check_stored(config: dict) -> None:
 
 
 def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> list[Site]:
-    _check_stored(config)
+    check_stored(config)
     grafts = adapter.find(model)
     for name in config["layers"]:
         check_choice("atconv layer", name, grafts)
