@@ -14,6 +14,7 @@ from typing import Any
 from sit_atconv.commands.options import pasted
 from sit_atconv.runtime.errors import InputError, check_one_process
 from sit_atconv.sampling.settings import Sampling, flag
+from sit_atconv.scoring import DIGITS_TRAIN
 
 HERE = "FOLDER"  # what the command lines of a card call the folder that it is pulled into
 
@@ -86,7 +87,8 @@ def lines_of_model(opened: Any, sets: Sequence[Any]) -> list[str]:
     lines = [pasted("sample", "--ckpt", HERE, "--classes", *classes, "--out", "grid.png")]
     for each in sets:
         lines.append(pasted("generate", "--ckpt", HERE, *_drawn(each.manifest), "--out", each.name))
-        reference = Path(str((each.metrics.get("reference") or {}).get("name", "REF"))).name
+        reference = str((each.metrics.get("reference") or {}).get("name", "REF"))
+        reference = "digits" if reference == DIGITS_TRAIN else Path(reference).name
         lines.append(pasted("score", each.name, "--ref", reference))
     return lines
 

@@ -15,12 +15,14 @@ import shutil
 import struct
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, option, reason, told
 from sit_atconv.runtime.reading import read_json, spelt
 from sit_atconv.version import __version__
@@ -35,6 +37,8 @@ OWNER = f".{MARK}"  # in a folder that this program may clear: what lies beside 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.unfinished|.+\.(?:[0-9a-f]{12}|[0-9a-f]{32})\.tmp", re.DOTALL)
 STEP = re.compile("step-([0-9]+)")
 MARKDOWN = f"<!-- made by {MARK} -->"
+LONG = 1 << 28  # bytes that take so long to read or write that it is told
+PIECE = 1 << 22  # bytes that are read at once
 LARGEST_RESULT = 1 << 28  # bytes of a file that is read to see whose it is
 _held: set[Path] = set()  # what this process is writing, as system locks do not part its threads
 
@@ -428,8 +432,7 @@ def new_path(
             try:
                 empty(claimed)
                 yield claimed / out.name
-                for path in [*(claimed / out.name).rglob("*"), claimed / out.name]:
-                    sync(path)
+                _sync_all([*(claimed / out.name).rglob("*"), claimed / out.name])
                 put(claimed / out.name, out, what, force, ours)
             finally:
                 _unclaim(claimed)
@@ -543,6 +546,15 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
+def _sync_all(paths: list[Path]) -> None:
+    """`sync` of each, the largest of which may take as long as it took to write them."""
+    sizes = [path.stat().st_size for path in paths]
+    with _of_bytes("to the disk", sum(sizes)) as bar:
+        for path, size in zip(paths, sizes, strict=True):
+            sync(path)
+            bar.update(size)
+
+
 def settle(folder: Path) -> None:
     """Force a new folder and all in it to the disk, readable for whom the umask says.
 
@@ -561,8 +573,20 @@ def settle(folder: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, _of_bytes("SHA-256", os.fstat(file.fileno()).st_size) as bar:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
+
+
+def _of_bytes(what: str, size: int) -> Progress:
+    """The progress of a file, or of several, shown where it takes seconds; of threads, which share a bar of their
+    caller's, and of processes but the main one, nothing."""
+    alone = threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0"
+    options = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False, "disable": size < LONG or not alone}
+    return Progress(total=size, desc=what, **options)
 
 
 def library_versions(*more: str) -> dict[str, str]:

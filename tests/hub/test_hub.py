@@ -108,7 +108,7 @@ def test_a_run_goes_up_with_its_card_and_comes_down_with_the_same_bytes(hub, run
     said = capsys.readouterr()
     commit = hub.repos[f"models/{NAME}"].commits[-1][0]
     assert said.out.splitlines() == [
-        f"{hub.url}/{NAME}, 9 files at {commit}", f"sit-atconv pull {NAME} --out FOLDER"
+        f"{hub.url}/{NAME}, 8 files at {commit}", f"sit-atconv pull {NAME} --out FOLDER"
     ]  # fmt: skip
     there = uploaded(hub, f"models/{NAME}")
     assert sorted(re.sub(r"[0-9a-f]{8}", "*", path) for path in there) == [
