@@ -48,7 +48,10 @@ def pull(repo: str, out: str | Path, revision: str | None = None, force: bool = 
         if fault_of(each.path, INSIDE) or each.path.split("/")[0] in (OF_CLIENT, ".git"):
             raise InputError(f"{about}: it has a file {each.path!r}, which no folder here takes; ask its owner")
     size = sum(each.size for each in files)
-    with new_path(out, force=force) as unfinished, Progress(total=size, desc="pull", unit="B", unit_scale=True) as bar:
+    with (
+        new_path(out, force=force) as unfinished,
+        Progress(total=size, desc="pull", unit="B", unit_scale=True, leave=False) as bar,
+    ):
         check_space(unfinished.parent, size)
         unfinished.mkdir()
         place = {"repo_type": kind, "revision": commit, "local_dir": unfinished}
@@ -57,7 +60,6 @@ def pull(repo: str, out: str | Path, revision: str | None = None, force: bool = 
                 bar.note(each.path)
                 hf_hub_download(name, each.path, **place, tqdm_class=type("Meter", (_Meter,), {"bar": bar}))
                 _check(unfinished / each.path, each, about)
-        bar.note("")
         shutil.rmtree(unfinished / OF_CLIENT, ignore_errors=True)
     return Pulled(commit, len(files), size)
 

@@ -103,7 +103,7 @@ def push(contents: Contents, repo: str, private: bool = False, message: str | No
         gone = [path for path in old if any(fnmatchcase(path, pattern) for pattern in contents.ours)]
         added = []
         with (
-            Progress(total=contents.size, desc="push", unit="B", unit_scale=True) as bar,
+            Progress(total=contents.size, desc="push", unit="B", unit_scale=True, leave=False) as bar,
             bars_of(huggingface_hub.utils),
         ):
             for path, file in contents.files.items():
@@ -111,7 +111,6 @@ def push(contents: Contents, repo: str, private: bool = False, message: str | No
                 added.append(CommitOperationAdd(path, file))
                 hub.preupload_lfs_files(name, [added[-1]], free_memory=False, **kind)
                 bar.update(file.stat().st_size)
-            bar.note("")
         operations = [*added, *(CommitOperationDelete(path) for path in gone)]
         commit = hub.create_commit(name, operations, commit_message=message or "Upload by sit-atconv push", **kind)
     place = f"{DATASETS if contents.kind == 'dataset' else ''}{name}"

@@ -12,9 +12,9 @@ from sit_atconv.data.images import DAMAGED, MOST_BYTES, open_image
 from sit_atconv.report.curves import four_digits
 from sit_atconv.report.runs import Run, read_runs
 from sit_atconv.runtime.bounded import read_bytes
-from sit_atconv.runtime.console import duration
+from sit_atconv.runtime.console import clock_told
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.files import held
+from sit_atconv.runtime.files import in_use
 from sit_atconv.runtime.markdown import visible
 from sit_atconv.scoring.result import number
 
@@ -125,7 +125,7 @@ def look(path: str | Path) -> Look:
     run = read_runs([str(path)])[0]
     if not run.trained:
         raise InputError(f"RUN {str(path)!r} is a folder of samples, and no training run; give that of a run")
-    return Look(run, held(run.folder))
+    return Look(run, in_use(run.folder))
 
 
 def line(at: Look) -> str:
@@ -136,7 +136,7 @@ def line(at: Look) -> str:
         if (value := number(row.get(name))) is not None:
             parts.append(form.format(value))
     if (left := number(row.get("eta_seconds"))) and not at.ended:
-        parts.append(f"{duration(left)} left")
+        parts.append(f"{clock_told(left)} left")
     if skipped := number(row.get("skipped")):
         parts.append(f"{skipped:,} skipped")
     return ", ".join(parts)

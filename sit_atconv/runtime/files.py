@@ -333,8 +333,8 @@ def lock(folder: Path, name: str, file: str = LOCK) -> TextIO:
 FLOCK = {"linux": ("hhqqi4x", 0), "darwin": ("qqihh", 3)}
 
 
-def held(folder: Path, file: str = LOCK) -> bool | None:
-    """Whether another process has a folder, see `lock`; None where the system does not tell. Nothing is taken.
+def in_use(folder: Path, file: str = LOCK) -> bool | None:
+    """Whether another process has taken a folder, see `lock`; None where the system does not tell. Nothing is taken.
 
     Not for a process that has a lock there itself: the system lets go of it when this closes the file.
     """

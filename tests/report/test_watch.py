@@ -97,13 +97,13 @@ def holder(begun):
 
 
 def test_whether_a_process_is_at_work_is_seen_without_taking_its_place(begun, holder):
-    assert files.held(begun) is True
-    assert files.held(begun) is True  # which it still has
+    assert files.in_use(begun) is True
+    assert files.in_use(begun) is True  # which it still has
     holder.kill()
     holder.wait()
-    assert files.held(begun) is False
+    assert files.in_use(begun) is False
     (begun / ".lock").unlink()
-    assert files.held(begun) is False
+    assert files.in_use(begun) is False
 
 
 def test_off_a_terminal_a_run_at_work_is_told_line_by_line_until_it_ends(begun, holder, monkeypatch, capsys):
