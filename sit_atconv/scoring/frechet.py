@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from sit_atconv.runtime.console import Progress
-from sit_atconv.runtime.processes import is_main
 
 
 class Moments(NamedTuple):
@@ -54,6 +53,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def frechet_distances(samples: Iterable[Moments], reference: Moments, total: int | None = None) -> list[float]:
     """`frechet_distance` of each of several to one reference, whose root is taken once. total: how many they are, for
     the progress: in 2,048 dimensions each takes seconds."""
+    from sit_atconv.runtime.processes import is_main  # which loads torch, and `score --help` does without
+
     reference = _checked(reference, len(reference.mu))
     values, vectors = np.linalg.eigh(reference.sigma)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
