@@ -40,6 +40,7 @@ from sit_atconv.pipelines import export
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
 from sit_atconv.report.runs import read_runs
 from sit_atconv.runtime.classes import Classes
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import ArgumentParser, InputError, command
 from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.reading import read_json
@@ -278,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     ArgumentParser(prog="python -m experiments.bombs", description=__doc__.split("\n")[0]).parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, (path, read) in bombs(Path(folder)).items():
+        for name, (path, read) in Progress(bombs(Path(folder)).items(), "bombs", unit="bomb", delay=1):
             taken = measure(name, path, read)
             figures = f"{taken.stored / 1e3:,.0f}", f"{taken.memory / 1e6:,.0f}", f"{taken.seconds:.2f}"
             rows.append([name, *figures, "no" if taken.said is None else "yes"])

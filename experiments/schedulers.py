@@ -27,6 +27,7 @@ from sit_atconv.commands.options import add_out
 from sit_atconv.flow.samplers import STARTS
 from sit_atconv.pipelines.adams import FlowMatchAdamsScheduler
 from sit_atconv.pipelines.schedulers import check_scheduler
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import ArgumentParser, InputError, command
 from sit_atconv.runtime.files import named
 from sit_atconv.runtime.markdown import markdown_table
@@ -170,9 +171,9 @@ def measure(kind: type[SchedulerMixin], options: dict[str, Any], steps: tuple[in
 
 
 def rows(steps: tuple[int, ...] = STEPS) -> Iterator[dict[str, Any]]:
-    for kind in ACCEPTED:
-        for options in (*ACCEPTED[kind], *REFUSED[kind]):
-            yield measure(kind, options, steps)
+    asked = [(kind, options) for kind in ACCEPTED for options in (*ACCEPTED[kind], *REFUSED[kind])]
+    for kind, options in Progress(asked, "schedulers", unit="setting", delay=1):
+        yield measure(kind, options, steps)
 
 
 def table(measured: list[dict[str, Any]]) -> str:

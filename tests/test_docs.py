@@ -62,6 +62,7 @@ NOT_RUN = {
     r"WEIGHTS|REF\.npz": "Inception's weights",
     r"dinov2|dino\.npz": "DINOv2's weights",
     r"--num_processes 8|--nproc_per_node": "several processes; tests of training and sampling start them",
+    r"^sit-atconv (push|pull) ": "they ask the hub; tests/hub runs them against a stand-in",
     r"^sit-atconv frontier ": "a grid of minutes; tests/bench runs it with small ones",
     r"speed --models": "models of published sizes; tests/bench runs it with small ones",
 }

@@ -57,6 +57,7 @@ COMMANDS = {
     "convert": (convert.main, ["none"], [""]),
     "convert to public": (convert.main, ["none", "--to", "public"], [".pt", ".safetensors"]),
     "export": (export.main, ["none"], [""]),
+    "pull": (command, ["pull", "a/none"], [""]),
     "posthoc": (posthoc.main, ["none", "--std", 0.1], [""]),
     "bench.op": (op.main, ["--device", "cpu"], [".json", ".md", ".png"]),
     "bench.swap": (swap.main, ["--device", "cpu"], [".json", ".md"]),

@@ -53,13 +53,14 @@ ALLOWED = {
         "models", "layers", "ops", "data", "latents", "training", "bench", "bench.timing", "bench.results",
     },
     "report": BASE | {"data", "scoring"},
+    "hub": CORE | SAVED | {"data", "pipelines", "report", "scoring", "swap"},
     "principles": CORE | DRAWN | {
         "models", "layers", "ops", "data", "latents", "classification", "training.checkpoint",
     },
     "commands": CORE | SAVED | DRAWN | {
         "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing", "data",
-        "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring", "swap",
-        "training", "training.posthoc",
+        "hub", "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring",
+        "swap", "training", "training.posthoc",
     },
     "__main__": DOOR,
     "posthoc": DOOR,
@@ -250,6 +251,43 @@ def test_progress_has_one_owner(path):
     """tqdm writes one endless line off a terminal; `console.Progress` does not. forked.py sets tqdm's lock."""
     owners = {"sit_atconv/runtime/console.py", "experiments/drill/forked.py"}
     assert str(path.relative_to(ROOT)) in owners or "tqdm" not in imports(path)
+
+
+# Loops that go once more through what was measured, which takes seconds, by module and function.
+SILENT = {
+    "sit_atconv.scoring.features": {"load"},
+    "sit_atconv.scoring.inception_score": {"inception_scores"},
+    "sit_atconv.scoring.score": {"_recognised"},
+}
+
+
+def silent_loops(text: str) -> set[str]:
+    """The functions with a loop over batches that say nothing of how far they are: by no Progress, and no bar of
+    their caller's."""
+    found = set()
+    for function in ast.walk(ast.parse(text)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        loops = [node.iter for node in ast.walk(function) if isinstance(node, ast.For | ast.comprehension)]
+        over = [ast.unparse(each) for each in loops]
+        names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        if any(re.search(r"\b(batches|TrainingBatches)\b", each) for each in over) and not names & {"Progress", "bar"}:
+            found.add(function.name)
+    return found
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_loops_over_batches_tell_how_far_they_are(path):
+    # A step of the trainer goes through its parts, under the bar of all steps.
+    told = SILENT.get(module(path), set()) | ({"_optimize"} if module(path) == "sit_atconv.training.trainer" else set())
+    assert silent_loops(path.read_text()) == told
+
+
+def test_a_silent_loop_is_found():
+    assert silent_loops("def f(source):\n    for each in source.batches(8):\n        use(each)\n") == {"f"}
+    assert silent_loops("def f(x):\n    return [use(each) for each in TrainingBatches(x)]\n") == {"f"}
+    assert not silent_loops("def f(x):\n    for each in Progress(x.batches(8)):\n        use(each)\n")
+    assert not silent_loops("def f(x, bar):\n    for each in x.batches(8):\n        bar.update(use(each))\n")
 
 
 READERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "OmegaConf.load"}

@@ -14,7 +14,7 @@ from sit_atconv.classification.recipe import ClassifierRecipe
 from sit_atconv.classification.samples import HeldOut
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import RankPositions
-from sit_atconv.runtime.console import say
+from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.processes import gathered, is_main, raise_together
 from sit_atconv.runtime.reading import COUNT, POSITIVE, Malformed, read_rows
@@ -72,7 +72,11 @@ class Evaluation(Measured):
         places = RankPositions(0, math.ceil(len(self.held_out) / size), size)
         model.eval()
         try:
-            for batch in TrainingBatches(self.held_out, places, self.recipe.data, device.type == "cuda"):
+            batches = TrainingBatches(self.held_out, places, self.recipe.data, device.type == "cuda")
+            total = math.ceil(len(self.held_out) / size)
+            for batch in Progress(
+                batches, "evaluation", total, unit="batch", delay=2, leave=False, disable=not is_main()
+            ):
                 if len(self.sizes) < 2:
                     self.sizes |= {*map(tuple, batch["size"].unique(dim=0)[:2].tolist())}
                 image, label = batch["image"].to(device), batch["label"].to(device)

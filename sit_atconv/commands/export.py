@@ -2,6 +2,7 @@
 
 import argparse
 
+from sit_atconv.commands.push import lines_of_model
 from sit_atconv.runtime.errors import add_force
 from sit_atconv.runtime.files import check_checkpoint, check_out
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--license", default="unknown", metavar="ID", help="of the weights, for the model card (default: unknown)"
     )
+    parser.add_argument("--picture", metavar="PNG", help="for the model card (default: the run's newest preview)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,8 +26,11 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out, force=args.force)
     check_checkpoint(args.source)
 
+    from sit_atconv.hub.shown import shown_of
     from sit_atconv.pipelines.exporting import check_target, export, open_source
 
     check_target(args.out, args.license, args.force)  # before the weights are read
-    export(open_source(args.source, args.vae, args.variant), args.out, args.license, args.force)
+    opened = open_source(args.source, args.vae, args.variant)
+    shown = shown_of(args.source, opened.files, lambda sets: lines_of_model(opened, sets), args.picture)
+    export(opened, args.out, args.license, args.force, shown)
     print(args.out)

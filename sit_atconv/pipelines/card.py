@@ -1,5 +1,7 @@
 """The model card of an exported pipeline: what the model is, how it is used, where it comes from."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -17,6 +19,7 @@ from sit_atconv.sampling.settings import Sampling
 from sit_atconv.training import ema
 from sit_atconv.training.checkpoint import INIT_FORM
 
+PICTURE = "picture.png"  # beside a card that shows one
 HEADER = """---
 license: {license}
 library_name: diffusers
@@ -30,26 +33,52 @@ tags:
 """
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a card shows beside the model. picture: a PNG, None without one; caption: what is seen. scores: Markdown.
+    lines: of a shell, that fetch and repeat. repo: the name on the Hub, None where it is not known."""
+
+    picture: bytes | None = None
+    caption: str = ""
+    scores: str = ""
+    lines: Sequence[str] = ()
+    repo: str | None = None
+
+    def at(self, repo: str) -> "Shown":
+        """The same, of what goes to a repository."""
+        return replace(self, repo=repo)
+
+
 def model_card(
-    pipeline: SiTPipeline, manifest: dict[str, Any], dtype: torch.dtype, name: str, license: str, libraries: set[str]
-) -> str:
+    pipeline: SiTPipeline, manifest: dict[str, Any], dtype: torch.dtype, name: str, license: str, libraries: set[str],
+    shown: Shown | None = None,
+) -> str:  # fmt: skip
     """README.md of an export, Markdown under the Hub's YAML.
 
     manifest: a checkpoint's, from which the facts of training come, or what there is of one. dtype: of the weights on
-    disk. license: of the weights. libraries: what the exported code imports.
+    disk. license: of the weights. libraries: what the exported code imports. shown: what else there is to show.
     """
+    shown = shown or Shown()
     model = pipeline.transformer
     mixer = model.config.token_mixer
     sections = {
         "The model": _describe(pipeline, dtype),
-        "Use": _usage(pipeline, dtype, libraries),
+        "Scores": shown.scores,
+        "Use": _usage(pipeline, dtype, libraries, shown.repo),
+        "With the package sit_atconv": shell(shown.lines),
         "Training": _training(manifest, model.config.trained_guidance),
         "Versions": ", ".join(f"{library} {version}" for library, version in library_versions().items()) + ".",
         "Limits": _limits(pipeline, license),
     }
     header = HEADER.format(license=license, mixer=mixer if isinstance(mixer, str) else "hybrid")
     body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text)
-    return f"{header}\n# {plain(name)}\n\n{_summary(model)}\n\n{body}"
+    picture = "" if shown.picture is None else f"\n\n![{plain(shown.caption)}]({PICTURE})\n\n{plain(shown.caption)}"
+    return f"{header}\n# {plain(name)}\n\n{_summary(model)}{picture}\n\n{body}"
+
+
+def shell(lines: Sequence[str]) -> str:
+    """A block of command lines; "" without any."""
+    return "\n".join(["```bash", *lines, "```"]) if lines else ""
 
 
 def _summary(model: SiTTransformer2DModel) -> str:
@@ -106,7 +135,7 @@ def _mixers(model: SiTTransformer2DModel) -> str:
     return mixer if isinstance(mixer, str) else ", ".join(mixer)
 
 
-def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str]) -> str:
+def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str], repo: str | None) -> str:
     model = pipeline.transformer
     label = min(1, model.config.num_classes - 1)
     loading = "" if dtype == torch.float32 else f", dtype={dtype}"
@@ -125,6 +154,7 @@ def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str]) -> st
         if picture
         else f'latents = pipe({call}, output_type="latent").images'
     )
+    place = 'folder = "."  # this folder, or its id on the Hub' if repo is None else f'folder = "{repo}"'
     needed = libraries | {"accelerate", "safetensors"}
     install = " ".join(sorted({"PIL": "pillow"}.get(library, library) for library in needed))
     return f"""    pip install {install}
@@ -133,7 +163,7 @@ def _usage(pipeline: SiTPipeline, dtype: torch.dtype, libraries: set[str]) -> st
 import torch
 from diffusers import DiffusionPipeline
 
-folder = "."  # this folder, or its id on the Hub
+{place}
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{loading})
 generator = torch.Generator().manual_seed(0)
 {draw}

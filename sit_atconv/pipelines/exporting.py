@@ -4,7 +4,7 @@ model_index.json                  names pipeline.py and, for AutoModel, the tran
 pipeline.py                       SiTPipeline in one file
 transformer/modeling_sit_*.py     operator, layers and model in one file, its hash in its name; in guide/ too
 transformer/, guide/, scheduler/, vae/    as save_pretrained writes them
-README.md                         a model card
+README.md                         a model card, with picture.png where there is one
 
 sit-atconv export SRC --out DIR
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sit_atconv.models.sit import SiTTransformer2DModel
 from sit_atconv.pipelines.bundle import Bundle, digest
-from sit_atconv.pipelines.card import model_card
+from sit_atconv.pipelines.card import PICTURE, Shown, model_card
 from sit_atconv.pipelines.from_run import FromRun
 from sit_atconv.pipelines.opening import Source, open_as
 from sit_atconv.pipelines.pipeline_sit import SiTPipeline
@@ -50,9 +50,11 @@ def open_source(source: str | Path, vae: str | None = None, variant: str | None 
     return open_as(SiTPipeline, source, vae, variant)
 
 
-def export(source: Source, out: str | Path, license: str = "unknown", force: bool = False) -> None:
+def export(
+    source: Source, out: str | Path, license: str = "unknown", force: bool = False, shown: Shown | None = None
+) -> None:
     """Write the folder `out`, whole or not at all. license: of the weights, as the Hub spells it. force: what is at
-    `out` is set aside.
+    `out` is set aside. shown: what the card shows beside the model.
 
     Raises InputError when `out` exists or cannot be written, or the license is no identifier.
     """
@@ -64,16 +66,21 @@ def export(source: Source, out: str | Path, license: str = "unknown", force: boo
             "the pipeline with one of diffusers, such as FlowMatchEulerDiscreteScheduler, and export that"
         )
     with new_path(out, force=force) as unfinished:
-        _write(source, unfinished, unfinished.name, license)
+        _write(source, unfinished, unfinished.name, license, shown)
 
 
 def check_target(out: str | Path, license: str, force: bool) -> None:
     check_out(out, force=force)
+    check_license(license)
+
+
+def check_license(license: str) -> None:
+    """Raise InputError for a license that is no identifier of the Hub's."""
     if not re.fullmatch(r"[A-Za-z0-9.-]+", license):
         raise InputError(f"{option('license')} {license!r}: give one identifier, such as mit, cc-by-nc-4.0 or other")
 
 
-def _write(source: Source, folder: Path, name: str, license: str) -> None:
+def _write(source: Source, folder: Path, name: str, license: str, shown: Shown | None) -> None:
     model_code, pipeline_code = MODEL.text(NOTE), PIPELINE.text(NOTE)
     # diffusers keeps local files of one name in one place: another version's must not replace this one.
     module = f"modeling_sit_{digest(model_code)}"
@@ -95,5 +102,7 @@ def _write(source: Source, folder: Path, name: str, license: str) -> None:
             config |= {"auto_map": auto_map, "_use_default_values": {"auto_map": True}}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     libraries = MODEL.libraries() | PIPELINE.libraries()
-    card = model_card(source.pipeline, source.manifest, source.dtype, name, license, libraries)
+    card = model_card(source.pipeline, source.manifest, source.dtype, name, license, libraries, shown)
     (folder / "README.md").write_text(card)
+    if shown is not None and shown.picture is not None:
+        (folder / PICTURE).write_bytes(shown.picture)

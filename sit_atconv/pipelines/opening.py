@@ -29,11 +29,13 @@ SCHEDULER_FORM, MOST_SCHEDULER = {"num_train_timesteps?": range(1, 10_001)}, 1 <
 
 @dataclass
 class Source:
-    """A pipeline that was opened, what training or conversion said of its weights, and their dtype on disk."""
+    """A pipeline that was opened, what training or conversion said of its weights, their dtype on disk, and the SHA-256
+    of their files."""
 
     pipeline: DiffusionPipeline
     manifest: dict[str, Any]
     dtype: torch.dtype
+    files: dict[str, str]
 
 
 def open_as(
@@ -67,7 +69,7 @@ def open_as(
         vae = codec.vae if isinstance(codec, VaeCodec) else None
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         pipeline = _made(kind, trained.model, vae, weaker, scheduler, trained.id2label)
-    return Source(pipeline, trained.manifest, trained.model.dtype)
+    return Source(pipeline, trained.manifest, trained.model.dtype, trained.files)
 
 
 def _made(

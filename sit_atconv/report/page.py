@@ -56,8 +56,11 @@ class Column:
         return self.samples.metrics if self.samples else {}
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page, as ASCII. Raises InputError for pictures that cannot be read."""
+def render(runs: Sequence[Run], again: int | None = None) -> str:
+    """The page, as ASCII. again: seconds after which a browser is to load it again, None: never.
+
+    Raises InputError for pictures that cannot be read.
+    """
     groups = _sample_sections(runs)
     columns = [column for _, group in groups for column in group]
     sections = [
@@ -80,6 +83,7 @@ def render(runs: Sequence[Run]) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", http_equiv="refresh", content=again) if again else None,
         tag("meta", name="generator", content=MARK),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),

@@ -12,14 +12,17 @@ import os
 import platform
 import re
 import shutil
+import struct
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, option, reason, told
 from sit_atconv.runtime.reading import read_json, spelt
 from sit_atconv.version import __version__
@@ -34,6 +37,8 @@ OWNER = f".{MARK}"  # in a folder that this program may clear: what lies beside 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.unfinished|.+\.(?:[0-9a-f]{12}|[0-9a-f]{32})\.tmp", re.DOTALL)
 STEP = re.compile("step-([0-9]+)")
 MARKDOWN = f"<!-- made by {MARK} -->"
+LONG = 1 << 28  # bytes that take so long to read or write that it is told
+PIECE = 1 << 22  # bytes that are read at once
 LARGEST_RESULT = 1 << 28  # bytes of a file that is read to see whose it is
 _held: set[Path] = set()  # what this process is writing, as system locks do not part its threads
 
@@ -324,6 +329,32 @@ def lock(folder: Path, name: str, file: str = LOCK) -> TextIO:
         held.close()  # the one that had it has removed it since
 
 
+# How fcntl's record of a lock is laid out, by system: where its type is among its fields.
+FLOCK = {"linux": ("hhqqi4x", 0), "darwin": ("qqihh", 3)}
+
+
+def in_use(folder: Path, file: str = LOCK) -> bool | None:
+    """Whether another process has taken a folder, see `lock`; None where the system does not tell. Nothing is taken.
+
+    Not for a process that has a lock there itself: the system lets go of it when this closes the file.
+    """
+    if sys.platform not in FLOCK:
+        return None
+    import fcntl
+
+    form, place = FLOCK[sys.platform]
+    fields = [0] * 5  # from the beginning, to the end, by nobody
+    fields[place] = fcntl.F_WRLCK
+    try:
+        with open(folder / file, "rb") as asked:
+            found = fcntl.fcntl(asked, fcntl.F_GETLK, struct.pack(form, *fields))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return struct.unpack(form, found)[place] != fcntl.F_UNLCK
+
+
 def _is_same(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -401,8 +432,7 @@ def new_path(
             try:
                 empty(claimed)
                 yield claimed / out.name
-                for path in [*(claimed / out.name).rglob("*"), claimed / out.name]:
-                    sync(path)
+                _sync_all([*(claimed / out.name).rglob("*"), claimed / out.name])
                 put(claimed / out.name, out, what, force, ours)
             finally:
                 _unclaim(claimed)
@@ -516,6 +546,15 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
+def _sync_all(paths: list[Path]) -> None:
+    """`sync` of each, the largest of which may take as long as it took to write them."""
+    sizes = [path.stat().st_size for path in paths]
+    with _of_bytes("to the disk", sum(sizes)) as bar:
+        for path, size in zip(paths, sizes, strict=True):
+            sync(path)
+            bar.update(size)
+
+
 def settle(folder: Path) -> None:
     """Force a new folder and all in it to the disk, readable for whom the umask says.
 
@@ -534,8 +573,20 @@ def settle(folder: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, _of_bytes("SHA-256", os.fstat(file.fileno()).st_size) as bar:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
+
+
+def _of_bytes(what: str, size: int) -> Progress:
+    """The progress of a file, or of several, shown where it takes seconds; of threads, which share a bar of their
+    caller's, and of processes but the main one, nothing."""
+    alone = threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0"
+    options = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False, "disable": size < LONG or not alone}
+    return Progress(total=size, desc=what, **options)
 
 
 def library_versions(*more: str) -> dict[str, str]:

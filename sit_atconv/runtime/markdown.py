@@ -8,13 +8,17 @@ from typing import Any
 ACTIVE = re.compile(r"[\\`*\[\]~|]")  # within a line; < and & are HTML's
 
 
+def visible(text: Any) -> str:
+    """A text of others as one line in which every character can be seen; none that a terminal would act by."""
+    return "".join(each if each.isprintable() else " " for each in " ".join(str(text).split()))
+
+
 def plain(text: Any) -> str:
     """A text of others for a Markdown line or a table's cell: one line that can be seen, and nothing in it that acts.
 
     No tags, entities, links, images, code, emphasis by asterisks, or columns of a table.
     """
-    line = "".join(each if each.isprintable() else " " for each in " ".join(str(text).split()))
-    return ACTIVE.sub(r"\\\g<0>", html.escape(line, quote=False))
+    return ACTIVE.sub(r"\\\g<0>", html.escape(visible(text), quote=False))
 
 
 def markdown_table(head: list[str], rows: Iterable[Iterable[str]], text: Collection[str] | None = None) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sit_atconv.models.sit import SiTTransformer2DModel
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, named, option, told
 from sit_atconv.runtime.files import MAG_RATIOS, library_versions
 from sit_atconv.runtime.pictures import NotFinite
@@ -100,11 +101,14 @@ def calibrate(
         lengths = (output - entered.pop()).float().norm(dim=-1)
         ratios.append((lengths / (before.pop() + 1e-8)).mean() if before else lengths.new_ones(()))
         before.append(lengths)
+        bar.update()
 
     hooks = [model.blocks[0].register_forward_pre_hook(enters), model.blocks[-1].register_forward_hook(leaves)]
+    bar = Progress(total=len(times), desc="calibrate", unit="evaluation", delay=1e-3)
     try:
         labels = [random_label(seed, index, model.config.num_classes) for index in range(num)]
-        sample_latents(model, range(num), torch.tensor(labels, device=model.device), sampling, seed)
+        with bar:
+            sample_latents(model, range(num), torch.tensor(labels, device=model.device), sampling, seed)
     finally:
         for hook in hooks:
             hook.remove()

@@ -30,6 +30,7 @@ HELD_OUT = ("heldout_accuracy", "heldout_num", "heldout_step")
 # What an extractor is described by beside what features depend on: a copy of its weights may not know it.
 BESIDE = (*HELD_OUT, "image_size")
 INCEPTION = "adm-inception-"  # what the protocols of Inception begin with, whose distances alone are FIDs
+DIGITS_TRAIN = "digits train split"  # what a result calls the reference `digits`
 DIGITS = "digits-classifier-2"  # the protocol of the digits' own classifier
 FOLDER = "features folder"  # as messages call a folder of features
 REMEDY = "delete it, or choose another folder for the features"

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sit_atconv.runtime.console import Progress
+
 
 class Moments(NamedTuple):
     """Mean (D,) and unbiased covariance (D, D) of features, float64."""
@@ -48,13 +50,16 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return frechet_distances([Moments(mu1, sigma1)], Moments(mu2, sigma2))[0]
 
 
-def frechet_distances(samples: Iterable[Moments], reference: Moments) -> list[float]:
-    """`frechet_distance` of each of several to one reference, whose root is taken once."""
+def frechet_distances(samples: Iterable[Moments], reference: Moments, total: int | None = None) -> list[float]:
+    """`frechet_distance` of each of several to one reference, whose root is taken once. total: how many they are, for
+    the progress: in 2,048 dimensions each takes seconds."""
+    from sit_atconv.runtime.processes import is_main  # which loads torch, and `score --help` does without
+
     reference = _checked(reference, len(reference.mu))
     values, vectors = np.linalg.eigh(reference.sigma)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     result = []
-    for given in samples:
+    for given in Progress(samples, "distances", total, unit="distance", delay=1, leave=False, disable=not is_main()):
         mu, sigma = _checked(given, len(reference.mu))
         trace = np.sqrt(np.linalg.eigvalsh(root @ sigma @ root).clip(0)).sum()
         difference = mu - reference.mu

@@ -16,7 +16,7 @@ from sit_atconv.runtime.files import check_out, library_versions, new_path, sha2
 from sit_atconv.runtime.pictures import to_uint8
 from sit_atconv.runtime.processes import is_main
 from sit_atconv.runtime.reading import POSITIVE, SHAPE, Malformed, parse_json
-from sit_atconv.scoring import BATCH
+from sit_atconv.scoring import BATCH, DIGITS_TRAIN
 from sit_atconv.scoring.extract import (
     features_of,
 )
@@ -177,7 +177,7 @@ def _digits(extractor: Extractor, batch: int, samples: Sequence[int] | None) -> 
     extractor.check_source(source)
     check_shape("digits", source.image_shape, samples)
     about = {"extractor": extractor.describe(), "source": source.describe()}
-    return _of_features("digits train split", held(source, extractor, batch), about, source.digest())
+    return _of_features(DIGITS_TRAIN, held(source, extractor, batch), about, source.digest())
 
 
 def _of_features(name: str, features: Features | Held, about: dict[str, Any], digest: str) -> Reference:

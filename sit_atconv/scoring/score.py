@@ -264,7 +264,7 @@ def check_labels(name: str, last: int, extractor: Extractor) -> None:
 
 def frechet_metric(sums: GroupSums, reference: Moments) -> Metric:
     """The Fréchet distance as a result has it; `corrected_needs`: images without which it has no corrected value."""
-    value, *deleted = frechet_distances(sums.all_moments(), reference)
+    value, *deleted = frechet_distances(sums.all_moments(), reference, len(sums.n) + (len(sums.n) > 1))
     metric = jackknife(value, deleted)._asdict()
     fewest = correction_needs(len(reference.mu))
     if sums.n.sum() < fewest:

@@ -18,6 +18,7 @@ from sit_atconv.runtime.compat.torch import (
     tree_map,
     without_weights,
 )
+from sit_atconv.runtime.console import Progress
 from sit_atconv.runtime.errors import InputError, option, told
 from sit_atconv.runtime.hooks import of_this_thread
 from sit_atconv.runtime.markdown import markdown_table
@@ -150,10 +151,10 @@ def check_swap(
         macs_after = None if site is None else of_after[each][0]
         kind = Kind(_pattern(each), 1, None if site is None else site.grid, macs, macs_after, products)
         kinds[key] = replace(kind, refusal=refusals[each]), site
-    for kind, site in kinds.values():
-        if site is not None and site.call is not None and device is not None:
-            kind.timing = _timed(site, torch.device(device), dtype)
-        check.kinds.append(kind)
+    check.kinds += [kind for kind, _ in kinds.values()]
+    timed = [(kind, site) for kind, site in kinds.values() if site is not None and site.call is not None]
+    for kind, site in Progress(timed if device is not None else [], "layers", unit="shape", delay=1, leave=False):
+        kind.timing = _timed(site, torch.device(device), dtype)
     return check
 
 

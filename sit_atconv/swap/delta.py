@@ -60,7 +60,7 @@ def load_delta(model_or_pipeline, path: str | Path) -> AttentionSwap:
     hub does not give, and for a model other than the delta's: in class, in weights, or with swapped layers already.
     """
     path = _file(path)
-    stored, tensors = _read(path)
+    stored, tensors = read_delta(path)
     rest = stored.pop("rest", None)
     _, model = model_of(model_or_pipeline)
 
@@ -108,8 +108,8 @@ def _named(teacher: dict) -> str:
     )
 
 
-def _read(path: Path) -> tuple[dict, dict]:
-    """(what the metadata hold, tensors). Raises InputError where the file is no whole delta."""
+def read_delta(path: Path) -> tuple[dict, dict]:
+    """(what a delta says of its swap, its tensors). Raises InputError where the file is no whole delta."""
     if not path.is_file():
         raise InputError(f"delta {str(path)!r}: no such file; give one that save_delta wrote")
     remedy = "write it again by save_delta"

@@ -49,7 +49,7 @@ def swap_as_stored(
     if hasattr(model, "_swap_record"):
         raise InputError(f"{type(model).__name__} has swapped layers already; revert them, or take the original model")
     adapter = adapter_of(model)
-    _check_stored(adapter, config)
+    _check_of(adapter, config)
     check(teacher_of(model))
     adapter.check(model, config)
     try:
@@ -71,18 +71,24 @@ def swap_as_stored(
     return swap
 
 
-def _check_stored(adapter: SwapAdapter, config: dict) -> None:
+def check_stored(config: dict) -> None:
+    """Raise InputError where a stored configuration is of another version, or not as `swap_attention` wrote it."""
     found = config.get("schema") if isinstance(config, dict) else config
     if found != SCHEMA:
         raise InputError(f"atconv schema {found!r}: this version reads {SCHEMA}; use the one that wrote it")
     if fault := fault_of(config, STORED_FORM):
         raise InputError(f"atconv: {fault}; {DAMAGED}")
+
+
+def _check_of(adapter: SwapAdapter, config: dict) -> None:
+    """As `check_stored`, and for what the class of the model cannot have."""
+    check_stored(config)
     with told("atconv", InputError, remedy=DAMAGED):
         adapter.volume(config.get("volume"))
 
 
 def _build_as_stored(model: nn.Module, adapter: SwapAdapter, config: dict) -> list[Site]:
-    _check_stored(adapter, config)
+    _check_of(adapter, config)
     grafts = adapter.find(model)
     for name in config["layers"]:
         check_choice("atconv layer", name, grafts)

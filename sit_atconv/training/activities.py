@@ -11,7 +11,7 @@ from torch import nn
 from sit_atconv.data.loading import TrainingBatches
 from sit_atconv.data.samples import ValidationSamples
 from sit_atconv.runtime import sharding
-from sit_atconv.runtime.console import say
+from sit_atconv.runtime.console import Progress, say
 from sit_atconv.runtime.errors import InputError, reason
 from sit_atconv.runtime.files import clear_leftovers, png, step_name, write_atomic
 from sit_atconv.runtime.pictures import NotFinite
@@ -83,14 +83,16 @@ class Draws(Activity):
         first = accelerator.process_index * share
         indices = [min(index, count - 1) for index in range(first, first + share)]
         images, fault = [], None
-        for start in range(0, share, block):
-            part = indices[start : start + block]
-            labels = [index % model.config.num_classes for index in part]
-            try:
-                # Without CUDA graphs: their memory would stand beside training's, for a few images.
-                images.append(generate(model, self.codec, part, labels, sampling, seed)[0])
-            except NotFinite as error:  # and on, as the others do
-                fault = fault or error
+        with Progress(total=share, desc=self.section, unit="image", delay=2, leave=False, disable=not is_main()) as bar:
+            for start in range(0, share, block):
+                part = indices[start : start + block]
+                labels = [index % model.config.num_classes for index in part]
+                try:
+                    # Without CUDA graphs: their memory would stand beside training's, for a few images.
+                    images.append(generate(model, self.codec, part, labels, sampling, seed)[0])
+                except NotFinite as error:  # and on, as the others do
+                    fault = fault or error
+                bar.update(len(part))
         if said := next((str(error) for error in gathered(fault) if error is not None), None):
             if is_main():
                 say(f"warning: step {trainer.step}, {what} is left out: {said}")
@@ -197,7 +199,7 @@ class Validations(Measured):
         parts = [places[start : start + settings.batch_size] for start in range(0, share, settings.batch_size)]
         batches = TrainingBatches(self.samples, parts, trainer.recipe.data, accelerator.device.type == "cuda")
         found = []
-        for _ in parts:
+        for _ in Progress(parts, "validation", unit="batch", delay=2, leave=False, disable=not is_main()):
             batch, fault = None, None
             try:
                 batch = next(batches)

@@ -61,7 +61,7 @@ def test_one_model_alone_can_be_timed(monkeypatch, tmp_path, capsys):
 
 
 def test_the_widths_are_those_that_are_published():
-    """Parameters in thousands of millions, as their authors state them; of DiT with diffusers' embedder in each block."""
+    """Parameters in thousands of millions, as their authors state; of DiT with diffusers' embedder in each block."""
     stated = {
         "DiT-XL/2": 0.750, "Flux.1": 11.9, "Flux.2": 32.2, "Qwen-Image": 20.4, "Z-Image": 6.15, "LTX-Video 2B": 1.92,
         "Wan2.1 1.3B": 1.42,

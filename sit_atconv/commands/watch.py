@@ -1,0 +1,120 @@
+"""Show how a training run is doing, until it ends: loss, throughput, time left, and its newest preview in characters.
+
+Off a terminal, a line for each that the run logs. The run knows nothing of it: any number may watch, and end.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from sit_atconv.commands.options import add_number
+from sit_atconv.runtime.errors import InputError, check_one_process
+from sit_atconv.runtime.limits import Range
+
+PAGE = "report.html"  # in the run's folder
+SLOWEST = 5  # seconds, at least, from one load of the page to the next
+TRIES = 5  # times in a row that a run may not be read: it is writing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a training run, at work or ended")
+    every = Range(1, 3_600, "an hour is long enough")
+    add_number(parser, "--every", every, 2, "seconds from one look to the next", metavar="SECONDS")
+    parser.add_argument(
+        "--open", action="store_true", help=f"write RUN/{PAGE}, open it in a browser, and keep both up to date"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Look, show, wait; a run that has ended is shown once."""
+    check_one_process()
+    if not Path(args.run_folder).is_dir():
+        raise InputError(f"RUN {args.run_folder!r} is no folder; give that of a training run")
+
+    from sit_atconv.report.terminal import look
+
+    shown = [_Terminal() if sys.stdout.isatty() else _Lines()]
+    if args.open:
+        shown.append(_Page(Path(args.run_folder) / PAGE, max(SLOWEST, args.every)))
+    at, failed = look(args.run_folder), 0
+    try:
+        while True:
+            for each in shown:
+                each.show(at)
+            if at.ended:
+                break
+            time.sleep(args.every)
+            try:
+                at, failed = look(args.run_folder), 0
+            except InputError:
+                failed += 1
+                if failed == TRIES:
+                    raise
+    except KeyboardInterrupt:
+        print("no longer watched; the run goes on", file=sys.stderr)
+        return
+    print(f"{args.run_folder}: {at.state}", flush=True)
+
+
+class _Lines:
+    """Plain lines: one for each row of the log, and for each preview."""
+
+    def __init__(self):
+        self.rows = self.preview = None
+
+    def show(self, at) -> None:
+        from sit_atconv.report.terminal import line
+
+        if at.run.log and at.run.log[-1]["step"] != self.rows:
+            self.rows = at.run.log[-1]["step"]
+            print(line(at), flush=True)
+        if at.run.preview and at.run.preview != self.preview:
+            self.preview = at.run.preview
+            print(f"preview {self.preview[0]}", flush=True)
+
+
+class _Terminal:
+    """A terminal, in which each look takes the place of the one before."""
+
+    def __init__(self):
+        self.lines = 0
+
+    def show(self, at) -> None:
+        from sit_atconv.report.terminal import Colours, screen
+
+        size = shutil.get_terminal_size()
+        lines = screen(at, size.columns, size.lines, Colours.of(dict(os.environ)))
+        back = f"\x1b[{self.lines}F" if self.lines else ""
+        print(f"{back}\x1b[J" + "\n".join(lines), flush=True)
+        self.lines = len(lines)
+
+
+class _Page:
+    """The report, which is written anew when there is more to tell, and which the browser loads again by itself."""
+
+    def __init__(self, path: Path, every: int):
+        from sit_atconv.runtime.files import REPORT, check_out
+
+        self.path, self.every, self.told = check_out(path, "report", ours=REPORT), every, None
+
+    def show(self, at) -> None:
+        from sit_atconv.report.page import render
+        from sit_atconv.runtime.files import write_out
+
+        news = len(at.run.log), at.run.preview, at.run.checkpoint.get("step"), at.ended
+        if news == self.told:
+            return
+        first, self.told = self.told is None, news
+        page = render([at.run], None if at.ended else self.every)
+        write_out(self.path, page.encode("ascii"), "report")
+        if first:
+            self._open()
+
+    def _open(self) -> None:
+        import webbrowser
+
+        if not webbrowser.open(self.path.resolve().as_uri()):
+            print(f"there is no browser here; open {self.path}", file=sys.stderr)

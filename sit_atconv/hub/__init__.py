@@ -1,0 +1,1 @@
+"""The Hugging Face hub: what goes up to it, and what comes down."""
