@@ -58,9 +58,9 @@ ALLOWED = {
         "models", "layers", "ops", "data", "latents", "classification", "training.checkpoint",
     },
     "commands": CORE | SAVED | DRAWN | {
-        "app", "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing", "data",
-        "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring", "swap",
-        "training", "training.posthoc",
+        "app", "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing",
+        "data", "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring",
+        "swap", "training", "training.posthoc",
     },
     "__main__": DOOR,
     "posthoc": DOOR,

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import nn
 
 import sit_atconv
 from sit_atconv.app.form import Bar, Control, Drawn, Form, number, whole_number
 from sit_atconv.models.cost import count_parameters
 from sit_atconv.runtime.classes import Classes
+from sit_atconv.runtime.console import Unheard
 from sit_atconv.runtime.errors import InputError, told
 from sit_atconv.runtime.limits import EVALUATIONS, GUIDANCE, PICTURE, PIXELS, SEED
 from sit_atconv.runtime.precision import dtype_of
@@ -28,6 +31,19 @@ from sit_atconv.training.checkpoint import PIPELINE_INDEX
 
 STEPS = 20  # what the form begins with: the pipeline's own default may take minutes
 CONFIG = "config.json"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, diffusers shows no bars off a terminal, where each is one endless line."""
+    shown = logging.is_progress_bar_enabled()
+    if not Unheard(sys.stderr).isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class Foreign:
@@ -53,14 +69,17 @@ class Foreign:
         self.model = model_of(pipe)[1]
         self.about = f"{type(self.model).__name__}, {count_parameters(self.model):,} parameters"
         if self.asks == "class_labels":
-            given = self.pipe.config.get("id2label")
+            names: dict[int, list[str]] = {}
+            for name, label in getattr(pipe, "labels", {}).items():
+                names.setdefault(label, []).append(name)
+            given = {label: ",".join(each) for label, each in names.items()}
             self.classes = Classes(self.model.config.num_embeds_ada_norm, given, "the pipeline has no id2label")
 
     @classmethod
     def open(cls, path: str, dtype: str, device: torch.device) -> "Foreign":
         """The pipeline in a folder, from safetensors alone. Raises InputError where diffusers does not load it."""
         kind = dtype_of(dtype)
-        with told(f"pipeline {path!r} cannot be loaded", Exception):  # diffusers refuses in every way there is
+        with quiet(), told(f"pipeline {path!r} cannot be loaded", Exception):  # diffusers refuses in every way there is
             pipe = DiffusionPipeline.from_pretrained(
                 path, torch_dtype=kind, use_safetensors=True, local_files_only=True
             )
@@ -92,7 +111,7 @@ class Foreign:
 
     def _swapped_model(self, path: str, part: str) -> tuple[nn.Module, list[str]]:
         kind = dtype_of(self.dtype)
-        with told(f"model {path!r} cannot be loaded", Exception):
+        with quiet(), told(f"model {path!r} cannot be loaded", Exception, InputError):
             name = read_json(Path(path) / CONFIG, {"_class_name": str})["_class_name"]
             if not name.startswith("ATConv") or not hasattr(sit_atconv, name):
                 raise InputError(f"it is a {name}; give a model that was swapped by swap_attention")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from sit_atconv.app.form import Side
 from sit_atconv.app.foreign import Foreign
+from sit_atconv.app.form import Side
 from sit_atconv.app.own import Own, Read
 from sit_atconv.pipelines.opening import INDEX_FORM, NAME
 from sit_atconv.runtime.errors import InputError, told

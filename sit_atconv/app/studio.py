@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from sit_atconv.app.form import Bar, Drawn, Form, Side, Stop
+from sit_atconv.app.form import Drawn, Form, Side, Stop
 from sit_atconv.runtime.devices import resolve_device
 from sit_atconv.runtime.errors import InputError, named
 

@@ -5,7 +5,6 @@ The page has the options of `sit-atconv sample`, and shows the command line that
 
 import argparse
 import importlib.util
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sit_atconv.commands import parser_of
 from sit_atconv.commands.options import add_device_options, pasted, sampling_asked
 from sit_atconv.commands.sample import check_asked, request_of
+from sit_atconv.runtime import errors
+from sit_atconv.runtime.classes import Classes
 from sit_atconv.runtime.errors import MOST_PORT, InputError
 from sit_atconv.runtime.files import check_checkpoint
 from sit_atconv.runtime.limits import Range
@@ -81,6 +82,10 @@ def reader(ckpt: str, args: argparse.Namespace) -> "Read":
 
     def read(form: "Form", ready):
         options = fixed + options_of(form)
+        classes = Classes(ready.trained.model.config.num_classes, ready.trained.id2label)
+        with errors.named("--classes"):
+            for word in filled(form["classes"] or ()):
+                classes.read(word)  # an option that stands among the classes would act
         # A value that begins with a dash stays a value after an "=".
         words = [word for name, *values in options for word in joined(name, values)]
         asked = parser.parse_args(words)

@@ -178,8 +178,8 @@ def generate(
 
     codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
     fill the batch up. watch: told of each evaluation.
-    graphs, size, trace: see `sample_latents`. dopri5 shares its step size over the batch, and the cache first_block its decisions.
-    Decoding is fp32.
+    graphs, size, trace: see `sample_latents`. dopri5 shares its step size over the batch, and the cache first_block its
+    decisions. Decoding is fp32.
     Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
     Raises InputError for a label out of range, settings that do not fit the model, see `Sampling.for_model`, and
     guidance that never acts;
