@@ -1,10 +1,12 @@
 """A real browser without its window, by the Chrome DevTools protocol over two pipes."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,18 +86,26 @@ class Page:
         file.write_bytes(base64.b64decode(data))
 
 
+def high(pipe: tuple[int, int]) -> tuple[int, ...]:
+    """The ends of a pipe under numbers from 10 on, which the browser's own two are not."""
+    ends = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in pipe)
+    for end in pipe:
+        os.close(end)
+    return ends
+
+
 @contextmanager
 def browsing(folder: Path):
     """Gives a Page; folder: where the browser may keep what it needs."""
-    theirs, to = os.pipe()
-    of, answers = os.pipe()
+    (theirs, to), (of, answers) = high(os.pipe()), high(os.pipe())
     words = [
         program(), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--no-proxy-server",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}",
         "--remote-debugging-pipe",
     ]  # fmt: skip
     # The browser takes commands at descriptor 3 and answers at 4.
-    line = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{answers}', *words]
+    place = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
+    line = [sys.executable, "-S", "-c", place, str(theirs), str(answers), *words]
     process = subprocess.Popen(line, pass_fds=(theirs, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(theirs), os.close(answers)
     try:
