@@ -104,7 +104,7 @@ def browsing(folder: Path):
         "--remote-debugging-pipe",
     ]  # fmt: skip
     # The browser takes commands at descriptor 3 and answers at 4.
-    place = "import os, sys; _, a, b, *words = sys.argv; os.dup2(int(a), 3); os.dup2(int(b), 4); os.execvp(words[0], words)"
+    place = "import os, sys; _, a, b, *to = sys.argv; os.dup2(int(a), 3); os.dup2(int(b), 4); os.execvp(to[0], to)"
     line = [sys.executable, "-S", "-c", place, str(theirs), str(answers), *words]
     process = subprocess.Popen(line, pass_fds=(theirs, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(theirs), os.close(answers)
