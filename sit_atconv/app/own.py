@@ -56,7 +56,7 @@ class Own:
             Control("count", "Images of each class", "number", 1, about="without classes: images in all"),
             Control("seed", "Seed", "text", "0"),
             Control("sampler", "Sampler", "choice", plain.sampler, samplers),
-            Control("steps", "Steps", "number", plain.steps),
+            Control("steps", "Steps", "number", plain.steps, about="more: finer"),
             Control("guidance", "Guidance", "number", plain.guidance_scale if guided else 1, about="1: none"),
             Control("low", "Guidance from t", "number", 0, about="0: noise"),
             Control("high", "Guidance to t", "number", 1, about="1: data"),

@@ -97,7 +97,7 @@ def build(studio: Studio, files: Files) -> gr.Blocks:
                 fields = form_of(controls)
                 go = gr.Button("Draw", variant="primary")
                 with gr.Row():
-                    another, stop = gr.Button("Another seed", min_width=100), gr.Button("Stop", min_width=100)
+                    another, stop = gr.Button("New seed", min_width=100), gr.Button("Stop", min_width=100)
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
                     outputs = [part for side in sides for part in place_of(side.title, side.about, side.language)]
@@ -154,15 +154,14 @@ def form_of(controls: Sequence[Control]) -> list[gr.components.Component]:
 
 
 def field_of(control: Control) -> gr.components.Component:
-    said: dict[str, Any] = {"value": control.value, "label": control.label, "info": control.about}
+    value = f"{control.value:g}" if isinstance(control.value, int | float) else control.value
+    said: dict[str, Any] = {"value": value, "label": control.label, "info": control.about}
     match control.kind:
-        case "number":
-            return gr.Number(**said, min_width=100)
         case "choice":
             return gr.Dropdown(control.choices, **said, allow_custom_value=True)  # which is refused with what is near
         case "choices":
             return gr.Dropdown(control.choices, **said, multiselect=True, allow_custom_value=True)
-    return gr.Textbox(**said, max_lines=1)
+    return gr.Textbox(**said, max_lines=1, min_width=100)  # gradio's field for numbers shows 0 where it is blank
 
 
 def place_of(title: str, about: str, language: str) -> list[gr.components.Component]:
@@ -171,7 +170,7 @@ def place_of(title: str, about: str, language: str) -> list[gr.components.Compon
         gr.Markdown(f"### {title}\n{about}")
         picture = gr.Image(label="Images", type="filepath", format="png", interactive=False, elem_classes="picture")
         facts = gr.Markdown("")
-        repeat = gr.Code(label="Draws the same again", language=language, interactive=False, wrap_lines=True)
+        repeat = gr.Code(label="Draws the same again", language=language, interactive=False, wrap_lines=True, lines=1)
         every = gr.DownloadButton("Download all images", interactive=False)
     return [picture, facts, repeat, every]
 

@@ -367,12 +367,19 @@ def client_of(url: str, folder: Path):
     return Client(url, verbose=False, analytics_enabled=False, download_files=str(folder))
 
 
+def fields(client) -> list[dict]:
+    """What the page says of the fields of its form, in their order."""
+    return client.view_api(return_format="dict")["named_endpoints"]["/draw"]["parameters"]
+
+
 def test_ten_digits_by_name_over_http(models, tmp_path, monkeypatch):
     with page_of(models["atconv"], models["attention"], monkeypatch=monkeypatch) as url:
         client = client_of(url, tmp_path)
-        made = client.predict(classes=TEN, seed="5", steps=4, **SAME_SIZE, api_name="/draw")
+        made = client.predict(classes=TEN, seed="5", steps="4", **SAME_SIZE, api_name="/draw")
         states = client.predict(moment=0.5, api_name="/way")
-        for change, told in (({"seed": "abc"}, "invalid int value: 'abc'"), ({"steps": 0}, "--steps 0: must be")):
+        assert [each["parameter_default"] for each in fields(client)[2:6]] == ["0", "euler", "50", "1.5"]
+        assert [each["parameter_default"] for each in fields(client)[8:]] == [None, None]  # blank, and not 0
+        for change, told in (({"seed": "abc"}, "invalid int value: 'abc'"), ({"steps": "0"}, "--steps 0: must be")):
             with pytest.raises(Exception, match=told):
                 client.predict(classes=TEN, **change, **SAME_SIZE, api_name="/draw")
         with pytest.raises(Exception, match="class '&lt;b': "):
@@ -407,7 +414,7 @@ def test_the_page_in_a_browser_draws_and_asks_no_other_server(models, tmp_path, 
         page.open(url)
         page.click("Draw")
         first = page.until(f"{images}.length == 3 && {images}")
-        page.click("Another seed")  # of a one-step model: drawn at once
+        page.click("New seed")  # of a one-step model: drawn at once
         page.until(f"!{images}.includes({first[0]!r}) && {images}.length == 3")
         assert "sit-atconv sample" in page.run("document.querySelector('.cm-content').textContent")
         assert {urlsplit(each).hostname for each in page.requested if each.startswith("http")} == {"127.0.0.1"}
