@@ -36,6 +36,7 @@ COMMANDS = (
     "likelihood --ckpt runs/digits-attention --num 2 --sampler euler --steps 2 --out likelihood.json",
     "posthoc runs/digits-attention --std 0.1 --out averaged",
     "convert averaged --to public --out public.pt",
+    "app --help",
     "calibrate averaged --num 2",
     "convert public.pt --num-heads 2 --sample-size 8 --out converted",
     "export runs/digits-attention --out exported",

@@ -63,6 +63,7 @@ NOT_RUN = {
     r"dinov2|dino\.npz": "DINOv2's weights",
     r"--num_processes 8|--nproc_per_node": "several processes; tests of training and sampling start them",
     r"^sit-atconv (push|pull) ": "they ask the hub; tests/hub runs them against a stand-in",
+    r"^sit-atconv app ": "it serves until it is ended; tests/app draws by it",
     r"^sit-atconv frontier ": "a grid of minutes; tests/bench runs it with small ones",
     r"speed --models": "models of published sizes; tests/bench runs it with small ones",
 }
@@ -502,7 +503,7 @@ def before(page: str, vae_folder: Path) -> None:
 
 
 RUN = [
-    *slowly(["README", "own_images", "training", "sampling", "scoring", "attnet", "principles", "eval/README"]),
+    *slowly(["README", "own_images", "training", "sampling", "app", "scoring", "attnet", "principles", "eval/README"]),
     "interop", "swap", "operator",
 ]  # fmt: skip
 LEFT = {  # more of what the steps leave behind

@@ -46,6 +46,7 @@ ALLOWED = {
     "convert.__init__": {"runtime", "convert", "convert.writing"},
     "pipelines": CORE | SAVED | {"models", "latents", "sampling.caches", "sampling.settings", "sampling.trained"},
     "sampling.schedulers": BASE | DRAWN | {"flow", "models", "pipelines"},
+    "app": CORE | DRAWN | {"models", "pipelines", "sampling.schedulers", "swap", "training.checkpoint"},
     "bench": CORE | DRAWN | {
         "models", "layers", "ops", "sampling.generate", "scoring", "bench.timing", "bench.results",
     },
@@ -58,8 +59,9 @@ ALLOWED = {
         "models", "layers", "ops", "data", "latents", "classification", "training.checkpoint",
     },
     "commands": CORE | SAVED | DRAWN | {
-        "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing", "data",
-        "hub", "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers", "scoring",
+        "app", "bench", "bench.timing", "classification", "classification.extractor", "convert", "convert.writing",
+        "data", "hub", "latents", "pipelines", "principles", "report", "sampling.generate", "sampling.schedulers",
+        "scoring",
         "swap", "training", "training.posthoc",
     },
     "__main__": DOOR,

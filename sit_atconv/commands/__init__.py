@@ -19,6 +19,7 @@ COMMANDS = {
     "classify": "train an AttNet classifier, or go on with a run",
     "sample": "draw images from a trained model into one picture",
     "generate": "write many samples, one file each, to be scored",
+    "app": "draw images on a page in the browser, from one model or two",
     "calibrate": "measure what the cache mag leaves out by",
     "score": "score samples against a reference",
     "extract": "write the features of images",

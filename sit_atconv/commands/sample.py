@@ -4,14 +4,18 @@ Each image has the name of its class below it.
 """
 
 import argparse
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sit_atconv.commands.options import add_number, add_out, add_sampling_options, check_models, sampling_asked
 from sit_atconv.runtime import limits
 from sit_atconv.runtime.classes import ID, Classes
 from sit_atconv.runtime.errors import InputError, named
 from sit_atconv.runtime.files import REPORT, check_out, write_out
+
+if TYPE_CHECKING:
+    from sit_atconv.sampling.picture import Request
+    from sit_atconv.sampling.setup import Setup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", **limits.PICTURE.flag, default=1, help="with --classes: rows of the grid, one image per class each"
     )
+    parser.add_argument(
+        "--size", **limits.PIXELS.flag, nargs=2, metavar=("HEIGHT", "WIDTH"),
+        help="of an image in pixels (default: those that the model was trained on, and draws best)",
+    )  # fmt: skip
     add_out(parser, "PNG file (default: grid.png)", default="grid.png")
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw, write the picture, and say what it took."""
-    if args.rows != 1 and not args.classes:
-        raise InputError(f"--rows {args.rows} goes with --classes")
     if Path(args.out).suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: must end in .png")
-    ids = [int(word) for word in args.classes or () if ID.fullmatch(word)]
-    limits.CLASS_ID.check("--classes ", ids)
+    check_asked(args)
     check_out(args.out, force=args.force, ours=REPORT)
     args.sampling = sampling_asked(args)
     check_models(args)
@@ -46,21 +51,20 @@ def run(args: argparse.Namespace) -> None:
         _draw(args)
 
 
-def _draw(args: argparse.Namespace) -> None:
-    import torch
+def check_asked(args: argparse.Namespace) -> None:
+    """Raise InputError for options of the images that do not go together, before anything is loaded."""
+    if args.rows != 1 and not args.classes:
+        raise InputError(f"--rows {args.rows} goes with --classes")
+    ids = [int(word) for word in args.classes or () if ID.fullmatch(word)]
+    limits.CLASS_ID.check("--classes ", ids)
 
-    from sit_atconv.runtime.console import Progress
-    from sit_atconv.sampling.graphs import Graphs
-    from sit_atconv.sampling.sampling import caption_of, grid_png, noted, random_label, too_large
-    from sit_atconv.sampling.schedulers import drawing
-    from sit_atconv.sampling.settings import in_short
-    from sit_atconv.sampling.setup import setup
 
-    more = {"lora": args.lora, "cache": args.cache}
-    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **more)
-    graphs = Graphs() if args.graphs and not args.scheduler else None
-    with in_short():
-        draw = drawing(args.scheduler, ready, graphs)
+def request_of(args: argparse.Namespace, ready: "Setup") -> "Request":
+    """The images that the options ask a model for. Raises InputError for what is no class of the model, for more
+    images than a picture holds, and for a size that its patches do not fill."""
+    from sit_atconv.sampling.picture import Request, latent_size
+    from sit_atconv.sampling.sampling import random_label
+
     classes = Classes(ready.trained.model.config.num_classes, ready.trained.id2label)
     with named("--classes"):
         labels = args.rows * [classes.read(word) for word in args.classes or ()]
@@ -69,25 +73,27 @@ def _draw(args: argparse.Namespace) -> None:
             f"--rows {args.rows}: {len(labels):,} images; one picture holds at most {limits.PICTURE.most:,}"
         )
     labels = labels or [random_label(args.seed, index, classes.number) for index in range(args.num)]
-
-    images, nfe, of_guide, start = [], 0, 0, time.perf_counter()
-    with Progress(total=len(labels), desc="sample", unit="image") as bar:
-        for first in range(0, len(labels), args.batch):
-            part = labels[first : first + args.batch]
-            indices = range(first, first + len(part))
-            model, watch = ready.trained.model, noted(bar, len(part))
-            try:
-                batch, evaluations = draw(model, ready.codec, indices, part, ready.sampling, args.seed, watch=watch)
-            except torch.OutOfMemoryError:
-                raise too_large(args.batch, model.device, "a smaller one", graphs) from None
-            images.append(batch)
-            nfe += evaluations * len(part)
-            of_guide += evaluations.of_guide * len(part)
-            bar.update(len(part))
-    seconds = (time.perf_counter() - start) / len(labels)
     columns = len(args.classes) if args.classes else max(1, round(len(labels) ** 0.5))
-    names = [(ready.trained.id2label or {}).get(label, "") for label in range(classes.number)]
-    captions = [caption_of(label, names) for label in labels]
-    write_out(args.out, grid_png(torch.cat(images), columns, captions), force=args.force)
-    guides = f" ({of_guide / len(labels):g} of the guide)" if ready.guide else ""
-    print(f"{args.out}: {len(labels)} images, NFE {nfe / len(labels):g}{guides}, {seconds:.3f} s per image")
+    return Request(labels, columns, args.seed, args.batch, latent_size(args.size, ready))
+
+
+def _draw(args: argparse.Namespace) -> None:
+    from sit_atconv.runtime.console import Progress
+    from sit_atconv.sampling.graphs import Graphs
+    from sit_atconv.sampling.picture import draw
+    from sit_atconv.sampling.schedulers import drawing
+    from sit_atconv.sampling.settings import in_short
+    from sit_atconv.sampling.setup import setup
+
+    more = {"lora": args.lora, "cache": args.cache}
+    ready = setup(args.ckpt, args.sampling, args.dtype, args.device, args.vae, args.compile, **more)
+    graphs = Graphs() if args.graphs and not args.scheduler else None
+    with in_short():
+        by = drawing(args.scheduler, ready, graphs)
+    request = request_of(args, ready)
+    with Progress(total=len(request.labels), desc="sample", unit="image") as bar:
+        picture = draw(ready, request, by, bar, graphs)
+    write_out(args.out, picture.png(), force=args.force)
+    guides = f" ({picture.of_guide:g} of the guide)" if ready.guide else ""
+    count = len(request.labels)
+    print(f"{args.out}: {count} images, NFE {picture.nfe:g}{guides}, {picture.seconds / count:.3f} s per image")

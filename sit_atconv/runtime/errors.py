@@ -178,7 +178,7 @@ def command(main: Callable) -> Callable:
         except (InputError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 sys.exit(128 + PIPE)
-            fault = _of_the_user(error)
+            fault = of_the_user(error)
             if fault is None:
                 raise
             if fault.every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -208,8 +208,8 @@ def ran_out(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def _of_the_user(error: Exception) -> InputError | None:
-    """An error of the user's as a command tells it; None for any other."""
+def of_the_user(error: Exception) -> InputError | None:
+    """An error that a user can mend, as a command tells it; None for any other."""
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError):

@@ -48,6 +48,9 @@ def noted(bar: Progress, count: int) -> Watch:
     return lambda nfe, share: bar.note(f"evaluation {nfe}, {share:.0%} of the block", share * count)
 
 
+# Told after each evaluation of where a block of images is: x (B, C, H, W), its time t, 0-d, and the velocity there.
+Trace = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
 GRID_PIXELS = 64
 CAPTION = 13  # pixels of the strip below an image that says its class
 
@@ -98,6 +101,8 @@ def sample_latents(
     seed: int = 0,
     watch: Watch | None = None,
     graphs: Graphs | None = None,
+    size: tuple[int, int] | None = None,
+    trace: Trace | None = None,
 ) -> tuple[torch.Tensor, Evaluations]:
     """The latents (B, C, H, W) of images `indices`, of classes `labels` (B,); also the evaluations per image.
 
@@ -108,10 +113,13 @@ def sample_latents(
     where they are not yet, and serve further calls with these models. None: every kernel is launched. On a CPU both are
     one.
     A cache that is on in the model or the guide, see `caches`, begins anew here.
+    size: (H, W), multiples of the patch; None for those that the model was made for. trace: told of each evaluation;
+    of a MeanFlow model the velocity is the average one, up to the next time.
     The host waits for the device where it records, with dopri5, and where a first block decides whether others run.
     """
     sampling = sampling.fitted(model.config.use_meanflow)
-    shape, path, device = (model.config.in_channels, *model.latent_size), PATHS[model.config.path](), model.device
+    shape = (model.config.in_channels, *(size or model.latent_size))
+    path, device = PATHS[model.config.path](), model.device
 
     def network_of(one: SiTTransformer2DModel, graphs: Graphs | None) -> Callable[..., torch.Tensor]:
         def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
@@ -137,6 +145,8 @@ def sample_latents(
         v = guided(x, t, s)
         if watch is not None:
             watch(guided.nfe, (float(t) - start) / (end - start))
+        if trace is not None:
+            trace(x, t, v)
         return v
 
     times = sampling.times(model)
@@ -161,13 +171,15 @@ def generate(
     kept: int | None = None,
     watch: Watch | None = None,
     graphs: Graphs | None = None,
+    size: tuple[int, int] | None = None,
+    trace: Trace | None = None,
 ) -> tuple[torch.Tensor, Evaluations]:
     """Images of the given indices, and the number of network evaluations that each took.
 
     codec: decodes latents to images. labels: one class per index. kept: the first so many alone are wanted, the others
     fill the batch up. watch: told of each evaluation.
-    graphs: see `sample_latents`. dopri5 shares its step size over the batch, and the cache first_block its decisions.
-    Decoding is fp32.
+    graphs, size, trace: see `sample_latents`. dopri5 shares its step size over the batch, and the cache first_block its
+    decisions. Decoding is fp32.
     Returns uint8 (kept, C, H, W) on the CPU, by images.UINT8_RULE.
     Raises InputError for a label out of range, settings that do not fit the model, see `Sampling.for_model`, and
     guidance that never acts;
@@ -177,7 +189,7 @@ def generate(
     sampling.check_acts_on(model)
     check_labels(labels, model.config.num_classes)
     wanted = torch.tensor(labels, device=model.device)
-    latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch, graphs)
+    latents, nfe = sample_latents(model, indices, wanted, sampling, seed, watch, graphs, size, trace)
     return render(codec, latents, model.dtype, indices, kept), nfe
 
 

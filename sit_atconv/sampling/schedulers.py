@@ -50,7 +50,7 @@ def drawing(
     name: str | None, ready: Setup, graphs: Graphs | None = None
 ) -> Callable[..., tuple[torch.Tensor, Evaluations]]:
     """How images are drawn from a model that is set up: called as `generate` of `sit_atconv.sampling.sampling`, without
-    the graphs. The cache that is asked for is switched on here.
+    the graphs, and with a scheduler without the trace. The cache that is asked for is switched on here.
 
     name: of the scheduler in the place of the sampler; None for the sampler.
     Raises InputError for guidance that never acts, for a scheduler that cannot draw so, and for a cache that cannot
@@ -87,6 +87,7 @@ def generate(
     seed: int = 0,
     kept: int | None = None,
     watch: Watch | None = None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, Evaluations]:
     """As `sit_atconv.sampling.sampling.generate`, with the scheduler of a pipeline in the place of the sampler.
 
@@ -96,7 +97,7 @@ def generate(
     the model's distribution; NotFinite as there.
     """
     pipe.set_progress_bar_config(disable=True)
-    shape = (model.config.in_channels, *model.latent_size)
+    shape = (model.config.in_channels, *(size or model.latent_size))
 
     def after_step(pipe: SiTPipeline, step: int, *_) -> dict:
         if watch is not None:

@@ -22,6 +22,7 @@ from sit_atconv.runtime.lazy import Renamed
 SLOW = (
     "accelerate",
     "diffusers",
+    "gradio",
     "matplotlib",
     "peft",
     "scipy",
@@ -39,6 +40,7 @@ SLIPS = {
     "sample": ("--ckpt nowhere", "'nowhere': no such folder"),
     "generate": ("--ckpt nowhere --num 1 --out x", "'nowhere': no such folder"),
     "likelihood": ("--ckpt nowhere --num 1 --out x", "'nowhere': no such folder"),
+    "app": ("nowhere", "'nowhere': no such folder"),
     "calibrate": ("nowhere", "'nowhere': no such folder"),
     "export": ("nowhere --out x", "'nowhere': no such folder"),
     "convert": ("nowhere --out x", "'nowhere': no such file or folder"),
