@@ -167,9 +167,9 @@ class Progress:
             else:
                 parts.append(f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}")
             if not ended and self.total:
-                parts.append(f"{_clock((self.total - self.done - self.part) / rate)} left")
+                parts.append(f"{clock_told((self.total - self.done - self.part) / rate)} left")
         if ended:
-            parts.append(f"{_clock(seconds)} in all")
+            parts.append(f"{clock_told(seconds)} in all")
         self.stream.write(f"{self.desc}: {', '.join(parts)}\n")
         self.stream.flush()
 
@@ -181,8 +181,8 @@ class Progress:
         return tqdm.format_sizeof(value) + self.unit
 
 
-def _clock(seconds: float) -> str:
-    """As bars of tqdm have it: 05:07, or 1:05:07."""
+def clock_told(seconds: float) -> str:
+    """Seconds as bars of tqdm have them: 05:07, or 1:05:07."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
