@@ -1,7 +1,7 @@
-"""Execute the notebooks of notebooks/ in place: `python -m experiments.notebooks [NAME ...]`, all of them without a name.
+"""Execute the notebooks of notebooks/ in place: `python -m experiments.notebooks [NAME ...]`, all without a name.
 
-Each runs from its beginning, in an empty folder of its own, runs/notebooks/NAME. What it gives is kept as a reader is to
-see it: pictures and texts, no times of cells, no paths of this machine. A notebook that fails, or warns, stays as it was.
+Each runs from its beginning, in an empty folder of its own, runs/notebooks/NAME. What it gives is kept as a reader is
+to see it: pictures and texts, no times of cells, no paths of this machine. One that fails, or warns, stays as it was.
 """
 
 import os
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER, RUNS = ROOT / "notebooks", Path("runs/notebooks")
 SECONDS = 900  # of a cell at most
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what moves a terminal's cursor, or colours
+PROGRESS = re.compile(r"[\w ]+: .+, .*\d (left|in all)")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -37,25 +38,41 @@ def executed(name: str, folder: Path) -> Any:
     """
     import matplotlib.font_manager  # noqa: F401 (makes its cache, of which it tells the one who waits)
     import nbformat
+    from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    client = NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
-        resources={"metadata": {"path": str(folder)}},
-    )  # fmt: skip
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `sit-atconv` of this Python
-    try:
-        client.execute(env=os.environ | {"PATH": beside})
-    except CellExecutionError as error:
-        raise InputError(f"notebook {name!r}: a cell failed: {ESCAPE.sub('', str(error))}") from None
+    # tqdm, when a library loads it without ipywidgets; bars are texts then.
+    environment = os.environ | {"PATH": beside, "PYTHONWARNINGS": "ignore:IProgress not found"}
+    with tempfile.TemporaryDirectory() as sockets:  # by files, and no port that others may reach
+        kernel = AsyncKernelManager(
+            kernel_name="python3", transport="ipc", connection_file=str(Path(sockets, "kernel.json"))
+        )
+        client = NotebookClient(
+            notebook, kernel, timeout=SECONDS, record_timing=False, coalesce_streams=True,
+            resources={"metadata": {"path": str(folder)}},
+        )  # fmt: skip
+        try:
+            client.execute(env=environment)
+        except CellExecutionError as error:
+            raise InputError(f"notebook {name!r}: a cell failed: {ESCAPE.sub('', str(error))}") from None
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})
-        for output in cell.get("outputs", ()):
-            _tidy(name, output, folder)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                _tidy(name, output, folder)
     return notebook
+
+
+def _is_progress(output: Any) -> bool:
+    """Whether an output is lines of progress alone, see `console.Progress`: they come where a machine is slow."""
+    if output.output_type != "stream" or output.name != "stderr":
+        return False
+    return all(PROGRESS.fullmatch(line) for line in output.text.splitlines())
 
 
 def _tidy(name: str, output: Any, folder: Path) -> None:

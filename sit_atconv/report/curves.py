@@ -211,10 +211,12 @@ def scatter(spots: Sequence[Spot], paths: Sequence[Sequence[int]], x_label: str,
             lines.append(tag("rect", x=at_x - 3.5, y=at_y - 3.5, width=7, height=7, class_=f"dot {colour}"))
         else:
             lines.append(tag("circle", cx=at_x, cy=at_y, r=4.0, class_=f"dot {colour}"))
-    for spot in spots:  # over all points; to where no other one is, which would be quicker and better
-        if spot.mark:
-            lines.append(tag("text", spot.mark, x=x(spot.x) - 6, y=y(spot.y) + 15, text_anchor="end", class_="mark"))
-    return tag("svg", lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=alt, class_="chart")
+    marked = [spot for spot in spots if spot.mark]
+    for place, spot in enumerate(marked):  # to where no other point is, which would be quicker and better
+        away = 4 + 10 * (place % 2)  # two that lie close together are told apart
+        at = {"x": x(spot.x) - away, "y": min(y(spot.y) + 10 + away, HEIGHT - BOTTOM - 4.0)}
+        lines.append(tag("text", spot.mark, **at, text_anchor="end", class_="mark"))
+    return tag("svg", lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=alt, class_="chart scatter")
 
 
 @dataclass

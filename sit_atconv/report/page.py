@@ -671,14 +671,17 @@ def _frontier(frontier: Frontier) -> list[Content]:
     figure = tag("figure", tag("h4", f"{label} over time"), drawing, tag("figcaption", legend, text))
     head = ["Setting", label, "ms per image", "NFE"]
     rows = [_setting(point, marks, models) for point in shown if point["pareto"]]
-    worth = _table(f"The Pareto set{' of all and of each model' * (len(models) > 1)}", head, rows)
-    every = _table(f"All {len(shown):,} settings", head, [_setting(point, marks, models) for point in shown])
+    worth = _table(f"The Pareto set{' of all and of each model' * (len(models) > 1)}", head, rows, "points")
+    every = _table(f"All {len(shown):,} settings", head, [_setting(point, marks, models) for point in shown], "points")
+    chosen: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in result["recommended"]:  # one may be that of its model and of all
+        chosen.setdefault((each["command"], each["score_command"]), []).append(each)
     commands = []
-    for each in result["recommended"]:
-        of = "of all models" if each["of"] is None else f"of {each['of']}"
+    for lines, some in chosen.items():
+        of = " and ".join("of all models" if each["of"] is None else f"of {each['of']}" for each in some)
         which = f"The cheapest setting within one standard error of the best, {of}: "
-        commands.append(tag("p", which, breakable(f"{each['model']}, {each['point']}: {each['told']}"), "."))
-        commands.append(tag("pre", tag("code", f"{each['command']}\n{each['score_command']}"), tabindex=0))
+        told = breakable(f"{some[0]['model']}, {some[0]['point']}: {some[0]['told']}")
+        commands += [tag("p", which, told, "."), tag("pre", tag("code", "\n".join(lines)), tabindex=0)]
     return [
         tag("div", figure, tag("div", worth), class_="beside"),
         commands,

@@ -68,7 +68,7 @@ def test_a_frontier_in_the_runs_folder_is_shown_with_what_is_worth_taking(make, 
     assert chosen["score_command"] in page.text
     (drawing,) = [each for each in page.all("svg") if "over milliseconds" in each.get("aria-label", "")]
     assert drawing["aria-label"].startswith("Fréchet distance (not a FID) over milliseconds per image of 36 settings")
-    assert "1: run, adams2 8, 2.55 ± 0.21, 5.003 ms" in drawing["aria-label"]
+    assert "1: run, adams2, 8 steps, 2.55 ± 0.21, 5.003 ms" in drawing["aria-label"]
 
 
 def test_a_frontier_beside_a_run_is_its_own_where_it_measured_its_checkpoint(make, tmp_path):
@@ -97,8 +97,9 @@ def test_of_several_models_the_pareto_sets_of_each_are_listed(make, tmp_path):
     section = page.source.partition('id="frontier-0"')[2].partition("</section>")[0]
     assert section.partition("</table>")[0].count("<tr>") == 1 + len(own)
     assert section.partition("</table>")[2].count("<tr>") == 1 + len(result["points"])
-    assert section.count("<pre ") == len(result["recommended"]) == 3
-    assert "of all models: " in page.text
+    assert [each["of"] for each in result["recommended"]] == ["attention", "atconv", None]
+    assert section.count("<pre ") == 2
+    assert "standard error of the best, of atconv and of all models: atconv, sampler=euler" in page.text
 
 
 def test_a_frontier_of_many_settings_stays_small_and_keeps_the_best(make, tmp_path):
