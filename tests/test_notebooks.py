@@ -8,7 +8,6 @@ import sys
 from importlib import import_module
 
 import pytest
-from conftest import ROOT
 from test_docs import STARTS, check, slugs
 
 from experiments import notebooks
@@ -144,7 +143,3 @@ def test_the_committed_outputs_are_of_the_committed_cells(name):
     """A result of the last cell as the test wants it: a notebook that was changed is executed anew."""
     last = cells(name, "code")[-1]["outputs"]
     assert re.fullmatch(GIVES[name], "".join("".join(each["text"]) for each in last).strip())
-
-
-def test_make_executes_them():
-    assert "-m experiments.notebooks" in (ROOT / "Makefile").read_text()
