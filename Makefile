@@ -1,14 +1,14 @@
 # make demo: the main job on digits. make bench: the timings. make drill: faults. make ablation: the paper's findings,
-# switched off one by one. make test: the tests. make test-gpu: the acceptance run on a CUDA device. All install what they
-# need into .venv. make test-floor: the tests with the lowest versions that pyproject.toml allows, in .venv-floor. make
-# dist: wheel and sdist, built anew and checked. make test-wheel: the commands, by that wheel and its own dependencies
-# alone, in .venv-wheel and from an empty folder.
+# switched off one by one. make notebooks: executes the notebooks in place. make test: the tests. make test-gpu: the
+# acceptance run on a CUDA device. All install what they need into .venv. make test-floor: the tests with the lowest
+# versions that pyproject.toml allows, in .venv-floor. make dist: wheel and sdist, built anew and checked. make test-wheel:
+# the commands, by that wheel and its own dependencies alone, in .venv-wheel and from an empty folder.
 PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor
 WHEEL := .venv-wheel
 
-.PHONY: demo bench drill ablation test test-slow test-gpu test-floor test-wheel dist lint
+.PHONY: demo bench drill ablation notebooks test test-slow test-gpu test-floor test-wheel dist lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -33,6 +33,9 @@ drill: .venv/installed
 
 ablation: .venv/installed
 	$(BIN)/python -m experiments.ablation
+
+notebooks: .venv/installed
+	$(BIN)/python -m experiments.notebooks
 
 # The models of the tests are tiny: more threads would wait for one another. Files are shared out over WORKERS processes.
 test test-slow test-floor: export OMP_NUM_THREADS ?= 1

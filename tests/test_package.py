@@ -29,7 +29,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 PAPERS = ("CONTRIBUTING.md", "AGENTS.md")
 # What a source distribution holds beside the package, for the tests.
-BESIDE = ("tests", "docs", "eval", "sampling", "experiments", ".github")
+BESIDE = ("tests", "docs", "eval", "sampling", "experiments", "notebooks", ".github")
 
 
 def files(folder: Path) -> set[str]:

@@ -106,7 +106,7 @@ def _axis(
     """What an axis goes from and to, which is the values and a share of their range beyond; and the axis."""
     low, high = min(values), max(values)
     if log:
-        beyond = (high / low) ** room
+        beyond = (high / low) ** room if high > low else 2.0
         low, high = low / beyond, high * beyond
     else:
         span = (high - low) or abs(high) or 1.0
@@ -163,6 +163,60 @@ def swatch(number: int) -> Markup:
     style = style_of(number)
     line = tag("line", x1=1, x2=27, y1=6, y2=6, **style | {"class_": f"line {style['class_']}"})
     return tag("svg", line, viewBox="0 0 28 12", class_="swatch", aria_hidden="true")
+
+
+@dataclass
+class Spot:
+    """A point of a scatter: x above 0, with the least and greatest that stand for its error; y with its standard error,
+    0 where none is known. number: of the series. square: its form, in place of a circle. mark: what stands beside it.
+    """
+
+    number: int
+    x: float
+    x_range: tuple[float, float]
+    y: float
+    error: float
+    square: bool = False
+    mark: str = ""
+
+
+def scatter(spots: Sequence[Spot], paths: Sequence[Sequence[int]], x_label: str, alt: str) -> Markup:
+    """Points with bars in both directions; the axis of x is logarithmic, that of y where low values crowd.
+
+    paths: lines through points, each their places in `spots`, all of one series. At least one spot.
+    """
+    ends = [spot.y + sign * spot.error for spot in spots for sign in (-1, 1)]
+    log = min(ends) > 0 and logarithmic([spot.y for spot in spots])
+    low, high, y = _axis(ends, 0.06, HEIGHT - BOTTOM, TOP, log)
+    across = [each for spot in spots for each in (spot.x, *spot.x_range)]
+    left, right, x = _axis(across, 0.05, LEFT, WIDTH - RIGHT, log=True)
+    lines: list[Markup] = []
+    for value in log_ticks(low, high) if log else ticks(low, high):
+        lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value), class_="rule"))
+        lines.append(tag("text", short(value), x=LEFT - 6, y=y(value) + 4, text_anchor="end"))
+    for value in log_ticks(left, right):
+        lines.append(tag("text", short(value), x=x(value), y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
+    lines.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="axis"))
+    lines.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, text_anchor="middle"))
+    for path in paths:
+        style = style_of(spots[path[0]].number)
+        along = " ".join(f"{x(spots[place].x):.1f},{y(spots[place].y):.1f}" for place in path)
+        lines.append(tag("polyline", points=along, **style | {"class_": f"line {style['class_']}"}))
+    for spot in spots:
+        at_x, at_y, colour = x(spot.x), y(spot.y), style_of(spot.number)["class_"]
+        level = {"x1": x(spot.x_range[0]), "x2": x(spot.x_range[1]), "y1": at_y, "y2": at_y}
+        upright = {"x1": at_x, "x2": at_x, "y1": y(spot.y - spot.error), "y2": y(spot.y + spot.error)}
+        lines += [tag("line", **bar, class_=f"error {colour}") for bar in (level, upright)]
+        if spot.square:
+            lines.append(tag("rect", x=at_x - 3.5, y=at_y - 3.5, width=7, height=7, class_=f"dot {colour}"))
+        else:
+            lines.append(tag("circle", cx=at_x, cy=at_y, r=4.0, class_=f"dot {colour}"))
+    marked = [spot for spot in spots if spot.mark]
+    for place, spot in enumerate(marked):  # to where no other point is, which would be quicker and better
+        away = 4 + 10 * (place % 2)  # two that lie close together are told apart
+        at = {"x": x(spot.x) - away, "y": min(y(spot.y) + 10 + away, HEIGHT - BOTTOM - 4.0)}
+        lines.append(tag("text", spot.mark, **at, text_anchor="end", class_="mark"))
+    return tag("svg", lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=alt, class_="chart scatter")
 
 
 @dataclass

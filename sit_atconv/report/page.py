@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from sit_atconv.report.curves import Interval, Series, chart, four_digits, intervals, swatch
+from sit_atconv.report.curves import Interval, Series, Spot, chart, four_digits, intervals, scatter, swatch
+from sit_atconv.report.frontiers import Frontier
 from sit_atconv.report.markup import Content, Markup, breakable, markup, tag
 from sit_atconv.report.pictures import CLASSES, PER_CLASS, Picture, Shown, grid, preview
 from sit_atconv.report.runs import Match, Run, SampleSet, at
 from sit_atconv.runtime.comparison import compared, flat
+from sit_atconv.runtime.console import clock_told
 from sit_atconv.runtime.files import MARK
 from sit_atconv.scoring import METRICS
 from sit_atconv.scoring.frechet import FRECHET
@@ -32,6 +34,7 @@ CURVES = {
 }  # fmt: skip
 SECONDS = "second of training"
 TOLD = 12  # differences at most that a warning tells
+POINTS = 300  # of a frontier that are drawn and listed
 
 
 @dataclass
@@ -69,6 +72,10 @@ def render(runs: Sequence[Run], again: int | None = None) -> str:
             for index, (title, group) in enumerate(groups)
         ),
         ("training", "Training", _training(runs)),
+        *(
+            (f"frontier-{index}", f"Score over time: {each.name}", _frontier(each))
+            for index, each in enumerate({each.path: each for run in runs for each in run.frontiers}.values())
+        ),
         ("speed", "Speed", _speed(runs, columns)),
         ("settings", "Settings", _settings(runs, columns)),
         ("hashes", "Hashes", _hashes(runs, columns)),
@@ -85,6 +92,7 @@ def render(runs: Sequence[Run], again: int | None = None) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", http_equiv="refresh", content=again) if again else None,
         tag("meta", name="generator", content=MARK),
+        tag("meta", http_equiv="refresh", content=again) if again else None,
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
         tag("style", Markup(style)),
@@ -93,7 +101,7 @@ def render(runs: Sequence[Run], again: int | None = None) -> str:
         "nav", tag("ul", [tag("li", tag("a", breakable(title), href=f"#{name}")) for name, title, _ in sections])
     )
     body = [tag("section", tag("h2", breakable(title)), content, id=name) for name, title, content in sections]
-    page = tag("html", head, tag("body", tag("header", _header(runs), contents), tag("main", body)), lang="en")
+    page = tag("html", head, tag("body", tag("header", _header(runs, again), contents), tag("main", body)), lang="en")
     return ("<!doctype html>\n" + page + "\n").encode("ascii", "xmlcharrefreplace").decode()
 
 
@@ -198,15 +206,34 @@ def _with_error(value: float, se: float | None) -> tuple[str, str | None]:
     return f"{value:,.{digits}f}", f"{se:,.{digits}f}"
 
 
-def _header(runs: Sequence[Run]) -> list[Content]:
+def _header(runs: Sequence[Run], again: int | None) -> list[Content]:
     title = tag("h1", breakable(" vs ".join(run.name for run in runs)))
     facts = [_key_facts(run) for run in runs]
+    going = [_going(run, several=len(runs) > 1) for run in runs if run.going]
+    if again:
+        told = f"This page is followed: it is written anew, and loads itself every {again} seconds."
+        going.append(tag("p", told))
+    state = tag("div", going, class_="going") if going else None
     if len(runs) > 1:
         about = tag("p", f"{len(runs)} runs side by side", class_="soft")
-        return [title, about, _compared("Key facts", "", _run_heads(runs), facts)]
+        return [title, about, state, _compared("Key facts", "", _run_heads(runs), facts)]
     cards = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts[0].items()]
     about = tag("p", "Report of ", "a training run" if runs[0].trained else "samples", class_="soft")
-    return [title, about, tag("dl", cards, class_="facts")]
+    return [title, about, state, tag("dl", cards, class_="facts")]
+
+
+def _going(run: Run, several: bool) -> Markup:
+    """How far a run is that is being trained, and how long the rest will take, as its log says."""
+    last = run.log[-1] if run.log else {}
+    step, goal = number(last.get("step")), number(run.recipe.get("train.max_steps"))
+    left = number(last.get("eta_seconds"))
+    parts = [f"{run.name}: being trained" if several else "Being trained"]
+    if step is not None and goal:
+        parts.append(f"step {_quantity(step)} of {_quantity(goal)}")
+    if left is not None:
+        parts.append(f"about {clock_told(left)} left")
+    bar = tag("progress", value=step, max=goal, aria_label="Steps") if step is not None and goal else None
+    return tag("p", breakable(", ".join(parts)), " as this page was written.", bar)
 
 
 def _key_facts(run: Run) -> dict[str, Content]:
@@ -606,6 +633,80 @@ def _curve(title: str, series: Sequence[Series], x_label: str = "step") -> Marku
     drawing, log = chart(measured, x_label, alt)
     scale = tag("small", " (log scale)", class_="soft") if log else None
     return tag("figure", tag("h4", title, scale), drawing, tag("figcaption", tag("ul", legend, class_="legend")))
+
+
+def _frontier(frontier: Frontier) -> list[Content]:
+    """Points over their time, those worth taking, and the lines that draw with them."""
+    result, points = frontier.result, frontier.points
+    kept = {id(each) for each in sorted(points, key=lambda each: each["pareto"] is None)[:POINTS]}
+    shown = [each for each in points if id(each) in kept]
+    models = list(dict.fromkeys(point["model"] for point in points))
+    best = [point for point in points if point["pareto"] == "all"]
+    marks = {id(point): str(place) for place, point in enumerate(best, 1)}
+    label = METRICS.get(result["metric"], (result["metric"], None))[0]
+    spots = [
+        Spot(
+            models.index(point["model"]), point["ms"], tuple(point["ms_quartiles"]), point["score"]["value"],
+            point["score"]["error"] or 0.0, point["kind"] == "SDE", marks.get(id(point), ""),
+        )
+        for point in shown
+    ]  # fmt: skip
+    paths = [
+        [place for place, point in enumerate(shown) if point["model"] == model and point["pareto"]] for model in models
+    ]
+    told = "; ".join(
+        f"{marks[id(point)]}: {point['model']}, {point['label']}, {_scored(point)}, {four_digits(point['ms'])} ms"
+        for point in best[:TOLD]
+    )
+    alt = f"{label} over milliseconds per image of {len(shown)} settings; those that no other one beats: {told}"
+    drawing = scatter(spots, [path for path in paths if path], "ms per image", alt)
+    text = (
+        "Each point is a setting: a circle draws by an ODE, a square by an SDE. Bars: one standard error, and the "
+        "middle half of the times. The line goes along the Pareto set: no other setting is both as quick and as good. "
+        "Numbers are those of the table."
+    )
+    if len(shown) < len(points):
+        text += f" Of {len(points):,} settings {len(shown):,} are shown, those of the Pareto sets among them."
+    names = [tag("li", _chip(index, model, len(models))) for index, model in enumerate(models)]
+    legend = tag("ul", names, class_="legend") if len(models) > 1 else None
+    figure = tag("figure", tag("h4", f"{label} over time"), drawing, tag("figcaption", legend, text))
+    head = ["Setting", label, "ms per image", "NFE"]
+    rows = [_setting(point, marks, models) for point in shown if point["pareto"]]
+    worth = _table(f"The Pareto set{' of all and of each model' * (len(models) > 1)}", head, rows, "points")
+    every = _table(f"All {len(shown):,} settings", head, [_setting(point, marks, models) for point in shown], "points")
+    chosen: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in result["recommended"]:  # one may be that of its model and of all
+        chosen.setdefault((each["command"], each["score_command"]), []).append(each)
+    commands = []
+    for lines, some in chosen.items():
+        of = " and ".join("of all models" if each["of"] is None else f"of {each['of']}" for each in some)
+        which = f"The cheapest setting within one standard error of the best, {of}: "
+        told = breakable(f"{some[0]['model']}, {some[0]['point']}: {some[0]['told']}")
+        commands += [tag("p", which, told, "."), tag("pre", tag("code", "\n".join(lines)), tabindex=0)]
+    return [
+        tag("div", figure, tag("div", worth), class_="beside"),
+        commands,
+        tag("details", tag("summary", f"All {len(shown):,} settings"), every) if len(shown) > len(rows) else None,
+        tag("ul", [tag("li", breakable(note)) for note in result["notes"][:TOLD]], class_="soft"),
+    ]
+
+
+def _scored(point: Mapping[str, Any]) -> str:
+    value, error = _with_error(point["score"]["value"], point["score"]["error"])
+    return value if error is None else f"{value} ± {error}"
+
+
+def _setting(
+    point: Mapping[str, Any], marks: Mapping[int, str], models: Sequence[str]
+) -> tuple[Content, list[Content]]:
+    """A row of a table of a frontier's points."""
+    mark = marks.get(id(point))
+    name = [f"{mark}: " if mark else None, breakable(point["label"])]
+    if len(models) > 1:
+        name.append(tag("small", _chip(models.index(point["model"]), point["model"], len(models))))
+    low, high = map(four_digits, point["ms_quartiles"])
+    times = [four_digits(point["ms"]), tag("small", f"{low} to {high}")]
+    return name, [_scored(point), times, four_digits(point["nfe"])]
 
 
 # Of a manifest of samples: what its key is called, and how it is said.

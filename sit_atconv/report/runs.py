@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from sit_atconv.data.images import is_image
+from sit_atconv.report.frontiers import Frontier, beside
 from sit_atconv.runtime.adapters import ADAPTERS
 from sit_atconv.runtime.claims import SETTINGS
 from sit_atconv.runtime.comparison import flat
 from sit_atconv.runtime.errors import InputError, told
-from sit_atconv.runtime.files import by_step, sha256, step_in
+from sit_atconv.runtime.files import by_step, in_use, sha256, step_in
 from sit_atconv.runtime.reading import read_json, read_rows, read_shapes, read_yaml
 from sit_atconv.scoring.result import reading, sound
 from sit_atconv.scoring.sources import MANIFEST, SAMPLES, Source, open_source
@@ -81,7 +82,8 @@ class SampleSet:
 class Run:
     """A run. folder: None for a folder of samples alone. recipe: by dotted key. checkpoint: the manifest of its newest
     checkpoint, {} without one. preview: the newest one's file, and step. params: numbers in the weights of the newest
-    checkpoint's EMA, None where they are not there."""
+    checkpoint's EMA, None where they are not there. frontiers: scores over time of its checkpoints, in the run's folder
+    or beside it. going: whether a process trained it as it was read."""
 
     name: str
     sets: list[SampleSet]
@@ -94,6 +96,8 @@ class Run:
     checkpoint_folder: Path | None = None
     preview: tuple[Path, int] | None = None
     params: int | None = None
+    frontiers: list[Frontier] = field(default_factory=list)
+    going: bool = False
 
     @property
     def trained(self) -> bool:
@@ -147,6 +151,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
+    going = in_use(folder)  # before anything is read: of a run that has ended, all is read
     if (folder / MANIFEST).is_file() or (folder / METRICS).is_file():
         return Run(name, [_read_set(folder)])
     with _whole(folder / RECIPE):
@@ -165,7 +170,8 @@ def _read(folder: Path, name: str) -> Run:
         if not _holds_images(folder):
             raise InputError(f"RUN {str(folder)!r}: nothing to report; looked for {LOOKED_FOR}")
         return Run(name, [_read_set(folder)])
-    run = Run(name, sets, folder, flat(recipe), *logs)
+    run = Run(name, sets, folder, flat(recipe), *logs, going=going)
+    run.frontiers = beside(folder, checkpoints)
     if checkpoints:
         run.checkpoint, run.checkpoint_folder = _read_manifest(checkpoints[-1] / MANIFEST), checkpoints[-1]
         run.params = _parameters(checkpoints[-1], run.checkpoint)

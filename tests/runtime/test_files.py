@@ -11,7 +11,7 @@ import pytest
 
 from sit_atconv.runtime import files
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.files import by_step, check_out, lock, step_in, step_name, write_atomic
+from sit_atconv.runtime.files import by_step, check_out, in_use, lock, step_in, step_name, write_atomic
 
 
 def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
@@ -57,10 +57,18 @@ def test_a_folder_is_one_processs_until_it_ends(tmp_path):
         [sys.executable, "-c", HOLDER, str(tmp_path / "f")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
+    assert in_use(tmp_path / "f")
     with pytest.raises(InputError, match=r"^'f' is in use by another process; end that one"):
         lock(tmp_path / "f", "'f'")
     holder.communicate("")
+    assert not in_use(tmp_path / "f")
     lock(tmp_path / "f", "'f'").close()
+
+
+def test_to_ask_whether_a_folder_is_in_use_changes_nothing_there(tmp_path):
+    assert not in_use(tmp_path / "none")
+    assert not in_use(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_system_without_fcntl_locks_by_its_own_means(tmp_path, monkeypatch):
