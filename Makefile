@@ -2,13 +2,13 @@
 # switched off one by one. make test: the tests. make test-gpu: the acceptance run on a CUDA device. All install what they
 # need into .venv. make test-floor: the tests with the lowest versions that pyproject.toml allows, in .venv-floor. make
 # dist: wheel and sdist, built anew and checked. make test-wheel: the commands, by that wheel and its own dependencies
-# alone, in .venv-wheel and from an empty folder.
+# alone, in .venv-wheel and from an empty folder. make docs: the site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor
 WHEEL := .venv-wheel
 
-.PHONY: demo bench drill ablation test test-slow test-gpu test-floor test-wheel dist lint
+.PHONY: demo bench drill ablation test test-slow test-gpu test-floor test-wheel dist lint docs
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -53,6 +53,10 @@ test-gpu: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html is the site; its search needs a server: $(BIN)/python -m http.server --directory site"
 
 dist: .venv/installed
 	rm -rf dist
