@@ -55,7 +55,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html is the site; its search needs a server: $(BIN)/python -m http.server --directory site"
 
 dist: .venv/installed

@@ -7,6 +7,7 @@ pictures as it finds in the same text.
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -57,7 +58,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "true"}, capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr[-4000:]
     assert "WARNING" not in built.stderr
@@ -137,8 +138,35 @@ def test_the_reference_has_what_the_library_exports(site, pages):
     asked = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     assert len(asked) == len(set(asked))
     for name in asked:
-        entry = page.split(f'id="{name}"')[1].split("doc doc-object")[0]
+        entry = page.split(f'id="{name}"')[1].split('class="doc doc-object ')[0]
         assert "<p>" in entry, f"{name} has no docstring"
+
+
+def test_parameters_of_a_docstring_become_a_list():
+    theme = runpy.run_path(str(ROOT / "docs/theme/docstrings.py"))
+    text = """Gives what it is given. See: nothing.
+
+    y = f(x)
+
+x: tokens (B, N, C), with
+their grid. size: how
+    many. Both, Or None.
+one, other: switches.
+Raises InputError: for
+both."""
+    wanted = """Gives what it is given. See: nothing.
+
+    y = f(x)
+
+
+- **x**: tokens (B, N, C), with
+    their grid. size: how
+    many. Both, Or None.
+- **one, other**: switches.
+
+Raises InputError: for
+both."""
+    assert theme["as_markdown"](text) == wanted
 
 
 def test_pictures_of_the_docs_are_shown_and_small():
