@@ -1,14 +1,15 @@
 # make demo: the main job on digits. make bench: the timings. make drill: faults. make ablation: the paper's findings,
-# switched off one by one. make notebooks: executes the notebooks in place. make test: the tests. make test-gpu: the
-# acceptance run on a CUDA device. All install what they need into .venv. make test-floor: the tests with the lowest
-# versions that pyproject.toml allows, in .venv-floor. make dist: wheel and sdist, built anew and checked. make test-wheel:
-# the commands, by that wheel and its own dependencies alone, in .venv-wheel and from an empty folder.
+# switched off one by one. make notebooks: executes the notebooks in place. make docs: the site, in site/. make test: the
+# tests. make test-gpu: the acceptance run on a CUDA device. All install what they need into .venv. make test-floor: the
+# tests with the lowest versions that pyproject.toml allows, in .venv-floor. make dist: wheel and sdist, built anew and
+# checked. make test-wheel: the commands, by that wheel and its own dependencies alone, in .venv-wheel and from an empty
+# folder.
 PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor
 WHEEL := .venv-wheel
 
-.PHONY: demo bench drill ablation notebooks test test-slow test-gpu test-floor test-wheel dist lint
+.PHONY: demo bench drill ablation notebooks test test-slow test-gpu test-floor test-wheel dist lint docs
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
@@ -56,6 +57,10 @@ test-gpu: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html is the site; its search needs a server: $(BIN)/python -m http.server --directory site"
 
 dist: .venv/installed
 	rm -rf dist

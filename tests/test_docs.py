@@ -41,7 +41,7 @@ from sit_atconv.runtime.markdown import markdown_table
 from sit_atconv.runtime.reading import read_yaml
 from sit_atconv.scoring.table import PUBLISHED, PUBLISHED_METRICS
 
-FILES = [*ROOT.glob("docs/*.md"), *(ROOT / folder / "README.md" for folder in (
+FILES = [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *(ROOT / folder / "README.md" for folder in (
     "", "eval", "sampling", "experiments/accelerate", "experiments/results",
 ))]  # fmt: skip
 PAGES = {path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/"): path for path in sorted(FILES)}
@@ -494,7 +494,7 @@ def before(page: str, vae_folder: Path) -> None:
             shutil.copytree("IMAGES", copy_of_images)
         Path("RUN").mkdir()
         Path("RUN/recipe.yaml").write_text("data: {kind: imagefolder, root: TRAIN, image_size: 40, held_out: 0.25}")
-    elif page in ("sampling", "eval/README"):
+    elif page in ("sampling", "few_steps", "formats", "eval/README"):
         scored()
     elif page == "principles":
         trained("digits-atconv")
@@ -503,8 +503,11 @@ def before(page: str, vae_folder: Path) -> None:
 
 
 RUN = [
-    *slowly(["README", "own_images", "training", "sampling", "app", "scoring", "attnet", "principles", "eval/README"]),
-    "interop", "swap", "operator",
+    *slowly([
+        "README", "start", "own_images", "training", "sampling", "few_steps", "app", "scoring", "attnet", "principles",
+        "eval/README", "formats",
+    ]),
+    "interop", "swap", "operator", "how_it_works",
 ]  # fmt: skip
 LEFT = {  # more of what the steps leave behind
     "interop": ("digits-ema.pt", "sit-pipeline-for-all/README.md"),
@@ -534,6 +537,31 @@ def test_a_page_runs_in_its_order(page, tmp_path, vae_folder, monkeypatch):
             if not left_out(line):
                 run(line, tmp_path)
     assert all(os.path.exists(made) for made in LEFT.get(page, ()))
+    if page == "formats":
+        check_formats()
+
+
+def named_under(heading: str) -> set[str]:
+    """What stands in code in the first column of the tables under a heading of docs/formats.md."""
+    section = PAGES["formats"].read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    firsts = (line.split("|")[1] for line in section.splitlines() if line.startswith("|"))
+    return {name for first in firsts for name in re.findall(r"`([^`]+)`", first)}
+
+
+def check_formats() -> None:
+    """Whether docs/formats.md names what the run and the samples in this folder have."""
+    run, samples = Path("runs/digits-atconv"), Path("runs/digits-atconv/samples/first")
+    step = max(run.glob("step-*"))
+    held, manifest = {path.name for path in step.iterdir()}, json.loads((step / "manifest.json").read_text())
+    of_files = {name.strip("/") for name in named_under("A checkpoint") if name.strip("/") in held}
+    assert of_files == held
+    assert manifest.keys() <= named_under("A checkpoint")
+    assert {"recipe.yaml", "log.jsonl"} <= {path.name for path in run.iterdir()} & named_under("A run")
+    told, manifest = named_under("Samples"), json.loads((samples / "manifest.json").read_text())
+    assert told - {"000000.png", "samples.npz", "manifest.json"} <= manifest.keys()
+    assert (samples / "000000.png").exists()
+    result = json.loads((samples / "metrics.json").read_text())
+    assert all(named_under("Scores") <= metric.keys() for name, metric in result["metrics"].items() if name != "copies")
 
 
 def given(page: str, block: Block) -> dict[str, Any]:

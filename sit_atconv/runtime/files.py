@@ -375,25 +375,6 @@ def _lock(file: TextIO) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def in_use(folder: Path, file: str = LOCK) -> bool:
-    """Whether another process has taken a folder, see `lock`; False where the system cannot tell.
-
-    A process must not ask of a folder that it has taken itself: POSIX would let go of it.
-    """
-    try:
-        import fcntl
-
-        held = open(folder / file)  # noqa: SIM115 (closed below)
-    except (ImportError, OSError):
-        return False
-    with held:
-        try:
-            fcntl.lockf(held, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may ask at once
-        except OSError as error:
-            return error.errno in (errno.EACCES, errno.EAGAIN)
-    return False
-
-
 class Lease:
     """Keeps others from removing what a file stands for, as long as this object is there: see `lease`."""
 
