@@ -92,7 +92,6 @@ def render(runs: Sequence[Run], again: int | None = None) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", http_equiv="refresh", content=again) if again else None,
         tag("meta", name="generator", content=MARK),
-        tag("meta", http_equiv="refresh", content=again) if again else None,
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
         tag("style", Markup(style)),
