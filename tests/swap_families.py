@@ -1,6 +1,9 @@
 """The families of models that swap_attention knows, each as a tiny model and inputs for it."""
 
+from collections.abc import Iterable
+
 import torch
+from conftest import slowly
 from torch import nn
 
 from sit_atconv.runtime.compat.torch import tree_leaves
@@ -8,6 +11,18 @@ from sit_atconv.swap import swap_attention
 from sit_atconv.swap.adapters import known_adapters
 
 ADAPTERS = {adapter.model.__name__: adapter for adapter in known_adapters() if adapter.tiny is not None}
+
+# One for each way of a graft: separate projections on a plane and in a volume, joint and single streams, maps.
+FEW = (
+    "DiTTransformer2DModel", "FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "UNet2DModel",
+    "WanTransformer3DModel", "ZImageTransformer2DModel",
+)  # fmt: skip
+
+
+def few(names: Iterable[str]) -> list:
+    """Parameters of a test: those of FEW in the ordinary suite, the others `slow`."""
+    names = list(names)
+    return [*(name for name in names if name in FEW), *slowly(name for name in names if name not in FEW)]
 
 
 class Family:

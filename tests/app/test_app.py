@@ -372,6 +372,7 @@ def fields(client) -> list[dict]:
     return client.view_api(return_format="dict")["named_endpoints"]["/draw"]["parameters"]
 
 
+@pytest.mark.slow
 def test_ten_digits_by_name_over_http(models, tmp_path, monkeypatch):
     with page_of(models["atconv"], models["attention"], monkeypatch=monkeypatch) as url:
         client = client_of(url, tmp_path)

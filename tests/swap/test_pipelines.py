@@ -58,7 +58,16 @@ class Swapped:
                 "batch": self.tiny.draw(self.pipe, self.prompts)}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=PIPELINES, ids=[each.pipeline for each in PIPELINES])
+FEW = ("DDPMPipeline", "DiTPipeline", "FluxPipeline", "WanPipeline", "ZImagePipeline")  # the others are slow
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(each, id=each.pipeline, marks=[] if each.pipeline in FEW else pytest.mark.slow)
+        for each in PIPELINES
+    ],
+)
 def swapped(request) -> Swapped:
     return Swapped(request.param)
 

@@ -2,6 +2,7 @@
 
 import textwrap
 
+import pytest
 import torch
 from swap_families import Family, outputs
 
@@ -99,6 +100,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_sharded_they_give_and_learn_what_they_do_whole(process_server, tmp_path):
     folders, given = [tmp_path / name for name in MODELS], {}
     for folder in folders:
