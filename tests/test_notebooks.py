@@ -30,7 +30,7 @@ def code(name):
 
 
 def test_there_are_notebooks():
-    assert NAMES == ["digits", "score_folder", "swap_dit"]
+    assert NAMES == ["digits", "swap_dit"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,9 +120,8 @@ def test_a_notebook_is_executed_and_what_is_not_to_be_published_is_refused(other
 
 
 GIVES = {
-    "digits": r"frechet_distance: [1-9]\.\d+ ± 0\.\d+\nrecognised: 0\.[89]\d+ ± 0\.0\d+",
+    "digits": r"frechet_distance: [1-3]\d\.\d+ ± \d\.\d+\nrecognised: 0\.[5-8]\d+ ± 0\.0\d+",
     "swap_dit": "the same bits after the swap was taken back: True",
-    "score_folder": r"held_out: [01]\.\d+ ± 0\.\d+\nblurred: (?!0)[\d.]+ ± [\d.]+\nnoisy: (?!0)[\d.]+ ± [\d.]+",
 }
 
 
