@@ -25,6 +25,13 @@ def few(names: Iterable[str]) -> list:
     return [*(name for name in names if name in FEW), *slowly(name for name in names if name not in FEW)]
 
 
+def aligned(model: nn.Module) -> nn.Module:
+    """The model, its weights laid out as in a new one: mapped from a file, they may be added up in another order."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 class Family:
     """A family's tiny model, always with the same weights, and inputs on two grids with two lengths of text."""
 

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import os
 import sys
 import threading
 from subprocess import run
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig
 from swap_families import ADAPTERS, Family, loss_of, outputs, same
 from torch import nn
@@ -137,6 +139,7 @@ def test_a_lora_on_the_layers_learns_and_comes_off(family):
 LOADS = """
 import json, sys
 import torch, sit_atconv
+from swap_families import aligned
 from sit_atconv.swap import load_delta
 from sit_atconv.swap.adapters import known_adapters
 from sit_atconv.runtime.compat.torch import tree_leaves
@@ -152,7 +155,7 @@ for name, cls in json.load(open(sys.argv[1] + "/classes.json")).items():
         model = adapters[name].tiny()
         load_delta(model, f"{sys.argv[1]}/{name}.safetensors")
     with torch.no_grad():
-        output = model.eval()(**inputs)
+        output = aligned(model).eval()(**inputs)
     found = [each for each in tree_leaves(output) if isinstance(each, torch.Tensor) and each.is_floating_point()]
     if not (len(found) == len(expected) and all(map(torch.equal, found, expected))):
         wrong.append(name)
@@ -175,6 +178,8 @@ def test_all_are_saved_and_loaded_in_a_fresh_process(tmp_path):
         load_delta(fresh, tmp_path / f"{name}.safetensors")
         assert same(outputs(fresh, inputs), outputs(model, inputs)), name
     (tmp_path / "classes.json").write_text(json.dumps(classes))
-    done = run([sys.executable, "-c", LOADS, tmp_path], capture_output=True, text=True)
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = run([sys.executable, "-c", LOADS, tmp_path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []

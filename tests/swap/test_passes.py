@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import threading
 import time
 
@@ -373,7 +374,8 @@ def rounded(grid, dtype):
 def test_a_raster_in_any_precision_tells_its_grid(grid, dtype):
     ids = rounded(grid, dtype)
     for each in (ids, ids[None], ids.float(), ids + torch.tensor([1, 0, 0], dtype=dtype)):
-        assert ids_grid(None, (), {"img_ids": each}) == grid
+        tokens = torch.empty(1, math.prod(grid), 1)
+        assert ids_grid(None, (), {"img_ids": each, "hidden_states": tokens}) == grid
 
 
 def test_what_is_no_raster_has_no_grid():

@@ -130,7 +130,5 @@ def test_errors_need_inputs_of_the_model_and_leave_it_as_it_was(tiny):
     for wrong, says in (([], "is empty"), ([{"hidden": torch.zeros(1)}], "does not fit ATConvDiT"), (3, "give a list")):
         with pytest.raises(InputError, match=says):
             swap.errors(wrong)
-    with pytest.raises(InputError, match="inputs"):
-        swap.errors([tiny.inputs("dit") | {"hidden_states": torch.zeros(2, 4, 9)}])
     tiny.assert_as(before, model)
     assert all(model.get_submodule(name) is layer for name, layer in swap.layers.items())

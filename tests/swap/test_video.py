@@ -4,6 +4,7 @@ storage, and what they refuse."""
 import pytest
 import torch
 import torch.nn.functional as F
+from swap_families import aligned
 from torch.utils._pytree import tree_map
 
 import sit_atconv
@@ -113,8 +114,9 @@ def test_layers_are_the_formula_within_their_attention(name, monkeypatch):
             )  # fmt: skip
             theirs = swap.attentions[key](*args, **kwargs | each)
             monkeypatch.setattr(F, "scaled_dot_product_attention", original)
+            last = getattr(swap.attentions[key], "context_pre_only", None)  # whose text nothing reads
             for mine, wanted in zip(*([out] if torch.is_tensor(out) else out for out in (ours, theirs)), strict=True):
-                if mine is not None:  # of a last block, whose text nothing reads
+                if mine is not None and not (last and wanted is not theirs[0]):
                     counts = torch.ones(mine.shape[:2], dtype=torch.bool)  # padding is nobody's
                     mask = kwargs.get("attention_mask")
                     counts = mask.bool() if mask is not None and mask.shape == counts.shape else counts
@@ -147,7 +149,7 @@ def test_a_volume_is_learnt_stored_and_reported(volume, tmp_path):
     errors = regress(swap, [inputs], steps=30, lr=1e-2)
     assert errors[-1] < 0.9 * errors[0]
     model.save_pretrained(tmp_path)
-    loaded = sit_atconv.ATConvWanTransformer3DModel.from_pretrained(tmp_path)
+    loaded = aligned(sit_atconv.ATConvWanTransformer3DModel.from_pretrained(tmp_path))
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).sample, model.eval()(**inputs).sample)
     other = {"full": "factored", "factored": "full"}[volume]
@@ -203,7 +205,7 @@ def test_blocks_whose_text_is_a_video_keep_their_attention():
     swap = swap_attention(model, "all", joint="split", calib=[inputs_of(model)])
     assert list(swap.layers) == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
     with pytest.raises(InputError, match=r"single_transformer_blocks\.1\.attn"):
-        swap_attention(model, ["single_transformer_blocks.1.attn"], joint="split")
+        swap_attention(model_of("MotifVideoTransformer3DModel"), ["single_transformer_blocks.1.attn"], joint="split")
     check = check_swap(model_of("MotifVideoTransformer3DModel").to("meta"), GRID, 5)
     found = {kind.name: kind.layers for kind in check.kinds}
     assert found == {"transformer_blocks.*.attn": 1, "single_transformer_blocks.*.attn": 1}
