@@ -4,6 +4,7 @@ Off a terminal, a line for each that the run logs. The run knows nothing of it: 
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 from sit_atconv.commands.options import add_number
 from sit_atconv.runtime.errors import InputError, check_one_process
 from sit_atconv.runtime.limits import Range
+from sit_atconv.runtime.signals import Interrupted, Interruptions, stops_told
 
 PAGE = "report.html"  # in the run's folder
-SLOWEST = 5  # seconds, at least, from one load of the page to the next
+SLOWEST, SHARE = 5, 20  # seconds at least between two pages, and at least so many times what one takes
 TRIES = 5  # times in a row that a run may not be read: it is writing
 
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Look, show, wait; a run that has ended is shown once."""
+    """Look, show, wait, until the run ends or a signal comes; a run that has ended is shown once."""
     check_one_process()
     if not Path(args.run_folder).is_dir():
         raise InputError(f"RUN {args.run_folder!r} is no folder; give that of a training run")
@@ -38,24 +40,27 @@ def run(args: argparse.Namespace) -> None:
 
     shown = [_Terminal() if sys.stdout.isatty() else _Lines()]
     if args.open:
-        shown.append(_Page(Path(args.run_folder) / PAGE, max(SLOWEST, args.every)))
+        shown.append(_Page(Path(args.run_folder) / PAGE, args.every))
     at, failed = look(args.run_folder), 0
-    try:
-        while True:
+    with stops_told(lambda: "no longer watched; the run goes on"), Interruptions() as stops:
+        try:
+            while True:
+                for each in shown:
+                    each.show(at)
+                if at.ended:
+                    break
+                with stops.working():
+                    time.sleep(args.every)
+                    try:
+                        at, failed = look(args.run_folder), 0
+                    except InputError:
+                        failed += 1
+                        if failed == TRIES:
+                            raise
+        except Interrupted:
             for each in shown:
-                each.show(at)
-            if at.ended:
-                break
-            time.sleep(args.every)
-            try:
-                at, failed = look(args.run_folder), 0
-            except InputError:
-                failed += 1
-                if failed == TRIES:
-                    raise
-    except KeyboardInterrupt:
-        print("no longer watched; the run goes on", file=sys.stderr)
-        return
+                each.end(at)
+            raise
     print(f"{args.run_folder}: {at.state}", flush=True)
 
 
@@ -75,6 +80,9 @@ class _Lines:
             self.preview = at.run.preview
             print(f"preview {self.preview[0]}", flush=True)
 
+    def end(self, at) -> None:
+        """Nothing is left to do: the last line is the newest."""
+
 
 class _Terminal:
     """A terminal, in which each look takes the place of the one before."""
@@ -91,6 +99,9 @@ class _Terminal:
         print(f"{back}\x1b[J" + "\n".join(lines), flush=True)
         self.lines = len(lines)
 
+    def end(self, at) -> None:
+        """Nothing is left to do: the last screen stays."""
+
 
 class _Page:
     """The report, which is written anew when there is more to tell, and which the browser loads again by itself."""
@@ -98,20 +109,30 @@ class _Page:
     def __init__(self, path: Path, every: int):
         from sit_atconv.runtime.files import REPORT, check_out
 
-        self.path, self.every, self.told = check_out(path, "report", ours=REPORT), every, None
+        self.path, self.told, self.due = check_out(path, "report", ours=REPORT), None, 0.0
+        self.least = self.again = max(SLOWEST, every)
 
     def show(self, at) -> None:
+        first, began = self.told is None, time.monotonic()
+        news = len(at.run.log), at.run.preview, at.run.checkpoint.get("step")
+        if at.ended:
+            self.end(at)
+        elif news != self.told and began >= self.due:
+            self._write(at, self.again)
+            self.again = max(self.least, math.ceil(SHARE * (time.monotonic() - began)))
+            self.due, self.told = began + self.again, news
+        if first:
+            self._open()
+
+    def end(self, at) -> None:
+        """The page as it stays: the browser loads it no more."""
+        self._write(at, None)
+
+    def _write(self, at, again: int | None) -> None:
         from sit_atconv.report.page import render
         from sit_atconv.runtime.files import write_out
 
-        news = len(at.run.log), at.run.preview, at.run.checkpoint.get("step"), at.ended
-        if news == self.told:
-            return
-        first, self.told = self.told is None, news
-        page = render([at.run], None if at.ended else self.every)
-        write_out(self.path, page.encode("ascii"), "report")
-        if first:
-            self._open()
+        write_out(self.path, render([at.run], again).encode("ascii"), "report")
 
     def _open(self) -> None:
         import webbrowser

@@ -83,7 +83,7 @@ class Run:
     """A run. folder: None for a folder of samples alone. recipe: by dotted key. checkpoint: the manifest of its newest
     checkpoint, {} without one. preview: the newest one's file, and step. params: numbers in the weights of the newest
     checkpoint's EMA, None where they are not there. frontiers: scores over time of its checkpoints, in the run's folder
-    or beside it. going: whether a process trained it as it was read."""
+    or beside it. going: whether a process trained it as it was read; None where the system does not tell."""
 
     name: str
     sets: list[SampleSet]
@@ -97,7 +97,7 @@ class Run:
     preview: tuple[Path, int] | None = None
     params: int | None = None
     frontiers: list[Frontier] = field(default_factory=list)
-    going: bool = False
+    going: bool | None = False
 
     @property
     def trained(self) -> bool:

@@ -14,7 +14,6 @@ from sit_atconv.report.runs import Run, read_runs
 from sit_atconv.runtime.bounded import read_bytes
 from sit_atconv.runtime.console import clock_told
 from sit_atconv.runtime.errors import InputError
-from sit_atconv.runtime.files import in_use
 from sit_atconv.runtime.markdown import visible
 from sit_atconv.scoring.result import number
 
@@ -86,10 +85,9 @@ def sparkline(values: Sequence[float | None], columns: int) -> str:
 
 @dataclass(frozen=True)
 class Look:
-    """A run at a moment. goes_on: whether a process has its folder; None where the system does not tell."""
+    """A run at a moment."""
 
     run: Run
-    goes_on: bool | None
 
     @property
     def step(self) -> int:
@@ -105,7 +103,7 @@ class Look:
     @property
     def ended(self) -> bool:
         """Whether nothing more comes: no process is at work, or, where that is not known, the last step is there."""
-        return not self.goes_on if self.goes_on is not None else self.step == self.steps
+        return not self.run.going if self.run.going is not None else self.step == self.steps
 
     @property
     def state(self) -> str:
@@ -125,7 +123,7 @@ def look(path: str | Path) -> Look:
     run = read_runs([str(path)])[0]
     if not run.trained:
         raise InputError(f"RUN {str(path)!r} is a folder of samples, and no training run; give that of a run")
-    return Look(run, in_use(run.folder))
+    return Look(run)
 
 
 def line(at: Look) -> str:

@@ -1,6 +1,7 @@
 """A swap that was made: what it tells, and how it is taken back."""
 
 import copy
+import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from sit_atconv.swap.grafts import is_fused
 from sit_atconv.swap.inputs import calibration_inputs, checked_inputs, told_of
 from sit_atconv.swap.marking import SwapRecord
 from sit_atconv.swap.survey import Survey
-from sit_atconv.swap.wrapping import check_unhooked, check_unwrapped
+from sit_atconv.swap.wrapping import PARTS, check_unhooked, check_unwrapped
 
 SCHEMA = 1
 PREFIXES = ("attend", "error")
@@ -178,6 +179,7 @@ def put_in(swap: AttentionSwap, record: SwapRecord | None) -> None:
     swap.config, swap.active = copy.deepcopy(record.config), True
     swap.adapter.mark(model)
     _register(swap._pipeline, model)
+    _tell_of_second(swap)
 
 
 def _register(pipeline, model: nn.Module) -> None:
@@ -185,3 +187,16 @@ def _register(pipeline, model: nn.Module) -> None:
     for name, module in pipeline.components.items() if pipeline is not None else ():
         if uncompiled(module) is model:
             pipeline.register_modules(**{name: module})
+
+
+def _tell_of_second(swap: AttentionSwap) -> None:
+    """Warn where the pipeline has a second model of this kind, as Wan 2.2 has: its attention stays."""
+    pipeline, kind = swap._pipeline, swap.adapter.model
+    for name, module in pipeline.components.items() if pipeline is not None else ():
+        second = name.startswith(PARTS) and isinstance(module, kind) and uncompiled(module) is not swap.model
+        if second and getattr(module, "_swap_record", None) is None:
+            warnings.warn(
+                f"{name} of this {type(pipeline).__name__} is a {kind.__name__} too, and keeps its attention; for it, "
+                f"call swap_attention(pipe.{name}), then pipe.register_modules({name}=pipe.{name})",
+                stacklevel=4,  # who calls swap_attention or load_delta
+            )

@@ -3,16 +3,20 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import run_recipe
+from html_page import Page
 from PIL import Image
 
 from sit_atconv.__main__ import main
+from sit_atconv.commands import watch
 from sit_atconv.report.terminal import GREYS, Colours, blocks, look, sparkline
 from sit_atconv.runtime import files
 
@@ -173,27 +177,78 @@ def test_a_small_terminal_is_not_overrun(begun, monkeypatch):
     assert all(len(re.sub(r"\x1b\[\w+", "", line)) <= 20 for line in drawn)
 
 
-def test_the_page_is_written_anew_and_loads_itself_until_the_run_ends(begun, holder, monkeypatch, capsys):
-    pages, opened = [], []
+def refreshed(page: Page) -> list[str]:
+    return [each["content"] for each in page.all("meta") if each.get("http-equiv") == "refresh"]
 
-    def sleep(seconds: float) -> None:
-        pages.append((begun / "report.html").read_text())
-        if len(pages) == 2:
-            write(begun, 8)
-            holder.communicate()
 
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
-    main(["watch", str(begun), "--open", "--every", "7"])
-    assert opened == [(begun.resolve() / "report.html").as_uri()]
-    assert pages[0] == pages[1]
-    assert '<meta http-equiv="refresh" content="7">' in pages[0]
-    last = (begun / "report.html").read_text()
-    assert "refresh" not in last
-    assert last != pages[0]
+@pytest.fixture
+def pages(begun, holder, monkeypatch):
+    """Watches the run with its page. events: what happens in each wait, which takes 70 seconds, as a page takes three;
+    after the last one the training has ended. Gives the page as it was before each event, and at last."""
+
+    def pages(*events):
+        found, left, clock = [], list(events), [0.0]
+
+        def look():
+            found.append(Page((begun / "report.html").read_text()))
+
+        def sleep(seconds):
+            look()
+            clock[0] += 70
+            left.pop(0)()
+            if not left:
+                holder.communicate()
+
+        def monotonic():
+            clock[0] += 3
+            return clock[0]
+
+        monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=sleep, monotonic=monotonic))
+        monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+        opened = []
+        main(["watch", str(begun), "--open", "--every", "7"])
+        assert opened == [(begun.resolve() / "report.html").as_uri()]
+        look()
+        return found
+
+    return pages
+
+
+def test_the_page_is_written_anew_and_loads_itself_until_the_run_ends(begun, pages):
+    found = pages(lambda: write(begun, 3), lambda: None, lambda: write(begun, 6), lambda: write(begun, 8))
+    assert found[1].source == found[2].source  # there was no news
+    assert [refreshed(page) for page in found] == [["7"], ["60"], ["60"], ["60"], []]  # twenty times what a page takes
+    assert [page.text.count("Being trained") for page in found] == [1, 1, 1, 1, 0]
+    for page, step, left in zip(found, (2, 3, 3, 6), ("07:30", "06:15", "06:15", "02:30"), strict=False):
+        assert f"Being trained, step {step} of 8, about {left} left as this page was written." in page.text
+        ((_, bar),) = [each for each in page.elements if each[0] == "progress"]
+        assert (bar["value"], bar["max"]) == (str(step), "8")
+    assert "Latest: 0.125 at step 8" in found[-1].text
+    assert not found[-1].all("progress")
+
+
+def test_a_page_that_takes_long_is_written_less_often(begun, pages, monkeypatch):
+    monkeypatch.setattr(watch, "SHARE", 40)  # so that 120 seconds lie between two pages, and 70 between two looks
+    found = pages(*[lambda step=step: write(begun, step) for step in (3, 4, 5, 6, 8)])
+    latest = [re.search(r"Being trained, step (\d)", page.text) for page in found]
+    assert [match and match[1] for match in latest] == ["2", "2", "4", "4", "6", None]
+
+
+def test_without_a_browser_the_place_of_the_page_is_told(begun, monkeypatch, capsys):
     monkeypatch.setattr("webbrowser.open", lambda address: False)
     main(["watch", str(begun), "--open"])
-    assert "there is no browser here; open " in capsys.readouterr().err
+    assert f"there is no browser here; open {begun}/report.html" in capsys.readouterr().err
+
+
+def test_of_several_runs_each_that_goes_on_is_told(begun, tmp_path, holder):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/recipe.yaml").write_text("train: {max_steps: 8}\n")
+    out = tmp_path / "page.html"
+    main(["report", str(begun), str(tmp_path / "other"), "--out", str(out)])
+    page = Page(out.read_text())
+    assert "mine: being trained, step 2 of 8, about 07:30 left" in page.text
+    assert "other: being trained" not in page.text
+    assert not refreshed(page)
 
 
 def test_what_is_no_run_costs_one_line(begun, tmp_path, fails):
@@ -224,13 +279,21 @@ def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_told(begun, hol
     assert "stopped at step 2" in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_the_watching_alone(begun, holder, monkeypatch, capsys):
+def test_a_signal_ends_the_watching_alone_and_the_page_is_loaded_no_more(begun, holder, monkeypatch, capsys):
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+
     def sleep(seconds: float) -> None:
-        raise KeyboardInterrupt
+        assert refreshed(Page((begun / "report.html").read_text())) == ["5"]
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(time, "sleep", sleep)
-    main(["watch", str(begun)])
-    assert capsys.readouterr().err == "no longer watched; the run goes on\n"
+    with pytest.raises(SystemExit) as stop:
+        main(["watch", str(begun), "--open"])
+    assert stop.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "SIGINT: no longer watched; the run goes on\n"
+    page = Page((begun / "report.html").read_text())
+    assert "Being trained, step 2 of 8" in page.text
+    assert not refreshed(page)
 
 
 def test_a_run_of_the_trainer_is_seen_as_it_is(recipe_file, tmp_path, capsys):

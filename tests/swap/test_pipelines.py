@@ -142,7 +142,9 @@ def test_the_second_of_two_models_is_swapped_by_itself(tmp_path):
         name: calls_of(getattr(pipe, name), lambda: tiny.draw(pipe, [FIRST]))
         for name in ("transformer", "transformer_2")
     }
-    swap(tiny, pipe, calls["transformer"])
+    with pytest.warns(UserWarning, match=r"transformer_2 of this WanPipeline is .* keeps its attention") as told:
+        swap(tiny, pipe, calls["transformer"])
+    assert told[0].filename == __file__
     one = tiny.draw(pipe, [FIRST], steps=3)  # of two, the second is too short to tell
     swap_attention(pipe.transformer_2, "all", calib=calls["transformer_2"][:1])
     pipe.register_modules(transformer_2=pipe.transformer_2)
