@@ -23,6 +23,7 @@ SHORT = {
     "train --dry-run": "it counts",
     "swap-check": "told not to time, it counts",
 }
+OF_FILES = {"SHA-256", "to the disk"}  # of every file, told where it is large
 
 
 @pytest.mark.slow
@@ -47,9 +48,11 @@ def test_every_command_with_long_work_tells_how_far_it_is(tmp_path, monkeypatch,
             monkeypatch.setattr(constants, key, value)
         for line in installed.COMMANDS:
             words = shlex.split(line)
+            if "--help" in words:  # of the app, which tells on its page
+                continue
             name = f"train {words[-1]}" if "--dry-run" in words else words[0]
             told.setdefault(name, set())
             reset_accelerate()
             main(words)
-    assert {name for name, bars in told.items() if not bars} == SHORT.keys()
-    assert COMMANDS.keys() <= told.keys()
+    assert {name for name, bars in told.items() if bars <= OF_FILES} == SHORT.keys()
+    assert COMMANDS.keys() - told.keys() == {"app"}
