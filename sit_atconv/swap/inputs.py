@@ -81,7 +81,8 @@ def _left_out(model: nn.Module, each) -> list[str]:
 @contextmanager
 def told_of(model: nn.Module, what: str, inputs: list, given: bool) -> Iterator[None]:
     """An error within becomes an InputError where the inputs are the cause: they are of another dtype or device than
-    the model, or, if a user has `given` them, leave out what is None by default and the model needs."""
+    the model, or, if a user has `given` them, leave out what is None by default and the model needs, or are of another
+    shape than it takes."""
     try:
         yield
     except (AttributeError, TypeError) as error:
@@ -101,7 +102,14 @@ def told_of(model: nn.Module, what: str, inputs: list, given: bool) -> Iterator[
             if isinstance(value, torch.Tensor)
             and (value.device != device or (value.is_floating_point() and value.dtype != dtype))
         }
-        if not other or not re.search("type|device", str(error)) or isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if given and not other and re.search("shape|size|channels", str(error)):
+            raise InputError(
+                f"{what}: {type(model).__name__} does not take inputs of these shapes ({said(error)}); give those of a "
+                "call of the model"
+            ) from error
+        if not other or not re.search("type|device", str(error)):
             raise
         raise InputError(
             f"{', '.join(list(other)[:4])}: {next(iter(other.values()))}, which the model in {dtype} on {device} does "

@@ -84,6 +84,10 @@ def test_a_class_without_adapter(tiny):
             {"calib": [(X, T)]},
             r"calib: DiT.* needs more arguments .* leave out class_labels, cross_attention_kwargs: giv",
         ),
+        (
+            {"calib": [{"hidden_states": X[:, :3], "timestep": T, "class_labels": T}]},
+            r"calib: DiT.* does not take inputs of these shapes \(.*channels.*\); give those",
+        ),
         ({"select": None}, "select=None: give 'all'"),
         ({"select": 3 + 1j}, r"select=\(3\+1j\): give 'all'"),
         ({"exclude": None}, "exclude=None: give names"),

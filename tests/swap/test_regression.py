@@ -126,9 +126,13 @@ def test_errors_are_of_the_layers_as_they_are_now(tiny):
 def test_errors_need_inputs_of_the_model_and_leave_it_as_it_was(tiny):
     model = tiny.model("dit")
     swap = swap_attention(model, "all", init="copy_vo", calib=[tiny.inputs("dit")])
-    before = tiny.snapshot(model)
-    for wrong, says in (([], "is empty"), ([{"hidden": torch.zeros(1)}], "does not fit ATConvDiT"), (3, "give a list")):
-        with pytest.raises(InputError, match=says):
-            swap.errors(wrong)
+    before, right = tiny.snapshot(model), tiny.inputs("dit")
+    for wrong, says in (
+        ([], "is empty"), ([{"hidden": torch.zeros(1)}], "does not fit ATConvDiT"), (3, "give a list"),
+        ([{**right, "hidden_states": right["hidden_states"][:, :3]}, right], "does not take inputs of these shapes"),
+    ):  # fmt: skip
+        for call in (swap.errors, lambda inputs: regress(swap, inputs, steps=2)):
+            with pytest.raises(InputError, match=f"inputs.*{says}"):
+                call(wrong)
     tiny.assert_as(before, model)
     assert all(model.get_submodule(name) is layer for name, layer in swap.layers.items())
