@@ -1,9 +1,11 @@
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +20,7 @@ RECORDED = "ccf83eb"  # the last commit whose operator took tokens beside their 
 # Half of what these hold is of Hugging Face datasets; the extra `dev` brings the library.
 collect_ignore = [] if find_spec("datasets") else ["data/test_kinds.py", "data/test_hostile.py", "data/test_reader.py"]
 sys.path.insert(0, str(Path(__file__).parent))
+os.fsync = lambda descriptor: None  # what a test writes has to outlive no power cut, and the disk takes its time
 
 
 def pytest_runtest_setup() -> None:
@@ -125,6 +128,29 @@ def serving(*options: str):
         server.communicate("null\n")
 
 
+def _hold(take, arguments, line) -> None:
+    held = take(*arguments)
+    line.send("held")
+    line.recv()  # until it is killed
+    del held
+
+
+@contextmanager
+def another_process_has(take, *arguments):
+    """Within it, a process that was forked from this one has what `take(*arguments)` gave it; then it is killed."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_hold, args=(take, arguments, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        assert ours.recv() == "held"
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
 @pytest.fixture(scope="session")
 def process_server():
     with serving() as run:
@@ -158,31 +184,38 @@ def made_in(tree: Path, script: str, *words: Path, **environment: str | Path) ->
     return json.loads(done.stdout)
 
 
+def write_recipe(folder: Path, name: str = "recipe", **sections) -> Path:
+    """Write a tiny digits recipe, with sections overridden, whose run lies in the same folder; its path."""
+    recipe = {
+        "run": {"out": str(folder / "run"), "log_every": 1},
+        "data": {"kind": "digits"},
+        "latents": {},
+        "model": {
+            "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "learn_sigma": False,
+            "token_mixer": "hybrid",
+        },
+        "train": {"max_steps": 8, "batch_size": 8, "lr": 1e-3},
+        "ema": {"decay": 0.9},
+        "checkpoint": {"every": 4},
+        "preview": {"every": 0},
+    }  # fmt: skip
+    for section, keys in sections.items():
+        recipe[section] = {**recipe.get(section, {}), **keys}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
-    """Writes a tiny digits recipe, with sections overridden, and returns its path."""
+    """`write_recipe` in the test's own folder."""
+    return partial(write_recipe, tmp_path)
 
-    def write(name: str = "recipe", **sections) -> Path:
-        recipe = {
-            "run": {"out": str(tmp_path / "run"), "log_every": 1},
-            "data": {"kind": "digits"},
-            "latents": {},
-            "model": {
-                "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "learn_sigma": False,
-                "token_mixer": "hybrid",
-            },
-            "train": {"max_steps": 8, "batch_size": 8, "lr": 1e-3},
-            "ema": {"decay": 0.9},
-            "checkpoint": {"every": 4},
-            "preview": {"every": 0},
-        }  # fmt: skip
-        for section, keys in sections.items():
-            recipe[section] = {**recipe.get(section, {}), **keys}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        return path
 
-    return write
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The run of `write_recipe`'s recipe, trained once; a test that writes into it takes a copy."""
+    return run_recipe(write_recipe(tmp_path_factory.mktemp("digits"))).parent
 
 
 @pytest.fixture

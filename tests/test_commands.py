@@ -29,11 +29,9 @@ RECIPES = "experiments/recipes"
 
 
 @pytest.fixture
-def trained(recipe_file, tmp_path, capsys):
+def trained(digits_run, tmp_path):
     """A run folder of a few steps."""
-    train_sit.main([str(recipe_file())])
-    capsys.readouterr()
-    return tmp_path / "run"
+    return shutil.copytree(digits_run, tmp_path / "run")
 
 
 def test_dry_run_of_the_imagenet_recipe_needs_neither_data_nor_vae(capsys):
@@ -527,7 +525,17 @@ def test_what_the_main_process_finds_ends_all_processes_with_one_line(process_se
     assert not any("Connection closed" in text for text in said)
 
 
-def test_batch_must_divide_by_processes(recipe_file, tmp_path):
+def test_batch_must_divide_by_processes(process_server, recipe_file, tmp_path):
+    codes, said = process_server("train_sit", tmp_path, [recipe_file(), "train.batch_size=7"], {}, {})
+    assert codes == [2, 2]
+    assert error_lines(said) == [
+        "error: train.batch_size=7 is not divisible by 2 processes x 1 accumulation steps; choose a multiple of 2"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_line_of_all_processes_is_said_once_under_torchrun(recipe_file, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*torchrun, "train_sit.py", str(recipe_file()), "train.batch_size=7"],

@@ -505,9 +505,9 @@ def before(page: str, vae_folder: Path) -> None:
 RUN = [
     *slowly([
         "README", "start", "own_images", "training", "sampling", "few_steps", "app", "scoring", "attnet", "principles",
-        "eval/README", "formats",
+        "eval/README", "formats", "swap",
     ]),
-    "interop", "swap", "operator", "how_it_works",
+    "interop", "operator", "how_it_works",
 ]  # fmt: skip
 LEFT = {  # more of what the steps leave behind
     "interop": ("digits-ema.pt", "sit-pipeline-for-all/README.md"),

@@ -4,7 +4,7 @@ import ast
 import functools
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from conftest import ROOT
@@ -79,15 +79,33 @@ PROGRAM = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (RO
 SEES_MODELS = tuple(f"sit_atconv.{name}" for name in ("models", "layers", "sampling", "training"))
 
 
-def imports(path) -> set[str]:
+@functools.cache
+def parsed(path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def nodes(path) -> list[ast.AST]:
+    return list(ast.walk(parsed(path)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _files_are_parsed_once():
+    yield
+    parsed.cache_clear()
+    nodes.cache_clear()
+
+
+@functools.cache
+def imports(path) -> frozenset[str]:
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             modules |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return modules
+    return frozenset(modules)
 
 
 def part(name: str) -> str:
@@ -100,11 +118,14 @@ def module(path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+NAMED = {module(path).removesuffix(".__init__"): path for path in PROGRAM}
+
+
 def modules_imported(path, named: dict) -> set[str]:
     """The modules among the named ones that a file imports, within functions, too: `from package import module` is of
     the module alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -115,8 +136,8 @@ def modules_imported(path, named: dict) -> set[str]:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_library_imports_go_one_way(path):
-    named = {module(other).removesuffix(".__init__"): other for other in LIBRARY}
-    names = {part(name) for name in modules_imported(path, named) if name != "sit_atconv"}
+    own = {name: other for name, other in NAMED.items() if name.partition(".")[0] == "sit_atconv"}
+    names = {part(name) for name in modules_imported(path, own) if name != "sit_atconv"}
     assert names <= ALLOWED[part(module(path))] | {part(module(path))}
     top = {name.partition(".")[0] for name in imports(path)}
     assert not top & {"experiments", "sampling", "eval", "sample", "train_sit", "tests"}
@@ -132,8 +153,7 @@ def in_a_circle(graph: dict[str, set[str]]) -> set[str]:
 
 
 def test_no_modules_import_each_other_in_a_circle(tmp_path):
-    named = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PROGRAM}
-    assert not in_a_circle({name: modules_imported(path, named) - {name} for name, path in named.items()})
+    assert not in_a_circle({name: modules_imported(path, NAMED) - {name} for name, path in NAMED.items()})
     (tmp_path / "x.py").write_text("def lazy():\n    from a import b, c\n    import d.e\n")
     assert modules_imported(tmp_path / "x.py", {"a": 0, "a.b": 0, "d.e": 0, "f": 0}) == {"a", "a.b", "d.e"}
     assert in_a_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
@@ -169,9 +189,9 @@ def is_private(name: object) -> bool:
     return isinstance(name, str) and name.startswith("_") and not name.endswith("__") and name not in NOT_PRIVATE
 
 
-def defined(tree: ast.Module) -> Iterator[str]:
+def defined(path) -> Iterator[str]:
     """The names of a module's functions, classes, variables, and attributes of `self`."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -182,17 +202,17 @@ def defined(tree: ast.Module) -> Iterator[str]:
 
 @functools.cache
 def own_names() -> set[str]:
-    return {name for path in PROGRAM for name in defined(ast.parse(path.read_text()))}
+    return {name for path in PROGRAM for name in defined(path)}
 
 
-def reached(tree: ast.Module) -> Iterator[str]:
+def reached(path) -> Iterator[str]:
     """The names that a module imports from other libraries, part by part, and those that it asks objects for."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (part for alias in node.names for part in alias.name.split("."))
         elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] not in FOLDERS:
             yield from (*node.module.split("."), *(alias.name for alias in node.names))
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) != "super()":
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) != "super()":
             yield node.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
             yield from (each.value for each in node.args[1:2] if isinstance(each, ast.Constant))
@@ -203,7 +223,7 @@ def test_private_parts_of_other_libraries_are_in_compat_alone(path):
     """A name that is private, and that nothing here defines, is another library's. What a base class calls stays."""
     if path.parent == ROOT / "sit_atconv/runtime/compat":
         return
-    assert not {name for name in reached(ast.parse(path.read_text())) if is_private(name)} - own_names()
+    assert not {name for name in reached(path) if is_private(name)} - own_names()
     assert not {name for name in imports(path) if name.startswith(tuple(PRIVATE))}
 
 
@@ -240,7 +260,7 @@ def at_import(tree: ast.Module) -> Iterator[ast.AST]:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_library_is_imported_on_every_system(path):
-    for node in at_import(ast.parse(path.read_text())):
+    for node in at_import(parsed(path)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
             assert not names & OF_ONE_SYSTEM, node.lineno
@@ -263,11 +283,11 @@ SILENT = {
 }
 
 
-def silent_loops(text: str) -> set[str]:
+def silent_loops(nodes: Iterable[ast.AST]) -> set[str]:
     """The functions with a loop over batches that say nothing of how far they are: by no Progress, and no bar of
     their caller's."""
     found = set()
-    for function in ast.walk(ast.parse(text)):
+    for function in nodes:
         if not isinstance(function, ast.FunctionDef):
             continue
         loops = [node.iter for node in ast.walk(function) if isinstance(node, ast.For | ast.comprehension)]
@@ -282,14 +302,17 @@ def silent_loops(text: str) -> set[str]:
 def test_loops_over_batches_tell_how_far_they_are(path):
     # A step of the trainer goes through its parts, under the bar of all steps.
     told = SILENT.get(module(path), set()) | ({"_optimize"} if module(path) == "sit_atconv.training.trainer" else set())
-    assert silent_loops(path.read_text()) == told
+    assert silent_loops(nodes(path)) == told
 
 
 def test_a_silent_loop_is_found():
-    assert silent_loops("def f(source):\n    for each in source.batches(8):\n        use(each)\n") == {"f"}
-    assert silent_loops("def f(x):\n    return [use(each) for each in TrainingBatches(x)]\n") == {"f"}
-    assert not silent_loops("def f(x):\n    for each in Progress(x.batches(8)):\n        use(each)\n")
-    assert not silent_loops("def f(x, bar):\n    for each in x.batches(8):\n        bar.update(use(each))\n")
+    def silent(text: str) -> set[str]:
+        return silent_loops(ast.walk(ast.parse(text)))
+
+    assert silent("def f(source):\n    for each in source.batches(8):\n        use(each)\n") == {"f"}
+    assert silent("def f(x):\n    return [use(each) for each in TrainingBatches(x)]\n") == {"f"}
+    assert not silent("def f(x):\n    for each in Progress(x.batches(8)):\n        use(each)\n")
+    assert not silent("def f(x, bar):\n    for each in x.batches(8):\n        bar.update(use(each))\n")
 
 
 READERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "OmegaConf.load"}
@@ -300,8 +323,7 @@ PARSERS = {"sit_atconv/runtime/reading.py", "experiments/drill/__main__.py", "ex
 @pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_parsed_by_the_bounded_reader(path):
     if str(path.relative_to(ROOT)) not in PARSERS:
-        tree = ast.parse(path.read_text())
-        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        called = {ast.unparse(node.func) for node in nodes(path) if isinstance(node, ast.Call)}
         assert not called & READERS
         assert not imports(path) & READERS
 
@@ -309,7 +331,7 @@ def test_files_are_parsed_by_the_bounded_reader(path):
 def test_nothing_is_unpickled():
     wanted = {"load": ("weights_only", "True"), "from_pretrained": ("use_safetensors", "True")}
     for path in PROGRAM:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if not isinstance(node, ast.Call):
                 continue
             function = ast.unparse(node.func)
@@ -345,11 +367,11 @@ DOORS = {
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_library_calls_commands_by_their_installed_name(path):
     if path.relative_to(ROOT / "sit_atconv").as_posix() not in DOORS:
-        assert not [each.value for each in spoken(ast.parse(path.read_text())) if OLD_NAMES.search(each.value)]
+        assert not [each.value for each in spoken(parsed(path)) if OLD_NAMES.search(each.value)]
 
 
-def flags_in(text: str) -> list[str]:
-    return [node.value for node in spoken(ast.parse(text)) if re.search(r"(^|[\s(`'])--[a-z]", node.value)]
+def flags_in(tree: ast.Module) -> list[str]:
+    return [node.value for node in spoken(tree) if re.search(r"(^|[\s(`'])--[a-z]", node.value)]
 
 
 def test_the_library_speaks_of_arguments_and_not_of_flags():
@@ -375,9 +397,10 @@ def test_the_library_speaks_of_arguments_and_not_of_flags():
         ],  # of `sample`
         "sit_atconv/bench/gpu/tests.py": ["--continue-on-collection-errors", "--junitxml="],  # pytest's
     }
-    found = {path.relative_to(ROOT).as_posix(): flags_in(path.read_text()) for path in LIBRARY}
+    found = {path.relative_to(ROOT).as_posix(): flags_in(parsed(path)) for path in LIBRARY}
     found = {path: flags for path, flags in found.items() if flags and not path.startswith("sit_atconv/commands/")}
     assert {path: sorted(flags) for path, flags in found.items()} == {
         path: sorted(each) for path, each in others.items()
     }
-    assert flags_in("""def f(x):\n    "Writes `--out`."\n    raise ValueError(f"give --out {x}")""") == ["give --out "]
+    text = """def f(x):\n    "Writes `--out`."\n    raise ValueError(f"give --out {x}")"""
+    assert flags_in(ast.parse(text)) == ["give --out "]

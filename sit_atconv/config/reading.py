@@ -193,7 +193,7 @@ def make_recipe(stated: Any, schema: type[Schema] = Recipe, stored: bool = False
             idle = f"{section}.{next(iter(keys[section]))}"
             raise InputError(f"{idle} does nothing without {section}.{switch}: name it, or null for none")
     try:
-        merged = OmegaConf.merge(_defaults(schema), left_out(schema) if stored else {}, stated)
+        merged = OmegaConf.merge(_defaults(schema), *([left_out(schema)] if stored else []), stated)
         values = OmegaConf.to_container(merged)
         limits.check(schema, values, stored=stored)
         return OmegaConf.to_object(OmegaConf.merge(merged, meant(schema, values)) if stored else merged)
@@ -253,4 +253,4 @@ def _check_values(stated: Any, key: str = "") -> None:
 
 def to_dict(recipe: Any) -> dict[str, Any]:
     """Plain nested dictionaries and lists, as JSON and YAML store them."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))
+    return dataclasses.asdict(recipe)

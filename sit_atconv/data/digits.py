@@ -1,5 +1,7 @@
 """The embedded images: scikit-learn's handwritten digits."""
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -19,18 +21,11 @@ class Digits(Dataset):
     class_names = tuple("0123456789")
 
     def __init__(self, split: str = "train", channels: int | None = None):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        train, test = train_test_split(
-            np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
-        )
-        chosen = np.sort({"train": train, "test": test}[split])
+        images, labels = _split(split)
         self.channels = channels or 1
-        grey = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 8 - 1
+        grey = torch.from_numpy(images).float().unsqueeze(1) / 8 - 1
         self.images = grey.repeat(1, self.channels, 1, 1)
-        self.labels = digits.target[chosen]
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,3 +39,15 @@ class Digits(Dataset):
         image = Image.fromarray(((self.images[index, 0] + 1) * 127.5).round().byte().numpy())
         image = with_channels(image, self.channels)
         return (image if size is None else center_crop(image, size)), int(self.labels[index])
+
+
+@functools.cache
+def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 8, 8) in 0 to 16 and labels (N,) of a split; never changed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, test = train_test_split(np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
+    chosen = np.sort({"train": train, "test": test}[split])
+    return digits.images[chosen], digits.target[chosen]

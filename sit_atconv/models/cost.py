@@ -5,6 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.models.sit import SiTTransformer2DModel
 
+_counted: dict[tuple[type, str], int] = {}  # MACs by class and options, which runs and tables ask for time and again
+
 
 def count_parameters(model: torch.nn.Module) -> int:
     """Parameters and persistent position embeddings, as the public checkpoints count them."""
@@ -24,7 +26,10 @@ def count_macs(model: SiTTransformer2DModel) -> int:
     does: matrix products, convolutions and attention; element-wise work is not counted.
     """
     if model.device.type != "meta":
-        model = without_weights(model)
+        key = type(model), model.to_json_string()
+        if key not in _counted:
+            _counted[key] = count_macs(without_weights(model))
+        return _counted[key]
     latent = torch.zeros(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     return count_forward_macs(model, latent, torch.zeros(1, device="meta"), label)

@@ -5,6 +5,7 @@ process made, is replaced or removed; anything else is refused, or by force set 
 """
 
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -589,13 +590,16 @@ def _of_bytes(what: str, size: int) -> Progress:
     return Progress(total=size, desc=what, **options)
 
 
+_version = functools.cache(importlib.metadata.version)  # that of a process, which has imported it
+
+
 def library_versions(*more: str) -> dict[str, str]:
     """Versions of what decides a result: this library, Python, the numerical libraries, and `more` distributions."""
     names = ("torch", "torchvision", "diffusers", "accelerate", "numpy", "safetensors", *more)
     return {
         "sit_atconv": __version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
+        **{name: _version(name) for name in names},
     }
 
 

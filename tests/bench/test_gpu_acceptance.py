@@ -309,6 +309,7 @@ def test_the_command_and_the_stages_of_the_operator_import_torch_and_triton_alon
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_a_stage_is_rehearsed(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--rehearse", "--stages", "1", "--out", str(tmp_path / "out")])

@@ -74,6 +74,7 @@ print(before, faults(20))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.slow
 def test_no_page_is_zeroed_anew_by_what_is_timed():
     """80 MB are thousands of pages, or some tens of huge ones; the heap may grow now and then."""
     said = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, check=True, capture_output=True, text=True).stdout

@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT, log_rows, reset_accelerate
+from conftest import ROOT, log_rows, reset_accelerate, slowly
 from PIL import Image
 from safetensors.torch import load_file
 from sampled import item
@@ -87,7 +87,7 @@ def assert_same_bits(a, b):
         assert all(torch.equal(found[name], expected[name]) for name in expected), which
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, *slowly([0])])
 def test_a_run_goes_on_to_the_same_bits(classifier_file, tmp_path, monkeypatch, workers):
     path = classifier_file(data={"workers": workers})
     whole = run(path, f"run.out={tmp_path / 'whole'}", "data.workers=0")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, slowly
 
 from sit_atconv import SiTTransformer2DModel, config, data
 from sit_atconv.classification.recipe import ClassifierRecipe
@@ -50,8 +50,18 @@ def test_the_promised_recipes_ship():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if "2" in path.stem], ids=lambda path: path.stem)
-def test_published_recipes_are_what_their_name_says_and_can_be_planned(path):
+PUBLISHED = [path.stem for path in RECIPES if "2" in path.stem]
+PLANNED = ["imagenet256_sit_xl2_atconv_hybrid", "imagenet512_sit_b2_atconv", "ffhq512_sit_s2"]
+
+
+@pytest.mark.parametrize("name", [*PLANNED, *slowly([name for name in PUBLISHED if name not in PLANNED])])
+def test_published_recipes_can_be_planned(name):
+    parameters = dry_run(load_recipe(name)).split("parameters")[1].split()[0]
+    assert float(parameters) > 20
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in PUBLISHED], ids=lambda path: path.stem)
+def test_published_recipes_are_what_their_name_says(path):
     recipe = load_recipe(path)
     images, _, size, *mixer = path.stem.split("_")
     kind = {"": "SiT-{}/2", "atconv": "SiT-ATConv-{}/2", "atconv_hybrid": "SiT-ATConv-{}/2-Hybrid"}["_".join(mixer)]
@@ -63,8 +73,6 @@ def test_published_recipes_are_what_their_name_says_and_can_be_planned(path):
     assert (train.batch_size, train.warmup_steps, train.max_steps, recipe.ema.decay) == (256, 0, 400_000, 0.9999)
     assert recipe.data.flip
     assert recipe.model.class_dropout_prob == (0.0 if images == "ffhq512" else None)  # the model's own is 0.1
-    parameters = dry_run(recipe).split("parameters")[1].split()[0]
-    assert float(parameters) > 20
 
 
 def test_a_recipe_takes_over_its_base_and_wins_against_it(recipe_file, tmp_path):

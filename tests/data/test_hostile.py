@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import slowly
 from datasets import ClassLabel, Features
 from PIL import Image
 from sampled import decode
@@ -350,16 +351,22 @@ def test_a_saved_dataset_names_its_own_files_alone(tmp_path):
     assert len(open_dataset(Data("hf", str(tmp_path / "d"), 8))) == 2
 
 
+DEEP, *OTHERS = (
+    "[" * 100_000, "---\n" + "[" * 100_000 + "\n---\n", f"---\nconfigs: [{'a, ' * 100_001}]\n---\n",
+    "---\na: &a [*a]\n---",
+    "---\na: !!python/object:os.system x\n---\n", f"---\na: {'x' * (1 << 20)}\n---\n",
+    "---\na: 1\n" + " " * ((1 << 20) - 13) + "\n---x\nconfigs: 1\n---\n",
+)  # fmt: skip
+DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json", "state.json")
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("name", "text"),
     [
-        "[" * 100_000, "---\n" + "[" * 100_000 + "\n---\n", f"---\nconfigs: [{'a, ' * 100_001}]\n---\n",
-        "---\na: &a [*a]\n---",
-        "---\na: !!python/object:os.system x\n---\n", f"---\na: {'x' * (1 << 20)}\n---\n",
-        "---\na: 1\n" + " " * ((1 << 20) - 13) + "\n---x\nconfigs: 1\n---\n",
+        *((name, DEEP) for name in DESCRIPTIONS), *(("README.md", text) for text in OTHERS),
+        *slowly([(name, text) for name in DESCRIPTIONS[1:] for text in OTHERS]),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml", "dataset_infos.json", "state.json"])
 def test_a_description_of_a_dataset_is_bounded(name, text, tmp_path):
     hub_of([0, 1]).to_parquet(tmp_path / "train.parquet")
     (tmp_path / name).write_text(text)

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import unmarked
+from conftest import slowly, unmarked
 
 from experiments.bench import attnet
 from sit_atconv.bench.timing import Timing
@@ -30,7 +30,7 @@ def tiny_models(monkeypatch):
     monkeypatch.setattr(attnet.timm, "create_model", small)
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", ["xxs", "t1", *slowly(size for size in PUBLISHED if size not in ("xxs", "t1"))])
 def test_the_papers_form_costs_what_is_published_and_pooling_first_saves_the_rest(size):
     cost = attnet.costs(f"attnet_{size}", 224)
     assert cost["paper_gmacs"] == pytest.approx(PUBLISHED[size], rel=0.01)

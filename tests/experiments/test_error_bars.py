@@ -12,6 +12,7 @@ from sit_atconv.scoring.frechet import frechet_distance
 STORED = ROOT / "experiments/results/error_bars"
 
 
+@pytest.mark.slow
 def test_stated_errors_are_those_of_repeated_draws(monkeypatch):
     """Every metric of images of classes in turn, to what 40 draws can tell; without labels the same have a bound."""
     monkeypatch.setattr("sit_atconv.scoring.kernel.SUBSETS", 3)

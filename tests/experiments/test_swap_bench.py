@@ -60,6 +60,7 @@ def test_one_model_alone_can_be_timed(monkeypatch, tmp_path, capsys):
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_the_widths_are_those_that_are_published():
     """Parameters in thousands of millions, as their authors state; of DiT with diffusers' embedder in each block."""
     stated = {

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, reset_accelerate
+from conftest import ROOT, reset_accelerate, slowly
 from timm.models import save_for_hf
 
 import train_sit
@@ -179,7 +179,7 @@ def test_a_table_is_made_and_only_what_is_missing_is_made_again(small, tmp_path,
         ("overrides: [", "overrides: [train.max_steps=3, ", "step: 2 -> 3"),
     ],
 )
-@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("complete", [True, *slowly([False])])
 def test_samples_of_other_settings_are_told_before_anything_runs(small, tmp_path, fails, old, new, says, complete):
     path, lines = small
     samples = tmp_path / "runs/b-seed5/samples/quick"

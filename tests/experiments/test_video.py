@@ -85,6 +85,7 @@ def small(monkeypatch):
     monkeypatch.setattr(video, "held_out", lambda: fewer)
 
 
+@pytest.mark.slow
 def test_an_arm_goes_through_its_stages(small, tmp_path):
     teach(tmp_path, 0, SETTINGS)
     kept, half, whole = (follow(tmp_path, arm, 0, SETTINGS) for arm in (KEPT, Arm(0.5, "full"), Arm(1.0, "factored")))

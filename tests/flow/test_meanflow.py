@@ -106,6 +106,7 @@ def test_any_number_of_jumps_of_the_truth_ends_at_the_data(name, steps):
     assert seen == pytest.approx([at / steps for i in range(steps) for at in (i, i + 1)])
 
 
+@pytest.mark.slow
 def test_a_small_network_learns_to_lead_to_the_data_by_one_step():
     torch.manual_seed(0)
     path, steps, count = PATHS["linear"](), 800, 256

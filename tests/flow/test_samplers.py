@@ -142,7 +142,9 @@ def mixture(request):
     )
 
 
-@pytest.mark.parametrize("grid", [("uniform",), ("uniform", 1.5), ("cosine",)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [("uniform",), ("cosine",), pytest.param(("uniform", 1.5), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("name", ADAMS)
 def test_adams_started_by_runge_kutta_has_its_order(mixture, name, grid):
     coarse, fine = (mixture(partial(SAMPLERS[name], start="rk"), steps, *grid) for steps in (320, 640))

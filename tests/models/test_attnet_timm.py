@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from conftest import slowly
 from timm import create_model, list_models, set_scriptable
 from timm.models import get_notrace_functions, get_notrace_modules
 from timm.models._manipulate import group_parameters
@@ -88,7 +89,9 @@ def test_every_parameter_gets_a_gradient_also_with_checkpointing(which):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["attnet_xxs", "attnet_t1", *slowly(name for name in NAMES if name not in ("attnet_xxs", "attnet_t1"))]
+)
 def test_default_cfg_says_what_the_model_is(name):
     options = {"device": "meta", "dtype": torch.float32}
     model = create_model(name, **options).eval()

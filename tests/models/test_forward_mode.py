@@ -162,6 +162,7 @@ def test_sit_compiled_with_the_jvp_inside(mixer):
     torch.testing.assert_close(gradient(tangent.square().sum(), parameters), expected)
 
 
+@pytest.mark.slow
 def test_jvp_of_a_compiled_sit():
     torch._dynamo.reset()
     model, (x, _, _, dx) = sit("atconv"), inputs()

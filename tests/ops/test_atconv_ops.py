@@ -349,6 +349,7 @@ def test_on_the_meta_device_the_operator_counts_whatever_was_asked_for(monkeypat
     assert counter.get_total_flops() == 2 * 2 * 20 * 3 * 9
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_worked_out_once_and_not_for_every_token():
     v, raw, _ = problem((1, 3, 4, 5), 3, torch.float32)
     form = torch.compile(lambda v, raw: dynamic_depthwise_conv(v, raw.tanh()), fullgraph=True)

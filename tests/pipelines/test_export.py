@@ -1,11 +1,8 @@
 """An exported pipeline where the package is not installed, against the installed one: the same image to the bit."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_recipe, weights
+from conftest import run_recipe, slowly, weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -93,12 +90,13 @@ def child(process_server, bare_server, tmp_path):
     return run
 
 
-def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child):
+@pytest.mark.parametrize("mixers", [("average", "hybrid"), *slowly([(("attention", "atconv"),)])], ids="-".join)
+def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child, mixers):
     said = child(
         f"""
         folder = sys.argv[1]
         sys.modules["triton"] = None  # neither is that installed
-        for mixer in {("average", *MIXERS)}:
+        for mixer in {mixers}:
             pipe = DiffusionPipeline.from_pretrained(f"{{folder}}/{{mixer}}", trust_remote_code=True)
             pipe.set_progress_bar_config(disable=True)
             assert type(pipe).__name__ == "SiTPipeline"
@@ -166,12 +164,13 @@ def test_an_export_takes_its_guide_along(child, tmp_path):
     assert (tmp_path / "again/guide/config.json").is_file()
 
 
-def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, child, tmp_path):
+@pytest.mark.parametrize("mixers", [("hybrid",), *slowly([(("attention", "atconv"),)])], ids="-".join)
+def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, child, tmp_path, mixers):
     child(
         f"""
         import copy, pickle
         folder, out = sys.argv[1:]
-        for mixer in {MIXERS}:
+        for mixer in {mixers}:
             place = f"{{folder}}/{{mixer}}"
             model = AutoModel.from_pretrained(place, subfolder="transformer", trust_remote_code=True)
             same = AutoModel.from_pretrained(f"{{place}}/transformer", trust_remote_code=True)
@@ -197,7 +196,7 @@ def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, chil
         tmp_path / "again",
     )
     # What was saved there is a source for another export, and so is an export.
-    for mixer in MIXERS:
+    for mixer in mixers:
         for name, source in (("again", tmp_path / "again"), ("twice", exported)):
             (tmp_path / name).mkdir(exist_ok=True)
             export(open_source(source / mixer), tmp_path / name / "out" / mixer)
@@ -302,7 +301,7 @@ def test_exports_of_two_versions_live_in_one_process(exported, child, tmp_path, 
     )
 
 
-def test_the_kernels_of_triton_are_in_the_file(tmp_path):
+def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
     pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
     (tmp_path / "exported.py").write_text(MODEL.text())
     code = """
@@ -317,10 +316,7 @@ def test_the_kernels_of_triton_are_in_the_file(tmp_path):
         for ours, oracle in zip(results("triton"), results("reference")):
             torch.testing.assert_close(ours, oracle)
     """
-    program = [sys.executable, "-I", "-c", PRELUDE.format(threads=1) + textwrap.dedent(code), str(tmp_path)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which Triton reads when it is imported
-    done = subprocess.run(program, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    child(code, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_the_card_says_what_the_model_is_and_its_example_runs(exported, child, tmp_path):

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slowly
 
 from sampling.__main__ import main as sampling
 from sit_atconv import SiTTransformer2DModel, create_model
@@ -83,11 +83,13 @@ DEATHS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["png", "npz"])
-@pytest.mark.parametrize("deaths", DEATHS.values(), ids=DEATHS)
-def test_killed_samples_end_as_uninterrupted_ones(model_folder, processes, whole, tmp_path, deaths, kind):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("one", "png"), ("two", "npz"), *slowly([("one", "npz"), ("two", "png"), ("mixed", "png"), ("mixed", "npz")])],
+)
+def test_killed_samples_end_as_uninterrupted_ones(model_folder, processes, whole, tmp_path, name, kind):
     out, arguments = tmp_path / "out", command(model_folder, tmp_path / "out", "--format", kind)
-    for ranks in deaths:
+    for ranks in DEATHS[name]:
         codes, said = processes(tmp_path, arguments, *ranks)
         assert -9 in codes, said
         assert not (out / "manifest.json").exists()
@@ -215,6 +217,7 @@ def test_processes_that_would_sample_different_models_are_stopped(model_folder, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(model_folder, whole, tmp_path):
     command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command_line += ["-m", "--", "sampling", *command(model_folder, tmp_path / "out")]

@@ -59,6 +59,7 @@ def test_settings_are_torch_fidelitys_own():
     assert [DEFAULTS[f"kid_kernel_poly_{name}"] for name in ("degree", "gamma", "coef0")] == [3, None, 1]
 
 
+@pytest.mark.slow
 def test_the_draw_of_subsets_is_the_stated_error():
     """Over seeds, the mean over subsets spreads around the full estimate as `subset_se` says."""
     real, fake = sets(300, 300)

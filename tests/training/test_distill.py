@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
-from conftest import assert_same_bits, log_rows, run_recipe, weights
+from conftest import assert_same_bits, log_rows, run_recipe, weights, write_recipe
 from sampled import sampled
 
 from experiments import distill_swap
@@ -37,9 +37,15 @@ DISTILL = {
 ATTENTIONS = [f"blocks.{index}.attn" for index in range(3)]
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    return run_recipe(write_recipe(tmp_path_factory.mktemp("taught"), model=MODEL), "train.max_steps=20")
+
+
 @pytest.fixture
-def teacher(recipe_file, tmp_path):
-    return run_recipe(recipe_file("teacher", model=MODEL), f"run.out={tmp_path / 'teacher'}", "train.max_steps=20")
+def teacher(taught, tmp_path):
+    """A copy of what was taught once."""
+    return shutil.copytree(taught.parent, tmp_path / "teacher") / taught.name
 
 
 @pytest.fixture

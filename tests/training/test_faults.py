@@ -60,50 +60,53 @@ def test_one_process_agrees_with_itself():
     assert agree(3, False, True) == [3, 0, 1]
 
 
-TELLING = [sys.executable, "tests/telling.py", "train_sit.py"]
+# A training that calls `stop` in its sixth step.
+TRAIN = """
+import os, signal, sys
+import train_sit
+from sit_atconv.training.trainer import Trainer
+optimize = Trainer._optimize
 
+def stopping(self, *arguments):
+    if self.step == 5:
+        stop()
+    return optimize(self, *arguments)
 
-def wait_for_step(process: subprocess.Popen, step: int) -> bytes:
-    """Read what it tells line by line until it has reached that step; what was read."""
-    seen = b""
-    while line := process.stderr.readline():
-        seen += line
-        found = re.search(rb"step ([\d,]+) of", line)
-        if found and int(found[1].replace(b",", b"")) >= step:
-            break
-    return seen
+Trainer._optimize = stopping
+{}
+train_sit.main(sys.argv[1:2])
+"""
 
 
 @pytest.mark.parametrize("workers", [1, *slowly([0])])
-def test_a_signal_ends_the_run_with_a_checkpoint_and_the_run_goes_on(recipe_file, tmp_path, workers):
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_run_goes_on(process_server, recipe_file, tmp_path, workers):
     path = recipe_file(
-        train={"max_steps": 100, "lr_schedule": "linear"}, checkpoint={"every": 70}, data={"workers": workers}
+        train={"max_steps": 20, "lr_schedule": "linear"}, checkpoint={"every": 15}, data={"workers": workers}
     )
-    process = subprocess.Popen([*TELLING, str(path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
-    wait_for_step(process, 5)
     # As a terminal or a scheduler does it: to the loader's workers as well.
-    os.killpg(process.pid, signal.SIGINT if workers else signal.SIGTERM)
-    out, _ = process.communicate()
-    assert process.returncode == 0
+    program = "os.setpgid(0, 0)\ndef stop():\n    os.killpg(0, getattr(signal, sys.argv[2]))"
+    codes, said = process_server(TRAIN.format(program), tmp_path, [path, "SIGINT" if workers else "SIGTERM"])
+    assert codes == [0], said
     last = checkpoint.step_folders(tmp_path / "run")[-1]
-    stopped = checkpoint.step_of(last)
-    assert 5 <= stopped < 70
-    text = f"stopped at step {stopped:,}, saved as {last}; the same command goes on from there\n"
-    assert out.decode().endswith(text)
+    assert checkpoint.step_of(last) == 6
+    text = f"stopped at step 6, saved as {last}; the same command goes on from there\n"
+    assert (tmp_path / "printed-0").read_text().endswith(text)
     whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
     assert_same_bits(run_recipe(path), whole)
-    assert [row["step"] for row in log_rows(tmp_path / "run")] == list(range(1, 101))
+    assert [row["step"] for row in log_rows(tmp_path / "run")] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *slowly([signal.SIGHUP])])
-def test_a_signal_that_took_the_terminal_with_it_saves_too(recipe_file, tmp_path, number):
-    path = recipe_file(train={"max_steps": 3000}, checkpoint={"every": 3000})
-    process = subprocess.Popen([*TELLING, str(path)], stderr=subprocess.PIPE)
-    wait_for_step(process, 5)
-    process.stderr.close()  # as `tee` ends by the same Ctrl-C
-    process.send_signal(number)
-    assert process.wait(timeout=100) == 0
-    assert len(checkpoint.step_folders(tmp_path / "run")) == 1
+def test_a_signal_that_took_the_terminal_with_it_saves_too(process_server, recipe_file, tmp_path, number):
+    path = recipe_file(train={"max_steps": 30}, checkpoint={"every": 30})
+    # Its stderr is a pipe, whose other end goes first, as `tee` ends by the same Ctrl-C.
+    program = (
+        "reading, writing = os.pipe()\nos.dup2(writing, 2)\nos.close(writing)\n"
+        "def stop():\n    os.close(reading)\n    os.kill(os.getpid(), getattr(signal, sys.argv[2]))"
+    )
+    codes, said = process_server(TRAIN.format(program), tmp_path, [path, number.name])
+    assert codes == [0], said
+    assert [checkpoint.step_of(folder) for folder in checkpoint.step_folders(tmp_path / "run")] == [6]
 
 
 def test_a_signal_before_the_first_step_of_a_start_writes_nothing_twice(recipe_file, monkeypatch):

@@ -3,14 +3,12 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, log_rows, run_recipe, weights
+from conftest import another_process_has, assert_same_bits, log_rows, run_recipe, slowly, weights
 from PIL import Image
 from sampled import item, sampled
 
@@ -28,6 +26,7 @@ from sit_atconv.sampling.sampling import CAPTION
 from sit_atconv.training import activities, checkpoint
 from sit_atconv.training.ema import read_snapshots
 from sit_atconv.training.facts import Facts
+from sit_atconv.training.folder import lock
 from sit_atconv.training.loop import train
 from sit_atconv.training.objectives.flow import FlowObjective, build_model
 from sit_atconv.training.optimizer import learning_rate, make_optimizer
@@ -137,14 +136,14 @@ def test_falling_back_keeps_what_is_trained_from_there(recipe_file):
 
 
 def test_killed_in_a_step_and_run_again(process_server, recipe_file, tmp_path):
-    path = recipe_file(train={"max_steps": 40}, checkpoint={"every": 3})
+    path = recipe_file(train={"max_steps": 24}, checkpoint={"every": 3})
     whole = run_recipe(path, f"run.out={tmp_path / 'whole'}")
     for moment in (8, 14):  # in a step, of the second start from step 6 on
         codes, said = process_server("train_sit", tmp_path, [path], {"at": ["evaluate", moment, "KILL"]})
         assert codes == [-signal.SIGKILL], said
     parts = run_recipe(path)
     assert_same_bits(whole, parts)
-    assert [row["step"] for row in log_rows(parts.parent)] == list(range(1, 41))
+    assert [row["step"] for row in log_rows(parts.parent)] == list(range(1, 25))
 
 
 @pytest.mark.parametrize(
@@ -325,32 +324,17 @@ def test_checkpoints_of_keep_every_stay(recipe_file):
     assert [checkpoint.step_of(folder) for folder in checkpoint.step_folders(last.parent)] == [4, 8, 10]
 
 
-HOLDER = """
-import sys
-from pathlib import Path
-from sit_atconv.training.folder import lock
-held = lock(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_folder_that_another_process_has_is_left_alone(recipe_file, tmp_path, begun):
     run = tmp_path / "run"
     if begun:
         run_recipe(recipe_file(), "train.max_steps=4")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(InputError, match="is in use by another process; end that one"):
-        run_recipe(recipe_file())
-    assert "refused: run.out=" in dry_run(load_recipe(recipe_file())).splitlines()[-1]
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    holder.kill()
-    holder.communicate()
+    with another_process_has(lock, run):
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        with pytest.raises(InputError, match="is in use by another process; end that one"):
+            run_recipe(recipe_file())
+        assert "refused: run.out=" in dry_run(load_recipe(recipe_file())).splitlines()[-1]
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert run_recipe(recipe_file()).name == "step-0000008"
 
 
@@ -369,7 +353,7 @@ def test_a_damaged_recipe_in_the_folder_is_named(recipe_file, tmp_path, content)
         run_recipe(recipe_file())
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["cosine", *slowly(["linear"])])
 def test_a_decaying_learning_rate_ends_where_it_was_to_end(recipe_file, schedule):
     path = recipe_file(train={"lr_schedule": schedule})
     last = run_recipe(path)

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import slowly
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -334,7 +335,7 @@ def test_the_loss_reaches_the_blocks_up_to_the_depth_and_the_projector_alone(vit
     assert {name.partition(".")[0] for name in aligned.state_dict()} == {"model", "projectors"}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, *slowly([True])])
 def test_checkpointing_and_compiled_blocks_give_the_same_gradients(vit, compiled):
     aligned, encoder = small_aligned(vit), ImageEncoder(vit)
     expected = gradients(aligned, encoder)

@@ -45,6 +45,7 @@ def test_previews_go_to_tensorboard_with_their_classes(recipe_file, tmp_path):
         assert np.array_equal(np.array(picture), np.array(stored))
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_with_its_run(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
