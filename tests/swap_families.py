@@ -12,10 +12,11 @@ from sit_atconv.swap.adapters import known_adapters
 
 ADAPTERS = {adapter.model.__name__: adapter for adapter in known_adapters() if adapter.tiny is not None}
 
-# One for each way of a graft: separate projections on a plane and in a volume, joint and single streams, maps.
+# One for each way of a graft: separate projections on a plane and in a volume, joint and single streams, maps, and
+# patches behind a prefix.
 FEW = (
     "DiTTransformer2DModel", "FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "UNet2DModel",
-    "WanTransformer3DModel", "ZImageTransformer2DModel",
+    "VisionTransformer", "WanTransformer3DModel", "ZImageTransformer2DModel",
 )  # fmt: skip
 
 

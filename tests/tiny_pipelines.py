@@ -154,6 +154,7 @@ class Tiny:
         with the scale.
     batched: whether it draws several samples, each by a generator of its own, at once. ragged: whether prompts of other
         lengths in the batch change nothing, in the pipeline as diffusers has it.
+    rounded: whether what it draws is rounded to 255 steps on the way.
     """
 
     pipeline: str
@@ -168,6 +169,7 @@ class Tiny:
     affine: bool = True
     ragged: bool = False
     batched: bool = True
+    rounded: bool = False
     sides: tuple[str, ...] = ("num_frames", "height", "width")
     unsaved: tuple[str, ...] = ()
     std: float = 0.2
@@ -385,7 +387,7 @@ PIPELINES = (
          home="diffusers.pipelines.consisid.pipeline_consisid"),
     Tiny("Cosmos2TextToImagePipeline", "CosmosTransformer3DModel",
          with_vae(latent_wan, partial(flow, use_karras_sigmas=True), safety_checker=Guard), (Text(10),), IMAGE,
-         scales=(0.0, 2.0, 4.0),
+         scales=(0.0, 2.0, 4.0), rounded=True,
          unsaved=("safety_checker",)),
     Tiny("CosmosTextToWorldPipeline", "CosmosTransformer3DModel", with_vae(
         lambda: diffusers.AutoencoderKLCosmos(
@@ -393,7 +395,7 @@ PIPELINES = (
             attention_resolutions=(4,), resolution=16, num_layers=1, patch_size=2, spatial_compression_ratio=4,
             temporal_compression_ratio=4, latents_mean=None, latents_std=None),
         diffusers.EDMEulerScheduler, safety_checker=Guard),
-        (Text(10),), (5, 16, 32), affine=False, unsaved=("safety_checker",)),
+        (Text(10),), (5, 16, 32), affine=False, rounded=True, unsaved=("safety_checker",)),
     Tiny("DDPMPipeline", "UNet2DModel", lambda: {"scheduler": diffusers.DDPMScheduler()}, (alone,), (8, 8),
          config={"in_channels": 3, "out_channels": 3}, scales=None, sides=()),
     Tiny("DiTPipeline", "DiTTransformer2DModel", with_vae(latent_2d, ddim), (labels,), (16, 16), sides=()),
@@ -473,7 +475,8 @@ PIPELINES = (
          lambda: {**reader(12), "vae": latent_2d(16), "scheduler": flow()}, (words,), IMAGE,
          options={"enable_cfg_renorm": False, "enable_prompt_rewrite": False}, config={"in_channels": 64}),
     Tiny("LattePipeline", "LatteTransformer3DModel", with_vae(latent_2d, ddim), (Text(10),), (3, 16, 32),
-         sides=("video_length", "height", "width")),
+         sides=("video_length", "height", "width"),
+         options={"mask_feature": False}),  # by default it cuts one unguided text at a length of a float
     Tiny("Lumina2Pipeline", "Lumina2Transformer2DModel", with_vae(partial(latent_2d, 4, 4)), (Text(12, MASK),),
          (48, 64), options={"cfg_normalization": False}, ragged=True),
     Tiny("MochiPipeline", "MochiTransformer3DModel", with_vae(

@@ -5,17 +5,15 @@ import re
 
 import pytest
 import torch
+from swap_families import ADAPTERS, few
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.__main__ import main
 from sit_atconv.runtime.compat.torch import formulas_of_attention
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import swap_attention
-from sit_atconv.swap.adapters import known_adapters
 from sit_atconv.swap.blank import blank
 from sit_atconv.swap.checking import check_swap
-
-ADAPTERS = {adapter.model.__name__: adapter for adapter in known_adapters() if adapter.tiny is not None}
 
 OF_IMAGES = ("UNetSpatioTemporalConditionModel",)  # whose condition is an image, of one token
 PADDED = ("HunyuanDiT2DModel",)  # whose text has one length, with a mask
@@ -33,7 +31,7 @@ def counted(model, inputs) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", sorted(ADAPTERS))
+@pytest.mark.parametrize("name", few(sorted(ADAPTERS)))
 def test_counts_without_weights_are_those_with_weights(name):
     adapter = ADAPTERS[name]
     grid = ((4, 4) if name.startswith("DiT") else (2, 4, 6)[-adapter.sides :], None if without_text(name) else 7)

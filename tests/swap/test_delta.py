@@ -1,12 +1,8 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from peft import LoraConfig
 from safetensors import safe_open
@@ -146,6 +142,7 @@ from diffusers import DiTPipeline
 from sit_atconv.swap import load_delta
 
 folder, kinds = sys.argv[1], json.loads(sys.argv[2])
+torch.set_num_threads(int(sys.argv[3]))
 for kind, (name, original) in kinds.items():
     told = torch.load(f"{folder}/{kind}.pt", weights_only=True)
 
@@ -172,7 +169,7 @@ assert torch.equal(torch.from_numpy(image), torch.load(f"{folder}/image.pt", wei
 """
 
 
-def test_all_of_it_in_a_fresh_process(tiny, tmp_path, vae_folder):
+def test_all_of_it_in_a_fresh_process(tiny, tmp_path, vae_folder, process_server):
     kinds = {}
     for kind in KINDS:
         original, model = tiny.model(kind), swapped(tiny, kind)
@@ -188,11 +185,8 @@ def test_all_of_it_in_a_fresh_process(tiny, tmp_path, vae_folder):
     pipe.save_pretrained(tmp_path / "pipe")
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["transformer"] == ["sit_atconv", "ATConvDiTTransformer2DModel"]
-    result = subprocess.run(
-        [sys.executable, "-c", FRESH, str(tmp_path), json.dumps(kinds)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
+    codes, said = process_server(FRESH, tmp_path, [tmp_path, json.dumps(kinds), torch.get_num_threads()])
+    assert codes == [0], said[0][-2000:]
 
 
 def refused(tiny, model, path, says):

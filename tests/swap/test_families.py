@@ -2,16 +2,13 @@
 
 import copy
 import json
-import os
-import sys
 import threading
-from subprocess import run
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slowly
 from peft import LoraConfig
-from swap_families import ADAPTERS, Family, loss_of, outputs, same
+from swap_families import ADAPTERS, FEW, Family, few, loss_of, outputs, same
 from torch import nn
 
 from sit_atconv.swap import load_delta, save_delta
@@ -22,7 +19,7 @@ def family(request):
     return Family(request.param)
 
 
-families = pytest.mark.parametrize("family", sorted(ADAPTERS), indirect=True)
+families = pytest.mark.parametrize("family", few(sorted(ADAPTERS)), indirect=True)
 
 
 @families
@@ -144,6 +141,7 @@ from sit_atconv.swap import load_delta
 from sit_atconv.swap.adapters import known_adapters
 from sit_atconv.runtime.compat.torch import tree_leaves
 
+torch.set_num_threads(int(sys.argv[2]))
 adapters = {adapter.model.__name__: adapter for adapter in known_adapters()}
 wrong = []
 for name, cls in json.load(open(sys.argv[1] + "/classes.json")).items():
@@ -163,9 +161,10 @@ print(json.dumps(wrong))
 """
 
 
-def test_all_are_saved_and_loaded_in_a_fresh_process(tmp_path):
+@pytest.mark.parametrize("names", [FEW, *slowly([sorted(set(ADAPTERS) - set(FEW))])], ids=["few", "others"])
+def test_all_are_saved_and_loaded_in_a_fresh_process(names, tmp_path, process_server):
     classes = {}
-    for name in ADAPTERS:
+    for name in names:
         family, model = Family(name), Family(name).model()
         family.swapped(model)
         inputs = family.inputs(model, 1)
@@ -178,8 +177,7 @@ def test_all_are_saved_and_loaded_in_a_fresh_process(tmp_path):
         load_delta(fresh, tmp_path / f"{name}.safetensors")
         assert same(outputs(fresh, inputs), outputs(model, inputs)), name
     (tmp_path / "classes.json").write_text(json.dumps(classes))
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = run([sys.executable, "-c", LOADS, tmp_path], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    ours = {"environment": {"OWN": str(ROOT / "tests")}}
+    codes, said = process_server(LOADS, tmp_path, [tmp_path, torch.get_num_threads()], ours)
+    assert codes == [0], said
+    assert json.loads((tmp_path / "printed-0").read_text().splitlines()[-1]) == []

@@ -105,7 +105,9 @@ def test_loaded_by_its_folder_alone_it_draws_the_same(swapped, tmp_path):
 
 def test_a_batch_is_its_samples_alone(swapped):
     for drawn in (swapped.before, swapped.after):  # as diffusers has it, and swapped
-        assert distance(drawn["batch"], drawn["alone"]) < 1e-4
+        assert distance(drawn["batch"], drawn["alone"]) < (1.01 / 255 if swapped.tiny.rounded else 1e-4)
+        for batch, alone in zip(drawn["batch"], drawn["alone"], strict=True):  # few fall on either side of a step
+            assert (batch - alone).abs().mean() < 1e-4
     assert not swapped.tiny.batched or not torch.equal(*swapped.after["batch"][0])
 
 

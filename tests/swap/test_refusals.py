@@ -7,16 +7,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import ContextParallelConfig
 from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
+from swap_families import ADAPTERS, few
 
 from sit_atconv.runtime.compat.torch import tree_leaves, tree_map
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.swap import load_delta, save_delta, swap_attention
-from sit_atconv.swap.adapters import adapter_of, known_adapters, randomised
+from sit_atconv.swap.adapters import adapter_of, randomised
 from sit_atconv.swap.blank import blank
 from sit_atconv.swap.refused import REFUSED, candidates
-
-ADAPTERS = {adapter.model.__name__: adapter for adapter in known_adapters() if adapter.tiny is not None}
-classes = pytest.mark.parametrize("name", sorted(ADAPTERS))
 
 
 def model_of(name):
@@ -112,7 +110,7 @@ def strange(tmp_path_factory):
     return folder
 
 
-@classes
+@pytest.mark.parametrize("name", few(sorted(ADAPTERS)))
 def test_what_goes_with_no_swap_is_told_and_harms_nothing(name, tiny, strange, tmp_path, monkeypatch, caplog):
     model, parallel = model_of(name), hasattr(ADAPTERS[name].model, "enable_parallelism")
     options = {"joint": "split", "init": "random"}

@@ -242,8 +242,12 @@ SMOOTH, LOCAL, MIXED = [4.0] * 4, [0.55] * 4, [0.4, 0.6, 1.0, 4.0]
 
 @pytest.mark.parametrize(
     ("reach", "span"),
-    [(SMOOTH, 0.2), (LOCAL, 0.2), (MIXED, 0.2), (LOCAL, 0.5)],
-    ids=["smooth", "local", "mixed", "local-wide"],
+    [
+        pytest.param(SMOOTH, 0.2, id="smooth"),
+        pytest.param(LOCAL, 0.2, id="local"),
+        pytest.param(MIXED, 0.2, id="mixed", marks=pytest.mark.slow),
+        pytest.param(LOCAL, 0.5, id="local-wide", marks=pytest.mark.slow),
+    ],
 )
 def test_the_closed_form_beats_box_kernels_and_regression_halves_its_error(adapter, reach, span):
     errors, teacher = {}, positional(reach)
