@@ -74,5 +74,7 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
 
 
 def on_page_content(html: str, page, config, files: Files) -> str:
-    """A page with each picture a link to itself: on a telephone, that is how its letters can be read."""
+    """A page with each picture a link to itself: on a telephone, that is how its letters can be read. Code of a whole
+    line is marked, since in a table it may break at its spaces, which names of options may not."""
+    html = re.sub(r"<code>(?=[^<]{36})", '<code class="long">', html)
     return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
