@@ -55,8 +55,10 @@ class Page:
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
 
-    def open(self, url: str, width: int = 1280, height: int = 900) -> None:
+    def open(self, url: str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """scheme: "light" or "dark", as the reader's system is."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.send("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:

@@ -10,11 +10,15 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 from collections import Counter
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import browser
 import pytest
 from conftest import ROOT
 from markdown_it import MarkdownIt
@@ -126,6 +130,50 @@ def test_every_page_is_searched(site, pages):
     assert {entry["location"].partition("#")[0] for entry in entries} == pages.keys() - {"404.html"}
     found = [entry["location"] for entry in entries if "lateral inhibition" in entry["text"].lower()]
     assert any(location.startswith("how_it_works.html") for location in found)
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address(site):
+    """Where the site is served: its search does not work from the disk."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(site))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_browser_shows_pages_that_fit_follow_its_colours_and_are_found(address, pages, tmp_path):
+    if browser.program() is None:
+        pytest.skip(f"none of {', '.join(browser.PROGRAMS)} is installed")
+    seen = "document.readyState == 'complete' && location.pathname == "
+    with browser.browsing(tmp_path / "browser") as page:
+        for scheme, dark in (("light", False), ("dark", True), ("light", False)):  # the first visit decides nothing
+            page.open("about:blank")
+            page.open(f"{address}/start.html", scheme=scheme)
+            colour = page.until(f"{seen}'/start.html' && getComputedStyle(document.body).backgroundColor")
+            assert (int(re.search(r"\d+", colour)[0]) < 100) == dark, scheme
+        for name in sorted(pages.keys() - {"404.html"}):
+            page.open(f"{address}/{name}", width=390)
+            # Wide tables and code scroll within themselves.
+            page.until(f"{seen}'/{name}'")
+            assert page.run("document.documentElement.scrollWidth <= innerWidth"), name
+        page.open(f"{address}/index.html")
+        page.until("!!document.querySelector('.md-search__input')")
+        page.run(
+            "(field => { field.focus(); field.value = 'lateral inhibition';"
+            " field.dispatchEvent(new Event('keyup', {bubbles: true})); })(document.querySelector('.md-search__input'))"
+        )
+        page.until(
+            "[...document.querySelectorAll('.md-search-result__link')].some(a => a.href.includes('how_it_works'))"
+        )
+        assert {urlsplit(each).hostname for each in page.requested if each.startswith("http")} == {"127.0.0.1"}
 
 
 def test_the_reference_has_what_the_library_exports(site, pages):

@@ -15,7 +15,8 @@ Form = Mapping[str, Any]  # what the user entered, by the names of the controls;
 class Control:
     """A field of the form.
 
-    kind: "text", "number", "choice" (one of `choices`) or "choices" (any of them). about: said beside the field.
+    kind: "text", "number", "choice" (one of `choices`) or "choices" (any of them). about: said beside the field. rare:
+    whether few people need it; it lies behind a fold.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Control:
     value: Any = None
     choices: tuple[str, ...] = ()
     about: str | None = None
+    rare: bool = False
 
 
 @dataclass(frozen=True)

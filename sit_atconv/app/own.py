@@ -53,15 +53,15 @@ class Own:
         height, width = self.ready.codec.image_shape((model.config.in_channels, *model.latent_size))[1:]
         return [
             Control("classes", "Classes", "choices", list(names[:10]), names, "none: random classes"),
-            Control("count", "Images of each class", "number", 1, about="without classes: images in all"),
-            Control("seed", "Seed", "text", "0"),
+            Control("count", "Images per class", "number", 1, about="no class: in all"),
+            Control("seed", "Seed", "number", 0, about="of the noise"),
             Control("sampler", "Sampler", "choice", plain.sampler, samplers),
             Control("steps", "Steps", "number", plain.steps, about="more: finer"),
             Control("guidance", "Guidance", "number", plain.guidance_scale if guided else 1, about="1: none"),
-            Control("low", "Guidance from t", "number", 0, about="0: noise"),
-            Control("high", "Guidance to t", "number", 1, about="1: data"),
-            Control("height", "Height", "number", about=f"blank: {height} pixels, as trained"),
-            Control("width", "Width", "number", about=f"blank: {width} pixels, as trained"),
+            Control("low", "Guidance from t", "number", 0, about="0: noise", rare=True),
+            Control("high", "Guidance to t", "number", 1, about="1: data", rare=True),
+            Control("height", "Height", "number", about=f"blank: {height} px", rare=True),
+            Control("width", "Width", "number", about=f"blank: {width} px", rare=True),
         ]
 
     def draw(self, form: Form, bar: Callable[[int], Bar]) -> Drawn:

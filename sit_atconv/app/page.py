@@ -23,10 +23,15 @@ from sit_atconv.runtime.files import png, write_atomic
 
 KEPT = 128  # files of drawings that stay on the disk, for those who look at them
 SEEDS = 2**32  # of which the button takes one
-# Pixels stay squares where a small image is enlarged, and a picture is no wider than the page.
+PLAIN = {"language": None, "show_line_numbers": False, "buttons": ["copy"]}  # colours of a shell are pale on white
+# Pixels stay squares where a small image is enlarged, a picture is no wider than the page, and its name and its buttons
+# stand above it. Fields of a row have their boxes in one line.
 CSS = """
 .picture img { image-rendering: pixelated; object-fit: contain; max-height: 70vh; }
+.picture .image-container { padding-top: 2rem; }
+.fields { align-items: end; }
 footer { display: none !important; }
+body { background: var(--body-background-fill); }
 """
 
 
@@ -53,14 +58,16 @@ class Files:
 def theme() -> gr.themes.Base:
     """Fonts of the reader's own machine: none is fetched."""
     plain, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "Consolas", "monospace")
-    return gr.themes.Default(primary_hue="blue", font=plain, font_mono=mono)
+    grey = {"body_text_color_subdued": "*neutral_500", "block_info_text_color_dark": "*neutral_300"}  # to be read
+    return gr.themes.Default(primary_hue="blue", font=plain, font_mono=mono).set(**grey)
 
 
 def build(studio: Studio, files: Files) -> gr.Blocks:
     """The page. Other programs send its requests by name: /draw takes the fields of the form in their order, /way a
     time between 0 and 1."""
     sides, controls = studio.sides, shared(studio.sides)
-    names, both = [control.name for control in controls], len(studio.sides) > 1
+    common, rare = [[each for each in controls if each.rare == kind] for kind in (False, True)]
+    names, both = [control.name for control in (*common, *rare)], len(studio.sides) > 1
     has_way, live = all(side.has_way for side in sides), all(side.live for side in sides)
 
     def draw(*values, progress=gr.Progress()):  # noqa: B008 (gradio finds it by the default)
@@ -89,27 +96,35 @@ def build(studio: Studio, files: Files) -> gr.Blocks:
 
     with gr.Blocks(title="sit-atconv", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         drawn = gr.State(None)
+        who = "Two models draw from the same noise." if both else "A model draws from noise."
+        when = "They draw" if both else "It draws"
         gr.Markdown(
-            "# sit-atconv\n" + ("Two models draw from the same noise." if both else "A model draws from noise.")
+            f"# sit-atconv\n{who} "
+            + (f"{when} at every change of the form." if live else "Fill in the form, then press **Draw**.")
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                fields = form_of(controls)
+                fields = form_of(common)
                 go = gr.Button("Draw", variant="primary")
                 with gr.Row():
                     another, stop = gr.Button("New seed", min_width=100), gr.Button("Stop", min_width=100)
+                if rare:
+                    with gr.Accordion("More settings", open=False):
+                        fields += form_of(rare)
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
-                    outputs = [part for side in sides for part in place_of(side.title, side.about, side.language)]
+                    places = [place_of(side.title, side.about) for side in sides]
+                outputs, later = [part for parts, _ in places for part in parts], [each for _, each in places]
                 if has_way:
-                    with gr.Accordion("The way from noise to data", open=True):
+                    with gr.Accordion("The way from noise to data", visible=False) as road:
                         moment = gr.Slider(0, 1, 0.5, step=0.025, label="t: 0 is noise, 1 is data")
                         with gr.Row():
                             stops = [part for side in sides for part in stops_of(side.title if both else "")]
+                    later.append(road)
 
         request = {"fn": draw, "inputs": fields, "outputs": [drawn, *outputs], "concurrency_id": "draw"}
-        one = {"concurrency_limit": 1, "show_progress_on": outputs[0]}
-        events = [go.click(**request, **one, api_name="draw")]
+        request["show_progress_on"] = outputs[:: len(outputs) // len(sides)]  # the pictures
+        events = [go.click(**request, concurrency_limit=1, scroll_to_output=True, api_name="draw")]
         changed = another.click(lambda: str(random.randrange(SEEDS)), None, fields[names.index("seed")], api_name=False)
         if live:
             changes = [field.change for field in fields]
@@ -117,6 +132,8 @@ def build(studio: Studio, files: Files) -> gr.Blocks:
         else:
             events.append(changed.then(**request, api_name=False))
         stop.click(studio.stop, None, None, queue=False, api_name=False)
+        for event in events:
+            event.success(lambda: {each: gr.update(visible=True) for each in later}, None, later, api_name=False)
         if has_way:
             seen = {"fn": way, "inputs": [drawn, moment], "outputs": stops, "show_progress": "hidden"}
             moment.input(**seen, trigger_mode="always_last", api_name="way")
@@ -138,7 +155,7 @@ def errors_shown() -> Iterator[None]:
         if told is None:
             raise
         text = re.sub("<(?=[a-zA-Z/!?])", "&lt;", str(told))  # gradio takes it for HTML
-        raise gr.Error(text, duration=None, title="Not drawn", print_exception=False) from None
+        raise gr.Error(text, duration=30, print_exception=False) from None
 
 
 def form_of(controls: Sequence[Control]) -> list[gr.components.Component]:
@@ -147,7 +164,7 @@ def form_of(controls: Sequence[Control]) -> list[gr.components.Component]:
     waiting = list(controls)
     while waiting:
         pair = 2 if len(waiting) > 1 and all(control.kind == "number" for control in waiting[:2]) else 1
-        with gr.Row():
+        with gr.Row(elem_classes="fields"):
             fields += [field_of(control) for control in waiting[:pair]]
         waiting = waiting[pair:]
     return fields
@@ -164,15 +181,23 @@ def field_of(control: Control) -> gr.components.Component:
     return gr.Textbox(**said, max_lines=1, min_width=100)  # gradio's field for numbers shows 0 where it is blank
 
 
-def place_of(title: str, about: str, language: str) -> list[gr.components.Component]:
-    """Where what a model draws is shown, see `shown`."""
+def place_of(title: str, about: str) -> tuple[list[gr.components.Component], gr.Column]:
+    """Where what a model draws is shown, see `shown`; and the part of it that is hidden until there is something."""
     with gr.Column(min_width=300):
         gr.Markdown(f"### {title}\n{about}")
-        picture = gr.Image(label="Images", type="filepath", format="png", interactive=False, elem_classes="picture")
-        facts = gr.Markdown("")
-        repeat = gr.Code(label="Draws the same again", language=language, interactive=False, wrap_lines=True, lines=1)
-        every = gr.DownloadButton("Download all images", interactive=False)
-    return [picture, facts, repeat, every]
+        picture = picture_of("Images")
+        with gr.Column(visible=False) as later:
+            facts = gr.Markdown("")
+            repeat = gr.Code(label="Draws the same again", interactive=False, lines=1, wrap_lines=True, **PLAIN)
+            every = gr.DownloadButton("Download all images", interactive=False)
+    return [picture, facts, repeat, every], later
+
+
+def picture_of(label: str) -> gr.Image:
+    return gr.Image(
+        label=label, type="filepath", format="png", interactive=False, elem_classes="picture",
+        buttons=["fullscreen", "download"],
+    )  # fmt: skip
 
 
 def stops_of(title: str) -> list[gr.components.Component]:
@@ -180,10 +205,7 @@ def stops_of(title: str) -> list[gr.components.Component]:
     with gr.Column(min_width=300):
         if title:
             gr.Markdown(f"**{title}**")
-        return [
-            gr.Image(label=label, type="filepath", format="png", interactive=False, elem_classes="picture")
-            for label in (STATES, EXPECTED)
-        ]
+        return [picture_of(label) for label in (STATES, EXPECTED)]
 
 
 def shown(language: str, drawn: Drawn, files: Files) -> list[Any]:

@@ -414,9 +414,13 @@ def test_the_page_in_a_browser_draws_and_asks_no_other_server(models, tmp_path, 
         pytest.skip(f"none of {', '.join(browser.PROGRAMS)} is installed")
     images = "[...document.querySelectorAll('.picture img')].map(image => image.src)"
     with page_of(models["one step"], monkeypatch=monkeypatch) as url, browser.browsing(tmp_path / "browser") as page:
-        page.open(url)
+        page.open(url, width=390)
+        page.until("[...document.querySelectorAll('button')].some(button => button.textContent.trim() == 'Draw')")
+        assert not page.run("document.body.innerText.includes('Download all images')")  # there are none yet
         page.click("Draw")
         first = page.until(f"{images}.length == 3 && {images}")
+        page.until("document.body.innerText.includes('Download all images')")
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
         page.click("New seed")  # of a one-step model: drawn at once
         page.until(f"!{images}.includes({first[0]!r}) && {images}.length == 3")
         assert "sit-atconv sample" in page.run("document.querySelector('.cm-content').textContent")
