@@ -94,7 +94,7 @@ def test_bad_input_is_one_clear_line(words, said, capsys):
     assert re.search(said, told), told
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(ADAPTERS) if without_text(name)])
+@pytest.mark.parametrize("name", few(name for name in sorted(ADAPTERS) if without_text(name)))
 def test_a_length_of_text_is_refused_where_there_is_none(name):
     with torch.device("meta"):
         model = ADAPTERS[name].tiny()

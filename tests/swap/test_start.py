@@ -243,8 +243,8 @@ SMOOTH, LOCAL, MIXED = [4.0] * 4, [0.55] * 4, [0.4, 0.6, 1.0, 4.0]
 @pytest.mark.parametrize(
     ("reach", "span"),
     [
-        pytest.param(SMOOTH, 0.2, id="smooth"),
         pytest.param(LOCAL, 0.2, id="local"),
+        pytest.param(SMOOTH, 0.2, id="smooth", marks=pytest.mark.slow),
         pytest.param(MIXED, 0.2, id="mixed", marks=pytest.mark.slow),
         pytest.param(LOCAL, 0.5, id="local-wide", marks=pytest.mark.slow),
     ],

@@ -295,7 +295,8 @@ def test_compiled_it_takes_no_more_graphs_than_before(tiny, kind):
     assert 0 < ours <= theirs
 
 
-@pytest.mark.parametrize("kind", ["sit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sit", "unet"])
 def test_compiled_blocks_take_no_more_graphs_than_before(tiny, kind):
     def blocks(model, backend):
         model.compile_repeated_blocks(backend=backend, fullgraph=True)
