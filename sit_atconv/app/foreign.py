@@ -126,15 +126,21 @@ class Foreign:
             "class_labels": self._class_controls() if self.asks == "class_labels" else [],
             "batch_size": [],
         }[self.asks]
-        count = Control("count", "Images per class" if self.asks == "class_labels" else "Images", "number", 1)
+        count = Control(
+            "count",
+            "Images per class" if self.asks == "class_labels" else "Images",
+            "number",
+            1,
+            about="each of other noise",
+        )
         fields = {
-            "num_inference_steps": Control("steps", "Steps", "number", STEPS),
+            "num_inference_steps": Control("steps", "Steps", "number", STEPS, about="more: finer"),
             "guidance_scale": Control("guidance", "Guidance", "number", about="blank: its own"),
             "height": Control("height", "Height", "number", about="blank: its own", rare=True),
             "width": Control("width", "Width", "number", about="blank: its own", rare=True),
         }
         taken = [control for name, control in fields.items() if name in self.taken]
-        return [*asked, count, Control("seed", "Seed", "number", 0), *taken]
+        return [*asked, count, Control("seed", "Seed", "number", 0, about="of the noise"), *taken]
 
     def _class_controls(self) -> list[Control]:
         from sit_atconv.app.own import class_words

@@ -25,11 +25,10 @@ KEPT = 128  # files of drawings that stay on the disk, for those who look at the
 SEEDS = 2**32  # of which the button takes one
 PLAIN = {"language": None, "show_line_numbers": False, "buttons": ["copy"]}  # colours of a shell are pale on white
 # Pixels stay squares where a small image is enlarged, a picture is no wider than the page, and its name and its buttons
-# stand above it. Fields of a row have their boxes in one line.
+# stand above it.
 CSS = """
 .picture img { image-rendering: pixelated; object-fit: contain; max-height: 70vh; }
 .picture .image-container { padding-top: 2rem; }
-.fields { align-items: end; }
 footer { display: none !important; }
 body { background: var(--body-background-fill); }
 """
@@ -164,7 +163,7 @@ def form_of(controls: Sequence[Control]) -> list[gr.components.Component]:
     waiting = list(controls)
     while waiting:
         pair = 2 if len(waiting) > 1 and all(control.kind == "number" for control in waiting[:2]) else 1
-        with gr.Row(elem_classes="fields"):
+        with gr.Row():
             fields += [field_of(control) for control in waiting[:pair]]
         waiting = waiting[pair:]
     return fields
