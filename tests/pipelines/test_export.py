@@ -1,8 +1,11 @@
 """An exported pipeline where the package is not installed, against the installed one: the same image to the bit."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
