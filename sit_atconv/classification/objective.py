@@ -124,7 +124,7 @@ class ClassificationObjective(Objective):
             else:
                 seed_generators(seed, Stream.MIX, forward.step, forward.part)
                 image, target = self.mix(image, label)
-            seed_generators(seed, Stream.DROP_PATH, forward.step, forward.part)
+            seed_generators(seed, Stream.DROP_PATH, forward.step, forward.part, devices=True)
             logits = forward(image)
         return [F.cross_entropy(logits.float(), target, reduction="none")]
 

@@ -53,12 +53,15 @@ def _open_learnt_from(data: Data) -> Dataset:
     return Digits("train", data.channels) if data.kind == "digits" else open_dataset(data.open_as()[0])
 
 
-def seed_generators(seed: int, stream: Stream, *index: int) -> None:
-    """Begin the global generators of Python, NumPy and torch, on every device, anew from a draw."""
+def seed_generators(seed: int, stream: Stream, *index: int, devices: bool = False) -> None:
+    """Begin the global generators of Python, NumPy and torch anew from a draw: torch's of the CPU, or of all devices.
+
+    Before a device is in use, torch keeps every seed for it, with the call stack: too slow to do for every image.
+    """
     number = int(draws.generator(seed, stream, *index).integers(1 << 32))
     random.seed(number)
     np.random.seed(number)
-    torch.manual_seed(number)
+    (torch.manual_seed if devices else torch.default_generator.manual_seed)(number)
 
 
 @contextmanager

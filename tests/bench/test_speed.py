@@ -35,11 +35,12 @@ def run_speed(tmp_path, *options):
     return json.loads((tmp_path / "speed.json").read_text())
 
 
-def test_every_model_meets_its_baselines_and_the_columns_follow_from_the_times(tmp_path, capsys):
-    options = ["--sizes", 64, 128, "--batch", 2, "--steps", 2, "--passes", "forward", "backward", "sampling"]
+@pytest.mark.parametrize("sizes", [(64,), pytest.param((64, 128), marks=pytest.mark.slow)], ids=str)
+def test_every_model_meets_its_baselines_and_the_columns_follow_from_the_times(tmp_path, capsys, sizes):
+    options = ["--sizes", *sizes, "--batch", 2, "--steps", 2, "--passes", "forward", "backward", "sampling"]
     result = run_speed(tmp_path, "--models", "SiT-ATConv-S/8", *options)
     names = ["SiT-S/8", "SiT-ATConv-S/8", "SiT-ATConv-S/8 (paper's form)"]
-    expected = [(name, size, p) for size in (64, 128) for p in ("forward", "backward", "sampling") for name in names]
+    expected = [(name, size, p) for size in sizes for p in ("forward", "backward", "sampling") for name in names]
     assert [(row["model"], row["size"], row["pass"]) for row in result["rows"]] == expected
     for row in result["rows"]:
         group = {o["model"]: o for o in result["rows"] if (o["size"], o["pass"]) == (row["size"], row["pass"])}
@@ -59,7 +60,7 @@ def test_every_model_meets_its_baselines_and_the_columns_follow_from_the_times(t
         if alone:
             assert row["of_gemm_limit"] == pytest.approx(row["gemm_ms"] / row["ms"])
     table = unmarked(tmp_path / "speed.md")
-    assert table.count("| SiT-ATConv-S/8 | ") == 6
+    assert table.count("| SiT-ATConv-S/8 | ") == 3 * len(sizes)
     assert capsys.readouterr().out == table
     with Image.open(tmp_path / "speed.png") as image:
         assert image.width > 2 * image.height  # a panel per pass

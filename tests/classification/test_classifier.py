@@ -115,6 +115,7 @@ def test_a_run_goes_on_to_the_same_bits(classifier_file, tmp_path, monkeypatch, 
     assert [json.loads(line)["step"] for line in evals[0].splitlines()] == [4, 8, 9]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(process_server, classifier_file, tmp_path):
     path = classifier_file()
     whole = run(path, f"run.out={tmp_path / 'whole'}")

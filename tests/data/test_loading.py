@@ -405,6 +405,7 @@ print(*held.pids())
 """
 
 
+@pytest.mark.slow
 def test_loader_processes_end_with_the_process_also_hung_ones(tmp_path):
     fewer = ["-W", "ignore:This DataLoader will create"]  # of torch, on a machine with one core
     program = [sys.executable, *fewer, "-c", PROGRAM, os.path.dirname(__file__)]  # one that ends as Python ends

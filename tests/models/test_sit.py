@@ -1,7 +1,6 @@
 """The model against golden vectors, its presets against the published sizes, and its options."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -182,16 +181,10 @@ RESOLUTIONS = {
 }
 
 
-def compiled_cases():
-    """All mixers, passes and orders; but for one that has both kinds of blocks, they are slow."""
-    for token_mixer, training, order in itertools.product(
-        ["attention", "atconv", "hybrid"], [False, True], RESOLUTIONS
-    ):
-        fast = (token_mixer, training, order) == ("hybrid", True, "own size first")
-        yield pytest.param(token_mixer, training, order, marks=[] if fast else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("token_mixer", "training", "order"), compiled_cases())
+@pytest.mark.slow
+@pytest.mark.parametrize("order", RESOLUTIONS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("token_mixer", ["attention", "atconv", "hybrid"])
 def test_compiled_blocks_need_one_graph_per_mixer_beside_that_of_the_own_size(token_mixer, training, order):
     torch._dynamo.reset()
     counters.clear()

@@ -204,6 +204,7 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mixer", ["hybrid", *slowly(mixer for mixer in MIXERS if mixer != "hybrid")])
 class TestCompiled:
+    @pytest.mark.slow
     def test_whole_in_one_graph_and_once(self, mixer):
         model = make(mixer)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -197,7 +197,7 @@ def test_compiled_with_the_jvp_inside(backend):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", ["aot_eager", *slowly(["eager"])])
 @pytest.mark.parametrize("backend", ["auto", *slowly(["conv"])])
 def test_compiled_with_a_dual_level_inside(backend, compiler):
     x, dx = problem()
@@ -212,7 +212,7 @@ def test_compiled_with_a_dual_level_inside(backend, compiler):
 
 
 @pytest.mark.parametrize("backend", ["auto", *slowly(["conv"])])
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("before", [True, *slowly([False])])
 def test_jvp_of_what_is_compiled(backend, before):
     x, dx = problem()
     compiled, expected = torch.compile(on(backend), backend="aot_eager"), jvp(on("reference"), x, dx)[1]

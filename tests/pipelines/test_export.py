@@ -1,8 +1,11 @@
 """An exported pipeline where the package is not installed, against the installed one: the same image to the bit."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -301,7 +304,8 @@ def test_exports_of_two_versions_live_in_one_process(exported, child, tmp_path, 
     )
 
 
-def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
+@pytest.mark.slow
+def test_the_kernels_of_triton_are_in_the_file(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed: it is released for Linux alone")
     (tmp_path / "exported.py").write_text(MODEL.text())
     code = """
@@ -316,7 +320,10 @@ def test_the_kernels_of_triton_are_in_the_file(child, tmp_path):
         for ours, oracle in zip(results("triton"), results("reference")):
             torch.testing.assert_close(ours, oracle)
     """
-    child(code, tmp_path, TRITON_INTERPRET="1")
+    program = [sys.executable, "-I", "-c", PRELUDE.format(threads=1) + textwrap.dedent(code), str(tmp_path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which Triton reads when it is imported
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_card_says_what_the_model_is_and_its_example_runs(exported, child, tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import slowly
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from no_synchronisation import Synchronisation, fake_cuda
 from torch import nn
@@ -153,8 +154,13 @@ def test_dopri5_reads_its_error(cuda):
         sample(cuda, shallow(), Sampling("dopri5"))
 
 
-@pytest.mark.parametrize("watched", [False, True])
-@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+@pytest.mark.parametrize(
+    ("scheduler", "watched"),
+    [
+        (FlowMatchEulerDiscreteScheduler, True), (FlowMatchHeunDiscreteScheduler, False),
+        *slowly([(FlowMatchEulerDiscreteScheduler, False), (FlowMatchHeunDiscreteScheduler, True)]),
+    ],
+)  # fmt: skip
 def test_the_loop_of_the_pipeline_waits_for_nothing(cuda, monkeypatch, scheduler, watched):
     pipe, stepped = SiTPipeline(cuda.moved(shallow()), scheduler=scheduler()), []
 

@@ -194,19 +194,21 @@ RUN = {
 }  # fmt: skip
 
 
-def test_two_processes_train_as_one_and_a_run_goes_on_to_the_same_bits(process_server, recipe_file, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_as_one(process_server, recipe_file, tmp_path):
     path = recipe_file(**RUN)
-
-    def two(*overrides):
-        codes, said = process_server("train_sit", tmp_path, [path, *overrides], {}, {})
-        assert codes == [0, 0], said
-
     single = run_recipe(path, f"run.out={tmp_path / 'single'}")
-    two(f"run.out={tmp_path / 'two'}")
+    codes, said = process_server("train_sit", tmp_path, [path, f"run.out={tmp_path / 'two'}"], {}, {})
+    assert codes == [0, 0], said
     for a, b in zip(log_rows(single.parent), log_rows(tmp_path / "two"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["weighted_loss"] == pytest.approx(a["weighted_loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_a_run_goes_on_to_the_same_bits(recipe_file, tmp_path):
+    path = recipe_file(**RUN)
+    single = run_recipe(path, f"run.out={tmp_path / 'single'}")
     for steps in (7, 12):
         run_recipe(path, f"run.out={tmp_path / 'parts'}", f"train.max_steps={steps}")
     assert_same_bits(single, tmp_path / "parts/step-0000012")
