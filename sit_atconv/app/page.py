@@ -209,9 +209,9 @@ def stops_of(title: str) -> list[gr.components.Component]:
 
 def shown(language: str, drawn: Drawn, files: Files) -> list[Any]:
     """What is put in the places of a model."""
-    count = len(drawn.images)
+    count, evaluations = len(drawn.images), drawn.evaluations
     facts = (
-        f"**{count:,} image{'s' * (count != 1)}**, {drawn.evaluations:g} evaluations each, "
+        f"**{count:,} image{'s' * (count != 1)}**, {evaluations:g} evaluation{'s' * (evaluations != 1)} each, "
         f"**{1000 * drawn.seconds / count:.0f} ms** per image, {drawn.seconds:.2f} s in all"
     )
     picture = files.put("grid.png", drawn.png)

@@ -252,7 +252,7 @@ def test_without_samples_the_newest_preview_stands_in_and_the_page_says_so(make,
     assert "newest preview" in page.text
     assert "at step 200" in page.text
     assert "Metrics: not measured" in page.text
-    assert "`sit-atconv score` writes metrics.json beside the samples" in page.text
+    assert "sit-atconv score writes metrics.json beside the samples" in page.text
 
 
 def test_every_text_from_a_file_is_escaped(make, tmp_path):
