@@ -11,16 +11,19 @@ WHEEL := .venv-wheel
 
 .PHONY: demo bench drill ablation notebooks test test-slow test-gpu test-floor test-wheel dist lint docs
 
+# Python compiles what it imports; compiling all of what is installed takes as long as installing it.
+INSTALL := pip install --quiet --no-compile
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 $(FLOOR)/installed: pyproject.toml
 	$(PYTHON) -m venv $(FLOOR)
 	sed -n '/^dependencies/,/^\[tool/p' pyproject.toml | grep -oE '[A-Za-z0-9-]+>=[0-9.]+' | sed 's/>=/==/' > $(FLOOR)/floors.txt
-	$(FLOOR)/bin/pip install --quiet --constraint $(FLOOR)/floors.txt --editable '.[dev]'
+	$(FLOOR)/bin/$(INSTALL) --constraint $(FLOOR)/floors.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed
@@ -69,5 +72,5 @@ dist: .venv/installed
 
 test-wheel: dist
 	$(PYTHON) -m venv --clear $(WHEEL)
-	$(WHEEL)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	$(WHEEL)/bin/$(INSTALL) --constraint constraints.txt dist/*.whl
 	$(WHEEL)/bin/python tests/installed.py
