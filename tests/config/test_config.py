@@ -56,7 +56,7 @@ PLANNED = ["imagenet256_sit_xl2_atconv_hybrid", "imagenet512_sit_b2_atconv", "ff
 
 @pytest.mark.parametrize("name", [*PLANNED, *slowly([name for name in PUBLISHED if name not in PLANNED])])
 def test_published_recipes_can_be_planned(name):
-    parameters = dry_run(load_recipe(name)).split("parameters")[1].split()[0]
+    parameters = dry_run(load_recipe(ROOT / f"experiments/recipes/{name}.yaml")).split("parameters")[1].split()[0]
     assert float(parameters) > 20
 
 

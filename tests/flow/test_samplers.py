@@ -8,6 +8,7 @@ import gaussian_flow
 import numpy as np
 import pytest
 import torch
+from conftest import slowly
 from torchdiffeq import odeint
 
 from sit_atconv.flow.path import GVPPath, LinearPath
@@ -142,9 +143,7 @@ def mixture(request):
     )
 
 
-@pytest.mark.parametrize(
-    "grid", [("uniform",), ("cosine",), pytest.param(("uniform", 1.5), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("grid", [("cosine",), *slowly([(("uniform",),), (("uniform", 1.5),)])], ids=str)
 @pytest.mark.parametrize("name", ADAMS)
 def test_adams_started_by_runge_kutta_has_its_order(mixture, name, grid):
     coarse, fine = (mixture(partial(SAMPLERS[name], start="rk"), steps, *grid) for steps in (320, 640))

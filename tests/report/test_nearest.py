@@ -176,6 +176,7 @@ def test_what_cannot_be_compared_is_said_before_the_work(make, tmp_path):
         make(folder, "--nearest", "--nearest-in", tmp_path / "train.npz")
 
 
+@pytest.mark.slow
 def test_a_page_with_pairs_of_large_images_stays_under_two_megabytes(make, tmp_path):
     np.savez(tmp_path / "train.npz", arr_0=pixels(1, 80, 128, 128))
     folder = tmp_path / "a"

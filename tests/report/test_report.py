@@ -229,6 +229,7 @@ def test_of_many_classes_some_are_shown_evenly():
     assert [index for _, row in chosen(None, 20) for index in row] == list(range(20))
 
 
+@pytest.mark.slow
 def test_a_page_with_large_samples_stays_under_two_megabytes(make, tmp_path):
     folder = tmp_path / "noise"
     folder.mkdir()
