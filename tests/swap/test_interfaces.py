@@ -409,6 +409,7 @@ def pipe(tiny, vae_folder):
     return pipe
 
 
+@pytest.mark.slow
 def test_a_compiled_swapped_pipeline(tiny, pipe, tmp_path):
     plain, swap = tiny.run(pipe.transformer, "dit"), swap_attention(pipe, "all", init="copy_vo")
     output = tiny.run(pipe.transformer, "dit")

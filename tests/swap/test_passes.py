@@ -304,7 +304,8 @@ def test_a_traced_vit_is_the_same_and_a_script_says_what_to_use(tiny):
         torch.jit.script(swapped.model)
 
 
-@pytest.mark.parametrize("kind", ["vit", pytest.param("dit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "dit"])
 def test_compiled_blocks_in_threads(tiny, kind):
     swapped = Swapped(tiny, kind)
     with torch.no_grad():
