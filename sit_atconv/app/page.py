@@ -24,14 +24,7 @@ from sit_atconv.runtime.files import png, write_atomic
 KEPT = 128  # files of drawings that stay on the disk, for those who look at them
 SEEDS = 2**32  # of which the button takes one
 PLAIN = {"language": None, "show_line_numbers": False, "buttons": ["copy"]}  # colours of a shell are pale on white
-# Pixels stay squares where a small image is enlarged, a picture is no wider than the page, and its name and its buttons
-# stand above it.
-CSS = """
-.picture img { image-rendering: pixelated; object-fit: contain; max-height: 70vh; }
-.picture .image-container { padding-top: 2rem; }
-footer { display: none !important; }
-body { background: var(--body-background-fill); }
-"""
+STYLE = Path(__file__).with_name("style.css")
 
 
 class Files:

@@ -39,14 +39,14 @@ def serve(studio: "Studio", host: str = "127.0.0.1", port: int | None = None, sh
 
 def started(studio: "Studio", files: "Files", host: str, port: int | None = None, share: bool = False) -> "gr.Blocks":
     """The page, which is served in a thread of its own until it is closed. Raises InputError as `serve`."""
-    from sit_atconv.app.page import CSS, build, theme
+    from sit_atconv.app.page import STYLE, build, theme
 
     page = build(studio, files).queue(max_size=QUEUED)
     try:
         page.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, show_error=True,
-            theme=theme(), css=CSS, footer_links=[], run_history=False, ssr_mode=False, pwa=False, mcp_server=False,
-            enable_monitoring=False, inbrowser=False,
+            theme=theme(), css=STYLE.read_text(), footer_links=[], run_history=False, ssr_mode=False, pwa=False,
+            mcp_server=False, enable_monitoring=False, inbrowser=False,
         )  # fmt: skip
     except OSError as error:  # gradio's own text says what to do with its own arguments
         stated = option("host", host) if port is None else f"{option('host', host)}, {option('port', port)}"
