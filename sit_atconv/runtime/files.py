@@ -382,8 +382,8 @@ class Lease:
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
 
-    def __del__(self):
-        os.close(self._descriptor)
+    def __del__(self, close=os.close):  # as Python ends, the names of this module may be gone
+        close(self._descriptor)
 
 
 def lease(file: Path, exclusive: bool = False) -> Lease | None:

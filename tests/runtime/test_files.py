@@ -137,3 +137,15 @@ def test_names_of_steps_are_in_the_order_of_their_numbers():
     paths = [Path("a", f"{step_name(step)}.png") for step in steps]
     assert by_step([*reversed(paths), Path("a", "step-1"), Path("a", "other.png")], ".png") == paths
     assert by_step([Path("step-10"), Path("step-9"), *paths]) == [Path("step-9"), Path("step-10")]
+
+
+def test_a_lease_ends_quietly_as_python_ends_and_names_of_modules_are_gone(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    held, faults = files.lease(tmp_path / "a"), []
+    assert files.lease(tmp_path / "a", exclusive=True) is None
+    monkeypatch.setattr(sys, "unraisablehook", faults.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "os", None)
+        del held
+    assert not faults
+    assert files.lease(tmp_path / "a", exclusive=True) is not None
