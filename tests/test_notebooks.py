@@ -30,7 +30,7 @@ def code(name):
 
 
 def test_there_are_notebooks():
-    assert NAMES == ["digits", "swap_dit"]
+    assert NAMES == ["digits", "score_folder", "swap_dit"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,8 +119,10 @@ def test_a_notebook_is_executed_and_what_is_not_to_be_published_is_refused(other
             other(*sources)
 
 
+DISTANCE = r"\d+\.\d\d ± \d+\.\d\d"
 GIVES = {
     "digits": r"frechet_distance: [1-3]\d\.\d+ ± \d\.\d+\nrecognised: 0\.[5-8]\d+ ± 0\.0\d+",
+    "score_folder": rf"held_out: (?=\d\.){DISTANCE}\nblurred: (?=\d\d){DISTANCE}\nnoisy: (?=\d\d){DISTANCE}",
     "swap_dit": "the same bits after the swap was taken back: True",
 }
 

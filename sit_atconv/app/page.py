@@ -163,6 +163,7 @@ def form_of(controls: Sequence[Control]) -> list[gr.components.Component]:
 
 
 def field_of(control: Control) -> gr.components.Component:
+    """The field of a control, with its value in it."""
     value = f"{control.value:g}" if isinstance(control.value, int | float) else control.value
     said: dict[str, Any] = {"value": value, "label": control.label, "info": control.about}
     match control.kind:
@@ -186,6 +187,7 @@ def place_of(title: str, about: str) -> tuple[list[gr.components.Component], gr.
 
 
 def picture_of(label: str) -> gr.Image:
+    """The place of a picture."""
     return gr.Image(
         label=label, type="filepath", format="png", interactive=False, elem_classes="picture",
         buttons=["fullscreen", "download"],

@@ -124,6 +124,7 @@ def filled(values: Iterable[Any]) -> list[str]:
 
 
 def written(value: Any) -> str:
+    """A value of the form as a word of the command line; "" for a blank one."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return "" if value is None else str(value).strip()

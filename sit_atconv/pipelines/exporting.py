@@ -70,6 +70,7 @@ def export(
 
 
 def check_target(out: str | Path, license: str, force: bool) -> None:
+    """Raise InputError, before the work, for a path that nothing may be written to, and as `check_license`."""
     check_out(out, force=force)
     check_license(license)
 

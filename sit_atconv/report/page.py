@@ -456,16 +456,8 @@ def _metrics(columns: Sequence[Column]) -> list[Content]:
     found = dict.fromkeys(name for column in columns for name in column.metrics.get("metrics", {}))
     names = [*(name for name in METRICS if name in found), *(name for name in found if name not in METRICS)]
     if not names:
-        return [
-            tag(
-                "p",
-                "Metrics: ",
-                UNMEASURED,
-                "; ",
-                tag("code", "sit-atconv score"),
-                " writes metrics.json beside the samples.",
-            )
-        ]
+        command = tag("code", "sit-atconv score")
+        return [tag("p", "Metrics: ", UNMEASURED, "; ", command, " writes metrics.json beside the samples.")]
     rows = []
     for name in names:
         each = [_estimate(column, name) for column in columns]
