@@ -506,8 +506,9 @@ RUN = [
     *slowly([
         "README", "start", "own_images", "training", "sampling", "few_steps", "app", "scoring", "attnet", "principles",
         "eval/README", "formats", "swap",
+        "interop",
     ]),
-    "interop", "operator", "how_it_works",
+    "operator", "how_it_works",
 ]  # fmt: skip
 LEFT = {  # more of what the steps leave behind
     "interop": ("digits-ema.pt", "sit-pipeline-for-all/README.md"),

@@ -105,6 +105,7 @@ def other(tmp_path, monkeypatch):
     return execute
 
 
+@pytest.mark.slow
 def test_a_notebook_is_executed_and_what_is_not_to_be_published_is_refused(other, tmp_path):
     notebook = other("import os\nprint(1)", "print(2)\nos.path.basename(os.getcwd())")
     assert notebooks.last_output(notebook) == "2\n\n'here'"

@@ -294,6 +294,7 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({librarie
 """
 
 
+@pytest.mark.slow
 def test_the_command_and_the_stages_of_the_operator_import_torch_and_triton_alone():
     libraries = ["diffusers", "accelerate", "omegaconf", "torch_fidelity", "datasets", "timm", "matplotlib", "sklearn"]
     libraries += [

@@ -198,9 +198,10 @@ raise {"exit": SystemExit(3), "error": ZeroDivisionError(), "interrupt": Keyboar
 """
 
 
-ENDS = [("error", 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("exit", 3), ("interrupt", -2)))]
+ENDS = [("error", 1), ("exit", 3), ("interrupt", -2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), ENDS)
 def test_a_process_ends_whatever_its_thread_is_at(end, code):
     done = subprocess.run([sys.executable, "-c", DIES, end], capture_output=True, text=True, timeout=60)

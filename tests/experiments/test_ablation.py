@@ -113,6 +113,7 @@ def options(tmp_path) -> list[str]:
     return ["--systems", "attnet", "--seeds", "0", "1", *where]
 
 
+@pytest.mark.slow
 def test_it_trains_what_is_left_and_writes_all(tmp_path, made, monkeypatch, capsys, fails):
     commands, manifests, _ = made
     some = arms()[::5]

@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import slowly
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 
@@ -96,7 +95,8 @@ ONE = [[kill("record", 1)], [kill("data", 2)], [kill("data", 1)], [kill("record"
 TWO = [[kill("record", 1), {}], [{}, kill("data", 1)], [kill("data", 2), {}], [kill("record", 1), {}]]
 
 
-@pytest.mark.parametrize("kills", [TWO, *slowly([ONE])], ids=["two-processes", "one-process"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [TWO, ONE], ids=["two-processes", "one-process"])
 def test_a_killed_cache_ends_as_an_uninterrupted_one(recipe, recipe_path, processes, tmp_path, kills):
     encode(recipe, tmp_path / "whole", shard_images=2)
     out = tmp_path / "killed"

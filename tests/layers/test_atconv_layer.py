@@ -218,6 +218,7 @@ def test_an_exported_linear_over_the_taps_is_a_product(strict):
     }
 
 
+@pytest.mark.slow
 def test_a_layer_compiled_under_autocast_equals_the_eager_one():
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import timm
 import torch
-from conftest import slowly
 from golden_vectors import assert_golden, golden
 from safetensors.torch import save_file
 from timm.layers import DropPath
@@ -285,7 +284,8 @@ def test_autocast_computes_in_bf16_and_keeps_gradients_in_fp32():
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("training", [True, *slowly([False])])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
 def test_a_compiled_model_is_one_graph_and_equal_to_the_eager_one(training):
     torch._dynamo.reset()
     options = {"depths": (1, 1), "dims": (8, 16), "mlp_ratios": (4, 4)}  # every kind of layer, and quick to compile

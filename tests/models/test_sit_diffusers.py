@@ -91,6 +91,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path, mixer, routing):
     assert torch.equal(output(loaded), output(model))
 
 
+@pytest.mark.slow
 def test_it_loads_in_a_fresh_process(bare_server, tmp_path):
     model = make("hybrid")
     model.save_pretrained(tmp_path)

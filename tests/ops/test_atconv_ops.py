@@ -189,9 +189,8 @@ def test_compiling_inlines_plain_torch_for_any_grid(backend):
     assert not any("sit_atconv.dynamic_depthwise_conv" in graph for graph in graphs)
 
 
-@pytest.mark.parametrize(
-    ("pool", "tokens"), [("grid", False), *slowly([("raster", True), ("raster", False), ("grid", True)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("pool", "tokens"), [("grid", False), ("raster", True), ("raster", False), ("grid", True)])
 def test_one_graph_serves_all_sizes_that_are_left_open(pool, tokens):
     def form(v, kernels, grid):
         if grid is not None:

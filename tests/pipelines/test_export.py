@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_recipe, slowly, weights
+from conftest import run_recipe, weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -93,7 +93,8 @@ def child(process_server, bare_server, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("mixers", [("average", "hybrid"), *slowly([(("attention", "atconv"),)])], ids="-".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", [("average", "hybrid"), ("attention", "atconv")], ids="-".join)
 def test_it_draws_the_same_image_to_the_bit_without_the_package(exported, child, mixers):
     said = child(
         f"""
@@ -167,7 +168,8 @@ def test_an_export_takes_its_guide_along(child, tmp_path):
     assert (tmp_path / "again/guide/config.json").is_file()
 
 
-@pytest.mark.parametrize("mixers", [("hybrid",), *slowly([(("attention", "atconv"),)])], ids="-".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", [("hybrid",), ("attention", "atconv")], ids="-".join)
 def test_the_transformer_alone_trains_compiles_and_is_saved_again(exported, child, tmp_path, mixers):
     child(
         f"""

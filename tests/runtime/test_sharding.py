@@ -22,6 +22,7 @@ from sit_atconv.runtime import sharding
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.training import checkpoint
 
+pytestmark = pytest.mark.slow  # worlds of up to four processes
 SOURCES = ("run-1", "run-2-sharded")
 WORLDS = (1, 2, 4)
 

@@ -467,6 +467,7 @@ def run(processes, tmp_path):
     return runs
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_kill_between_give_the_same_bits(run, own, samples, tmp_path):
     extract(samples, tmp_path / "one", own)
     # One process, killed before its third shard is in place, then gone on with.

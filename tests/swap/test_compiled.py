@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import slowly
 from swap_families import ADAPTERS, Family, outputs
 from torch import nn
 from torch._dynamo.utils import counters
@@ -18,9 +17,7 @@ LAYOUTS = {
     "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel", "QwenImageTransformer2DModel",
     "SkyReelsV2Transformer3DModel", "WanVACETransformer3DModel",
 }  # fmt: skip
-FIRST = ("ZImageTransformer2DModel", "eager")  # it has three kinds, and little to compile
-CASES = [FIRST, *slowly((name, "eager") for name in sorted(COMPILED) if name != FIRST[0])]
-CASES += slowly([("WanTransformer3DModel", "inductor")])  # the others take minutes
+CASES = [*((name, "eager") for name in sorted(COMPILED)), ("WanTransformer3DModel", "inductor")]  # others take minutes
 BOUNDS = {"eager": {"rtol": 1e-5, "atol": 1e-5}, "inductor": {"rtol": 1e-3, "atol": 1e-4}}
 
 
@@ -52,6 +49,7 @@ def graphs(family: Family, model: nn.Module, backend: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_blocks_of_a_kind_share_a_graph(name, backend):
     family = Family(name)

@@ -134,6 +134,7 @@ def test_runs_of_other_seeds_hold_out_and_validate_the_same(recipe_file, tmp_pat
     assert all(torch.equal(seen[0][1][key], seen[1][1][key]) for key in seen[0][1])
 
 
+@pytest.mark.slow
 def test_two_processes_validate_as_one(process_server, recipe_file, tmp_path):
     """19 images in batches of 4: 10 in one process, and 9 and one of them again in the other."""
     sections = {"data": {"held_out": 0.02}, "validation": {"every": 1, "num": 19, "batch_size": 4}}
