@@ -14,7 +14,7 @@ from experiments import notebooks
 from sit_atconv.runtime.errors import InputError
 
 NAMES = notebooks.names()
-MACHINE = re.compile(r"/(?:home|Users|root|tmp|work|usr|opt|var|mnt)/|[A-Z]:\\")
+MACHINE = re.compile(r"/(?:home|Users|root|tmp|work|usr|opt|var|mnt)/|\b[A-Z]:\\")
 LARGEST = 300_000  # bytes of a notebook
 
 
