@@ -56,7 +56,7 @@ def _open_learnt_from(data: Data) -> Dataset:
 def seed_generators(seed: int, stream: Stream, *index: int, devices: bool = False) -> None:
     """Begin the global generators of Python, NumPy and torch anew from a draw: torch's of the CPU, or of all devices.
 
-    Before a device is in use, torch keeps every seed for it, with the call stack: too slow to do for every image.
+    Before a device is in use, torch formats the call stack at every seed for it: too slow to do for every image.
     """
     number = int(draws.generator(seed, stream, *index).integers(1 << 32))
     random.seed(number)

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
                         failed += 1
                         if failed == TRIES:
                             raise
-        except Interrupted:
+        except (Interrupted, InputError):  # the fifth fault in a row, too
             for each in shown:
                 each.end(at)
             raise
@@ -109,18 +109,20 @@ class _Page:
     def __init__(self, path: Path, every: int):
         from sit_atconv.runtime.files import REPORT, check_out
 
-        self.path, self.told, self.due = check_out(path, "report", ours=REPORT), None, 0.0
+        self.path, self.told, self.due, self.faulty = check_out(path, "report", ours=REPORT), None, 0.0, False
         self.least = self.again = max(SLOWEST, every)
 
     def show(self, at) -> None:
         first, began = self.told is None, time.monotonic()
-        news = len(at.run.log), at.run.preview, at.run.checkpoint.get("step")
+        rows = [len(each) for each in (at.run.log, at.run.scores, at.run.validation, at.run.sets, at.run.frontiers)]
+        news = rows, at.run.preview, at.run.checkpoint.get("step")
         if at.ended:
             self.end(at)
         elif news != self.told and began >= self.due:
-            self._write(at, self.again)
+            if self._write(at, self.again):
+                self.told = news
             self.again = max(self.least, math.ceil(SHARE * (time.monotonic() - began)))
-            self.due, self.told = began + self.again, news
+            self.due = began + self.again
         if first:
             self._open()
 
@@ -128,11 +130,24 @@ class _Page:
         """The page as it stays: the browser loads it no more."""
         self._write(at, None)
 
-    def _write(self, at, again: int | None) -> None:
+    def _write(self, at, again: int | None) -> bool:
+        """Write the page, and say whether that was done. Files that cannot be read, as they may be half written, cost
+        one warning; of the first page they raise InputError."""
         from sit_atconv.report.page import render
+        from sit_atconv.runtime.console import say
         from sit_atconv.runtime.files import write_out
 
-        write_out(self.path, render([at.run], again).encode("ascii"), "report")
+        try:
+            write_out(self.path, render([at.run], again).encode("ascii"), "report")
+        except InputError as error:
+            if self.told is None:
+                raise
+            if not self.faulty:
+                say(f"warning: {error}; the page stays as it was")
+            self.faulty = True
+            return False
+        self.faulty = False
+        return True
 
     def _open(self) -> None:
         import webbrowser

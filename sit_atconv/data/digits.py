@@ -25,7 +25,7 @@ class Digits(Dataset):
         self.channels = channels or 1
         grey = torch.from_numpy(images).float().unsqueeze(1) / 8 - 1
         self.images = grey.repeat(1, self.channels, 1, 1)
-        self.labels = labels
+        self.labels = labels.copy()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -210,7 +210,7 @@ def _header(runs: Sequence[Run], again: int | None) -> list[Content]:
     facts = [_key_facts(run) for run in runs]
     going = [_going(run, several=len(runs) > 1) for run in runs if run.going]
     if again:
-        told = f"This page is kept up to date, and loads itself again every {again} seconds."
+        told = f"This page is written anew while `sit-atconv watch` runs, and loads itself every {again} seconds."
         going.append(tag("p", told))
     state = tag("div", going, class_="going") if going else None
     if len(runs) > 1:

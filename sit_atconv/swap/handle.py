@@ -193,10 +193,12 @@ def _tell_of_second(swap: AttentionSwap) -> None:
     """Warn where the pipeline has a second model of this kind, as Wan 2.2 has: its attention stays."""
     pipeline, kind = swap._pipeline, swap.adapter.model
     for name, module in pipeline.components.items() if pipeline is not None else ():
-        second = name.startswith(PARTS) and isinstance(module, kind) and uncompiled(module) is not swap.model
-        if second and getattr(module, "_swap_record", None) is None:
+        other = uncompiled(module)
+        if not name.startswith(PARTS) or not isinstance(other, kind) or other is swap.model:
+            continue
+        if getattr(other, "_swap_record", None) is None:
             warnings.warn(
                 f"{name} of this {type(pipeline).__name__} is a {kind.__name__} too, and keeps its attention; for it, "
-                f"call swap_attention(pipe.{name}), then pipe.register_modules({name}=pipe.{name})",
+                f"swap pipe.{name} by itself, then call pipe.register_modules({name}=pipe.{name})",
                 stacklevel=4,  # who calls swap_attention or load_delta
             )

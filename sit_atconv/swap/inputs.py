@@ -14,6 +14,11 @@ from sit_atconv.runtime.errors import InputError, said, told
 from sit_atconv.swap.adapters import SwapAdapter
 
 EXAMPLES = 4  # synthetic calibration inputs
+# What torch, timm and transformers say of inputs of another shape.
+SHAPES = re.compile(
+    r"mat1 and mat2|must match|expected input|shape .* is invalid|[Ii]nput (image size|height|width) .*doesn't match"
+    r"|channel dimension"
+)
 
 
 def calibration_inputs(
@@ -93,7 +98,9 @@ def told_of(model: nn.Module, what: str, inputs: list, given: bool) -> Iterator[
             f"{what}: {type(model).__name__} needs more arguments ({said(error)}); the inputs leave out "
             f"{', '.join(left)}: give those that it needs"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
         device, dtype = next(model.parameters()).device, dtype_of(model)
         other = {
             f"{what}[{index}]{keystr(path)}": f"{value.dtype} on {value.device}"
@@ -102,14 +109,12 @@ def told_of(model: nn.Module, what: str, inputs: list, given: bool) -> Iterator[
             if isinstance(value, torch.Tensor)
             and (value.device != device or (value.is_floating_point() and value.dtype != dtype))
         }
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        if given and not other and re.search("shape|size|channels", str(error)):
-            raise InputError(
-                f"{what}: {type(model).__name__} does not take inputs of these shapes ({said(error)}); give those of a "
-                "call of the model"
-            ) from error
         if not other or not re.search("type|device", str(error)):
+            if given and SHAPES.search(str(error)):
+                raise InputError(
+                    f"{what}: {type(model).__name__} does not take inputs of these shapes ({said(error)}); give those "
+                    "of a call of the model"
+                ) from error
             raise
         raise InputError(
             f"{', '.join(list(other)[:4])}: {next(iter(other.values()))}, which the model in {dtype} on {device} does "

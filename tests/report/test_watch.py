@@ -265,7 +265,7 @@ def test_what_is_no_run_costs_one_line(begun, tmp_path, fails):
     assert "--every 0: must be at least 1" in fails(main, "watch", begun, "--every", "0")
 
 
-def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_told(begun, holder, monkeypatch, capsys, fails):
+def test_a_fault_that_passes_is_waited_for(begun, holder, monkeypatch, capsys):
     log, waits = (begun / "log.jsonl").read_text(), []
 
     def sleep(seconds: float) -> None:
@@ -277,6 +277,41 @@ def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_told(begun, hol
     monkeypatch.setattr(time, "sleep", sleep)
     main(["watch", str(begun)])
     assert "stopped at step 2" in capsys.readouterr().out
+
+
+def test_a_fault_that_stays_is_told_and_the_page_is_loaded_no_more(begun, holder, monkeypatch, capsys):
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        (begun / "log.jsonl").write_text("[]\n")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    with pytest.raises(SystemExit) as stop:
+        main(["watch", str(begun), "--open"])
+    assert stop.value.code == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert len(waits) == watch.TRIES
+    assert not refreshed(Page((begun / "report.html").read_text()))
+
+
+def test_a_picture_that_is_half_written_costs_one_warning(begun, pages, capsys):
+    preview = begun / "previews/step-0000002.png"
+    whole = preview.read_bytes()
+
+    def damaged():
+        write(begun, 3)
+        preview.write_bytes(whole[:40])
+
+    def mended():
+        preview.write_bytes(whole)
+
+    found = pages(damaged, lambda: write(begun, 4), mended, lambda: write(begun, 8))
+    assert found[0].source == found[1].source == found[2].source
+    assert "step 4 of 8" in found[3].text
+    assert not refreshed(found[-1])
+    assert capsys.readouterr().err.count("the page stays as it was") == 1
 
 
 def test_a_signal_ends_the_watching_alone_and_the_page_is_loaded_no_more(begun, holder, monkeypatch, capsys):

@@ -22,7 +22,6 @@ from sit_atconv.runtime import sharding
 from sit_atconv.runtime.errors import InputError
 from sit_atconv.training import checkpoint
 
-pytestmark = pytest.mark.slow  # worlds of up to four processes
 SOURCES = ("run-1", "run-2-sharded")
 WORLDS = (1, 2, 4)
 
@@ -92,6 +91,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors | {f"optimizer.{name}": x for name, x in whole.items()}
 
 
+@pytest.mark.slow
 def test_sharded_steps_are_those_of_one_process(runs):
     for rank in (0, 1):
         two = results(runs, 2, rank)
@@ -99,6 +99,7 @@ def test_sharded_steps_are_those_of_one_process(runs):
         assert_close(two["accumulated"], expected(runs)[: sharded.STEP])
 
 
+@pytest.mark.slow
 def test_the_average_is_sharded_as_the_model_is(runs):
     two = results(runs, 2)
     assert two["groups"] == ["", *(f"model.blocks.{index}" for index in range(3))]
@@ -107,11 +108,13 @@ def test_the_average_is_sharded_as_the_model_is(runs):
     assert two["whole after a forward"] == 0
 
 
+@pytest.mark.slow
 def test_a_forward_pass_before_saving_hides_no_state(runs):
     two = results(runs, 2)
     assert two["states"] == 3 * two["parameters"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_was_trained(runs):
     """The files of both runs, against what the processes held, and against each other."""
     folder = folder_of(runs, "run-2-sharded")
@@ -137,6 +140,7 @@ def test_what_is_written_is_what_was_trained(runs):
         assert all(torch.equal(x, held[f"{prefix}.{name}"]) for name, x in trained.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_loaded_to_the_bit_on_any_number_of_processes_and_gone_on(runs, source, world):
@@ -147,6 +151,7 @@ def test_loaded_to_the_bit_on_any_number_of_processes_and_gone_on(runs, source, 
         assert_close(results(runs, world, rank)[source], expected(runs, sharded.STEP))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_loaded_to_the_bit_without_sharding(runs, source):
     aligned, average = sharded.make(seed=7)
@@ -163,6 +168,7 @@ def test_loaded_to_the_bit_without_sharding(runs, source):
     assert_close(go_on(aligned, average, optimizer, steps), expected(runs, sharded.STEP))
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_process_is_told_by_all_and_leaves_nothing(runs):
     two = [results(runs, 2, rank) for rank in (0, 1)]
     says = two[0]["faults"]
@@ -179,6 +185,7 @@ def test_a_fault_of_one_process_is_told_by_all_and_leaves_nothing(runs):
     assert two[0]["left"] == []
 
 
+@pytest.mark.slow
 def test_bf16_under_fsdp_errs_no_more_than_autocast(runs):
     """A policy that casts the inputs, as Accelerate's own does, rounds the time, and errs ten times as much."""
     bf16 = results(runs, 2)["bf16"]
@@ -227,6 +234,7 @@ def test_plain_modules_are_left_as_they_are():
         sharding.load_full(average, {**tensors, "more": torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_projectors_are_no_weights_of_the_model(runs):
     folder = folder_of(runs, "run-1") / "model"
     projectors = Projectors.load(folder)

@@ -136,3 +136,17 @@ def test_errors_need_inputs_of_the_model_and_leave_it_as_it_was(tiny):
                 call(wrong)
     tiny.assert_as(before, model)
     assert all(model.get_submodule(name) is layer for name, layer in swap.layers.items())
+
+
+def test_shapes_are_told_in_half_precision_and_of_other_libraries_too(tiny):
+    model = tiny.model("dit").bfloat16()
+    inputs = {**tiny.inputs("dit"), "timestep": torch.tensor([1.0, 2.0])}  # which the model casts
+    inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
+    swap = swap_attention(model, "all", init="copy_vo", calib=[inputs])
+    with pytest.raises(InputError, match=r"inputs: .* does not take inputs of these shapes"):
+        swap.errors([{**inputs, "hidden_states": inputs["hidden_states"][:, :3]}])
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=0)
+    swap = swap_attention(vit, "all", init="copy_vo")
+    for shape in ((1, 3, 48, 32), (1, 4, 32, 32)):
+        with pytest.raises(InputError, match="inputs: VisionTransformer does not take inputs of these shapes"):
+            swap.errors([(torch.zeros(shape),)])
