@@ -595,12 +595,12 @@ def test_calibration_of_another_dtype_within_containers(monkeypatch):
         swap_attention(Nested().bfloat16(), "all", calib=calls)
 
 
-def test_errors_that_are_not_of_the_dtype_stay(tiny):
+def test_a_dtype_that_the_model_takes_is_not_blamed_for_a_shape(tiny):
     model, inputs = tiny.model("dit"), tiny.inputs("dit")
     inputs["timestep"] = inputs["timestep"].double()  # which the model takes
     swap_attention(model, "all", calib=[inputs], dry_run=True)
     inputs["hidden_states"] = inputs["hidden_states"][:, :3]
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(InputError, match=r"calib: DiT.* does not take inputs of these shapes \(.*channels"):
         swap_attention(model, "all", calib=[inputs])
 
 
